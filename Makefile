@@ -1,0 +1,86 @@
+# Needs make, Python >= 3.10 with pip, and the network when an environment is made.
+# Kept to what macOS' make 3.81 and BSD tools understand.
+PYTHON ?= python3
+TL4 := .venv-tl4
+TL3 := .venv-tl3
+SPEC_tl4 := transformer-lens>=4,<5
+SPEC_tl3 := transformer-lens==3.8.0
+TOOLS_tl4 := test,dev
+TOOLS_tl3 := test
+
+# Twice quiet: errors only.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+BENCHMARKS := tests/benchmarks
+MARKS = -m "not slow"
+test-all: MARKS =
+
+.NOTPARALLEL:
+.PHONY: help demo test test-all test-tl4 test-tl3 bench lint types wheel clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(TL4)/.installed  ## run the main job on a small scale; results in demo/
+	$(TL4)/bin/tl-sparse demo --out demo
+
+test: lint types test-tl4 test-tl3  ## lint, types, and the tests on both TransformerLens lines
+test-all: lint types test-tl4 test-tl3  ## the same, with the tests marked slow
+test-tl4: $(TL4)/.tools  ## the tests on the newest TransformerLens 4
+	@$(call pytest,$(TL4))
+test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8
+	@$(call pytest,$(TL3))
+
+# A test that would download something fails at once, on every machine.
+pytest = $1/bin/python -c "import platform; from importlib.metadata import version as v; \
+	print('== TransformerLens', v('transformer-lens'), '| torch', v('torch'), '| Python', platform.python_version())" \
+	&& HF_HUB_OFFLINE=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS)
+
+bench: $(TL4)/.tools  ## measure again what the README claims (tests/benchmarks)
+	@if [ -d $(BENCHMARKS) ]; then $(TL4)/bin/python -m pytest -q -s $(BENCHMARKS); \
+	else echo "no $(BENCHMARKS)"; fi
+
+lint: $(TL4)/.tools  ## ruff
+	$(TL4)/bin/ruff check .
+
+types: $(TL4)/.tools  ## mypy, on a build of the package
+	@# A build, since mypy cannot see in the source tree that hooks/ is tl_sparse.hooks; no isolation:
+	@# then nothing is downloaded. Old files in build/ would go into the new build.
+	@rm -rf build .types-build
+	@$(TL4)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --target .types-build .
+	@diff -rq -x __pycache__ -x '.*' -x hooks tl_sparse .types-build/tl_sparse \
+	&& diff -rq -x __pycache__ -x '.*' hooks .types-build/tl_sparse/hooks \
+	|| { echo "not in the build: add it to packages or package-data in pyproject.toml"; exit 1; }
+	@echo mypy -p tl_sparse
+	@cd .types-build && ../$(TL4)/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
+	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
+	@rm -rf build .types-build
+
+wheel: $(TL4)/.tools  ## sdist and wheel, in dist/
+	rm -rf build dist
+	$(TL4)/bin/python -m build --no-isolation .
+
+clean:  ## remove environments, builds, caches and demo/
+	rm -rf $(TL4) $(TL3) build dist .types-build *.egg-info demo
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments: .installed is the package alone (all the demo needs), .tools adds tests and checks.
+# They are brought up to date when one of these files changes; `make clean` first for fresh ones.
+INPUTS := pyproject.toml constraints.txt Makefile
+
+$(TL4)/.installed $(TL3)/.installed: .venv-%/.installed: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed, \
+	this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "Installing into $(@D): minutes the first time"
+	@# Debian without python3-venv cannot put pip into an environment: python3's own pip does it then.
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 \
+	|| $(PYTHON) -m venv --clear $(@D) >/dev/null 2>&1 \
+	|| { $(PYTHON) -m venv --clear --without-pip $(@D) \
+	     && $(PYTHON) -m pip --python $(@D)/bin/python install --quiet pip; }
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable .
+	@touch $@
+
+$(TL4)/.tools $(TL3)/.tools: .venv-%/.tools: .venv-%/.installed
+	@echo "Installing the tools into $(@D)"
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable '.[$(TOOLS_$*)]'
+	@touch $@

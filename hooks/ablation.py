@@ -1,0 +1,42 @@
+"""Ablation: nodes of a model held at given values, by hook name, on any TransformerLens model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_sparse.errors import HookNameError
+from tl_sparse.hooks.points import HookFn, hooked
+
+
+@contextmanager
+def ablating(
+    model: torch.nn.Module,
+    nodes: Mapping[str, Bool[Tensor, " *node"]],
+    values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
+) -> Iterator[None]:
+    """Within the context, the chosen nodes have the given values at all positions.
+
+    Args:
+        model: any TransformerLens model.
+        nodes: hook name → which nodes are ablated, in the shape of an activation without batch and position.
+        values: hook name → what they are set to: their means, zeros, or activations of another run.
+
+    Raises:
+        HookNameError: for a hook name that the model, or `values`, does not have.
+    """
+    missing = nodes.keys() - values.keys()
+    if missing:
+        raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
+
+    def setter(ablated: Tensor, value: Tensor) -> HookFn:
+        def hook_fn(activation: Tensor, hook: object) -> Tensor:
+            return torch.where(ablated.to(activation.device), value.to(activation), activation)
+
+        return hook_fn
+
+    # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
+    with hooked(model, {name: setter(nodes[name], values[name]) for name in nodes if bool(nodes[name].any())}):
+        yield

@@ -1,0 +1,50 @@
+"""Activation sparsity: AbsTopK as a function, and at the hook points of any TransformerLens model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparse.errors import ConfigError
+from tl_sparse.hooks.points import HookFn, hooked
+
+
+def abs_topk(x: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
+    """Keep the `k` entries of largest magnitude in the last dimension, zero the rest (Gao et al. 2025, A.1).
+
+    Gradients pass through the kept entries only.
+    """
+    if k >= x.shape[-1]:
+        return x
+    kept = x.detach().abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
+
+
+@contextmanager
+def sparse_activations(model: torch.nn.Module, fractions: Mapping[str, float]) -> Iterator[None]:
+    """Within the context, AbsTopK acts at hook points of any TransformerLens model.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        fractions: hook name → fraction kept of the node dimensions; those of `[batch, pos, head, d_head]`
+            activations are taken together, as in the paper's models.
+
+    Raises:
+        HookNameError: for a hook name that the model does not have.
+        ConfigError: for a fraction outside (0, 1].
+    """
+    for name, fraction in fractions.items():
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"fraction {fraction!r} at {name} is not possible; it must be in (0, 1]")
+
+    def sparsifier(fraction: float) -> HookFn:
+        def hook_fn(activation: Tensor, hook: object) -> Tensor:
+            flat = activation.flatten(2)
+            return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
+
+        return hook_fn
+
+    with hooked(model, {name: sparsifier(fraction) for name, fraction in fractions.items()}):
+        yield

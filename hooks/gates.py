@@ -1,0 +1,103 @@
+"""Learned gates: one parameter per node decides whether the node is kept or held at its mean.
+
+Gao et al. 2025, section 2.2 and A.5.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_sparse.hooks.points import HookFn, hooked
+
+
+class _GatedMean(torch.autograd.Function):
+    """Forward: x where τ > 0, else the mean. Backward to τ: as if the gate were sigmoid(τ / T) (A.5)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tau: Tensor, mean: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(x, tau, mean)
+        ctx.temperature = temperature
+        return torch.where(tau > 0, x, mean)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, tau, mean = ctx.saved_tensors
+        open_share = torch.sigmoid(tau / ctx.temperature)
+        # Σ grad · (x − mean) over batch and position, without a tensor of the activation's size for x − mean.
+        towards_open = (grad * x).sum((0, 1)) - grad.sum((0, 1)) * mean
+        grad_tau = towards_open * open_share * (1 - open_share) / ctx.temperature
+        grad_x = torch.where(tau > 0, grad, 0.0) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_tau, None, None
+
+
+class NodeGates(nn.Module):
+    """Gates at hook points of a TransformerLens model.
+
+    Args:
+        means: hook name → mean activation, `[*node]`; every entry becomes a gated node.
+        init_bias, init_scale: τ starts at bias + scale · N(0, 1), clamped to [-1, 1].
+        temperature: T of the backward pass.
+        seed: of the initial noise.
+    """
+
+    means: Tensor
+
+    def __init__(
+        self,
+        means: Mapping[str, Float[Tensor, " *node"]],
+        *,
+        init_bias: float,
+        init_scale: float,
+        temperature: float = 1.0,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.shapes = {name: mean.shape for name, mean in means.items()}
+        flat = torch.cat([mean.flatten() for mean in means.values()])
+        noise = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(seed))
+        # One flat parameter for all nodes: one optimizer state, one ranking.
+        self.tau = nn.Parameter((init_bias + init_scale * noise).clamp(-1, 1).to(flat))
+        self.register_buffer("means", flat.clone())
+        self.temperature = temperature
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Values of all nodes in one vector → hook name → `[*node]`."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def kept(self) -> dict[str, Bool[Tensor, " *node"]]:
+        """Hook name → which gates are open."""
+        return self.split(self.tau.detach() > 0)
+
+    def expected_size(self) -> Float[Tensor, ""]:
+        """The number of open gates, differentiable through the same surrogate as the gates."""
+        soft = torch.sigmoid(self.tau / self.temperature)
+        return (self.tau > 0).sum() + (soft - soft.detach()).sum()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep τ in [-1, 1]; called after every optimizer step (A.5)."""
+        self.tau.clamp_(-1, 1)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Within the context, the gates act on everything `model` runs.
+
+        Raises:
+            HookNameError: for a hook name that the model does not have.
+        """
+
+        def gate(name: str) -> HookFn:
+            def hook_fn(activation: Tensor, hook: object) -> Tensor:
+                # Split at each call, for the gradient of each forward pass to reach τ.
+                tau, mean = self.split(self.tau)[name], self.split(self.means)[name]
+                return _GatedMean.apply(activation, tau, mean, self.temperature)
+
+            return hook_fn
+
+        with hooked(model, {name: gate(name) for name in self.shapes}):
+            yield

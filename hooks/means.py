@@ -1,0 +1,64 @@
+"""Recording the mean of activations over a token stream."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparse.errors import DataError
+from tl_sparse.hooks.points import hooked
+
+
+class Means:
+    """Running means over batch and position of activations `[batch, pos, *node]`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Float[Tensor, " *node"]] = {}
+        self._counts: dict[str, int] = {}
+
+    def record(self, activation: Float[Tensor, "batch pos *node"], hook: object) -> None:
+        """A TransformerLens hook function; leaves the activation as it is."""
+        name: str = hook.name  # type: ignore[attr-defined]
+        # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
+        total = activation.detach().sum((0, 1), dtype=torch.float64)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + activation.shape[0] * activation.shape[1]
+
+    def result(self, dtype: torch.dtype) -> dict[str, Float[Tensor, " *node"]]:
+        """Hook name → mean activation."""
+        return {name: (total / self._counts[name]).to(dtype) for name, total in self._sums.items()}
+
+
+@contextmanager
+def recording_means(model: torch.nn.Module, names: Sequence[str]) -> Iterator[Means]:
+    """Within the context, whatever the model runs on is added to the means at the hook points `names`.
+
+    Raises:
+        HookNameError: for a hook name that the model does not have.
+    """
+    means = Means()
+    with hooked(model, dict.fromkeys(names, means.record)):
+        yield means
+
+
+@torch.no_grad()
+def mean_activations(
+    model: torch.nn.Module, names: Sequence[str], batches: Iterable[Int[Tensor, "batch pos"]]
+) -> dict[str, Float[Tensor, " *node"]]:
+    """The mean activation at each hook point over all tokens of `batches`, in the model's dtype.
+
+    Raises:
+        HookNameError: for a hook name that the model does not have.
+        DataError: if there is no batch.
+    """
+    weight = next(model.parameters())
+    empty = True
+    with recording_means(model, names) as means:
+        for tokens in batches:
+            model(tokens.to(weight.device), return_type=None)
+            empty = False
+    if empty:
+        raise DataError("means need at least one batch of tokens")
+    return means.result(weight.dtype)

@@ -1,0 +1,35 @@
+"""Attaching functions to the hook points of a TransformerLens model, and taking them off again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_sparse.errors import HookNameError
+
+#: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
+HookFn = Callable[[Tensor, Any], Tensor | None]
+
+
+def check_hook_names(model: torch.nn.Module, names: Mapping[str, object] | list[str]) -> None:
+    """Raise `HookNameError` naming the nearest hook names of `model` if it lacks one of `names`."""
+    existing = model.hook_dict
+    for name in names:
+        if name not in existing:
+            near = get_close_matches(name, list(existing), n=3) or list(existing)[:3]
+            raise HookNameError(f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(near)}")
+
+
+@contextmanager
+def hooked(model: torch.nn.Module, functions: Mapping[str, HookFn]) -> Iterator[None]:
+    """Within the context, each function acts at the hook point of its name, on either TransformerLens line.
+
+    TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an exception
+    too. Names are checked first, so that a wrong one leaves nothing attached.
+    """
+    check_hook_names(model, functions)
+    with model.hooks(fwd_hooks=list(functions.items())):
+        yield

@@ -1,0 +1,211 @@
+"""Weight sparsity as an optimizer step post-hook: after every step, only the largest weights stay.
+
+Gao et al. 2025, section 2.1 and A.2. The hook works with any torch optimizer and any training loop; where a
+loop creates its optimizer itself, as TransformerLens' own `train` does, it is found by the weights it steps.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from tl_sparse.errors import ConfigError
+
+#: The fraction of weights kept, constant or as a function of the number of optimizer steps done before.
+Fraction = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights that share one top-k budget, seen as one matrix with a row for each neuron or channel.
+
+    Attributes:
+        rows: parameters with the einops pattern that makes a matrix of each; those of an inner tuple lie
+            side by side (a matrix and its positional rows), the inner tuples below each other (q, k, v).
+        embedding: whether the embedding fraction applies; no minimum per row then.
+        protected: whether each row keeps its `min_nonzero` largest entries.
+    """
+
+    rows: tuple[tuple[tuple[Tensor, str], ...], ...]
+    embedding: bool = False
+    protected: bool = True
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for row in self.rows for parameter, _ in row]
+
+    @torch.no_grad()
+    def project(self, fraction: float, min_nonzero: int) -> None:
+        """Zero all but the int(fraction · entries) largest entries; see `top_mask`."""
+        matrix = torch.cat([torch.cat([rearrange(p, pattern) for p, pattern in row], dim=1) for row in self.rows])
+        keep = top_mask(matrix.abs(), int(fraction * matrix.numel()), min_nonzero if self.protected else 0)
+        start = 0
+        for row in self.rows:
+            stop = start + rearrange(row[0][0], row[0][1]).shape[0]
+            widths = [rearrange(p, pattern).shape[1] for p, pattern in row]
+            for (p, pattern), mask in zip(row, keep[start:stop].split(widths, dim=1), strict=True):
+                p.masked_fill_(~_undo(mask, pattern, p), 0.0)
+            start = stop
+
+
+def _undo(matrix: Tensor, pattern: str, like: Tensor) -> Tensor:
+    """The inverse of `rearrange(like, pattern)`."""
+    before, after = pattern.split(" -> ")
+    return rearrange(matrix, f"{after} -> {before}", **dict(zip(before.split(), like.shape, strict=True)))
+
+
+def top_mask(magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int) -> Bool[Tensor, "row column"]:
+    """The `k` largest entries, of which the `min_per_row` largest of each row come first (A.2).
+
+    Exactly max(k, protected entries) are kept, also among equal magnitudes.
+    """
+    ranked = magnitudes
+    if min_per_row > 0:
+        protected = magnitudes.topk(min(min_per_row, magnitudes.shape[1]), dim=1).indices
+        ranked = magnitudes.scatter(1, protected, float("inf"))
+        k = max(k, protected.numel())
+    mask = torch.zeros_like(ranked, dtype=torch.bool)
+    mask.view(-1)[ranked.flatten().topk(k, sorted=False).indices] = True
+    return mask
+
+
+#: How parameters of HookedTransformer's names become matrices: (group, pattern). Q, K and V are one group.
+_PATTERNS = {
+    r"(.*attn\.)W_[QKV](_pos)?": ("QKV", "head input channel -> (head channel) input"),
+    r"(.*attn\.)W_O": ("O", "head channel output -> (head channel) output"),
+    r"(.*mlp\.)W_in(_pos)?": ("in", "input neuron -> neuron input"),
+    r"(.*mlp\.)W_gate": ("gate", "input neuron -> neuron input"),
+    r"(.*mlp\.)W_out": ("out", "neuron output -> neuron output"),
+}
+_EMBEDDINGS = re.compile(r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|tok_embed|head)\.(W_E|W_U|weight)$")
+_LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|wpe|(^|\.)b(ias)?(_|$)")
+
+
+def weight_groups(model: torch.nn.Module) -> list[WeightGroup]:
+    """The matrices of a TransformerLens model: per layer the fused QKV matrix, W_O, W_in and W_out, each with
+    its positional rows; the embedding and the unembedding. Any other parameter of two or more dimensions is a
+    group of its own; biases, norms, the bigram table and positional tables stay dense (A.2, published script).
+    """
+    fused: dict[str, dict[str, list[tuple[Tensor, str]]]] = {}
+    groups: list[WeightGroup] = []
+    for name, parameter in model.named_parameters():
+        for regex, (group, pattern) in _PATTERNS.items():
+            if (match := re.fullmatch(regex, name)) and parameter.ndim == len(pattern.split(" -> ")[0].split()):
+                matrix = name.removesuffix("_pos")
+                fused.setdefault(match[1] + group, {}).setdefault(matrix, []).append((parameter, pattern))
+                break
+        else:
+            if parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
+                before = " ".join(f"d{i}" for i in range(parameter.ndim))
+                pattern = f"{before} -> {before.replace('d0 ', 'd0 (', 1)})"
+                embedding = _EMBEDDINGS.search(name) is not None
+                groups.append(WeightGroup((((parameter, pattern),),), embedding, protected=False))
+    return [WeightGroup(tuple(map(tuple, rows.values()))) for rows in fused.values()] + groups
+
+
+def annealed(target: float, start: float, stop: float) -> Callable[[int], float]:
+    """The fraction 1 until step `start`, linearly down to `target` at step `stop` (A.2).
+
+    Raises:
+        ConfigError: unless 0 < target ≤ 1 and 0 ≤ start ≤ stop.
+    """
+    _check_fraction("target", target)
+    if not 0 <= start <= stop:
+        raise ConfigError(f"the annealing window ({start}, {stop}) is not possible; it needs 0 <= start <= stop")
+
+    def fraction(step: int) -> float:
+        done = 1.0 if step >= stop else max(0.0, (step - start) / (stop - start))
+        return 1.0 + done * (target - 1.0)
+
+    return fraction
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ConfigError(f"{name} = {value!r} is not possible; it must be a fraction in (0, 1]")
+
+
+class WeightSparsity:
+    """Keeps a model weight-sparse while any optimizer trains it.
+
+        with WeightSparsity(model, fraction=1 / 32).attached():
+            train(model, …)
+
+    Args:
+        model: any TransformerLens model (or torch module).
+        fraction: the share of each matrix kept, constant or a function of the step (see `annealed`).
+        embed_fraction: the same for embedding and unembedding; None: as `fraction` (the paper's text; the
+            published script keeps more).
+        min_nonzero: entries kept at least per neuron and attention channel (A.2: 4).
+        groups: what shares a budget; None: `weight_groups(model)`.
+
+    Raises:
+        ConfigError: for an impossible fraction or minimum, or a model without matrices.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        fraction: Fraction,
+        *,
+        embed_fraction: Fraction | None = None,
+        min_nonzero: int = 4,
+        groups: Sequence[WeightGroup] | None = None,
+    ) -> None:
+        self.fraction = fraction
+        self.embed_fraction = fraction if embed_fraction is None else embed_fraction
+        for name, value in (("fraction", self.fraction), ("embed_fraction", self.embed_fraction)):
+            if not callable(value):
+                _check_fraction(name, value)
+        if min_nonzero < 0:
+            raise ConfigError(f"min_nonzero = {min_nonzero} is not possible; it must be at least 0")
+        self.min_nonzero = min_nonzero
+        self.groups = list(weight_groups(model) if groups is None else groups)
+        if not self.groups:
+            raise ConfigError(f"{type(model).__name__} has no weight matrices to make sparse")
+        self.steps = 0  # optimizer steps seen
+
+    def fractions(self, step: int) -> tuple[float, float]:
+        """The fraction kept after optimizer step number `step` (from 0): of the matrices, of the embeddings."""
+        matrices, embeddings = self.fraction, self.embed_fraction
+        return (
+            matrices(step) if callable(matrices) else matrices,
+            embeddings(step) if callable(embeddings) else embeddings,
+        )
+
+    def project(self) -> None:
+        """Zero all but the largest weights, at the fraction of the current step."""
+        matrices, embeddings = self.fractions(self.steps)
+        for group in self.groups:
+            group.project(embeddings if group.embedding else matrices, self.min_nonzero)
+
+    def l0(self) -> int:
+        """How many of the weights are nonzero."""
+        return sum(int(p.count_nonzero()) for group in self.groups for p in group.parameters)
+
+    @contextmanager
+    def attached(self, optimizer: Optimizer | None = None) -> Iterator["WeightSparsity"]:
+        """Within the context, project after every step of `optimizer`; of None: of any optimizer that steps
+        these weights, also one created later inside a training loop."""
+        ours = {id(p) for group in self.groups for p in group.parameters}
+
+        def post_hook(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            if any(id(p) in ours for group in stepped.param_groups for p in group["params"]):
+                self.project()
+                self.steps += 1
+
+        if optimizer is None:
+            handle = register_optimizer_step_post_hook(post_hook)
+        else:
+            handle = optimizer.register_step_post_hook(post_hook)
+        try:
+            yield self
+        finally:
+            handle.remove()

@@ -1,0 +1,176 @@
+"""What both faces of the network share: `SparseModel`, and the choice of the face for the installed line.
+
+`hooked.py` (TransformerLens 3) and `bridge.py` (TransformerLens 4) add only what differs.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
+
+from tl_sparse.config import SparseConfig
+from tl_sparse.errors import DataError, TokenizerError
+from tl_sparse.modules import SparseTransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def transformer_lens_line() -> int:
+    """The major version of the installed TransformerLens: 3 or 4."""
+    return int(version("transformer-lens").split(".")[0])
+
+
+class SparseModel(nn.Module):
+    """Mixed into TransformerLens' own model class by both faces, before it.
+
+    The face holds the network's modules as its own children, so hook names, parameter names and
+    `state_dict` keys are the network's on both lines.
+    """
+
+    network: SparseTransformer
+    tokenizer: Any
+    cfg: Any
+
+    @property
+    def sparse_cfg(self) -> SparseConfig:
+        """The architecture; `model.cfg` is TransformerLens' view of it."""
+        return self.network.cfg
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `model.safetensors` and, if there is one, the tokenizer; see `tl_sparse.load`."""
+        from tl_sparse.checkpoints import save_model
+
+        save_model(self, Path(folder))
+
+    def forward(
+        self,
+        input: str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Any:
+        """`HookedTransformer.forward`'s contract on both lines.
+
+        Args:
+            input: text, tokens, or with `start_at_layer` the residual stream that enters this block.
+            return_type: "logits", "loss", "both" or None.
+            loss_per_token: the next-token loss of each position instead of the mean.
+            prepend_bos, padding_side: how text becomes tokens; None: TransformerLens' defaults.
+            tokens: with `start_at_layer`, the tokens behind the residual stream; the loss and a bigram
+                table need them.
+            attention_mask: 1 for real tokens; computed where the padding is on the left.
+            position_ids: default 0, 1, …
+            stop_at_layer: return the residual stream that enters this block.
+
+        Raises:
+            DataError: for a sequence longer than the context, or a missing `tokens`.
+            TokenizerError: for text without a tokenizer.
+        """
+        resid = None
+        if start_at_layer is not None:
+            resid = input if input.ndim == 3 else input[None]  # type: ignore[union-attr]
+            needs_tokens = self.sparse_cfg.bigram_table or return_type in ("loss", "both")
+            if tokens is None:
+                if needs_tokens and stop_at_layer is None:
+                    raise DataError("start_at_layer needs tokens=…: the loss and the bigram table read them")
+                tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+        elif isinstance(input, Tensor):
+            tokens = input if input.ndim == 2 else input[None]
+        else:
+            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        if attention_mask is None and side == "left" and self.tokenizer is not None:
+            bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+            attention_mask = get_attention_mask(self.tokenizer, tokens, bos, side)
+        out = self.network(
+            tokens.to(self.network.embed.W_E.device), attention_mask, position_ids,
+            resid=resid, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer,
+        )  # fmt: skip
+        if stop_at_layer is not None:
+            return out
+        return self._finish(out, tokens, attention_mask, return_type, loss_per_token)
+
+    def _finish(
+        self, logits: Tensor, tokens: Tensor, mask: Tensor | None, return_type: str | None, per_token: bool
+    ) -> Any:
+        if return_type in (None, "logits"):
+            return None if return_type is None else logits
+        if return_type not in ("loss", "both"):
+            raise DataError(f"return_type = {return_type!r} is not possible; use 'logits', 'loss', 'both' or None")
+        loss = self.loss_fn(logits, tokens.to(logits.device), mask, per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _adopt(self, network: SparseTransformer) -> None:
+        """Make the network's modules this model's own; the network itself stays outside the module tree."""
+        self.__dict__["network"] = network
+        for name, child in network.named_children():
+            setattr(self, name, child)
+
+    def __repr__(self) -> str:
+        cfg, parameters = self.sparse_cfg, list(self.network.parameters())
+        kept = sum(int(p.count_nonzero()) for p in parameters)
+        total = sum(p.numel() for p in parameters)
+        return (
+            f"{type(self).__name__}({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
+            f"{cfg.d_head}, d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}; "
+            f"{kept:,} of {total:,} parameters nonzero)"
+        )
+
+    __str__ = __repr__
+
+
+def tl_config_fields(cfg: SparseConfig, network: SparseTransformer) -> dict[str, Any]:
+    """The fields of TransformerLens' configuration classes that describe the network on both lines."""
+    weight = network.embed.W_E
+    return dict(
+        n_layers=cfg.n_layers, d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head, d_mlp=cfg.d_mlp,
+        d_vocab=cfg.d_vocab, d_vocab_out=cfg.d_vocab, n_ctx=cfg.n_ctx, act_fn=cfg.act_fn,
+        normalization_type="RMS" if cfg.normalization == "rms" else "LN",
+        positional_embedding_type="standard" if cfg.positions == "added" else "none",
+        eps=float(torch.finfo(weight.dtype).eps) if cfg.normalization == "rms" else 1e-5,
+        model_name="tl_sparse", init_weights=False, dtype=weight.dtype, device=str(weight.device),
+    )  # fmt: skip
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple[PreTrainedTokenizerBase, bool]:
+    """Check and complete a tokenizer; also whether it puts the begin-of-text token in front by itself.
+
+    TransformerLens' own set-up reloads the tokenizer from the place it came from, which fails for one that
+    was made in memory; the rest of it is these lines.
+
+    Raises:
+        TokenizerError: if the vocabulary is larger than the model's.
+    """
+    size = len(tokenizer)
+    if size > d_vocab:
+        raise TokenizerError(f"the tokenizer has {size} tokens, the model d_vocab = {d_vocab}: not its tokenizer")
+    tokenizer.eos_token = tokenizer.eos_token or "<|endoftext|>"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+    ids = tokenizer.encode("a")
+    return tokenizer, len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+
+
+def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
+    """The network as a model of the installed TransformerLens line, in eval mode."""
+    network.eval()
+    if transformer_lens_line() == 3:
+        from tl_sparse.hooked import SparseHookedTransformer
+
+        return SparseHookedTransformer(network, tokenizer).eval()
+    from tl_sparse.bridge import SparseTransformerBridge
+
+    return SparseTransformerBridge(network, tokenizer).eval()

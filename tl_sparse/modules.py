@@ -1,0 +1,380 @@
+"""The network, written once: every hook point, with HookedTransformer's parameter names and shapes.
+
+Both faces (`hooked.py` for TransformerLens 3, `bridge.py` for 4) run these modules. Each AbsTopK is computed
+before its standard hook fires, so a hook sees, and may replace, exactly what the next operation uses.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from tl_sparse.config import SparseConfig
+from tl_sparse.errors import DataError
+from tl_sparse.hooks.activations import abs_topk
+
+
+class AbsTopK(nn.Module):
+    """AbsTopK at a location of the configuration; the identity where it does not act."""
+
+    def __init__(self, cfg: SparseConfig, location: str) -> None:
+        super().__init__()
+        self.k = cfg.topk(location)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return x if self.k is None else abs_topk(x, self.k)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+def _bias(shape: tuple[int, ...], learned: bool) -> Tensor:
+    """A bias; the zeros that TransformerLens' tools expect to find where the network has none."""
+    return nn.Parameter(torch.zeros(shape)) if learned else torch.zeros(shape)
+
+
+def _set_bias(module: nn.Module, name: str, shape: tuple[int, ...], learned: bool) -> None:
+    bias = _bias(shape, learned)
+    if learned:
+        module.register_parameter(name, bias)
+    else:
+        module.register_buffer(name, bias, persistent=False)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm; `hook_normalized` is before the weight."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.centered = cfg.normalization == "layer"
+        self.w = nn.Parameter(torch.ones(cfg.d_model))
+        _set_bias(self, "b", (cfg.d_model,), cfg.norm_bias)
+        self.hook_scale = HookPoint()  # [batch, pos, 1]
+        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+
+    def _scale(self, x: Tensor) -> Tensor:
+        # RMSNorm adds the dtype's machine epsilon, so that zero keeps its meaning in the stream (A.1).
+        eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
+        return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+    def _center(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centered else x
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        x = self._center(x)
+        x = self.hook_normalized(x / self.hook_scale(self._scale(x)))
+        return x * self.w + self.b
+
+
+class Read(Norm):
+    """What a block reads: the normalised stream, beside it any positional channels, then AbsTopK."""
+
+    def __init__(self, cfg: SparseConfig, location: str) -> None:
+        super().__init__(cfg)
+        if cfg.d_pos:
+            self.w_pos = nn.Parameter(torch.ones(cfg.d_pos))
+            _set_bias(self, "b_pos", (cfg.d_pos,), cfg.norm_bias)
+        self.topk = AbsTopK(cfg, location)
+        self.hook_read = HookPoint()  # [batch, pos, d_read]
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "batch pos d_model"], pos: Float[Tensor, "batch pos d_pos"] | None
+    ) -> Float[Tensor, "batch pos d_read"]:
+        read = super().forward(x)
+        if pos is not None:
+            pos = self._center(pos)
+            read = torch.cat([read, pos / self._scale(pos) * self.w_pos + self.b_pos], dim=-1)
+        return self.hook_read(self.topk(read))
+
+
+class Embed(nn.Module):
+    """Token embedding."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        # Not W_E[tokens]: its backward differs from run to run on several threads.
+        return F.embedding(tokens, self.W_E)
+
+
+class PosEmbed(nn.Module):
+    """Learned or sinusoidal positions: added to the token embedding, or concatenated channels."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        d_pos = cfg.d_pos or cfg.d_model
+        table = _sinusoids(cfg.n_ctx, d_pos) if cfg.sinusoidal else torch.empty(cfg.n_ctx, d_pos)
+        self.W_pos = nn.Parameter(table, requires_grad=not cfg.sinusoidal)
+
+    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_pos"]:
+        return F.embedding(positions, self.W_pos)
+
+
+def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
+    """Sines in the even channels, cosines in the odd ones, wavelengths from 2π to 10000·2π."""
+    frequencies = torch.exp(torch.arange(0, d_pos, 2) * (-math.log(10000.0) / d_pos))
+    angles = torch.arange(n_ctx)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_pos]
+
+
+class Attention(nn.Module):
+    """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        heads, d_head, d_model = cfg.n_heads, cfg.d_head, cfg.d_model
+        self.scale = d_head**-0.5
+        for name in "QKV":
+            self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
+            if cfg.d_pos:
+                self.register_parameter(f"W_{name}_pos", nn.Parameter(torch.empty(heads, cfg.d_pos, d_head)))
+            _set_bias(self, f"b_{name}", (heads, d_head), cfg.biases)
+        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        _set_bias(self, "b_O", (d_model,), cfg.biases)
+        self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
+        self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{name}") for name in "qkv")
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK, as k and v
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
+        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], without the sink
+        self.hook_pattern = HookPoint()  # the same; rows sum to less than 1 with a sink
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+
+    def _project(self, read: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos head d_head"]:
+        weight: Tensor = getattr(self, f"W_{name}")
+        if hasattr(self, f"W_{name}_pos"):
+            weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
+        matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
+        flat = torch.matmul(read, matrix) + getattr(self, f"b_{name}").flatten()
+        topk: AbsTopK = getattr(self, f"topk_{name.lower()}")
+        return topk(flat).unflatten(-1, weight.shape[::2])
+
+    def forward(
+        self, read: Float[Tensor, "batch pos d_read"], mask: Int[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q = self.hook_q(self._project(read, "Q"))
+        k = self.hook_k(self._project(read, "K"))
+        v = self.hook_v(self._project(read, "V"))
+        if mask is None and not (self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()):
+            z = self._fused_attention(q, k, v)
+        else:
+            z = self._explicit_attention(q, k, v, mask)
+        z = self.hook_z(z)
+        return torch.matmul(z.flatten(2), self.W_O.flatten(0, 1)) + self.b_O
+
+    def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        length = q.shape[1]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        if mask is not None:
+            hidden = hidden | (mask == 0)[:, None, None, :]
+        scores = self.hook_attn_scores(scores.masked_fill(hidden, float("-inf")))
+        if self.sink is not None:
+            sink = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            pattern = torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
+        else:
+            pattern = scores.softmax(-1)
+            if mask is not None:  # a padding token that sees nothing at all
+                pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+        return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
+
+    def _fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same without materialising the pattern.
+
+        A sink becomes a key of its own before the first token, with the value zero. Its logit reaches it
+        through an extra channel that is 1 in every query; a query in front keeps the causal mask square.
+        """
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.sink is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
+        d_head = q.shape[-1]
+        q = F.pad(q * self.scale, (0, 1, 1, 0), value=1.0)
+        sink = F.pad(self.sink.view(1, -1, 1, 1), (d_head, 0)).expand(k.shape[0], -1, -1, -1)
+        k = torch.cat([sink, F.pad(k, (0, 1))], dim=2)
+        v = F.pad(v, (0, 1, 1, 0))
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        return z[:, :, 1:, :d_head].transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """One hidden layer, AbsTopK after the nonlinearity."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
+        if cfg.d_pos:
+            self.W_in_pos = nn.Parameter(torch.empty(cfg.d_pos, cfg.d_mlp))
+        _set_bias(self, "b_in", (cfg.d_mlp,), cfg.biases)
+        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        _set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
+        self.act = nn.GELU() if cfg.act_fn == "gelu" else nn.ReLU()
+        self.topk = AbsTopK(cfg, "mlp_neuron")
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
+
+    def forward(self, read: Float[Tensor, "batch pos d_read"]) -> Float[Tensor, "batch pos d_model"]:
+        W_in = torch.cat([self.W_in, self.W_in_pos]) if hasattr(self, "W_in_pos") else self.W_in
+        pre = self.hook_pre(torch.matmul(read, W_in) + self.b_in)
+        post = self.hook_post(self.topk(self.act(pre)))
+        return torch.matmul(post, self.W_out) + self.b_out
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads the residual stream and adds to it."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = Read(cfg, "attn_in"), Read(cfg, "mlp_in")
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
+        self.resid_act = nn.ReLU() if cfg.resid_relu else nn.Identity()
+        self.topk_attn_out, self.topk_mlp_out = AbsTopK(cfg, "attn_out"), AbsTopK(cfg, "mlp_out")
+        self.topk_resid_mid, self.topk_resid_post = AbsTopK(cfg, "resid_post_attn"), AbsTopK(cfg, "resid_post_mlp")
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
+        self.hook_attn_out = HookPoint()  # after AbsTopK
+        self.hook_resid_mid = HookPoint()  # after the residual activation and AbsTopK
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        pos: Float[Tensor, "batch pos d_pos"] | None,
+        mask: Int[Tensor, "batch pos"] | None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid_pre = self.hook_resid_pre(resid_pre)
+        attn_out = self.hook_attn_out(self.topk_attn_out(self.attn(self.ln1(resid_pre, pos), mask)))
+        resid_mid = self.hook_resid_mid(self.topk_resid_mid(self.resid_act(resid_pre + attn_out)))
+        mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(resid_mid, pos))))
+        return self.hook_resid_post(self.topk_resid_post(self.resid_act(resid_mid + mlp_out)))
+
+
+class Unembed(nn.Module):
+    """Residual stream → logits, with the logits' bias."""
+
+    def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
+        super().__init__()
+        # Tied: a reference that is no submodule, so that the weight stays one parameter with one name.
+        self.__dict__["tied_to"] = embed if cfg.tied_unembed else None
+        if not cfg.tied_unembed:
+            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
+        _set_bias(self, "b_U", (cfg.d_vocab,), cfg.logits_bias)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name == "W_U" and self.__dict__["tied_to"] is not None:
+            return self.__dict__["tied_to"].W_E.T
+        return super().__getattr__(name)
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return torch.matmul(resid, self.W_U) + self.b_U
+
+
+class Bigram(nn.Module):
+    """The dense table whose row of the current token is added to the logits, off the residual path."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.W_bigram = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_vocab))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return F.embedding(tokens, self.W_bigram)
+
+
+class SparseTransformer(nn.Module):
+    """The whole network, tokens → logits. Users meet it through a face; see `tl_sparse.load`."""
+
+    def __init__(self, cfg: SparseConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = Embed(cfg)
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        if cfg.positions != "none":
+            self.pos_embed = PosEmbed(cfg)
+            # TransformerLens' tools take hook_pos_embed for a part of the stream: only added positions are.
+            if cfg.positions == "added":
+                self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+            else:
+                self.hook_pos = HookPoint()  # [batch, pos, d_pos]
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = Norm(cfg)
+        self.unembed = Unembed(cfg, self.embed)
+        if cfg.bigram_table:
+            self.bigram = Bigram(cfg)
+            self.hook_bigram = HookPoint()  # [batch, pos, d_vocab]
+
+    def positions(self, tokens: Tensor, mask: Tensor | None) -> Int[Tensor, "batch pos"]:
+        """0, 1, … for each real token; padding before the first one has position 0."""
+        mask = torch.ones_like(tokens) if mask is None else mask.long()
+        return (mask.cumsum(1) - 1).clamp(min=0)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        *,
+        resid: Float[Tensor, "batch pos d_model"] | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab_or_d_model"]:
+        """Logits of every position, or the residual stream before `stop_at_layer`.
+
+        Args:
+            input_ids: tokens; the bigram table needs them also when `resid` is given.
+            attention_mask: 1 for a real token, 0 for padding. Right padding needs none: attention is causal.
+            position_ids: default 0, 1, …, counted over the real tokens of `attention_mask`.
+            resid: the residual stream entering block `start_at_layer`, in place of the embedding.
+            start_at_layer, stop_at_layer: run the blocks `[start:stop]`; negative counts from the end.
+
+        Raises:
+            DataError: if the sequence is longer than the context.
+        """
+        length, n_ctx = input_ids.shape[1], self.cfg.n_ctx
+        if length > n_ctx:
+            raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
+        pos = None
+        if self.cfg.positions != "none":
+            pos = self.pos_embed(self.positions(input_ids, attention_mask) if position_ids is None else position_ids)
+            pos = self.hook_pos_embed(pos) if self.cfg.positions == "added" else self.hook_pos(pos)
+        if resid is None:
+            resid = self.hook_embed(self.embed(input_ids))
+            if self.cfg.positions == "added":
+                resid = resid + pos
+        read_pos = pos if self.cfg.positions == "concatenated" else None
+        for block in self.blocks[start_at_layer:stop_at_layer]:
+            resid = block(resid, read_pos, attention_mask)
+        if stop_at_layer is not None:
+            return resid
+        logits = self.unembed(self.ln_final(resid))
+        if self.cfg.bigram_table:
+            logits = logits + self.hook_bigram(self.bigram(input_ids))
+        return logits
+
+
+@torch.no_grad()
+def init_weights(network: SparseTransformer, seed: int) -> None:
+    """Fresh weights from `seed`: normal with standard deviation 1/sqrt(inputs) for matrices, the writes
+    further divided by sqrt(2·n_layers) (GPT-2's rule), the bigram table uniform in [0, 0.02) (A.1)."""
+    generator = torch.Generator().manual_seed(seed)
+    cfg = network.cfg
+    for name, parameter in network.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "W_bigram":
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.02)
+        elif leaf.startswith("W_") and not (leaf == "W_pos" and cfg.sinusoidal):
+            std = 0.02 if leaf in ("W_E", "W_pos") else _fan_in(cfg, leaf) ** -0.5
+            if leaf in ("W_O", "W_out"):
+                std /= math.sqrt(2 * cfg.n_layers)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def _fan_in(cfg: SparseConfig, leaf: str) -> int:
+    if leaf == "W_O":
+        return cfg.n_heads * cfg.d_head
+    if leaf == "W_U":
+        return cfg.d_model
+    return cfg.d_mlp if leaf == "W_out" else cfg.d_read

@@ -1,0 +1,70 @@
+"""The node locations of a model (Gao et al. 2025, section 2.2): where they are, and how nodes are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tl_sparse.errors import HookNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
+LOCATION_HOOKS = {
+    "attn_in": "blocks.{}.ln1.hook_read",
+    "attn_q": "blocks.{}.attn.hook_q",
+    "attn_k": "blocks.{}.attn.hook_k",
+    "attn_v": "blocks.{}.attn.hook_v",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_in": "blocks.{}.ln2.hook_read",
+    "mlp_neuron": "blocks.{}.mlp.hook_post",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """One node: an entry of the activation at a location of a layer.
+
+    `index` counts over all heads at attn_q, attn_k and attn_v (head = index // d_head), as in OpenAI's files.
+    """
+
+    layer: int
+    location: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.location}.{self.index}"
+
+
+def node_hooks(model: nn.Module, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
+    """(layer, location) → hook name, for every layer, in the order of the forward pass.
+
+    Raises:
+        HookNameError: for an unknown location, or a model without the paper's node locations.
+    """
+    for location in locations or ():
+        if location not in LOCATION_HOOKS:
+            raise HookNameError(f"unknown node location {location!r}; the locations are {', '.join(LOCATION_HOOKS)}")
+    config: Any = model.cfg
+    hooks = {
+        (layer, location): hook.format(layer)
+        for layer in range(config.n_layers)
+        for location, hook in LOCATION_HOOKS.items()
+        if locations is None or location in locations
+    }
+    existing = model.hook_dict
+    missing = [name for name in hooks.values() if name not in existing]
+    if missing:
+        raise HookNameError(f"{type(model).__name__} has no hook point {missing[0]!r}, so its nodes cannot be gated")
+    return hooks
+
+
+def node_at(hook_name: str, index: int) -> Node:
+    """The node at a hook point of `LOCATION_HOOKS`."""
+    _, layer, rest = hook_name.split(".", 2)
+    for location, hook in LOCATION_HOOKS.items():
+        if hook == f"blocks.{{}}.{rest}":
+            return Node(int(layer), location, index)
+    raise HookNameError(f"{hook_name!r} is not a node location; they are {', '.join(LOCATION_HOOKS.values())}")

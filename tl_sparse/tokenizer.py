@@ -1,0 +1,171 @@
+"""Byte-level BPE tokenizers for Python code, in which the candidates of the tasks are single tokens.
+
+The usual byte-level pre-tokenizer never lets `):` take its newline or `=` its `None`, so the tasks of the
+paper (Table 1: `):\\n`, `=None`, `True:\\n`, …) need one of their own: `PIECES` below. Two properties matter
+more than compression: a quote that opens a string is never in one token with a letter of that string, and the
+quote that closes it is never in one token with the newline after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tl_sparse.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+_SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
+
+# What text is cut into before BPE; merges happen inside a piece, never across two. The first alternative that
+# matches wins, and together they match any text, so nothing is lost.
+PIECES = "|".join(
+    (
+        r" {2,}",  # indentation, whole: an indented word has no space of its own
+        r"\n+",  # newlines by themselves: `')` is the same token before a newline and elsewhere …
+        r" ?True:?\n",  # … but `True` takes its newline (tasks var_if and while_return_true)
+        r"=None(?![\p{L}\p{N}_])",  # a keyword argument without a value
+        r"[ .]?[\p{L}_][\p{L}\p{N}_]*",  # a word with its space, or with the dot that makes it an attribute
+        r" ?\p{N}+",
+        # Punctuation runs together, up to the dot of an attribute; a final colon takes its newline.
+        r" ?(?:(?!\.[\p{L}_])[^\s\p{L}\p{N}_])+(?:(?<=:)\n)?",
+        r"\s",  # any other white space, one by one
+    )
+)
+
+# A required string is added to the training text once per this many characters: far more often than the
+# rarest merges of any useful vocabulary occur, so that it is merged before the vocabulary is full.
+_REQUIRED_EVERY = 200
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts give the same one.
+
+    `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and unknown token.
+    Decoding the ids of a text gives back that text, whatever it holds.
+
+    Args:
+        texts: the training text, read once; an iterator is enough.
+        vocab_size: at least 257: the 256 bytes and `<|endoftext|>`.
+        required: strings that must each be one token. They are made so even when they are rare in `texts`.
+
+    Raises:
+        TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required string cannot
+            be one token, because the pre-tokenizer cuts it (`PIECES`) or the vocabulary has no room for it.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
+    backend = _untrained()
+    for text in required:
+        if len(pieces := backend.pre_tokenizer.pre_tokenize_str(text)) != 1:
+            parts = [text[start:end] for _, (start, end) in pieces]
+            raise TokenizerError(f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_with_required(texts, required), trainer)
+    if (size := backend.get_vocab_size() + 1) != vocab_size:
+        raise TokenizerError(
+            f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries; "
+            f"give more text, or a vocab_size of at most {size}"
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_with_end_of_text(backend), clean_up_tokenization_spaces=False, **_SPECIAL_TOKENS
+    )
+    for text in required:
+        single_token(tokenizer, text)
+    return tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer saved in `folder` (a `tokenizer.json`, alone or beside transformers' own files).
+
+    Nothing is downloaded and no code from the folder is run. Where the files name no special tokens and the
+    vocabulary has `<|endoftext|>`, as OpenAI's `tinypython_2k`, that becomes all four of them.
+
+    Raises:
+        TokenizerError: the folder has no `tokenizer.json`, or it cannot be read.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(
+            f"no tokenizer.json in {folder}; save one there with tokenizer.save_pretrained(folder)"
+        )
+    try:
+        if path.with_name("tokenizer_config.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
+    except Exception as error:  # the Rust library raises a bare Exception on a damaged file
+        raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
+    if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.add_special_tokens(_SPECIAL_TOKENS)
+    return tokenizer
+
+
+def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """The id of the one token that `text` is.
+
+    Raises:
+        TokenizerError: `text` is not one token; the message has the tokens it splits into.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+        raise TokenizerError(
+            f"{text!r} is not one token but {len(ids)}: {parts}; train a tokenizer with "
+            f"required=({text!r},), or a larger vocab_size"
+        )
+    return ids[0]
+
+
+def _untrained() -> Tokenizer:
+    """A byte-level BPE model that knows no merges, with the pre-tokenizer of `PIECES`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
+    """The trained `backend` with `<|endoftext|>` as its last id.
+
+    The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in
+    the vocabulary itself is it both last and counted.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
+    """`texts`, then the required strings, often enough to be merged before the vocabulary is full."""
+    length = 0
+    for text in texts:
+        length += len(text)
+        yield text
+    for _ in range(1 + length // _REQUIRED_EVERY):
+        yield from required
