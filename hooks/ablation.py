@@ -8,12 +8,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
-from tl_sparse.hooks.points import HookFn, hooked
+from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
 @contextmanager
 def ablating(
-    model: torch.nn.Module,
+    model: TLModel,
     nodes: Mapping[str, Bool[Tensor, " *node"]],
     values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
 ) -> Iterator[None]:

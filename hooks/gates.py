@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.hooks.points import HookFn, hooked
+from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
 class _GatedMean(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _GatedMean(torch.autograd.Function):
         return torch.where(tau > 0, x, mean)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, tau, mean = ctx.saved_tensors
         open_share = torch.sigmoid(tau / ctx.temperature)
         # Σ grad · (x − mean) over batch and position, without a tensor of the activation's size for x − mean.
@@ -84,7 +84,7 @@ class NodeGates(nn.Module):
         self.tau.clamp_(-1, 1)
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: TLModel) -> Iterator[None]:
         """Within the context, the gates act on everything `model` runs.
 
         Raises:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError
-from tl_sparse.hooks.points import hooked
+from tl_sparse.hooks.points import TLModel, hooked
 
 
 class Means:
@@ -32,7 +32,7 @@ class Means:
 
 
 @contextmanager
-def recording_means(model: torch.nn.Module, names: Sequence[str]) -> Iterator[Means]:
+def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
     """Within the context, whatever the model runs on is added to the means at the hook points `names`.
 
     Raises:
@@ -45,7 +45,7 @@ def recording_means(model: torch.nn.Module, names: Sequence[str]) -> Iterator[Me
 
 @torch.no_grad()
 def mean_activations(
-    model: torch.nn.Module, names: Sequence[str], batches: Iterable[Int[Tensor, "batch pos"]]
+    model: TLModel, names: Sequence[str], batches: Iterable[Int[Tensor, "batch pos"]]
 ) -> dict[str, Float[Tensor, " *node"]]:
     """The mean activation at each hook point over all tokens of `batches`, in the model's dtype.
 

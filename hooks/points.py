@@ -5,16 +5,18 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
 
+#: A model of TransformerLens: HookedTransformer or another HookedRootModule of its line 3, TransformerBridge of
+#: line 4. The classes of the two lines share no base, so a type checker cannot be told more.
+TLModel = Any
 #: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
 HookFn = Callable[[Tensor, Any], Tensor | None]
 
 
-def check_hook_names(model: torch.nn.Module, names: Mapping[str, object] | list[str]) -> None:
+def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) -> None:
     """Raise `HookNameError` naming the nearest hook names of `model` if it lacks one of `names`."""
     existing = model.hook_dict
     for name in names:
@@ -24,7 +26,7 @@ def check_hook_names(model: torch.nn.Module, names: Mapping[str, object] | list[
 
 
 @contextmanager
-def hooked(model: torch.nn.Module, functions: Mapping[str, HookFn]) -> Iterator[None]:
+def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
     """Within the context, each function acts at the hook point of its name, on either TransformerLens line.
 
     TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an exception

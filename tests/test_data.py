@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_sparse.data import DataConfig, load_documents, pack_tokens
+from tl_sparse.config import DataConfig
+from tl_sparse.data import load_documents, pack_tokens
 from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.tokenizer import END_OF_TEXT, train_tokenizer

@@ -22,7 +22,7 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg: TransformerBridgeConfig) -> None:
         super().__init__(cfg)
-        self.component_mapping = {}
+        self.component_mapping: dict[str, Any] = {}
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Give the bridge the network's modules. TransformerBridge calls this while it is being set up."""
@@ -48,7 +48,8 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
 
     @property
     def network(self) -> SparseTransformer:  # type: ignore[override]
-        return self.original_model
+        network: Any = self.original_model
+        return network
 
     def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         if self.tokenizer is None:

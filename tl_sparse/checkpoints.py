@@ -138,7 +138,7 @@ def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, posi
     if not isinstance(locations, str | None):
         raise ConfigError(f"{path}: afrac_loctypes = {locations!r} must be names separated by commas")
     locations = "attn_in,attn_out,mlp_in,mlp_out" if locations is None else locations
-    rms = values.pop("rms_norm", False)
+    rms, sinusoidal = values.pop("rms_norm", False), values.pop("sinusoidal_cat_pos_emb", False)
     activation = values.pop("residual_activation_type", "identity")
     if activation not in ("identity", "relu"):
         raise ConfigError(f"{path}: residual_activation_type = {activation!r} must be 'identity' or 'relu'")
@@ -150,7 +150,7 @@ def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, posi
         act_fn=values.pop("activation_type", "gelu"), resid_relu=activation == "relu",
         abs_topk={} if fraction is None else dict.fromkeys(filter(None, locations.split(",")), fraction),
         attn_sinks=values.pop("sink", False), bigram_table=values.pop("enable_bigram_table", False),
-        logits_bias=logits_bias, d_pos=d_pos or 0, sinusoidal=bool(values.pop("sinusoidal_cat_pos_emb", False) and d_pos),
+        logits_bias=logits_bias, d_pos=d_pos or 0, sinusoidal=bool(d_pos) and sinusoidal,
         positions="concatenated" if d_pos else "added" if positions else "none",
         biases=values.pop("bias", True), tied_unembed=values.pop("tied_unembed", True),
     )  # fmt: skip
@@ -268,8 +268,8 @@ def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> 
     expected = network.state_dict()
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
-        told = [f"{what}: {', '.join(sorted(names))}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
-        raise CheckpointError(f"{source}: tensors do not fit the configuration; {'; '.join(told)}")
+        wrong = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(extra)]
+        raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
+from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ class Circuit:
             grouped.setdefault((node.layer, node.location), []).append(node.index)
         return grouped
 
-    def edges(self, model: nn.Module) -> list[Edge]:
+    def edges(self, model: TLModel) -> list[Edge]:
         """Every nonzero weight of `model` that joins two kept nodes, in the order of the forward pass.
 
         Raises:
@@ -115,7 +116,7 @@ class Circuit:
                     edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
         return edges
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: TLModel) -> None:
         """Raise `CircuitError` if `model` is not the one this circuit was found in."""
         different = self.model.difference(fingerprint(model))
         if different is not None:
@@ -125,7 +126,7 @@ class Circuit:
             )
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self, model: TLModel) -> Iterator[None]:
         """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
 
         Raises:
@@ -136,7 +137,7 @@ class Circuit:
             yield
 
     @contextmanager
-    def ablated(self, model: nn.Module) -> Iterator[None]:
+    def ablated(self, model: TLModel) -> Iterator[None]:
         """The inverse of `applied`: the circuit's nodes at their means, all others as they are (necessity)."""
         self.check_model(model)
         with ablating(model, self.kept, self.means):

@@ -1,4 +1,4 @@
-"""The architecture of a weight-sparse transformer (Gao et al. 2025, appendix A.1) as one frozen dataclass."""
+"""Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -152,3 +152,153 @@ class SparseConfig:
         if missing:
             raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text to train on.
+
+    Attributes:
+        source: "builtin" (the standard library of the running Python, and synthetic idioms), or the user's
+            own text: a folder (every *.py and *.txt below it), a glob pattern, or one file.
+        stdlib_chars: characters of the standard library, at most; for "builtin" only.
+        idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
+        validation_fraction: share of the documents kept for validation.
+        seed: decides which standard library files are read, the idioms, and the split.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    source: str = "builtin"
+    stdlib_chars: int = 500_000
+    idiom_chars: int = 6_000_000
+    validation_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check(self.source != "", "source", self.source, '"builtin", a folder, a glob pattern or a file')
+        for name in ("stdlib_chars", "idiom_chars", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        empty = self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0
+        check(not empty, "stdlib_chars", 0, "above 0 when idiom_chars is 0")
+        check(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in (0, 1)")
+
+
+def laptop_model() -> SparseConfig:
+    """The architecture that trains in minutes on two cores."""
+    return SparseConfig(
+        n_layers=2, d_model=128, n_heads=8, d_head=16, d_mlp=512, d_vocab=1024, n_ctx=128,
+        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults make a small sparse model in about two minutes on two cores.
+
+    Attributes:
+        model: the architecture.
+        data: the text.
+        steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each.
+        lr, eps, beta1, beta2: Adam's. The learning rate is further multiplied by the warm-up and decay, and
+            by sqrt(l0_fraction / current fraction) ("sharkfin": 1/sqrt(L0), A.2).
+        warmup_fraction: share of the steps in which the learning rate rises; it then falls to 0.
+        weight_decay: matrices shrink by `weight_decay · lr · w` after the top-k.
+        l0_fraction: share of each weight matrix that is nonzero in the end; 1 trains a dense model.
+        l0_fraction_embed: the same for embedding and unembedding.
+        anneal_start, anneal_stop: where in training, in shares of the steps, the fraction falls from 1.
+        min_nonzero: entries kept at least per neuron and attention channel.
+        bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
+        seed: of the weights, the tokenizer's text, the data and its order.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    model: SparseConfig = field(default_factory=laptop_model)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 1500
+    batch_size: int = 16
+    lr: float = 8e-3
+    eps: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_fraction: float = 0.01
+    weight_decay: float = 0.1
+    l0_fraction: float = 1 / 32
+    l0_fraction_embed: float = 1 / 8
+    anneal_start: float = 0.01
+    anneal_stop: float = 0.5
+    min_nonzero: int = 4
+    bigram_from_counts: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lr", "eps"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("beta1", "beta2", "warmup_fraction"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("l0_fraction", "l0_fraction_embed"):
+            check(0 < getattr(self, name) <= 1, name, getattr(self, name), "a fraction in (0, 1]")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        check(0 <= self.anneal_start <= self.anneal_stop, "anneal_start", self.anneal_start, "in [0, anneal_stop]")
+        check(self.anneal_stop <= 1, "anneal_stop", self.anneal_stop, "in [anneal_start, 1]")
+        check(self.min_nonzero >= 0, "min_nonzero", self.min_nonzero, "at least 0")
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune. The defaults suit small models (the paper tunes them for each model and task, A.5).
+
+    Attributes:
+        target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
+        steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
+        k_coef: weight of the number of open gates in the objective.
+        lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to; the
+            learning rate falls linearly to 0.
+        init_bias, init_scale: gates start at bias + scale · N(0, 1). With a tiny scale all can close together.
+        temperature: of the surrogate gradient.
+        train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
+            and to judge on; all different.
+        batch_size: prompts, or rows of the corpus, run at once without gradients.
+        seed: of the pairs, the initial gates and the order of training.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    target_loss: float = 0.15
+    steps: int = 400
+    pairs_per_step: int = 16
+    k_coef: float = 3e-3
+    lr: float = 2e-2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 1e-3
+    grad_clip: float = 1.0
+    init_bias: float = 0.4
+    init_scale: float = 0.3
+    temperature: float = 1.0
+    train_pairs: int = 2048
+    selection_pairs: int = 512
+    heldout_pairs: int = 512
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "batch_size"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("target_loss", "lr", "grad_clip", "temperature"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("k_coef", "weight_decay", "init_scale", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

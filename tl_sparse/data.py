@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from tl_sparse.errors import ConfigError, DataError, TokenizerError
+from tl_sparse.config import DataConfig
+from tl_sparse.errors import CheckpointError, DataError, TokenizerError
+from tl_sparse.files import read_tensors
 from tl_sparse.idioms import idiom_documents
 
 if TYPE_CHECKING:
@@ -28,46 +30,10 @@ _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"}
     | {"turtledemo", "ensurepip", "site-packages", "dist-packages", "__pycache__"}
 )
+#: A sample of the training tokens, saved with a model; enough rows for stable means wherever it is pruned.
+CORPUS_SAMPLE = "corpus_sample.safetensors"
+CORPUS_ROWS = 512
 _ENCODED_AT_ONCE = 1024  # documents; bounds the memory that the tokenizer's result objects take
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which text to train on.
-
-    Attributes:
-        source: "builtin" (the standard library of the running Python, and synthetic idioms), or the user's
-            own text: a folder (every *.py and *.txt below it), a glob pattern, or one file.
-        stdlib_chars: characters of the standard library, at most; for "builtin" only.
-        idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
-        validation_fraction: share of the documents kept for validation.
-        seed: decides which standard library files are read, the idioms, and the split.
-
-    Raises:
-        ConfigError: a value is impossible.
-    """
-
-    source: str = "builtin"
-    stdlib_chars: int = 3_000_000
-    idiom_chars: int = 6_000_000
-    validation_fraction: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source:
-            raise ConfigError(
-                f'source is {self.source!r}; it must be "builtin", a folder, a glob pattern or a file'
-            )
-        for field in ("stdlib_chars", "idiom_chars", "seed"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{field} is {value!r}; it must be a whole number, 0 or more")
-        if self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0:
-            raise ConfigError("stdlib_chars and idiom_chars are both 0; at least one must be above 0")
-        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"validation_fraction is {self.validation_fraction!r}; it must be between 0 and 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -213,3 +179,35 @@ def _cut_in_two(document: str, fraction: float, description: str) -> Documents:
     if not head.strip() or not tail.strip():
         raise DataError(f"too little text to split into training and validation: {description}")
     return Documents([head], [tail], description)
+
+
+def load_corpus(
+    model_folder: str | Path, tokenizer: PreTrainedTokenizerFast | None, n_ctx: int, source: str | None = None
+) -> Int32[Tensor, "seq n_ctx"]:
+    """Tokens of a model's training distribution, to take means over.
+
+    Args:
+        model_folder: where the model is; `tl-sparse train` leaves a sample of its training tokens there.
+        tokenizer: of the model.
+        n_ctx: length of the rows.
+        source: text to use instead of that sample: see `DataConfig.source`.
+
+    Raises:
+        DataError: no sample in the folder and no `source`; or the source cannot be used.
+        TokenizerError: a source is given, but there is no tokenizer.
+        CheckpointError: the sample is damaged.
+    """
+    sample = Path(model_folder) / CORPUS_SAMPLE
+    if source is None:
+        if not sample.is_file():
+            raise DataError(f"{sample} does not exist; give the text the model was trained on, or one like it")
+        tokens = read_tensors(sample).get("tokens")
+        if tokens is None or tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):
+            raise CheckpointError(f"{sample} must hold integer tokens [seq, pos]")
+        if tokens.shape[1] > n_ctx:
+            raise DataError(f"{sample}: rows of {tokens.shape[1]} tokens do not fit the context of n_ctx = {n_ctx}")
+        return tokens
+    if tokenizer is None:
+        raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
+    documents = load_documents(DataConfig(source, stdlib_chars=300_000, idiom_chars=300_000))
+    return pack_tokens(documents.train, tokenizer, n_ctx, seed=0)[:CORPUS_ROWS]

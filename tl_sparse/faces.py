@@ -37,6 +37,8 @@ class SparseModel(nn.Module):
     network: SparseTransformer
     tokenizer: Any
     cfg: Any
+    to_tokens: Any
+    loss_fn: Any
 
     @property
     def sparse_cfg(self) -> SparseConfig:
@@ -79,12 +81,11 @@ class SparseModel(nn.Module):
             DataError: for a sequence longer than the context, or a missing `tokens`.
             TokenizerError: for text without a tokenizer.
         """
-        resid = None
+        resid: Tensor | None = None
         if start_at_layer is not None:
-            resid = input if input.ndim == 3 else input[None]  # type: ignore[union-attr]
-            needs_tokens = self.sparse_cfg.bigram_table or return_type in ("loss", "both")
+            resid = self._as_resid(input)
             if tokens is None:
-                if needs_tokens and stop_at_layer is None:
+                if stop_at_layer is None and (self.sparse_cfg.bigram_table or return_type in ("loss", "both")):
                     raise DataError("start_at_layer needs tokens=…: the loss and the bigram table read them")
                 tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
         elif isinstance(input, Tensor):
@@ -102,6 +103,11 @@ class SparseModel(nn.Module):
         if stop_at_layer is not None:
             return out
         return self._finish(out, tokens, attention_mask, return_type, loss_per_token)
+
+    def _as_resid(self, input: object) -> Float[Tensor, "batch pos d_model"]:
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
+        return input if input.ndim == 3 else input[None]
 
     def _finish(
         self, logits: Tensor, tokens: Tensor, mask: Tensor | None, return_type: str | None, per_token: bool

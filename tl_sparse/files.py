@@ -8,10 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_sparse.errors import CheckpointError
+from tl_sparse.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raise `ConfigError` unless `folder` is new or empty: results never overwrite others."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"out = {str(folder)!r} is not possible; it must be a new or an empty folder")
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from tl_sparse.config import SparseConfig
+    from tl_sparse.hooks.points import TLModel
+from tl_sparse.config import SparseConfig
 
 #: Two sketches closer than this are the same weights: rounding to bfloat16 moves a sketch of 2-D weights by
 #: about 0.001, and two different weight matrices differ by about 1.
@@ -40,7 +41,7 @@ class Fingerprint:
         return None
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: TLModel) -> Fingerprint:
     """The fingerprint of a TransformerLens model."""
     cfg: SparseConfig | None = getattr(model, "sparse_cfg", None)
     if cfg is not None:

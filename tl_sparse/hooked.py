@@ -26,7 +26,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         self.dataset = None
         self._adopt(network)
         if tokenizer is not None:
-            self.set_tokenizer(tokenizer)
+            SparseHookedTransformer.set_tokenizer(self, tokenizer)
         self.setup()
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:

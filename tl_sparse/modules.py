@@ -31,21 +31,18 @@ class AbsTopK(nn.Module):
         return f"k={self.k}"
 
 
-def _bias(shape: tuple[int, ...], learned: bool) -> Tensor:
-    """A bias; the zeros that TransformerLens' tools expect to find where the network has none."""
-    return nn.Parameter(torch.zeros(shape)) if learned else torch.zeros(shape)
-
-
 def _set_bias(module: nn.Module, name: str, shape: tuple[int, ...], learned: bool) -> None:
-    bias = _bias(shape, learned)
+    """A bias; where the network has none, the zeros that TransformerLens' tools expect to find there."""
     if learned:
-        module.register_parameter(name, bias)
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     else:
-        module.register_buffer(name, bias, persistent=False)
+        module.register_buffer(name, torch.zeros(shape), persistent=False)
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm; `hook_normalized` is before the weight."""
+
+    b: Tensor
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
@@ -71,6 +68,8 @@ class Norm(nn.Module):
 
 class Read(Norm):
     """What a block reads: the normalised stream, beside it any positional channels, then AbsTopK."""
+
+    b_pos: Tensor
 
     def __init__(self, cfg: SparseConfig, location: str) -> None:
         super().__init__(cfg)
@@ -125,6 +124,11 @@ def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
 class Attention(nn.Module):
     """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
 
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
+
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         heads, d_head, d_model = cfg.n_heads, cfg.d_head, cfg.d_model
@@ -150,7 +154,7 @@ class Attention(nn.Module):
         if hasattr(self, f"W_{name}_pos"):
             weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
         matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
-        flat = torch.matmul(read, matrix) + getattr(self, f"b_{name}").flatten()
+        flat = F.linear(read, matrix.T, getattr(self, f"b_{name}").flatten())
         topk: AbsTopK = getattr(self, f"topk_{name.lower()}")
         return topk(flat).unflatten(-1, weight.shape[::2])
 
@@ -165,7 +169,7 @@ class Attention(nn.Module):
         else:
             z = self._explicit_attention(q, k, v, mask)
         z = self.hook_z(z)
-        return torch.matmul(z.flatten(2), self.W_O.flatten(0, 1)) + self.b_O
+        return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
 
     def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
@@ -204,6 +208,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """One hidden layer, AbsTopK after the nonlinearity."""
 
+    b_in: Tensor
+    b_out: Tensor
+
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
@@ -219,9 +226,9 @@ class MLP(nn.Module):
 
     def forward(self, read: Float[Tensor, "batch pos d_read"]) -> Float[Tensor, "batch pos d_model"]:
         W_in = torch.cat([self.W_in, self.W_in_pos]) if hasattr(self, "W_in_pos") else self.W_in
-        pre = self.hook_pre(torch.matmul(read, W_in) + self.b_in)
+        pre = self.hook_pre(F.linear(read, W_in.T, self.b_in))
         post = self.hook_post(self.topk(self.act(pre)))
-        return torch.matmul(post, self.W_out) + self.b_out
+        return F.linear(post, self.W_out.T, self.b_out)
 
 
 class Block(nn.Module):
@@ -256,6 +263,9 @@ class Block(nn.Module):
 class Unembed(nn.Module):
     """Residual stream → logits, with the logits' bias."""
 
+    W_U: Tensor
+    b_U: Tensor
+
     def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
         super().__init__()
         # Tied: a reference that is no submodule, so that the weight stays one parameter with one name.
@@ -270,7 +280,7 @@ class Unembed(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return torch.matmul(resid, self.W_U) + self.b_U
+        return F.linear(resid, self.W_U.T, self.b_U)
 
 
 class Bigram(nn.Module):
@@ -336,15 +346,16 @@ class SparseTransformer(nn.Module):
         length, n_ctx = input_ids.shape[1], self.cfg.n_ctx
         if length > n_ctx:
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
-        pos = None
+        added, read_pos = None, None
         if self.cfg.positions != "none":
             pos = self.pos_embed(self.positions(input_ids, attention_mask) if position_ids is None else position_ids)
-            pos = self.hook_pos_embed(pos) if self.cfg.positions == "added" else self.hook_pos(pos)
+            if self.cfg.positions == "added":
+                added = self.hook_pos_embed(pos)
+            else:
+                read_pos = self.hook_pos(pos)
         if resid is None:
             resid = self.hook_embed(self.embed(input_ids))
-            if self.cfg.positions == "added":
-                resid = resid + pos
-        read_pos = pos if self.cfg.positions == "concatenated" else None
+            resid = resid if added is None else resid + added
         for block in self.blocks[start_at_layer:stop_at_layer]:
             resid = block(resid, read_pos, attention_mask)
         if stop_at_layer is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tl_sparse.errors import HookNameError
+from tl_sparse.hooks.points import TLModel
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 #: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
 LOCATION_HOOKS = {
@@ -38,7 +39,7 @@ class Node:
         return f"{self.layer}.{self.location}.{self.index}"
 
 
-def node_hooks(model: nn.Module, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
+def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 
     Raises:

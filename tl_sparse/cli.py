@@ -1,0 +1,160 @@
+"""The command line: `tl-sparse train`, `tl-sparse prune`, `tl-sparse demo`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tl_sparse.config import DataConfig, PruneConfig, SparseConfig, TrainConfig, laptop_model, paper_topk
+from tl_sparse.errors import TLSparseError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 1 after an error of the user's, which is printed in one line."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except TLSparseError as error:
+        print(f"tl-sparse: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tl-sparse", description="Weight-sparse transformers as TransformerLens models, and their circuits."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = _command(commands, "train", "train a weight-sparse model", _train, SparseConfig, DataConfig, TrainConfig)
+    train.add_argument("--out", required=True, help="new folder for the model and the record of its training")
+    _add_fields(train, SparseConfig, laptop_model(), skip=["d_vocab"])
+    train.add_argument("--d-vocab", type=int, default=laptop_model().d_vocab, help="tokens in the vocabulary")
+    _add_fields(train, DataConfig, DataConfig(), skip=["seed"])
+    _add_fields(train, TrainConfig, TrainConfig(), skip=["model", "data"])
+
+    prune = _command(commands, "prune", "find the circuit of a task in a model", _prune, PruneConfig)
+    prune.add_argument("model", help="a model folder")
+    prune.add_argument("task", help="for example single_double_quote")
+    prune.add_argument("--out", required=True, help="new folder for the circuit")
+    prune.add_argument(
+        "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
+    )
+    _add_fields(prune, PruneConfig, PruneConfig())
+
+    demo = _command(commands, "demo", "train a small model and find how it closes strings, in minutes", _demo)
+    demo.add_argument("--out", default="demo", help="folder for the results; those of an earlier demo are replaced")
+    demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="training steps (default: %(default)s)")
+    for command in (train, prune, demo):
+        command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
+    return parser
+
+
+def _command(commands: Any, name: str, help: str, run: Any, *configs: type) -> argparse.ArgumentParser:
+    described = "\n\n".join(f"{config.__name__}: {inspect.cleandoc(config.__doc__ or '')}" for config in configs)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, epilog=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type, defaults: Any, skip: Sequence[str] = ()) -> None:
+    """One flag for each field of a config dataclass; what they mean stands below the list of flags."""
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if field.name in skip:
+            continue
+        flag, default, hint = "--" + field.name.replace("_", "-"), getattr(defaults, field.name), hints[field.name]
+        if field.name == "abs_topk":
+            text = "fraction kept by AbsTopK at the paper's eight locations; 1 for none (default: 0.25)"
+            parser.add_argument(flag, type=float, default=0.25, help=text)
+        elif hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        elif get_origin(hint) is Literal:
+            parser.add_argument(flag, choices=get_args(hint), default=default, help="(default: %(default)s)")
+        else:
+            parser.add_argument(flag, type=hint, default=default, metavar=hint.__name__, help="(default: %(default)s)")
+
+
+def _fields(args: argparse.Namespace, config: type, **fixed: Any) -> Any:
+    """The config dataclass with the values of its flags."""
+    names = [field.name for field in dataclasses.fields(config) if field.name not in fixed]
+    return config(**{name: getattr(args, name) for name in names}, **fixed)
+
+
+def _train(args: argparse.Namespace) -> None:
+    model = _fields(args, SparseConfig, abs_topk={} if args.abs_topk == 1 else paper_topk(args.abs_topk))
+    config = _fields(args, TrainConfig, model=model, data=_fields(args, DataConfig))
+    from tl_sparse.training import train
+
+    _, record = train(config, args.out, args.device)
+    print(_training_summary(record))
+    print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
+
+
+def _training_summary(record: dict[str, Any]) -> str:
+    return (
+        f"Trained on {record['training_tokens_seen']:,} tokens in {record['seconds']['training']:.0f} s "
+        f"({record['tokens_per_second']:,.0f} tokens/s): validation loss {record['validation_loss']:.3f} nats per "
+        f"token, {record['nonzero_weights']:,} of {record['weights']:,} weights nonzero"
+    )
+
+
+def _prune(args: argparse.Namespace) -> None:
+    config = _fields(args, PruneConfig)
+    from tl_sparse.files import check_new_folder
+    from tl_sparse.tasks import get_task
+
+    check_new_folder(args.out)
+    task = get_task(args.task)
+    _prune_and_report(args.model, task, config, args.out, args.device, args.corpus)
+
+
+def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any) -> None:
+    from tl_sparse.checkpoints import load
+    from tl_sparse.data import load_corpus
+    from tl_sparse.pruning import prune
+    from tl_sparse.tables import report
+
+    model = load(model_folder, device)
+    tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
+    circuit, evaluation = prune(model, task, tokens, config)
+    text = report(circuit, model, task, evaluation)
+    circuit.save(out)
+    (Path(out) / "report.txt").write_text(text + "\n", encoding="utf-8")
+    print("\n" + text + "\n")
+    print(f"Saved in {out}; open it with tl_sparse.Circuit.load({out!r})")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """Train, prune, explain: the whole path once."""
+    import shutil
+
+    config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
+    prune_config = PruneConfig(seed=args.seed)
+    started, out = time.perf_counter(), Path(args.out)
+    model_folder, circuit_folder = str(out / "model"), str(out / "circuit")
+    if out.exists():
+        if not out.is_dir() or {path.name for path in out.iterdir()} - {"model", "circuit"}:
+            raise TLSparseError(f"{out} holds other files than an earlier demo's; give another folder with --out")
+        for folder in (model_folder, circuit_folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    from tl_sparse.tasks import get_task
+    from tl_sparse.training import train
+
+    print("1. Train a small transformer on Python code, nearly all weights at zero")
+    _, record = train(config, model_folder, args.device)
+    print(_training_summary(record))
+    print("\n2. Find the circuit with which it closes strings: print('… → ') and print(\"… → \")")
+    _prune_and_report(
+        model_folder, get_task("single_double_quote"), prune_config, circuit_folder, args.device, corpus=None
+    )
+    print(f"\nModel in {model_folder}, circuit in {circuit_folder}; {time.perf_counter() - started:.0f} s in all")

@@ -1,0 +1,81 @@
+"""Judging a circuit: is it sufficient, and is it necessary (Gao et al. 2025, sections 2.2 and 3)?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_sparse.circuit import Circuit
+from tl_sparse.hooks.points import TLModel
+from tl_sparse.tasks import TaskData, candidate_logits, task_loss_and_accuracy
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a task is done.
+
+    Attributes:
+        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
+        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
+        accuracy: share of prompts at which the right candidate has the larger logit.
+    """
+
+    loss: float
+    standard_error: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A circuit on one set of prompt pairs.
+
+    Attributes:
+        full: the whole model.
+        circuit: the circuit alone, all else at its mean: sufficient if this is good.
+        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
+        n_pairs, n_nodes, n_edges: counts.
+    """
+
+    full: Score
+    circuit: Score
+    ablated: Score
+    n_pairs: int
+    n_nodes: int
+    n_edges: int
+
+
+@torch.no_grad()
+def prompt_scores(
+    model: TLModel, data: TaskData, batch_size: int = 256
+) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
+    """The loss of each prompt, and whether the model is right there; at most `batch_size` prompts at a time."""
+    logits = []
+    for pairs in torch.arange(data.n_pairs).split(max(1, batch_size // 2)):
+        part = data.pairs(pairs)
+        logits.append(candidate_logits(model(part.tokens), part))
+    return task_loss_and_accuracy(torch.cat(logits).float(), data.correct)
+
+
+def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:
+    """Loss and accuracy of `model`, as it now is, on the prompts of `data`."""
+    losses, right = prompt_scores(model, data, batch_size)
+    pairs = losses.view(-1, 2).mean(1)
+    error = float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else float("nan")
+    return Score(float(losses.mean()), error, float(right.float().mean()))
+
+
+def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:
+    """The full model, the circuit alone, and the model without the circuit, on the same prompts.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's.
+    """
+    full = score(model, data, batch_size)
+    with circuit.applied(model):
+        alone = score(model, data, batch_size)
+    with circuit.ablated(model):
+        without = score(model, data, batch_size)
+    return Evaluation(full, alone, without, data.n_pairs, circuit.n_nodes, len(circuit.edges(model)))

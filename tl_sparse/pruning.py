@@ -1,0 +1,189 @@
+"""Finding the circuit of a task: learned node gates, then bisection to a target loss.
+
+Gao et al. 2025, sections 2.2 and A.5. Works through hook names alone; the model is not changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tl_sparse.circuit import Circuit
+from tl_sparse.config import PruneConfig
+from tl_sparse.errors import PruneError
+from tl_sparse.evaluation import Evaluation, evaluate, score
+from tl_sparse.fingerprint import fingerprint
+from tl_sparse.hooks.ablation import ablating
+from tl_sparse.hooks.gates import NodeGates
+from tl_sparse.hooks.means import mean_activations
+from tl_sparse.hooks.points import TLModel
+from tl_sparse.nodes import node_hooks
+from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
+
+
+def prune(
+    model: TLModel,
+    task: Task,
+    corpus: Int[Tensor, "seq pos"],
+    config: PruneConfig | None = None,
+    progress: bool = True,
+) -> tuple[Circuit, Evaluation]:
+    """Find the circuit of `task` in `model`, and judge it on held-out pairs.
+
+    Args:
+        model: a TransformerLens model with a tokenizer.
+        task: from `tl_sparse.get_task`.
+        corpus: tokens of the training distribution, over which the means are taken.
+        config: hyper-parameters.
+        progress: show a bar with the task loss and the number of open gates.
+
+    Returns:
+        The circuit, and the evaluation on the held-out pairs.
+
+    Raises:
+        PruneError: if the model itself, or every set of its nodes, misses the target loss.
+        TokenizerError: if the model has no tokenizer, or a candidate is not a single token of it.
+        TaskError, DataError: if the prompts do not fit; HookNameError: if the model has no such nodes.
+    """
+    config = config or PruneConfig()
+    hooks = list(node_hooks(model).values())
+    train, selection, heldout = task_splits(model, task, config)
+    with frozen(model):
+        full = score(model, selection, config.batch_size)
+        if full.loss > config.target_loss:
+            raise PruneError(
+                f"the full model's loss on {task.name} is {full.loss:.3f} (accuracy {full.accuracy:.0%}), above the "
+                f"target loss {config.target_loss}: no circuit can be trusted to reach it. Train the model longer, or "
+                f"give a larger target_loss"
+            )
+        means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
+        gates = learn_gates(model, means, train, config, progress)
+        kept = discretise(model, gates, selection, config)
+        name = getattr(model.cfg, "model_name", "")
+        circuit = Circuit(kept, {k: v.cpu() for k, v in means.items()}, fingerprint(model), name, task.name)
+        on_selection = evaluate(circuit, model, selection, config.batch_size)
+        on_heldout = evaluate(circuit, model, heldout, config.batch_size)
+    measured = {
+        "config": dataclasses.asdict(config),
+        "ablation": "mean over the corpus",
+        "corpus_tokens": corpus.numel(),
+        "selection": dataclasses.asdict(on_selection),
+        "heldout": dataclasses.asdict(on_heldout),
+    }
+    return dataclasses.replace(circuit, measured=measured), on_heldout
+
+
+def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskData, TaskData, TaskData]:
+    """Disjoint pairs to train gates on, to choose the size on, and to judge on."""
+    from tl_sparse.errors import TokenizerError
+
+    if getattr(model, "tokenizer", None) is None:
+        raise TokenizerError("pruning needs the model's tokenizer, to make the task's prompts")
+    device, used = next(model.parameters()).device, set[str]()
+    splits = []
+    # Selection and held-out pairs first, so that they are the same whatever the number of training pairs.
+    for i, n_pairs in enumerate((config.selection_pairs, config.heldout_pairs, config.train_pairs)):
+        data = make_task_data(task, model.tokenizer, n_pairs, 3 * config.seed + i, model.cfg.n_ctx, exclude=used)
+        used.update(data.prompts)
+        splits.append(data.to(device))
+    selection, heldout, train = splits
+    return train, selection, heldout
+
+
+@contextmanager
+def frozen(model: TLModel) -> Iterator[None]:
+    """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def learn_gates(
+    model: TLModel, means: dict[str, Float[Tensor, " *node"]], data: TaskData, config: PruneConfig, progress: bool
+) -> NodeGates:
+    """Minimise task loss + k_coef · open gates over the gates alone (A.5)."""
+    gates = NodeGates(
+        means,
+        init_bias=config.init_bias,
+        init_scale=config.init_scale,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
+    with gates.attached(model):
+        for step in bar:
+            batch = data.pairs(torch.randint(data.n_pairs, (config.pairs_per_step,), generator=generator))
+            longest = int(batch.last.max()) + 1
+            logits = candidate_logits(model(batch.tokens[:, :longest]), batch)
+            loss = task_loss_and_accuracy(logits, batch.correct)[0].mean()
+            optimizer.zero_grad()
+            (loss + config.k_coef * gates.expected_size()).backward()
+            nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
+            optimizer.step()
+            schedule.step()
+            gates.clamp()
+            if step % 20 == 19:
+                bar.set_postfix_str(f"task loss {float(loss.detach()):.3f}, {int((gates.tau > 0).sum())} nodes")
+    return gates
+
+
+def discretise(
+    model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
+) -> dict[str, Bool[Tensor, " *node"]]:
+    """The smallest number of top-ranked nodes whose circuit reaches the target loss (A.5).
+
+    Bisection between a size that misses the target and one that reaches it, both found by going outwards from
+    the learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
+
+    Raises:
+        PruneError: if not even all nodes reach the target.
+    """
+    order = gates.tau.detach().argsort(descending=True, stable=True)
+    values = gates.split(gates.means)
+
+    def masks(size: int) -> dict[str, Tensor]:
+        kept = torch.zeros_like(order, dtype=torch.bool)
+        kept[order[:size]] = True
+        return gates.split(kept)
+
+    def reaches(size: int) -> bool:
+        with ablating(model, {name: ~mask for name, mask in masks(size).items()}, values):
+            return score(model, selection, config.batch_size).loss <= config.target_loss
+
+    total = len(order)
+    good = max(1, int((gates.tau > 0).sum()))
+    bad = 0
+    while not reaches(good):
+        if good == total:
+            raise PruneError(f"no set of nodes reaches the target loss {config.target_loss}, not even all {total}")
+        bad, good = good, min(total, math.ceil(good * 1.3))
+    while bad == 0 and good > 1:  # go down from the learned size until the target is missed
+        smaller = int(good / 1.3)
+        if reaches(smaller):
+            good = smaller
+        else:
+            bad = smaller
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if reaches(middle) else (good, middle)
+    return {name: mask.cpu() for name, mask in masks(good).items()}

@@ -1,0 +1,122 @@
+"""A circuit as tables that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tl_sparse.circuit import Circuit
+from tl_sparse.evaluation import Evaluation
+from tl_sparse.hooks.points import TLModel
+from tl_sparse.nodes import Node
+from tl_sparse.tasks import Task
+
+#: What the nodes of a location are, in words.
+_KINDS = {
+    "attn_in": "read by attention",
+    "attn_q": "query channels",
+    "attn_k": "key channels",
+    "attn_v": "value channels",
+    "attn_out": "written by attention",
+    "mlp_in": "read by MLP",
+    "mlp_neuron": "MLP neurons",
+    "mlp_out": "written by MLP",
+}
+
+
+def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
+    """What the circuit is: its nodes by layer and kind, each edge with its weight, and how well it does.
+
+    Args:
+        circuit: of `task` in `model`.
+        model: a model of ours.
+        task: its candidates' entries in the unembedding are listed too.
+        evaluation: from `prune` or `evaluate`.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's.
+    """
+    first, second = task.candidates
+    title = f"Circuit of {task.name} in {circuit.model_name}: {first!r} or {second!r}?"
+    parts = [
+        title,
+        "=" * len(title),
+        _nodes_table(circuit, model),
+        _edges_table(circuit, model),
+        _logits_table(circuit, model, task),
+        scores_table(evaluation),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def scores_table(evaluation: Evaluation) -> str:
+    """The three losses: full model, circuit alone, model without the circuit."""
+    rows = [
+        [name, f"{s.loss:.3f} ± {s.standard_error:.3f}", f"{s.accuracy:.1%}"]
+        for name, s in (
+            ("the full model", evaluation.full),
+            ("the circuit alone (sufficient?)", evaluation.circuit),
+            ("the model without the circuit (necessary?)", evaluation.ablated),
+        )
+    ]
+    heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
+    return heading + "\n" + table(["", "task loss", "accuracy"], rows)
+
+
+def _nodes_table(circuit: Circuit, model: TLModel) -> str:
+    grouped = circuit.nodes_by_location()
+    rows = []
+    for layer in range(model.cfg.n_layers):
+        for location, kind in _KINDS.items():
+            if indices := grouped.get((layer, location)):
+                which = " ".join(_short(model, location, index) for index in indices)
+                rows.append([str(layer), location, kind, str(len(indices)), which])
+    total = sum(mask.numel() for mask in circuit.kept.values())
+    heading = f"{circuit.n_nodes} nodes of {total:,}; every other node is held at its mean"
+    return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
+
+
+def _edges_table(circuit: Circuit, model: TLModel) -> str:
+    edges = circuit.edges(model)
+    rows = [[name_of(model, e.source), "→", name_of(model, e.target), f"{e.weight:+.3f}"] for e in edges]
+    heading = f"{len(edges)} edges: the nonzero weights between these nodes"
+    return heading + ("\n" + table(["from", "", "to", "weight"], rows) if rows else "")
+
+
+def _logits_table(circuit: Circuit, model: TLModel, task: Task) -> str:
+    """How kept writes move the candidates' logits, through the unembedding alone (no edges of the circuit)."""
+    tokenizer: Any = model.tokenizer
+    first, second = (tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))[0] for text in task.candidates)
+    W_U = model.unembed.W_U.detach()
+    written = {i for (_, where), found in circuit.nodes_by_location().items() if where.endswith("_out") for i in found}
+    rows = [
+        [f"channel {i}", f"{float(W_U[i, first]):+.3f}", f"{float(W_U[i, second]):+.3f}"]
+        for i in sorted(written)
+        if bool(W_U[i, [first, second]].any())
+    ]
+    if not rows:
+        return ""
+    heading = "What these writes say of the answer: entries of the unembedding (not counted as edges)"
+    return heading + "\n" + table(["residual channel", *(repr(text) for text in task.candidates)], rows)
+
+
+def name_of(model: TLModel, node: Node) -> str:
+    """`0.attn_v head 3, channel 5`: a node with its head where it has one."""
+    return f"{node.layer}.{node.location} {_short(model, node.location, node.index)}"
+
+
+def _short(model: TLModel, location: str, index: int) -> str:
+    if location in ("attn_q", "attn_k", "attn_v"):
+        head, channel = divmod(index, model.cfg.d_head)
+        return f"h{head}.{channel}"
+    return str(index)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned on the left, under a rule."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join(lines)
