@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
-from tl_sparse.hooks.points import HookFn, TLModel, hooked
+from tl_sparse.hooks.points import HookFn, TLModel, check_hook_names, hooked
 
 
 @contextmanager
@@ -27,6 +27,7 @@ def ablating(
     Raises:
         HookNameError: for a hook name that the model, or `values`, does not have.
     """
+    check_hook_names(model, nodes)
     missing = nodes.keys() - values.keys()
     if missing:
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
 class Means:
@@ -18,9 +18,8 @@ class Means:
         self._sums: dict[str, Float[Tensor, " *node"]] = {}
         self._counts: dict[str, int] = {}
 
-    def record(self, activation: Float[Tensor, "batch pos *node"], hook: object) -> None:
-        """A TransformerLens hook function; leaves the activation as it is."""
-        name: str = hook.name  # type: ignore[attr-defined]
+    def record(self, name: str, activation: Float[Tensor, "batch pos *node"]) -> None:
+        """Add an activation to the mean under `name`."""
         # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -39,7 +38,15 @@ def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
         HookNameError: for a hook name that the model does not have.
     """
     means = Means()
-    with hooked(model, dict.fromkeys(names, means.record)):
+
+    def recorder(name: str) -> HookFn:
+        # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another one.
+        def hook_fn(activation: Tensor, hook: object) -> None:
+            means.record(name, activation)
+
+        return hook_fn
+
+    with hooked(model, {name: recorder(name) for name in names}):
         yield means
 
 

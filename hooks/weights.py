@@ -76,16 +76,21 @@ def top_mask(magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int) 
     return mask
 
 
-#: How parameters of HookedTransformer's names become matrices: (group, pattern). Q, K and V are one group.
+#: How parameters of HookedTransformer's names become matrices: (group, pattern). Q, K and V are one group
+#: (_W_K and _W_V are those of grouped-query attention).
 _PATTERNS = {
-    r"(.*attn\.)W_[QKV](_pos)?": ("QKV", "head input channel -> (head channel) input"),
+    r"(.*attn\.)_?W_[QKV](_pos)?": ("QKV", "head input channel -> (head channel) input"),
     r"(.*attn\.)W_O": ("O", "head channel output -> (head channel) output"),
     r"(.*mlp\.)W_in(_pos)?": ("in", "input neuron -> neuron input"),
     r"(.*mlp\.)W_gate": ("gate", "input neuron -> neuron input"),
     r"(.*mlp\.)W_out": ("out", "neuron output -> neuron output"),
 }
-_EMBEDDINGS = re.compile(r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|tok_embed|head)\.(W_E|W_U|weight)$")
-_LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|wpe|(^|\.)b(ias)?(_|$)")
+_EMBEDDINGS = re.compile(
+    r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
+)
+_LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[._])b(ias)?(_|$)")
+#: What TransformerBridge inserts in the names of the parameters it wraps.
+_WRAPPER = "_original_component."
 
 
 def weight_groups(model: torch.nn.Module) -> list[WeightGroup]:
@@ -96,6 +101,7 @@ def weight_groups(model: torch.nn.Module) -> list[WeightGroup]:
     fused: dict[str, dict[str, list[tuple[Tensor, str]]]] = {}
     groups: list[WeightGroup] = []
     for name, parameter in model.named_parameters():
+        name = name.replace(_WRAPPER, "")
         for regex, (group, pattern) in _PATTERNS.items():
             if (match := re.fullmatch(regex, name)) and parameter.ndim == len(pattern.split(" -> ")[0].split()):
                 matrix = name.removesuffix("_pos")
@@ -121,7 +127,10 @@ def annealed(target: float, start: float, stop: float) -> Callable[[int], float]
         raise ConfigError(f"the annealing window ({start}, {stop}) is not possible; it needs 0 <= start <= stop")
 
     def fraction(step: int) -> float:
-        done = 1.0 if step >= stop else max(0.0, (step - start) / (stop - start))
+        if step < stop:
+            done = (step - start) / (stop - start) if step > start else 0.0
+        else:
+            done = 1.0
         return 1.0 + done * (target - 1.0)
 
     return fraction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
+#: Floating-point dtypes that torch computes with.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Checkpoint = tuple[SparseConfig, dict[str, Tensor]]
 
 
@@ -31,7 +34,7 @@ def load(source: str | Path, device: str | torch.device | None = None, dtype: st
         source: a folder of ours (`config.json`, `model.safetensors`) or of OpenAI's (`beeg_config.json`,
             `final_model.pt`); a tokenizer.json in it becomes the model's tokenizer.
         device: None is the GPU if there is one, else the CPU.
-        dtype: None keeps the file's.
+        dtype: None keeps the file's (the widest, if it has several).
 
     Returns:
         A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
@@ -44,6 +47,8 @@ def load(source: str | Path, device: str | torch.device | None = None, dtype: st
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     cfg, state = read_checkpoint(folder)
     network = build_network(cfg, state, folder)
+    if dtype is None:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     network.to(device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     model = wrap(network, tokenizer)
@@ -139,6 +144,10 @@ def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, posi
         raise ConfigError(f"{path}: afrac_loctypes = {locations!r} must be names separated by commas")
     locations = "attn_in,attn_out,mlp_in,mlp_out" if locations is None else locations
     rms, sinusoidal = values.pop("rms_norm", False), values.pop("sinusoidal_cat_pos_emb", False)
+    ln_bias = values.pop("ln_bias", True)
+    for key, value in (("rms_norm", rms), ("sinusoidal_cat_pos_emb", sinusoidal), ("ln_bias", ln_bias)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{path}: {key} = {value!r} is not possible; it must be true or false")
     activation = values.pop("residual_activation_type", "identity")
     if activation not in ("identity", "relu"):
         raise ConfigError(f"{path}: residual_activation_type = {activation!r} must be 'identity' or 'relu'")
@@ -146,7 +155,7 @@ def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, posi
         n_layers=values.pop("n_layer"), d_model=d_model, n_heads=n_heads, n_ctx=values.pop("block_size"),
         d_head=d_model // n_heads if d_head is None else d_head, d_vocab=values.pop("vocab_size"),
         d_mlp=4 * d_model if d_mlp is None else d_mlp,
-        normalization="rms" if rms else "layer", norm_bias=values.pop("ln_bias", True) and not rms,
+        normalization="rms" if rms else "layer", norm_bias=ln_bias and not rms,
         act_fn=values.pop("activation_type", "gelu"), resid_relu=activation == "relu",
         abs_topk={} if fraction is None else dict.fromkeys(filter(None, locations.split(",")), fraction),
         attn_sinks=values.pop("sink", False), bigram_table=values.pop("enable_bigram_table", False),
@@ -172,8 +181,10 @@ def read_openai(folder: Path) -> Checkpoint:
     weights = folder / "final_model.pt"
     raw = read_torch(weights)
     for name, tensor in raw.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{weights}: {name!r} is a {type(tensor).__name__}, not a tensor")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{weights}: {name!r} is a {type(tensor).__name__}; expected names with tensors")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{weights}: {name} is not a dense tensor with values")
     wpe = raw.get("transformer.wpe.weight")
     # The published models without positions carry a table of zeros.
     positions = wpe is not None and bool(wpe.any())
@@ -263,8 +274,11 @@ def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> 
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     if layers != set(range(cfg.n_layers)) if cfg.n_layers <= 100_000 else True:
         raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
-    with torch.device("meta"):
-        network = SparseTransformer(cfg)
+    try:
+        with torch.device("meta"):
+            network = SparseTransformer(cfg)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
     expected = network.state_dict()
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
@@ -275,7 +289,7 @@ def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> 
             raise CheckpointError(
                 f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
@@ -304,6 +318,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"device = {device!r} is not possible; use 'cpu', 'cuda', 'cuda:1', …") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r} is not possible: torch sees no GPU; use 'cpu'")
+    try:
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu'") from error
     return resolved
 
 
@@ -313,9 +331,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     Raises:
         ConfigError: for anything else.
     """
+    if dtype is None:
+        return None
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} is not possible; use a floating-point one such as 'float32'")
-    if dtype is not None and resolved is None:
-        raise ConfigError(f"dtype = {dtype!r} is not possible; use a floating-point one such as 'float32'")
+    if resolved not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
     return resolved

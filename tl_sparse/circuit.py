@@ -179,10 +179,11 @@ class Circuit:
         if about.get("format_version") != FORMAT_VERSION or about.get("edge_mask") is not False:
             raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION} without an edge mask")
         try:
-            model = Fingerprint(str(about["model"]["architecture"]), dict(about["model"]["sketch"]))
+            sketch = {str(name): [float(x) for x in values] for name, values in about["model"]["sketch"].items()}
+            model = Fingerprint(str(about["model"]["architecture"]), sketch)
             hooks, texts = list(about["hooks"]), (str(about["model_name"]), str(about["task"]))
             measured = dict(about["measured"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         tensors = read_tensors(folder / "circuit.safetensors")
         expected = {f"{kind}/{name}" for kind in ("kept", "mean") for name in hooks}

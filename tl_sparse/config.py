@@ -16,6 +16,9 @@ TOPK_LOCATIONS = (
 #: The eight locations of the paper's models; the residual stream itself is rarely sparsified.
 PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
 
+#: No size of a network is larger; a damaged configuration is refused before anything is allocated.
+MAX_SIZE = 100_000_000
+
 
 def paper_topk(fraction: float) -> dict[str, float]:
     """AbsTopK with one `fraction` at the paper's eight locations (A.1; usually 1/4)."""
@@ -94,10 +97,12 @@ class SparseConfig:
         check_types(self)
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) <= MAX_SIZE, name, getattr(self, name), f"at most {MAX_SIZE:,}")
         check(not (self.norm_bias and self.normalization == "rms"), "norm_bias", True, "false with RMSNorm")
         concatenated = self.positions == "concatenated"
         expected = "at least 1 with concatenated positions" if concatenated else "0 without concatenated positions"
         check((self.d_pos >= 1) == concatenated and self.d_pos >= 0, "d_pos", self.d_pos, expected)
+        check(self.d_pos <= MAX_SIZE, "d_pos", self.d_pos, f"at most {MAX_SIZE:,}")
         check(not (self.sinusoidal and self.positions == "none"), "sinusoidal", True, "false without positions")
         check(isinstance(self.abs_topk, Mapping), "abs_topk", self.abs_topk, "a mapping of location to fraction")
         object.__setattr__(self, "abs_topk", dict(self.abs_topk))
@@ -259,11 +264,15 @@ class PruneConfig:
     Attributes:
         target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
         steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
-        k_coef: weight of the number of open gates in the objective.
+        k_coef: weight of the number of open gates in the objective at the first step. From there it is steered,
+            up while the task loss is below `steer_to` · target_loss, down while it is above, by at most
+            `steer_rate` (in its logarithm) a step and a factor of 100 in all: one setting then fits models and tasks that need
+            different weights, and the gates do not all close at once. A rate of 0 holds it (the paper).
         lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to; the
             learning rate falls linearly to 0.
         init_bias, init_scale: gates start at bias + scale · N(0, 1). With a tiny scale all can close together.
         temperature: of the surrogate gradient.
+        leftover: a kept node whose removal raises the task loss by less than this is removed in the end.
         train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
             and to judge on; all different.
         batch_size: prompts, or rows of the corpus, run at once without gradients.
@@ -276,7 +285,9 @@ class PruneConfig:
     target_loss: float = 0.15
     steps: int = 400
     pairs_per_step: int = 16
-    k_coef: float = 3e-3
+    k_coef: float = 1e-3
+    steer_to: float = 0.8
+    steer_rate: float = 0.1
     lr: float = 2e-2
     beta1: float = 0.9
     beta2: float = 0.95
@@ -285,6 +296,7 @@ class PruneConfig:
     init_bias: float = 0.4
     init_scale: float = 0.3
     temperature: float = 1.0
+    leftover: float = 1e-3
     train_pairs: int = 2048
     selection_pairs: int = 512
     heldout_pairs: int = 512
@@ -295,10 +307,10 @@ class PruneConfig:
         check_types(self)
         for name in ("steps", "pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("target_loss", "lr", "grad_clip", "temperature"):
+        for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("k_coef", "weight_decay", "init_scale", "seed"):
+        for name in ("leftover", "steer_rate", "weight_decay", "init_scale", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

@@ -26,8 +26,8 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         self.dataset = None
         self._adopt(network)
         if tokenizer is not None:
-            SparseHookedTransformer.set_tokenizer(self, tokenizer)
-        self.setup()
+            self.set_tokenizer(tokenizer)
+        HookedRootModule.setup(self)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:
         self.tokenizer, self.cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)

@@ -70,6 +70,15 @@ STRING_LINES = (
     "<var1> += <str>",
     "<vars> = [<str>, <str>]",
 )
+# Lines with one string that is opened and closed: the distractors of a quote task.
+CLOSED_STRINGS = (
+    "<fn>(<str>)",
+    "<fn>(<str>)",
+    "<obj>.<method>(<str>)",
+    "<var> = <fn>(<str>)",
+    "<vars>.append(<str>)",
+    "<var> = <str>",
+)
 # A call that goes on after its string: what a quote task ends with, once the quote is put after the bracket.
 OPEN_CALLS = (
     "<fn>(<phrase>",
@@ -234,7 +243,7 @@ class Writer:
     def line(self) -> str:
         """A statement of one line."""
         pick = self.rng.random()
-        templates = CALL_LINES if pick < 0.35 else STRING_LINES if pick < 0.5 else OTHER_LINES
+        templates = CALL_LINES if pick < 0.45 else STRING_LINES if pick < 0.6 else OTHER_LINES
         return self.fill(self.choose(templates))
 
     def choose(self, templates: tuple[str, ...]) -> str:

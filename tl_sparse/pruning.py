@@ -117,7 +117,7 @@ def frozen(model: TLModel) -> Iterator[None]:
 def learn_gates(
     model: TLModel, means: dict[str, Float[Tensor, " *node"]], data: TaskData, config: PruneConfig, progress: bool
 ) -> NodeGates:
-    """Minimise task loss + k_coef · open gates over the gates alone (A.5)."""
+    """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
     gates = NodeGates(
         means,
         init_bias=config.init_bias,
@@ -129,6 +129,8 @@ def learn_gates(
     optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     generator = torch.Generator().manual_seed(config.seed)
+    goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
+    lowest, highest = log_k - math.log(100), log_k + math.log(100)
     bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
     with gates.attached(model):
         for step in bar:
@@ -136,21 +138,46 @@ def learn_gates(
             longest = int(batch.last.max()) + 1
             logits = candidate_logits(model(batch.tokens[:, :longest]), batch)
             loss = task_loss_and_accuracy(logits, batch.correct)[0].mean()
+            smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
+            steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
+            log_k = max(lowest, min(highest, log_k + steer))
             optimizer.zero_grad()
-            (loss + config.k_coef * gates.expected_size()).backward()
+            (loss + math.exp(log_k) * gates.expected_size()).backward()
             nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
             optimizer.step()
             schedule.step()
             gates.clamp()
             if step % 20 == 19:
-                bar.set_postfix_str(f"task loss {float(loss.detach()):.3f}, {int((gates.tau > 0).sum())} nodes")
+                bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
     return gates
+
+
+class _Sizes:
+    """Circuits made of the top-ranked nodes, judged on the selection pairs."""
+
+    def __init__(self, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> None:
+        self.model, self.gates, self.selection, self.config = model, gates, selection, config
+        self.order = gates.tau.detach().argsort(descending=True, stable=True)
+        self.means = gates.split(gates.means)
+
+    def top(self, size: int) -> Bool[Tensor, " node"]:
+        kept = torch.zeros_like(self.order, dtype=torch.bool)
+        kept[self.order[:size]] = True
+        return kept
+
+    def loss(self, kept: Bool[Tensor, " node"]) -> float:
+        """The task loss of the circuit that keeps these nodes."""
+        with ablating(self.model, {name: ~mask for name, mask in self.gates.split(kept).items()}, self.means):
+            return score(self.model, self.selection, self.config.batch_size).loss
+
+    def reaches(self, size: int) -> bool:
+        return self.loss(self.top(size)) <= self.config.target_loss
 
 
 def discretise(
     model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
 ) -> dict[str, Bool[Tensor, " *node"]]:
-    """The smallest number of top-ranked nodes whose circuit reaches the target loss (A.5).
+    """The smallest number of top-ranked nodes whose circuit reaches the target loss (A.5), without leftovers.
 
     Bisection between a size that misses the target and one that reaches it, both found by going outwards from
     the learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
@@ -158,32 +185,38 @@ def discretise(
     Raises:
         PruneError: if not even all nodes reach the target.
     """
-    order = gates.tau.detach().argsort(descending=True, stable=True)
-    values = gates.split(gates.means)
-
-    def masks(size: int) -> dict[str, Tensor]:
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept[order[:size]] = True
-        return gates.split(kept)
-
-    def reaches(size: int) -> bool:
-        with ablating(model, {name: ~mask for name, mask in masks(size).items()}, values):
-            return score(model, selection, config.batch_size).loss <= config.target_loss
-
-    total = len(order)
+    sizes = _Sizes(model, gates, selection, config)
+    total, bad = len(sizes.order), 0
     good = max(1, int((gates.tau > 0).sum()))
-    bad = 0
-    while not reaches(good):
+    while not sizes.reaches(good):
         if good == total:
             raise PruneError(f"no set of nodes reaches the target loss {config.target_loss}, not even all {total}")
         bad, good = good, min(total, math.ceil(good * 1.3))
     while bad == 0 and good > 1:  # go down from the learned size until the target is missed
         smaller = int(good / 1.3)
-        if reaches(smaller):
+        if sizes.reaches(smaller):
             good = smaller
         else:
             bad = smaller
     while good - bad > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if reaches(middle) else (good, middle)
-    return {name: mask.cpu() for name, mask in masks(good).items()}
+        good, bad = (middle, bad) if sizes.reaches(middle) else (good, middle)
+    kept = _without_leftovers(sizes, good)
+    return {name: mask.cpu() for name, mask in gates.split(kept).items()}
+
+
+def _without_leftovers(sizes: _Sizes, size: int) -> Bool[Tensor, " node"]:
+    """Drop each node, the lowest-ranked first, that the circuit does as well without.
+
+    Gates learn all at once; some stay open that nothing kept reads, or whose part another node took over.
+    """
+    kept, config = sizes.top(size), sizes.config
+    loss = sizes.loss(kept)
+    for node in sizes.order[:size].flip(0):
+        kept[node] = False
+        without = sizes.loss(kept)
+        if without < loss + config.leftover and without <= config.target_loss:
+            loss = without
+        else:
+            kept[node] = True
+    return kept

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.idioms import CALL_LINES, OPEN_CALLS, STRING_LINES, Writer
+from tl_sparse.idioms import CLOSED_STRINGS, OPEN_CALLS, Writer
 from tl_sparse.tokenizer import single_token
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def _single_double_quote(rng: random.Random) -> tuple[str, str]:
     writer = Writer(rng)
     context = ""
     while "'" not in context or '"' not in context:
-        kinds = [CALL_LINES if rng.random() < 0.7 else STRING_LINES for _ in range(rng.randint(1, 4))]
-        context = "".join(writer.fill(writer.choose(kind)) + "\n" for kind in kinds)
+        context = "".join(writer.fill(writer.choose(CLOSED_STRINGS)) + "\n" for _ in range(rng.randint(1, 4)))
     call = writer.fill(writer.choose(OPEN_CALLS))
     return context + call.replace("(", "('"), context + call.replace("(", '("')
 

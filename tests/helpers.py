@@ -1,0 +1,90 @@
+"""Small models, configurations and tokenizers for the tests."""
+
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tl_sparse.checkpoints import create
+from tl_sparse.config import TOPK_LOCATIONS, SparseConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tiny_config(**changes):
+    """One layer, no optional feature; no two sizes are equal, so that no shape fits by accident."""
+    sizes = dict(n_layers=1, d_model=6, n_heads=3, d_head=5, d_mlp=10, d_vocab=11, n_ctx=8)
+    return SparseConfig(**(sizes | changes))
+
+
+def full_config(**changes):
+    """Two layers with every feature that fits beside the others."""
+    features = dict(
+        n_layers=2, normalization="layer", norm_bias=True, act_fn="relu", resid_relu=True, attn_sinks=True,
+        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7), bigram_table=True, logits_bias=True,
+        positions="concatenated", d_pos=4,
+    )  # fmt: skip
+    return tiny_config(**(features | changes))
+
+
+def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
+    """A model in which every learned parameter matters: also norms, biases and sinks are random."""
+    config = tiny_config(**changes) if config is None else config
+    model = create(config, seed, tokenizer, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+    model.network.to(dtype)
+    return model
+
+
+def random_tokens(model_or_config, batch=2, length=None, seed=0):
+    """Tokens [batch, length]; the whole context if no length is given."""
+    cfg = getattr(model_or_config, "sparse_cfg", model_or_config)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(cfg.d_vocab, (batch, length or cfg.n_ctx), generator=generator)
+
+
+@st.composite
+def sparse_configs(draw):
+    """Random `SparseConfig`s that together have every feature, in every combination."""
+    normalization = draw(st.sampled_from(["rms", "layer"]))
+    positions = draw(st.sampled_from(["none", "added", "concatenated"]))
+    config = SparseConfig(
+        n_layers=draw(st.integers(1, 2)),
+        d_model=draw(st.integers(3, 7)),
+        n_heads=draw(st.integers(1, 3)),
+        d_head=draw(st.integers(1, 4)),
+        d_mlp=draw(st.integers(1, 9)),
+        d_vocab=draw(st.integers(2, 9)),
+        n_ctx=draw(st.integers(4, 6)),
+        normalization=normalization,
+        norm_bias=draw(st.booleans()) if normalization == "layer" else False,
+        act_fn=draw(st.sampled_from(["gelu", "relu"])),
+        resid_relu=draw(st.booleans()),
+        attn_sinks=draw(st.booleans()),
+        bigram_table=draw(st.booleans()),
+        logits_bias=draw(st.booleans()),
+        positions=positions,
+        d_pos=draw(st.integers(1, 4)) if positions == "concatenated" else 0,
+        sinusoidal=draw(st.booleans()) if positions != "none" else False,
+        biases=draw(st.booleans()),
+        tied_unembed=draw(st.booleans()),
+    )
+    topk = {}
+    for location in draw(st.sets(st.sampled_from(TOPK_LOCATIONS))):
+        size = config.location_size(location)
+        # Halfway between two values of k, where no rounding can change it.
+        topk[location] = min(1.0, (draw(st.integers(1, size)) + 0.5) / size)
+    return SparseConfig.from_dict(config.to_dict() | {"abs_topk": topk})
+
+
+def word_tokenizer(words, **special):
+    """A tokenizer whose tokens are the given words, with ids in their order; the first is the unknown one."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=words[0], **special)

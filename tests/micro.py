@@ -1,0 +1,72 @@
+"""A model small enough to work out on paper, and its task.
+
+One layer, one head, four residual channels. The token A embeds to +1 in channel 0, B to -1; `end` embeds to 1
+in channel 1; fillers and the first token to nothing. RMSNorm turns ±1 in one of four channels into ±2. Queries
+and keys are zero, so attention is uniform. One value channel reads channel 0 with weight W_V, and W_O writes
+it to channel 2, which the unembedding turns into the logits of the answers.
+
+After `<s> f f A f end` the last position has (0, 1, a, 0) with a = 2 · W_V · W_O / 6 (after B: -a), which the
+final RMSNorm divides by sqrt((1 + a²) / 4), so logit(yes) - logit(no) = 2 · W_U · a / that.
+"""
+
+import math
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tl_sparse
+from tl_sparse.tasks import Task
+
+W_V, W_O, W_U = 1.5, 2.0, 3.0
+WRITTEN = 2 * W_V * W_O / 6
+#: Task loss of the model, and of its circuit: softplus of minus the logit difference.
+LOSS = math.log1p(math.exp(-2 * W_U * WRITTEN / math.sqrt((1 + WRITTEN**2) / 4)))
+FILLERS = [f"f{i}" for i in range(30)]
+VOCABULARY = {token: i for i, token in enumerate(["<s>", "A", "B", "end", "yes", "no", *FILLERS])}
+
+#: What the circuit is: node and edge for node and edge.
+NODES = ["0.attn_in.0", "0.attn_v.0", "0.attn_out.2"]
+EDGES = [("0.attn_in.0", "0.attn_v.0", W_V), ("0.attn_v.0", "0.attn_out.2", W_O)]
+
+
+def micro_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+def micro_model():
+    config = tl_sparse.SparseConfig(
+        n_layers=1, d_model=4, n_heads=1, d_head=2, d_mlp=2, d_vocab=len(VOCABULARY), n_ctx=8, act_fn="relu"
+    )
+    model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        block = model.blocks[0]
+        for norm in (block.ln1, block.ln2, model.ln_final):
+            norm.w.fill_(1.0)
+        model.embed.W_E[VOCABULARY["A"], 0] = 1.0
+        model.embed.W_E[VOCABULARY["B"], 0] = -1.0
+        model.embed.W_E[VOCABULARY["end"], 1] = 1.0
+        block.attn.W_V[0, 0, 0] = W_V
+        block.attn.W_O[0, 0, 2] = W_O
+        model.unembed.W_U[2, VOCABULARY["yes"]] = W_U
+        model.unembed.W_U[2, VOCABULARY["no"]] = -W_U
+    return model
+
+
+def _sample(rng: random.Random) -> tuple[str, str]:
+    before, between, after = rng.choice(FILLERS), rng.choice(FILLERS), rng.choice(FILLERS)
+    return f"{before} {between} A {after} end", f"{before} {between} B {after} end"
+
+
+MICRO_TASK = Task("micro", "was it A or B?", (" yes", " no"), _sample)
+
+
+def micro_corpus() -> torch.Tensor:
+    """Rows in which A and B stand equally often, so that the means of the circuit's nodes are 0."""
+    rows = [[0, 6 + i, 7 + i, letter, 8 + i, 3] for i in range(20) for letter in (1, 2)]
+    return torch.tensor(rows)

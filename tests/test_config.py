@@ -1,0 +1,183 @@
+"""Configurations: what is refused and how, that nothing is lost as JSON, and that they are light to import."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import full_config, sparse_configs, tiny_config
+from hypothesis import given, settings
+
+from tl_sparse.config import (
+    PAPER_TOPK_LOCATIONS,
+    DataConfig,
+    PruneConfig,
+    SparseConfig,
+    TrainConfig,
+    laptop_model,
+    paper_topk,
+)
+from tl_sparse.errors import ConfigError, TLSparseError
+
+SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_impossible_sizes(size):
+    for value, expected in ((0, "at least 1"), (-3, "at least 1"), (10**12, "at most"), (10**400, "at most")):
+        with pytest.raises(ConfigError, match=f"^{size} = {value} is not possible; it must be {expected}"):
+            tiny_config(**{size: value})
+    for value in (True, "4", 4.0, None, [4]):
+        with pytest.raises(ConfigError, match=rf"^{size} = .* is not possible; it must be of type int"):
+            tiny_config(**{size: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(normalization="batch"), "normalization = 'batch' .* one of rms, layer"),
+        (dict(act_fn="silu"), "act_fn = 'silu' .* one of gelu, relu"),
+        (dict(act_fn=["gelu"]), r"act_fn = \['gelu'\] .* one of gelu, relu"),
+        (dict(positions="rotary"), "positions = 'rotary' .* one of none, added, concatenated"),
+        (dict(attn_sinks=1), "attn_sinks = 1 .* of type bool"),
+        (dict(biases="false"), "biases = 'false' .* of type bool"),
+        (dict(tied_unembed=None), "tied_unembed = None .* of type bool"),
+        (dict(norm_bias=True), "norm_bias = True .* false with RMSNorm"),
+        (dict(sinusoidal=True), "sinusoidal = True .* false without positions"),
+        (dict(d_pos=4), "d_pos = 4 .* 0 without concatenated positions"),
+        (dict(positions="added", d_pos=4), "d_pos = 4 .* 0 without concatenated positions"),
+        (dict(positions="concatenated"), "d_pos = 0 .* at least 1 with concatenated positions"),
+        (dict(positions="concatenated", d_pos=-1), "d_pos = -1 .* at least 1 with concatenated positions"),
+        (dict(positions="concatenated", d_pos=10**12), "d_pos = 1000000000000 .* at most"),
+        (dict(positions="concatenated", d_pos=True), "d_pos = True .* of type int"),
+        (dict(abs_topk=0.25), "abs_topk = 0.25 .* a mapping of location to fraction"),
+        (dict(abs_topk={"attn": 0.25}), "abs_topk location = 'attn' .* one of attn_in, attn_q, .*, resid_post_mlp"),
+        (dict(abs_topk={"attn_in": 0}), r"abs_topk\['attn_in'\] = 0 .* a fraction in \[1/6, 1\]"),
+        (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* at least one of 6 entries is kept"),
+        (dict(abs_topk={"attn_q": 1.5}), r"abs_topk\['attn_q'\] = 1.5 .* a fraction in \[1/15, 1\]"),
+        (dict(abs_topk={"mlp_in": float("nan")}), r"abs_topk\['mlp_in'\] = nan .* a fraction"),
+        (dict(abs_topk={"mlp_in": "0.5"}), r"abs_topk\['mlp_in'\] = '0.5' .* a fraction"),
+        (dict(abs_topk={"mlp_in": True}), r"abs_topk\['mlp_in'\] = True .* a fraction"),
+    ],
+)
+def test_impossible_features(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**changes)
+
+
+def test_a_configuration_error_is_a_value_error_of_this_package():
+    assert issubclass(ConfigError, TLSparseError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_unknown_and_missing_keys_name_the_valid_ones():
+    values = tiny_config().to_dict()
+    with pytest.raises(ConfigError, match="unknown configuration key 'n_layer'; did you mean 'n_layers'"):
+        SparseConfig.from_dict(values | {"n_layer": 2})
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'xyz'; valid keys are n_layers, .*tied_unembed"):
+        SparseConfig.from_dict(values | {"xyz": 2})
+    del values["d_mlp"], values["n_ctx"]
+    with pytest.raises(ConfigError, match="missing configuration keys: d_mlp, n_ctx"):
+        SparseConfig.from_dict(values)
+
+
+def test_how_many_entries_abs_topk_keeps():
+    concatenated = dict(positions="concatenated", d_pos=4)
+    config = tiny_config(abs_topk=dict.fromkeys(("attn_in", "attn_q", "mlp_neuron", "mlp_out"), 0.5), **concatenated)
+    assert config.d_read == 10
+    # Of 6 + 4 channels read, 3 heads of 5, 10 neurons and 6 channels of the stream; half, rounded down.
+    kept = {location: config.topk(location) for location in ("attn_in", "attn_q", "mlp_neuron", "mlp_out", "attn_v")}
+    assert kept == {"attn_in": 5, "attn_q": 7, "mlp_neuron": 5, "mlp_out": 3, "attn_v": None}
+
+
+def test_the_papers_locations():
+    assert paper_topk(0.25) == dict.fromkeys(
+        ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"), 0.25
+    )
+    assert set(paper_topk(1)) == set(PAPER_TOPK_LOCATIONS)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(config=sparse_configs())
+def test_json_loses_nothing(config):
+    assert SparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_configuration_cannot_change_after_its_checks():
+    fractions = {"attn_in": 0.5}
+    config = tiny_config(abs_topk=fractions)
+    fractions["attn_in"] = 7
+    assert config.abs_topk == {"attn_in": 0.5}
+    with pytest.raises(AttributeError):
+        config.n_layers = 0
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (DataConfig, dict(source=""), "source = '' .* a folder, a glob pattern or a file"),
+        (DataConfig, dict(source=3), "source = 3 .* of type str"),
+        (DataConfig, dict(stdlib_chars=-1), "stdlib_chars = -1 .* at least 0"),
+        (DataConfig, dict(stdlib_chars=0, idiom_chars=0), "stdlib_chars = 0 .* above 0 when idiom_chars is 0"),
+        (DataConfig, dict(validation_fraction=1.0), r"validation_fraction = 1.0 .* in \(0, 1\)"),
+        (TrainConfig, dict(steps=0), "steps = 0 .* at least 1"),
+        (TrainConfig, dict(steps="100"), "steps = '100' .* of type int"),
+        (TrainConfig, dict(lr=0), "lr = 0 .* above 0"),
+        (TrainConfig, dict(lr=float("nan")), "lr = nan .* above 0"),
+        (TrainConfig, dict(beta2=1.0), r"beta2 = 1.0 .* in \[0, 1\)"),
+        (TrainConfig, dict(warmup_fraction=1), r"warmup_fraction = 1 .* in \[0, 1\)"),
+        (TrainConfig, dict(l0_fraction=0), r"l0_fraction = 0 .* a fraction in \(0, 1\]"),
+        (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \(0, 1\]"),
+        (TrainConfig, dict(anneal_start=0.6), r"anneal_start = 0.6 .* in \[0, anneal_stop\]"),
+        (TrainConfig, dict(anneal_stop=1.5), r"anneal_stop = 1.5 .* in \[anneal_start, 1\]"),
+        (TrainConfig, dict(min_nonzero=-1), "min_nonzero = -1 .* at least 0"),
+        (TrainConfig, dict(weight_decay=-0.1), "weight_decay = -0.1 .* at least 0"),
+        (TrainConfig, dict(bigram_from_counts="yes"), "bigram_from_counts = 'yes' .* of type bool"),
+        (PruneConfig, dict(target_loss=0), "target_loss = 0 .* above 0"),
+        (PruneConfig, dict(steps=True), "steps = True .* of type int"),
+        (PruneConfig, dict(temperature="1"), "temperature = '1' .* a number"),
+        (PruneConfig, dict(k_coef=-1), "k_coef = -1 .* at least 0"),
+        (PruneConfig, dict(init_bias=2), r"init_bias = 2 .* in \[-1, 1\]"),
+        (PruneConfig, dict(selection_pairs=0), "selection_pairs = 0 .* at least 1"),
+    ],
+)
+def test_impossible_settings(make, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+def test_defaults_are_possible():
+    assert TrainConfig().model == laptop_model()
+    assert DataConfig().source == "builtin"
+    assert 0 < PruneConfig().target_loss < 1
+    assert full_config().d_read == 10
+
+
+# --- light to import ----------------------------------------------------------------------------------------
+
+
+def seconds(code):
+    """The shortest of three runs of `code` in a fresh interpreter."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        best = min(best, time.perf_counter() - started)
+        assert result.returncode == 0, result.stderr
+    return best, result.stdout
+
+
+def test_importing_the_package_is_fast_and_loads_no_heavy_library():
+    heavy = "torch", "transformer_lens", "transformers", "numpy"
+    code = f"import sys, tl_sparse; print([name for name in {heavy} if name in sys.modules])"
+    best, printed = seconds(code)
+    assert printed.strip() == "[]"
+    assert best < 1
+
+
+def test_help_is_fast():
+    best, printed = seconds("from tl_sparse.cli import main; main(['--help'])")
+    assert "usage: tl-sparse" in printed
+    assert all(command in printed for command in ("train", "prune", "demo"))
+    assert best < 1
