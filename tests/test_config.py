@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
-from helpers import full_config, sparse_configs, tiny_config
 from hypothesis import given, settings
 
+from helpers import full_config, sparse_configs, tiny_config
 from tl_sparse.config import (
     PAPER_TOPK_LOCATIONS,
     DataConfig,
@@ -137,7 +137,7 @@ def test_a_configuration_cannot_change_after_its_checks():
         (PruneConfig, dict(target_loss=0), "target_loss = 0 .* above 0"),
         (PruneConfig, dict(steps=True), "steps = True .* of type int"),
         (PruneConfig, dict(temperature="1"), "temperature = '1' .* a number"),
-        (PruneConfig, dict(k_coef=-1), "k_coef = -1 .* at least 0"),
+        (PruneConfig, dict(init_scale=-1), "init_scale = -1 .* at least 0"),
         (PruneConfig, dict(init_bias=2), r"init_bias = 2 .* in \[-1, 1\]"),
         (PruneConfig, dict(selection_pairs=0), "selection_pairs = 0 .* at least 1"),
     ],

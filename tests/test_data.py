@@ -113,15 +113,15 @@ def test_parameter_names_are_distinct():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": ""}, "source is ''"),
-        ({"source": Path("x")}, "source is PosixPath"),
-        ({"stdlib_chars": -1}, "stdlib_chars is -1; it must be a whole number, 0 or more"),
-        ({"idiom_chars": 1.5}, "idiom_chars is 1.5; it must be a whole number, 0 or more"),
-        ({"seed": True}, "seed is True; it must be a whole number, 0 or more"),
-        ({"stdlib_chars": 0, "idiom_chars": 0}, "stdlib_chars and idiom_chars are both 0"),
-        ({"validation_fraction": 0.0}, "validation_fraction is 0.0; it must be between 0 and 1"),
-        ({"validation_fraction": 1}, "validation_fraction is 1; it must be between 0 and 1"),
-        ({"validation_fraction": float("nan")}, "validation_fraction is nan"),
+        ({"source": ""}, "source = '' is not possible; it must be \"builtin\", a folder, a glob pattern or a file"),
+        ({"source": Path("x")}, "source = PosixPath('x') is not possible; it must be of type str"),
+        ({"stdlib_chars": -1}, "stdlib_chars = -1 is not possible; it must be at least 0"),
+        ({"idiom_chars": 1.5}, "idiom_chars = 1.5 is not possible; it must be of type int"),
+        ({"seed": True}, "seed = True is not possible; it must be of type int"),
+        ({"stdlib_chars": 0, "idiom_chars": 0}, "stdlib_chars = 0 is not possible; it must be above 0 when idiom_chars is 0"),
+        ({"validation_fraction": 0.0}, "validation_fraction = 0.0 is not possible; it must be in (0, 1)"),
+        ({"validation_fraction": 1}, "validation_fraction = 1 is not possible; it must be in (0, 1)"),
+        ({"validation_fraction": float("nan")}, "validation_fraction = nan is not possible; it must be in (0, 1)"),
     ],
 )
 def test_impossible_values(values, message):
@@ -142,7 +142,9 @@ def test_builtin_documents():
     assert len(both) == len(library) + len(idioms)
     assert 299_000 < sum(map(len, library)) <= 300_000
     held_out_idioms = [document for document in documents.validation if document in idioms]
-    assert len(held_out_idioms) == round(0.05 * len(idioms))
+    # As many characters as fit into the fraction: no further idiom file, all below 1,500 characters, would.
+    room = 0.05 * sum(map(len, idioms))
+    assert room - 1_500 < sum(map(len, held_out_idioms)) <= room
     assert 1 <= len(documents.validation) - len(held_out_idioms) < len(library)
     assert not set(documents.train) & set(documents.validation)
     assert re.fullmatch(
@@ -173,7 +175,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_file_system(tmp_path, mon
     rglob = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(rglob(self, pattern))))
     assert load_documents(DataConfig(source, seed=3)) == documents
-    assert load_documents(DataConfig(source, seed=4)) != documents
+    assert any(load_documents(DataConfig(source, seed=seed)) != documents for seed in range(4, 8))
 
 
 def test_a_glob_takes_any_text_file(tmp_path):
@@ -250,3 +252,10 @@ def test_too_few_tokens_for_a_row(tokenizer):
         pack_tokens(["x"], tokenizer, 8, seed=0)
     with pytest.raises(DataError, match="the documents are 0 tokens"):
         pack_tokens([], tokenizer, 8, seed=0)
+
+
+def test_packing_does_not_depend_on_how_the_tokenizer_was_last_used(tokenizer):
+    documents = ["x = 1\n" * 50, "print('the red house')\n" * 20]
+    before = pack_tokens(documents, tokenizer, 16, seed=0)
+    tokenizer(["x = 1", "y"], truncation=True, max_length=2, padding=True)
+    assert torch.equal(pack_tokens(documents, tokenizer, 16, seed=0), before)

@@ -369,6 +369,14 @@ def test_means_over_batches_of_different_length(model):
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-6, atol=1e-7)
 
 
+def test_means_need_no_gradients_on_the_way(model):
+    """Graphs of a whole corpus would fill the memory."""
+    with capturing(model, [MLP_OUT]) as seen:
+        mean_activations(model, [Q], batches_of_different_length())
+    assert [activation.requires_grad for activation in seen[MLP_OUT]] == [False] * 3
+    assert torch.is_grad_enabled()
+
+
 def test_means_keep_the_models_dtype():
     model = ours("float64")
     means = mean_activations(model, [Q], batches_of_different_length())
@@ -400,12 +408,13 @@ def test_means_are_recorded_inside_the_context_only(model):
 def test_recording_during_training_leaves_loss_and_gradients_as_they_are(model):
     gradients = []
     for context in (contextlib.nullcontext(), recording_means(model, list(SHAPES))):
-        with context:
+        with context as means:
             model.zero_grad()
             model(batch(), return_type="loss").backward()
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert not any(mean.requires_grad for mean in means.result(torch.float32).values())
 
 
 def test_means_of_no_batch(model):
@@ -542,8 +551,8 @@ def test_no_gradient_reaches_what_is_ablated(model):
 
 def test_missing_values_are_named(model):
     state = state_of(model)
-    expected = f"^no values to ablate with at {Q}, {ATTN_OUT}$"
-    context = ablating(model, some_nodes(names=[Q, MLP_OUT, ATTN_OUT]), some_values(names=[MLP_OUT]))
+    expected = f"^no values to ablate with at {Q}, {V}, {ATTN_OUT}, {NEURON}$"
+    context = ablating(model, some_nodes(), some_values(names=[MLP_OUT]))
     with pytest.raises(HookNameError, match=expected), context:
         pytest.fail("the context opened")
     assert state_of(model) == state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import random
@@ -73,7 +74,7 @@ def load_documents(config: DataConfig) -> Documents:
     train: list[str] = []
     validation: list[str] = []
     for group in groups.values():  # each by itself, so that both sides have the same mixture
-        held_out = _held_out(len(group), config.validation_fraction, config.seed)
+        held_out = _held_out(group, config.validation_fraction, config.seed)
         train += [document for i, document in enumerate(group) if i not in held_out]
         validation += [document for i, document in enumerate(group) if i in held_out]
     if not validation:
@@ -98,10 +99,14 @@ def pack_tokens(
     if (end_of_text := tokenizer.eos_token_id) is None:
         raise TokenizerError("the tokenizer has no end-of-text token (eos_token) to put before each document")
     shuffled = random.Random(seed).sample(documents, len(documents))
+    # A copy: the original may still truncate and pad as it was last asked to, as by `model.to_tokens`.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
     stream = array("i")  # four bytes a token, where a list of Python integers would take over thirty
     for start in range(0, len(shuffled), _ENCODED_AT_ONCE):
         batch = shuffled[start : start + _ENCODED_AT_ONCE]
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             stream.append(end_of_text)
             stream.extend(encoding.ids)
     n_rows = len(stream) // n_ctx
@@ -166,10 +171,21 @@ def _read(path: Path) -> str:
     return text
 
 
-def _held_out(n_documents: int, fraction: float, seed: int) -> frozenset[int]:
-    """Which documents are for validation: at least one and at most all but one; none of a single document."""
-    count = min(max(1, round(n_documents * fraction)), n_documents - 1)
-    return frozenset(random.Random(seed).sample(range(n_documents), max(count, 0)))
+def _held_out(documents: Sequence[str], fraction: float, seed: int) -> frozenset[int]:
+    """Which documents are for validation: at random, as many as fit into `fraction` of the characters.
+
+    At least one and at most all but one; none of a single document. Counting characters, and not documents,
+    keeps one long file from being most of the validation text.
+    """
+    room = fraction * sum(map(len, documents))
+    held_out: set[int] = set()
+    for i in random.Random(seed).sample(range(len(documents)), len(documents)):
+        if len(documents[i]) <= room and len(held_out) < len(documents) - 1:
+            held_out.add(i)
+            room -= len(documents[i])
+    if not held_out and len(documents) > 1:
+        held_out.add(min(range(len(documents)), key=lambda i: len(documents[i])))
+    return frozenset(held_out)
 
 
 def _cut_in_two(document: str, fraction: float, description: str) -> Documents:

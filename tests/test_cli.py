@@ -1,0 +1,161 @@
+"""The command line end to end at small size, the README's snippets, and what a user sees after a mistake."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tl_sparse
+from tl_sparse.cli import main
+from tl_sparse.config import PruneConfig, TrainConfig
+from tl_sparse.data import load_documents, pack_tokens
+from tl_sparse.training import evaluate_loss
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "d_model": 16, "n_heads": 2, "d_head": 4, "d_mlp": 32, "d_vocab": 512, "n_ctx": 128, "steps": 4, "batch_size": 4,
+    "stdlib_chars": 20_000, "idiom_chars": 60_000, "device": "cpu",
+}  # fmt: skip
+TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+# A model of four steps knows nothing: any loss is good enough to see the pruner run.
+PRUNE = {"target_loss": 5.0, "steps": 3, "train_pairs": 16, "selection_pairs": 8, "heldout_pairs": 8}
+PRUNE_FLAGS = [text for name, value in PRUNE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    assert main(["train", "--out", str(folder), "--seed", "3", *TINY_FLAGS]) == 0
+    return folder
+
+
+def test_train_writes_a_model_that_opens_with_its_tokenizer_and_record(trained):
+    model = tl_sparse.load(trained, device="cpu")
+    record = json.loads((trained / "training.json").read_text())
+    assert model.sparse_cfg.d_model == 16
+    assert model.to_string(model.to_tokens("print('the red house')")[0, 1:]) == "print('the red house')"
+    assert len(model.tokenizer) == 512
+    assert record["config"]["seed"] == record["config"]["data"]["seed"] == 3
+    assert record["config"]["model"]["d_mlp"] == 32
+    assert {"torch", "transformer-lens", "tl-sparse", "python"} <= set(record["versions"])
+    assert record["training_tokens_seen"] == 4 * 4 * 128
+    assert record["nonzero_weights"] < record["weights"]
+    # The record is enough to make the same text again, and its loss is of the model that was saved.
+    documents = load_documents(tl_sparse.DataConfig(**record["config"]["data"]))
+    validation = pack_tokens(documents.validation, model.tokenizer, 128, seed=3)
+    assert evaluate_loss(model, validation, batch_size=7) == pytest.approx(record["validation_loss"], abs=1e-5)
+
+
+def test_trained_weights_are_sparse_and_a_seed_repeats_them(trained, tmp_path):
+    assert main(["train", "--out", str(tmp_path / "again"), "--seed", "3", *TINY_FLAGS]) == 0
+    first, second = (tl_sparse.load(folder, device="cpu") for folder in (trained, tmp_path / "again"))
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+    # 1/32 of 16 · 32 entries is 16; four for each of 32 neurons is more.
+    assert int(first.blocks[0].mlp.W_in.count_nonzero()) == 4 * 32
+
+
+def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys):
+    out = tmp_path / "circuit"
+    assert main(["prune", str(trained), "single_double_quote", "--out", str(out), "--device", "cpu", *PRUNE_FLAGS]) == 0
+    printed = capsys.readouterr().out
+    circuit, model = tl_sparse.Circuit.load(out), tl_sparse.load(trained, device="cpu")
+    assert circuit.task == "single_double_quote"
+    assert circuit.model_name == "model"
+    assert f"{circuit.n_nodes} nodes of" in printed
+    assert f"{len(circuit.edges(model))} edges" in printed
+    for score in ("the full model", "the circuit alone", "the model without the circuit"):
+        assert score in printed
+    assert (out / "report.txt").read_text().strip() in printed
+    held = circuit.measured["heldout"]
+    assert f"{held['circuit']['loss']:.3f}" in printed
+    assert held["n_pairs"] == 8
+
+
+def test_prune_takes_means_over_other_text(trained, tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n" * 200)
+    (tmp_path / "b.py").write_text("y = 2\n" * 200)
+    arguments = ["--corpus", str(tmp_path / "*.py"), "--device", "cpu", *PRUNE_FLAGS]
+    assert main(["prune", str(trained), "single_double_quote", "--out", str(tmp_path / "c"), *arguments]) == 0
+    own = tl_sparse.load_corpus(trained, None, 128)
+    assert tl_sparse.Circuit.load(tmp_path / "c").measured["corpus_tokens"] != own.numel()
+
+
+def readme_snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
+    """Scaled down: the same lines, with a model and a search of seconds."""
+    from tl_sparse.config import DataConfig, SparseConfig, paper_topk
+
+    model = SparseConfig(
+        n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=512, n_ctx=128, abs_topk=paper_topk(0.25)
+    )
+    data = DataConfig(stdlib_chars=20_000, idiom_chars=60_000)
+    small = functools.partial(TrainConfig, model=model, data=data, steps=3, batch_size=4)
+    monkeypatch.setattr("tl_sparse.config.TrainConfig", small)
+    monkeypatch.setattr("tl_sparse.pruning.PruneConfig", functools.partial(PruneConfig, **PRUNE | {"init_bias": 1.0}))
+    # Every node kept, so that there is a first node and a first edge to print.
+    monkeypatch.setattr("tl_sparse.pruning.discretise", lambda model, gates, *_: gates.split(gates.tau < 2))
+    monkeypatch.chdir(tmp_path)
+    snippets = readme_snippets()
+    assert len(snippets) == 2
+    assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
+    namespace: dict = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert (tmp_path / "my-circuit" / "circuit.json").is_file()
+    assert "the circuit alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "OUT", "--steps", "0"], "steps = 0 is not possible; it must be at least 1"),
+        (["train", "--out", "OUT", "--n-heads", "0"], "n_heads = 0"),
+        (["train", "--out", "OUT", "--abs-topk", "0.001"], "abs_topk['attn_in'] = 0.001"),
+        (["train", "--out", "OUT", "--source", "nowhere/*.py"], "nowhere"),
+        (["train", "--out", "OUT", "--device", "tpu9"], "device = 'tpu9'"),
+        (["train", "--out", "FULL"], "must be a new or an empty folder"),
+        (["prune", "MODEL", "single_double_qoute", "--out", "OUT"], "did you mean 'single_double_quote'?"),
+        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "nowhere is not a folder"),
+        (["prune", "MODEL", "single_double_quote", "--out", "FULL"], "must be a new or an empty folder"),
+        (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),
+        (["prune", "MODEL", "single_double_quote", "--out", "OUT"], "above the target loss 0.15"),
+        (["demo", "--out", "FULL"], "holds other files than an earlier demo's"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(arguments, message, trained, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full"), "MODEL": str(trained)}
+    status = main([places.get(argument, argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert status == 1
+    assert message in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith("tl-sparse: error: ")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+
+
+def test_unknown_flag_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "x", "--learning-rate", "1"])
+    assert stopped.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_demo_at_small_size(tmp_path, monkeypatch, capsys):
+    """The command of `make demo`; here the few steps teach the model nothing, and it says so."""
+    less_text = load_documents(tl_sparse.DataConfig(stdlib_chars=20_000, idiom_chars=400_000))
+    monkeypatch.setattr("tl_sparse.training.load_documents", lambda config: less_text)
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "Train a small transformer" in printed.out
+    assert "full model's loss on single_double_quote" in printed.err
+    assert (tmp_path / "demo" / "model" / "model.safetensors").is_file()
+    assert not (tmp_path / "demo" / "circuit").exists()
