@@ -15,23 +15,24 @@ from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
 class _GatedMean(torch.autograd.Function):
-    """Forward: x where τ > 0, else the mean. Backward to τ: as if the gate were sigmoid(τ / T) (A.5)."""
+    """Forward: x where the gate is open, else the mean. Backward to τ: as if it were sigmoid(τ / T) (A.5)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tau: Tensor, mean: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(x, tau, mean)
-        ctx.temperature = temperature
-        return torch.where(tau > 0, x, mean)
+    def forward(ctx: Any, x: Tensor, tau: Tensor, mean: Tensor, temperature: float, inverted: bool) -> Tensor:
+        is_open = (tau > 0) != inverted
+        ctx.save_for_backward(x, tau, mean, is_open)
+        ctx.temperature, ctx.sign = temperature, -1.0 if inverted else 1.0
+        return torch.where(is_open, x, mean)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, tau, mean = ctx.saved_tensors
+        x, tau, mean, is_open = ctx.saved_tensors
         open_share = torch.sigmoid(tau / ctx.temperature)
         # Σ grad · (x − mean) over batch and position, without a tensor of the activation's size for x − mean.
         towards_open = (grad * x).sum((0, 1)) - grad.sum((0, 1)) * mean
-        grad_tau = towards_open * open_share * (1 - open_share) / ctx.temperature
-        grad_x = torch.where(tau > 0, grad, 0.0) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_tau, None, None
+        grad_tau = ctx.sign * towards_open * open_share * (1 - open_share) / ctx.temperature
+        grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_tau, None, None, None
 
 
 class NodeGates(nn.Module):
@@ -84,8 +85,13 @@ class NodeGates(nn.Module):
         self.tau.clamp_(-1, 1)
 
     @contextmanager
-    def attached(self, model: TLModel) -> Iterator[None]:
+    def attached(self, model: TLModel, inverted: bool = False) -> Iterator[None]:
         """Within the context, the gates act on everything `model` runs.
+
+        Args:
+            model: any TransformerLens model.
+            inverted: hold the nodes with open gates at their means, and keep the others: the model without
+                the circuit instead of the circuit alone.
 
         Raises:
             HookNameError: for a hook name that the model does not have.
@@ -95,7 +101,7 @@ class NodeGates(nn.Module):
             def hook_fn(activation: Tensor, hook: object) -> Tensor:
                 # Split at each call, for the gradient of each forward pass to reach τ.
                 tau, mean = self.split(self.tau)[name], self.split(self.means)[name]
-                return _GatedMean.apply(activation, tau, mean, self.temperature)
+                return _GatedMean.apply(activation, tau, mean, self.temperature, inverted)
 
             return hook_fn
 

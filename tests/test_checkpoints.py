@@ -71,19 +71,19 @@ def test_golden_configurations():
     paper = dict.fromkeys(
         ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"), 0.25
     )
-    small = dict(n_layers=2, d_model=32, d_vocab=48, n_ctx=32, logits_bias=True, bigram_table=True)
+    small = dict(
+        n_layers=2, d_model=32, d_vocab=48, n_ctx=32, logits_bias=True, bigram_table=True, positions="added"
+    )  # fmt: skip
     configs = {name: load(GOLDEN / name, device="cpu").sparse_cfg for name in GOLDEN_MODELS}
     assert configs["sweep"] == SparseConfig(**small, n_heads=4, d_head=8, d_mlp=128, abs_topk=paper)
     assert configs["sink"] == SparseConfig(
         **small | dict(n_layers=3, d_model=24), n_heads=6, d_head=4, d_mlp=96, abs_topk=paper, attn_sinks=True
     )
     assert configs["catpos"] == SparseConfig(
-        **small | dict(bigram_table=False),
-        n_heads=4, d_head=8, d_mlp=64, abs_topk=paper, positions="concatenated", d_pos=8,
+        **small | dict(bigram_table=False, positions="concatenated"),
+        n_heads=4, d_head=8, d_mlp=64, abs_topk=paper, d_pos=8,
     )  # fmt: skip
-    assert configs["dense"] == SparseConfig(
-        **small | dict(logits_bias=False), n_heads=2, d_head=16, d_mlp=128, positions="added"
-    )
+    assert configs["dense"] == SparseConfig(**small | dict(logits_bias=False), n_heads=2, d_head=16, d_mlp=128)
 
 
 @pytest.mark.parametrize("name", GOLDEN_MODELS)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_corpus, micro_model
 
 import tl_sparse
+from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_corpus, micro_model
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig, SparseConfig, paper_topk
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
@@ -172,7 +172,7 @@ def test_circuit_fits_its_model_in_another_dtype(model, dtype):
 def test_circuit_refuses_another_model(model):
     circuit = with_nodes(model, some)
     other = tl_sparse.create(CONFIG, seed=1, device="cpu")
-    with pytest.raises(CircuitError, match="other weights in embed.W_E"), circuit.applied(other):
+    with pytest.raises(CircuitError, match=r"other weights in embed\.W_E"), circuit.applied(other):
         pass
     wider = tl_sparse.create(dataclasses.replace(CONFIG, d_mlp=25), seed=0, device="cpu")
     with pytest.raises(CircuitError, match="another architecture"):

@@ -224,9 +224,9 @@ class TrainConfig:
 
     model: SparseConfig = field(default_factory=laptop_model)
     data: DataConfig = field(default_factory=DataConfig)
-    steps: int = 1500
+    steps: int = 1200
     batch_size: int = 16
-    lr: float = 8e-3
+    lr: float = 2e-2
     eps: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -266,12 +266,17 @@ class PruneConfig:
         steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
         k_coef: weight of the number of open gates in the objective at the first step. From there it is steered,
             up while the task loss is below `steer_to` · target_loss, down while it is above, by at most
-            `steer_rate` (in its logarithm) a step and a factor of 100 in all: one setting then fits models and tasks that need
-            different weights, and the gates do not all close at once. A rate of 0 holds it (the paper).
+            `steer_rate` (in its logarithm) a step and a factor of 100 in all: one setting then fits models and
+            tasks that need different weights, and the gates do not all close at once. 0 holds it (the paper).
         lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to; the
             learning rate falls linearly to 0.
         init_bias, init_scale: gates start at bias + scale · N(0, 1). With a tiny scale all can close together.
         temperature: of the surrogate gradient.
+        necessity: weight of a second term in the objective, max(0, ln 2 - task loss of the model without the
+            circuit), on half of the pairs; it finds backup paths that the circuit alone does not need. 0 is
+            the paper's objective.
+        ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit may have;
+            1 asks for a sufficient circuit only, as the paper does.
         leftover: a kept node whose removal raises the task loss by less than this is removed in the end.
         train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
             and to judge on; all different.
@@ -283,7 +288,7 @@ class PruneConfig:
     """
 
     target_loss: float = 0.15
-    steps: int = 400
+    steps: int = 300
     pairs_per_step: int = 16
     k_coef: float = 1e-3
     steer_to: float = 0.8
@@ -296,6 +301,8 @@ class PruneConfig:
     init_bias: float = 0.4
     init_scale: float = 0.3
     temperature: float = 1.0
+    necessity: float = 0.3
+    ablated_accuracy: float = 0.6
     leftover: float = 1e-3
     train_pairs: int = 2048
     selection_pairs: int = 512
@@ -311,6 +318,7 @@ class PruneConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("leftover", "steer_rate", "weight_decay", "init_scale", "seed"):
+        for name in ("necessity", "leftover", "steer_rate", "weight_decay", "init_scale", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0.5 <= self.ablated_accuracy <= 1, "ablated_accuracy", self.ablated_accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

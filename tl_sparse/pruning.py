@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import PruneError
-from tl_sparse.evaluation import Evaluation, evaluate, score
+from tl_sparse.evaluation import Evaluation, Score, evaluate, score
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
@@ -132,90 +132,112 @@ def learn_gates(
     goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
     lowest, highest = log_k - math.log(100), log_k + math.log(100)
     bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
-    with gates.attached(model):
-        for step in bar:
-            batch = data.pairs(torch.randint(data.n_pairs, (config.pairs_per_step,), generator=generator))
-            longest = int(batch.last.max()) + 1
-            logits = candidate_logits(model(batch.tokens[:, :longest]), batch)
-            loss = task_loss_and_accuracy(logits, batch.correct)[0].mean()
-            smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
-            steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
-            log_k = max(lowest, min(highest, log_k + steer))
-            optimizer.zero_grad()
-            (loss + math.exp(log_k) * gates.expected_size()).backward()
-            nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
-            optimizer.step()
-            schedule.step()
-            gates.clamp()
-            if step % 20 == 19:
-                bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
+    for step in bar:
+        batch = data.pairs(torch.randint(data.n_pairs, (config.pairs_per_step,), generator=generator))
+        with gates.attached(model):
+            loss = _task_loss(model, batch)
+        smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
+        steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
+        log_k = max(lowest, min(highest, log_k + steer))
+        objective = loss + math.exp(log_k) * gates.expected_size()
+        if config.necessity > 0:
+            with gates.attached(model, inverted=True):
+                without = _task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
+            objective = objective + config.necessity * (math.log(2) - without).clamp(min=0)
+        optimizer.zero_grad()
+        objective.backward()
+        nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
+        optimizer.step()
+        schedule.step()
+        gates.clamp()
+        if step % 20 == 19:
+            bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
     return gates
 
 
-class _Sizes:
-    """Circuits made of the top-ranked nodes, judged on the selection pairs."""
+def _task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
+    logits = candidate_logits(model(data.tokens[:, : int(data.last.max()) + 1]), data)
+    return task_loss_and_accuracy(logits, data.correct)[0].mean()
 
-    def __init__(self, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> None:
-        self.model, self.gates, self.selection, self.config = model, gates, selection, config
-        self.order = gates.tau.detach().argsort(descending=True, stable=True)
+
+class _Judge:
+    """Whether sets of nodes are circuits, on some pairs."""
+
+    def __init__(self, model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> None:
+        self.model, self.gates, self.data, self.config = model, gates, data, config
         self.means = gates.split(gates.means)
-
-    def top(self, size: int) -> Bool[Tensor, " node"]:
-        kept = torch.zeros_like(self.order, dtype=torch.bool)
-        kept[self.order[:size]] = True
-        return kept
 
     def loss(self, kept: Bool[Tensor, " node"]) -> float:
         """The task loss of the circuit that keeps these nodes."""
-        with ablating(self.model, {name: ~mask for name, mask in self.gates.split(kept).items()}, self.means):
-            return score(self.model, self.selection, self.config.batch_size).loss
+        return self._score(~kept).loss
 
-    def reaches(self, size: int) -> bool:
-        return self.loss(self.top(size)) <= self.config.target_loss
+    def accepts(self, kept: Bool[Tensor, " node"], loss: float | None = None) -> bool:
+        """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
+        if (self.loss(kept) if loss is None else loss) > self.config.target_loss:
+            return False
+        return self.config.ablated_accuracy == 1 or self._score(kept).accuracy <= self.config.ablated_accuracy
+
+    def _score(self, ablated: Bool[Tensor, " node"]) -> Score:
+        with ablating(self.model, self.gates.split(ablated), self.means):
+            return score(self.model, self.data, self.config.batch_size)
 
 
 def discretise(
     model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
 ) -> dict[str, Bool[Tensor, " *node"]]:
-    """The smallest number of top-ranked nodes whose circuit reaches the target loss (A.5), without leftovers.
+    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), without leftovers.
 
-    Bisection between a size that misses the target and one that reaches it, both found by going outwards from
-    the learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
+    Bisection between a size that is too small and one that is enough, both found by going outwards from the
+    learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
 
     Raises:
-        PruneError: if not even all nodes reach the target.
+        PruneError: if not even all nodes make a circuit.
     """
-    sizes = _Sizes(model, gates, selection, config)
-    total, bad = len(sizes.order), 0
-    good = max(1, int((gates.tau > 0).sum()))
-    while not sizes.reaches(good):
-        if good == total:
-            raise PruneError(f"no set of nodes reaches the target loss {config.target_loss}, not even all {total}")
-        bad, good = good, min(total, math.ceil(good * 1.3))
-    while bad == 0 and good > 1:  # go down from the learned size until the target is missed
-        smaller = int(good / 1.3)
-        if sizes.reaches(smaller):
-            good = smaller
+    judge = _Judge(model, gates, selection, config)
+    order = gates.tau.detach().argsort(descending=True, stable=True)
+
+    def top(size: int) -> Bool[Tensor, " node"]:
+        kept = torch.zeros_like(order, dtype=torch.bool)
+        kept[order[:size]] = True
+        return kept
+
+    enough, too_small = max(1, int((gates.tau > 0).sum())), 0
+    while not judge.accepts(top(enough)):
+        if enough == len(order):
+            raise PruneError(
+                f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
+                f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
+            )
+        too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
+    while too_small == 0 and enough > 1:  # go down from the learned size until it is too small
+        smaller = int(enough / 1.3)
+        if judge.accepts(top(smaller)):
+            enough = smaller
         else:
-            bad = smaller
-    while good - bad > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if sizes.reaches(middle) else (good, middle)
-    kept = _without_leftovers(sizes, good)
+            too_small = smaller
+    while enough - too_small > 1:
+        middle = (enough + too_small) // 2
+        enough, too_small = (middle, too_small) if judge.accepts(top(middle)) else (enough, middle)
+    kept = top(enough)
+    # On a part of the pairs, for speed; kept only if it holds on all of them.
+    part = _Judge(model, gates, selection.pairs(range(min(128, selection.n_pairs))), config)
+    fewer = _without_leftovers(part, kept, order[:enough])
+    kept = fewer if judge.accepts(fewer) else kept
     return {name: mask.cpu() for name, mask in gates.split(kept).items()}
 
 
-def _without_leftovers(sizes: _Sizes, size: int) -> Bool[Tensor, " node"]:
+def _without_leftovers(
+    judge: _Judge, kept: Bool[Tensor, " node"], ranked: Int[Tensor, " kept"]
+) -> Bool[Tensor, " node"]:
     """Drop each node, the lowest-ranked first, that the circuit does as well without.
 
     Gates learn all at once; some stay open that nothing kept reads, or whose part another node took over.
     """
-    kept, config = sizes.top(size), sizes.config
-    loss = sizes.loss(kept)
-    for node in sizes.order[:size].flip(0):
+    kept, loss = kept.clone(), judge.loss(kept)
+    for node in ranked.flip(0):
         kept[node] = False
-        without = sizes.loss(kept)
-        if without < loss + config.leftover and without <= config.target_loss:
+        without = judge.loss(kept)
+        if without < loss + judge.config.leftover and judge.accepts(kept, without):
             loss = without
         else:
             kept[node] = True
