@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation
 from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import Node
 from tl_sparse.tasks import Task
+from tl_sparse.tokenizer import single_token
 
 #: What the nodes of a location are, in words.
 _KINDS = {
@@ -30,7 +34,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
     Args:
         circuit: of `task` in `model`.
         model: a model of ours.
-        task: its candidates' entries in the unembedding are listed too.
+        task: the entries of its tokens in the embedding and unembedding are listed too.
         evaluation: from `prune` or `evaluate`.
 
     Raises:
@@ -43,6 +47,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
         "=" * len(title),
         _nodes_table(circuit, model),
         _edges_table(circuit, model),
+        _embedding_table(circuit, model, task),
         _logits_table(circuit, model, task),
         scores_table(evaluation),
     ]
@@ -83,21 +88,44 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
     return heading + ("\n" + table(["from", "", "to", "weight"], rows) if rows else "")
 
 
+def _embedding_table(circuit: Circuit, model: TLModel, task: Task) -> str:
+    """What the task's own tokens bring to the channels that the circuit reads."""
+    W_E, read = model.embed.W_E.detach(), _channels(circuit, model, "_in")
+    tokens = _task_tokens(model, task)
+    heading = "What the task's tokens bring to the channels read: entries of the embedding (not counted as edges)"
+    return _entries_table(heading, read, tokens, W_E[list(tokens)][:, read].T)
+
+
 def _logits_table(circuit: Circuit, model: TLModel, task: Task) -> str:
-    """How kept writes move the candidates' logits, through the unembedding alone (no edges of the circuit)."""
-    tokenizer: Any = model.tokenizer
-    first, second = (tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))[0] for text in task.candidates)
-    W_U = model.unembed.W_U.detach()
-    written = {i for (_, where), found in circuit.nodes_by_location().items() if where.endswith("_out") for i in found}
+    """How kept writes move the candidates' logits, through the unembedding alone."""
+    W_U, written = model.unembed.W_U.detach(), _channels(circuit, model, "_out")
+    tokens = {single_token(model.tokenizer, text): text for text in task.candidates}
+    heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
+    return _entries_table(heading, written, tokens, W_U[written][:, list(tokens)])
+
+
+def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
+    """Residual channels among the kept reads or writes, all layers together."""
+    grouped = circuit.nodes_by_location().items()
+    indices = {i for (_, where), found in grouped if where.endswith(ending) for i in found}
+    return sorted(i for i in indices if i < model.cfg.d_model)  # further ones are positional channels
+
+
+def _task_tokens(model: TLModel, task: Task) -> dict[int, str]:
+    """The tokens in which the two prompts of a pair differ, and the candidates: id → text."""
+    first, second = (model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0)))
+    ids = [i for pair in zip(first, second, strict=False) if pair[0] != pair[1] for i in pair]
+    ids += [single_token(model.tokenizer, text) for text in task.candidates]
+    return {i: model.tokenizer.decode([i]) for i in ids}
+
+
+def _entries_table(heading: str, channels: list[int], tokens: dict[int, str], entries: Float[Tensor, "c t"]) -> str:
     rows = [
-        [f"channel {i}", f"{float(W_U[i, first]):+.3f}", f"{float(W_U[i, second]):+.3f}"]
-        for i in sorted(written)
-        if bool(W_U[i, [first, second]].any())
+        [str(channel), *(f"{weight:+.3f}" if weight else "." for weight in row)]
+        for channel, row in zip(channels, entries.tolist(), strict=True)
+        if any(row)
     ]
-    if not rows:
-        return ""
-    heading = "What these writes say of the answer: entries of the unembedding (not counted as edges)"
-    return heading + "\n" + table(["residual channel", *(repr(text) for text in task.candidates)], rows)
+    return heading + "\n" + table(["channel", *map(repr, tokens.values())], rows) if rows else ""
 
 
 def name_of(model: TLModel, node: Node) -> str:
