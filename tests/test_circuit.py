@@ -141,11 +141,11 @@ def test_edges_are_all_nonzero_weights_of_a_full_circuit(model):
     assert len(edges) == 2 * per_layer - 2 * 4
     sample = {(str(e.source), str(e.target)): e.weight for e in edges}
     attn, mlp = model.blocks[1].attn, model.blocks[1].mlp
-    assert sample["1.attn_in.5", "1.attn_k.6"] == float(attn.W_K[1, 5, 2])
-    assert sample["1.attn_in.17", "1.attn_v.1"] == float(attn.W_V_pos[0, 1, 1])
-    assert sample["1.attn_v.7", "1.attn_out.3"] == float(attn.W_O[1, 3, 3])
-    assert sample["1.mlp_in.18", "1.mlp_neuron.9"] == float(mlp.W_in_pos[2, 9])
-    assert sample["1.mlp_neuron.23", "1.mlp_out.0"] == float(mlp.W_out[23, 0])
+    assert sample["1.attn_in.5", "1.attn_k.6"] == attn.W_K[1, 5, 2].item()
+    assert sample["1.attn_in.17", "1.attn_v.1"] == attn.W_V_pos[0, 1, 1].item()
+    assert sample["1.attn_v.7", "1.attn_out.3"] == attn.W_O[1, 3, 3].item()
+    assert sample["1.mlp_in.18", "1.mlp_neuron.9"] == mlp.W_in_pos[2, 9].item()
+    assert sample["1.mlp_neuron.23", "1.mlp_out.0"] == mlp.W_out[23, 0].item()
 
 
 def test_save_and_load(model, tmp_path):

@@ -277,7 +277,7 @@ class PruneConfig:
             the paper's objective.
         ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit may have;
             1 asks for a sufficient circuit only, as the paper does.
-        leftover: a kept node whose removal raises the task loss by less than this is removed in the end.
+        cleanup_pairs: selection pairs on which nodes that the circuit can do without are removed in the end.
         train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
             and to judge on; all different.
         batch_size: prompts, or rows of the corpus, run at once without gradients.
@@ -303,22 +303,23 @@ class PruneConfig:
     temperature: float = 1.0
     necessity: float = 0.3
     ablated_accuracy: float = 0.6
-    leftover: float = 1e-3
     train_pairs: int = 2048
     selection_pairs: int = 512
     heldout_pairs: int = 512
+    cleanup_pairs: int = 128
     batch_size: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "batch_size"):
+        pairs = ("pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "cleanup_pairs")
+        for name in ("steps", "batch_size", *pairs):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("necessity", "leftover", "steer_rate", "weight_decay", "init_scale", "seed"):
+        for name in ("necessity", "steer_rate", "weight_decay", "init_scale", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(0.5 <= self.ablated_accuracy <= 1, "ablated_accuracy", self.ablated_accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

@@ -52,11 +52,14 @@ def prompt_scores(
     model: TLModel, data: TaskData, batch_size: int = 256
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
     """The loss of each prompt, and whether the model is right there; at most `batch_size` prompts at a time."""
+    # Pairs of like length together, so that little is computed for padding.
+    by_length = data.last.view(-1, 2).amax(1).argsort(stable=True)
     logits = []
-    for pairs in torch.arange(data.n_pairs).split(max(1, batch_size // 2)):
+    for pairs in by_length.split(max(1, batch_size // 2)):
         part = data.pairs(pairs)
-        logits.append(candidate_logits(model(part.tokens), part))
-    return task_loss_and_accuracy(torch.cat(logits).float(), data.correct)
+        logits.append(candidate_logits(model(part.trimmed().tokens), part))
+    in_order = torch.cat(logits).float().view(-1, 4)[by_length.argsort()].view(-1, 2)
+    return task_loss_and_accuracy(in_order, data.correct)
 
 
 def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:

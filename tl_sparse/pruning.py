@@ -156,7 +156,7 @@ def learn_gates(
 
 
 def _task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
-    logits = candidate_logits(model(data.tokens[:, : int(data.last.max()) + 1]), data)
+    logits = candidate_logits(model(data.trimmed().tokens), data)
     return task_loss_and_accuracy(logits, data.correct)[0].mean()
 
 
@@ -167,13 +167,9 @@ class _Judge:
         self.model, self.gates, self.data, self.config = model, gates, data, config
         self.means = gates.split(gates.means)
 
-    def loss(self, kept: Bool[Tensor, " node"]) -> float:
-        """The task loss of the circuit that keeps these nodes."""
-        return self._score(~kept).loss
-
-    def accepts(self, kept: Bool[Tensor, " node"], loss: float | None = None) -> bool:
+    def accepts(self, kept: Bool[Tensor, " node"]) -> bool:
         """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
-        if (self.loss(kept) if loss is None else loss) > self.config.target_loss:
+        if self._score(~kept).loss > self.config.target_loss:
             return False
         return self.config.ablated_accuracy == 1 or self._score(kept).accuracy <= self.config.ablated_accuracy
 
@@ -185,7 +181,8 @@ class _Judge:
 def discretise(
     model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
 ) -> dict[str, Bool[Tensor, " *node"]]:
-    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), without leftovers.
+    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
+    only the ones that it needs.
 
     Bisection between a size that is too small and one that is enough, both found by going outwards from the
     learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
@@ -218,27 +215,16 @@ def discretise(
     while enough - too_small > 1:
         middle = (enough + too_small) // 2
         enough, too_small = (middle, too_small) if judge.accepts(top(middle)) else (enough, middle)
-    kept = top(enough)
-    # On a part of the pairs, for speed; kept only if it holds on all of them.
-    part = _Judge(model, gates, selection.pairs(range(min(128, selection.n_pairs))), config)
-    fewer = _without_leftovers(part, kept, order[:enough])
-    kept = fewer if judge.accepts(fewer) else kept
-    return {name: mask.cpu() for name, mask in gates.split(kept).items()}
-
-
-def _without_leftovers(
-    judge: _Judge, kept: Bool[Tensor, " node"], ranked: Int[Tensor, " kept"]
-) -> Bool[Tensor, " node"]:
-    """Drop each node, the lowest-ranked first, that the circuit does as well without.
-
-    Gates learn all at once; some stay open that nothing kept reads, or whose part another node took over.
-    """
-    kept, loss = kept.clone(), judge.loss(kept)
-    for node in ranked.flip(0):
+    kept, removed = top(enough), []
+    # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
+    # Tried on a part of the pairs, for speed, the lowest-ranked node first.
+    part = _Judge(model, gates, selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs))), config)
+    for node in order[:enough].flip(0):
         kept[node] = False
-        without = judge.loss(kept)
-        if without < loss + judge.config.leftover and judge.accepts(kept, without):
-            loss = without
+        if part.accepts(kept):
+            removed.append(node)
         else:
             kept[node] = True
-    return kept
+    while removed and not judge.accepts(kept):  # on all pairs, the last removals may have been too many
+        kept[removed.pop()] = True
+    return {name: mask.cpu() for name, mask in gates.split(kept).items()}

@@ -110,6 +110,10 @@ class TaskData:
         names = ("tokens", "last", "candidates", "correct")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def trimmed(self) -> TaskData:
+        """The same data without the padding that no prompt needs."""
+        return replace(self, tokens=self.tokens[:, : int(self.last.max()) + 1])
+
     def pairs(self, indices: Sequence[int] | Int[Tensor, " chosen"]) -> TaskData:
         """The pairs at `indices`, in that order; the padding keeps its width."""
         chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
