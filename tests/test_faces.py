@@ -366,6 +366,8 @@ def test_state_dict_keys_are_the_same_on_both_lines():
     model = tiny_model(full_config(n_layers=1))
     assert sorted(model.state_dict()) == sorted(STATE_DICT_KEYS)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(STATE_DICT_KEYS)
+    children = {"embed", "hook_embed", "pos_embed", "hook_pos", "blocks", "ln_final", "unembed", "bigram"}
+    assert {name for name, _ in model.named_children()} == children | {"hook_bigram"}
     minimal = tiny_model(biases=False, tied_unembed=True).state_dict()
     kept = ("ln1.w", "ln2.w", "attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out")
     assert sorted(minimal) == sorted(["embed.W_E", "ln_final.w", *(f"blocks.0.{name}" for name in kept)])
