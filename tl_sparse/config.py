@@ -111,7 +111,7 @@ class SparseConfig:
             check(location in TOPK_LOCATIONS, "abs_topk location", location, expected)
             number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             dim = self.location_size(location)
-            expected = f"a fraction in [1/{dim}, 1], so that at least one of {dim} entries is kept"
+            expected = f"a fraction of at most 1 that keeps at least one of the {dim} entries there"
             valid = number and fraction <= 1 and int(fraction * dim) >= 1
             check(valid, f"abs_topk[{location!r}]", fraction, expected)
 

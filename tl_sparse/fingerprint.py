@@ -6,15 +6,14 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tl_sparse.hooks.points import TLModel
 from tl_sparse.config import SparseConfig
+from tl_sparse.hooks.points import TLModel
 
 #: Two sketches that differ by less than this share of their length are of the same weights: rounding to bfloat16
 #: moves one by about 0.001, weights that changed by 5 % by about 0.05, and two different matrices differ by about 1.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import TLModel
-
-if TYPE_CHECKING:
-    pass
 
 #: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
 LOCATION_HOOKS = {

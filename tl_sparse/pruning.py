@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
-from tl_sparse.errors import PruneError
+from tl_sparse.errors import PruneError, TokenizerError
 from tl_sparse.evaluation import Evaluation, Score, evaluate, score
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.ablation import ablating
@@ -82,8 +82,6 @@ def prune(
 
 def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskData, TaskData, TaskData]:
     """Disjoint pairs to train gates on, to choose the size on, and to judge on."""
-    from tl_sparse.errors import TokenizerError
-
     if getattr(model, "tokenizer", None) is None:
         raise TokenizerError("pruning needs the model's tokenizer, to make the task's prompts")
     device, used = next(model.parameters()).device, set[str]()

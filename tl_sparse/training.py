@@ -179,13 +179,18 @@ def train(
         | {"python": platform.python_version()},
     }
     if out is not None:
-        generator = torch.Generator().manual_seed(config.seed)
-        sample = rows[torch.randperm(len(rows), generator=generator)[:CORPUS_ROWS]]
-        model.save_pretrained(out)
-        write_tensors(Path(out) / CORPUS_SAMPLE, {"tokens": sample})
-        write_json(Path(out) / "training.json", record)
-        model.cfg.model_name = Path(out).resolve().name
+        _save(Path(out), model, rows, record)
     return model, record
+
+
+def _save(folder: Path, model: TLModel, rows: Int[Tensor, "seq pos"], record: dict[str, Any]) -> None:
+    """The model, a sample of its training tokens, and the record of how it was made."""
+    generator = torch.Generator().manual_seed(record["config"]["seed"])
+    sample = rows[torch.randperm(len(rows), generator=generator)[:CORPUS_ROWS]]
+    model.save_pretrained(folder)
+    write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample})
+    write_json(folder / "training.json", record)
+    model.cfg.model_name = folder.resolve().name
 
 
 def _run(trainer: Trainer, rows: Int[Tensor, "seq pos"], device: torch.device, progress: bool) -> float:
