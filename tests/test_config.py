@@ -54,7 +54,7 @@ def test_impossible_sizes(size):
         (dict(abs_topk=0.25), "abs_topk = 0.25 .* a mapping of location to fraction"),
         (dict(abs_topk={"attn": 0.25}), "abs_topk location = 'attn' .* one of attn_in, attn_q, .*, resid_post_mlp"),
         (dict(abs_topk={"attn_in": 0}), r"abs_topk\['attn_in'\] = 0 .* keeps at least one of the 6 entries"),
-        (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* at least one of 6 entries is kept"),
+        (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* keeps at least one of the 6 entries"),
         (dict(abs_topk={"attn_q": 1.5}), r"abs_topk\['attn_q'\] = 1.5 .* a fraction of at most 1"),
         (dict(abs_topk={"mlp_in": float("nan")}), r"abs_topk\['mlp_in'\] = nan .* a fraction"),
         (dict(abs_topk={"mlp_in": "0.5"}), r"abs_topk\['mlp_in'\] = '0.5' .* a fraction"),
