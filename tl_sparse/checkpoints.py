@@ -272,7 +272,7 @@ def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> 
     """
     # Counted first: a wrong n_layers must not make the machine build a billion blocks.
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if layers != set(range(cfg.n_layers)) if cfg.n_layers <= 100_000 else True:
+    if cfg.n_layers > 100_000 or layers != set(range(cfg.n_layers)):
         raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
     try:
         with torch.device("meta"):

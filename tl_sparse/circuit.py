@@ -22,8 +22,8 @@ from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 
 FORMAT_VERSION = 1
 
-#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and the
-#: einops-free rule to see it as [source, target]. The residual stream joins writes to later reads.
+#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target.
+#: From the writes to later reads there is no weight: the residual stream joins them.
 _EDGES = (
     ("attn.W_Q", "attn_in", "attn_q"),
     ("attn.W_K", "attn_in", "attn_k"),

@@ -49,7 +49,7 @@ class Trainer:
             embed_fraction=annealed(config.l0_fraction_embed, *window),
             min_nonzero=config.min_nonzero,
         )
-        self._matrices = [p for group in self.sparsity.groups for p in group.parameters]
+        self.matrices = [p for group in self.sparsity.groups for p in group.parameters]
 
     def lr(self, step: int) -> float:
         """lr · (warm-up, then linear decay to 0) · sqrt(final fraction / fraction at this step)."""
@@ -71,7 +71,7 @@ class Trainer:
         with torch.no_grad():
             # As published, w -= λ·lr·w. To multiply by 1 - λ·lr rounds otherwise: after 36 steps of the authors'
             # trajectory that decides a weight's place in the top-k differently.
-            torch._foreach_add_(self._matrices, self._matrices, alpha=-self.config.weight_decay * lr)
+            torch._foreach_add_(self.matrices, self.matrices, alpha=-self.config.weight_decay * lr)
         return loss.detach()
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ def train(
     model.eval()
     trained = time.perf_counter()
 
-    nonzero, weights = trainer.sparsity.l0(), sum(p.numel() for p in trainer._matrices)
+    nonzero, weights = trainer.sparsity.l0(), sum(p.numel() for p in trainer.matrices)
     n_tokens = config.steps * min(config.batch_size, len(rows)) * config.model.n_ctx
     record = {
         "config": dataclasses.asdict(config),
