@@ -110,7 +110,7 @@ def run_by_hand(model, tokens, edits=None):
     resid = resid + channels if cfg.positions == "added" else resid
     for i in range(cfg.n_layers):
         block = f"blocks.{i}"
-        resid = at(f"{block}.hook_resid_pre", resid)
+        resid = at(f"{block}.hook_resid_pre", topk("resid_pre", resid))
         attn_out = topk("attn_out", attention(f"{block}.attn", read(f"{block}.ln1", "attn_in", resid)))
         resid = topk("resid_post_attn", stream(resid + at(f"{block}.hook_attn_out", attn_out)))
         resid = at(f"{block}.hook_resid_mid", resid)
@@ -283,7 +283,8 @@ def test_two_partial_runs_are_one_full_run(config, seed):
     logits, cache = model.run_with_cache(tokens)
     for layer in range(config.n_layers):
         resid = model(tokens, stop_at_layer=layer)
-        torch.testing.assert_close(resid, cache[f"blocks.{layer}.hook_resid_pre"], rtol=0, atol=1e-12)
+        entered = abs_topk(resid, config.topk("resid_pre") or config.d_model)
+        torch.testing.assert_close(entered, cache[f"blocks.{layer}.hook_resid_pre"], rtol=0, atol=1e-12)
         rest = model(resid, start_at_layer=layer, tokens=tokens)
         torch.testing.assert_close(rest, logits, rtol=0, atol=1e-12)
         negative = model(tokens, stop_at_layer=layer - config.n_layers)

@@ -10,7 +10,7 @@ from tl_sparse.errors import ConfigError
 
 #: Where AbsTopK can act, named as in the published configurations, in the order of the forward pass.
 TOPK_LOCATIONS = (
-    "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "resid_post_attn",
+    "resid_pre", "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "resid_post_attn",
     "mlp_in", "mlp_neuron", "mlp_out", "resid_post_mlp",
 )  # fmt: skip
 #: The eight locations of the paper's models; the residual stream itself is rarely sparsified.

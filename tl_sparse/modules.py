@@ -240,9 +240,10 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.resid_act = nn.ReLU() if cfg.resid_relu else nn.Identity()
         self.topk_attn_out, self.topk_mlp_out = AbsTopK(cfg, "attn_out"), AbsTopK(cfg, "mlp_out")
+        self.topk_resid_pre = AbsTopK(cfg, "resid_pre")
         self.topk_resid_mid, self.topk_resid_post = AbsTopK(cfg, "resid_post_attn"), AbsTopK(cfg, "resid_post_mlp")
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below
-        self.hook_attn_out = HookPoint()  # after AbsTopK
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below; after AbsTopK
+        self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()  # after the residual activation and AbsTopK
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
@@ -253,7 +254,7 @@ class Block(nn.Module):
         pos: Float[Tensor, "batch pos d_pos"] | None,
         mask: Int[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        resid_pre = self.hook_resid_pre(resid_pre)
+        resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
         attn_out = self.hook_attn_out(self.topk_attn_out(self.attn(self.ln1(resid_pre, pos), mask)))
         resid_mid = self.hook_resid_mid(self.topk_resid_mid(self.resid_act(resid_pre + attn_out)))
         mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(resid_mid, pos))))
