@@ -52,7 +52,7 @@ def test_impossible_sizes(size):
         (dict(positions="concatenated", d_pos=10**12), "d_pos = 1000000000000 .* at most"),
         (dict(positions="concatenated", d_pos=True), "d_pos = True .* of type int"),
         (dict(abs_topk=0.25), "abs_topk = 0.25 .* a mapping of location to fraction"),
-        (dict(abs_topk={"attn": 0.25}), "abs_topk location = 'attn' .* one of attn_in, attn_q, .*, resid_post_mlp"),
+        (dict(abs_topk={"attn": 0.25}), "abs_topk location = 'attn' .* one of resid_pre, attn_in, .*, resid_post_mlp"),
         (dict(abs_topk={"attn_in": 0}), r"abs_topk\['attn_in'\] = 0 .* keeps at least one of the 6 entries"),
         (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* keeps at least one of the 6 entries"),
         (dict(abs_topk={"attn_q": 1.5}), r"abs_topk\['attn_q'\] = 1.5 .* a fraction of at most 1"),
