@@ -26,10 +26,19 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Give the bridge the network's modules. TransformerBridge calls this while it is being set up."""
+        # `boot_transformers` builds the stock class, whose forward knows neither padding nor the bigram table.
+        bridge.__class__ = SparseTransformerBridge
+        for name, value in tl_config_fields(bridge.network).items():
+            if name != "model_name":
+                object.__setattr__(bridge.cfg, name, value)
+        bridge.network.follow(bridge.cfg)
         # The bridge's fallback for parameters that no component owns; now the modules themselves own them.
         bridge._modules.pop("_container_state_owners", None)
-        for name, child in bridge.original_model.named_children():
+        for name, child in bridge.network.named_children():
             setattr(bridge, name, child)
+        for block in bridge.blocks:  # as on TransformerLens 4's own models, under both names
+            for name in ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in"):
+                setattr(block.attn, name, getattr(block, name))
         bridge.clear_hook_registry()
         bridge._initialize_hook_registry()
 
@@ -41,17 +50,34 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
     hook_aliases: dict[str, str | list[str]] = {}
 
     def __init__(self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        cfg = TransformerBridgeConfig(architecture="SparseTransformer", **tl_config_fields(network.cfg, network))
+        cfg = TransformerBridgeConfig(architecture="SparseTransformer", **tl_config_fields(network))
         if tokenizer is not None:
             tokenizer, cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, cfg.d_vocab)
         TransformerBridge.__init__(self, network, SparseArchitectureAdapter(cfg), tokenizer)
 
+    @classmethod
+    def from_pretrained(cls, source: str, *args: Any, **kwargs: Any) -> Any:
+        """The same call as `tl_sparse.load`."""
+        from tl_sparse.checkpoints import load
+
+        return load(source, *args, **kwargs)
+
     @property
     def network(self) -> SparseTransformer:  # type: ignore[override]
-        network: Any = self.original_model
-        return network
+        model: Any = self.original_model
+        return getattr(model, "network", model)
 
     def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         if self.tokenizer is None:
             raise TokenizerError("this model has no tokenizer, so it takes token ids only; model.tokenizer = … sets it")
         return super().to_tokens(input, *args, **kwargs)
+
+    def enable_compatibility_mode(
+        self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any
+    ) -> None:
+        """Has nothing to add, the names being HookedTransformer's already; processing weights is refused."""
+        if not no_processing:
+            self._refuse_processing()
+
+    def _validate_attention_fork_supported(self, flag_name: str) -> None:
+        """TransformerBridge asks its own attention classes here; ours supports every flag."""

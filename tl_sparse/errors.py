@@ -42,5 +42,9 @@ class PruneError(TLSparseError, RuntimeError):
     """No circuit can be found: the model itself does not reach the target loss, or no set of nodes does."""
 
 
+class UnsupportedError(TLSparseError, NotImplementedError):
+    """What was asked for cannot be right on such a model; the message says why and what to do instead."""
+
+
 class TrainError(TLSparseError, RuntimeError):
     """Training cannot start or go on."""

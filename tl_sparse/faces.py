@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from tl_sparse.config import SparseConfig
-from tl_sparse.errors import DataError, TokenizerError
+from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
 
 if TYPE_CHECKING:
@@ -119,11 +120,56 @@ class SparseModel(nn.Module):
         loss = self.loss_fn(logits, tokens.to(logits.device), mask, per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _adopt(self, network: SparseTransformer) -> None:
-        """Make the network's modules this model's own; the network itself stays outside the module tree."""
-        self.__dict__["network"] = network
-        for name, child in network.named_children():
-            setattr(self, name, child)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Every move and cast ends here, also `.double()`, which TransformerLens' configuration does not follow.
+        super()._apply(fn, recurse)
+        for name, value in tensor_config_fields(self.network).items():
+            setattr(self.cfg, name, value)
+        return self
+
+    # --- what cannot be right on such a model -----------------------------------------------------------------
+
+    def _refuse_processing(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "the weights of this model must stay as they are: AbsTopK and what it drops depend on the scale of "
+            "every channel, so norm weights and biases cannot be folded into other weights, nor weights be "
+            "centered. Analyse it as loaded: the hooks show each value before and after its norm's weight"
+        )
+
+    process_weights = process_weights_ = fold_layer_norm = fold_value_biases = _refuse_processing
+    center_writing_weights = center_unembed = refactor_factored_attn_matrices = _refuse_processing
+    load_and_process_state_dict = _refuse_processing
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Any:
+        """TransformerLens' method: the unembedding's direction of each token."""
+        if self.sparse_cfg.bigram_table:
+            warnings.warn(
+                "the logits of this model are W_U's and the bigram table's (hook_bigram), which is off the residual "
+                "stream: attributions of logits to the stream leave the table's share out",
+                stacklevel=3,
+            )
+        return super().tokens_to_residual_directions(tokens)  # type: ignore[misc]
+
+    def _warn_if_not_additive(self, flag: str, on: bool) -> None:
+        """Called when a flag that edge tools need is switched on."""
+        cfg = self.sparse_cfg
+        nonlinear = ["a ReLU"] * cfg.resid_relu + [f"AbsTopK at {name}" for name in cfg.abs_topk if "resid" in name]
+        if on and nonlinear:
+            warnings.warn(
+                f"{flag}: the residual stream of this model is not a sum of its components (it passes "
+                f"{', '.join(nonlinear)}), so tools that work edge by edge are not exact on it; patch whole activations (resid_pre, resid_mid, resid_post, attn_out, mlp_out) instead",
+                stacklevel=4,
+            )
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """TransformerLens' flag for `attn.hook_result`."""
+        self._warn_if_not_additive("use_attn_result", use_attn_result)
+        super().set_use_attn_result(use_attn_result)  # type: ignore[misc]
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """TransformerLens' flag for `hook_q_input`, `hook_k_input` and `hook_v_input`."""
+        self._warn_if_not_additive("use_split_qkv_input", use_split_qkv_input)
+        super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         cfg, parameters = self.sparse_cfg, list(self.network.parameters())
@@ -138,16 +184,22 @@ class SparseModel(nn.Module):
     __str__ = __repr__
 
 
-def tl_config_fields(cfg: SparseConfig, network: SparseTransformer) -> dict[str, Any]:
-    """The fields of TransformerLens' configuration classes that describe the network on both lines."""
+def tensor_config_fields(network: SparseTransformer) -> dict[str, Any]:
+    """The fields of TransformerLens' configuration classes that depend on where and what the weights are."""
     weight = network.embed.W_E
+    eps = float(torch.finfo(weight.dtype).eps) if network.cfg.normalization == "rms" else 1e-5
+    return dict(dtype=weight.dtype, device=str(weight.device), eps=eps)
+
+
+def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
+    """The fields of TransformerLens' configuration classes that describe the network on both lines."""
+    cfg = network.cfg
     return dict(
         n_layers=cfg.n_layers, d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head, d_mlp=cfg.d_mlp,
         d_vocab=cfg.d_vocab, d_vocab_out=cfg.d_vocab, n_ctx=cfg.n_ctx, act_fn=cfg.act_fn,
         normalization_type="RMS" if cfg.normalization == "rms" else "LN",
         positional_embedding_type="standard" if cfg.positions == "added" else "none",
-        eps=float(torch.finfo(weight.dtype).eps) if cfg.normalization == "rms" else 1e-5,
-        model_name="tl_sparse", init_weights=False, dtype=weight.dtype, device=str(weight.device),
+        model_name="tl_sparse", init_weights=False, **tensor_config_fields(network),
     )  # fmt: skip
 
 

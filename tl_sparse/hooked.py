@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
 
@@ -21,13 +26,26 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
     def __init__(self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         # Not HookedTransformer.__init__, which would build components of its own.
         HookedRootModule.__init__(self)
-        self.cfg = HookedTransformerConfig(**tl_config_fields(network.cfg, network))
+        self.cfg = HookedTransformerConfig(**tl_config_fields(network))
         self.tokenizer = None
         self.dataset = None
-        self._adopt(network)
+        # The face holds the network's modules; the network itself stays outside the module tree.
+        self.__dict__["network"] = network
+        for name, child in network.named_children():
+            setattr(self, name, child)
+        network.follow(self.cfg)
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         HookedRootModule.setup(self)
+
+    @classmethod
+    def from_pretrained(cls, model_name: str, *args: Any, **kwargs: Any) -> Any:
+        """The same call as `tl_sparse.load`."""
+        from tl_sparse.checkpoints import load
+
+        return load(model_name, *args, **kwargs)
+
+    from_pretrained_no_processing = from_pretrained
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:
         self.tokenizer, self.cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)
@@ -37,3 +55,54 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         if self.tokenizer is None:
             raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
         return super().to_tokens(input, *args, **kwargs)
+
+    # --- generation: TransformerLens' own loops, without a key-value cache --------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`HookedTransformer.generate`; each step reads the whole sequence, whatever `use_past_kv_cache` says."""
+        with self._remembering_tokens():
+            return super().generate(**_without_cache(super().generate, *args, **kwargs))
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
+        with self._remembering_tokens():
+            yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
+
+    @contextmanager
+    def _remembering_tokens(self) -> Iterator[None]:
+        # TransformerLens' loop embeds tokens and hands `forward` only the embeddings; the bigram table needs
+        # the tokens behind them.
+        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
+        self._embedded: list[Tensor] = []
+        try:
+            yield
+        finally:
+            handle.remove()
+            del self._embedded
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        for unused in ("past_kv_cache", "shortformer_pos_embed"):
+            kwargs.pop(unused, None)
+        if kwargs.get("start_at_layer") == 0 and hasattr(self, "_embedded"):
+            kwargs["tokens"] = torch.cat(self._embedded, dim=1)
+        return super().forward(input, *args, **kwargs)
+
+    def get_residual(
+        self,
+        embed: Tensor,
+        pos_offset: int = 0,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: torch.device | None = None,
+    ) -> Any:
+        resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
+        return (resid, None) if return_shortformer_pos_embed else resid
+
+
+def _without_cache(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of `method`, by name, with `use_past_kv_cache` off."""
+    call = signature(method).bind(*args, **kwargs)
+    generation_kwargs = call.arguments.pop("generation_kwargs", {})
+    return call.arguments | generation_kwargs | {"use_past_kv_cache": False}

@@ -5,6 +5,8 @@ before its standard hook fires, so a hook sees, and may replace, exactly what th
 """
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,10 @@ from transformer_lens.hook_points import HookPoint
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.activations import abs_topk
+
+
+#: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
+_NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
 
 
 class AbsTopK(nn.Module):
@@ -80,25 +86,33 @@ class Read(Norm):
         self.hook_read = HookPoint()  # [batch, pos, d_read]
 
     def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "batch pos d_model"], pos: Float[Tensor, "batch pos d_pos"] | None
-    ) -> Float[Tensor, "batch pos d_read"]:
+        self, x: Float[Tensor, "batch pos *head d_model"], pos: Float[Tensor, "batch pos d_pos"] | None
+    ) -> Float[Tensor, "batch pos *head d_read"]:
         read = super().forward(x)
         if pos is not None:
+            if x.ndim == 4:  # a copy of the stream for each head
+                pos = pos.unsqueeze(2).expand(-1, -1, x.shape[2], -1)
             pos = self._center(pos)
             read = torch.cat([read, pos / self._scale(pos) * self.w_pos + self.b_pos], dim=-1)
         return self.hook_read(self.topk(read))
 
 
 class Embed(nn.Module):
-    """Token embedding."""
+    """Token embedding.
+
+    Raises:
+        DataError: for token ids outside the vocabulary (on a GPU torch itself stops there).
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        # Not W_E[tokens]: its backward differs from run to run on several threads.
-        return F.embedding(tokens, self.W_E)
+        try:  # not W_E[tokens]: its backward differs from run to run on several threads
+            return F.embedding(tokens, self.W_E)
+        except IndexError as error:
+            raise DataError(f"token ids must be in [0, {len(self.W_E)}), the model's vocabulary") from error
 
 
 class PosEmbed(nn.Module):
@@ -142,34 +156,61 @@ class Attention(nn.Module):
         _set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
         self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{name}") for name in "qkv")
+        self.topk_out = AbsTopK(cfg, "attn_out")
+        self.flags: Any = _NO_FLAGS
         self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK, as k and v
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], without the sink
         self.hook_pattern = HookPoint()  # the same; rows sum to less than 1 with a sink
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_result
 
-    def _project(self, read: Float[Tensor, "batch pos d_read"], name: str) -> Float[Tensor, "batch pos head d_head"]:
+    def _project(
+        self, read: Float[Tensor, "batch pos *head d_read"], name: str
+    ) -> Float[Tensor, "batch pos head d_head"]:
         weight: Tensor = getattr(self, f"W_{name}")
         if hasattr(self, f"W_{name}_pos"):
             weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
-        matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
-        flat = F.linear(read, matrix.T, getattr(self, f"b_{name}").flatten())
+        bias: Tensor = getattr(self, f"b_{name}")
+        if read.ndim == 4:
+            flat = (torch.einsum("bphr,hrd->bphd", read, weight) + bias).flatten(2)
+        else:
+            matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
+            flat = F.linear(read, matrix.T, bias.flatten())
         topk: AbsTopK = getattr(self, f"topk_{name.lower()}")
         return topk(flat).unflatten(-1, weight.shape[::2])
 
     def forward(
-        self, read: Float[Tensor, "batch pos d_read"], mask: Int[Tensor, "batch pos"] | None
+        self,
+        q_read: Float[Tensor, "batch pos *head d_read"],
+        k_read: Float[Tensor, "batch pos *head d_read"],
+        v_read: Float[Tensor, "batch pos *head d_read"],
+        mask: Int[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        q = self.hook_q(self._project(read, "Q"))
-        k = self.hook_k(self._project(read, "K"))
-        v = self.hook_v(self._project(read, "V"))
+        q = self.hook_q(self._project(q_read, "Q"))
+        k = self.hook_k(self._project(k_read, "K"))
+        v = self.hook_v(self._project(v_read, "V"))
         if mask is None and not (self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()):
             z = self._fused_attention(q, k, v)
         else:
             z = self._explicit_attention(q, k, v, mask)
         z = self.hook_z(z)
-        return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
+        if self.flags.use_attn_result:
+            return self._sum_of_results(z)
+        return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
+
+    def _sum_of_results(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """The same as a sum over heads, each through `hook_result`.
+
+        Of a coordinate that AbsTopK drops each head writes nothing; its part of `-b_O` cancels the bias, so
+        that attn_out = Σ result + b_O always holds, as tools that work edge by edge need it.
+        """
+        result = torch.einsum("bphd,hdm->bphm", z, self.W_O)
+        if self.topk_out.k is not None:
+            kept = self.topk_out(result.detach().sum(2) + self.b_O).ne(0).unsqueeze(2)
+            result = torch.where(kept, result, -self.b_O / result.shape[2])
+        return self.hook_result(result).sum(2) + self.b_O
 
     def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
@@ -236,15 +277,22 @@ class Block(nn.Module):
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
+        self.n_heads = cfg.n_heads
         self.ln1, self.ln2 = Read(cfg, "attn_in"), Read(cfg, "mlp_in")
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.resid_act = nn.ReLU() if cfg.resid_relu else nn.Identity()
-        self.topk_attn_out, self.topk_mlp_out = AbsTopK(cfg, "attn_out"), AbsTopK(cfg, "mlp_out")
+        self.topk_mlp_out = AbsTopK(cfg, "mlp_out")
         self.topk_resid_pre = AbsTopK(cfg, "resid_pre")
         self.topk_resid_mid, self.topk_resid_post = AbsTopK(cfg, "resid_post_attn"), AbsTopK(cfg, "resid_post_mlp")
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], as all below; after AbsTopK
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()  # after the residual activation and AbsTopK
+        self.flags: Any = _NO_FLAGS
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], after AbsTopK, as all below
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model]: a copy of the stream for each head
+        self.hook_q_input = HookPoint()
+        self.hook_k_input = HookPoint()
+        self.hook_v_input = HookPoint()
+        self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_mid = HookPoint()  # after the residual activation
+        self.hook_mlp_in = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
@@ -255,10 +303,22 @@ class Block(nn.Module):
         mask: Int[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
-        attn_out = self.hook_attn_out(self.topk_attn_out(self.attn(self.ln1(resid_pre, pos), mask)))
+        attn_out = self.hook_attn_out(self.attn(*self._attn_reads(resid_pre, pos), mask))
         resid_mid = self.hook_resid_mid(self.topk_resid_mid(self.resid_act(resid_pre + attn_out)))
-        mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(resid_mid, pos))))
+        mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.flags.use_hook_mlp_in else resid_mid
+        mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos))))
         return self.hook_resid_post(self.topk_resid_post(self.resid_act(resid_mid + mlp_out)))
+
+    def _attn_reads(self, resid_pre: Tensor, pos: Tensor | None) -> list[Float[Tensor, "batch pos *head d_read"]]:
+        """What q, k and v are computed from: one read, or with TransformerLens' flags one for each head."""
+        if not (self.flags.use_split_qkv_input or self.flags.use_attn_in):
+            return [self.ln1(resid_pre, pos)] * 3
+        # Copies, not views: a hook may write into one head's.
+        copies = resid_pre.unsqueeze(2).repeat(1, 1, self.n_heads, 1)
+        if self.flags.use_split_qkv_input:
+            hooks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+            return [self.ln1(hook(copies.clone()), pos) for hook in hooks]
+        return [self.ln1(self.hook_attn_in(copies), pos)] * 3
 
 
 class Unembed(nn.Module):
@@ -317,10 +377,21 @@ class SparseTransformer(nn.Module):
             self.bigram = Bigram(cfg)
             self.hook_bigram = HookPoint()  # [batch, pos, d_vocab]
 
-    def positions(self, tokens: Tensor, mask: Tensor | None) -> Int[Tensor, "batch pos"]:
-        """0, 1, … for each real token; padding before the first one has position 0."""
-        mask = torch.ones_like(tokens) if mask is None else mask.long()
+    def follow(self, flags: Any) -> None:
+        """Let TransformerLens' configuration `flags` decide which optional hook points act."""
+        for block in self.blocks:
+            block.flags = block.attn.flags = flags
+
+    def position_ids(self, x: Tensor, mask: Tensor | None) -> Int[Tensor, "batch pos"]:
+        """0, 1, … for each real token of `x` [batch, pos, …]; padding before the first one has position 0."""
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
         return (mask.cumsum(1) - 1).clamp(min=0)
+
+    def add_positions(
+        self, embed: Float[Tensor, "batch pos d_model"], position_ids: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream entering the first block."""
+        return embed + self.hook_pos_embed(self.pos_embed(position_ids)) if self.cfg.positions == "added" else embed
 
     def forward(
         self,
@@ -347,18 +418,15 @@ class SparseTransformer(nn.Module):
         length, n_ctx = input_ids.shape[1], self.cfg.n_ctx
         if length > n_ctx:
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
-        added, read_pos = None, None
-        if self.cfg.positions != "none":
-            pos = self.pos_embed(self.positions(input_ids, attention_mask) if position_ids is None else position_ids)
-            if self.cfg.positions == "added":
-                added = self.hook_pos_embed(pos)
-            else:
-                read_pos = self.hook_pos(pos)
+        if position_ids is None:
+            position_ids = self.position_ids(input_ids, attention_mask)
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # nothing is hidden: attention can be fused
         if resid is None:
-            resid = self.hook_embed(self.embed(input_ids))
-            resid = resid if added is None else resid + added
+            resid = self.add_positions(self.hook_embed(self.embed(input_ids)), position_ids)
+        pos = self.hook_pos(self.pos_embed(position_ids)) if self.cfg.positions == "concatenated" else None
         for block in self.blocks[start_at_layer:stop_at_layer]:
-            resid = block(resid, read_pos, attention_mask)
+            resid = block(resid, pos, attention_mask)
         if stop_at_layer is not None:
             return resid
         logits = self.unembed(self.ln_final(resid))
