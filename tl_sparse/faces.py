@@ -157,7 +157,8 @@ class SparseModel(nn.Module):
         if on and nonlinear:
             warnings.warn(
                 f"{flag}: the residual stream of this model is not a sum of its components (it passes "
-                f"{', '.join(nonlinear)}), so tools that work edge by edge are not exact on it; patch whole activations (resid_pre, resid_mid, resid_post, attn_out, mlp_out) instead",
+                f"{', '.join(nonlinear)}), so tools that work edge by edge are not exact on it; patch whole "
+                "activations (resid_pre, resid_mid, resid_post, attn_out, mlp_out) instead",
                 stacklevel=4,
             )
 

@@ -18,7 +18,6 @@ from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.activations import abs_topk
 
-
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
 
