@@ -314,7 +314,7 @@ def test_a_tied_unembedding_must_be_the_embedding(tmp_path):
         (dict(residual_activation_type="gelu"), "residual_activation_type = 'gelu' must be 'identity' or 'relu'"),
         (dict(afrac="0.5"), r"abs_topk\['attn_in'\] = '0.5' .* a fraction"),
         (dict(afrac=1.5), r"abs_topk\['attn_in'\] = 1.5 .* a fraction"),
-        (dict(afrac_loctypes="attn_in,mlp_gate", afrac=0.5), "abs_topk location = 'mlp_gate' .* one of attn_in"),
+        (dict(afrac_loctypes="attn_in,mlp_gate", afrac=0.5), "abs_topk location = 'mlp_gate' .* one of resid_pre"),
         (dict(afrac_loctypes=["attn_in"]), r"afrac_loctypes = \['attn_in'\] must be names separated by commas"),
     ],
 )

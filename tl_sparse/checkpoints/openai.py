@@ -1,118 +1,19 @@
-"""Models on disk: OpenAI's folders and our own, read into the network; our own written."""
+"""OpenAI's model folders (FORMATS: `models/<name>/` on their public storage)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_sparse.checkpoints.network import Checkpoint, config_of
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
-from tl_sparse.faces import SparseModel, wrap
-from tl_sparse.files import read_json, read_tensors, read_torch, write_json, write_tensors
-from tl_sparse.modules import SparseTransformer, init_weights
-from tl_sparse.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FORMAT_VERSION = 1
-#: Floating-point dtypes that torch computes with.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Checkpoint = tuple[SparseConfig, dict[str, Tensor]]
-
-
-def load(source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
-    """Open a model folder as a true TransformerLens model, in eval mode.
-
-    Args:
-        source: a folder of ours (`config.json`, `model.safetensors`) or of OpenAI's (`beeg_config.json`,
-            `final_model.pt`); a tokenizer.json in it becomes the model's tokenizer.
-        device: None is the GPU if there is one, else the CPU.
-        dtype: None keeps the file's (the widest, if it has several).
-
-    Returns:
-        A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
-
-    Raises:
-        CheckpointError: if a file is missing, damaged or does not fit its configuration.
-        ConfigError: for a bad configuration value, `device` or `dtype`.
-    """
-    folder = Path(source)
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
-    cfg, state = read_checkpoint(folder)
-    network = build_network(cfg, state, folder)
-    if dtype is None:
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    network.to(device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    model = wrap(network, tokenizer)
-    model.cfg.model_name = folder.resolve().name
-    return model
-
-
-def create(
-    config: SparseConfig,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> Any:
-    """A fresh model from its architecture and a seed; otherwise as `load`."""
-    network = SparseTransformer(config)
-    init_weights(network, seed)
-    return wrap(network.to(device=resolve_device(device), dtype=resolve_dtype(dtype)), tokenizer)
-
-
-def save_model(model: SparseModel, folder: Path) -> None:
-    """Write our format; each file is complete or not there, and the configuration comes last."""
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", model.state_dict())
-    about = {
-        "model_type": "tl_sparse",
-        "architectures": ["SparseTransformer"],
-        "format_version": FORMAT_VERSION,
-    }
-    write_json(folder / "config.json", about | model.sparse_cfg.to_dict())
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The configuration and the network's state dict in a folder of any known format."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give one with config.json or beeg_config.json in it")
-    if (folder / "beeg_config.json").is_file():
-        return read_openai(folder)
-    if (folder / "config.json").is_file():
-        return read_ours(folder)
-    raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
-
-
-def read_ours(folder: Path) -> Checkpoint:
-    """Our own folder; see `save_model`."""
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.pop("model_type", None) != "tl_sparse":
-        raise CheckpointError(f"{path}: model_type is not 'tl_sparse': this is not a tl_sparse model")
-    if values.pop("format_version", None) != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is not {FORMAT_VERSION}; a newer tl_sparse wrote it")
-    values.pop("architectures", None)
-    return _config(path, values), read_tensors(folder / "model.safetensors")
-
-
-def _config(path: Path, values: Mapping[str, Any]) -> SparseConfig:
-    try:
-        return SparseConfig.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-# --- OpenAI's folders ---------------------------------------------------------------------------------------
+from tl_sparse.files import read_json, read_torch
 
 # Keys that do not change what the network computes: training settings and choices of kernel.
 _OPENAI_IGNORED = {
@@ -166,7 +67,7 @@ def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, posi
     unknown = sorted(set(values) - _OPENAI_IGNORED)
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; they may change what the model computes")
-    return _config(path, fields)
+    return config_of(path, fields)
 
 
 def json_value(value: object) -> str:
@@ -259,82 +160,3 @@ for _ours, _theirs in (("ln1", "ln_1"), ("ln2", "ln_2")):
     _OPENAI_TENSORS[f"{_theirs}.bias"] = _rename(f"{_ours}.b")
     _OPENAI_TENSORS[f"{_theirs.replace('_', '_p')}.weight"] = _rename(f"{_ours}.w_pos")
     _OPENAI_TENSORS[f"{_theirs.replace('_', '_p')}.bias"] = _rename(f"{_ours}.b_pos")
-
-
-# --- state dict → network -----------------------------------------------------------------------------------
-
-
-def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> SparseTransformer:
-    """The network holding exactly the tensors of `state`, after checking them.
-
-    Raises:
-        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
-    """
-    # Counted first: a wrong n_layers must not make the machine build a billion blocks.
-    layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if cfg.n_layers > 100_000 or layers != set(range(cfg.n_layers)):
-        raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
-    try:
-        with torch.device("meta"):
-            network = SparseTransformer(cfg)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
-    expected = network.state_dict()
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or extra:
-        wrong = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(extra)]
-        raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
-            )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
-    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    network.load_state_dict(state, assign=True)
-    dtype = state["embed.W_E"].dtype
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    for module in network.modules():  # the zeros that stand for absent biases
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=dtype))
-    return network
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None → the GPU if there is one, else the CPU.
-
-    Raises:
-        ConfigError: for a name torch does not know, or a GPU that is not there.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device = {device!r} is not possible; use 'cpu', 'cuda', 'cuda:1', …") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r} is not possible: torch sees no GPU; use 'cpu'")
-    try:
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu'") from error
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype from its name ("float32", "bfloat16", …); None stays None.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if dtype is None:
-        return None
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
-    return resolved

@@ -1,0 +1,102 @@
+"""State dict → network, and what every format's reader shares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_sparse.config import SparseConfig
+from tl_sparse.errors import CheckpointError, ConfigError
+from tl_sparse.modules import SparseTransformer
+
+#: Floating-point dtypes that torch computes with.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Checkpoint = tuple[SparseConfig, dict[str, Tensor]]
+
+
+def config_of(path: Path, values: Mapping[str, Any]) -> SparseConfig:
+    try:
+        return SparseConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> SparseTransformer:
+    """The network holding exactly the tensors of `state`, after checking them.
+
+    Raises:
+        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
+    """
+    # Counted first: a wrong n_layers must not make the machine build a billion blocks.
+    layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if cfg.n_layers > 100_000 or layers != set(range(cfg.n_layers)):
+        raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
+    try:
+        with torch.device("meta"):
+            network = SparseTransformer(cfg)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
+    expected = network.state_dict()
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or extra:
+        wrong = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(extra)]
+        raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
+    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    network.load_state_dict(state, assign=True)
+    dtype = state["embed.W_E"].dtype
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    for module in network.modules():  # the zeros that stand for absent biases
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=dtype))
+    return network
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """None → the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: for a name torch does not know, or a GPU that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device = {device!r} is not possible; use 'cpu', 'cuda', 'cuda:1', …") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r} is not possible: torch sees no GPU; use 'cpu'")
+    try:
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu'") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype from its name ("float32", "bfloat16", …); None stays None.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if dtype is None:
+        return None
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
+    return resolved
