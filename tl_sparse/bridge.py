@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import ArchitectureAdapter, TransformerBridge
 
-from tl_sparse.errors import TokenizerError
+from tl_sparse.errors import TokenizerError, UnsupportedError
 from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
 from tl_sparse.modules import SparseTransformer
 
@@ -23,6 +25,20 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
     def __init__(self, cfg: TransformerBridgeConfig) -> None:
         super().__init__(cfg)
         self.component_mapping: dict[str, Any] = {}
+        self.reads_bigram_table = False
+
+    def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
+        """TransformerLens' logit lenses pass the logits they read off the residual stream through here."""
+        if self.reads_bigram_table:
+            raise UnsupportedError(
+                "a part of this model's logits comes from its bigram table, off the residual stream, so the stream "
+                "alone does not predict tokens: add cache['hook_bigram'] to what unembed(ln_final(resid)) gives"
+            )
+        return super().apply_output_logits_transform(logits)
+
+    def validate_output_logits_transform(self) -> None:
+        """As `apply_output_logits_transform`, asked before a readout."""
+        self.apply_output_logits_transform(torch.zeros(1))
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Give the bridge the network's modules. TransformerBridge calls this while it is being set up."""
@@ -32,6 +48,7 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
             if name != "model_name":
                 object.__setattr__(bridge.cfg, name, value)
         bridge.network.follow(bridge.cfg)
+        self.reads_bigram_table = bridge.network.cfg.bigram_table
         # The bridge's fallback for parameters that no component owns; now the modules themselves own them.
         bridge._modules.pop("_container_state_owners", None)
         for name, child in bridge.network.named_children():
@@ -75,9 +92,10 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any
     ) -> None:
-        """Has nothing to add, the names being HookedTransformer's already; processing weights is refused."""
+        """Names and shapes are HookedTransformer's in any mode; processing the weights is refused."""
         if not no_processing:
             self._refuse_processing()
+        self.compatibility_mode = True
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
         """TransformerBridge asks its own attention classes here; ours supports every flag."""

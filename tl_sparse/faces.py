@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
+from tl_sparse.cache import SparseActivationCache
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
@@ -140,36 +142,57 @@ class SparseModel(nn.Module):
     center_writing_weights = center_unembed = refactor_factored_attn_matrices = _refuse_processing
     load_and_process_state_dict = _refuse_processing
 
-    def tokens_to_residual_directions(self, tokens: Any) -> Any:
-        """TransformerLens' method: the unembedding's direction of each token."""
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*token d_model"]:
+        """The directions of the normalised stream whose products with it are the tokens' logits.
+
+        That is W_U times the weight of ln_final, which other models have folded into W_U. The logits beyond
+        these products: b_U, W_U · ln_final.b, and the bigram table's share, which is off the residual stream.
+        """
         if self.sparse_cfg.bigram_table:
             warnings.warn(
-                "the logits of this model are W_U's and the bigram table's (hook_bigram), which is off the residual "
-                "stream: attributions of logits to the stream leave the table's share out",
+                "a part of this model's logits comes from its bigram table (hook_bigram), off the residual stream: "
+                "attributions of logits to the stream leave that part out",
                 stacklevel=3,
             )
-        return super().tokens_to_residual_directions(tokens)  # type: ignore[misc]
+        directions: Tensor = super().tokens_to_residual_directions(tokens)  # type: ignore[misc]
+        return directions * self.network.ln_final.w
 
-    def _warn_if_not_additive(self, flag: str, on: bool) -> None:
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' method; its cache knows what AbsTopK drops of what heads and neurons write."""
+        out, cache = super().run_with_cache(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(cache, ActivationCache):
+            cache = SparseActivationCache(cache.cache_dict, self, cache.has_batch_dim)
+        return out, cache
+
+    def _warn_if_not_additive(self, flag: str) -> None:
         """Called when a flag that edge tools need is switched on."""
         cfg = self.sparse_cfg
         nonlinear = ["a ReLU"] * cfg.resid_relu + [f"AbsTopK at {name}" for name in cfg.abs_topk if "resid" in name]
-        if on and nonlinear:
+        if nonlinear:
             warnings.warn(
                 f"{flag}: the residual stream of this model is not a sum of its components (it passes "
                 f"{', '.join(nonlinear)}), so tools that work edge by edge are not exact on it; patch whole "
                 "activations (resid_pre, resid_mid, resid_post, attn_out, mlp_out) instead",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """TransformerLens' flag for `attn.hook_result`."""
-        self._warn_if_not_additive("use_attn_result", use_attn_result)
+        if use_attn_result:
+            self._warn_if_not_additive("use_attn_result")
         super().set_use_attn_result(use_attn_result)  # type: ignore[misc]
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """TransformerLens' flag for `hook_q_input`, `hook_k_input` and `hook_v_input`."""
-        self._warn_if_not_additive("use_split_qkv_input", use_split_qkv_input)
+        if use_split_qkv_input:
+            self._warn_if_not_additive("use_split_qkv_input")
+            if "attn_out" in self.sparse_cfg.abs_topk and not self.cfg.use_attn_result:
+                warnings.warn(
+                    "use_split_qkv_input: AbsTopK acts on what attention writes, so what a head writes is "
+                    "attn.hook_result (set_use_attn_result), not z @ W_O; direct path patching, which takes the "
+                    "latter, also patches what AbsTopK drops",
+                    stacklevel=2,
+                )
         super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from tl_sparse.errors import TokenizerError
+from tl_sparse.errors import TokenizerError, UnsupportedError
 from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
 from tl_sparse.modules import SparseTransformer
 
@@ -56,6 +56,10 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
         return super().to_tokens(input, *args, **kwargs)
 
+    def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
+        """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
+        return torch.nn.Module.to(self, *args, **kwargs)
+
     # --- generation: TransformerLens' own loops, without a key-value cache --------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +85,9 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             del self._embedded
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        for unused in ("past_kv_cache", "shortformer_pos_embed"):
-            kwargs.pop(unused, None)
+        kwargs.pop("shortformer_pos_embed", None)
+        if kwargs.pop("past_kv_cache", None) is not None:
+            raise UnsupportedError("this model reads whole sequences: it has no past_kv_cache; pass all tokens")
         if kwargs.get("start_at_layer") == 0 and hasattr(self, "_embedded"):
             kwargs["tokens"] = torch.cat(self._embedded, dim=1)
         return super().forward(input, *args, **kwargs)

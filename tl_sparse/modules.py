@@ -134,6 +134,11 @@ def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_pos]
 
 
+def _is_used(hook_point: nn.Module) -> bool:
+    """Whether anything looks at this hook point; tools such as SAELens put modules of their own in its place."""
+    return not isinstance(hook_point, HookPoint) or bool(hook_point.has_hooks())
+
+
 class Attention(nn.Module):
     """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
 
@@ -190,26 +195,25 @@ class Attention(nn.Module):
         q = self.hook_q(self._project(q_read, "Q"))
         k = self.hook_k(self._project(k_read, "K"))
         v = self.hook_v(self._project(v_read, "V"))
-        if mask is None and not (self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()):
+        if mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern)):
             z = self._fused_attention(q, k, v)
         else:
             z = self._explicit_attention(q, k, v, mask)
         z = self.hook_z(z)
         if self.flags.use_attn_result:
-            return self._sum_of_results(z)
+            return self.hook_result(self.head_results(z)).sum(2) + self.b_O
         return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
 
-    def _sum_of_results(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
-        """The same as a sum over heads, each through `hook_result`.
+    def head_results(self, z: Float[Tensor, "*batch head d_head"]) -> Float[Tensor, "*batch head d_model"]:
+        """What each head writes, so that attn_out = Σ results + b_O, as tools that work edge by edge need it.
 
-        Of a coordinate that AbsTopK drops each head writes nothing; its part of `-b_O` cancels the bias, so
-        that attn_out = Σ result + b_O always holds, as tools that work edge by edge need it.
+        Of a channel that AbsTopK drops each head writes nothing; its share of `-b_O` cancels the bias.
         """
-        result = torch.einsum("bphd,hdm->bphm", z, self.W_O)
-        if self.topk_out.k is not None:
-            kept = self.topk_out(result.detach().sum(2) + self.b_O).ne(0).unsqueeze(2)
-            result = torch.where(kept, result, -self.b_O / result.shape[2])
-        return self.hook_result(result).sum(2) + self.b_O
+        results = torch.einsum("...hd,hdm->...hm", z, self.W_O)
+        if self.topk_out.k is None:
+            return results
+        kept = self.topk_out(results.detach().sum(-2) + self.b_O).ne(0).unsqueeze(-2)
+        return torch.where(kept, results, -self.b_O / results.shape[-2])
 
     def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
@@ -273,6 +277,9 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, then MLP; each reads the residual stream and adds to it."""
+
+    #: What TransformerLens 4's logit lens asks of a block.
+    hook_out_is_single_residual_stream = True
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()

@@ -1,0 +1,358 @@
+"""TransformerLens' surface on our models: optional hook points, generation, moves, and what refuses."""
+
+import warnings
+from importlib.metadata import version
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
+from tl_sparse.config import PAPER_TOPK_LOCATIONS
+from tl_sparse.errors import DataError, UnsupportedError
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+ON_3 = version("transformer-lens").startswith("3.")
+WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+
+
+#: Flag → the hook points that act with it; TransformerLens 4 has some under a second name.
+HOOKS_OF = {
+    "use_attn_result": ["attn.hook_result"],
+    "use_split_qkv_input": ["hook_q_input", "hook_k_input", "hook_v_input"],
+    "use_attn_in": ["hook_attn_in"],
+    "use_hook_mlp_in": ["hook_mlp_in"],
+}
+if not ON_3:
+    HOOKS_OF["use_split_qkv_input"] += [f"attn.{name}" for name in HOOKS_OF["use_split_qkv_input"]]
+    HOOKS_OF["use_attn_in"] += ["attn.hook_attn_in"]
+
+
+def additive_model(abs_topk=0.6):
+    """Every feature but those that act on the residual stream itself."""
+    topk = dict.fromkeys(PAPER_TOPK_LOCATIONS, abs_topk)
+    return tiny_model(full_config(resid_relu=False, abs_topk=topk), seed=5, dtype=torch.float64)
+
+
+# --- optional hook points -----------------------------------------------------------------------------------
+
+
+@few
+@given(config=sparse_configs(), seed=st.integers(0, 1000), flags=st.sets(st.sampled_from(FLAGS)))
+def test_flags_change_neither_logits_nor_gradients_nor_other_hooks(config, seed, flags):
+    if {"use_split_qkv_input", "use_attn_in"} <= flags:
+        flags.remove("use_attn_in")  # TransformerLens allows one of the two
+    model = tiny_model(config, seed, torch.float64)
+    tokens = random_tokens(config, seed=seed)
+
+    def run():
+        logits, cache = model.run_with_cache(tokens)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        return logits, cache, torch.autograd.grad(logits.square().sum(), weights, allow_unused=True)
+
+    logits, cache, gradients = run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the stream's nonlinearities, tested below
+        for flag in flags:
+            getattr(model, f"set_{flag}")(True)
+    flagged_logits, flagged_cache, flagged_gradients = run()
+    torch.testing.assert_close(flagged_logits, logits, rtol=1e-10, atol=1e-10)
+    for name in cache:
+        if ".ln1." not in name:  # with inputs by head, the norm's hooks have a head dimension
+            torch.testing.assert_close(flagged_cache[name], cache[name], rtol=1e-9, atol=1e-9)
+    for ours, expected in zip(flagged_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-7)
+    expected = {f"blocks.{layer}.{name}" for layer in range(config.n_layers) for f in flags for name in HOOKS_OF[f]}
+    assert {name for name in flagged_cache if name not in cache} == expected
+
+
+def test_results_of_heads_and_the_bias_sum_to_what_attention_writes():
+    model = additive_model()
+    model.set_use_attn_result(True)
+    _, cache = model.run_with_cache(random_tokens(model))
+    for layer, block in enumerate(model.blocks):
+        result, attn_out = cache[f"blocks.{layer}.attn.hook_result"], cache[f"blocks.{layer}.hook_attn_out"]
+        assert result.shape == (2, 8, 3, 6)
+        torch.testing.assert_close(result.sum(2) + block.attn.b_O, attn_out, rtol=0, atol=1e-12)
+        kept = attn_out != 0
+        assert kept.sum(-1).eq(3).all()  # AbsTopK keeps int(0.6 · 6)
+        by_head = torch.einsum("bphd,hdm->bphm", cache[f"blocks.{layer}.attn.hook_z"], block.attn.W_O)
+        where = kept[:, :, None].expand_as(result)
+        torch.testing.assert_close(result[where], by_head[where], rtol=0, atol=1e-12)
+        dropped = (-block.attn.b_O / 3).expand_as(result)
+        torch.testing.assert_close(result[~where], dropped[~where], rtol=0, atol=1e-12)
+
+
+def test_a_result_replaced_moves_the_stream_by_just_that():
+    model = additive_model()
+    model.set_use_attn_result(True)
+    tokens = random_tokens(model)
+    added = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def add(result, hook):
+        result[:, :, 1] += added
+
+    _, plain = model.run_with_cache(tokens)
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_result", add)]):
+        _, edited = model.run_with_cache(tokens)
+    moved = edited["blocks.1.hook_resid_mid"] - plain["blocks.1.hook_resid_mid"]
+    torch.testing.assert_close(moved, added, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("letter", "qkv")
+def test_the_input_of_one_head_reaches_that_head_alone(letter):
+    model = additive_model(abs_topk=1.0)
+    model.set_use_attn_result(True)
+    model.set_use_split_qkv_input(True)
+    tokens = random_tokens(model)
+    other = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def replace(x, hook):
+        assert x.shape == (2, 8, 3, 6)
+        x[:, :, 1] = other
+        return x
+
+    _, plain = model.run_with_cache(tokens)
+    with model.hooks(fwd_hooks=[(f"blocks.0.hook_{letter}_input", replace)]):
+        _, edited = model.run_with_cache(tokens)
+    block, hooks = model.blocks[0], [f"blocks.0.attn.hook_{name}" for name in "qkv"]
+    read = block.ln1(other, plain["hook_pos"])
+    weight, bias = (torch.cat([getattr(block.attn, f"W_{letter.upper()}"),
+                               getattr(block.attn, f"W_{letter.upper()}_pos")], dim=1)[1],
+                    getattr(block.attn, f"b_{letter.upper()}")[1])  # fmt: skip
+    expected = {name: plain[name].clone() for name in hooks}
+    expected[f"blocks.0.attn.hook_{letter}"][:, :, 1] = read @ weight + bias
+    for name in hooks:
+        torch.testing.assert_close(edited[name], expected[name], rtol=0, atol=1e-12)
+
+
+def test_all_of_attention_reads_hook_attn_in_and_the_mlp_reads_hook_mlp_in():
+    model = additive_model()
+    tokens = random_tokens(model)
+    other = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model.set_use_attn_in(True)
+    model.set_use_hook_mlp_in(True)
+    with model.hooks(fwd_hooks=[
+        ("blocks.1.hook_attn_in", lambda x, hook: other[:, :, None].expand_as(x)),
+        ("blocks.1.hook_mlp_in", lambda x, hook: other),
+    ]):  # fmt: skip
+        _, cache = model.run_with_cache(tokens)
+    block, pos = model.blocks[1], cache["hook_pos"]
+    attn_out = block.attn(*[block.ln1(other, pos)] * 3, None)
+    torch.testing.assert_close(cache["blocks.1.hook_attn_out"], attn_out, rtol=0, atol=1e-12)
+    mlp_out = block.topk_mlp_out(block.mlp(block.ln2(other, pos)))
+    torch.testing.assert_close(cache["blocks.1.hook_mlp_out"], mlp_out, rtol=0, atol=1e-12)
+    resid_mid = cache["blocks.1.hook_resid_pre"] + attn_out  # the stream itself is not replaced
+    torch.testing.assert_close(cache["blocks.1.hook_resid_mid"], resid_mid, rtol=0, atol=1e-12)
+
+
+def test_flags_are_those_of_cfg_too():
+    model = additive_model()
+    model.cfg.use_attn_result = True
+    assert "blocks.0.attn.hook_result" in model.run_with_cache(random_tokens(model))[1]
+    model.cfg.use_attn_result = False
+    assert "blocks.0.attn.hook_result" not in model.run_with_cache(random_tokens(model))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [(dict(resid_relu=True), "a ReLU"), (dict(abs_topk={"resid_pre": 0.5}), "AbsTopK at resid_pre")],
+)
+def test_edge_flags_warn_where_the_stream_is_no_sum(changes, what):
+    model = tiny_model(**changes)
+    with pytest.warns(UserWarning, match=rf"use_attn_result: .* not a sum of its components \(it passes {what}\)"):
+        model.set_use_attn_result(True)
+    with pytest.warns(UserWarning, match=r"use_split_qkv_input: .* patch whole activations"):
+        model.set_use_split_qkv_input(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_use_attn_result(False)
+        tiny_model().set_use_attn_result(True)
+
+
+def test_inputs_by_head_warn_of_what_abs_topk_drops_unless_results_are_on():
+    model = additive_model()
+    with pytest.warns(UserWarning, match=r"what a head writes is attn.hook_result .*, not z @ W_O"):
+        model.set_use_split_qkv_input(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_use_attn_result(True)
+        model.set_use_split_qkv_input(True)
+
+
+# --- generation ---------------------------------------------------------------------------------------------
+
+
+def talking_model(seed=2, **changes):
+    config = full_config(d_vocab=len(WORDS), n_ctx=12, **changes)
+    tokenizer = word_tokenizer(WORDS, eos_token=WORDS[0], pad_token=WORDS[0])
+    return tiny_model(config, seed=seed, dtype=torch.float64, tokenizer=tokenizer)
+
+
+def continued(model, tokens, n):
+    """Greedy continuation, one whole forward pass a step."""
+    for _ in range(n):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "positions", [dict(), dict(positions="added", d_pos=0, seed=4), dict(positions="none", d_pos=0, seed=4)]
+)
+@pytest.mark.parametrize("cache", [True, False])
+def test_generate_continues_as_repeated_forward_passes_do(positions, cache):
+    model = talking_model(**positions)
+    assert model.sparse_cfg.bigram_table
+    tokens = torch.tensor([[0, 1, 2], [0, 3, 3]])
+    settings = dict(do_sample=False, verbose=False, use_past_kv_cache=cache)
+    expected = continued(model, tokens, 6)
+    out = model.generate(tokens, max_new_tokens=6, stop_at_eos=False, **settings)
+    assert out.tolist() == expected.tolist()
+    assert len(set(expected[:, 3:].flatten().tolist())) > 1
+    text = model.generate("a b", max_new_tokens=4, stop_at_eos=False, return_type="tokens", **settings)
+    assert text.tolist() == continued(model, torch.tensor([[0, 1, 2]]), 4).tolist()
+    assert isinstance(model.generate("a b", max_new_tokens=2, **settings), str)
+
+
+def test_generate_pads_a_batch_on_the_left():
+    model = talking_model()
+    settings = dict(max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
+    together = model.generate(["a", "b c d"], **settings)
+    assert together[0, 2:].tolist() == continued(model, torch.tensor([[0, 1]]), 5)[0].tolist()
+    assert together[1].tolist() == continued(model, torch.tensor([[0, 2, 3, 4]]), 5)[0].tolist()
+
+
+def test_generate_samples_by_the_seed_and_stops_at_the_end_of_text():
+    model = talking_model()
+    settings = dict(max_new_tokens=8, verbose=False, return_type="tokens", stop_at_eos=False)
+    outs = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        outs.append(model.generate("a b", do_sample=True, temperature=2.0, **settings).tolist())
+    assert outs[0] == outs[1]
+    assert len({str(out) for out in outs}) > 1
+    with torch.no_grad():
+        model.unembed.b_U[0] = 1e3  # the end-of-text token always wins
+    stopped = model.generate("a b", max_new_tokens=8, verbose=False, return_type="tokens", do_sample=False)
+    assert stopped.tolist() == [[0, 1, 2, 0]]
+
+
+def test_generate_stream_yields_what_generate_gives():
+    model = talking_model()
+    settings = dict(max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
+    whole = model.generate("a b", **settings)
+    pieces = list(model.generate_stream("a b", max_tokens_per_yield=4, **settings))
+    assert torch.cat(pieces, dim=1).tolist() == whole.tolist()
+    assert len(pieces) > 1
+
+
+def test_generating_past_the_context_is_refused_and_leaves_the_model_as_it_was():
+    model = talking_model()
+    before = model("a b")
+    with pytest.raises(DataError, match=r"13 tokens does not fit the model's context of n_ctx = 12"):
+        model.generate("a b", max_new_tokens=20, stop_at_eos=False, do_sample=False, verbose=False)
+    assert torch.equal(model("a b"), before)
+    assert not model.embed._forward_pre_hooks
+
+
+def test_the_first_residual_stream_resumes():
+    model = talking_model(positions="added", d_pos=0)
+    tokens = model.to_tokens(["a", "b c d"], padding_side="left")
+    model.tokenizer.padding_side = "left"
+    resid, given, _, mask = model.input_to_embed(["a", "b c d"])
+    assert torch.equal(given, tokens)
+    logits = model(resid, start_at_layer=0, tokens=tokens, attention_mask=mask)
+    torch.testing.assert_close(logits, model(tokens, attention_mask=mask), rtol=0, atol=1e-12)
+
+
+# --- moves, modes, compilation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move", [
+    lambda m: m.double(), lambda m: m.to(torch.float64), lambda m: m.to("cpu", torch.float64),
+    lambda m: m.to(dtype=torch.float64), lambda m: m.half(), lambda m: m.bfloat16(),
+])  # fmt: skip
+@pytest.mark.parametrize("normalization", ["rms", "layer"])
+def test_cfg_follows_every_cast(move, normalization):
+    model = tiny_model(full_config(normalization=normalization, norm_bias=False, biases=False))
+    moved = move(model)
+    weight = moved.blocks[0].attn.W_Q
+    assert weight.dtype != torch.float32
+    assert {p.dtype for p in moved.parameters()} == {moved.b_Q.dtype} == {weight.dtype} == {moved.cfg.dtype}
+    assert moved.cfg.eps == (torch.finfo(weight.dtype).eps if normalization == "rms" else 1e-5)
+    assert moved(random_tokens(moved)).dtype == weight.dtype
+
+
+def test_cfg_follows_a_move():
+    model = tiny_model(full_config()).to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert str(model.cfg.device) == "meta"
+
+
+@pytest.mark.parametrize("config", [full_config(), full_config(positions="none", d_pos=0, attn_sinks=False)])
+def test_compiles(config):
+    model = tiny_model(config)
+    tokens = random_tokens(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    loss = model(tokens, return_type="loss")
+    expected = torch.autograd.grad(loss, model.blocks[0].mlp.W_in)[0]
+    ours = torch.autograd.grad(compiled(tokens, return_type="loss"), model.blocks[0].mlp.W_in)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    seen = []
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.shape))]):
+        compiled(tokens)  # hooks act on a compiled model too
+    assert seen == [(2, 8, 6)]
+
+
+def test_backward_hooks_and_gradients_at_a_cached_run():
+    model = tiny_model(full_config(), dtype=torch.float64)
+    tokens = random_tokens(model)
+    _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    gradient = cache["blocks.0.hook_resid_post_grad"]
+    resid = model(tokens, stop_at_layer=1).detach().requires_grad_()
+    model(resid, start_at_layer=1, tokens=tokens, return_type="loss").backward()
+    torch.testing.assert_close(gradient, resid.grad, rtol=0, atol=1e-12)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(DataError, match=r"token ids must be in \[0, 11\)"):
+        tiny_model()(torch.tensor([[3, 11]]))
+
+
+# --- what cannot be right -----------------------------------------------------------------------------------
+
+
+def test_weights_cannot_be_folded():
+    model = tiny_model(full_config())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if ON_3:
+        calls = [
+            model.process_weights_,
+            lambda: model.fold_layer_norm(model.state_dict()),
+            lambda: model.center_writing_weights(model.state_dict()),
+            lambda: model.center_unembed(model.state_dict()),
+            lambda: model.fold_value_biases(model.state_dict()),
+            lambda: model.refactor_factored_attn_matrices(model.state_dict()),
+            lambda: model.load_and_process_state_dict(model.state_dict()),
+        ]
+    else:
+        calls = [model.process_weights, model.enable_compatibility_mode]
+        model.enable_compatibility_mode(no_processing=True)
+    for call in calls:
+        with pytest.raises(UnsupportedError, match=r"weights of this model must stay as they are: .* as loaded"):
+            call()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_directions_of_tokens_warn_of_a_bigram_table():
+    tokens = torch.tensor([1, 2])
+    model = tiny_model(bigram_table=True)
+    with pytest.warns(UserWarning, match=r"from its bigram table \(hook_bigram\).* leave that part out"):
+        directions = model.tokens_to_residual_directions(tokens)
+    assert torch.equal(directions, model.W_U.T[tokens] * model.ln_final.w)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_model().tokens_to_residual_directions(tokens)

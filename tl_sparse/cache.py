@@ -1,0 +1,49 @@
+"""The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities.slice import Slice
+
+
+class SparseActivationCache(ActivationCache):
+    """What heads and neurons write, as TransformerLens' cache gives it, always sums to what their layer writes.
+
+    Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels the bias.
+    """
+
+    def compute_head_results(self) -> None:
+        """Cache what each head writes: attn_out = Σ hook_result + b_O."""
+        self._ensure_head_results()
+
+    def _ensure_head_results(self) -> bool:
+        names = [f"blocks.{layer}.attn.hook_result" for layer in range(self.model.cfg.n_layers)]
+        missing = [name for name in names if name not in self.cache_dict]
+        for name in missing:
+            attn = self.model.get_submodule(name.removesuffix(".hook_result"))
+            self.cache_dict[name] = attn.head_results(self.cache_dict[name.replace("result", "z")])
+        return not missing
+
+    def get_neuron_results(
+        self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
+    ) -> Float[Tensor, "*batch pos neuron d_model"]:
+        """What each neuron writes: mlp_out = Σ results + b_out."""
+        mlp = self.model.blocks[layer].mlp
+        if self.model.blocks[layer].topk_mlp_out.k is None:
+            return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
+        results = super().get_neuron_results(layer, neuron_slice, pos_slice)
+        mlp_out = Slice.unwrap(pos_slice).apply(self["mlp_out", layer], dim=-2)
+        results = torch.where(mlp_out.ne(0).unsqueeze(-2), results, -mlp.b_out / mlp.W_out.shape[0])
+        return results if project_output_onto is None else results @ project_output_onto
+
+    def _stack_neuron_results_apply_ln_projected(
+        self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, **mlp_input: bool
+    ) -> Float[Tensor, "neuron *batch pos output"]:
+        # TransformerLens folds norm and projection into W_out, which has no place for what AbsTopK drops.
+        stacked = self.stack_neuron_results(layer, pos_slice=pos_slice, neuron_slice=neuron_slice)
+        return self.apply_ln_to_stack(stacked, layer, pos_slice=pos_slice, **mlp_input) @ project_2d
