@@ -256,6 +256,15 @@ def test_a_download_that_ended_before_its_last_step_asks_for_nothing_again(stora
     assert contents(folder) == COMPLETE
 
 
+@pytest.mark.parametrize("beginning", [b"", MODEL + b"more"])
+def test_a_beginning_of_an_impossible_length_is_not_gone_on_from(storage, folder, beginning):
+    folder.mkdir(parents=True)
+    (folder / "final_model.pt.%22v%2F1%22.partial").write_bytes(beginning)
+    sources.find("csp_yolo1")
+    assert storage.model_ranges == [None]
+    assert contents(folder) == COMPLETE
+
+
 def test_a_file_that_changed_since_is_fetched_anew(storage, folder):
     storage.cuts = [1000] * 5
     failure("csp_yolo1")
