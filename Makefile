@@ -6,7 +6,7 @@ TL3 := .venv-tl3
 SPEC_tl4 := transformer-lens>=4,<5
 SPEC_tl3 := transformer-lens==3.8.0
 TOOLS_tl4 := test,dev
-TOOLS_tl3 := test
+TOOLS_tl3 := test,tools
 
 # Twice quiet: errors only.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check

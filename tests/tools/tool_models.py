@@ -1,9 +1,13 @@
 """What the tests of other people's tools share: small models and small helpers."""
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 
 from helpers import random_tokens, tiny_config, tiny_model, word_tokenizer
 from tl_sparse.config import TOPK_LOCATIONS
+from tl_sparse.faces import transformer_lens_line
 
 #: The paper's eight locations: all but the stream itself.
 ADDITIVE_LOCATIONS = [name for name in TOPK_LOCATIONS if "resid" not in name]
@@ -46,3 +50,11 @@ def prompts(model, batch=2, length=5):
 def difference(logits):
     """The metric: token 3 against token 4 at the last position, summed over prompts."""
     return (logits[:, -1, 3] - logits[:, -1, 4]).sum()
+
+
+def requires(module, line=None):
+    """Skip a test module without this tool, or on the TransformerLens line that the tool does not support."""
+    if line is not None and transformer_lens_line() != line:
+        pytest.skip(f"{module} needs TransformerLens {line}", allow_module_level=True)
+    if find_spec(module) is None:
+        pytest.skip(f"{module} is not installed (the extra `tools`)", allow_module_level=True)

@@ -1,0 +1,128 @@
+"""auto-circuit, on TransformerLens 3: edge attribution scores, and running a circuit."""
+
+import random
+
+import pytest
+import torch
+from edge_graph import Graph, with_edge_hooks
+from tool_models import dense_model, prompts, requires, sparse_model
+
+requires("auto_circuit", line=3)
+
+import auto_circuit_shim  # noqa: E402, F401
+from auto_circuit.data import PromptDataLoader, PromptDataset  # noqa: E402
+from auto_circuit.prune import run_circuits  # noqa: E402
+from auto_circuit.prune_algos.edge_attribution_patching import edge_attribution_patching_prune_scores  # noqa: E402
+from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores  # noqa: E402
+from auto_circuit.types import PatchType  # noqa: E402
+from auto_circuit.utils.graph_utils import patchable_model  # noqa: E402
+
+MODELS = {
+    "dense": dense_model,
+    "sparse": sparse_model,
+    "layer norm": lambda **changes: sparse_model(normalization="layer", norm_bias=True, act_fn="relu", **changes),
+}
+LENGTH = 5
+
+
+def wrapped(make, separate_qkv=True, seq_len=LENGTH, dtype=torch.float32):
+    """The model as auto-circuit sees it, its prompts, and the answers of the model before it was wrapped."""
+    model = make(dtype=dtype)
+    model.set_use_attn_result(True)
+    model.set_use_hook_mlp_in(True)
+    model.set_use_split_qkv_input(separate_qkv)
+    model.set_use_attn_in(not separate_qkv)
+    clean, corrupt = prompts(model, batch=2, length=LENGTH)
+    answers = [torch.tensor([3])] * 2, [torch.tensor([4])] * 2
+    loader = PromptDataLoader(PromptDataset(clean, corrupt, *answers), seq_len=seq_len, diverge_idx=0, batch_size=2)
+    with torch.no_grad():
+        ends = model(clean)[:, -1], model(corrupt)[:, -1]
+    patchable = patchable_model(
+        model, factorized=True, slice_output="last_seq", seq_len=seq_len, separate_qkv=separate_qkv
+    )
+    return patchable, loader, *ends
+
+
+def scores_of(patchable, loader):
+    return mask_gradient_prune_scores(
+        patchable, loader, official_edges=None, grad_function="logit", answer_function="avg_diff", mask_val=0.0
+    )
+
+
+def circuit_logits(patchable, loader, scores, count):
+    """What the circuit of the `count` best edges answers, all others corrupt."""
+    outputs = run_circuits(patchable, loader, [count], scores, patch_type=PatchType.TREE_PATCH)
+    ((found, batches),) = outputs.items()
+    assert found == count
+    return next(iter(batches.values()))
+
+
+@pytest.mark.parametrize("separate_qkv", [True, False])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_empty_circuit_is_the_corrupt_run_the_full_one_the_clean_run(make, separate_qkv):
+    patchable, loader, clean_logits, corrupt_logits = wrapped(make, separate_qkv)
+    scores = {name: torch.rand_like(mask) + 0.1 for name, mask in patchable.new_prune_scores().items()}
+    assert (clean_logits - corrupt_logits).abs().max() > 0.1
+    empty = circuit_logits(patchable, loader, scores, 0)
+    torch.testing.assert_close(empty, corrupt_logits, atol=1e-5, rtol=0)
+    full = circuit_logits(patchable, loader, scores, patchable.n_edges)
+    torch.testing.assert_close(full, clean_logits, atol=1e-5, rtol=0)
+
+
+def test_scores_are_the_derivatives_of_interpolating_edges_to_the_corrupt_run():
+    """… of minus the answer difference, by difference quotients on the model outside auto-circuit."""
+    patchable, loader, *_ = wrapped(sparse_model, seq_len=None, dtype=torch.float64)
+    scores = scores_of(patchable, loader)
+    model = with_edge_hooks(sparse_model())
+    clean, corrupt = prompts(model, length=LENGTH)
+    with torch.no_grad():
+        good, bad = model.run_with_cache(clean)[1], model.run_with_cache(corrupt)[1]
+
+    @torch.no_grad()
+    def along(edge, step):
+        change = step * (bad[edge.src.module_name] - good[edge.src.module_name])
+        change = change if edge.src.head_idx is None else change[:, :, edge.src.head_idx]
+
+        def add(x, hook):
+            x = x.clone()
+            x[:, :, ... if edge.dest.head_idx is None else edge.dest.head_idx] += change
+            return x
+
+        logits = model.run_with_hooks(clean, fwd_hooks=[(edge.dest.module_name, add)])[:, -1]
+        return -(logits[:, 3] - logits[:, 4]).mean()
+
+    for edge in random.Random(0).sample(sorted(patchable.edges, key=lambda edge: edge.name), 30):
+        slope = (along(edge, 1e-6) - along(edge, -1e-6)) / 2e-6
+        torch.testing.assert_close(edge.prune_score(scores), slope, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 10, 40])
+def test_a_circuit_answers_what_its_edges_compute(count):
+    """The same circuit, evaluated by hooks on the model outside auto-circuit."""
+    patchable, loader, *_ = wrapped(sparse_model, seq_len=None)
+    scores = scores_of(patchable, loader)
+    graph = Graph(with_edge_hooks(sparse_model(dtype=torch.float32)))
+    clean, corrupt = prompts(graph.model, length=LENGTH)
+    best = sorted(patchable.edges, key=lambda edge: -abs(edge.prune_score(scores)))[:count]
+    names = {"blocks.0.hook_resid_pre": "hook_embed"}
+    kept = {
+        ((names.get(edge.src.module_name, edge.src.module_name), edge.src.head_idx),
+         (edge.dest.module_name, edge.dest.head_idx))
+        for edge in best
+    }  # fmt: skip
+    assert kept <= set(graph.edges)
+    assert len(graph.edges) == patchable.n_edges
+    with torch.no_grad():
+        expected = graph.logits(clean, graph.outputs(corrupt), kept)[:, -1]
+    torch.testing.assert_close(circuit_logits(patchable, loader, scores, count), expected, atol=1e-5, rtol=0)
+
+
+def test_the_two_ways_to_edge_attribution_agree():
+    """auto-circuit's fast way, gradients of masks, and its slow one, hooks and caches of the model."""
+    patchable, loader, *_ = wrapped(sparse_model, seq_len=None)
+    fast = scores_of(patchable, loader)
+    slow = edge_attribution_patching_prune_scores(patchable, loader, official_edges=None)
+    assert fast.keys() == slow.keys()
+    assert max(scores.abs().max() for scores in fast.values()) > 0.1
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-5, rtol=1e-4)
