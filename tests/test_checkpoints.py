@@ -414,10 +414,10 @@ def folder(saved, tmp_path):
 
 
 def test_folders_without_a_model(tmp_path):
-    with pytest.raises(CheckpointError, match=r"absent is not a folder; give one with config\.json"):
+    with pytest.raises(CheckpointError, match=r"absent' is not a folder"):
         load(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file is not a folder"):
+    with pytest.raises(CheckpointError, match="file' is not a folder"):
         load(str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"holds no model: neither config\.json .* nor beeg_config\.json"):
         load(tmp_path)

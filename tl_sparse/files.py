@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,8 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
 def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, read without running any code in it (`weights_only=True`).
 
+    Its tensors are views of the file, which must not change while they are in use.
+
     Raises:
         CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
     """
@@ -107,11 +110,51 @@ def read_torch(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        sizes = _record_sizes(path) if zipfile.is_zipfile(path) else None
+
+        def on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            # torch takes the pickle's word for how long a record is.
+            if sizes is not None and storage.nbytes() not in sizes:
+                raise ValueError("a tensor is not as long as its record")
+            return storage
+
+        values = torch.load(path, map_location=on_cpu, weights_only=True, mmap=sizes is not None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it holds more than tensors, which could run code") from error
     except Exception as error:  # torch.load raises nearly anything on a damaged archive
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a dictionary of tensors, not a {type(values).__name__}")
+    return values
+
+
+def _record_sizes(path: Path) -> set[int]:
+    """The sizes of an archive's records, after checking what torch believes unseen: places, sizes, checksums."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        stored = all(r.compress_type == zipfile.ZIP_STORED and r.compress_size == r.file_size for r in records)
+        # No record twice, nor two in one place: else a small file could stand for a large one.
+        names, size = {record.filename for record in records}, sum(record.file_size for record in records)
+        if not stored or len(names) < len(records) or size > path.stat().st_size:
+            raise zipfile.BadZipFile("its records overlap or are compressed")
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
+    return {record.file_size for record in records}
+
+
+def read_state_dict(path: Path) -> "dict[str, Tensor]":
+    """The state dict in a `torch.save` file; see `read_torch`.
+
+    Raises:
+        CheckpointError: as `read_torch`, and if there is anything in it but dense tensors by name.
+    """
+    import torch
+
+    values = read_torch(path)
+    for name, tensor in values.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors")
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # larger: one value seen many times
+            raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
     return values

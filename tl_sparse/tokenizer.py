@@ -8,6 +8,7 @@ quote that closes it is never in one token with the newline after it.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -89,25 +90,29 @@ def train_tokenizer(
     return tokenizer
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer saved in `folder` (a `tokenizer.json`, alone or beside transformers' own files).
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside transformers'
+    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
 
-    Nothing is downloaded and no code from the folder is run. Where the files name no special tokens and the
-    vocabulary has `<|endoftext|>`, as OpenAI's `tinypython_2k`, that becomes all four of them.
+    Nothing is downloaded and no code from the folder is run. The latter two files do not say how text is cut
+    before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either: `<|endoftext|>` gets the id
+    after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`, as OpenAI's
+    `tinypython_2k`, that becomes all four of them.
 
     Raises:
-        TokenizerError: the folder has no `tokenizer.json`, or it cannot be read.
+        TokenizerError: there is no such file, or it cannot be read.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise TokenizerError(
-            f"no tokenizer.json in {folder}; save one there with tokenizer.save_pretrained(folder)"
-        )
+    path = _tokenizer_file(Path(source))
+    if path is None:
+        raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
-        if path.with_name("tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if path.suffix == ".tiktoken" or path.name == "vocab.json":
+            backend = _like_gpt2(path)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+        elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
     except Exception as error:  # the Rust library raises a bare Exception on a damaged file
@@ -115,6 +120,51 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.add_special_tokens(_SPECIAL_TOKENS)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds something in `folder`."""
+    return _tokenizer_file(folder) is not None
+
+
+def _tokenizer_file(source: Path) -> Path | None:
+    files = [source, source / "tokenizer.json", *sorted(source.glob("*.tiktoken"))]
+    if (source / "merges.txt").is_file():
+        files.append(source / "vocab.json")
+    return next((path for path in files if path.is_file()), None)
+
+
+def _like_gpt2(path: Path) -> Tokenizer:
+    """Byte-level BPE from a vocab.json with merges.txt beside it, or from a .tiktoken file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if path.suffix == ".tiktoken":
+        vocab, merges = _read_tiktoken(path)
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+    else:
+        model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges from lines of base64 token and rank: any two tokens merge if that makes a third,
+    the one of lowest rank first."""
+    lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
+        raise ValueError("a token or rank is there twice, or one of the 256 bytes is not")
+    # GPT-2's letters for the bytes: printable ones stand for themselves.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocab = {"".join(letter[byte] for byte in token): rank for token, rank in ranks.items()}
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    pairs = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
+    merges = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+    return vocab | {END_OF_TEXT: max(ranks.values()) + 1}, merges
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:

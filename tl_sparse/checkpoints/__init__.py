@@ -1,38 +1,55 @@
-"""Models on disk: OpenAI's folders and our own, read into the network; our own written."""
+"""Models on disk, one format per file: read into the network whatever wrote them; ours written."""
 
 from __future__ import annotations
 
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_sparse.checkpoints.native import read_ours as read_ours
+from tl_sparse.checkpoints.native import read_ours
 from tl_sparse.checkpoints.native import save_model as save_model
-from tl_sparse.checkpoints.network import Checkpoint as Checkpoint
+from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.checkpoints.network import build_network as build_network
 from tl_sparse.checkpoints.network import resolve_device as resolve_device
 from tl_sparse.checkpoints.network import resolve_dtype as resolve_dtype
-from tl_sparse.checkpoints.openai import read_openai as read_openai
+from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
+from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError
 from tl_sparse.faces import wrap
+from tl_sparse.files import read_json
 from tl_sparse.modules import SparseTransformer, init_weights
-from tl_sparse.tokenizer import load_tokenizer
+from tl_sparse.sources import find
+from tl_sparse.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: `model_type` in a config.json → its reader.
+_READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
 
-def load(source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
-    """Open a model folder as a true TransformerLens model, in eval mode.
+
+def load(
+    source: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+) -> Any:
+    """Open a model as a true TransformerLens model, in eval mode.
+
+    The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
+    `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code that comes
+    with a model is run.
 
     Args:
-        source: a folder of ours (`config.json`, `model.safetensors`) or of OpenAI's (`beeg_config.json`,
-            `final_model.pt`); a tokenizer.json in it becomes the model's tokenizer.
+        source: a folder, or a name that `tl_sparse.sources.find` knows.
         device: None is the GPU if there is one, else the CPU.
         dtype: None keeps the file's (the widest, if it has several).
+        revision: of a hub repository: a branch, tag or commit.
+        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, if any.
 
     Returns:
         A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
@@ -40,17 +57,17 @@ def load(source: str | Path, device: str | torch.device | None = None, dtype: st
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device` or `dtype`.
+        TokenizerError: if the tokenizer cannot be read or has more tokens than the model.
     """
-    folder = Path(source)
     device, dtype = resolve_device(device), resolve_dtype(dtype)
+    folder = find(source, revision)
+    if tokenizer is None and has_tokenizer(folder):
+        tokenizer = folder
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
     cfg, state = read_checkpoint(folder)
-    network = build_network(cfg, state, folder)
-    if dtype is None:
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    network.to(device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    model = wrap(network, tokenizer)
-    model.cfg.model_name = folder.resolve().name
+    model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
+    model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)
     return model
 
 
@@ -68,11 +85,25 @@ def create(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The configuration and the network's state dict in a folder of any known format."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give one with config.json or beeg_config.json in it")
+    """The configuration and the network's tensors in a folder of any known format, for `build_network`.
+
+    Raises:
+        CheckpointError: if the format is unknown, or a file is missing or damaged.
+        ConfigError: for a bad configuration value.
+    """
     if (folder / "beeg_config.json").is_file():
         return read_openai(folder)
-    if (folder / "config.json").is_file():
-        return read_ours(folder)
-    raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
+    values = read_json(path)
+    if "model_config" in values:
+        return read_sparse_pretrain(folder, values)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in _READERS:
+        code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
+        raise CheckpointError(
+            f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "
+            f"(sparse_pretrain's): not a format that tl_sparse knows{code}"
+        )
+    return _READERS[kind](folder, values)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tl_sparse.checkpoints.compact import pack, unpack
 from tl_sparse.checkpoints.network import Checkpoint, config_of
 from tl_sparse.errors import CheckpointError
-from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
+from tl_sparse.files import read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from tl_sparse.faces import SparseModel
@@ -15,26 +16,35 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
-def save_model(model: SparseModel, folder: Path) -> None:
-    """Write our format; each file is complete or not there, and the configuration comes last."""
+def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
+    """Write our format; each file is complete or not there, and the configuration comes last.
+
+    Args:
+        dense: store zeros like any other value. Else they take no space (see `compact.py`), and what
+            reads `model.safetensors` must be tl_sparse.
+    """
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", model.state_dict())
+    state = model.state_dict()
+    write_tensors(folder / "model.safetensors", state if dense else pack(state))
     about = {
         "model_type": "tl_sparse",
         "architectures": ["SparseTransformer"],
         "format_version": FORMAT_VERSION,
+        "storage": "dense" if dense else "compact",
     }
     write_json(folder / "config.json", about | model.sparse_cfg.to_dict())
 
 
-def read_ours(folder: Path) -> Checkpoint:
-    """Our own folder; see `save_model`."""
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.pop("model_type", None) != "tl_sparse":
-        raise CheckpointError(f"{path}: model_type is not 'tl_sparse': this is not a tl_sparse model")
-    if values.pop("format_version", None) != FORMAT_VERSION:
+def read_ours(folder: Path, values: dict[str, Any]) -> Checkpoint:
+    """Our own folder, with the content of its config.json; see `save_model`."""
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version is not {FORMAT_VERSION}; a newer tl_sparse wrote it")
-    values.pop("architectures", None)
-    return config_of(path, values), read_tensors(folder / "model.safetensors")
+    storage = values.get("storage", "dense")  # older files do not say
+    if storage not in ("compact", "dense"):
+        raise CheckpointError(f"{path}: storage = {storage!r} must be 'compact' or 'dense'")
+    about = ("model_type", "architectures", "format_version", "storage")
+    cfg = config_of(path, {key: value for key, value in values.items() if key not in about})
+    tensors = read_tensors(weights)
+    return cfg, unpack(tensors, weights) if storage == "compact" else dict(tensors)

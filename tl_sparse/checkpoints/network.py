@@ -4,30 +4,75 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_sparse.checkpoints.compact import Compact
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.modules import SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Checkpoint = tuple[SparseConfig, dict[str, Tensor]]
+#: A configuration and what the file says of each tensor: views of the file, which only `build_network` copies.
+Checkpoint = tuple[SparseConfig, dict[str, Tensor | Compact]]
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> SparseConfig:
+    """`SparseConfig.from_dict`, whose errors name the file."""
     try:
         return SparseConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> SparseTransformer:
+def take_flag(values: dict[str, Any], key: str, default: bool, path: Path) -> bool:
+    """Take a truth value out of `values`.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    value = values.pop(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{path}: {key} = {value!r} is not possible; it must be true or false")
+    return value
+
+
+def take_size(values: dict[str, Any], key: str, path: Path) -> int:
+    """Take a size out of `values`.
+
+    Raises:
+        ConfigError: if it is not an integer of at least 1.
+    """
+    size = values.pop(key)
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"{path}: {key} = {size!r} is not possible; it must be an integer of at least 1")
+    return size
+
+
+def check_present(values: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> None:
+    """Raise `ConfigError` unless `values` has all `keys`."""
+    if missing := [key for key in keys if key not in values]:
+        raise ConfigError(f"{path}: missing keys {', '.join(missing)}")
+
+
+def build_network(
+    cfg: SparseConfig,
+    state: dict[str, Tensor | Compact],
+    source: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> SparseTransformer:
     """The network holding exactly the tensors of `state`, after checking them.
+
+    Args:
+        state: emptied on the way, so that no tensor is in memory twice for longer than its turn.
+        source: the folder, for messages.
+        dtype: None is the widest in `state`.
 
     Raises:
         CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
@@ -53,16 +98,24 @@ def build_network(cfg: SparseConfig, state: dict[str, Tensor], source: Path) -> 
             )
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
+    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    network.load_state_dict(state, assign=True)
-    dtype = state["embed.W_E"].dtype
+    owned = {}
+    for name in list(state):
+        stored = state.pop(name)
+        # A copy, also where nothing changes: the file behind a view may be overwritten while the model is in use.
+        copy = not isinstance(stored, Compact)
+        tensor = stored if isinstance(stored, Tensor) else stored.dense()
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # NaN is both; needs no memory
+            raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
+        owned[name] = tensor.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
+        del stored, tensor
+    network.load_state_dict(owned, assign=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(trainable[name])
     for module in network.modules():  # the zeros that stand for absent biases
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=dtype))
+            setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))
     return network
 
 
