@@ -142,6 +142,34 @@ def test_logits_and_every_activation_are_those_computed_by_hand(config, seed):
         assert_close(cache[name], value, name)
 
 
+@few
+@given(config=sparse_configs(), seed=st.integers(0, 1000))
+def test_gradients_are_those_of_the_network_computed_by_hand(config, seed):
+    """Along a random direction in the space of all weights, by a central difference of the NumPy logits."""
+    model = tiny_model(config, seed, torch.float64)
+    tokens = random_tokens(config, length=3, seed=seed)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(seed)
+    direction = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in weights.items()}
+    share = torch.randn(model(tokens).shape, generator=generator, dtype=torch.float64)
+    (model(tokens) * share).sum().backward()
+    slope = sum(float((p.grad * direction[name]).sum()) for name, p in weights.items() if p.grad is not None)
+
+    def along(step):
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.add_(direction[name], alpha=step)
+            value = float((run_by_hand(model, tokens)[0] * share.numpy()).sum())
+            for name, p in weights.items():
+                p.sub_(direction[name], alpha=step)
+        return value
+
+    # Where AbsTopK or a ReLU changes its choice between the two ends there is no slope: a smaller step.
+    differences = [(along(step) - along(-step)) / (2 * step) for step in (1e-5, 1e-6, 1e-7)]
+    scale = 1 + abs(slope)
+    assert min(abs(difference - slope) for difference in differences) / scale < 1e-6
+
+
 HOOKS_OF_ONE_LAYER = [
     "hook_embed",
     "hook_pos",
