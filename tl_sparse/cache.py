@@ -17,6 +17,21 @@ class SparseActivationCache(ActivationCache):
     Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels the bias.
     """
 
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
+        """The cache of some of the batch."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' method; warns where the residual stream is not a sum of its components."""
+        self.model.warn_if_not_additive("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' method; warns where the residual stream is not a sum of its components."""
+        self.model.warn_if_not_additive("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
     def compute_head_results(self) -> None:
         """Cache what each head writes: attn_out = Σ hook_result + b_O."""
         self._ensure_head_results()

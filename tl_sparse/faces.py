@@ -54,6 +54,12 @@ class SparseModel(nn.Module):
 
         save_model(self, Path(folder))
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with a model card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
+        from tl_sparse.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     def forward(
         self,
         input: str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
@@ -164,14 +170,14 @@ class SparseModel(nn.Module):
             cache = SparseActivationCache(cache.cache_dict, self, cache.has_batch_dim)
         return out, cache
 
-    def _warn_if_not_additive(self, flag: str) -> None:
-        """Called when a flag that edge tools need is switched on."""
+    def warn_if_not_additive(self, what: str) -> None:
+        """Warn that `what` adds and subtracts components, if on this model the residual stream is not their sum."""
         cfg = self.sparse_cfg
         nonlinear = ["a ReLU"] * cfg.resid_relu + [f"AbsTopK at {name}" for name in cfg.abs_topk if "resid" in name]
         if nonlinear:
             warnings.warn(
-                f"{flag}: the residual stream of this model is not a sum of its components (it passes "
-                f"{', '.join(nonlinear)}), so tools that work edge by edge are not exact on it; patch whole "
+                f"{what}: the residual stream of this model is not a sum of its components (it passes "
+                f"{', '.join(nonlinear)}), so tools that add and subtract components are not exact on it; patch whole "
                 "activations (resid_pre, resid_mid, resid_post, attn_out, mlp_out) instead",
                 stacklevel=3,
             )
@@ -179,13 +185,13 @@ class SparseModel(nn.Module):
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """TransformerLens' flag for `attn.hook_result`."""
         if use_attn_result:
-            self._warn_if_not_additive("use_attn_result")
+            self.warn_if_not_additive("use_attn_result")
         super().set_use_attn_result(use_attn_result)  # type: ignore[misc]
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """TransformerLens' flag for `hook_q_input`, `hook_k_input` and `hook_v_input`."""
         if use_split_qkv_input:
-            self._warn_if_not_additive("use_split_qkv_input")
+            self.warn_if_not_additive("use_split_qkv_input")
             if "attn_out" in self.sparse_cfg.abs_topk and not self.cfg.use_attn_result:
                 warnings.warn(
                     "use_split_qkv_input: AbsTopK acts on what attention writes, so what a head writes is "

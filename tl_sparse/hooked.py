@@ -56,6 +56,10 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
         return super().to_tokens(input, *args, **kwargs)
 
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Parameters by TransformerLens' names; tied or not, the unembedding is among them."""
+        return {**dict(self.named_parameters()), "unembed.W_U": self.W_U}
+
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
         return torch.nn.Module.to(self, *args, **kwargs)
