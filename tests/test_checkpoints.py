@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
+from formats import write_openai
 from helpers import (
     GOLDEN,
     full_config,
@@ -156,59 +157,7 @@ def test_the_tokenizer_is_saved_beside_the_model(tmp_path):
         load(tmp_path, device="cpu")
 
 
-# --- OpenAI's format, written here as FORMATS describes it --------------------------------------------------
-
-
-def write_openai(folder, model, drop=(), **changes):
-    """`model` as a folder of OpenAI's; `changes` to its configuration, without the keys `drop`."""
-    cfg, w = model.sparse_cfg, model.state_dict()
-    values = dict(
-        block_size=cfg.n_ctx, vocab_size=cfg.d_vocab, n_layer=cfg.n_layers, n_head=cfg.n_heads, d_head=cfg.d_head,
-        d_model=cfg.d_model, d_mlp=cfg.d_mlp, bias=cfg.biases, ln_bias=cfg.norm_bias,
-        rms_norm=cfg.normalization == "rms", residual_activation_type="relu" if cfg.resid_relu else "identity",
-        activation_type=cfg.act_fn, afrac=next(iter(cfg.abs_topk.values()), None),
-        afrac_loctypes=",".join(cfg.abs_topk), tied_unembed=cfg.tied_unembed, tokenizer_name="tinypython_2k",
-        enable_bigram_table=cfg.bigram_table, learnable_bigram_table=True, d_pos_emb=cfg.d_pos or None,
-        sinusoidal_cat_pos_emb=cfg.sinusoidal, dropout_cat_pos_emb=False, sink=cfg.attn_sinks, flash=True,
-        grad_checkpointing=False, dropout=0.0, debug_nans=False, enable_sparse_kernels=False, pfrac=0.3,
-    )  # fmt: skip
-    values |= changes
-    for key in drop:
-        del values[key]
-
-    def with_positions(name, dim):
-        return torch.cat([w[name], w[f"{name}_pos"]], dim) if f"{name}_pos" in w else w[name]
-
-    theirs = {
-        "transformer.wte.weight": w["embed.W_E"],
-        "transformer.wpe.weight": w.get("pos_embed.W_pos", torch.zeros(cfg.n_ctx, cfg.d_model)),
-        "lm_head.weight": w["embed.W_E"] if cfg.tied_unembed else w["unembed.W_U"].T,
-        "final_logits_bias": w.get("unembed.b_U"),
-        "bigram_table": w.get("bigram.W_bigram"),
-        "transformer.ln_f.weight": w["ln_final.w"],
-        "transformer.ln_f.bias": w.get("ln_final.b"),
-    }
-    for i in range(cfg.n_layers):
-        block, h = f"blocks.{i}", f"transformer.h.{i}"
-        for n in "12":
-            theirs[f"{h}.ln_{n}.weight"], theirs[f"{h}.ln_{n}.bias"] = w[f"{block}.ln{n}.w"], w.get(f"{block}.ln{n}.b")
-            theirs[f"{h}.ln_p{n}.weight"] = w.get(f"{block}.ln{n}.w_pos")
-            theirs[f"{h}.ln_p{n}.bias"] = w.get(f"{block}.ln{n}.b_pos")
-        heads = [with_positions(f"{block}.attn.W_{x}", 1) for x in "QKV"]
-        theirs[f"{h}.attn.c_attn.weight"] = torch.cat([matrix.T for part in heads for matrix in part])
-        theirs[f"{h}.attn.c_proj.weight"] = torch.cat(list(w[f"{block}.attn.W_O"])).T
-        theirs[f"{h}.attn.attn_imp.sink_logit"] = w.get(f"{block}.attn.sink")
-        theirs[f"{h}.mlp.c_fc.weight"] = with_positions(f"{block}.mlp.W_in", 0).T
-        theirs[f"{h}.mlp.c_proj.weight"] = w[f"{block}.mlp.W_out"].T
-        if cfg.biases:
-            theirs[f"{h}.attn.c_attn.bias"] = torch.cat([w[f"{block}.attn.b_{x}"].flatten() for x in "QKV"])
-            theirs[f"{h}.attn.c_proj.bias"] = w[f"{block}.attn.b_O"]
-            theirs[f"{h}.mlp.c_fc.bias"] = w[f"{block}.mlp.b_in"]
-            theirs[f"{h}.mlp.c_proj.bias"] = w[f"{block}.mlp.b_out"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "beeg_config.json").write_text(json.dumps(values))
-    torch.save({name: tensor for name, tensor in theirs.items() if tensor is not None}, folder / "final_model.pt")
-    return folder
+# --- OpenAI's format -------------------------------------------------------------------------------------------
 
 
 def as_openai_can_say_it(config):

@@ -112,7 +112,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     try:
         sizes = _record_sizes(path) if zipfile.is_zipfile(path) else None
 
-        def on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        def on_cpu(storage: Any, location: str) -> Any:
             # torch takes the pickle's word for how long a record is.
             if sizes is not None and storage.nbytes() not in sizes:
                 raise ValueError("a tensor is not as long as its record")

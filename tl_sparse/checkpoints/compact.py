@@ -19,18 +19,19 @@ from torch import Tensor
 
 from tl_sparse.errors import CheckpointError
 
-#: What two more entries in the file's header take, roughly: a tensor that saves less stays dense.
+_PARTS = ("values", "positions", "shape")
+#: What more entries in the file's header take, roughly: a tensor that saves less stays dense.
 _OVERHEAD = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Compact:
-    """A checked tensor of `shape` that is zero except for `values` at the increasing row-major `positions`."""
+    """A tensor of `shape` that is zero except for `values` at the increasing row-major `positions`."""
 
-    shape: torch.Size
     values: Shaped[Tensor, "kept"]
     positions: Int[Tensor, "kept"]
+    shape: torch.Size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,10 +50,9 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().flatten()
         positions = flat.view(_BITS[flat.itemsize]).nonzero().flatten()
-        compact = len(positions) * (flat.itemsize + 4) + _OVERHEAD < flat.nbytes and len(flat) < 2**31
-        if compact:
-            packed[f"{name}.values"], packed[f"{name}.positions"] = flat[positions], positions.int()
-            packed[f"{name}.shape"] = torch.tensor(tensor.shape)
+        if len(positions) * (flat.itemsize + 4) + _OVERHEAD < flat.nbytes and len(flat) < 2**31:
+            parts = (flat[positions], positions.int(), torch.tensor(tensor.shape))
+            packed |= {f"{name}.{part}": value for part, value in zip(_PARTS, parts, strict=True)}
         else:
             packed[name] = tensor
     return packed
@@ -67,28 +67,25 @@ def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compa
     tensors: dict[str, Tensor | Compact] = {}
     for key, tensor in packed.items():
         name, _, part = key.rpartition(".")
-        if part == "values":
-            tensors[name] = _checked(name, tensor, packed, path)
-        elif part not in ("positions", "shape"):
+        if part not in _PARTS:
             tensors[key] = tensor
-        elif f"{name}.values" not in packed:
-            raise CheckpointError(f"{path}: {key} is there without {name}.values")
-    if clash := [name for name, tensor in tensors.items() if isinstance(tensor, Compact) and name in packed]:
-        raise CheckpointError(f"{path}: {clash[0]} is there twice, dense and compact")
+        elif name not in tensors:
+            tensors[name] = _checked(name, packed, path)
+        if part in _PARTS and name in packed:
+            raise CheckpointError(f"{path}: {name} is there twice, dense and compact")
     return tensors
 
 
-def _checked(name: str, values: Tensor, packed: Mapping[str, Tensor], path: Path) -> Compact:
-    positions, shape = packed.get(f"{name}.positions"), packed.get(f"{name}.shape")
-    if positions is None or shape is None:
-        raise CheckpointError(f"{path}: {name}.values needs {name}.positions and {name}.shape beside it")
-    if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8 or not bool((shape >= 0).all()):
+def _checked(name: str, packed: Mapping[str, Tensor], path: Path) -> Compact:
+    values, positions, shape = (packed.get(f"{name}.{part}") for part in _PARTS)
+    if values is None or positions is None or shape is None:
+        raise CheckpointError(f"{path}: {name} needs all of {', '.join(f'{name}.{part}' for part in _PARTS)}")
+    if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8 or bool((shape < 0).any()):
         raise CheckpointError(f"{path}: {name}.shape is no list of sizes")
     if positions.dtype != torch.int32 or positions.ndim != 1 or positions.shape != values.shape:
-        raise CheckpointError(f"{path}: {name}.positions must be as many int32 as {name}.values")
+        raise CheckpointError(f"{path}: {name}.positions must be one int32 for each of {name}.values")
     size = torch.Size(shape.tolist())
-    if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= math.prod(size)):
-        raise CheckpointError(f"{path}: {name}.positions are not all in a tensor of shape {list(size)}")
-    if not bool((positions[1:] > positions[:-1]).all()):
-        raise CheckpointError(f"{path}: {name}.positions do not increase")
-    return Compact(size, values, positions)
+    inside = len(positions) == 0 or (int(positions[0]) >= 0 and int(positions[-1]) < math.prod(size))
+    if not inside or not bool((positions[1:] > positions[:-1]).all()):
+        raise CheckpointError(f"{path}: {name}.positions must increase and be in a tensor of shape {list(size)}")
+    return Compact(values, positions, size)

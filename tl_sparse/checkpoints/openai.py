@@ -115,7 +115,7 @@ def _read(values: Mapping[str, Any], path: Path, raw: dict[str, Tensor], weights
     if cfg.positions == "none":
         raw.pop("transformer.wpe.weight", None)
     if values.get("flash") is False:
-        raw = {name: tensor for name, tensor in raw.items() if not name.endswith("attn.bias")}  # the causal mask
+        raw = {name: tensor for name, tensor in raw.items() if not name.endswith(".attn.bias")}  # the causal mask
     return cfg, convert(cfg, raw, weights)
 
 

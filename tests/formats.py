@@ -1,0 +1,121 @@
+"""The formats of others, written as FORMATS describes them."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_openai(folder, model, drop=(), **changes):
+    """`model` as a folder of OpenAI's; `changes` to its configuration, without the keys `drop`."""
+    cfg, w = model.sparse_cfg, model.state_dict()
+    values = dict(
+        block_size=cfg.n_ctx, vocab_size=cfg.d_vocab, n_layer=cfg.n_layers, n_head=cfg.n_heads, d_head=cfg.d_head,
+        d_model=cfg.d_model, d_mlp=cfg.d_mlp, bias=cfg.biases, ln_bias=cfg.norm_bias,
+        rms_norm=cfg.normalization == "rms", residual_activation_type="relu" if cfg.resid_relu else "identity",
+        activation_type=cfg.act_fn, afrac=next(iter(cfg.abs_topk.values()), None),
+        afrac_loctypes=",".join(cfg.abs_topk), tied_unembed=cfg.tied_unembed, tokenizer_name="tinypython_2k",
+        enable_bigram_table=cfg.bigram_table, learnable_bigram_table=True, d_pos_emb=cfg.d_pos or None,
+        sinusoidal_cat_pos_emb=cfg.sinusoidal, dropout_cat_pos_emb=False, sink=cfg.attn_sinks, flash=True,
+        grad_checkpointing=False, dropout=0.0, debug_nans=False, enable_sparse_kernels=False, pfrac=0.3,
+    )  # fmt: skip
+    values |= changes
+    for key in drop:
+        del values[key]
+
+    def with_positions(name, dim):
+        return torch.cat([w[name], w[f"{name}_pos"]], dim) if f"{name}_pos" in w else w[name]
+
+    theirs = {
+        "transformer.wte.weight": w["embed.W_E"],
+        "transformer.wpe.weight": w.get("pos_embed.W_pos", torch.zeros(cfg.n_ctx, cfg.d_model)),
+        "lm_head.weight": w["embed.W_E"] if cfg.tied_unembed else w["unembed.W_U"].T,
+        "final_logits_bias": w.get("unembed.b_U"),
+        "bigram_table": w.get("bigram.W_bigram"),
+        "transformer.ln_f.weight": w["ln_final.w"],
+        "transformer.ln_f.bias": w.get("ln_final.b"),
+    }
+    for i in range(cfg.n_layers):
+        block, h = f"blocks.{i}", f"transformer.h.{i}"
+        for n in "12":
+            theirs[f"{h}.ln_{n}.weight"], theirs[f"{h}.ln_{n}.bias"] = w[f"{block}.ln{n}.w"], w.get(f"{block}.ln{n}.b")
+            theirs[f"{h}.ln_p{n}.weight"] = w.get(f"{block}.ln{n}.w_pos")
+            theirs[f"{h}.ln_p{n}.bias"] = w.get(f"{block}.ln{n}.b_pos")
+        heads = [with_positions(f"{block}.attn.W_{x}", 1) for x in "QKV"]
+        theirs[f"{h}.attn.c_attn.weight"] = torch.cat([matrix.T for part in heads for matrix in part])
+        theirs[f"{h}.attn.c_proj.weight"] = torch.cat(list(w[f"{block}.attn.W_O"])).T
+        theirs[f"{h}.attn.attn_imp.sink_logit"] = w.get(f"{block}.attn.sink")
+        theirs[f"{h}.mlp.c_fc.weight"] = with_positions(f"{block}.mlp.W_in", 0).T
+        theirs[f"{h}.mlp.c_proj.weight"] = w[f"{block}.mlp.W_out"].T
+        if cfg.biases:
+            theirs[f"{h}.attn.c_attn.bias"] = torch.cat([w[f"{block}.attn.b_{x}"].flatten() for x in "QKV"])
+            theirs[f"{h}.attn.c_proj.bias"] = w[f"{block}.attn.b_O"]
+            theirs[f"{h}.mlp.c_fc.bias"] = w[f"{block}.mlp.b_in"]
+            theirs[f"{h}.mlp.c_proj.bias"] = w[f"{block}.mlp.b_out"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "beeg_config.json").write_text(json.dumps(values))
+    torch.save({name: tensor for name, tensor in theirs.items() if tensor is not None}, folder / "final_model.pt")
+    return folder
+
+
+def write_circuitgpt(folder, model, drop=(), **changes):
+    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of tensors."""
+    write_openai(folder, model)
+    values = json.loads((folder / "beeg_config.json").read_text())
+    values |= dict(
+        model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32", use_cache=False,
+        auto_map={"AutoModelForCausalLM": "modeling_circuitgpt.CircuitGPTForCausalLM"}, is_decoder=True,
+        transformers_version="4.57.0", bos_token_id=None, eos_token_id=2047,
+        max_position_embeddings=values["block_size"],
+        num_hidden_layers=values["n_layer"], tie_word_embeddings=values["tied_unembed"], unembed_rank=None,
+        bigram_table_rank=None, afrac_ste=False, afrac_ste_only_non_neurons=False, afrac_approx=False, rtopk=False,
+        mup=False, mup_width_multiplier=None, enable_fp8_linear=False, scale_invariance=False,
+    )  # fmt: skip
+    weights = torch.load(folder / "final_model.pt", weights_only=True)
+    weights = {f"circuit_model.{name}": x.contiguous().clone() for name, x in weights.items() if name not in drop}
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    save_file(weights, folder / "model.safetensors")
+    (folder / "beeg_config.json").unlink()
+    (folder / "final_model.pt").unlink()
+    return folder
+
+
+def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes):
+    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys `drop`,
+    `sparsity` to its sparsity_config, `extra` tensors."""
+    cfg = model.sparse_cfg
+    write_openai(folder, model)
+    weights = torch.load(folder / "final_model.pt", weights_only=True)
+    if cfg.positions == "none":
+        del weights["transformer.wpe.weight"]
+    theirs = {
+        name.removeprefix("transformer.").replace("h.", "blocks.", name.startswith("transformer.h."))
+        .replace("attn_imp", "attn_fn"): x for name, x in weights.items()
+    }  # fmt: skip
+    model_config = dict(
+        n_layer=cfg.n_layers, d_model=cfg.d_model, n_ctx=cfg.n_ctx, d_head=cfg.d_head, d_mlp=cfg.d_mlp,
+        vocab_size=cfg.d_vocab, use_rms_norm=cfg.normalization == "rms", tie_embeddings=cfg.tied_unembed,
+        use_positional_embeddings=cfg.positions == "added", use_bigram_table=cfg.bigram_table,
+        use_attention_sinks=cfg.attn_sinks, activation=cfg.act_fn, dropout=0.0, use_bias=cfg.biases,
+    )  # fmt: skip
+    names = {"resid_post_attn": "resid_mid"}
+    sparsity_config = dict(
+        enable_weight_sparsity=True, target_l0_fraction=0.1, enable_activation_sparsity=bool(cfg.abs_topk),
+        activation_topk_fraction=next(iter(cfg.abs_topk.values()), 0.25),
+        activation_sparsity_locations=",".join(names.get(name, name) for name in cfg.abs_topk),
+    )  # fmt: skip
+    model_config |= changes
+    for key in drop:
+        del model_config[key]
+    values = dict(
+        model_config=model_config, sparsity_config=sparsity_config | dict(sparsity), training_config={"batch_size": 2}
+    )
+    (folder / "config.json").write_text(json.dumps(values))
+    theirs |= dict(extra)
+    if safetensors:
+        save_file({name: x.contiguous().clone() for name, x in theirs.items()}, folder / "model.safetensors")
+    else:
+        torch.save(theirs, folder / "pytorch_model.bin")
+    (folder / "beeg_config.json").unlink()
+    (folder / "final_model.pt").unlink()
+    return folder
