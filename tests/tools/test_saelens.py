@@ -60,7 +60,9 @@ def train(hook, tmp_path):
         output_path=str(tmp_path / "sae"),
     )
     dataset = Dataset.from_dict({"tokens": tokens.tolist()})
-    LanguageModelSAETrainingRunner(config, override_model=model, override_dataset=dataset).run()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # SAELens' own `seed` is not its first weights'
+        LanguageModelSAETrainingRunner(config, override_model=model, override_dataset=dataset).run()
     return model, tokens, SAE.load_from_disk(str(tmp_path / "sae"))
 
 
@@ -72,19 +74,21 @@ def test_an_sae_is_trained_and_spliced_in(hook, tmp_path):
         logits, cache = model.run_with_cache(tokens)
         x = cache[hook]
         unexplained = (sae(x) - x).pow(2).sum() / (x - x.mean((0, 1))).pow(2).sum()
-        assert unexplained < 0.4, "it learned from other activations than these"
+        assert unexplained < 0.1, "it learned from other activations than these"
 
         def replace(x, hook):
             return sae(x)
 
         by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, replace)])
 
-        def without_first(x, hook):
+        most_active = int(sae.encode(x).mean((0, 1)).argmax())
+
+        def without_it(x, hook):
             latents = sae.encode(x)
-            latents[..., 0] = 0
+            latents[..., most_active] = 0
             return sae.decode(latents)
 
-        ablated_by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, without_first)])
+        ablated_by_hand = model.run_with_hooks(tokens, fwd_hooks=[(hook, without_it)])
         assert (by_hand - logits).abs().max() > 1e-2
         assert (ablated_by_hand - by_hand).abs().max() > 1e-3
 
@@ -94,12 +98,12 @@ def test_an_sae_is_trained_and_spliced_in(hook, tmp_path):
         with_error = spliced.run_with_saes(tokens, saes=[sae], use_error_term=True)
         torch.testing.assert_close(with_error, logits, atol=1e-5, rtol=0)
 
-        def drop_first(latents, hook):
-            latents[..., 0] = 0
+        def drop_it(latents, hook):
+            latents[..., most_active] = 0
             return latents
 
         ablated = spliced.run_with_hooks_with_saes(
-            tokens, saes=[sae], fwd_hooks=[(f"{hook}.hook_sae_acts_post", drop_first)]
+            tokens, saes=[sae], fwd_hooks=[(f"{hook}.hook_sae_acts_post", drop_it)]
         )
         torch.testing.assert_close(ablated, ablated_by_hand, atol=1e-5, rtol=0)
 
