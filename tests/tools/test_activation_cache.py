@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tool_models import dense_model, prompts, sparse_model
+from tool_models import dense_model, prompts, sparse_model, stream_model
 
 MODELS = {
     "dense": dense_model,
@@ -157,3 +157,24 @@ def test_stack_activation(run):
     stack = cache.stack_activation("pattern")
     assert stack.shape == (2, 2, 3, 5, 5)
     torch.testing.assert_close(stack[1], cache["blocks.1.attn.hook_pattern"], **EXACT)
+
+
+def test_a_slice_of_the_batch(run):
+    _, _, cache = run
+    one = cache.apply_slice_to_batch_dim(1)
+    torch.testing.assert_close(one.stack_head_results(), cache.stack_head_results()[:, 1], **EXACT)
+    torch.testing.assert_close(one.stack_neuron_results(2), cache.stack_neuron_results(2)[:, 1], **EXACT)
+    attributions = one.logit_attrs(one.decompose_resid(), tokens=3, has_batch_dim=False)
+    torch.testing.assert_close(attributions, cache.logit_attrs(cache.decompose_resid(), tokens=3)[:, 1], **EXACT)
+
+
+def test_a_stream_that_is_no_sum_warns():
+    model = stream_model()
+    with torch.no_grad():
+        cache = model.run_with_cache(prompts(model)[0])[1]
+    with pytest.warns(UserWarning, match="not a sum"):
+        assert (cache.decompose_resid().sum(0) - cache["resid_post", 1]).abs().max() > 0.1
+    with pytest.warns(UserWarning, match="not a sum"):
+        cache.get_full_resid_decomposition()
+    with_rest = cache.stack_head_results(incl_remainder=True)  # the rest is what is left, so this is right
+    torch.testing.assert_close(with_rest.sum(0), cache["resid_post", 1], **EXACT)

@@ -16,6 +16,9 @@ from auto_circuit.prune_algos.edge_attribution_patching import edge_attribution_
 from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores  # noqa: E402
 from auto_circuit.types import PatchType  # noqa: E402
 from auto_circuit.utils.graph_utils import patchable_model  # noqa: E402
+from transformer_lens import TransformerLensKeyValueCache  # noqa: E402
+
+from tl_sparse.errors import UnsupportedError  # noqa: E402
 
 MODELS = {
     "dense": dense_model,
@@ -126,3 +129,12 @@ def test_the_two_ways_to_edge_attribution_agree():
     assert max(scores.abs().max() for scores in fast.values()) > 0.1
     for name in fast:
         torch.testing.assert_close(fast[name], slow[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_key_value_cache_is_refused():
+    """auto-circuit would run the rest of each prompt on the cache of a common prefix; our forward pass has none."""
+    patchable, loader, *_ = wrapped(sparse_model)
+    cache = TransformerLensKeyValueCache.init_cache(patchable.cfg, "cpu", batch_size=2)
+    patchable.kv_caches = {2: cache}
+    with pytest.raises(UnsupportedError, match="past_kv_cache"):
+        patchable(next(iter(loader)).clean)

@@ -8,7 +8,6 @@ from transformer_lens import SVDInterpreter, evals, utilities
 from transformer_lens.head_detector import detect_head
 
 from tl_sparse.errors import DataError
-from tl_sparse.faces import transformer_lens_line
 
 TEXT = "a b c a b"
 TOKENS = ["<|endoftext|>", "a", "b", "c", "a", "b"]
@@ -56,7 +55,7 @@ def test_detect_a_head_that_is_there():
     assert scores[0, 0] < 0.4
 
 
-@pytest.mark.parametrize("tied", [False] + [True] * (transformer_lens_line() == 4))
+@pytest.mark.parametrize("tied", [False, True])
 def test_svd_interpreter(tied):
     """Singular vectors, read in the vocabulary; up to sign."""
     model = sparse_model(dtype=torch.float32, tied_unembed=tied)

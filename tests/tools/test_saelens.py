@@ -20,7 +20,7 @@ from sae_lens import (  # noqa: E402
 
 from tl_sparse.hooked import SparseHookedTransformer  # noqa: E402
 
-HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.1.ln2.hook_read"]
+HOOKS = ["blocks.0.hook_resid_post", "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.1.ln2.hook_read"]
 
 
 class SparseHookedSAETransformer(HookedSAETransformer, SparseHookedTransformer):
@@ -34,9 +34,14 @@ def train(hook, tmp_path):
     """A model, tokens, and the SAE that 80 steps of SAELens' own training give, as it is loaded from its folder."""
     model = sparse_model(dtype=torch.float32)
     tokens = random_tokens(model, batch=200, seed=5)
-    width = model.run_with_cache(tokens[:1])[1][hook].shape[-1]
+    width = model.run_with_cache(tokens[:1])[1][hook].shape[2:].numel()
     config = LanguageModelSAERunnerConfig(
-        sae=StandardTrainingSAEConfig(d_in=width, d_sae=3 * width, l1_coefficient=0.02),
+        sae=StandardTrainingSAEConfig(
+            d_in=width,
+            d_sae=3 * width,
+            l1_coefficient=0.02,
+            reshape_activations="hook_z" if hook.endswith("hook_z") else "none",
+        ),
         model_name="tl_sparse",
         hook_name=hook,
         dataset_path="none",
