@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import tl_sparse
+from formats import write_circuitgpt, write_openai
+from helpers import full_config, tiny_model
+from loopback import cache_snapshot
 from tl_sparse.cli import main
 from tl_sparse.config import PruneConfig, TrainConfig
 from tl_sparse.data import load_documents, pack_tokens
@@ -88,10 +91,22 @@ def readme_snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
+def published(tmp_path, monkeypatch):
+    """Small models in the caches, where the real ones of these names would be after a download."""
+    model = tiny_model(full_config())
+    packaged = write_circuitgpt(tmp_path / "packaged", model)
+    cache_snapshot(tmp_path / "hub", "openai/circuit-sparsity", {p.name: p.read_bytes() for p in packaged.iterdir()})
+    write_openai(tmp_path / "assets" / "tl_sparse" / "openai" / "csp_yolo1", model)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     """Scaled down: the same lines, with a model and a search of seconds."""
     from tl_sparse.config import DataConfig, SparseConfig, paper_topk
 
+    published(tmp_path, monkeypatch)
     model = SparseConfig(
         n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=512, n_ctx=128, abs_topk=paper_topk(0.25)
     )
@@ -103,7 +118,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.pruning.discretise", lambda model, gates, *_: gates.split(gates.tau < 2))
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
     namespace: dict = {}
     for snippet in snippets:
@@ -122,7 +137,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         (["train", "--out", "OUT", "--device", "tpu9"], "device = 'tpu9'"),
         (["train", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_qoute", "--out", "OUT"], "did you mean 'single_double_quote'?"),
-        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "nowhere is not a folder"),
+        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "'nowhere' is not a folder, nor 'user/repo' on the Hugging Face hub"),
         (["prune", "MODEL", "single_double_quote", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT"], "above the target loss 0.15"),
