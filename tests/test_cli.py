@@ -137,7 +137,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         (["train", "--out", "OUT", "--device", "tpu9"], "device = 'tpu9'"),
         (["train", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_qoute", "--out", "OUT"], "did you mean 'single_double_quote'?"),
-        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "'nowhere' is not a folder, nor 'user/repo' on the Hugging Face hub"),
+        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "'nowhere' is not a folder, nor 'user/repo'"),
         (["prune", "MODEL", "single_double_quote", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT"], "above the target loss 0.15"),
