@@ -16,122 +16,10 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
-from tl_sparse.hooks.activations import abs_topk
+from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
-
-
-class AbsTopK(nn.Module):
-    """AbsTopK at a location of the configuration; the identity where it does not act."""
-
-    def __init__(self, cfg: SparseConfig, location: str) -> None:
-        super().__init__()
-        self.k = cfg.topk(location)
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return x if self.k is None else abs_topk(x, self.k)
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}"
-
-
-def _set_bias(module: nn.Module, name: str, shape: tuple[int, ...], learned: bool) -> None:
-    """A bias; where the network has none, the zeros that TransformerLens' tools expect to find there."""
-    if learned:
-        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-    else:
-        module.register_buffer(name, torch.zeros(shape), persistent=False)
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm; `hook_normalized` is before the weight."""
-
-    b: Tensor
-
-    def __init__(self, cfg: SparseConfig) -> None:
-        super().__init__()
-        self.centered = cfg.normalization == "layer"
-        self.w = nn.Parameter(torch.ones(cfg.d_model))
-        _set_bias(self, "b", (cfg.d_model,), cfg.norm_bias)
-        self.hook_scale = HookPoint()  # [batch, pos, 1]
-        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
-
-    def _scale(self, x: Tensor) -> Tensor:
-        # RMSNorm adds the dtype's machine epsilon, so that zero keeps its meaning in the stream (A.1).
-        eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
-        return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-    def _center(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centered else x
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        x = self._center(x)
-        x = self.hook_normalized(x / self.hook_scale(self._scale(x)))
-        return x * self.w + self.b
-
-
-class Read(Norm):
-    """What a block reads: the normalised stream, beside it any positional channels, then AbsTopK."""
-
-    b_pos: Tensor
-
-    def __init__(self, cfg: SparseConfig, location: str) -> None:
-        super().__init__(cfg)
-        if cfg.d_pos:
-            self.w_pos = nn.Parameter(torch.ones(cfg.d_pos))
-            _set_bias(self, "b_pos", (cfg.d_pos,), cfg.norm_bias)
-        self.topk = AbsTopK(cfg, location)
-        self.hook_read = HookPoint()  # [batch, pos, d_read]
-
-    def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "batch pos *head d_model"], pos: Float[Tensor, "batch pos d_pos"] | None
-    ) -> Float[Tensor, "batch pos *head d_read"]:
-        read = super().forward(x)
-        if pos is not None:
-            if x.ndim == 4:  # a copy of the stream for each head
-                pos = pos.unsqueeze(2).expand(-1, -1, x.shape[2], -1)
-            pos = self._center(pos)
-            read = torch.cat([read, pos / self._scale(pos) * self.w_pos + self.b_pos], dim=-1)
-        return self.hook_read(self.topk(read))
-
-
-class Embed(nn.Module):
-    """Token embedding.
-
-    Raises:
-        DataError: for token ids outside the vocabulary (on a GPU torch itself stops there).
-    """
-
-    def __init__(self, cfg: SparseConfig) -> None:
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        try:  # not W_E[tokens]: its backward differs from run to run on several threads
-            return F.embedding(tokens, self.W_E)
-        except IndexError as error:
-            raise DataError(f"token ids must be in [0, {len(self.W_E)}), the model's vocabulary") from error
-
-
-class PosEmbed(nn.Module):
-    """Learned or sinusoidal positions: added to the token embedding, or concatenated channels."""
-
-    def __init__(self, cfg: SparseConfig) -> None:
-        super().__init__()
-        d_pos = cfg.d_pos or cfg.d_model
-        table = _sinusoids(cfg.n_ctx, d_pos) if cfg.sinusoidal else torch.empty(cfg.n_ctx, d_pos)
-        self.W_pos = nn.Parameter(table, requires_grad=not cfg.sinusoidal)
-
-    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_pos"]:
-        return F.embedding(positions, self.W_pos)
-
-
-def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
-    """Sines in the even channels, cosines in the odd ones, wavelengths from 2π to 10000·2π."""
-    frequencies = torch.exp(torch.arange(0, d_pos, 2) * (-math.log(10000.0) / d_pos))
-    angles = torch.arange(n_ctx)[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_pos]
 
 
 def _is_used(hook_point: nn.Module) -> bool:
@@ -155,9 +43,9 @@ class Attention(nn.Module):
             self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
             if cfg.d_pos:
                 self.register_parameter(f"W_{name}_pos", nn.Parameter(torch.empty(heads, cfg.d_pos, d_head)))
-            _set_bias(self, f"b_{name}", (heads, d_head), cfg.biases)
+            set_bias(self, f"b_{name}", (heads, d_head), cfg.biases)
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
-        _set_bias(self, "b_O", (d_model,), cfg.biases)
+        set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
         self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{name}") for name in "qkv")
         self.topk_out = AbsTopK(cfg, "attn_out")
@@ -260,9 +148,9 @@ class MLP(nn.Module):
         self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
         if cfg.d_pos:
             self.W_in_pos = nn.Parameter(torch.empty(cfg.d_pos, cfg.d_mlp))
-        _set_bias(self, "b_in", (cfg.d_mlp,), cfg.biases)
+        set_bias(self, "b_in", (cfg.d_mlp,), cfg.biases)
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
-        _set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
+        set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
         self.act = nn.GELU() if cfg.act_fn == "gelu" else nn.ReLU()
         self.topk = AbsTopK(cfg, "mlp_neuron")
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
@@ -325,40 +213,6 @@ class Block(nn.Module):
             hooks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
             return [self.ln1(hook(copies.clone()), pos) for hook in hooks]
         return [self.ln1(self.hook_attn_in(copies), pos)] * 3
-
-
-class Unembed(nn.Module):
-    """Residual stream → logits, with the logits' bias."""
-
-    W_U: Tensor
-    b_U: Tensor
-
-    def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
-        super().__init__()
-        # Tied: a reference that is no submodule, so that the weight stays one parameter with one name.
-        self.__dict__["tied_to"] = embed if cfg.tied_unembed else None
-        if not cfg.tied_unembed:
-            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
-        _set_bias(self, "b_U", (cfg.d_vocab,), cfg.logits_bias)
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        if name == "W_U" and self.__dict__["tied_to"] is not None:
-            return self.__dict__["tied_to"].W_E.T
-        return super().__getattr__(name)
-
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return F.linear(resid, self.W_U.T, self.b_U)
-
-
-class Bigram(nn.Module):
-    """The dense table whose row of the current token is added to the logits, off the residual path."""
-
-    def __init__(self, cfg: SparseConfig) -> None:
-        super().__init__()
-        self.W_bigram = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_vocab))
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return F.embedding(tokens, self.W_bigram)
 
 
 class SparseTransformer(nn.Module):
