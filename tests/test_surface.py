@@ -322,6 +322,15 @@ def test_token_ids_outside_the_vocabulary_are_refused():
         tiny_model()(torch.tensor([[3, 11]]))
 
 
+def test_from_pretrained_is_load(tmp_path):
+    model = talking_model()
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(str(tmp_path / "model"), device="cpu", dtype="float32")
+    assert type(again) is type(model)
+    assert again.cfg.dtype == torch.float32
+    torch.testing.assert_close(again("a b"), model("a b").float(), rtol=1e-4, atol=1e-4)
+
+
 # --- what cannot be right -----------------------------------------------------------------------------------
 
 
