@@ -48,11 +48,14 @@ class SparseModel(nn.Module):
         """The architecture; `model.cfg` is TransformerLens' view of it."""
         return self.network.cfg
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and, if there is one, the tokenizer; see `tl_sparse.load`."""
+    def save_pretrained(self, folder: str | Path, dense: bool = False) -> None:
+        """Write `config.json`, `model.safetensors` and, if there is one, the tokenizer; see `tl_sparse.load`.
+
+        Zeros take no space in these files. Other readers of safetensors files understand those of `dense=True`.
+        """
         from tl_sparse.checkpoints import save_model
 
-        save_model(self, Path(folder))
+        save_model(self, Path(folder), dense)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model with a model card; options and errors are `tl_sparse.hub.push_to_hub`'s."""

@@ -50,7 +50,7 @@ def push_to_hub(
         if isinstance(source, Circuit):
             source.save(folder)
         else:
-            source.save_pretrained(folder, **({"dense": True} if dense else {}))
+            source.save_pretrained(folder, dense)
         if record is not None:
             write_json(folder / "training.json", record)
         try:
