@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import tl_sparse
+from loopback import cache_snapshot, point_hub_at
 from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_corpus, micro_model
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig, SparseConfig, paper_topk
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation import evaluate, score
+from tl_sparse.files import read_tensors
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import Node, node_hooks
@@ -162,6 +165,77 @@ def test_save_and_load(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["circuit.json", "circuit.safetensors"]
 
 
+def test_a_repository_of_the_hub_is_loaded_by_name(micro, tmp_path, monkeypatch):
+    circuit = micro_circuit(micro)
+    circuit.save(tmp_path / "c")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    snapshot = cache_snapshot(tmp_path / "hub", "user/repo", files)
+    point_hub_at(monkeypatch, "http://127.0.0.1:9", tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "main", snapshot.name):
+        again = Circuit.load("user/repo", revision)
+        assert again.edges(micro) == circuit.edges(micro)
+    with pytest.raises(CheckpointError, match=r"'user/other' is not \(fully\) in the cache"):
+        Circuit.load("user/other")
+
+
+def without_means(circuit) -> Circuit:
+    return dataclasses.replace(circuit, means={})
+
+
+def test_a_circuit_without_means_can_be_looked_at(micro, tmp_path):
+    circuit = micro_circuit(micro)
+    without_means(circuit).save(tmp_path)
+    again = Circuit.load(tmp_path)
+    assert (again.means, again.nodes, again.edges(micro)) == ({}, circuit.nodes, circuit.edges(micro))
+    assert "mean/" not in "".join(read_tensors(tmp_path / "circuit.safetensors"))
+
+
+def test_a_circuit_without_means_does_not_run(micro):
+    circuit = micro_circuit(micro)
+    for run in (without_means(circuit).applied, without_means(circuit).ablated):
+        with pytest.raises(CircuitError, match=r"no means to hold nodes at; circuit\.with_means\(.*\)"), run(micro):
+            pass
+    again = without_means(circuit).with_means(circuit.means)
+    with circuit.applied(micro):
+        expected = micro(micro_corpus())
+    with again.applied(micro):
+        assert torch.equal(micro(micro_corpus()), expected)
+
+
+def test_means_must_be_of_the_nodes(micro):
+    circuit = micro_circuit(micro)
+    further = circuit.with_means(dict(circuit.means) | {"hook_embed": torch.zeros(4)})
+    assert further.means.keys() == circuit.means.keys()
+    with pytest.raises(CircuitError, match=r"no means at blocks\.0\.attn\.hook_k, blocks"):
+        circuit.with_means({"blocks.0.ln1.hook_read": torch.zeros(4)})
+    with pytest.raises(CircuitError, match=r"hook_post: kept must be a boolean mask of the means' shape \[3\]"):
+        circuit.with_means(dict(circuit.means) | {"blocks.0.mlp.hook_post": torch.zeros(3)})
+
+
+def test_circuits_saved_before_means_could_be_missing_are_read(micro, tmp_path):
+    micro_circuit(micro).save(tmp_path)
+    path = tmp_path / "circuit.json"
+    about = json.loads(path.read_text())
+    del about["means"]
+    path.write_text(json.dumps(about))
+    assert Circuit.load(tmp_path).means.keys() == micro_circuit(micro).means.keys()
+
+
+def test_repr_says_what_matters(micro):
+    circuit = micro_circuit(micro)
+    assert repr(circuit) == "Circuit(micro in micro: 3 nodes\n  1 attn_in, 1 attn_v, 1 attn_out)"
+    measured = evaluate(circuit, micro, make_task_data(MICRO_TASK, micro.tokenizer, 4, seed=0))
+    judged = dataclasses.replace(circuit, measured={"heldout": dataclasses.asdict(measured)})
+    loss = f"{LOSS:.3f}"
+    assert repr(judged).splitlines()[2] == f"  task loss: full {loss}, circuit {loss}, ablated 0.693)"
+    assert repr(without_means(circuit)).endswith("\n  without means: to be looked at, not run)")
+    empty = dataclasses.replace(circuit, kept={k: v & False for k, v in circuit.kept.items()}, task="", model_name="")
+    assert repr(empty) == "Circuit(no task in a model: 0 nodes)"
+    for odd in (3, {"full": 3}, {"full": {"loss": "low"}}):
+        assert "task loss" not in repr(dataclasses.replace(circuit, measured={"heldout": odd}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_circuit_fits_its_model_in_another_dtype(model, dtype):
     circuit = with_nodes(model, some)
@@ -197,6 +271,7 @@ def test_masks_and_means_must_fit():
         ({"format_version": 2}, "reads format_version 1"),
         ({"edge_mask": True}, "without an edge mask"),
         ({"model": {}}, "missing or malformed entry"),
+        ({"means": False}, "tensors do not fit circuit.json: mean/blocks"),
         ({"hooks": ["nowhere"]}, "tensors do not fit circuit.json"),
     ],
 )
@@ -226,3 +301,30 @@ def test_unknown_location_is_named(model):
 def test_node_order_and_names():
     assert str(Node(1, "attn_q", 5)) == "1.attn_q.5"
     assert sorted([Node(1, "attn_in", 0), Node(0, "mlp_out", 9)])[0].layer == 0
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "openai_name"),
+    [
+        (Node(1, "attn_in", 3), "1.attn_in.3", "1.attn.act_in.3"),
+        (Node(0, "attn_q", 5), "0.attn_q.5", "0.attn.q.5"),
+        (Node(0, "attn_k", 0), "0.attn_k.0", "0.attn.k.0"),
+        (Node(0, "attn_v", 12), "0.attn_v.12", "0.attn.v.12"),
+        (Node(23, "attn_out", 1), "23.attn_out.1", "23.attn.resid_delta.1"),
+        (Node(2, "mlp_in", 4), "2.mlp_in.4", "2.mlp.act_in.4"),
+        (Node(0, "mlp_neuron", 7), "0.mlp_neuron.7", "0.mlp.post_act.7"),
+        (Node(0, "mlp_out", 7), "0.mlp_out.7", "0.mlp.resid_delta.7"),
+    ],
+)
+def test_node_names_in_both_notations(node, name, openai_name):
+    assert (str(node), node.openai_name) == (name, openai_name)
+    assert Node.parse(name) == Node.parse(openai_name) == node
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "attn_q", "0.attn_q", "0.attn_q.", "0.attn_q.-1", "0.attn_q.x", "a.attn_q.1", "0.resid.1", "0.attn_q.1.2"],
+)
+def test_what_is_no_node_is_named(text):
+    with pytest.raises(CircuitError, match=rf"{text!r} is not a node, layer\.location\.index; locations are attn_in"):
+        Node.parse(text)

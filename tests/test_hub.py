@@ -206,8 +206,9 @@ On 40 held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)
 
 
 def test_the_card_of_a_circuit_that_nobody_measured(circuit):
-    expected = HEAD.format(more="", what="circuit of a ") + f"{circuit!r}\n```\n"
-    assert model_card(dataclasses.replace(circuit, measured={}), "user/repo").startswith(expected)
+    unmeasured = dataclasses.replace(circuit, measured={})
+    expected = HEAD.format(more="", what="circuit of a ") + f"{unmeasured!r}\n```\n"
+    assert model_card(unmeasured, "user/repo").startswith(expected)
 
 
 def test_huggingface_hub_reads_the_cards(model, circuit):

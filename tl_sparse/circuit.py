@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,11 @@ from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
+from tl_sparse.sources import find
 
 FORMAT_VERSION = 1
+#: Hook name → mean activation.
+HookMeans = Mapping[str, Float[Tensor, " *node"]]
 
 #: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target.
 #: From the writes to later reads there is no weight: the residual stream joins them.
@@ -52,7 +56,8 @@ class Circuit:
 
     Attributes:
         kept: hook name → which nodes are kept, in the shape of an activation without batch and position.
-        means: hook name → mean activation over the training corpus, in the same shape.
+        means: hook name → mean activation over the training corpus, in the same shape. Empty if they are not
+            known: such a circuit can be looked at, but no model runs under it.
         model: the fingerprint of the model.
         model_name: its name, for people.
         task: the name of the task.
@@ -60,22 +65,23 @@ class Circuit:
     """
 
     kept: Mapping[str, Bool[Tensor, " *node"]]
-    means: Mapping[str, Float[Tensor, " *node"]]
+    means: HookMeans
     model: Fingerprint
     model_name: str = ""
     task: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kept.keys() != self.means.keys():
+        if self.means and self.kept.keys() != self.means.keys():
             raise CircuitError("kept nodes and means must name the same hook points")
         for name, mask in self.kept.items():
-            if mask.dtype != torch.bool or mask.shape != self.means[name].shape:
+            mean = self.means[name] if self.means else torch.zeros(mask.shape)
+            if mask.dtype != torch.bool or mask.shape != mean.shape:
                 raise CircuitError(
-                    f"{name}: kept must be a boolean mask of the means' shape {list(self.means[name].shape)}, "
+                    f"{name}: kept must be a boolean mask of the means' shape {list(mean.shape)}, "
                     f"not {mask.dtype} of {list(mask.shape)}"
                 )
-            if not bool(self.means[name].isfinite().all()):
+            if not bool(mean.isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
 
     @property
@@ -87,6 +93,7 @@ class Circuit:
 
     @property
     def n_nodes(self) -> int:
+        """How many nodes are kept."""
         return sum(int(mask.sum()) for mask in self.kept.values())
 
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
@@ -125,23 +132,40 @@ class Circuit:
                 f"the given one has {different}"
             )
 
+    def with_means(self, means: HookMeans) -> Circuit:
+        """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
+
+        Raises:
+            CircuitError: if a hook point has no mean, or one of another shape.
+        """
+        missing = self.kept.keys() - means.keys()
+        if missing:
+            raise CircuitError(f"no means at {', '.join(sorted(missing))}")
+        return dataclasses.replace(self, means={name: means[name] for name in self.kept})
+
     @contextmanager
     def applied(self, model: TLModel) -> Iterator[None]:
         """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
 
         Raises:
-            CircuitError: if `model` is not this circuit's.
+            CircuitError: if `model` is not this circuit's, or the circuit has no means.
         """
-        self.check_model(model)
+        self._check_can_run(model)
         with ablating(model, {name: ~mask for name, mask in self.kept.items()}, self.means):
             yield
 
     @contextmanager
     def ablated(self, model: TLModel) -> Iterator[None]:
         """The inverse of `applied`: the circuit's nodes at their means, all others as they are (necessity)."""
-        self.check_model(model)
+        self._check_can_run(model)
         with ablating(model, self.kept, self.means):
             yield
+
+    def _check_can_run(self, model: TLModel) -> None:
+        self.check_model(model)
+        if not self.means:
+            call = "circuit.with_means(tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens))"
+            raise CircuitError(f"this circuit has no means to hold nodes at; {call} gives it some")
 
     def save(self, folder: str | Path) -> None:
         """Write `circuit.json` and `circuit.safetensors`."""
@@ -158,20 +182,27 @@ class Circuit:
             "n_nodes": self.n_nodes,
             # A circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none.
             "edge_mask": False,
+            "means": bool(self.means),
             "hooks": list(self.kept),
             "measured": self.measured,
         }
         write_json(folder / "circuit.json", about)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the circuit with a card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
+        from tl_sparse.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     @classmethod
-    def load(cls, folder: str | Path) -> Circuit:
-        """Read what `save` wrote.
+    def load(cls, source: str | Path, revision: str | None = None) -> Circuit:
+        """Read what `save` wrote: a folder, or a repository of the Hugging Face hub ("user/repo").
 
         Raises:
             CheckpointError: if a file is missing, damaged, or of another format or version.
             CircuitError: if the masks and means in it do not fit each other.
         """
-        folder = Path(folder)
+        folder = find(source, revision)
         path = folder / "circuit.json"
         about = read_json(path)
         if about.get("format") != "tl_sparse circuit":
@@ -183,23 +214,54 @@ class Circuit:
             model = Fingerprint(str(about["model"]["architecture"]), sketch)
             hooks, texts = list(about["hooks"]), (str(about["model_name"]), str(about["task"]))
             measured = dict(about["measured"])
+            kinds = ("kept", "mean") if about.get("means", True) else ("kept",)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         tensors = read_tensors(folder / "circuit.safetensors")
-        expected = {f"{kind}/{name}" for kind in ("kept", "mean") for name in hooks}
+        expected = {f"{kind}/{name}" for kind in kinds for name in hooks}
         if tensors.keys() != expected:
             wrong = ", ".join(sorted(tensors.keys() ^ expected))
             raise CheckpointError(f"{folder / 'circuit.safetensors'}: tensors do not fit circuit.json: {wrong}")
         kept = {name: tensors[f"kept/{name}"] for name in hooks}
-        means = {name: tensors[f"mean/{name}"] for name in hooks}
+        means = {name: tensors[f"mean/{name}"] for name in hooks if "mean" in kinds}
         return cls(kept, means, model, *texts, measured)
 
+    @classmethod
+    def from_openai(cls, path: str | Path, model: TLModel, means: HookMeans | None = None, task: str = "") -> Circuit:
+        """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.exchange.read_openai`."""
+        from tl_sparse.exchange import read_openai
+
+        return read_openai(Path(path), model, means, task)
+
+    def edge_list(self, model: TLModel) -> dict[str, Any]:
+        """The circuit as a plain list of nodes and edges; see `tl_sparse.exchange.edge_list`."""
+        from tl_sparse.exchange import edge_list
+
+        return edge_list(self, model)
+
+    def save_edge_list(self, path: str | Path, model: TLModel) -> None:
+        """Write `edge_list` as JSON."""
+        write_json(Path(path), self.edge_list(model))
+
+    @classmethod
+    def from_edge_list(cls, path: str | Path, model: TLModel, means: HookMeans | None = None) -> Circuit:
+        """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.exchange.read_edge_list`."""
+        from tl_sparse.exchange import read_edge_list
+
+        return read_edge_list(Path(path), model, means)
+
     def __repr__(self) -> str:
-        counts = ", ".join(
-            f"{sum(len(v) for (_, where), v in self.nodes_by_location().items() if where == location)} {location}"
-            for location in LOCATION_HOOKS
-        )
-        return f"Circuit({self.task or 'no task'} in {self.model_name or 'a model'}: {self.n_nodes} nodes: {counts})"
+        at = Counter(node.location for node in self.nodes)
+        counts = ", ".join(f"{at[location]} {location}" for location in LOCATION_HOOKS if at[location])
+        lines = [f"Circuit({self.task or 'no task'} in {self.model_name or 'a model'}: {self.n_nodes} nodes"]
+        lines += [counts] if counts else []
+        scores = self.measured.get("heldout", self.measured.get("openai"))  # as `prune`, or `from_openai`, left them
+        if isinstance(scores, Mapping):
+            losses = {name: score.get("loss") for name, score in scores.items() if isinstance(score, Mapping)}
+            shown = [f"{name} {loss:.3f}" for name, loss in losses.items() if isinstance(loss, float)]
+            lines += ["task loss: " + ", ".join(shown)] if shown else []
+        lines += [] if self.means else ["without means: to be looked at, not run"]
+        return "\n  ".join(lines) + ")"
 
 
 def _source_by_target(parameters: Mapping[str, Tensor], name: str) -> Float[Tensor, "source target"]:

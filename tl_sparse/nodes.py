@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from tl_sparse.errors import HookNameError
+from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks.points import TLModel
 
 #: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
@@ -19,6 +20,14 @@ LOCATION_HOOKS = {
     "mlp_neuron": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
+#: Location → its name in OpenAI's files, after the layer.
+OPENAI_LOCATIONS = {
+    "attn_in": "attn.act_in", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
+    "attn_out": "attn.resid_delta",
+    "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act", "mlp_out": "mlp.resid_delta",
+}  # fmt: skip
+_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: ours for ours, theirs in OPENAI_LOCATIONS.items()}
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +43,24 @@ class Node:
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.location}.{self.index}"
+
+    @property
+    def openai_name(self) -> str:
+        """The node as OpenAI writes it: `0.attn.q.5`, `0.mlp.post_act.7`."""
+        return f"{self.layer}.{OPENAI_LOCATIONS[self.location]}.{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Node:
+        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
+
+        Raises:
+            CircuitError: if there is no such name.
+        """
+        layer, _, rest = text.partition(".")
+        location, _, index = rest.rpartition(".")
+        if location not in _LOCATION_OF or not _NUMBER.fullmatch(layer) or not _NUMBER.fullmatch(index):
+            raise CircuitError(f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}")
+        return cls(int(layer), _LOCATION_OF[location], int(index))
 
 
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
