@@ -181,3 +181,14 @@ def test_help_is_fast():
     assert "usage: tl-sparse" in printed
     assert all(command in printed for command in ("train", "prune", "demo"))
     assert best < 1
+
+
+def test_repr_is_the_shortest_call():
+    config = SparseConfig(1, 6, 3, 5, 10, 11, 8, act_fn="relu", abs_topk={"attn_in": 0.5})
+    sizes = "n_layers=1, d_model=6, n_heads=3, d_head=5, d_mlp=10, d_vocab=11, n_ctx=8"
+    assert repr(config) == f"SparseConfig({sizes}, act_fn='relu', abs_topk={{'attn_in': 0.5}})"
+    assert repr(TrainConfig(steps=5, model=config)) == f"TrainConfig(model={config!r}, steps=5)"
+    assert repr(PruneConfig(target_loss=0.3)) == "PruneConfig(target_loss=0.3)"
+    for one in (config, laptop_model(), TrainConfig(), PruneConfig(seed=3), DataConfig(source="x")):
+        assert eval(repr(one)) == one
+    assert "abs_topk=paper_topk(0.25)" in repr(laptop_model())

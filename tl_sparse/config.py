@@ -47,6 +47,19 @@ def check_types(config: Any) -> None:
             check(type(value) is annotation, f.name, value, f"of type {annotation.__name__}")
 
 
+def short_repr(config: Any) -> str:
+    """The call that makes a config dataclass: without the fields that are at their defaults."""
+    shown = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if value != default:
+            fraction = next(iter(value.values()), None) if f.name == "abs_topk" else None
+            paper = fraction is not None and value == paper_topk(fraction)
+            shown.append(f"{f.name}=" + (f"paper_topk({fraction!r})" if paper else repr(value)))
+    return f"{type(config).__name__}({', '.join(shown)})"
+
+
 @dataclass(frozen=True)
 class SparseConfig:
     """Sizes and features of a network; every feature of Gao et al. 2025, A.1 is one field.
@@ -92,6 +105,8 @@ class SparseConfig:
     sinusoidal: bool = False
     biases: bool = True
     tied_unembed: bool = False
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -181,6 +196,8 @@ class DataConfig:
     validation_fraction: float = 0.05
     seed: int = 0
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_types(self)
         check(self.source != "", "source", self.source, '"builtin", a folder, a glob pattern or a file')
@@ -239,6 +256,8 @@ class TrainConfig:
     min_nonzero: int = 4
     bigram_from_counts: bool = True
     seed: int = 0
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -309,6 +328,8 @@ class PruneConfig:
     cleanup_pairs: int = 128
     batch_size: int = 256
     seed: int = 0
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_types(self)
