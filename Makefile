@@ -15,7 +15,7 @@ MARKS = -m "not slow"
 test-all: MARKS =
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-tl4 test-tl3 bench lint types wheel clean
+.PHONY: help demo test test-all test-tl4 test-tl3 bench lint types api wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -55,12 +55,23 @@ types: $(TL4)/.tools  ## mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
+API := hooks evaluation tasks faces exchange hub errors
+
+api: $(TL4)/.tools  ## pages of the docstrings, in api/
+	@# pdoc shows what a module holds, so it first gets the names that it would import when they are used.
+	@rm -rf api
+	@$(TL4)/bin/python -c "import pathlib, pdoc, tl_sparse as t; \
+	vars(t).update({n: getattr(t, n) for n in t.__all__}, __all__=t.__all__ + '$(API)'.split()); \
+	pdoc.render.configure(docformat='google'); \
+	pdoc.pdoc('tl_sparse', output_directory=pathlib.Path('api'))"
+	@echo "open api/index.html"
+
 wheel: $(TL4)/.tools  ## sdist and wheel, in dist/
 	rm -rf build dist
 	$(TL4)/bin/python -m build --no-isolation .
 
 clean:  ## remove environments, builds, caches and demo/
-	rm -rf $(TL4) $(TL3) build dist .types-build *.egg-info demo
+	rm -rf $(TL4) $(TL3) build dist api .types-build *.egg-info demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,0 +1,20 @@
+"""What is public is described; `make api` makes pages of it."""
+
+import inspect
+
+import pytest
+
+import tl_sparse
+import tl_sparse.hooks
+from tl_sparse import errors, evaluation, exchange, hub, tasks
+
+
+@pytest.mark.parametrize("module", [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, hub, tasks])
+def test_every_public_name_has_a_docstring(module):
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    assert names
+    for name in names:
+        doc = inspect.getdoc(getattr(module, name)) or ""
+        assert len(doc) > 20, name
+        assert not doc.startswith(f"{name}("), f"{name}: only what @dataclass wrote"
