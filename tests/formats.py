@@ -6,10 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 
-def write_openai(folder, model, drop=(), **changes):
-    """`model` as a folder of OpenAI's; `changes` to its configuration, without the keys `drop`."""
-    cfg, w = model.sparse_cfg, model.state_dict()
-    values = dict(
+def openai_values(cfg):
+    """`beeg_config.json` for a configuration of ours."""
+    return dict(
         block_size=cfg.n_ctx, vocab_size=cfg.d_vocab, n_layer=cfg.n_layers, n_head=cfg.n_heads, d_head=cfg.d_head,
         d_model=cfg.d_model, d_mlp=cfg.d_mlp, bias=cfg.biases, ln_bias=cfg.norm_bias,
         rms_norm=cfg.normalization == "rms", residual_activation_type="relu" if cfg.resid_relu else "identity",
@@ -19,9 +18,10 @@ def write_openai(folder, model, drop=(), **changes):
         sinusoidal_cat_pos_emb=cfg.sinusoidal, dropout_cat_pos_emb=False, sink=cfg.attn_sinks, flash=True,
         grad_checkpointing=False, dropout=0.0, debug_nans=False, enable_sparse_kernels=False, pfrac=0.3,
     )  # fmt: skip
-    values |= changes
-    for key in drop:
-        del values[key]
+
+
+def openai_tensors(cfg, w):
+    """`final_model.pt` for a state dict of ours."""
 
     def with_positions(name, dim):
         return torch.cat([w[name], w[f"{name}_pos"]], dim) if f"{name}_pos" in w else w[name]
@@ -52,17 +52,24 @@ def write_openai(folder, model, drop=(), **changes):
             theirs[f"{h}.attn.c_proj.bias"] = w[f"{block}.attn.b_O"]
             theirs[f"{h}.mlp.c_fc.bias"] = w[f"{block}.mlp.b_in"]
             theirs[f"{h}.mlp.c_proj.bias"] = w[f"{block}.mlp.b_out"]
+    return {name: tensor for name, tensor in theirs.items() if tensor is not None}
+
+
+def write_openai(folder, model, drop=(), **changes):
+    """`model` as a folder of OpenAI's; `changes` to its configuration, without the keys `drop`."""
+    values = openai_values(model.sparse_cfg) | changes
+    for key in drop:
+        del values[key]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "beeg_config.json").write_text(json.dumps(values))
-    torch.save({name: tensor for name, tensor in theirs.items() if tensor is not None}, folder / "final_model.pt")
+    torch.save(openai_tensors(model.sparse_cfg, model.state_dict()), folder / "final_model.pt")
     return folder
 
 
-def write_circuitgpt(folder, model, drop=(), **changes):
-    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of tensors."""
-    write_openai(folder, model)
-    values = json.loads((folder / "beeg_config.json").read_text())
-    values |= dict(
+def circuitgpt_values(cfg):
+    """The config.json of the model that OpenAI packaged for the hub, for a configuration of ours."""
+    values = openai_values(cfg)
+    return values | dict(
         model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32", use_cache=False,
         auto_map={"AutoModelForCausalLM": "modeling_circuitgpt.CircuitGPTForCausalLM"}, is_decoder=True,
         transformers_version="4.57.0", bos_token_id=None, eos_token_id=2047,
@@ -71,27 +78,27 @@ def write_circuitgpt(folder, model, drop=(), **changes):
         bigram_table_rank=None, afrac_ste=False, afrac_ste_only_non_neurons=False, afrac_approx=False, rtopk=False,
         mup=False, mup_width_multiplier=None, enable_fp8_linear=False, scale_invariance=False,
     )  # fmt: skip
-    weights = torch.load(folder / "final_model.pt", weights_only=True)
-    weights = {f"circuit_model.{name}": x.contiguous().clone() for name, x in weights.items() if name not in drop}
-    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+def circuitgpt_tensors(cfg, w):
+    """Its model.safetensors."""
+    return {f"circuit_model.{name}": x.contiguous().clone() for name, x in openai_tensors(cfg, w).items()}
+
+
+def write_circuitgpt(folder, model, drop=(), **changes):
+    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of tensors."""
+    cfg = model.sparse_cfg
+    weights = circuitgpt_tensors(cfg, model.state_dict())
+    for name in drop:
+        del weights[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(circuitgpt_values(cfg) | changes))
     save_file(weights, folder / "model.safetensors")
-    (folder / "beeg_config.json").unlink()
-    (folder / "final_model.pt").unlink()
     return folder
 
 
-def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes):
-    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys `drop`,
-    `sparsity` to its sparsity_config, `extra` tensors."""
-    cfg = model.sparse_cfg
-    write_openai(folder, model)
-    weights = torch.load(folder / "final_model.pt", weights_only=True)
-    if cfg.positions == "none":
-        del weights["transformer.wpe.weight"]
-    theirs = {
-        name.removeprefix("transformer.").replace("h.", "blocks.", name.startswith("transformer.h."))
-        .replace("attn_imp", "attn_fn"): x for name, x in weights.items()
-    }  # fmt: skip
+def sparse_pretrain_values(cfg):
+    """The config.json of sparse_pretrain's for a configuration of ours."""
     model_config = dict(
         n_layer=cfg.n_layers, d_model=cfg.d_model, n_ctx=cfg.n_ctx, d_head=cfg.d_head, d_mlp=cfg.d_mlp,
         vocab_size=cfg.d_vocab, use_rms_norm=cfg.normalization == "rms", tie_embeddings=cfg.tied_unembed,
@@ -104,18 +111,32 @@ def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False
         activation_topk_fraction=next(iter(cfg.abs_topk.values()), 0.25),
         activation_sparsity_locations=",".join(names.get(name, name) for name in cfg.abs_topk),
     )  # fmt: skip
-    model_config |= changes
+    return dict(model_config=model_config, sparsity_config=sparsity_config, training_config={"batch_size": 2})
+
+
+def sparse_pretrain_tensors(cfg, w):
+    """Its pytorch_model.bin."""
+    theirs = {}
+    for name, tensor in openai_tensors(cfg, w).items():
+        name = name.replace("transformer.h.", "blocks.").removeprefix("transformer.")
+        if name != "wpe.weight" or cfg.positions == "added":
+            theirs[name.replace("attn_imp", "attn_fn")] = tensor
+    return theirs
+
+
+def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes):
+    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys `drop`,
+    `sparsity` to its sparsity_config, `extra` tensors."""
+    values = sparse_pretrain_values(model.sparse_cfg)
+    values["model_config"] |= changes
+    values["sparsity_config"] |= dict(sparsity)
     for key in drop:
-        del model_config[key]
-    values = dict(
-        model_config=model_config, sparsity_config=sparsity_config | dict(sparsity), training_config={"batch_size": 2}
-    )
+        del values["model_config"][key]
+    weights = sparse_pretrain_tensors(model.sparse_cfg, model.state_dict()) | dict(extra)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
-    theirs |= dict(extra)
     if safetensors:
-        save_file({name: x.contiguous().clone() for name, x in theirs.items()}, folder / "model.safetensors")
+        save_file({name: x.contiguous().clone() for name, x in weights.items()}, folder / "model.safetensors")
     else:
-        torch.save(theirs, folder / "pytorch_model.bin")
-    (folder / "beeg_config.json").unlink()
-    (folder / "final_model.pt").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
     return folder

@@ -98,8 +98,6 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
 def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, read without running any code in it (`weights_only=True`).
 
-    Its tensors are views of the file, which must not change while they are in use.
-
     Raises:
         CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
     """
@@ -113,12 +111,13 @@ def read_torch(path: Path) -> dict[str, Any]:
         sizes = _record_sizes(path) if zipfile.is_zipfile(path) else None
 
         def on_cpu(storage: Any, location: str) -> Any:
-            # torch takes the pickle's word for how long a record is.
+            # Not every torch compares what the pickle says of a record's length with the record.
             if sizes is not None and storage.nbytes() not in sizes:
                 raise ValueError("a tensor is not as long as its record")
             return storage
 
-        values = torch.load(path, map_location=on_cpu, weights_only=True, mmap=sizes is not None)
+        # Read, not mapped: a mapped tensor is whatever is in the file where its record begins.
+        values = torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it holds more than tensors, which could run code") from error
     except Exception as error:  # torch.load raises nearly anything on a damaged archive

@@ -152,14 +152,13 @@ def _like_gpt2(path: Path) -> Tokenizer:
 def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges from lines of base64 token and rank: any two tokens merge if that makes a third,
     the one of lowest rank first."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
         raise ValueError("a token or rank is there twice, or one of the 256 bytes is not")
-    # GPT-2's letters for the bytes: printable ones stand for themselves.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letter = bytes_to_unicode()
     vocab = {"".join(letter[byte] for byte in token): rank for token, rank in ranks.items()}
     tokens = sorted(vocab, key=vocab.__getitem__)
     pairs = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))

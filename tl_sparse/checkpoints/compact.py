@@ -37,10 +37,10 @@ class Compact:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    def dense(self) -> Tensor:
+    def dense(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor, with zeros."""
-        flat = torch.zeros(math.prod(self.shape), dtype=self.dtype)
-        flat[self.positions.long()] = self.values
+        flat = torch.zeros(math.prod(self.shape), device=device, dtype=dtype)
+        flat[self.positions.to(device).long()] = self.values.to(device, dtype)
         return flat.view(self.shape)
 
 

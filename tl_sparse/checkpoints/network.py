@@ -103,13 +103,15 @@ def build_network(
     owned = {}
     for name in list(state):
         stored = state.pop(name)
-        # A copy, also where nothing changes: the file behind a view may be overwritten while the model is in use.
-        copy = not isinstance(stored, Compact)
-        tensor = stored if isinstance(stored, Tensor) else stored.dense()
-        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # NaN is both; needs no memory
+        values = stored.values if isinstance(stored, Compact) else stored
+        # A sum could overflow, isfinite() takes as much memory again; NaN is its own minimum and maximum.
+        if values.numel() and not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
             raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
-        owned[name] = tensor.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
-        del stored, tensor
+        if isinstance(stored, Compact):
+            owned[name] = stored.dense(device, dtype)
+        else:  # a copy, whatever it is: the file behind a view may be overwritten while the model is in use
+            owned[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        del stored, values
     network.load_state_dict(owned, assign=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(trainable[name])
