@@ -332,7 +332,9 @@ def wrong_dtypes(folder, rng):
     dtype = rng.choice([torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float16, torch.bfloat16,
                         torch.float64, torch.complex64, torch.float8_e4m3fn])  # fmt: skip
     changed = x.to(dtype)
-    if rng.random() < 0.2 and x.is_floating_point():
+    if folder.zip and rng.random() < 0.1:
+        changed = torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
+    elif rng.random() < 0.2 and x.is_floating_point():
         changed = x.clone()
         changed.view(-1)[rng.randrange(x.numel())] = rng.choice([torch.nan, torch.inf, -torch.inf])
     return folder.config, folder.packed(folder.tensors | {name: changed})

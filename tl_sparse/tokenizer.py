@@ -104,13 +104,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = _tokenizer_file(Path(source))
+    path = find_tokenizer(source)
     if path is None:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":
-            backend = _like_gpt2(path)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False
+            )
         elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
         else:
@@ -122,15 +123,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether `load_tokenizer` finds something in `folder`."""
-    return _tokenizer_file(folder) is not None
-
-
-def _tokenizer_file(source: Path) -> Path | None:
-    files = [source, source / "tokenizer.json", *sorted(source.glob("*.tiktoken"))]
-    if (source / "merges.txt").is_file():
-        files.append(source / "vocab.json")
+def find_tokenizer(source: str | Path) -> Path | None:
+    """The file that `load_tokenizer` reads, if there is one."""
+    files = [Path(source), Path(source, "tokenizer.json"), *sorted(Path(source).glob("*.tiktoken"))]
+    if Path(source, "merges.txt").is_file():
+        files.append(Path(source, "vocab.json"))
     return next((path for path in files if path.is_file()), None)
 
 

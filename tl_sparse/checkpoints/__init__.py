@@ -20,14 +20,16 @@ from tl_sparse.errors import CheckpointError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json
 from tl_sparse.modules import SparseTransformer, init_weights
-from tl_sparse.sources import find
-from tl_sparse.tokenizer import has_tokenizer, load_tokenizer
+from tl_sparse.sources import find, openai_tokenizer
+from tl_sparse.tokenizer import find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: `model_type` in a config.json → its reader.
 _READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
+#: Entries of `tinypython_2k`, the tokenizer of all models in OpenAI's folders, which is in none of them.
+_OPENAI_VOCAB = 2048
 
 
 def load(
@@ -49,7 +51,8 @@ def load(
         device: None is the GPU if there is one, else the CPU.
         dtype: None keeps the file's (the widest, if it has several).
         revision: of a hub repository: a branch, tag or commit.
-        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, if any.
+        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
+            from their hub repository for their folders, if it can be had.
 
     Returns:
         A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
@@ -61,11 +64,12 @@ def load(
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     folder = find(source, revision)
-    if tokenizer is None and has_tokenizer(folder):
-        tokenizer = folder
+    cfg, state = read_checkpoint(folder)
+    tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
+    if tokenizer is None and cfg.d_vocab == _OPENAI_VOCAB and (folder / "beeg_config.json").is_file():
+        tokenizer = openai_tokenizer()
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    cfg, state = read_checkpoint(folder)
     model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
     model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)
     return model

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_sparse.checkpoints.compact import pack, unpack
-from tl_sparse.checkpoints.network import Checkpoint, config_of
+from tl_sparse.checkpoints.network import Checkpoint, naming
+from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_tensors, write_json, write_tensors
 
@@ -45,6 +46,7 @@ def read_ours(folder: Path, values: dict[str, Any]) -> Checkpoint:
     if storage not in ("compact", "dense"):
         raise CheckpointError(f"{path}: storage = {storage!r} must be 'compact' or 'dense'")
     about = ("model_type", "architectures", "format_version", "storage")
-    cfg = config_of(path, {key: value for key, value in values.items() if key not in about})
+    with naming(path):
+        cfg = SparseConfig.from_dict({key: value for key, value in values.items() if key not in about})
     tensors = read_tensors(weights)
     return cfg, unpack(tensors, weights) if storage == "compact" else dict(tensors)

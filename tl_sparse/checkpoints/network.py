@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,52 +13,49 @@ import torch
 from torch import Tensor
 
 from tl_sparse.checkpoints.compact import Compact
-from tl_sparse.config import SparseConfig
+from tl_sparse.config import SparseConfig, check
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.modules import SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: A configuration and what the file says of each tensor: views of the file, which only `build_network` copies.
 Checkpoint = tuple[SparseConfig, dict[str, Tensor | Compact]]
 
 
-def config_of(path: Path, values: Mapping[str, Any]) -> SparseConfig:
-    """`SparseConfig.from_dict`, whose errors name the file."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors in the configuration that is read in this block name its file."""
     try:
-        return SparseConfig.from_dict(values)
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def take_flag(values: dict[str, Any], key: str, default: bool, path: Path) -> bool:
-    """Take a truth value out of `values`.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
+def take_flag(values: dict[str, Any], key: str, default: bool) -> bool:
+    """Take a truth value out of `values`; `ConfigError` if it is anything else."""
     value = values.pop(key, default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{path}: {key} = {value!r} is not possible; it must be true or false")
-    return value
+    check(isinstance(value, bool), key, value, "true or false")
+    return bool(value)
 
 
-def take_size(values: dict[str, Any], key: str, path: Path) -> int:
-    """Take a size out of `values`.
-
-    Raises:
-        ConfigError: if it is not an integer of at least 1.
-    """
+def take_size(values: dict[str, Any], key: str) -> int:
+    """Take a size out of `values`; `ConfigError` if it is not an integer of at least 1."""
     size = values.pop(key)
-    if type(size) is not int or size < 1:
-        raise ConfigError(f"{path}: {key} = {size!r} is not possible; it must be an integer of at least 1")
-    return size
+    check(type(size) is int and size >= 1, key, size, "an integer of at least 1")
+    return int(size)
 
 
-def check_present(values: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> None:
-    """Raise `ConfigError` unless `values` has all `keys`."""
-    if missing := [key for key in keys if key not in values]:
-        raise ConfigError(f"{path}: missing keys {', '.join(missing)}")
+def check_keys(values: Mapping[str, Any], required: Collection[str]) -> None:
+    """`ConfigError` unless all `required` keys are there."""
+    if missing := [key for key in required if key not in values]:
+        raise ConfigError(f"missing keys {', '.join(missing)}")
+
+
+def check_known(unknown: Collection[str]) -> None:
+    """`ConfigError` if keys are left over that no reader knows."""
+    if unknown:
+        raise ConfigError(f"unknown keys {', '.join(sorted(unknown))}; they may change what the model computes")
 
 
 def build_network(
@@ -96,7 +94,7 @@ def build_network(
             raise CheckpointError(
                 f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
@@ -151,7 +149,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+    if resolved not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
     return resolved

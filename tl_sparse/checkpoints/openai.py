@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_sparse.checkpoints.compact import Compact
-from tl_sparse.checkpoints.network import Checkpoint, check_present, config_of, take_flag, take_size
+from tl_sparse.checkpoints.network import DTYPES, Checkpoint, check_keys, check_known, naming, take_flag, take_size
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.files import read_json, read_state_dict, read_tensors
@@ -43,49 +43,43 @@ _ALIASES = {
 _PREFIX = "circuit_model."
 
 
-def openai_config(values: Mapping[str, Any], path: Path, logits_bias: bool, positions: bool) -> SparseConfig:
+def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool) -> SparseConfig:
     """`beeg_config.json` → our configuration; what is not written there is seen from the tensors."""
     values = dict(values)
     for key, neutral in _UNSUPPORTED.items():
         if values.pop(key, neutral) != neutral:
-            raise ConfigError(f"{path}: {key} must be {_json(neutral)}; nothing else is supported")
-    check_present(values, ("block_size", "vocab_size", "n_layer", "n_head", "d_model"), path)
-    d_model, n_heads = take_size(values, "d_model", path), take_size(values, "n_head", path)
+            raise ConfigError(f"{key} must be {json.dumps(neutral)}; nothing else is supported")
+    check_keys(values, ("block_size", "vocab_size", "n_layer", "n_head", "d_model"))
+    d_model, n_heads = take_size(values, "d_model"), take_size(values, "n_head")
     d_head, d_pos = values.pop("d_head", None), values.pop("d_pos_emb", None)
     d_mlp, old_d_mlp = values.pop("d_mlp", None), values.pop("n_mlp", None)
     if None not in (d_mlp, old_d_mlp) and d_mlp != old_d_mlp:
-        raise ConfigError(f"{path}: d_mlp = {d_mlp!r} and n_mlp = {old_d_mlp!r} are two names of one size")
+        raise ConfigError(f"d_mlp = {d_mlp!r} and n_mlp = {old_d_mlp!r} are two names of one size")
     d_mlp = old_d_mlp if d_mlp is None else d_mlp
-    fraction, locations = values.pop("afrac", None), values.pop("afrac_loctypes", "attn_in,attn_out,mlp_in,mlp_out")
+    fraction, locations = values.pop("afrac", None), values.pop("afrac_loctypes", None)
+    locations = "attn_in,attn_out,mlp_in,mlp_out" if locations is None else locations
     if not isinstance(locations, str):
-        raise ConfigError(f"{path}: afrac_loctypes = {locations!r} must be names separated by commas")
-    rms, ln_bias = take_flag(values, "rms_norm", False, path), take_flag(values, "ln_bias", True, path)
-    sinusoidal, flash = take_flag(values, "sinusoidal_cat_pos_emb", False, path), take_flag(values, "flash", True, path)
-    sinks = values.pop("sink", False)
+        raise ConfigError(f"afrac_loctypes = {locations!r} must be names separated by commas")
+    rms, ln_bias = take_flag(values, "rms_norm", False), take_flag(values, "ln_bias", True)
+    sinusoidal, flash = take_flag(values, "sinusoidal_cat_pos_emb", False), take_flag(values, "flash", True)
     activation = values.pop("residual_activation_type", "identity")
     if activation not in ("identity", "relu"):
-        raise ConfigError(f"{path}: residual_activation_type = {activation!r} must be 'identity' or 'relu'")
-    fields = dict(
+        raise ConfigError(f"residual_activation_type = {activation!r} must be 'identity' or 'relu'")
+    sinks = values.pop("sink", False)
+    fields = dict(  # without `flash` the original has no sinks, whatever `sink` says
         n_layers=values.pop("n_layer"), d_model=d_model, n_heads=n_heads, n_ctx=values.pop("block_size"),
         d_vocab=values.pop("vocab_size"), d_head=d_model // n_heads if d_head is None else d_head,
         d_mlp=4 * d_model if d_mlp is None else d_mlp,
         normalization="rms" if rms else "layer", norm_bias=ln_bias and not rms,
         act_fn=values.pop("activation_type", "gelu"), resid_relu=activation == "relu",
         abs_topk={} if fraction is None else dict.fromkeys(filter(None, locations.split(",")), fraction),
-        # Without `flash` the original has no sinks, whatever `sink` says.
         attn_sinks=sinks if flash else False, bigram_table=values.pop("enable_bigram_table", False),
         logits_bias=logits_bias, d_pos=d_pos or 0, sinusoidal=bool(d_pos) and sinusoidal,
         positions="concatenated" if d_pos else "added" if positions else "none",
         biases=values.pop("bias", True), tied_unembed=values.pop("tied_unembed", True),
     )  # fmt: skip
-    unknown = sorted(set(values) - _IGNORED)
-    if unknown:
-        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; they may change what the model computes")
-    return config_of(path, fields)
-
-
-def _json(value: bool | None) -> str:
-    return {None: "null", True: "true", False: "false"}[value]
+    check_known(values.keys() - _IGNORED)
+    return SparseConfig.from_dict(fields)
 
 
 def read_openai(folder: Path) -> Checkpoint:
@@ -110,22 +104,23 @@ def read_circuitgpt(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
 def _read(values: Mapping[str, Any], path: Path, raw: dict[str, Tensor], weights: Path) -> Checkpoint:
     wpe = raw.get("transformer.wpe.weight")
     # The published models without positions carry a table of zeros.
-    positions = wpe is not None and bool(wpe.any())
-    cfg = openai_config(values, path, "final_logits_bias" in raw, positions)
+    zeros = wpe is not None and wpe.dtype in DTYPES and not wpe.any()
+    with naming(path):
+        cfg = openai_config(values, "final_logits_bias" in raw, wpe is not None and not zeros)
     if cfg.positions == "none":
         raw.pop("transformer.wpe.weight", None)
     if values.get("flash") is False:
         raw = {name: tensor for name, tensor in raw.items() if not name.endswith(".attn.bias")}  # the causal mask
-    return cfg, convert(cfg, raw, weights)
+    return cfg, {**convert(cfg, raw, weights)}
 
 
-def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compact]:
+def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A state dict in the original's names → ours, in our shapes: views, which `build_network` checks and copies.
 
     Raises:
         CheckpointError: for an unknown tensor, one that cannot have our shape, or an unembedding that is not tied.
     """
-    state: dict[str, Tensor | Compact] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in raw.items():
         match = re.fullmatch(r"(?:transformer\.)?(?:(?:h|blocks)\.(\d+)\.)?(.+)", name)
         change = _TENSORS.get(match[2]) if match else None
@@ -141,9 +136,9 @@ def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[st
             raise CheckpointError(f"{path}: {name} is there twice, under two names")
         state |= ours
     head, wte = state.get("unembed.W_U"), state.get("embed.W_E")
-    if cfg.tied_unembed and isinstance(head, Tensor):
+    if cfg.tied_unembed and head is not None and wte is not None:
         del state["unembed.W_U"]
-        if isinstance(wte, Tensor) and (wte.dtype != head.dtype or not torch.equal(wte, head.T)):
+        if not (head.dtype == wte.dtype and wte.dtype in DTYPES and torch.equal(head.T, wte)):
             raise CheckpointError(f"{path}: tied_unembed is true, but lm_head.weight differs from wte.weight")
     return state
 

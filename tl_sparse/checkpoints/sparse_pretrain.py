@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_sparse.checkpoints.network import Checkpoint, check_present, config_of, take_flag, take_size
+from tl_sparse.checkpoints.network import Checkpoint, check_keys, check_known, naming, take_flag, take_size
 from tl_sparse.checkpoints.openai import convert
-from tl_sparse.config import PAPER_TOPK_LOCATIONS, SparseConfig
-from tl_sparse.errors import ConfigError
+from tl_sparse.config import PAPER_TOPK_LOCATIONS, SparseConfig, check
 from tl_sparse.files import read_state_dict, read_tensors
 
 # Keys of the sparsity_config that act in training only.
@@ -24,7 +23,8 @@ _LOCATIONS = {name: name for name in ("resid_pre", *PAPER_TOPK_LOCATIONS)} | {"r
 def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
     """A folder of sparse_pretrain's, with the content of its config.json."""
     path, weights = folder / "config.json", folder / "model.safetensors"
-    cfg, flash = sparse_pretrain_config(values, path)
+    with naming(path):
+        cfg, flash = sparse_pretrain_config(values)
     if weights.is_file():
         raw = read_tensors(weights)
     else:
@@ -32,51 +32,46 @@ def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
         raw = read_state_dict(weights)
     if not flash:  # the original then keeps its causal mask in the file, and sinks that nothing reads
         raw = {name: x for name, x in raw.items() if not name.endswith(("attn.causal_mask", "attn_fn.sink_logit"))}
-    return cfg, convert(cfg, raw, weights)
+    return cfg, {**convert(cfg, raw, weights)}
 
 
-def sparse_pretrain_config(values: Mapping[str, Any], path: Path) -> tuple[SparseConfig, bool]:
+def sparse_pretrain_config(values: Mapping[str, Any]) -> tuple[SparseConfig, bool]:
     """`config.json` → our configuration, and whether its attention was the fused one."""
-    model, sparsity = _section(values, "model_config", path), _section(values, "sparsity_config", path)
-    check_present(model, ("n_layer", "d_model", "n_ctx", "d_head", "vocab_size"), path)
-    d_model, d_head = take_size(model, "d_model", path), take_size(model, "d_head", path)
-    if d_model % d_head:
-        raise ConfigError(f"{path}: d_model = {d_model} must be a multiple of d_head = {d_head}")
-    d_mlp, sinks = model.pop("d_mlp", None), take_flag(model, "use_attention_sinks", True, path)
-    rms, flash = take_flag(model, "use_rms_norm", True, path), take_flag(model, "use_flash_attention", True, path)
+    model, sparsity = _section(values, "model_config"), _section(values, "sparsity_config")
+    check_keys(model, ("n_layer", "d_model", "n_ctx", "d_head", "vocab_size"))
+    d_model, d_head = take_size(model, "d_model"), take_size(model, "d_head")
+    check(d_model % d_head == 0, "d_model", d_model, f"a multiple of d_head = {d_head}")
+    d_mlp, sinks = model.pop("d_mlp", None), take_flag(model, "use_attention_sinks", True)
+    rms, flash = take_flag(model, "use_rms_norm", True), take_flag(model, "use_flash_attention", True)
     fields = dict(
         n_layers=model.pop("n_layer"), d_model=d_model, n_heads=d_model // d_head, d_head=d_head,
         n_ctx=model.pop("n_ctx"), d_vocab=model.pop("vocab_size"), d_mlp=4 * d_model if d_mlp is None else d_mlp,
         normalization="rms" if rms else "layer", norm_bias=not rms, act_fn=model.pop("activation", "gelu"),
-        attn_sinks=sinks and flash, bigram_table=take_flag(model, "use_bigram_table", True, path),
-        positions="added" if take_flag(model, "use_positional_embeddings", False, path) else "none",
-        biases=take_flag(model, "use_bias", True, path), tied_unembed=take_flag(model, "tie_embeddings", False, path),
+        attn_sinks=sinks and flash, bigram_table=take_flag(model, "use_bigram_table", True),
+        positions="added" if take_flag(model, "use_positional_embeddings", False) else "none",
+        biases=take_flag(model, "use_bias", True), tied_unembed=take_flag(model, "tie_embeddings", False),
     )  # fmt: skip
-    cfg = config_of(path, fields)
+    cfg = SparseConfig.from_dict(fields)
     # The defaults are those of its sparsity_config; without one there is no AbsTopK.
-    enabled = take_flag(sparsity, "enable_activation_sparsity", "sparsity_config" in values, path)
+    enabled = take_flag(sparsity, "enable_activation_sparsity", "sparsity_config" in values)
     fraction = sparsity.pop("activation_topk_fraction", 0.25)
     locations = sparsity.pop("activation_sparsity_locations", ",".join(PAPER_TOPK_LOCATIONS))
-    unknown = sorted(model.keys() - {"dropout"} | sparsity.keys() - _TRAINING)
-    if unknown:
-        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; they may change what the model computes")
-    if not isinstance(fraction, float | int) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
-        raise ConfigError(f"{path}: activation_topk_fraction = {fraction!r} must be a fraction in [0, 1]")
-    names = [name for name in locations.split(",") if name] if isinstance(locations, str) else [repr(locations)]
-    if wrong := [name for name in names if name not in _LOCATIONS]:
-        expected = f"of {', '.join(_LOCATIONS)}, separated by commas"
-        raise ConfigError(f"{path}: activation_sparsity_locations has {wrong[0]!r}; it must be {expected}")
+    check_known(model.keys() - {"dropout"} | sparsity.keys() - _TRAINING)
+    number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
+    check(number and 0 <= fraction <= 1, "activation_topk_fraction", fraction, "a fraction in [0, 1]")
+    names = list(filter(None, str(locations).split(",")))
+    expected = f"of {', '.join(_LOCATIONS)}, separated by commas"
+    check(_LOCATIONS.keys() >= set(names), "activation_sparsity_locations", locations, expected)
     if not enabled:
         return cfg, flash
     topk = {}
-    for location in map(_LOCATIONS.__getitem__, names):
+    for location in (_LOCATIONS[name] for name in names):
         size = cfg.location_size(location)
         topk[location] = fraction if int(fraction * size) else min(1.0, 1.5 / size)  # at least one entry is kept
-    return config_of(path, fields | {"abs_topk": topk}), flash
+    return SparseConfig.from_dict(fields | {"abs_topk": topk}), flash
 
 
-def _section(values: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = values.get(name, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: {name} must be a JSON object, not a {type(section).__name__}")
+    check(isinstance(section, dict), name, section, "a JSON object")
     return dict(section)
