@@ -38,8 +38,10 @@ class SparseModel(nn.Module):
     """
 
     network: SparseTransformer
+    embed: Any
     tokenizer: Any
     cfg: Any
+    W_U: Any
     to_tokens: Any
     loss_fn: Any
 

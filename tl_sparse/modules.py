@@ -239,6 +239,7 @@ class SparseTransformer(nn.Module):
 
     def follow(self, flags: Any) -> None:
         """Let TransformerLens' configuration `flags` decide which optional hook points act."""
+        block: Any
         for block in self.blocks:
             block.flags = block.attn.flags = flags
 
