@@ -131,14 +131,13 @@ def _record_sizes(path: Path) -> set[int]:
     """The sizes of an archive's records, after checking what torch believes unseen: places, sizes, checksums."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        stored = all(r.compress_type == zipfile.ZIP_STORED and r.compress_size == r.file_size for r in records)
+        sizes, names = [record.file_size for record in records], {record.filename for record in records}
         # No record twice, nor two in one place: else a small file could stand for a large one.
-        names, size = {record.filename for record in records}, sum(record.file_size for record in records)
-        if not stored or len(names) < len(records) or size > path.stat().st_size:
+        if any(r.compress_type for r in records) or len(names) < len(records) or sum(sizes) > path.stat().st_size:
             raise zipfile.BadZipFile("its records overlap or are compressed")
         if (name := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
-    return {record.file_size for record in records}
+    return set(sizes)
 
 
 def read_state_dict(path: Path) -> "dict[str, Tensor]":

@@ -69,10 +69,10 @@ def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compa
         name, _, part = key.rpartition(".")
         if part not in _PARTS:
             tensors[key] = tensor
+        elif name in packed:
+            raise CheckpointError(f"{path}: {name} is there twice, dense and compact")
         elif name not in tensors:
             tensors[name] = _checked(name, packed, path)
-        if part in _PARTS and name in packed:
-            raise CheckpointError(f"{path}: {name} is there twice, dense and compact")
     return tensors
 
 
