@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", "train a weight-sparse model", _train, SparseConfig, DataConfig, TrainConfig)
     train.add_argument("--out", required=True, help="new folder for the model and the record of its training")
+    train.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     _add_fields(train, SparseConfig, laptop_model(), skip=["d_vocab"])
     train.add_argument("--d-vocab", type=int, default=laptop_model().d_vocab, help="tokens in the vocabulary")
     _add_fields(train, DataConfig, DataConfig(), skip=["seed"])
@@ -95,7 +96,7 @@ def _train(args: argparse.Namespace) -> None:
     config = _fields(args, TrainConfig, model=model, data=_fields(args, DataConfig))
     from tl_sparse.training import train
 
-    _, record = train(config, args.out, args.device)
+    _, record = train(config, args.out, args.device, resume=args.resume)
     print(_training_summary(record))
     print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
 

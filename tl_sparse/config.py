@@ -233,6 +233,12 @@ class TrainConfig:
         anneal_start, anneal_stop: where in training, in shares of the steps, the fraction falls from 1.
         min_nonzero: entries kept at least per neuron and attention channel.
         bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
+        max_jump: training stops, its state saved, if the loss of a step is this many nats above the mean of the
+            hundred before.
+        checkpoint_steps, checkpoint_minutes: what there is to resume from is written every so many steps, and
+            minutes; 0: not by steps.
+        keep_checkpoints: how many of these are kept until training is done.
+        validate_steps: measure the validation loss every so many steps; 0: in the end only.
         seed: of the weights, the tokenizer's text, the data and its order.
 
     Raises:
@@ -255,13 +261,18 @@ class TrainConfig:
     anneal_stop: float = 0.5
     min_nonzero: int = 4
     bigram_from_counts: bool = True
+    max_jump: float = 5.0
+    checkpoint_steps: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    validate_steps: int = 0
     seed: int = 0
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "keep_checkpoints"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "eps"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -272,8 +283,10 @@ class TrainConfig:
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         check(0 <= self.anneal_start <= self.anneal_stop, "anneal_start", self.anneal_start, "in [0, anneal_stop]")
         check(self.anneal_stop <= 1, "anneal_stop", self.anneal_stop, "in [anneal_start, 1]")
-        check(self.min_nonzero >= 0, "min_nonzero", self.min_nonzero, "at least 0")
-        check(self.seed >= 0, "seed", self.seed, "at least 0")
+        for name in ("max_jump", "checkpoint_minutes"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True)

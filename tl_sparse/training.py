@@ -7,7 +7,9 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -23,8 +25,12 @@ from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks.points import TLModel
 from tl_sparse.hooks.weights import WeightSparsity, annealed
+from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
 from tl_sparse.tokenizer import train_tokenizer
+
+#: A line of the log, and a look at the bar, every so many steps.
+LOG_STEPS = 20
 
 
 class Trainer:
@@ -58,11 +64,13 @@ class Trainer:
         return config.lr * shape * (config.l0_fraction / self.sparsity.fractions(step)[0]) ** 0.5
 
     def step(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """One optimizer step on a batch; returns its mean next-token loss."""
+        """One optimizer step on a batch; returns its mean next-token loss. If that is no number, nothing changes."""
         lr = self.lr(self.sparsity.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = next_token_loss(self.model(tokens), tokens)
+        if not bool(loss.isfinite()):
+            return loss.detach()
         loss.backward()
         self._normalize_gradients()
         with self.sparsity.attached(self.optimizer):
@@ -91,13 +99,20 @@ def next_token_loss(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def batches(tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Endless batches, every row once per epoch, in an order that depends on the seed alone."""
+def batches(
+    tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """Endless batches from number `start`, every row once per epoch, in an order that depends on the seed alone."""
+    for rows in islice(_rows(len(tokens), batch_size, seed), start, None):
+        yield tokens[rows].long()
+
+
+def _rows(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for rows in torch.randperm(len(tokens), generator=generator).split(batch_size):
-            if len(rows) == batch_size or len(tokens) < batch_size:
-                yield tokens[rows].long()
+        for rows in torch.randperm(n_rows, generator=generator).split(batch_size):
+            if len(rows) == batch_size or n_rows < batch_size:
+                yield rows
 
 
 @torch.no_grad()
@@ -125,8 +140,12 @@ def train(
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    resume: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Train a model from text to a saved folder.
+
+    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps) and `checkpoints/`. Ctrl-C
+    and SIGTERM write a checkpoint and stop; so do a loss that is not a number, and one that jumps.
 
     Args:
         config: architecture, data and hyper-parameters; `d_vocab` is also the size of the tokenizer, which is
@@ -135,15 +154,19 @@ def train(
             tokens, from which the pruner takes means; None saves nothing.
         device: None is the GPU if there is one, else the CPU.
         progress: show a bar with loss, L0 and tokens per second.
+        resume: go on with the unfinished run in `out`; on the same device what follows is what would have
+            followed without the interruption, bit for bit.
 
     Returns:
         The model, in eval mode, and the record of how it was made.
 
     Raises:
         ConfigError, DataError, TokenizerError: before anything is trained or written.
-        TrainError: if the loss is no longer a number.
+        TrainError: if training stops early, or there is nothing to resume.
     """
-    if out is not None:
+    if resume and (out is None or not (Path(out) / "run.json").is_file()):
+        raise TrainError(f"there is no unfinished run in {out}; a run that ended has a training.json instead")
+    if out is not None and not resume:
         check_new_folder(out)
     started, device = time.perf_counter(), resolve_device(device)
     documents = load_documents(config.data)
@@ -157,29 +180,36 @@ def train(
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, rows)
     trainer = Trainer(model.train(), config)
-    loss = _run(trainer, rows, device, progress)
+    run = None if out is None else Run(Path(out), config, rows, resume)
+    losses = torch.zeros(config.steps)
+    if run is not None and resume:
+        past = run.restore(trainer)
+        losses[: len(past)] = past
+    first = trainer.sparsity.steps
+    _steps(trainer, losses, rows, validation, run, progress)
     model.eval()
     trained = time.perf_counter()
 
     nonzero, weights = trainer.sparsity.l0(), sum(p.numel() for p in trainer.matrices)
-    n_tokens = config.steps * min(config.batch_size, len(rows)) * config.model.n_ctx
+    tokens_per_step = min(config.batch_size, len(rows)) * config.model.n_ctx
     record = {
         "config": dataclasses.asdict(config),
         "data": documents.description,
         "training_tokens_available": rows.numel(),
-        "training_tokens_seen": n_tokens,
-        "training_loss": loss,
+        "training_tokens_seen": config.steps * tokens_per_step,
+        "training_loss": float(losses[-50:].mean()),
         "validation_loss": evaluate_loss(model, validation, config.batch_size),
         "nonzero_weights": nonzero,
         "weights": weights,
         "seconds": {"data": prepared - started, "training": trained - prepared},
-        "tokens_per_second": n_tokens / (trained - prepared),
+        "tokens_per_second": (config.steps - first) * tokens_per_step / (trained - prepared),
         "device": str(device),
         "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
         | {"python": platform.python_version()},
     }
-    if out is not None:
-        _save(Path(out), model, rows, record)
+    if run is not None:
+        _save(run.folder, model, rows, record)
+        run.finish()
     return model, record
 
 
@@ -193,19 +223,42 @@ def _save(folder: Path, model: TLModel, rows: Int[Tensor, "seq pos"], record: di
     model.cfg.model_name = folder.resolve().name
 
 
-def _run(trainer: Trainer, rows: Int[Tensor, "seq pos"], device: torch.device, progress: bool) -> float:
-    """All steps; returns the mean training loss of the last 50."""
-    config, stream = trainer.config, batches(rows, trainer.config.batch_size, trainer.config.seed)
-    losses = torch.zeros(config.steps, device=device)
-    bar = tqdm(range(config.steps), desc="training", disable=not progress, unit="step")
-    for step, tokens in zip(bar, stream, strict=False):
-        losses[step] = trainer.step(tokens.to(device))
-        if step % 20 == 19 or step == config.steps - 1:
-            recent = float(losses[max(0, step - 19) : step + 1].mean())
-            if recent != recent:
-                raise TrainError(f"the loss is not a number since about step {step}; try a smaller lr than {config.lr}")
-            elapsed = bar.format_dict["elapsed"] or 1e-9
-            kept = trainer.sparsity.fractions(step)[0]
-            rate = (step + 1) * tokens.numel() / elapsed
-            bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}, {rate:,.0f} tokens/s")
-    return float(losses[-50:].mean())
+def _steps(
+    trainer: Trainer,
+    losses: Float[Tensor, " step"],
+    rows: Int[Tensor, "seq pos"],
+    validation: Int[Tensor, "seq pos"],
+    run: Run | None,
+    progress: bool,
+) -> None:
+    """All steps that are left; `losses` is filled in."""
+    config, first = trainer.config, trainer.sparsity.steps
+    device = next(trainer.model.parameters()).device
+    stream = batches(rows, config.batch_size, config.seed, first)
+    bar = tqdm(
+        range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step"
+    )
+    with noticing_signals() as signals:
+        for step, tokens in zip(bar, stream, strict=False):
+            losses[step] = loss = float(trainer.step(tokens.to(device)))
+            usual = float(losses[max(0, step - 100) : step].mean()) if step else loss
+            stop, done = "", trainer.sparsity.steps
+            if not loss - usual < config.max_jump:  # also if it is not a number
+                stop = f"the loss went from {usual:.3f} to {loss:.3f}; a smaller lr than {config.lr} may help"
+            elif signals:
+                stop = f"stopped by {Signals(signals[0]).name}"
+            if run is not None and done < config.steps and (stop or run.is_due(done)):
+                run.save(trainer, losses[:done])
+            if stop and done < config.steps:
+                where = f"; its state is in {run.folder}, and resume goes on" if run is not None else ""
+                raise TrainError(f"training ended after step {done} of {config.steps}: {stop}{where}")
+            if done % LOG_STEPS == 0 or done == config.steps:
+                recent = float(losses[max(0, done - LOG_STEPS) : done].mean())
+                kept = trainer.sparsity.fractions(step)[0]
+                measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
+                if config.validate_steps and done % config.validate_steps < LOG_STEPS:
+                    measured["validation_loss"] = evaluate_loss(trainer.model, validation, config.batch_size)
+                if run is not None:
+                    run.write_log(**measured)
+                rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
+                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}, {rate:,.0f} tokens/s")

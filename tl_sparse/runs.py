@@ -1,0 +1,182 @@
+"""A training run in a folder: its log, and checkpoints from which it goes on exactly where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tl_sparse.config import TrainConfig
+from tl_sparse.errors import CheckpointError, TrainError
+from tl_sparse.files import read_json, read_tensors, replacing, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from tl_sparse.training import Trainer
+
+#: What may differ when a run goes on: it changes no weight.
+_FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"}
+
+
+class Run:
+    """What `train` writes while it trains; see its docstring.
+
+    Args:
+        folder: of the run.
+        config: how it trains.
+        tokens: its training tokens; a run goes on with the same only.
+        resume: go on from the last checkpoint in `folder`.
+
+    Raises:
+        TrainError: to resume: if there is nothing to go on from, or it was another configuration or text.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, tokens: Tensor, resume: bool) -> None:
+        self.folder, self.config = folder, config
+        self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
+        data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        # Through JSON, so that what is compared has been through it on both sides.
+        about = json.loads(json.dumps({"config": dataclasses.asdict(config), "data": data}))
+        if resume:
+            _check_same(read_json(folder / "run.json"), about, folder)
+        else:
+            write_json(folder / "run.json", about)
+        self._saved = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step` steps."""
+        config = self.config
+        by_step = config.checkpoint_steps and step % config.checkpoint_steps == 0
+        return bool(by_step) or time.monotonic() - self._saved > 60 * config.checkpoint_minutes
+
+    def save(self, trainer: Trainer, losses: Tensor) -> None:
+        """Write a checkpoint of the trainer after len(losses) steps, and drop the oldest.
+
+        Raises:
+            TrainError: if it cannot be written; those before it are as they were.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(trainer).items()}
+        tensors["losses"] = losses.cpu()
+        tensors["checksum"] = torch.tensor(_checksum(tensors))
+        path = self.checkpoints / f"step-{len(losses):08}.safetensors"
+        try:
+            write_tensors(path, tensors)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            raise TrainError(f"cannot write {path}: {error}; the checkpoints before it are as they were") from error
+        for old in self._paths()[: -self.config.keep_checkpoints]:
+            old.unlink()
+        self._saved = time.monotonic()
+
+    def restore(self, trainer: Trainer) -> Tensor:
+        """Put the trainer into the state of the last checkpoint; returns the losses of all steps until then.
+
+        Raises:
+            TrainError: if there is none, or it is damaged.
+        """
+        paths = self._paths()
+        if not paths:
+            raise TrainError(f"there is no checkpoint in {self.checkpoints}; train into a new folder without resume")
+        try:
+            stored = read_tensors(paths[-1])
+            if int(stored.pop("checksum")) != _checksum(stored):
+                raise CheckpointError(f"{paths[-1]} is damaged: its checksum is wrong")
+        except (CheckpointError, KeyError) as error:
+            before = f"remove it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
+            raise TrainError(f"{error}; {before}") from error
+        losses = stored.pop("losses")
+        trainer.sparsity.steps = len(losses)
+        _restore(trainer, stored)
+        # Lines of steps after the checkpoint will come again.
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.is_file() else []
+        with replacing(self.log) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= len(losses)))
+        return losses
+
+    def write_log(self, **values: Any) -> None:
+        """Add a line to log.jsonl."""
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def finish(self) -> None:
+        """Remove what is of use only while the run goes on."""
+        for path in (*self.checkpoints.glob("*"), *self.checkpoints.glob(".*")):
+            path.unlink()
+        if self.checkpoints.is_dir():
+            self.checkpoints.rmdir()
+        (self.folder / "run.json").unlink()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*.safetensors"))
+
+
+def _state(trainer: Trainer) -> dict[str, Tensor]:
+    """All that a step depends on, besides the configuration and the data: weights and moments."""
+    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    state = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    for name, parameter in zip(names, trainer.parameters, strict=True):
+        for key, value in trainer.optimizer.state[parameter].items():
+            state[f"{key}/{name}"] = value
+    return state
+
+
+@torch.no_grad()
+def _restore(trainer: Trainer, stored: dict[str, Tensor]) -> None:
+    for name, tensor in trainer.model.state_dict().items():
+        tensor.copy_(stored.pop(f"model/{name}"))
+    parameters = dict(trainer.model.named_parameters())
+    for entry, value in stored.items():
+        key, _, name = entry.partition("/")
+        parameter = parameters[name]
+        trainer.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return checksum
+
+
+def _check_same(stored: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    """Raise `TrainError` naming what differs between a run and what it is to go on with."""
+    if stored.get("data") != ours["data"]:
+        raise TrainError(f"{folder} was trained on other text: its tokens are not those of this configuration's data")
+    before, now = stored.get("config", {}), ours["config"]
+    for name in sorted((before.keys() | now.keys()) - _FREE):
+        if before.get(name) != now.get(name):
+            raise TrainError(
+                f"{folder} was trained with {name} = {before.get(name)!r}, not {now.get(name)!r}; to resume, ask for "
+                "the same"
+            )
+
+
+@contextmanager
+def noticing_signals() -> Iterator[list[int]]:
+    """Within the context, SIGINT (Ctrl-C) and SIGTERM only put their number into the list; a second one acts."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def notice(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, notice)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
