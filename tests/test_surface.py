@@ -1,5 +1,6 @@
 """TransformerLens' surface on our models: optional hook points, generation, moves, and what refuses."""
 
+import base64
 import warnings
 from importlib.metadata import version
 
@@ -8,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tl_sparse
 from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
 from tl_sparse.config import PAPER_TOPK_LOCATIONS
 from tl_sparse.errors import DataError, UnsupportedError
+from tl_sparse.tokenizer import load_tokenizer
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 ON_3 = version("transformer-lens").startswith("3.")
@@ -265,6 +268,43 @@ def test_the_first_residual_stream_resumes():
     assert torch.equal(given, tokens)
     logits = model(resid, start_at_layer=0, tokens=tokens, attention_mask=mask)
     torch.testing.assert_close(logits, model(tokens, attention_mask=mask), rtol=0, atol=1e-12)
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+def byte_vocabulary(folder, kind):
+    """The 256 bytes, `de`, ` x` and `<|endoftext|>` = 258, as a tokenizer.json or as a .tiktoken file."""
+    tokens = [bytes([i]) for i in range(256)] + [b"de", b" x"]
+    path = folder / "vocabulary.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    if kind == "tiktoken":
+        return path
+    load_tokenizer(path).save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tiktoken"])
+def test_text_and_tokens(kind, tmp_path):
+    tiny_model(full_config(d_vocab=260, n_ctx=16)).save_pretrained(tmp_path / "model")
+    model = tl_sparse.load(tmp_path / "model", device="cpu", tokenizer=byte_vocabulary(tmp_path, kind))
+    ids = [256, ord("f"), 257]  # de f ␣x
+    assert model.to_tokens("def x").tolist() == [[258, *ids]]
+    assert model.to_tokens("def x", prepend_bos=False).tolist() == [ids]
+    assert model.to_tokens(["def x", "f"], padding_side="right").tolist() == [[258, *ids], [258, 102, 258, 258]]
+    assert model.to_tokens(["def x", "f"], padding_side="left").tolist() == [[258, *ids], [258, 258, 258, 102]]
+    assert model.to_string(torch.tensor(ids)) == "def x"
+    assert model.to_str_tokens("def x") == ["<|endoftext|>", "de", "f", " x"]
+    assert model.to_single_token(" x") == 257
+    assert model.to_single_str_token(257) == " x"
+    assert model.to_string(model.to_tokens("é → 'x'", prepend_bos=False)[0]) == "é → 'x'"  # bytes, whatever they are
+    text = model("def x", prepend_bos=False)
+    assert torch.equal(text, model(torch.tensor([ids])))
+    for side in ("left", "right"):
+        together = model(["def x", "f"], padding_side=side)
+        alone = model("f")[0]
+        ours = together[1, -2:] if side == "left" else together[1, :2]
+        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
 
 
 # --- moves, modes, compilation ------------------------------------------------------------------------------
