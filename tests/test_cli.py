@@ -61,6 +61,42 @@ def test_trained_weights_are_sparse_and_a_seed_repeats_them(trained, tmp_path):
     assert int(first.blocks[0].mlp.W_in.count_nonzero()) == 4 * 32
 
 
+def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):
+    from tl_sparse.cli import _parser, _train_config
+
+    path = tmp_path / "config.yaml"
+    lines = "steps: 7", "lr: 1e-3", "seed: 5", "model: {d_mlp: 64, abs_topk: {attn_in: 0.5}}", "data: {source: text}"
+    path.write_text("\n".join(lines))
+
+    def read(*arguments):
+        return _train_config(_parser().parse_args(["train", "--out", "x", *arguments]))
+
+    config = read(str(path))
+    assert (config.steps, config.lr, config.seed, config.data.source) == (7, 1e-3, 5, "text")
+    assert (config.model.d_mlp, config.model.d_model, config.model.abs_topk) == (64, 128, {"attn_in": 0.5})
+    flagged = read(str(path), "--steps", "9", "--d-mlp", "32", "--abs-topk", "0.25", "--seed", "6", "--no-attn-sinks")
+    assert (flagged.steps, flagged.model.d_mlp, flagged.lr) == (9, 32, 1e-3)
+    assert (flagged.seed, flagged.data.seed, flagged.model.attn_sinks) == (6, 6, False)
+    assert flagged.model.abs_topk == tl_sparse.paper_topk(0.25)
+    assert read("--preset", "paper-1x", "--abs-topk", "1").model.abs_topk == {}
+    assert read("--preset", "paper-1x").model.n_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "config.yaml: unknown configuration key 'stepz'; did you mean 'steps'?"),
+        ("- 1", "must hold a mapping of fields to values, not a list"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_mistakes_in_a_configuration_file(text, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys):
     out = tmp_path / "circuit"
     assert main(["prune", str(trained), "single_double_quote", "--out", str(out), "--device", "cpu", *PRUNE_FLAGS]) == 0

@@ -1,5 +1,6 @@
 """Configurations: what is refused and how, that nothing is lost as JSON, and that they are light to import."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from hypothesis import given, settings
 from helpers import full_config, sparse_configs, tiny_config
 from tl_sparse.config import (
     PAPER_TOPK_LOCATIONS,
+    PRESETS,
     DataConfig,
     PruneConfig,
     SparseConfig,
     TrainConfig,
     laptop_model,
+    merged,
     paper_topk,
+    preset,
 )
 from tl_sparse.errors import ConfigError, TLSparseError
 
@@ -192,3 +196,47 @@ def test_repr_is_the_shortest_call():
     for one in (config, laptop_model(), TrainConfig(), PruneConfig(seed=3), DataConfig(source="x")):
         assert eval(repr(one)) == one
     assert "abs_topk=paper_topk(0.25)" in repr(laptop_model())
+
+
+# --- presets, files, flags ------------------------------------------------------------------------------------
+
+
+def test_presets_are_possible_and_of_the_published_sizes():
+    assert preset("laptop") == TrainConfig()
+    assert PRESETS == ("laptop", "small", "paper-1x", "paper-2x", "paper-4x", "paper-8x")
+    widths = {name: preset(name).model.d_model for name in PRESETS}
+    assert [widths[f"paper-{x}x"] for x in (1, 2, 4, 8)] == [256, 512, 1024, 2048]
+    published = preset("paper-4x")
+    assert (published.l0_fraction, published.l0_fraction_embed, published.batch_size) == (1 / 64, 1 / 16, 512)
+    assert published.steps * 512 * 256 == pytest.approx(32e9, rel=1e-5)
+    matrices = {x: preset(f"paper-{x}x").l0_fraction * preset(f"paper-{x}x").model.d_model ** 2 for x in (1, 2, 4, 8)}
+    assert len(set(matrices.values())) == 1  # as many nonzero weights at every width
+    with pytest.raises(ConfigError, match=r"preset = 'laptoq' .* one of laptop, small, paper-1x"):
+        preset("laptoq")
+
+
+def test_merged_changes_what_is_named_and_no_more():
+    changed = merged(TrainConfig(), {"lr": "1e-3", "model": {"d_mlp": 64}, "data": {"source": "x"}})
+    expected = dataclasses.replace(
+        TrainConfig(), lr=1e-3, model=dataclasses.replace(laptop_model(), d_mlp=64), data=DataConfig(source="x")
+    )
+    assert changed == expected
+    assert merged(TrainConfig(), {}) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, "unknown configuration key 'learning_rate'; "),
+        ({"stepz": 1}, "unknown configuration key 'stepz'; did you mean 'steps'?"),
+        ({"model": {"d_modle": 1}}, "unknown configuration key 'd_modle'; did you mean 'd_model'?"),
+        ({"model": 3}, "model = 3 is not possible; it must be a mapping of fields to values"),
+        ({"lr": "fast"}, "lr = 'fast' is not possible; it must be a number"),
+        ({"max_jump": 0}, "max_jump = 0 .* above 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints = 0 .* at least 1"),
+        ({"validate_steps": -1}, "validate_steps = -1 .* at least 0"),
+    ],
+)
+def test_what_cannot_be_merged(values, message):
+    with pytest.raises(ConfigError, match=message):
+        merged(TrainConfig(), values)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tl_sparse.config import DataConfig, PruneConfig, SparseConfig, TrainConfig, laptop_model, paper_topk
-from tl_sparse.errors import TLSparseError
+from tl_sparse.config import PRESETS, DataConfig, PruneConfig, SparseConfig, TrainConfig, merged, paper_topk, preset
+from tl_sparse.errors import ConfigError, TLSparseError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,12 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     train = _command(commands, "train", "train a weight-sparse model", _train, SparseConfig, DataConfig, TrainConfig)
+    train.add_argument("config", nargs="?", help="a YAML file: TrainConfig's fields, `model` and `data` with theirs")
+    train.add_argument("--preset", choices=PRESETS, default="laptop", help="what file and flags change: laptop or …")
     train.add_argument("--out", required=True, help="new folder for the model and the record of its training")
     train.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
-    _add_fields(train, SparseConfig, laptop_model(), skip=["d_vocab"])
-    train.add_argument("--d-vocab", type=int, default=laptop_model().d_vocab, help="tokens in the vocabulary")
-    _add_fields(train, DataConfig, DataConfig(), skip=["seed"])
-    _add_fields(train, TrainConfig, TrainConfig(), skip=["model", "data"])
+    laptop = preset("laptop")
+    _add_fields(train, laptop.model)
+    _add_fields(train, laptop.data, skip=["seed"])
+    _add_fields(train, laptop, skip=["model", "data"])
 
     prune = _command(commands, "prune", "find the circuit of a task in a model", _prune, PruneConfig)
     prune.add_argument("model", help="a model folder")
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
     )
-    _add_fields(prune, PruneConfig, PruneConfig())
+    _add_fields(prune, PruneConfig())
 
     demo = _command(commands, "demo", "train a small model and find how it closes strings, in minutes", _demo)
     demo.add_argument("--out", default="demo", help="folder for the results; those of an earlier demo are replaced")
@@ -67,33 +69,51 @@ def _command(commands: Any, name: str, help: str, run: Any, *configs: type) -> a
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser, config: type, defaults: Any, skip: Sequence[str] = ()) -> None:
+def _add_fields(parser: argparse.ArgumentParser, defaults: Any, skip: Sequence[str] = ()) -> None:
     """One flag for each field of a config dataclass; what they mean stands below the list of flags."""
-    hints = get_type_hints(config)
-    for field in dataclasses.fields(config):
+    hints = get_type_hints(type(defaults))
+    for field in dataclasses.fields(defaults):
         if field.name in skip:
             continue
-        flag, default, hint = "--" + field.name.replace("_", "-"), getattr(defaults, field.name), hints[field.name]
+        flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        # Only flags that are given change anything.
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"(default: {getattr(defaults, field.name)})"}
         if field.name == "abs_topk":
             text = "fraction kept by AbsTopK at the paper's eight locations; 1 for none (default: 0.25)"
-            parser.add_argument(flag, type=float, default=0.25, help=text)
+            options |= {"type": float, "help": text}
         elif hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+            options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hint) is Literal:
-            parser.add_argument(flag, choices=get_args(hint), default=default, help="(default: %(default)s)")
+            options["choices"] = get_args(hint)
         else:
-            parser.add_argument(flag, type=hint, default=default, metavar=hint.__name__, help="(default: %(default)s)")
+            options |= {"type": hint, "metavar": hint.__name__}
+        parser.add_argument(flag, **options)
 
 
-def _fields(args: argparse.Namespace, config: type, **fixed: Any) -> Any:
-    """The config dataclass with the values of its flags."""
-    names = [field.name for field in dataclasses.fields(config) if field.name not in fixed]
-    return config(**{name: getattr(args, name) for name in names}, **fixed)
+def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a config dataclass whose flags were given."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}
+
+
+def _train_config(args: argparse.Namespace) -> TrainConfig:
+    """The preset, changed by the file, changed by the flags."""
+    config = preset(args.preset)
+    if args.config is not None:
+        from tl_sparse.files import read_yaml
+
+        path = Path(args.config)
+        try:
+            config = merged(config, read_yaml(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    model, data = _given(args, SparseConfig), _given(args, DataConfig)
+    if "abs_topk" in model:
+        model["abs_topk"] = {} if args.abs_topk == 1 else paper_topk(args.abs_topk)
+    return merged(config, {**_given(args, TrainConfig), "model": model, "data": data})
 
 
 def _train(args: argparse.Namespace) -> None:
-    model = _fields(args, SparseConfig, abs_topk={} if args.abs_topk == 1 else paper_topk(args.abs_topk))
-    config = _fields(args, TrainConfig, model=model, data=_fields(args, DataConfig))
+    config = _train_config(args)
     from tl_sparse.training import train
 
     _, record = train(config, args.out, args.device, resume=args.resume)
@@ -110,7 +130,7 @@ def _training_summary(record: dict[str, Any]) -> str:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    config = _fields(args, PruneConfig)
+    config = PruneConfig(**_given(args, PruneConfig))
     from tl_sparse.files import check_new_folder
     from tl_sparse.tasks import get_task
 

@@ -1,9 +1,11 @@
 """Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
@@ -45,6 +47,36 @@ def check_types(config: Any) -> None:
             check(number, f.name, value, "a number")
         elif annotation in (int, bool, str):
             check(type(value) is annotation, f.name, value, f"of type {annotation.__name__}")
+
+
+def _check_keys(config: Any, values: Mapping[str, Any]) -> None:
+    names = [f.name for f in dataclasses.fields(config)]
+    for key in values:
+        if key not in names:
+            near = get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(names)}"
+            raise ConfigError(f"unknown configuration key {key!r}; {hint}")
+
+
+def merged(config: Any, values: Mapping[str, Any]) -> Any:
+    """A config dataclass with the fields in `values` changed; mappings change the configurations inside it.
+
+    Raises:
+        ConfigError: for an unknown key (naming the nearest valid one) or a bad value.
+    """
+    _check_keys(config, values)
+    changes = {}
+    for f in dataclasses.fields(config):
+        if f.name in values:
+            current, value = getattr(config, f.name), values[f.name]
+            if dataclasses.is_dataclass(current):
+                check(isinstance(value, Mapping), f.name, value, "a mapping of fields to values")
+                value = merged(current, value)
+            elif f.type is float and isinstance(value, str):  # YAML reads 1e-3 as text
+                with suppress(ValueError):
+                    value = float(value)
+            changes[f.name] = value
+    return dataclasses.replace(config, **changes)
 
 
 def short_repr(config: Any) -> str:
@@ -159,12 +191,7 @@ class SparseConfig:
         Raises:
             ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad value.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                near = get_close_matches(key, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(names)}"
-                raise ConfigError(f"unknown configuration key {key!r}; {hint}")
+        _check_keys(cls, values)
         missing = [
             f.name for f in dataclasses.fields(cls)
             if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
@@ -287,6 +314,42 @@ class TrainConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+
+
+def _small() -> TrainConfig:
+    model = dataclasses.replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024)
+    return TrainConfig(model, steps=6000, lr=8e-3, l0_fraction=1 / 64, l0_fraction_embed=1 / 16, min_nonzero=2)
+
+
+def _paper(width: int) -> TrainConfig:
+    """The published sizes: d_model 256 · width; the number of nonzero weights is that of 4x with 1/64 (METHOD §3)."""
+    d_model, fraction = 256 * width, 1 / 64 * (4 / width) ** 2
+    model = SparseConfig(
+        n_layers=8, d_model=d_model, n_heads=d_model // 16, d_head=16, d_mlp=4 * d_model, d_vocab=2048, n_ctx=256,
+        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
+    )  # fmt: skip
+    return TrainConfig(
+        model, steps=244_141, batch_size=512, lr=1.28e-2, l0_fraction=fraction, anneal_stop=0.8 if width == 8 else 0.5,
+        l0_fraction_embed=min(1.0, fraction * width), checkpoint_minutes=30.0, bigram_from_counts=False,
+    )  # fmt: skip
+
+
+_PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "laptop": TrainConfig,
+    "small": _small,
+    **{f"paper-{width}x": partial(_paper, width) for width in (1, 2, 4, 8)},
+}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str) -> TrainConfig:
+    """A training configuration by name: "laptop" (minutes on two cores), "small", "paper-1x" … "paper-8x".
+
+    Raises:
+        ConfigError: for another name.
+    """
+    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return _PRESETS[name]()
 
 
 @dataclass(frozen=True)

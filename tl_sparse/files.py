@@ -70,6 +70,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields to values, not a {type(values).__name__}")
+    return values
+
+
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file, atomically."""
     from safetensors.torch import save_file
