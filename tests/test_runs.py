@@ -1,6 +1,7 @@
 """Training runs: what is on disk while they go on, and that going on after any interruption changes nothing."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import torch
 import tl_sparse
 from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import ConfigError, TrainError
-from tl_sparse.training import batches
+from tl_sparse.training import batches, dead_neurons
 
 MODEL = SparseConfig(
     n_layers=1, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=384, n_ctx=32, abs_topk=paper_topk(0.25),
@@ -185,6 +186,51 @@ def test_a_loss_that_jumps_stops(tmp_path):
     config = dataclasses.replace(CONFIG, lr=100.0, max_jump=0.5)
     with pytest.raises(TrainError, match=r"the loss went from \d.* to \d.*; a smaller lr than 100.0 may help"):
         train(config, device="cpu", progress=False)
+
+
+def test_validation_is_logged_and_can_end_the_run(tmp_path):
+    config = dataclasses.replace(CONFIG, validate_steps=20)
+    train(config, tmp_path / "whole", device="cpu", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in lines]
+    assert losses[0] > losses[1] > losses[2]
+    assert all(0 <= line["dead_neurons"] < 1 for line in lines)
+    _, record = train(
+        dataclasses.replace(config, target_validation_loss=losses[1]), tmp_path / "short", device="cpu", progress=False
+    )
+    assert record["validation_loss"] == pytest.approx(losses[1], abs=1e-6)
+    assert record["training_tokens_seen"] == 40 * 4 * 32
+    whole, short = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "short"))
+    assert short == whole[:2]
+
+
+@pytest.mark.parametrize("changes", [dict(accumulation=3), dict(compile=True)])
+def test_the_same_steps_in_other_ways(changes, monkeypatch):
+    # The usual backend asks for a C++ compiler.
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    (expected, _), (ours, _) = (
+        train(dataclasses.replace(CONFIG, steps=8, **more), device="cpu", progress=False) for more in ({}, changes)
+    )
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_keeps_weights_and_loss_in_float32():
+    (model, exact), (low, record) = (
+        train(dataclasses.replace(CONFIG, precision=precision), device="cpu", progress=False)
+        for precision in ("float32", "bfloat16")
+    )
+    assert {p.dtype for p in low.parameters()} == {torch.float32}
+    assert not torch.equal(low.W_E, model.W_E)
+    assert record["validation_loss"] == pytest.approx(exact["validation_loss"], abs=0.1)
+
+
+def test_dead_neurons_by_hand():
+    model = tl_sparse.create(dataclasses.replace(MODEL, abs_topk={}, act_fn="relu"), seed=0, device="cpu")
+    with torch.no_grad():
+        model.blocks[0].mlp.b_in[:] = -1e3  # no neuron is ever above zero …
+        model.blocks[0].mlp.b_in[:8] = 1e3  # … but eight of 32
+    assert dead_neurons(model, torch.arange(64).view(2, 32)) == 0.75
 
 
 # --- what cannot be resumed -----------------------------------------------------------------------------------

@@ -260,12 +260,18 @@ class TrainConfig:
         anneal_start, anneal_stop: where in training, in shares of the steps, the fraction falls from 1.
         min_nonzero: entries kept at least per neuron and attention channel.
         bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
+        accumulation: parts of each batch that are in memory one after the other.
+        precision: "bfloat16" multiplies matrices in it; weights, moments and the loss are float32 always.
+        compile: run the model through torch.compile.
         max_jump: training stops, its state saved, if the loss of a step is this many nats above the mean of the
             hundred before.
         checkpoint_steps, checkpoint_minutes: what there is to resume from is written every so many steps, and
             minutes; 0: not by steps.
         keep_checkpoints: how many of these are kept until training is done.
-        validate_steps: measure the validation loss every so many steps; 0: in the end only.
+        validate_steps: measure the validation loss, and the share of dead neurons, every so many steps; 0: in the
+            end only.
+        target_validation_loss: stop as soon as the validation loss is this low (a dense twin of a sparse model);
+            0: never.
         seed: of the weights, the tokenizer's text, the data and its order.
 
     Raises:
@@ -288,18 +294,22 @@ class TrainConfig:
     anneal_stop: float = 0.5
     min_nonzero: int = 4
     bigram_from_counts: bool = True
+    accumulation: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     max_jump: float = 5.0
     checkpoint_steps: int = 0
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     validate_steps: int = 0
+    target_validation_loss: float = 0.0
     seed: int = 0
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch_size", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "eps"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -312,8 +322,10 @@ class TrainConfig:
         check(self.anneal_stop <= 1, "anneal_stop", self.anneal_stop, "in [anneal_start, 1]")
         for name in ("max_jump", "checkpoint_minutes"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "seed"):
+        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "target_validation_loss", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        measured = self.validate_steps > 0 or self.target_validation_loss == 0
+        check(measured, "validate_steps", 0, "at least 1 with a target_validation_loss")
 
 
 def _small() -> TrainConfig:

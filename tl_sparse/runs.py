@@ -171,7 +171,7 @@ def noticing_signals() -> Iterator[list[int]]:
 
     def notice(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, notice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from tl_sparse.config import TrainConfig
 from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, load_documents, pack_tokens
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import TLModel, hooked
 from tl_sparse.hooks.weights import WeightSparsity, annealed
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
@@ -44,6 +45,7 @@ class Trainer:
 
     def __init__(self, model: TLModel, config: TrainConfig) -> None:
         self.model, self.config = model, config
+        self.forward = torch.compile(model) if config.compile else model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
         betas = (config.beta1, config.beta2)
@@ -68,10 +70,10 @@ class Trainer:
         lr = self.lr(self.sparsity.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = next_token_loss(self.model(tokens), tokens)
+        loss = self._backward(tokens)
         if not bool(loss.isfinite()):
-            return loss.detach()
-        loss.backward()
+            self.optimizer.zero_grad()
+            return loss
         self._normalize_gradients()
         with self.sparsity.attached(self.optimizer):
             self.optimizer.step()
@@ -80,7 +82,19 @@ class Trainer:
             # As published, w -= λ·lr·w. To multiply by 1 - λ·lr rounds otherwise: after 36 steps of the authors'
             # trajectory that decides a weight's place in the top-k differently.
             torch._foreach_add_(self.matrices, self.matrices, alpha=-self.config.weight_decay * lr)
-        return loss.detach()
+        return loss
+
+    def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+        """Gradients of the batch's mean loss, which is returned; part by part with `accumulation`."""
+        total = torch.zeros((), device=tokens.device)
+        low = self.config.precision == "bfloat16"
+        for part in tokens.chunk(self.config.accumulation):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
+                logits = self.forward(part)
+            loss = next_token_loss(logits.float(), part) * (len(part) / len(tokens))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     @torch.no_grad()
     def _normalize_gradients(self) -> None:
@@ -121,6 +135,19 @@ def evaluate_loss(model: TLModel, tokens: Int[Tensor, "seq pos"], batch_size: in
     device = next(model.parameters()).device
     losses = [model(rows.long().to(device), return_type="loss") * len(rows) for rows in tokens.split(batch_size)]
     return float(torch.stack(losses).sum() / len(tokens))
+
+
+@torch.no_grad()
+def dead_neurons(model: TLModel, tokens: Int[Tensor, "seq pos"]) -> float:
+    """The share of MLP neurons that are zero, after AbsTopK, at every one of the tokens."""
+    used: dict[str, Tensor] = {}
+
+    def record(post: Tensor, hook: Any) -> None:
+        used[hook.name] = post.detach().ne(0).flatten(0, 1).any(0)
+
+    with hooked(model, {f"blocks.{i}.mlp.hook_post": record for i in range(model.cfg.n_layers)}):
+        model(tokens.long().to(next(model.parameters()).device), return_type=None)
+    return 1 - float(torch.cat(list(used.values())).float().mean())
 
 
 @torch.no_grad()
@@ -190,19 +217,20 @@ def train(
     model.eval()
     trained = time.perf_counter()
 
+    done = trainer.sparsity.steps
     nonzero, weights = trainer.sparsity.l0(), sum(p.numel() for p in trainer.matrices)
     tokens_per_step = min(config.batch_size, len(rows)) * config.model.n_ctx
     record = {
         "config": dataclasses.asdict(config),
         "data": documents.description,
         "training_tokens_available": rows.numel(),
-        "training_tokens_seen": config.steps * tokens_per_step,
-        "training_loss": float(losses[-50:].mean()),
+        "training_tokens_seen": done * tokens_per_step,
+        "training_loss": float(losses[max(0, done - 50) : done].mean()),
         "validation_loss": evaluate_loss(model, validation, config.batch_size),
         "nonzero_weights": nonzero,
         "weights": weights,
         "seconds": {"data": prepared - started, "training": trained - prepared},
-        "tokens_per_second": (config.steps - first) * tokens_per_step / (trained - prepared),
+        "tokens_per_second": (done - first) * tokens_per_step / (trained - prepared),
         "device": str(device),
         "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
         | {"python": platform.python_version()},
@@ -231,7 +259,7 @@ def _steps(
     run: Run | None,
     progress: bool,
 ) -> None:
-    """All steps that are left; `losses` is filled in."""
+    """The steps that are left, until the target is reached; `losses` is filled in."""
     config, first = trainer.config, trainer.sparsity.steps
     device = next(trainer.model.parameters()).device
     stream = batches(rows, config.batch_size, config.seed, first)
@@ -258,7 +286,11 @@ def _steps(
                 measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
                 if config.validate_steps and done % config.validate_steps < LOG_STEPS:
                     measured["validation_loss"] = evaluate_loss(trainer.model, validation, config.batch_size)
+                    measured["dead_neurons"] = dead_neurons(trainer.model, validation[: config.batch_size])
                 if run is not None:
                     run.write_log(**measured)
                 rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
-                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}, {rate:,.0f} tokens/s")
+                dead = f", {measured['dead_neurons']:.0%} dead" if "dead_neurons" in measured else ""
+                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{dead}, {rate:,.0f} tokens/s")
+                if measured.get("validation_loss", math.inf) <= config.target_validation_loss:
+                    return
