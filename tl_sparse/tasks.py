@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.idioms import CLOSED_STRINGS, OPEN_CALLS, Writer
+from tl_sparse.idioms import Writer
 from tl_sparse.tokenizer import single_token
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def _single_double_quote(rng: random.Random) -> tuple[str, str]:
     writer = Writer(rng)
     context = ""
     while "'" not in context or '"' not in context:
-        context = "".join(writer.fill(writer.choose(CLOSED_STRINGS)) + "\n" for _ in range(rng.randint(1, 4)))
-    call = writer.fill(writer.choose(OPEN_CALLS))
+        context = "".join(writer.fill(writer.choose("closed_strings")) + "\n" for _ in range(rng.randint(1, 4)))
+    call = writer.fill(writer.choose("open_calls"))
     return context + call.replace("(", "('"), context + call.replace("(", '("')
 
 
