@@ -127,10 +127,10 @@ def test_openai_measurements_are_halved_and_plain(micro, tmp_path):
 @pytest.mark.parametrize(
     ("where", "indices", "message"),
     [
-        ("0.attn.v", [0, 8], r"0\.attn_v: index 8 is twice or out of range; they run from 0 to 7"),
-        ("0.attn.act_in", [20], r"0\.attn_in: index 20 is twice or out of range; they run from 0 to 19"),
-        ("0.mlp.resid_delta", [-1], r"0\.mlp_out: index -1 is twice or out of range; they run from 0 to 15"),
-        ("1.mlp.post_act", [3, 4, 3], r"1\.mlp_neuron: index 3 is twice or out of range; they run from 0 to 23"),
+        ("0.attn.v", [0, 8], r"0\.attn_v: index 8 is out of range; they run from 0 to 7"),
+        ("0.attn.act_in", [20], r"0\.attn_in: index 20 is out of range; they run from 0 to 19"),
+        ("0.mlp.resid_delta", [-1], r"0\.mlp_out: index -1 is out of range; they run from 0 to 15"),
+        ("1.mlp.post_act", [3, 4, 3], r"1\.mlp_neuron: index 3 is there twice"),
         ("0.attn.k", [1.0], r"0\.attn_k: .* must be a 1-D tensor of integers, not torch\.float32 of \[1\]"),
         ("0.attn.k", [True], r"0\.attn_k: .* must be a 1-D tensor of integers, not torch\.bool of \[1\]"),
         ("0.attn.k", [[1]], r"0\.attn_k: .* must be a 1-D tensor of integers, not torch\.int64 of \[1, 1\]"),
@@ -146,13 +146,20 @@ def test_openai_indices_that_do_not_fit(two_heads, tmp_path, where, indices, mes
         Circuit.from_openai(path, two_heads)
 
 
+def test_the_first_wrong_location_is_named(two_heads, tmp_path):
+    places = [f"{layer}.{name}" for layer in (9, 5, 3, 7) for name in ("mlp.act_in", "attn.k", "attn.v")]
+    data = {place: torch.tensor([1]) for place in places}
+    with pytest.raises(CircuitError, match=r"^3\.attn_k does not exist: the model has 2 layers, from 0"):
+        Circuit.from_openai(viz_data(tmp_path, data), two_heads)
+
+
 def test_openai_indices_that_are_no_plain_tensor(micro, tmp_path):
     sparse, meta = torch.tensor([1, 0]).to_sparse(), torch.empty(1, dtype=torch.int64, device="meta")
     for indices in ([1], None, sparse, meta):
         with pytest.raises(CircuitError, match=r"0\.mlp_in: .* must be a 1-D tensor of integers, not \w+"):
             Circuit.from_openai(viz_data(tmp_path, {"0.mlp.act_in": indices}), micro)
     many = torch.zeros(1, dtype=torch.uint8).expand(1 << 40)  # would be a terabyte
-    with pytest.raises(CircuitError, match=r"0\.mlp_in: index 0 is twice"):
+    with pytest.raises(CircuitError, match=r"0\.mlp_in: index 0 is there twice"):
         Circuit.from_openai(viz_data(tmp_path, {"0.mlp.act_in": many}), micro)
 
 
@@ -248,7 +255,7 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
         ([edge("0.attn_in.1", weight=0)], r"0\.attn_in\.1 → 0\.attn_v\.0 has weight 0 between the kept nodes, not 0"),
         ([edge("0.attn_v.0", "0.attn_in.0")], r"0\.attn_v\.0 → 0\.attn_in\.0 has weight 0"),
         ([edge(target="0.mlp_out.1")], r"0\.attn_in\.0 → 0\.mlp_out\.1 has weight 0"),
-        ([edge(target="0.attn_v.2")], r"0\.attn_v: index 2 is twice or out of range; they run from 0 to 1"),
+        ([edge(target="0.attn_v.2")], r"0\.attn_v: index 2 is out of range; they run from 0 to 1"),
         ([edge(target="1.attn_v.0")], r"1\.attn_v does not exist: the model has 1 layers"),
         ([edge(target="attn_v")], "'attn_v' is not a node"),
         ([{"source": "0.attn_in.0"}], r"unlike \{'source': '0\.attn_in\.0'\}"),
@@ -262,7 +269,7 @@ def test_edges_that_do_not_fit(micro, tmp_path, edges, message):
 
 
 def test_nodes_that_do_not_fit(micro, tmp_path):
-    with pytest.raises(CircuitError, match=r"0\.attn_in: index 0 is twice"):
+    with pytest.raises(CircuitError, match=r"0\.attn_in: index 0 is there twice"):
         Circuit.from_edge_list(write(tmp_path, MICRO_LIST | {"nodes": [*NODES, "0.attn.act_in.0"]}), micro)
     with pytest.raises(
         CircuitError, match=r"has weight 0 between the kept nodes, not 1\.5"

@@ -116,7 +116,8 @@ def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circu
 def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: HookMeans | None, **about: Any) -> Circuit:
     """The circuit that keeps, at each (layer, location), the nodes with the given indices."""
     hooks, kept = node_hooks(model), {}
-    for layer, location in nodes.keys() - hooks.keys():
+    if wrong := sorted(nodes.keys() - hooks.keys()):  # never a location: `Node.parse` knows them
+        layer, location = wrong[0]
         raise CircuitError(f"{layer}.{location} does not exist: the model has {model.cfg.n_layers} layers, from 0")
     for (layer, location), hook in hooks.items():
         size, indices = model.sparse_cfg.location_size(location), nodes.get((layer, location), torch.arange(0))
@@ -133,7 +134,8 @@ def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:
         raise CircuitError(f"{name}: the indices of kept nodes must be a 1-D tensor of integers, not {found}")
     first = indices[: size + 1].long()  # if there are more than `size`, one of these is wrong already
     if wrong := [i for i, times in Counter(first.tolist()).items() if times > 1 or not 0 <= i < size]:
-        raise CircuitError(f"{name}: index {wrong[0]} is twice or out of range; they run from 0 to {size - 1}")
+        problem = "there twice" if 0 <= wrong[0] < size else f"out of range; they run from 0 to {size - 1}"
+        raise CircuitError(f"{name}: index {wrong[0]} is {problem}")
     return torch.zeros(size, dtype=torch.bool).index_fill(0, first, True)
 
 
