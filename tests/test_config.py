@@ -61,6 +61,8 @@ def test_impossible_sizes(size):
         (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* keeps at least one of the 6 entries"),
         (dict(abs_topk={"attn_q": 1.5}), r"abs_topk\['attn_q'\] = 1.5 .* a fraction of at most 1"),
         (dict(abs_topk={"mlp_in": float("nan")}), r"abs_topk\['mlp_in'\] = nan .* a fraction"),
+        (dict(abs_topk={"mlp_in": float("-inf")}), r"abs_topk\['mlp_in'\] = -inf .* a fraction"),
+        (dict(abs_topk={"mlp_in": -1e308}), r"abs_topk\['mlp_in'\] = -1e\+308 .* a fraction"),
         (dict(abs_topk={"mlp_in": "0.5"}), r"abs_topk\['mlp_in'\] = '0.5' .* a fraction"),
         (dict(abs_topk={"mlp_in": True}), r"abs_topk\['mlp_in'\] = True .* a fraction"),
     ],

@@ -159,7 +159,7 @@ class SparseConfig:
             number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             dim = self.location_size(location)
             expected = f"a fraction of at most 1 that keeps at least one of the {dim} entries there"
-            valid = number and fraction <= 1 and int(fraction * dim) >= 1
+            valid = number and 0 < fraction <= 1 and int(fraction * dim) >= 1
             check(valid, f"abs_topk[{location!r}]", fraction, expected)
 
     @property
