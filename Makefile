@@ -35,9 +35,9 @@ pytest = $1/bin/python -c "import platform; from importlib.metadata import versi
 	print('== TransformerLens', v('transformer-lens'), '| torch', v('torch'), '| Python', platform.python_version())" \
 	&& HF_HUB_OFFLINE=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS)
 
-bench: $(TL4)/.tools  ## measure again what the README claims (tests/benchmarks)
-	@if [ -d $(BENCHMARKS) ]; then $(TL4)/bin/python -m pytest -q -s $(BENCHMARKS); \
-	else echo "no $(BENCHMARKS)"; fi
+bench: $(TL4)/.tools $(TL3)/.tools  ## measure again what the README claims (tests/benchmarks)
+	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
+	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
 
 lint: $(TL4)/.tools  ## ruff
 	$(TL4)/bin/ruff check .
