@@ -5,13 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import stat
 
 import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from formats import write_openai
+from formats import write_circuitgpt, write_openai, write_sparse_pretrain
 from helpers import (
     GOLDEN,
     full_config,
@@ -23,7 +24,7 @@ from helpers import (
 )
 from tl_sparse import SparseConfig, create, load
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
-from tl_sparse.files import replacing, write_json
+from tl_sparse.files import replacing, write_json, write_tensors
 from tl_sparse.fingerprint import fingerprint
 
 # --- the original implementation ----------------------------------------------------------------------------
@@ -155,6 +156,31 @@ def test_the_tokenizer_is_saved_beside_the_model(tmp_path):
     word_tokenizer([*words, *"defghijk"]).save_pretrained(tmp_path)
     with pytest.raises(TokenizerError, match="the tokenizer has 12 tokens, the model d_vocab = 11"):
         load(tmp_path, device="cpu")
+
+
+def test_a_tokenizer_does_not_outlive_its_model(tmp_path):
+    tiny_model(tokenizer=word_tokenizer(["<|endoftext|>", "a"])).save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    assert load(tmp_path, device="cpu").tokenizer is None
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("write", [write_openai, write_circuitgpt, write_sparse_pretrain])
+def test_a_model_of_another_format_is_not_written_over(write, tmp_path):
+    """What is saved beside it would not be what is read."""
+    write(tmp_path, tiny_model())
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f"cannot write .*{tmp_path.name}: a model of another format"):
+        tiny_model(seed=1, tokenizer=word_tokenizer(["<|endoftext|>", "a"])).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@pytest.mark.parametrize("name", ["beeg_config.json", "final_model.pt", "pytorch_model.bin", "config.json"])
+def test_half_a_model_of_another_format_is_not_written_over(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"cannot write .*, with {name}"):
+        tiny_model().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [name]
 
 
 # --- OpenAI's format -------------------------------------------------------------------------------------------
@@ -455,6 +481,18 @@ def test_damaged_weights(name, change, message, folder):
         load(folder, device="cpu")
 
 
+def test_a_layer_with_a_number_that_no_integer_has(folder, tmp_path):
+    number = "7" * 5000
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {f"blocks.{number}.ln1.w": torch.ones(6)}, folder / "model.safetensors")
+    theirs = write_openai(tmp_path / "openai", tiny_model())
+    weights = torch.load(theirs / "final_model.pt", weights_only=True)
+    torch.save(weights | {f"transformer.h.{number}.ln_1.weight": torch.ones(6)}, theirs / "final_model.pt")
+    for path in (folder, theirs):
+        with pytest.raises(CheckpointError, match=f"unexpected blocks.{number}.ln1.w"):
+            load(path, device="cpu")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_truncated_weights(share, folder):
     path = folder / "model.safetensors"
@@ -481,6 +519,25 @@ def test_impossible_dtypes(dtype, saved):
     for make in (lambda: load(saved, dtype=dtype), lambda: create(tiny_config(), 0, dtype=dtype)):
         with pytest.raises(ConfigError, match=f"dtype = {dtype!r} is not possible; use one of float32, float64"):
             make()
+
+
+@pytest.mark.parametrize("source", [None, 3, b"folder"])
+def test_what_is_no_place_of_a_model(source):
+    with pytest.raises(CheckpointError, match=f"^{str(source)!r} is not a folder"):
+        load(source)
+
+
+def test_impossible_arguments(saved):
+    for make in (lambda: load(saved, tokenizer=3), lambda: create(tiny_config(), 0, tokenizer=3)):
+        with pytest.raises(TokenizerError, match="tokenizer = 3 is not a tokenizer"):
+            make()
+    for seed in (None, "0", 0.5, 2**64, -(2**63) - 1):
+        with pytest.raises(ConfigError, match=f"seed = {seed!r} is not possible; it must be an integer of 64 bits"):
+            create(tiny_config(), seed)
+    for seed in (2**64 - 1, -(2**63)):
+        create(tiny_config(), seed)
+    with pytest.raises(ConfigError, match=r"config = \{\} is not possible; it must be a SparseConfig"):
+        create({}, 0)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -530,6 +587,20 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
         write_json(tmp_path / "file" / "config.json", {})
     with pytest.raises(CheckpointError, match=r"cannot write .*file/model\.safetensors"):
         tiny_model().save_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"cannot write the tokenizer to .*file"):
+        tiny_model(tokenizer=word_tokenizer(["<|endoftext|>"])).save_pretrained(tmp_path / "file")
+
+
+def test_files_are_made_as_the_umask_says(tmp_path, monkeypatch):
+    old = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # which is the whole process's: not even for a moment
+        write_json(tmp_path / "a", {})
+        write_tensors(tmp_path / "b", {"x": torch.ones(2)})
+    finally:
+        monkeypatch.undo()
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------

@@ -524,12 +524,25 @@ def test_damaged_tiktoken_files(change, like_gpt2, tmp_path):
 def test_openais_folders_have_openais_tokenizer(tmp_path, monkeypatch):
     words = ["<|endoftext|>", *map(str, range(2047))]
     word_tokenizer(words).save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", lambda: tmp_path / "tokenizer")
-    folder = write_openai(tmp_path / "model", tiny_model(d_vocab=2048))
+    asked = []
+
+    def openai_tokenizer(local_only):
+        asked.append(local_only)
+        return tmp_path / "tokenizer"
+
+    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", openai_tokenizer)
+    model = tiny_model(d_vocab=2048)
+    folder = write_openai(tmp_path / "model", model)
     assert load(folder).to_tokens("7 5", prepend_bos=False).tolist() == [[8, 6]]
     assert load(folder, tokenizer=word_tokenizer(words[:9])).tokenizer.vocab_size == 9
     assert load(write_openai(tmp_path / "other", tiny_model())).tokenizer is None
-    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", lambda: None)
+    assert load(write_openai(tmp_path / "other", model, tokenizer_name="gpt2_2k")).tokenizer is None
+    assert asked == [True]  # a folder here needs no network …
+    assert load(write_openai(tmp_path / "other", model, drop=["tokenizer_name"])).tokenizer is not None
+    monkeypatch.setattr("tl_sparse.checkpoints.find", lambda source, revision: folder)
+    assert load("csp_yolo1").tokenizer is not None
+    assert asked == [True, True, False]  # … which a published name may
+    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", lambda local_only: None)
     assert load(folder).tokenizer is None
 
 

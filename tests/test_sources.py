@@ -56,12 +56,15 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", ["csp_yolo3", "no_such_folder", "gpt2", "", "a/b/c", "/no/such/folder", "user/répo", "a\0b"]
-)
+    "source", ["csp_yolo3", "no_such_folder", "gpt2", "", "a/b/c", "/no/such/folder", "user/répo", "a\0b",
+               "csp_sweep1_..x_1Mnonzero_afrac..", "csp_sweep1_1x_1Mnonzero_afrac0.", "dense1_.x", "dense1_1.2.3x"]
+)  # fmt: skip
 def test_anything_else_is_refused_with_what_is_possible(source):
     start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that OpenAI published: "
     near = {"csp_yolo3": "; did you mean 'csp_yolo2'?"}.get(source, "")
-    assert failure(source) == start + NAMES + near
+    message = failure(source)
+    assert message.startswith(start + NAMES)
+    assert message == start + NAMES + near or source.startswith(("csp_sweep1", "dense1"))
 
 
 @pytest.mark.parametrize(
@@ -345,6 +348,13 @@ def test_a_model_that_the_storage_does_not_have(storage, folder):
     expected = f"{url} cannot be fetched: HTTP Error 404: Not Found; OpenAI's models are {NAMES}; did you mean "
     assert failure("csp_yolo2").startswith(expected)
     assert storage.asked == []
+    assert list(folder.parent.iterdir()) == []  # not an empty folder for each misspelled name
+
+
+def test_half_a_model_in_the_storage_is_kept(storage, folder):
+    del storage.files["final_model.pt"]
+    assert "HTTP Error 404" in failure("csp_yolo1")
+    assert contents(folder) == {"beeg_config.json": CONFIG}
 
 
 def test_a_refusal_is_not_asked_for_again(storage):
@@ -564,3 +574,13 @@ def test_openai_tokenizer_comes_from_the_hub_and_then_from_the_cache(tmp_path, m
     assert names(folder) == ["tokenizer.json", "tokenizer_config.json"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert sources.openai_tokenizer() == folder
+
+
+def test_openai_tokenizer_can_be_had_without_a_request(tmp_path, monkeypatch):
+    asked = []
+    with serving(lambda method, path, headers: asked.append(path) or Answer(status=500)) as url:
+        point_hub_at(monkeypatch, url, tmp_path / "hub")
+        assert sources.openai_tokenizer(local_only=True) is None
+        folder = cache_snapshot(tmp_path / "hub", "openai/circuit-sparsity", {"tokenizer.json": b"{}"})
+        assert sources.openai_tokenizer(local_only=True) == folder
+    assert asked == []

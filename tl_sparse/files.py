@@ -1,8 +1,7 @@
 """Reading and writing files so that nothing is ever lost and damage is named."""
 
 import json
-import os
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,19 +28,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if the folder cannot be written to.
     """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # what the umask leaves
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; give the result what a plain open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # safetensors makes a private file instead
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

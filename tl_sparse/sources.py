@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import time
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +27,9 @@ _DESCRIBED_BY = ("config.json", "beeg_config.json", "circuit.json")
 
 STORAGE = "https://openaipublic.blob.core.windows.net/circuit-sparsity/models"
 _STORED = ("beeg_config.json", "final_model.pt")
-_OPENAI_NAME = re.compile(r"csp_(yolo|bridges?)[12]|csp_sweep1_[\d.]+x_[\d.]+[kM]?nonzero_afrac[\d.]+|dense\d_[\d.]+x")
+_OPENAI_NAME = re.compile(
+    r"csp_(yolo|bridges?)[12]|csp_sweep1_Nx_N[kM]?nonzero_afracN|dense\d_Nx".replace("N", r"\d+(\.\d+)?"), re.ASCII
+)
 _OPENAI_NAMES = (
     "csp_yolo1", "csp_yolo2", "csp_bridges1", "csp_bridges2", "dense1_1x", "dense1_2x", "dense1_4x",
     "csp_sweep1_1x_3.7Mnonzero_afrac0.250",  # one of many
@@ -55,7 +58,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
             return _openai_folder(source)
     if revision is not None:
         raise CheckpointError(f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository")
-    if not os.path.isdir(source):
+    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         raise CheckpointError(
             f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that OpenAI "
             f"published: {_openai_names(str(source))}"
@@ -63,10 +66,12 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     return Path(source)
 
 
-def openai_tokenizer() -> Path | None:
-    """A folder with OpenAI's tokenizer `tinypython_2k`, from their hub repository; None if that cannot be read."""
+def openai_tokenizer(local_only: bool = False) -> Path | None:
+    """A folder with OpenAI's tokenizer `tinypython_2k`, from their hub repository, or with `local_only` from the
+    cache; None if it cannot be had."""
+    files = ["tokenizer*.json", "special_tokens_map.json"]
     try:
-        folder = _snapshot("openai/circuit-sparsity", None, ["tokenizer*.json", "special_tokens_map.json"])
+        folder = _snapshot("openai/circuit-sparsity", None, files, local_only)
     except CheckpointError:
         return None
     return folder if (folder / "tokenizer.json").is_file() else None
@@ -81,10 +86,12 @@ def _hub_folder(repo: str, revision: str | None) -> Path:
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(repo: str, revision: str | None, patterns: list[str], local_only: bool = False) -> Path:
     """The files of a repository that fit `patterns`, without those in folders inside it."""
     try:
-        path = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        path = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+        )
     except Exception as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
         raise CheckpointError(f"{repo!r} {_hub_problem(error, repo, revision)}") from error
     return Path(path)
@@ -122,6 +129,10 @@ def _openai_folder(name: str) -> Path:
             with FileLock(folder / ".lock"):  # another process may be fetching the same
                 for file in missing:
                     _download(f"{STORAGE}/{name}/{file}", folder / file)
+        except CheckpointError as error:
+            if getattr(error.__cause__, "code", None) == 404 and not any(folder.glob("[!.]*")):
+                shutil.rmtree(folder, ignore_errors=True)  # there is no such model
+            raise
         except OSError as error:
             raise CheckpointError(f"{name!r} cannot be kept in the cache; HF_HOME is its place: {error}") from error
     return folder

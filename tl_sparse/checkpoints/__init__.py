@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.checkpoints.native import read_ours
 from tl_sparse.checkpoints.native import save_model as save_model
@@ -15,21 +16,18 @@ from tl_sparse.checkpoints.network import resolve_device as resolve_device
 from tl_sparse.checkpoints.network import resolve_dtype as resolve_dtype
 from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
 from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
-from tl_sparse.config import SparseConfig
-from tl_sparse.errors import CheckpointError
+from tl_sparse.config import SparseConfig, check
+from tl_sparse.errors import CheckpointError, TokenizerError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json
 from tl_sparse.modules import SparseTransformer, init_weights
 from tl_sparse.sources import find, openai_tokenizer
 from tl_sparse.tokenizer import find_tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 #: `model_type` in a config.json → its reader.
 _READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
-#: Entries of `tinypython_2k`, the tokenizer of all models in OpenAI's folders, which is in none of them.
-_OPENAI_VOCAB = 2048
+#: The tokenizer of the models in OpenAI's folders, which is in none of them; and its number of entries.
+_OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 
 
 def load(
@@ -52,7 +50,7 @@ def load(
         dtype: None keeps the file's (the widest, if it has several).
         revision: of a hub repository: a branch, tag or commit.
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
-            from their hub repository for their folders, if it can be had.
+            from their hub repository for their models, if it can be had; for a folder here only from the cache.
 
     Returns:
         A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
@@ -60,14 +58,17 @@ def load(
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device` or `dtype`.
-        TokenizerError: if the tokenizer cannot be read or has more tokens than the model.
+        TokenizerError: if the tokenizer is none, cannot be read or has more tokens than the model.
     """
+    _check_tokenizer(tokenizer, str | Path | PreTrainedTokenizerBase)
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     folder = find(source, revision)
     cfg, state = read_checkpoint(folder)
     tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
-    if tokenizer is None and cfg.d_vocab == _OPENAI_VOCAB and (folder / "beeg_config.json").is_file():
-        tokenizer = openai_tokenizer()
+    said = read_json(path) if (path := folder / "beeg_config.json").is_file() else {}
+    theirs = said.get("vocab_size") == _OPENAI_VOCAB and said.get("tokenizer_name") in (None, _OPENAI_TOKENIZER)
+    if tokenizer is None and theirs:
+        tokenizer = openai_tokenizer(local_only=Path(source).is_dir())
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
@@ -83,9 +84,17 @@ def create(
     dtype: str | torch.dtype | None = None,
 ) -> Any:
     """A fresh model from its architecture and a seed; otherwise as `load`."""
+    check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
+    check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "an integer of 64 bits")
+    _check_tokenizer(tokenizer, PreTrainedTokenizerBase)
     network = SparseTransformer(config)
     init_weights(network, seed)
     return wrap(network.to(device=resolve_device(device), dtype=resolve_dtype(dtype)), tokenizer)
+
+
+def _check_tokenizer(tokenizer: object, kinds: Any) -> None:
+    if tokenizer is not None and not isinstance(tokenizer, kinds):
+        raise TokenizerError(f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor a place of one")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

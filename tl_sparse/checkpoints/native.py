@@ -9,12 +9,14 @@ from tl_sparse.checkpoints.compact import pack, unpack
 from tl_sparse.checkpoints.network import Checkpoint, naming
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError
-from tl_sparse.files import read_tensors, write_json, write_tensors
+from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from tl_sparse.faces import SparseModel
 
 FORMAT_VERSION = 1
+_OTHER_FORMATS = ("beeg_config.json", "final_model.pt", "pytorch_model.bin")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
@@ -23,9 +25,23 @@ def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
     Args:
         dense: store zeros like any other value. Else they take no space (see `compact.py`), and what
             reads `model.safetensors` must be tl_sparse.
+
+    Raises:
+        CheckpointError: if the folder cannot be written to, or a model of another format is there: what is
+            saved beside it would not be what is read.
     """
+    config = folder / "config.json"
+    others = [name for name in _OTHER_FORMATS if (folder / name).exists()]
+    if config.exists() and read_json(config).get("model_type") != "tl_sparse":
+        others.append(config.name)
+    if others:
+        raise CheckpointError(f"cannot write {folder}: a model of another format is there, with {', '.join(others)}")
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the tokenizer to {folder}: {error}") from error
     state = model.state_dict()
     write_tensors(folder / "model.safetensors", state if dense else pack(state))
     about = {
@@ -34,7 +50,10 @@ def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
         "format_version": FORMAT_VERSION,
         "storage": "dense" if dense else "compact",
     }
-    write_json(folder / "config.json", about | model.sparse_cfg.to_dict())
+    write_json(config, about | model.sparse_cfg.to_dict())
+    if model.tokenizer is None:
+        for name in _TOKENIZER:  # that of an earlier model
+            (folder / name).unlink(missing_ok=True)
 
 
 def read_ours(folder: Path, values: dict[str, Any]) -> Checkpoint:

@@ -76,7 +76,7 @@ def build_network(
         CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
     """
     # Counted first: a wrong n_layers must not make the machine build a billion blocks.
-    layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if cfg.n_layers > 100_000 or layers != set(range(cfg.n_layers)):
         raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
     try:
