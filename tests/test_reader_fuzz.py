@@ -5,6 +5,7 @@ how many were read and refused. The tests run it in a process of its own, so tha
 it takes are the reader's.
 """
 
+import contextlib
 import io
 import json
 import random
@@ -19,6 +20,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -139,32 +141,62 @@ def expanded(tensors):
     return out
 
 
+def said(folder, values):
+    """What a configuration file says, of what decides what the model computes; defaults for what it leaves out."""
+    if folder.kind in ("dense", "compact"):
+        fields = SparseConfig.__dataclass_fields__.values()
+        defaults = {f.name: f.default for f in fields if f.default is not MISSING} | {"abs_topk": {}}
+        return {f.name: values.get(f.name, defaults.get(f.name)) for f in fields}
+    if folder.kind == "sparse_pretrain":
+        defaults = SPARSE_PRETRAIN_DEFAULTS | {"enable_activation_sparsity": "sparsity_config" in values}
+        values = values["model_config"] | values.get("sparsity_config", {})
+    else:
+        defaults = OPENAI_DEFAULTS | {"d_head": values["d_model"] // values["n_head"]}
+    defaults |= {"d_mlp": 4 * values["d_model"]}
+    says = {key: values.get(key, defaults.get(key)) for key in REQUIRED[folder.kind] | defaults.keys()}
+    says |= {key: defaults[key] for key in OR_NULL & defaults.keys() if says[key] is None}
+    where, share = ACTIVATIONS[folder.kind]
+    says[where] = list(dict.fromkeys(filter(None, says[where].split(","))))
+    if folder.kind != "sparse_pretrain":
+        return says if says[share] is not None else says | {where: []}
+    if not says.pop("enable_activation_sparsity") or not says[where]:
+        return says | {where: [], share: 0.25}  # what the writer says without AbsTopK
+    return says | {share: says[share] if int(says[share] * 6) else 0.25}  # of six entries at least one is kept
+
+
+#: What stands for an absent key, and for null where that is allowed.
+OPENAI_DEFAULTS = dict(
+    bias=True, ln_bias=True, rms_norm=False, residual_activation_type="identity", activation_type="gelu", afrac=None,
+    afrac_loctypes="attn_in,attn_out,mlp_in,mlp_out", tied_unembed=True, enable_bigram_table=False, d_pos_emb=None,
+    sinusoidal_cat_pos_emb=False, sink=False,
+)  # fmt: skip
+SPARSE_PRETRAIN_DEFAULTS = dict(
+    use_rms_norm=True, tie_embeddings=False, use_positional_embeddings=False, use_bigram_table=True,
+    use_attention_sinks=True, activation="gelu", use_bias=True, activation_topk_fraction=0.25,
+    activation_sparsity_locations="attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out",
+)  # fmt: skip
+OR_NULL = {"d_head", "d_mlp", "d_pos_emb", "afrac", "afrac_loctypes"}
+OPENAI_REQUIRED = {"block_size", "vocab_size", "n_layer", "n_head", "d_model"}
+REQUIRED = {"openai": OPENAI_REQUIRED, "circuitgpt": OPENAI_REQUIRED,
+            "sparse_pretrain": {"n_layer", "d_model", "n_ctx", "d_head", "vocab_size"}}  # fmt: skip
+ACTIVATIONS = {"openai": ("afrac_loctypes", "afrac"), "circuitgpt": ("afrac_loctypes", "afrac"),
+               "sparse_pretrain": ("activation_sparsity_locations", "activation_topk_fraction")}  # fmt: skip
+
+
 def check_same(folder, config, weights, cfg, state):
     """What was read, put back into the format, is what the files say."""
     _, _, values_of, tensors_of = FORMATS[folder.kind]
-    says, read = json.loads(config), values_of(cfg)
-    if folder.kind == "sparse_pretrain":
-        says, read = ({**v["model_config"], **v.get("sparsity_config", {})} for v in (says, read))
-    for key, value in read.items():
-        # An absent key or null stands for a default, some keys for nothing at all, some locations for none.
-        if key in says and says[key] is not None and key in folder.checked_keys:
-            assert says[key] == value, f"{key} = {value!r}, the file has {says[key]!r}"
-    said = expanded(tensors_in(weights)) if folder.kind == "compact" else tensors_in(weights)
+    expected, read = said(folder, json.loads(config)), said(folder, values_of(cfg))
+    assert read == expected, f"read as {read}, the file has {expected}"
+    stored = expanded(tensors_in(weights)) if folder.kind == "compact" else tensors_in(weights)
     read = tensors_of(cfg, state)
     widest = next(iter(state.values())).dtype
-    for name, tensor in said.items():
+    for name, tensor in stored.items():
         same = torch.equal(tensor.to(widest).contiguous().view(torch.uint8), read[name].contiguous().view(torch.uint8))
         assert same, f"{name} is not what the file says"
-    missing = read.keys() - said.keys()
+    missing = read.keys() - stored.keys()
     assert all(name.endswith(("wpe.weight", "lm_head.weight")) for name in missing), f"{missing} are not in the file"
 
-
-Folder.checked_keys = {
-    "block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model", "d_mlp", "bias", "rms_norm",
-    "residual_activation_type", "activation_type", "afrac", "tied_unembed", "enable_bigram_table", "d_pos_emb",
-    "sink", "n_ctx", "use_rms_norm", "tie_embeddings", "use_positional_embeddings", "use_bigram_table", "activation",
-    "use_bias", "use_attention_sinks", *SparseConfig.__dataclass_fields__,
-}  # fmt: skip
 
 # --- damage -------------------------------------------------------------------------------------------------
 
@@ -346,7 +378,8 @@ def damaged_json(folder, rng):
     values = json.loads(folder.config)
     inner = values[rng.choice(["model_config", "sparsity_config"])] if "model_config" in values else values
     key = rng.choice(sorted(inner))
-    strange = [None, [], {}, "x", "", -1, 0, 1, 0.5, True, False, 1e308, float("nan"), [[1]], {"a": 1}, "relu"]
+    strange = [None, [], {}, "x", "", -1, 0, 1, 0.5, True, False, 1e308, -1e308, float("nan"), -float("inf"), [[1]],
+               {"a": 1}, "relu"]  # fmt: skip
     where = rng.random()
     if where < 0.1:
         del inner[key]
@@ -368,23 +401,37 @@ DAMAGE = (truncated, header_bits, index_bits, sizes, huge_sizes, swapped, missin
 # --- the program and the tests ------------------------------------------------------------------------------
 
 
-def peak():
-    """The most bytes this process has had so far: of address space where the system tells, else of memory."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmPeak:\s*(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status():
+    """What the system says of this process, in bytes; nothing where it does not tell."""
+    path = Path("/proc/self/status")
+    found = re.findall(r"(Vm\w+):\s*(\d+)", path.read_text()) if path.exists() else ()
+    return {name: int(size) * 1024 for name, size in found}
+
+
+def most_taken(call):
+    """What `call()` returns, and the bytes by which this process grew at most meanwhile.
+
+    Of memory, whose high-water mark Linux can put back to what is in use now. Of address space, which also counts
+    what is asked for and never written, only if it came higher than ever before.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before, most = status(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = call()
+    after = status()
+    if not after:
+        return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most
+    reserved = after["VmPeak"] - before["VmSize"] if after["VmPeak"] > before["VmPeak"] else 0
+    return result, max(after["VmHWM"] - before["VmRSS"], reserved)
 
 
 def read(path):
-    """The configuration and state dict in a folder, or None and the error, and the bytes that took."""
-    before = peak()
+    """The configuration and state dict in a folder, or None and the error."""
     try:
         cfg, state = read_checkpoint(path)
-        state = build_network(cfg, state, path).state_dict()
+        return cfg, build_network(cfg, state, path).state_dict()
     except TLSparseError as error:
-        return None, error, peak() - before
-    return cfg, state, peak() - before
+        return None, error
 
 
 def fuzz(kinds, count):
@@ -405,7 +452,7 @@ def fuzz(kinds, count):
                     (path / folder.weights_name).write_bytes(weights)
                     print(f"{kind} {damage.__name__} {i}", file=sys.stderr)
                     signal.alarm(SECONDS)
-                    cfg, state, taken = read(path)
+                    (cfg, state), taken = most_taken(lambda: read(path))
                     dense = 0
                     if cfg is not None:
                         dense = sum(x.nbytes for x in state.values())
@@ -424,6 +471,33 @@ def run(count, *kinds, seconds):
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"{time.monotonic() - start:.0f} s", done.stdout)
     return json.loads(done.stdout)
+
+
+def test_an_allocation_is_seen_after_another_and_a_larger_one():
+    for size in (60, 115, 60):
+        _, taken = most_taken(lambda size=size: torch.ones(size, 2**18).sum())
+        assert size - 5 <= taken / 2**20 <= size + 25
+
+
+@pytest.mark.parametrize("kind", ["openai", "sparse_pretrain", "dense"])
+def test_a_wrong_default_is_seen(kind):
+    folder = Folder(kind)
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in ((folder.config_name, folder.config), (folder.weights_name, folder.weights)):
+            (Path(name) / file).write_bytes(content)
+        cfg, state = read(Path(name))
+    check_same(folder, folder.config, folder.weights, cfg, state)
+    optional = {
+        "openai": "bias ln_bias afrac afrac_loctypes d_mlp sink activation_type residual_activation_type d_pos_emb",
+        "sparse_pretrain": "d_mlp activation_topk_fraction activation_sparsity_locations use_positional_embeddings",
+        "dense": "act_fn abs_topk attn_sinks norm_bias resid_relu normalization",
+    }
+    for key in optional[kind].split():
+        values = json.loads(folder.config)
+        del values.get("sparsity_config" if key.startswith("activation_") else "model_config", values)[key]
+        wrong = pytest.raises(AssertionError, match="read as")
+        with contextlib.nullcontext() if key in ("bias", "ln_bias") else wrong:  # these two were at their defaults
+            check_same(folder, json.dumps(values).encode(), folder.weights, cfg, state)
 
 
 def test_damaged_folders():
