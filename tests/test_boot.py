@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tl_sparse.hf
 from helpers import full_config, random_tokens, tiny_model, word_tokenizer
+from tl_sparse.errors import UnsupportedError
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 on_4 = pytest.mark.skipif(version("transformer-lens").startswith("3."), reason="boot_transformers came with 4")
@@ -56,6 +57,37 @@ def test_boot_transformers_gives_our_model(folder):
     assert booted.generate("a b", max_new_tokens=3, do_sample=False, verbose=False) == ours.generate(
         "a b", max_new_tokens=3, do_sample=False, verbose=False
     )
+
+
+@on_4
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boot_transformers_in_another_dtype(stored, dtype, tmp_path):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = word_tokenizer(WORDS, eos_token="<|endoftext|>")
+    model = tiny_model(biases=False, tokenizer=tokenizer).to(dtype=stored)  # zeros stand for the biases
+    model.save_pretrained(tmp_path)
+    booted = TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=dtype)
+    tokens = random_tokens(model)
+    assert booted(tokens).dtype == dtype
+    torch.testing.assert_close(booted(tokens), tl_sparse.load(tmp_path, device="cpu", dtype=dtype)(tokens))
+
+
+def test_transformers_form_of_a_model_is_whole(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {torch.float64}
+    model.save_pretrained(tmp_path / "again")
+    tokens = random_tokens(full_config())
+    expected = model(tokens).logits
+    torch.testing.assert_close(tl_sparse.load(tmp_path / "again", device="cpu")(tokens), expected)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")(tokens).logits, expected)
+    torch.manual_seed(0)
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    assert fresh(tokens).logits.isfinite().all()
+    assert fresh.embed.W_E.std() > 0
+    with pytest.raises(UnsupportedError, match="device_map is not possible"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
 
 
 @on_4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tl_sparse
 from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
 from tl_sparse.config import PAPER_TOPK_LOCATIONS
-from tl_sparse.errors import DataError, UnsupportedError
+from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.tokenizer import load_tokenizer
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -227,6 +227,24 @@ def test_generate_pads_a_batch_on_the_left():
     assert together[1].tolist() == continued(model, torch.tensor([[0, 2, 3, 4]]), 5)[0].tolist()
 
 
+def test_generate_pads_as_it_is_asked_to_begin():
+    model = talking_model(seed=4, positions="added", d_pos=0)
+    settings = dict(max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
+    together = model.generate(["a", "b c d"], prepend_bos=False, **settings)
+    assert together[0, 2:].tolist() == continued(model, torch.tensor([[1]]), 5)[0].tolist()
+    assert together[1].tolist() == continued(model, torch.tensor([[2, 3, 4]]), 5)[0].tolist()
+    assert model.cfg.default_prepend_bos is True
+
+
+def test_an_unfinished_stream_leaves_the_model_alone():
+    model = talking_model()
+    stream = model.generate_stream("a b", max_new_tokens=6, max_tokens_per_yield=1, stop_at_eos=False, verbose=False)
+    next(stream)
+    tokens = torch.tensor([[1, 2, 3]])
+    resid = model(tokens, stop_at_layer=0)
+    torch.testing.assert_close(model(resid, start_at_layer=0, tokens=tokens), model(tokens), rtol=0, atol=1e-12)
+
+
 def test_generate_samples_by_the_seed_and_stops_at_the_end_of_text():
     model = talking_model()
     settings = dict(max_new_tokens=8, verbose=False, return_type="tokens", stop_at_eos=False)
@@ -341,10 +359,60 @@ def test_compiles(config):
     expected = torch.autograd.grad(loss, model.blocks[0].mlp.W_in)[0]
     ours = torch.autograd.grad(compiled(tokens, return_type="loss"), model.blocks[0].mlp.W_in)[0]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hook_embed", "ln_final", "hook_bigram", "blocks.0.attn.hook_pattern"])
+def test_a_module_put_in_the_place_of_another_runs(name):
+    """As SAELens puts an SAE in the place of a hook point."""
+    model = tiny_model(full_config(resid_relu=False, abs_topk={}), dtype=torch.float64)
+    tokens = random_tokens(model)
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(f"{name}.hook_normalized" if name == "ln_final" else name,
+                                                        lambda x, hook: x * 0)])  # fmt: skip
+
+    class Nothing(torch.nn.Module):
+        def __init__(self, replaced):
+            super().__init__()
+            self.replaced = replaced
+
+        def forward(self, x):
+            if name == "ln_final":
+                return x * 0 * self.replaced.w + self.replaced.b
+            return x * 0
+
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    replaced = getattr(owner, leaf)
+    setattr(owner, leaf, Nothing(replaced))
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-12)
+    setattr(owner, leaf, replaced)
+    assert not torch.allclose(model(tokens), expected)
+
+
+def test_run_with_cache_stops_before_a_layer():
+    model = tiny_model(full_config(resid_relu=False, abs_topk={}))
+    tokens = random_tokens(model)
+    for stop in (0, 1, -1):
+        resid, cache = model.run_with_cache(tokens, stop_at_layer=stop)
+        torch.testing.assert_close(resid, model(tokens, stop_at_layer=stop), rtol=1e-4, atol=1e-5)
+        layers = stop % 2
+        assert ("blocks.0.hook_resid_post" in cache) == (layers == 1)
+        assert not any(name.startswith(("blocks.1", "ln_final", "hook_bigram")) for name in cache)
+    assert model.run_with_cache(tokens)[0].shape == (2, 8, 11)  # nothing stays behind
+
+
+def test_second_derivatives_need_explicit_attention():
+    model = tiny_model(full_config(), dtype=torch.float64)
+    tokens = random_tokens(model)
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x) for layer in (0, 1)]):
+        loss = model(tokens, return_type="loss")
+    (first,) = torch.autograd.grad(loss, model.blocks[0].mlp.W_in, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), model.blocks[0].mlp.W_in)
+    assert second.abs().sum() > 0
     seen = []
-    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.shape))]):
-        compiled(tokens)  # hooks act on a compiled model too
-    assert seen == [(2, 8, 6)]
+    handle = model.blocks[0].attn.hook_pattern.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model(tokens)  # torch's own hooks see the pattern too
+    handle.remove()
+    assert seen == [(2, 3, 8, 8)]
 
 
 def test_backward_hooks_and_gradients_at_a_cached_run():
@@ -355,6 +423,55 @@ def test_backward_hooks_and_gradients_at_a_cached_run():
     resid = model(tokens, stop_at_layer=1).detach().requires_grad_()
     model(resid, start_at_layer=1, tokens=tokens, return_type="loss").backward()
     torch.testing.assert_close(gradient, resid.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, t: m(t.float()), r"tokens must be integers \[batch, pos\], not torch.float32 of \[2, 8\]"),
+        (lambda m, t: m(t > 3), r"tokens must be integers \[batch, pos\], not torch.bool"),
+        (lambda m, t: m(t[None]), r"tokens must be integers \[batch, pos\], not torch.int64 of \[1, 1, 2, 8\]"),
+        (lambda m, t: m([1, 2]), "text, a list of texts, or token ids, not list"),
+        (lambda m, t: m(None), "text, a list of texts, or token ids, not NoneType"),
+        (lambda m, t: m([]), "text, a list of texts, or token ids, not list"),
+        (lambda m, t: m(t, attention_mask=torch.ones(8)), r"attention_mask must have the tokens' shape, \[2, 8\]"),
+        (lambda m, t: m(t, position_ids=torch.arange(8)), r"position_ids must have the tokens' shape, \[2, 8\]"),
+        (lambda m, t: m(t, position_ids=torch.full((2, 8), 8)), r"position_ids must be in \[0, 8\), the model's"),
+        (lambda m, t: m(torch.zeros(2, 8, 7), start_at_layer=1, tokens=t), r"must be \[2, 8, 6\] .* not \[2, 8, 7\]"),
+        (lambda m, t: m(torch.zeros(2, 7, 6), start_at_layer=1, tokens=t), r"must be \[2, 8, 6\] .* not \[2, 7, 6\]"),
+    ],
+)
+def test_inputs_of_a_wrong_kind(call, message):
+    model = tiny_model(full_config())
+    with pytest.raises(DataError, match=message):
+        call(model, random_tokens(model))
+
+
+def test_a_partial_run_does_not_invent_padding():
+    tokenizer = word_tokenizer(WORDS, eos_token=WORDS[0], bos_token=WORDS[4], pad_token=WORDS[0])
+    tokenizer.padding_side = "left"
+    model = tiny_model(tokenizer=tokenizer)
+    tokens = torch.tensor([[4, 1, 2]])
+    resid = model(tokens, stop_at_layer=0)
+    with pytest.raises(DataError, match=r"start_at_layer needs tokens=….* padding on the left"):
+        model(resid, start_at_layer=0)
+    torch.testing.assert_close(model(resid, start_at_layer=0, tokens=tokens), model(tokens))
+
+
+def test_special_tokens_are_completed_on_a_copy():
+    plain = word_tokenizer(["?", "a", "<|endoftext|>"])  # known to the vocabulary, but not as a special token
+    model = tiny_model(tokenizer=plain)
+    assert model.to_tokens("a").tolist() == [[2, 1]]
+    assert (plain.eos_token, plain.pad_token) == (None, None)
+    with pytest.raises(TokenizerError, match=r"no end-of-text token: neither eos_token nor '<\|endoftext\|>'"):
+        tiny_model(tokenizer=word_tokenizer(["?", "a"]))
+    bare = tiny_model()
+    with pytest.raises(TokenizerError, match="set_tokenizer gives it one"):
+        bare.to_tokens("a")
+    bare.set_tokenizer(plain)
+    assert bare.to_tokens(["a", "a a"]).shape == (2, 3)
+    with pytest.raises(TokenizerError, match="a tokenizer of transformers is needed, not int"):
+        bare.set_tokenizer(3)
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():
@@ -368,6 +485,9 @@ def test_from_pretrained_is_load(tmp_path):
     again = type(model).from_pretrained(str(tmp_path / "model"), device="cpu", dtype="float32")
     assert type(again) is type(model)
     assert again.cfg.dtype == torch.float32
+    assert type(type(model).from_pretrained_no_processing(tmp_path / "model", fold_ln=False)) is type(model)
+    with pytest.raises(UnsupportedError, match="must stay as they are"):
+        type(model).from_pretrained(tmp_path / "model", fold_ln=True)
     torch.testing.assert_close(again("a b"), model("a b").float(), rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import ArchitectureAdapter, TransformerBridge
 
-from tl_sparse.errors import TokenizerError, UnsupportedError
+from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
 from tl_sparse.modules import SparseTransformer
 
@@ -47,12 +48,10 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         for name, value in tl_config_fields(bridge.network).items():
             if name != "model_name":
                 object.__setattr__(bridge.cfg, name, value)
-        bridge.network.follow(bridge.cfg)
         self.reads_bigram_table = bridge.network.cfg.bigram_table
         # The bridge's fallback for parameters that no component owns; now the modules themselves own them.
         bridge._modules.pop("_container_state_owners", None)
-        for name, child in bridge.network.named_children():
-            setattr(bridge, name, child)
+        bridge.adopt_network(bridge.cfg)
         for block in bridge.blocks:  # as on TransformerLens 4's own models, under both names
             for name in ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in"):
                 setattr(block.attn, name, getattr(block, name))
@@ -72,22 +71,30 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
             tokenizer, cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, cfg.d_vocab)
         TransformerBridge.__init__(self, network, SparseArchitectureAdapter(cfg), tokenizer)
 
-    @classmethod
-    def from_pretrained(cls, source: str, *args: Any, **kwargs: Any) -> Any:
-        """The same call as `tl_sparse.load`."""
-        from tl_sparse.checkpoints import load
-
-        return load(source, *args, **kwargs)
-
     @property
     def network(self) -> SparseTransformer:  # type: ignore[override]
+        """What runs: the wrapped model, or the network inside transformers' form of it."""
         model: Any = self.original_model
         return getattr(model, "network", model)
 
-    def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        if self.tokenizer is None:
-            raise TokenizerError("this model has no tokenizer, so it takes token ids only; model.tokenizer = … sets it")
-        return super().to_tokens(input, *args, **kwargs)
+    def run_with_cache(self, *args: Any, stop_at_layer: int | None = None, **kwargs: Any) -> Any:
+        """`TransformerBridge.run_with_cache`, which itself can stop only at a hook point of its own blocks."""
+        if stop_at_layer is None:
+            return super().run_with_cache(*args, **kwargs)
+        self.__dict__["forward"] = partial(self.forward, stop_at_layer=stop_at_layer)
+        try:
+            return super().run_with_cache(*args, **kwargs)
+        finally:
+            del self.__dict__["forward"]
+
+    def generate(self, *args: Any, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
+        """`TransformerBridge.generate`, which masks padding by `cfg.default_prepend_bos`, not by `prepend_bos`."""
+        default = self.cfg.default_prepend_bos
+        self.cfg.default_prepend_bos = default if prepend_bos is None else prepend_bos
+        try:
+            return super().generate(*args, prepend_bos=prepend_bos, **kwargs)
+        finally:
+            self.cfg.default_prepend_bos = default
 
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,16 @@ from tl_sparse.cache import SparseActivationCache
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
+from tl_sparse.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+#: TransformerLens' options to change weights when a model is loaded.
+_PROCESSING = (
+    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
+)  # fmt: skip
 
 
 def transformer_lens_line() -> int:
@@ -42,8 +50,54 @@ class SparseModel(nn.Module):
     tokenizer: Any
     cfg: Any
     W_U: Any
-    to_tokens: Any
     loss_fn: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # The network runs; tools such as SAELens put modules of their own in the place of the face's.
+        if isinstance(value, nn.Module) and name in self.__dict__.get("_network_children", ()):
+            setattr(self.network, name, value)
+
+    def adopt_network(self, flags: Any) -> None:
+        """Make the network's modules this model's own, under their names, and let `flags` act in them."""
+        self.network.follow(flags)
+        for name, child in self.network.named_children():
+            setattr(self, name, child)
+        self.__dict__["_network_children"] = {name for name, _ in self.network.named_children()}
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The same call as `tl_sparse.load`; TransformerLens' options to process weights must be off.
+
+        Raises:
+            UnsupportedError: if one is on.
+        """
+        from tl_sparse.checkpoints import load
+
+        if any(kwargs.pop(name, False) for name in _PROCESSING):
+            cls._refuse_processing()
+        return load(source, *args, **kwargs)
+
+    from_pretrained_no_processing = from_pretrained
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:
+        """Give the model a tokenizer; its missing special tokens become `<|endoftext|>`, or the end-of-text token.
+
+        Raises:
+            TokenizerError: if its vocabulary is larger than the model's, or it has no end-of-text token.
+        """
+        self.tokenizer, self.cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)
+        self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side
+
+    def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' method: text → tokens [batch, pos].
+
+        Raises:
+            TokenizerError: without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
+        return super().to_tokens(input, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def sparse_cfg(self) -> SparseConfig:
@@ -92,24 +146,31 @@ class SparseModel(nn.Module):
             stop_at_layer: return the residual stream that enters this block.
 
         Raises:
-            DataError: for a sequence longer than the context, or a missing `tokens`.
+            DataError: for a sequence longer than the context, a missing `tokens`, or an input of another kind.
             TokenizerError: for text without a tokenizer.
         """
         resid: Tensor | None = None
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        padded = attention_mask is None and side == "left" and self.tokenizer is not None
         if start_at_layer is not None:
             resid = self._as_resid(input)
             if tokens is None:
-                if stop_at_layer is None and (self.sparse_cfg.bigram_table or return_type in ("loss", "both")):
-                    raise DataError("start_at_layer needs tokens=…: the loss and the bigram table read them")
+                needed = stop_at_layer is None and (self.sparse_cfg.bigram_table or return_type in ("loss", "both"))
+                if needed or padded:
+                    raise DataError(
+                        "start_at_layer needs tokens=…: the loss, the bigram table and padding on the left read them"
+                    )
                 tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
         elif isinstance(input, Tensor):
             tokens = input if input.ndim == 2 else input[None]
         else:
+            if not isinstance(input, str) and not (input and all(isinstance(text, str) for text in input)):
+                raise DataError(f"the input must be text, a list of texts, or token ids, not {type(input).__name__}")
             tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
-        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
-        if attention_mask is None and side == "left" and self.tokenizer is not None:
+        if padded:
             bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
             attention_mask = get_attention_mask(self.tokenizer, tokens, bos, side)
+        self.network.check_input(tokens, resid, attention_mask, position_ids)
         out = self.network(
             tokens.to(self.network.embed.W_E.device), attention_mask, position_ids,
             resid=resid, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer,
@@ -142,7 +203,9 @@ class SparseModel(nn.Module):
 
     # --- what cannot be right on such a model -----------------------------------------------------------------
 
-    def _refuse_processing(self, *args: Any, **kwargs: Any) -> Any:
+    @classmethod
+    def _refuse_processing(cls, *args: Any, **kwargs: Any) -> Any:
+        """Not possible on this model: its weights cannot be folded or centered."""
         raise UnsupportedError(
             "the weights of this model must stay as they are: AbsTopK and what it drops depend on the scale of "
             "every channel, so norm weights and biases cannot be folded into other weights, nor weights be "
@@ -207,7 +270,7 @@ class SparseModel(nn.Module):
         super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        cfg, parameters = self.sparse_cfg, list(self.network.parameters())
+        cfg, parameters = self.sparse_cfg, [p for p in self.network.parameters() if not p.is_meta]
         kept = sum(int(p.count_nonzero()) for p in parameters)
         total = sum(p.numel() for p in parameters)
         return (
@@ -239,20 +302,29 @@ def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Check and complete a tokenizer; also whether it puts the begin-of-text token in front by itself.
+    """A tokenizer checked and completed, as a copy; also whether it puts the begin-of-text token in front itself.
 
     TransformerLens' own set-up reloads the tokenizer from the place it came from, which fails for one that
     was made in memory; the rest of it is these lines.
 
     Raises:
-        TokenizerError: if the vocabulary is larger than the model's.
+        TokenizerError: if the vocabulary is larger than the model's, or it has no end-of-text token.
     """
+    if not hasattr(tokenizer, "add_special_tokens") or not hasattr(tokenizer, "all_special_tokens"):
+        raise TokenizerError(f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}")
     size = len(tokenizer)
     if size > d_vocab:
         raise TokenizerError(f"the tokenizer has {size} tokens, the model d_vocab = {d_vocab}: not its tokenizer")
-    tokenizer.eos_token = tokenizer.eos_token or "<|endoftext|>"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer = copy.deepcopy(tokenizer)
+    known = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, END_OF_TEXT]
+    end = next((token for token in known if token is not None and token in tokenizer.get_vocab()), None)
+    if end is None:
+        raise TokenizerError(
+            f"the tokenizer has no end-of-text token: neither eos_token nor {END_OF_TEXT!r} in its vocabulary; "
+            "tokenizer.add_special_tokens({'eos_token': …}) names it"
+        )
+    roles = ("eos_token", "pad_token", "bos_token")
+    tokenizer.add_special_tokens({role: end for role in roles if getattr(tokenizer, role) is None})
     ids = tokenizer.encode("a")
     return tokenizer, len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from tl_sparse.config import SparseConfig
+from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
-from tl_sparse.modules import SparseTransformer
+from tl_sparse.modules import SparseTransformer, init_weights
 
 
 class SparsePretrainedConfig(PretrainedConfig):
@@ -24,31 +27,57 @@ class SparsePretrainedConfig(PretrainedConfig):
 
     @property
     def sparse_cfg(self) -> SparseConfig:
-        return SparseConfig.from_dict({f.name: getattr(self, f.name) for f in fields(SparseConfig)})
+        """The architecture."""
+        names = [f.name for f in fields(SparseConfig) if hasattr(self, f.name)]
+        return SparseConfig.from_dict({name: getattr(self, name) for name in names})
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
-    """The network as a transformers model: token ids in, logits out."""
+    """The network as a transformers model: token ids in, logits out. For anything more, `tl_sparse.load`."""
 
     config_class = SparsePretrainedConfig
+    tokenizer = None
 
     def __init__(self, config: SparsePretrainedConfig, network: SparseTransformer | None = None) -> None:
         super().__init__(config)
-        network = SparseTransformer(config.sparse_cfg) if network is None else network
+        if network is None:
+            network = SparseTransformer(config.sparse_cfg)
+            init_weights(network, int(torch.randint(2**31, ())))  # as transformers does: by torch's own seed
         # Its modules are this model's own, so that parameters have their usual names.
         self.__dict__["network"] = network
         for name, child in network.named_children():
             setattr(self, name, child)
 
     @classmethod
-    def from_pretrained(cls, source: str, *, config: Any = None, revision: str | None = None, **unused: Any) -> Any:
-        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros."""
-        from tl_sparse.checkpoints import build_network, read_checkpoint
+    def from_pretrained(
+        cls, source: str, *, config: Any = None, revision: str | None = None, device_map: Any = None, **options: Any
+    ) -> Any:
+        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros.
+
+        Raises:
+            UnsupportedError: for a `device_map`.
+        """
+        from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype
         from tl_sparse.sources import find
 
-        folder = find(source, revision)
+        if device_map is not None:
+            raise UnsupportedError("device_map is not possible: the model is on one device; move it with .to(device)")
+        asked = options.get("dtype", options.get("torch_dtype"))
+        folder, dtype = find(source, revision), resolve_dtype(None if asked == "auto" else asked)
+        network = build_network(*read_checkpoint(folder), folder, dtype=dtype)
         config = config or SparsePretrainedConfig.from_pretrained(folder)
-        return cls(config, build_network(*read_checkpoint(folder), folder)).eval()
+        return cls(config, network).eval()
+
+    @property
+    def sparse_cfg(self) -> SparseConfig:
+        """The architecture."""
+        return self.network.cfg
+
+    def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
+        """Write our format, as `tl_sparse`'s own models do."""
+        from tl_sparse.checkpoints import save_model
+
+        save_model(self, Path(folder))
 
     def forward(
         self,
@@ -56,6 +85,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> CausalLMOutput:
+        """Logits [batch, pos, d_vocab]."""
         return CausalLMOutput(logits=self.network(input_ids, attention_mask, position_ids))
 
 

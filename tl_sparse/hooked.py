@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from tl_sparse.errors import TokenizerError, UnsupportedError
-from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
+from tl_sparse.errors import UnsupportedError
+from tl_sparse.faces import SparseModel, tl_config_fields
 from tl_sparse.modules import SparseTransformer
 
 if TYPE_CHECKING:
@@ -29,32 +29,11 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         self.cfg = HookedTransformerConfig(**tl_config_fields(network))
         self.tokenizer = None
         self.dataset = None
-        # The face holds the network's modules; the network itself stays outside the module tree.
-        self.__dict__["network"] = network
-        for name, child in network.named_children():
-            setattr(self, name, child)
-        network.follow(self.cfg)
+        self.__dict__["network"] = network  # outside the module tree
+        self.adopt_network(self.cfg)
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         HookedRootModule.setup(self)
-
-    @classmethod
-    def from_pretrained(cls, model_name: str, *args: Any, **kwargs: Any) -> Any:
-        """The same call as `tl_sparse.load`."""
-        from tl_sparse.checkpoints import load
-
-        return load(model_name, *args, **kwargs)
-
-    from_pretrained_no_processing = from_pretrained
-
-    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:
-        self.tokenizer, self.cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)
-        self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side
-
-    def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        if self.tokenizer is None:
-            raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
-        return super().to_tokens(input, *args, **kwargs)
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters by TransformerLens' names; tied or not, the unembedding is among them."""
@@ -73,8 +52,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
-        with self._remembering_tokens():
-            yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
+        yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
 
     @contextmanager
     def _remembering_tokens(self) -> Iterator[None]:
@@ -89,11 +67,12 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             del self._embedded
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""
         kwargs.pop("shortformer_pos_embed", None)
         if kwargs.pop("past_kv_cache", None) is not None:
             raise UnsupportedError("this model reads whole sequences: it has no past_kv_cache; pass all tokens")
-        if kwargs.get("start_at_layer") == 0 and hasattr(self, "_embedded"):
-            kwargs["tokens"] = torch.cat(self._embedded, dim=1)
+        if kwargs.get("start_at_layer") == 0 and getattr(self, "_embedded", None):
+            kwargs.setdefault("tokens", torch.cat(self._embedded, dim=1))
         return super().forward(input, *args, **kwargs)
 
     def get_residual(
@@ -106,6 +85,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return_shortformer_pos_embed: bool = True,
         device: torch.device | None = None,
     ) -> Any:
+        """HookedTransformer's method: embeddings with added positions, the stream entering the first block."""
         resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
         return (resid, None) if return_shortformer_pos_embed else resid
 

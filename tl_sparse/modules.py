@@ -24,7 +24,8 @@ _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, us
 
 def _is_used(hook_point: nn.Module) -> bool:
     """Whether anything looks at this hook point; tools such as SAELens put modules of their own in its place."""
-    return not isinstance(hook_point, HookPoint) or bool(hook_point.has_hooks())
+    hooks = hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks
+    return not isinstance(hook_point, HookPoint) or bool(hooks)
 
 
 class Attention(nn.Module):
@@ -242,6 +243,22 @@ class SparseTransformer(nn.Module):
         block: Any
         for block in self.blocks:
             block.flags = block.attn.flags = flags
+
+    def check_input(
+        self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        """Raise `DataError` unless the parts of an input have the right kinds and shapes; see `forward`."""
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if tokens.ndim != 2 or not whole:
+            raise DataError(f"tokens must be integers [batch, pos], not {tokens.dtype} of {list(tokens.shape)}")
+        if resid is not None and resid.shape != (*tokens.shape, self.cfg.d_model):
+            expected = [*tokens.shape, self.cfg.d_model]
+            raise DataError(f"the residual stream must be {expected} beside these tokens, not {list(resid.shape)}")
+        for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
+            if given is not None and given.shape != tokens.shape:
+                raise DataError(f"{name} must have the tokens' shape, {list(tokens.shape)}, not {list(given.shape)}")
+        if position_ids is not None and not bool(((position_ids >= 0) & (position_ids < self.cfg.n_ctx)).all()):
+            raise DataError(f"position_ids must be in [0, {self.cfg.n_ctx}), the model's context")
 
     def position_ids(self, x: Tensor, mask: Tensor | None) -> Int[Tensor, "batch pos"]:
         """0, 1, … for each real token of `x` [batch, pos, …]; padding before the first one has position 0."""
