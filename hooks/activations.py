@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import ConfigError
+from tl_sparse.hooks.kernels import bits, kernel
 from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
@@ -19,12 +21,44 @@ def abs_topk(x: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch di
     """
     if k >= x.shape[-1]:
         return x
-    return x * _largest(x.detach().abs(), k)
+    if x.device.type != "cpu":
+        return x * _largest_by_sorting(x.detach().abs(), k)
+    # There is nothing to trace in compiled code. (Always to disable tracing would import it, which takes a second.)
+    return (torch.compiler.disable(_on_cpu) if torch.compiler.is_compiling() else _on_cpu)(x, k)
+
+
+def _on_cpu(x: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
+    return _AbsTopK.apply(x.contiguous(), k) if kernel("abs_topk", x) else x * _largest(x.detach().abs(), k)
+
+
+class _AbsTopK(torch.autograd.Function):
+    """AbsTopK by the compiled kernels; `x` is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        x = x.detach()
+        out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        rows, out_rows, mask_rows = (t.view(-1, t.shape[-1]) for t in (x, out, mask))
+        if kernel("abs_topk", x)(rows, bits(rows), k, out_rows, mask_rows) > 0:
+            tied = mask_rows.sum(-1) != k
+            mask_rows[tied] = _largest_by_sorting(rows[tied].abs(), k).bool()
+            out_rows[tied] = rows[tied] * mask_rows[tied]
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of gradients
+            return grad * mask, None
+        out = torch.empty_like(mask, dtype=grad.dtype)
+        kernel("times", grad)(grad.contiguous().view(-1), mask.view(-1), out.view(-1))
+        return out, None
 
 
 def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
     """1 for the `k` largest entries of each row, 0 for the rest."""
-    if magnitudes.device.type != "cpu" or magnitudes.dtype not in (torch.float32, torch.float64):
+    if magnitudes.dtype not in (torch.float32, torch.float64):
         return _largest_by_sorting(magnitudes, k)
     # NumPy's vectorised quickselect finds the k-th largest several times faster than torch.topk on a CPU, and
     # a mask of the activation's own dtype multiplies several times faster than a boolean one.

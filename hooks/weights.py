@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tl_sparse.errors import ConfigError
+from tl_sparse.hooks.kernels import bits, kernel
 
 #: The fraction of weights kept, constant or as a function of the number of optimizer steps done before.
 Fraction = float | Callable[[int], float]
@@ -44,15 +45,13 @@ class WeightGroup:
     @torch.no_grad()
     def project(self, fraction: float, min_nonzero: int) -> None:
         """Zero all but the int(fraction · entries) largest entries; see `top_mask`."""
-        matrix = torch.cat([torch.cat([rearrange(p, pattern) for p, pattern in row], dim=1) for row in self.rows])
-        keep = top_mask(matrix.abs(), int(fraction * matrix.numel()), min_nonzero if self.protected else 0)
-        start = 0
-        for row in self.rows:
-            stop = start + rearrange(row[0][0], row[0][1]).shape[0]
-            widths = [rearrange(p, pattern).shape[1] for p, pattern in row]
-            for (p, pattern), mask in zip(row, keep[start:stop].split(widths, dim=1), strict=True):
-                p.masked_fill_(~_undo(mask, pattern, p), 0.0)
-            start = stop
+        parts = [[rearrange(p, pattern) for p, pattern in row] for row in self.rows]
+        matrix = torch.cat([torch.cat(row, dim=1) if len(row) > 1 else row[0] for row in parts])
+        zero_all_but(matrix, int(fraction * matrix.numel()), min_nonzero if self.protected else 0)
+        blocks = matrix.split([len(row[0]) for row in parts])
+        for row, part, block in zip(self.rows, parts, blocks, strict=True):
+            for (p, pattern), kept in zip(row, block.split([m.shape[1] for m in part], dim=1), strict=True):
+                p.copy_(_undo(kept, pattern, p))
 
 
 def _undo(matrix: Tensor, pattern: str, like: Tensor) -> Tensor:
@@ -66,14 +65,22 @@ def top_mask(magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int) 
 
     Exactly max(k, protected entries) are kept, also among equal magnitudes.
     """
-    ranked = magnitudes
+    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
     if min_per_row > 0:
         protected = magnitudes.topk(min(min_per_row, magnitudes.shape[1]), dim=1).indices
-        ranked = magnitudes.scatter(1, protected, float("inf"))
-        k = max(k, protected.numel())
-    mask = torch.zeros_like(ranked, dtype=torch.bool)
-    mask.view(-1)[ranked.flatten().topk(k, sorted=False).indices] = True
+        mask.scatter_(1, protected, True)
+        k = max(k, protected.numel()) - protected.numel()
+    mask.view(-1)[magnitudes.masked_fill(mask, -1.0).flatten().topk(k, sorted=False).indices] = True
     return mask
+
+
+def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) -> None:
+    """Zero what is not in the `top_mask` of a contiguous matrix."""
+    if k >= matrix.numel():
+        return
+    run, minimum = kernel("zero_all_but", matrix), min(min_per_row, matrix.shape[1])
+    if run is None or not run(bits(matrix), max(k, minimum * len(matrix)), minimum):
+        matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
 
 
 #: How parameters of HookedTransformer's names become matrices: (group, pattern). Q, K and V are one group
