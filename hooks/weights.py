@@ -45,6 +45,8 @@ class WeightGroup:
     @torch.no_grad()
     def project(self, fraction: float, min_nonzero: int) -> None:
         """Zero all but the int(fraction · entries) largest entries; see `top_mask`."""
+        if fraction == 1:
+            return
         parts = [[rearrange(p, pattern) for p, pattern in row] for row in self.rows]
         matrix = torch.cat([torch.cat(row, dim=1) if len(row) > 1 else row[0] for row in parts])
         zero_all_but(matrix, int(fraction * matrix.numel()), min_nonzero if self.protected else 0)
@@ -76,8 +78,6 @@ def top_mask(magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int) 
 
 def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) -> None:
     """Zero what is not in the `top_mask` of a contiguous matrix."""
-    if k >= matrix.numel():
-        return
     run, minimum = kernel("zero_all_but", matrix), min(min_per_row, matrix.shape[1])
     if run is None or not run(bits(matrix), max(k, minimum * len(matrix)), minimum):
         matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
