@@ -88,7 +88,7 @@ $(TL4)/.installed $(TL3)/.installed: .venv-%/.installed: $(INPUTS)
 	|| $(PYTHON) -m venv --clear $(@D) >/dev/null 2>&1 \
 	|| { $(PYTHON) -m venv --clear --without-pip $(@D) \
 	     && $(PYTHON) -m pip --python $(@D)/bin/python install --quiet pip; }
-	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable .
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable '.[fast]'
 	@touch $@
 
 $(TL4)/.tools $(TL3)/.tools: .venv-%/.tools: .venv-%/.installed

@@ -14,51 +14,56 @@ from tl_sparse.hooks.kernels import bits, kernel
 from tl_sparse.hooks.points import HookFn, TLModel, hooked
 
 
-def abs_topk(x: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
+def abs_topk(x: Float[Tensor, "*batch dim"], k: int, inplace: bool = False) -> Float[Tensor, "*batch dim"]:
     """Keep the `k` entries of largest magnitude in the last dimension, zero the rest (Gao et al. 2025, A.1).
 
     Exactly `k` are kept, also among equal magnitudes. Gradients pass through the kept entries only.
+    With `inplace`, `x` may be overwritten, which saves memory.
     """
     if k >= x.shape[-1]:
         return x
     if x.device.type != "cpu":
-        return x * _largest_by_sorting(x.detach().abs(), k)
+        return x * _largest(x.detach().abs(), k)
     # There is nothing to trace in compiled code. (Always to disable tracing would import it, which takes a second.)
-    return (torch.compiler.disable(_on_cpu) if torch.compiler.is_compiling() else _on_cpu)(x, k)
+    return (torch.compiler.disable(_on_cpu) if torch.compiler.is_compiling() else _on_cpu)(x, k, inplace)
 
 
-def _on_cpu(x: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
-    return _AbsTopK.apply(x.contiguous(), k) if kernel("abs_topk", x) else x * _largest(x.detach().abs(), k)
+def _on_cpu(x: Float[Tensor, "*batch dim"], k: int, inplace: bool) -> Float[Tensor, "*batch dim"]:
+    if kernel("abs_topk", x) is None:
+        return x * _largest(x.detach().abs(), k)
+    return _AbsTopK.apply(x.contiguous() if inplace else x.clone(memory_format=torch.contiguous_format), k)
 
 
 class _AbsTopK(torch.autograd.Function):
-    """AbsTopK by the compiled kernels; `x` is contiguous."""
+    """AbsTopK in place by the compiled kernels; `x` is contiguous. A bit for each entry is kept for its backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
-        x = x.detach()
-        out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-        rows, out_rows, mask_rows = (t.view(-1, t.shape[-1]) for t in (x, out, mask))
-        if kernel("abs_topk", x)(rows, bits(rows), k, out_rows, mask_rows) > 0:
-            tied = mask_rows.sum(-1) != k
-            mask_rows[tied] = _largest_by_sorting(rows[tied].abs(), k).bool()
-            out_rows[tied] = rows[tied] * mask_rows[tied]
+        rows = x.detach().view(-1, x.shape[-1])
+        mask = rows.new_zeros((len(rows) + 7) // 8, rows.shape[1], dtype=torch.uint8)
+        tied = torch.empty(len(rows), dtype=torch.bool)
+        if kernel("abs_topk", x)(bits(rows), k, mask, tied):
+            kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], rows[tied].abs().topk(k, sorted=False).indices, mask)
+        ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
-        return out
+        return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
+        rows = grad.contiguous().view(-1, grad.shape[-1])
         if torch.is_grad_enabled():  # for gradients of gradients
-            return grad * mask, None
-        out = torch.empty_like(mask, dtype=grad.dtype)
-        kernel("times", grad)(grad.contiguous().view(-1), mask.view(-1), out.view(-1))
-        return out, None
+            bit = torch.arange(8, dtype=torch.uint8)[:, None]
+            kept = mask[:, None].bitwise_right_shift(bit).bitwise_and(1).flatten(0, 1)
+            return (rows * kept[: len(rows)]).view_as(grad), None
+        out = torch.empty_like(rows)
+        kernel("times", rows)(rows, mask, out)
+        return out.view_as(grad), None
 
 
 def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
     """1 for the `k` largest entries of each row, 0 for the rest."""
-    if magnitudes.dtype not in (torch.float32, torch.float64):
+    if magnitudes.device.type != "cpu" or magnitudes.dtype not in (torch.float32, torch.float64):
         return _largest_by_sorting(magnitudes, k)
     # NumPy's vectorised quickselect finds the k-th largest several times faster than torch.topk on a CPU, and
     # a mask of the activation's own dtype multiplies several times faster than a boolean one.

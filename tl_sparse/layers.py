@@ -14,14 +14,17 @@ from tl_sparse.hooks.activations import abs_topk
 
 
 class AbsTopK(nn.Module):
-    """AbsTopK at a location of the configuration; the identity where it does not act."""
+    """AbsTopK at a location of the configuration; the identity where it does not act.
 
-    def __init__(self, cfg: SparseConfig, location: str) -> None:
+    It works in place where nothing else holds its input, also not autograd.
+    """
+
+    def __init__(self, cfg: SparseConfig, location: str, inplace: bool = False) -> None:
         super().__init__()
-        self.k = cfg.topk(location)
+        self.k, self.inplace = cfg.topk(location), inplace
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return x if self.k is None else abs_topk(x, self.k)
+        return x if self.k is None else abs_topk(x, self.k, self.inplace)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
@@ -72,7 +75,7 @@ class Read(Norm):
         if cfg.d_pos:
             self.w_pos = nn.Parameter(torch.ones(cfg.d_pos))
             set_bias(self, "b_pos", (cfg.d_pos,), cfg.norm_bias)
-        self.topk = AbsTopK(cfg, location)
+        self.topk = AbsTopK(cfg, location, inplace=True)
         self.hook_read = HookPoint()  # [batch, pos, d_read]
 
     def forward(  # type: ignore[override]

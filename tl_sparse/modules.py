@@ -48,8 +48,8 @@ class Attention(nn.Module):
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
-        self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{name}") for name in "qkv")
-        self.topk_out = AbsTopK(cfg, "attn_out")
+        self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{c}", inplace=True) for c in "qkv")
+        self.topk_out = AbsTopK(cfg, "attn_out", inplace=True)
         self.flags: Any = _NO_FLAGS
         self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK, as k and v
         self.hook_k = HookPoint()
@@ -153,7 +153,7 @@ class MLP(nn.Module):
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
         self.act = nn.GELU() if cfg.act_fn == "gelu" else nn.ReLU()
-        self.topk = AbsTopK(cfg, "mlp_neuron")
+        self.topk = AbsTopK(cfg, "mlp_neuron", inplace=cfg.act_fn == "gelu")  # relu's backward needs its output
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
 
