@@ -5,10 +5,11 @@ loop creates its optimizer itself, as TransformerLens' own `train` does, it is f
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -28,12 +29,14 @@ class WeightGroup:
     """Weights that share one top-k budget, seen as one matrix with a row for each neuron or channel.
 
     Attributes:
+        name: what `group_fractions` calls it: that of its parameter, or "blocks.0.attn.W_QKV".
         rows: parameters with the einops pattern that makes a matrix of each; those of an inner tuple lie
             side by side (a matrix and its positional rows), the inner tuples below each other (q, k, v).
         embedding: whether the embedding fraction applies; no minimum per row then.
         protected: whether each row keeps its `min_nonzero` largest entries.
     """
 
+    name: str
     rows: tuple[tuple[tuple[Tensor, str], ...], ...]
     embedding: bool = False
     protected: bool = True
@@ -83,15 +86,16 @@ def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) 
         matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
 
 
-#: How parameters of HookedTransformer's names become matrices: (group, pattern). Q, K and V are one group
-#: (_W_K and _W_V are those of grouped-query attention).
+#: How parameters of HookedTransformer's names become matrices: (group, pattern). _W_K and _W_V are those of
+#: grouped-query attention.
 _PATTERNS = {
-    r"(.*attn\.)_?W_[QKV](_pos)?": ("QKV", "head input channel -> (head channel) input"),
-    r"(.*attn\.)W_O": ("O", "head channel output -> (head channel) output"),
-    r"(.*mlp\.)W_in(_pos)?": ("in", "input neuron -> neuron input"),
-    r"(.*mlp\.)W_gate": ("gate", "input neuron -> neuron input"),
-    r"(.*mlp\.)W_out": ("out", "neuron output -> neuron output"),
+    r"(.*attn\.)_?W_[QKV](_pos)?": ("W_QKV", "head input channel -> (head channel) input"),
+    r"(.*attn\.)W_O": ("W_O", "head channel output -> (head channel) output"),
+    r"(.*mlp\.)W_in(_pos)?": ("W_in", "input neuron -> neuron input"),
+    r"(.*mlp\.)W_gate": ("W_gate", "input neuron -> neuron input"),
+    r"(.*mlp\.)W_out": ("W_out", "neuron output -> neuron output"),
 }
+_BIASES = {1: "entry -> 1 entry", 2: "head channel -> 1 (head channel)"}
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
 )
@@ -100,10 +104,15 @@ _LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[.
 _WRAPPER = "_original_component."
 
 
-def weight_groups(model: torch.nn.Module) -> list[WeightGroup]:
-    """The matrices of a TransformerLens model: per layer the fused QKV matrix, W_O, W_in and W_out, each with
-    its positional rows; the embedding and the unembedding. Any other parameter of two or more dimensions is a
-    group of its own; biases, norms, the bigram table and positional tables stay dense (A.2, published script).
+def weight_groups(model: torch.nn.Module, *, fused_qkv: bool = True, biases: bool = False) -> list[WeightGroup]:
+    """The matrices of a TransformerLens model: per layer QKV, W_O, W_in and W_out, each with its positional rows;
+    the embedding and the unembedding. Any other parameter of two or more dimensions is a group of its own; norms,
+    the bigram table and positional tables stay dense (A.2, published script).
+
+    Args:
+        model: any TransformerLens model (or torch module).
+        fused_qkv: Q, K and V share one budget (published script); else each has its own.
+        biases: the biases of attention and MLPs are groups too (the paper's text).
     """
     fused: dict[str, dict[str, list[tuple[Tensor, str]]]] = {}
     groups: list[WeightGroup] = []
@@ -112,19 +121,25 @@ def weight_groups(model: torch.nn.Module) -> list[WeightGroup]:
         for regex, (group, pattern) in _PATTERNS.items():
             if (match := re.fullmatch(regex, name)) and parameter.ndim == len(pattern.split(" -> ")[0].split()):
                 matrix = name.removesuffix("_pos")
-                fused.setdefault(match[1] + group, {}).setdefault(matrix, []).append((parameter, pattern))
+                key = match[1] + group if fused_qkv else matrix
+                fused.setdefault(key, {}).setdefault(matrix, []).append((parameter, pattern))
                 break
         else:
-            if parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
+            if biases and re.fullmatch(r".*(attn|mlp)\.b_\w+", name):
+                groups.append(WeightGroup(name, (((parameter, _BIASES[parameter.ndim]),),), protected=False))
+            elif parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
                 before = " ".join(f"d{i}" for i in range(parameter.ndim))
                 pattern = f"{before} -> {before.replace('d0 ', 'd0 (', 1)})"
                 embedding = _EMBEDDINGS.search(name) is not None
-                groups.append(WeightGroup((((parameter, pattern),),), embedding, protected=False))
-    return [WeightGroup(tuple(map(tuple, rows.values()))) for rows in fused.values()] + groups
+                groups.append(WeightGroup(name, (((parameter, pattern),),), embedding, protected=False))
+    return [WeightGroup(name, tuple(map(tuple, rows.values()))) for name, rows in fused.items()] + groups
 
 
-def annealed(target: float, start: float, stop: float) -> Callable[[int], float]:
-    """The fraction 1 until step `start`, linearly down to `target` at step `stop` (A.2).
+def annealed(
+    target: float, start: float, stop: float, shape: Literal["linear", "exponential"] = "linear"
+) -> Callable[[int], float]:
+    """The fraction 1 until step `start`, from there down to `target` at step `stop`: by equal differences (A.2) or,
+    "exponential", by equal factors.
 
     Raises:
         ConfigError: unless 0 < target ≤ 1 and 0 ≤ start ≤ stop.
@@ -134,11 +149,10 @@ def annealed(target: float, start: float, stop: float) -> Callable[[int], float]
         raise ConfigError(f"the annealing window ({start}, {stop}) is not possible; it needs 0 <= start <= stop")
 
     def fraction(step: int) -> float:
-        if step < stop:
-            done = (step - start) / (stop - start) if step > start else 0.0
-        else:
-            done = 1.0
-        return 1.0 + done * (target - 1.0)
+        if step >= stop:
+            return target
+        done = (step - start) / (stop - start) if step > start else 0.0
+        return 1.0 + done * (target - 1.0) if shape == "linear" else target**done
 
     return fraction
 
@@ -159,11 +173,13 @@ class WeightSparsity:
         fraction: the share of each matrix kept, constant or a function of the step (see `annealed`).
         embed_fraction: the same for embedding and unembedding; None: as `fraction` (the paper's text; the
             published script keeps more).
+        group_fractions: fractions of their own for groups by name, where "blocks.*.mlp.W_in" is those of all layers;
+            the last pattern that fits a group counts.
         min_nonzero: entries kept at least per neuron and attention channel (A.2: 4).
         groups: what shares a budget; None: `weight_groups(model)`.
 
     Raises:
-        ConfigError: for an impossible fraction or minimum, or a model without matrices.
+        ConfigError: for an impossible fraction or minimum, a pattern that fits no group, or a model without matrices.
     """
 
     def __init__(
@@ -172,12 +188,15 @@ class WeightSparsity:
         fraction: Fraction,
         *,
         embed_fraction: Fraction | None = None,
+        group_fractions: Mapping[str, Fraction] | None = None,
         min_nonzero: int = 4,
         groups: Sequence[WeightGroup] | None = None,
     ) -> None:
         self.fraction = fraction
         self.embed_fraction = fraction if embed_fraction is None else embed_fraction
-        for name, value in (("fraction", self.fraction), ("embed_fraction", self.embed_fraction)):
+        self.group_fractions = dict(group_fractions or {})
+        named = {"fraction": self.fraction, "embed_fraction": self.embed_fraction} | self.group_fractions
+        for name, value in named.items():
             if not callable(value):
                 _check_fraction(name, value)
         if min_nonzero < 0:
@@ -186,21 +205,24 @@ class WeightSparsity:
         self.groups = list(weight_groups(model) if groups is None else groups)
         if not self.groups:
             raise ConfigError(f"{type(model).__name__} has no weight matrices to make sparse")
+        names = [group.name for group in self.groups]
+        for pattern in self.group_fractions:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(f"no group of weights is named {pattern!r}; they are {', '.join(names)}")
         self.steps = 0  # optimizer steps seen
 
-    def fractions(self, step: int) -> tuple[float, float]:
-        """The fraction kept after optimizer step number `step` (from 0): of the matrices, of the embeddings."""
-        matrices, embeddings = self.fraction, self.embed_fraction
-        return (
-            matrices(step) if callable(matrices) else matrices,
-            embeddings(step) if callable(embeddings) else embeddings,
-        )
+    def fraction_at(self, step: int, group: WeightGroup | None = None) -> float:
+        """The fraction of a group kept after optimizer step number `step` (from 0); None: of ordinary matrices."""
+        fraction = self.embed_fraction if group is not None and group.embedding else self.fraction
+        for pattern, own in self.group_fractions.items():
+            if group is not None and fnmatchcase(group.name, pattern):
+                fraction = own
+        return fraction(step) if callable(fraction) else fraction
 
     def project(self) -> None:
-        """Zero all but the largest weights, at the fraction of the current step."""
-        matrices, embeddings = self.fractions(self.steps)
+        """Zero all but the largest weights, at the fractions of the current step."""
         for group in self.groups:
-            group.project(embeddings if group.embedding else matrices, self.min_nonzero)
+            group.project(self.fraction_at(self.steps, group), self.min_nonzero)
 
     def l0(self) -> int:
         """How many of the weights are nonzero."""

@@ -49,6 +49,13 @@ def random_tokens(model_or_config, batch=2, length=None, seed=0):
     return torch.randint(cfg.d_vocab, (batch, length or cfg.n_ctx), generator=generator)
 
 
+def cancels(model, tokens):
+    """Whether a residual stream is nothing but rounding noise somewhere, which the norms would make large."""
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
+    largest = torch.stack([resid.abs().amax(-1) for resid in cache.values()])
+    return bool(((largest > 0) & (largest < 1e-9)).any())
+
+
 @st.composite
 def sparse_configs(draw):
     """Random `SparseConfig`s that together have every feature, in every combination."""

@@ -20,6 +20,7 @@ from tl_sparse.training import evaluate_loss
 ROOT = Path(__file__).parents[1]
 TINY = {
     "d_model": 16, "n_heads": 2, "d_head": 4, "d_mlp": 32, "d_vocab": 512, "n_ctx": 128, "steps": 4, "batch_size": 4,
+    "l0_fraction": 0.25,
     "stdlib_chars": 20_000, "idiom_chars": 60_000, "device": "cpu",
 }  # fmt: skip
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -147,7 +148,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=512, n_ctx=128, abs_topk=paper_topk(0.25)
     )
     data = DataConfig(stdlib_chars=20_000, idiom_chars=60_000)
-    small = functools.partial(TrainConfig, model=model, data=data, steps=3, batch_size=4)
+    small = functools.partial(TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25)
     monkeypatch.setattr("tl_sparse.config.TrainConfig", small)
     monkeypatch.setattr("tl_sparse.pruning.PruneConfig", functools.partial(PruneConfig, **PRUNE | {"init_bias": 1.0}))
     # Every node kept, so that there is a first node and a first edge to print.

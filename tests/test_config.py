@@ -134,7 +134,14 @@ def test_a_configuration_cannot_change_after_its_checks():
         (TrainConfig, dict(beta2=1.0), r"beta2 = 1.0 .* in \[0, 1\)"),
         (TrainConfig, dict(warmup_fraction=1), r"warmup_fraction = 1 .* in \[0, 1\)"),
         (TrainConfig, dict(l0_fraction=0), r"l0_fraction = 0 .* a fraction in \(0, 1\]"),
-        (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \(0, 1\]"),
+        (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \[0, 1\]"),
+        (TrainConfig, dict(l0_groups={"*.W_O": 2}), r"\*.W_O = 2 .* a fraction in \(0, 1\]"),
+        (TrainConfig, dict(l0_fraction=0.01), "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4"),
+        (TrainConfig, dict(l0_count=12287), "l0_count = 12287 .* 0, or from 12,288 to the 393,216 weights"),
+        (TrainConfig, dict(l0_count=400000), "l0_count = 400000 .* 0, or from 12,288 to the 393,216"),
+        (TrainConfig, dict(topk_anneal_start=0.2), r"topk_anneal_start = 0.2 .* in \[0, topk_anneal_stop\]"),
+        (TrainConfig, dict(topk_anneal_stop=0.2, compile=True), "compile = True .* false while the fractions of"),
+        (TrainConfig, dict(gradient="none"), "gradient = 'none' .* one of divide, clip"),
         (TrainConfig, dict(anneal_start=0.6), r"anneal_start = 0.6 .* in \[0, anneal_stop\]"),
         (TrainConfig, dict(anneal_stop=1.5), r"anneal_stop = 1.5 .* in \[anneal_start, 1\]"),
         (TrainConfig, dict(min_nonzero=-1), "min_nonzero = -1 .* at least 0"),
@@ -193,7 +200,8 @@ def test_repr_is_the_shortest_call():
     config = SparseConfig(1, 6, 3, 5, 10, 11, 8, act_fn="relu", abs_topk={"attn_in": 0.5})
     sizes = "n_layers=1, d_model=6, n_heads=3, d_head=5, d_mlp=10, d_vocab=11, n_ctx=8"
     assert repr(config) == f"SparseConfig({sizes}, act_fn='relu', abs_topk={{'attn_in': 0.5}})"
-    assert repr(TrainConfig(steps=5, model=config)) == f"TrainConfig(model={config!r}, steps=5)"
+    training = TrainConfig(steps=5, model=config, min_nonzero=0)
+    assert repr(training) == f"TrainConfig(model={config!r}, steps=5, min_nonzero=0)"
     assert repr(PruneConfig(target_loss=0.3)) == "PruneConfig(target_loss=0.3)"
     for one in (config, laptop_model(), TrainConfig(), PruneConfig(seed=3), DataConfig(source="x")):
         assert eval(repr(one)) == one

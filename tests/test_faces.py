@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformer_lens
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from helpers import full_config, random_tokens, sparse_configs, tiny_config, tiny_model, word_tokenizer
+from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model, word_tokenizer
 from tl_sparse.errors import DataError, TokenizerError
 from tl_sparse.hooks import abs_topk
 
@@ -299,6 +299,7 @@ def test_abs_topk_is_that_of_a_sort_where_magnitudes_differ(seed, k):
 def test_padding_changes_nothing_at_real_tokens(config, seed):
     model = tiny_model(config, seed, torch.float64)
     tokens = random_tokens(config, batch=2, seed=seed)  # the whole context
+    assume(not cancels(model, tokens))
     real = config.n_ctx - 2
     left, right = torch.ones_like(tokens), torch.ones_like(tokens)
     left[0, :2] = 0  # the first row is shorter than the second

@@ -25,7 +25,7 @@ MODEL = SparseConfig(
 #: Sixty steps of milliseconds; the text is the same few lines of idioms.
 CONFIG = TrainConfig(
     model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=60, batch_size=4, lr=1e-2,
-    checkpoint_steps=7,
+    l0_fraction=0.25, checkpoint_steps=7,
 )  # fmt: skip
 
 

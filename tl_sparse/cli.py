@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tl_sparse.config import PRESETS, DataConfig, PruneConfig, SparseConfig, TrainConfig, merged, paper_topk, preset
+from tl_sparse.config import (
+    PRESETS,
+    RECIPES,
+    DataConfig,
+    PruneConfig,
+    SparseConfig,
+    TrainConfig,
+    merged,
+    paper_topk,
+    preset,
+)
 from tl_sparse.errors import ConfigError, TLSparseError
 
 
@@ -35,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train a weight-sparse model", _train, SparseConfig, DataConfig, TrainConfig)
     train.add_argument("config", nargs="?", help="a YAML file: TrainConfig's fields, `model` and `data` with theirs")
     train.add_argument("--preset", choices=PRESETS, default="laptop", help="what file and flags change: laptop or …")
+    train.add_argument("--recipe", choices=RECIPES, help="to the letter: the published script, or the paper's text")
     train.add_argument("--out", required=True, help="new folder for the model and the record of its training")
     train.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     laptop = preset("laptop")
@@ -97,7 +108,7 @@ def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
     """The preset, changed by the file, changed by the flags."""
-    config = preset(args.preset)
+    config = preset(args.preset, args.recipe)
     if args.config is not None:
         from tl_sparse.files import read_yaml
 

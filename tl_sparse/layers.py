@@ -21,7 +21,7 @@ class AbsTopK(nn.Module):
 
     def __init__(self, cfg: SparseConfig, location: str, inplace: bool = False) -> None:
         super().__init__()
-        self.k, self.inplace = cfg.topk(location), inplace
+        self.k, self.dim, self.inplace = cfg.topk(location), cfg.location_size(location), inplace
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return x if self.k is None else abs_topk(x, self.k, self.inplace)

@@ -25,7 +25,8 @@ from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, load_documents, pack_toke
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks.points import TLModel, hooked
-from tl_sparse.hooks.weights import WeightSparsity, annealed
+from tl_sparse.hooks.weights import WeightSparsity, annealed, weight_groups
+from tl_sparse.layers import AbsTopK
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
 from tl_sparse.tokenizer import train_tokenizer
@@ -35,41 +36,67 @@ LOG_STEPS = 20
 
 
 class Trainer:
-    """The published update rule, a step at a time (METHOD §3): gradients divided by their RMS, one Adam step
-    without decay, the top-k of every weight matrix, then decay of the matrices.
+    """The update rule, a step at a time (METHOD §3): gradients divided by their RMS, one Adam step without decay,
+    the top-k of every weight matrix, then decay of the matrices; or the variants that the configuration has of these.
 
     Args:
         model: a model of ours; its parameters without `requires_grad` stay as they are.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
+
+    Raises:
+        ConfigError: for a pattern in `config.l0_groups` that fits no weights.
     """
 
     def __init__(self, model: TLModel, config: TrainConfig) -> None:
         self.model, self.config = model, config
         self.forward = torch.compile(model) if config.compile else model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
-        betas = (config.beta1, config.beta2)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, betas=betas, eps=config.eps, fused=fused)
         window = config.anneal_start * config.steps, config.anneal_stop * config.steps
+        fractions = {"": config.matrix_fraction, "embed": config.l0_fraction_embed or config.matrix_fraction}
+        fractions |= config.l0_groups
+        schedules = {name: annealed(target, *window, config.anneal_shape) for name, target in fractions.items()}
         self.sparsity = WeightSparsity(
             model,
-            annealed(config.l0_fraction, *window),
-            embed_fraction=annealed(config.l0_fraction_embed, *window),
+            schedules.pop(""),
+            embed_fraction=schedules.pop("embed"),
+            group_fractions=schedules,
             min_nonzero=config.min_nonzero,
+            groups=weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases),
         )
         self.matrices = [p for group in self.sparsity.groups for p in group.parameters]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer()
+        topk = config.topk_anneal_start * config.steps, config.topk_anneal_stop * config.steps
+        self._abs_topk = [
+            (module, module.k, annealed(module.k / module.dim, *topk))
+            for module in model.network.modules()
+            if isinstance(module, AbsTopK) and module.k is not None
+        ]
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config, ours = self.config, {id(p) for p in self.matrices}
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
+        options: dict[str, Any] = dict(lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+        if config.decay == "after":
+            return torch.optim.Adam(self.parameters, **options)
+        matrices = {"params": [p for p in self.parameters if id(p) in ours], "weight_decay": config.weight_decay}
+        others = {"params": [p for p in self.parameters if id(p) not in ours], "weight_decay": 0.0}
+        return torch.optim.AdamW([matrices, others], **options)
 
     def lr(self, step: int) -> float:
-        """lr · (warm-up, then linear decay to 0) · sqrt(final fraction / fraction at this step)."""
+        """lr · (warm-up, then linear decay to 0) · with sharkfin, sqrt(final fraction / fraction at this step)."""
         config, warmup = self.config, int(self.config.warmup_fraction * self.config.steps)
         shape = step / warmup if step < warmup else 1 - (step - warmup) / (config.steps - warmup)
-        return config.lr * shape * (config.l0_fraction / self.sparsity.fractions(step)[0]) ** 0.5
+        if config.sharkfin:
+            shape *= (config.matrix_fraction / self.sparsity.fraction_at(step)) ** 0.5
+        return config.lr * shape
 
     def step(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """One optimizer step on a batch; returns its mean next-token loss. If that is no number, nothing changes."""
         lr = self.lr(self.sparsity.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for module, k, schedule in self._abs_topk:
+            module.k = max(k, int(schedule(self.sparsity.steps) * module.dim))
         loss = self._backward(tokens)
         if not bool(loss.isfinite()):
             self.optimizer.zero_grad()
@@ -78,10 +105,11 @@ class Trainer:
         with self.sparsity.attached(self.optimizer):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
+        if self.config.decay == "after":
             # As published, w -= λ·lr·w. To multiply by 1 - λ·lr rounds otherwise: after 36 steps of the authors'
             # trajectory that decides a weight's place in the top-k differently.
-            torch._foreach_add_(self.matrices, self.matrices, alpha=-self.config.weight_decay * lr)
+            with torch.no_grad():
+                torch._foreach_add_(self.matrices, self.matrices, alpha=-self.config.weight_decay * lr)
         return loss
 
     def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
@@ -98,11 +126,13 @@ class Trainer:
 
     @torch.no_grad()
     def _normalize_gradients(self) -> None:
-        """Divide by the root mean square over all entries of all parameters (published script)."""
+        """Divide by the root mean square over all entries of all parameters (published script), or clip that to 1."""
+        if not self.config.last_bigram_row and self.config.model.bigram_table:
+            self.model.network.bigram.W_bigram.grad[-1] = 0  # it counts in the mean
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         rms = (squares / sum(g.numel() for g in gradients)).sqrt()
-        torch._foreach_mul_(gradients, 1 / (rms + 1e-5))
+        torch._foreach_mul_(gradients, 1 / (rms + 1e-5 if self.config.gradient == "divide" else rms.clamp(min=1)))
 
 
 def next_token_loss(
@@ -282,7 +312,7 @@ def _steps(
                 raise TrainError(f"training ended after step {done} of {config.steps}: {stop}{where}")
             if done % LOG_STEPS == 0 or done == config.steps:
                 recent = float(losses[max(0, done - LOG_STEPS) : done].mean())
-                kept = trainer.sparsity.fractions(step)[0]
+                kept = trainer.sparsity.fraction_at(step)
                 measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
                 if config.validate_steps and done % config.validate_steps < LOG_STEPS:
                     measured["validation_loss"] = evaluate_loss(trainer.model, validation, config.batch_size)
