@@ -1,4 +1,4 @@
-"""The command line: `tl-sparse train`, `tl-sparse prune`, `tl-sparse demo`."""
+"""The command line: `tl-sparse train`, `tasks`, `prune`, `demo`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fields(train, laptop, skip=["model", "data"])
 
     prune = _command(commands, "prune", "find the circuit of a task in a model", _prune, PruneConfig)
-    prune.add_argument("model", help="a model folder")
+    prune.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
     prune.add_argument("task", help="for example single_double_quote")
     prune.add_argument("--out", required=True, help="new folder for the circuit")
     prune.add_argument(
@@ -62,11 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_fields(prune, PruneConfig())
 
-    demo = _command(commands, "demo", "train a small model and find how it closes strings, in minutes", _demo)
+    tasks = _command(commands, "tasks", "list which tasks a model solves", _tasks)
+    tasks.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
+    tasks.add_argument("--pairs", type=int, default=256, help="prompt pairs of each task (default: %(default)s)")
+    tasks.add_argument("--seed", type=int, default=0, help="of the pairs (default: %(default)s)")
+
+    demo = _command(commands, "demo", "find how a small sparse model closes strings, in a minute", _demo)
     demo.add_argument("--out", default="demo", help="folder for the results; those of an earlier demo are replaced")
+    demo.add_argument("--train", action="store_true", help="train a model first, in minutes (default: the bundled one)")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
-    demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="training steps (default: %(default)s)")
-    for command in (train, prune, demo):
+    demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="of training (default: %(default)s)")
+    for command in (train, prune, tasks, demo):
         command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     return parser
 
@@ -150,14 +156,23 @@ def _prune(args: argparse.Namespace) -> None:
     _prune_and_report(args.model, task, config, args.out, args.device, args.corpus)
 
 
+def _tasks(args: argparse.Namespace) -> None:
+    from tl_sparse.checkpoints import load
+    from tl_sparse.evaluation import task_scores
+    from tl_sparse.tables import tasks_table
+
+    print(tasks_table(task_scores(load(args.model, args.device), args.pairs, args.seed)))
+
+
 def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any) -> None:
     from tl_sparse.checkpoints import load
     from tl_sparse.data import load_corpus
     from tl_sparse.pruning import prune
+    from tl_sparse.sources import find
     from tl_sparse.tables import report
 
     model = load(model_folder, device)
-    tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
+    tokens = load_corpus(find(model_folder), model.tokenizer, model.cfg.n_ctx, corpus)
     circuit, evaluation = prune(model, task, tokens, config)
     text = report(circuit, model, task, evaluation)
     circuit.save(out)
@@ -167,7 +182,7 @@ def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: st
 
 
 def _demo(args: argparse.Namespace) -> None:
-    """Train, prune, explain: the whole path once."""
+    """Prune and explain, after training if that is asked for."""
     import shutil
 
     config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
@@ -182,11 +197,12 @@ def _demo(args: argparse.Namespace) -> None:
     from tl_sparse.tasks import get_task
     from tl_sparse.training import train
 
-    print("1. Train a small transformer on Python code, nearly all weights at zero")
-    _, record = train(config, model_folder, args.device)
-    print(_training_summary(record))
-    print("\n2. Find the circuit with which it closes strings: print('… → ') and print(\"… → \")")
-    _prune_and_report(
-        model_folder, get_task("single_double_quote"), prune_config, circuit_folder, args.device, corpus=None
-    )
-    print(f"\nModel in {model_folder}, circuit in {circuit_folder}; {time.perf_counter() - started:.0f} s in all")
+    model = "tiny-python-sparse"
+    if args.train:
+        model = model_folder
+        print("Training a small transformer on Python code, nearly all weights at zero")
+        _, record = train(config, model, args.device)
+        print(_training_summary(record))
+    print(f"How does {model} close strings, print('… → ') and print(\"… → \")? Looking for the circuit")
+    _prune_and_report(model, get_task("single_double_quote"), prune_config, circuit_folder, args.device, corpus=None)
+    print(f"{time.perf_counter() - started:.0f} s in all")

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.circuit import Circuit
+from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.tasks import TaskData, candidate_logits, task_loss_and_accuracy
+from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:
     pairs = losses.view(-1, 2).mean(1)
     error = float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else float("nan")
     return Score(float(losses.mean()), error, float(right.float().mean()))
+
+
+def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
+    """How well `model` does each task of `TASKS`; None where its tokenizer or context does not allow the task.
+
+    Raises:
+        TokenizerError: if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
+    device, scores = next(model.parameters()).device, dict[str, Score | None]()
+    for name, task in TASKS.items():
+        try:
+            data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx)
+        except (DataError, TaskError, TokenizerError):
+            scores[name] = None
+        else:
+            scores[name] = score(model, data.to(device))
+    return scores
 
 
 def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:

@@ -15,7 +15,7 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.files import write_json
-from tl_sparse.tables import scores_table
+from tl_sparse.tables import scores_table, tasks_table
 
 if TYPE_CHECKING:
     from tl_sparse.faces import SparseModel
@@ -98,9 +98,13 @@ A model is a `HookedTransformer` on TransformerLens 3 and a `TransformerBridge` 
 
 def _model_facts(model: SparseModel, record: Mapping[str, Any]) -> str:
     topk = ", ".join(f"{where} {fraction:g}" for where, fraction in model.sparse_cfg.abs_topk.items())
-    keys = "data", "training_tokens_seen", "training_loss", "validation_loss", "config"
+    keys = "command", "data", "training_tokens_seen", "training_loss", "validation_loss", "config"
     training = json.dumps({key: record[key] for key in keys if key in record}, indent=2, ensure_ascii=False)
-    return f"{model!r}\nAbsTopK, fraction kept: {topk or 'none'}" + (f"\ntraining: {training}" if record else "")
+    facts = f"{model!r}\nAbsTopK, fraction kept: {topk or 'none'}" + (f"\ntraining: {training}" if record else "")
+    if "tasks" in record:
+        scores = {name: values and Score(**values) for name, values in record["tasks"].items()}
+        facts += f"\n\nTasks, a choice between two next tokens (a coin has loss 0.693):\n{tasks_table(scores)}"
+    return facts
 
 
 def _circuit_facts(circuit: Circuit) -> str:

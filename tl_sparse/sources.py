@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 from tl_sparse.errors import CheckpointError
 
+#: The models that come with the package.
+_BUNDLE = Path(__file__).parent / "models"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: Data alone: code in a repository is neither fetched nor run. Pickles only where there is no safetensors file.
 _DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
@@ -45,7 +47,8 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     The cache is Hugging Face's, below `HF_HOME`; with `HF_HUB_OFFLINE=1` nothing is fetched.
 
     Args:
-        source: a folder; `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
+        source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package; `"user/repo"` on
+            the Hugging Face hub; or the name of a model that OpenAI published.
         revision: of a hub repository: a branch, a tag or a commit; default: its main branch.
 
     Raises:
@@ -56,12 +59,15 @@ def find(source: str | Path, revision: str | None = None) -> Path:
             return _hub_folder(source, revision)
         if _OPENAI_NAME.fullmatch(source) and revision is None:
             return _openai_folder(source)
+        if re.fullmatch(r"[\w-]+", source) and (_BUNDLE / source).is_dir():
+            return _BUNDLE / source
     if revision is not None:
         raise CheckpointError(f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository")
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         raise CheckpointError(
-            f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that OpenAI "
-            f"published: {_openai_names(str(source))}"
+            f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that comes with "
+            f"tl_sparse ({', '.join(sorted(p.name for p in _BUNDLE.glob('*')))}) or that OpenAI published: "
+            f"{_openai_names(str(source))}"
         )
     return Path(source)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuit import Circuit
-from tl_sparse.evaluation import Evaluation
+from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import Node
 from tl_sparse.tasks import Task
@@ -66,6 +66,18 @@ def scores_table(evaluation: Evaluation) -> str:
     ]
     heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)
+
+
+def tasks_table(scores: Mapping[str, Score | None]) -> str:
+    """Each task's loss and accuracy, best first; see `task_scores`."""
+    rows = [
+        [name, f"{s.loss:.3f} ± {s.standard_error:.3f}", f"{s.accuracy:.1%}"]
+        for name, s in sorted(scores.items(), key=lambda item: item[1].loss if item[1] else 0)
+        if s is not None
+    ]
+    missing = ", ".join(name for name, s in scores.items() if s is None)
+    text = table(["task", "loss", "accuracy"], rows)
+    return text + f"\n\nNot possible with this tokenizer and context: {missing}" * bool(missing)
 
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:

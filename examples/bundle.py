@@ -1,0 +1,58 @@
+"""Make the models that come with the package, tl_sparse/models, from two finished runs.
+
+    tl-sparse train examples/tiny-python-sparse.yaml --out runs/tiny-python-sparse
+    tl-sparse train examples/tiny-python-dense.yaml --out runs/tiny-python-dense
+    python examples/bundle.py runs/tiny-python-sparse runs/tiny-python-dense
+
+What is large and dense is rounded to float16; all that the cards say was measured afterwards.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import tl_sparse
+from tl_sparse.checkpoints.compact import pack
+from tl_sparse.config import DataConfig
+from tl_sparse.data import CORPUS_SAMPLE, load_documents, pack_tokens
+from tl_sparse.evaluation import task_scores
+from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
+from tl_sparse.hub import model_card
+from tl_sparse.training import evaluate_loss
+
+MODELS = Path(tl_sparse.__file__).parent / "models"
+
+
+def bundle(run: Path, folder: Path) -> None:
+    check_new_folder(folder)
+    record, model = read_json(run / "training.json"), tl_sparse.load(run, device="cpu")
+    model.save_pretrained(folder)
+    state = model.state_dict()
+    dense = {name for name, tensor in state.items() if tensor.ndim >= 2 and tensor.count_nonzero() > tensor.numel() / 2}
+    state |= {name: state[name].half() for name in dense}
+    write_tensors(folder / "model.safetensors", pack(state))
+    sample = read_tensors(run / CORPUS_SAMPLE)["tokens"]
+    write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample.short()})
+
+    model = tl_sparse.load(folder, device="cpu")
+    data = load_documents(DataConfig(**record["config"]["data"]))
+    validation = pack_tokens(data.validation, model.tokenizer, model.cfg.n_ctx, record["config"]["seed"])
+    record["validation_loss"] = evaluate_loss(model, validation, 64)
+    record["tasks"] = {name: s and dataclasses.asdict(s) for name, s in task_scores(model, 512, seed=1).items()}
+    write_json(folder / "training.json", record)
+    command = f"tl-sparse train examples/{folder.name}.yaml"
+    (folder / "README.md").write_text(model_card(model, folder.name, record | {"command": command}), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="finished runs; each is bundled under its folder's name")
+    parser.add_argument("--out", type=Path, default=MODELS)
+    args = parser.parse_args()
+    for run in args.runs:
+        bundle(run, args.out / run.name)
+        print(f"{args.out / run.name}: {sum(p.stat().st_size for p in (args.out / run.name).iterdir()):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
