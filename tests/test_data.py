@@ -65,7 +65,7 @@ def test_idioms_are_valid_python_of_a_readable_length(idioms):
         r"while \w+:\n",
         r"else:\n",
         r"elif \w+ ",
-        r"f'the \w+ \w+: \{\w+\}'",
+        r"f(['\"])the \w+ \w+: \{\w+\}\1",
         r" = \w+ if \w+ <?",
         r"(\w+), (\w+) = \2, \1\n",
         r"lambda \w+, \w+: ",
@@ -83,7 +83,7 @@ def test_idioms_hold_every_construct_of_the_tasks(idioms, construct):
 
 
 def test_most_idiom_documents_have_both_quotes(idioms):
-    assert sum("'" in document and '"' in document for document in idioms) > 0.8 * len(idioms)
+    assert sum("'" in document and '"' in document for document in idioms) > 0.65 * len(idioms)
 
 
 @settings(max_examples=20, deadline=None)

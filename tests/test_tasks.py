@@ -4,7 +4,8 @@ import ast
 import math
 import random
 import re
-from itertools import pairwise
+from collections import Counter, defaultdict
+from itertools import pairwise, takewhile
 
 import pytest
 import torch
@@ -12,16 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.idioms import idiom_documents
+from tl_sparse.idioms import PAIRS, Writer, both_sides, idiom_documents
 from tl_sparse.tasks import TASKS, Task, candidate_logits, get_task, make_task_data, task_loss_and_accuracy
 from tl_sparse.tokenizer import train_tokenizer
 
 QUOTES = TASKS["single_double_quote"]
+CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.candidates})
+#: The tokens that differ within a pair of a task: at most so many, from the first such token to the last.
+DIFFERING = {
+    "final_kwarg": 10, "set_or_string": 25, "set_or_string_fixedvarname": 25, "class_init": 1, "with_as": 3,
+    "bracket_brace": 4, "with_open": 1, "bracket_counting": 4, "for_while": 1, "else_elif": 1, "fstring_brace": 3,
+    "if_ternary": 6, "var_swap": 5, "indent_for": 1, "lambda_func": 3, "if_equals": 3, "enumerate_range": 2,
+    "var_if": 6, "while_return_true": 3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(idiom_documents(300_000, seed=0), 1024, required=QUOTES.candidates)
+    return train_tokenizer(idiom_documents(300_000, seed=0), 1024, required=CANDIDATES)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,92 @@ def test_quote_distractors_do_not_give_the_answer_away():
 
 def test_quote_prompts_fit_a_small_context(data):
     assert data.tokens.shape[1] <= 60
+
+
+# All tasks
+
+
+def test_the_twenty_tasks():
+    assert len(TASKS) == 20
+    assert PAIRS.keys() == DIFFERING.keys() == TASKS.keys() - {"single_double_quote"}
+    assert {name for name, task in TASKS.items() if not task.same_end} == {"else_elif", "var_if"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_gives_many_short_fair_pairs(tokenizer, name):
+    data = make_task_data(TASKS[name], tokenizer, 64, seed=0)
+    assert data.tokens.shape[1] <= 100
+    assert data.prompts == make_task_data(TASKS[name], tokenizer, 64, seed=0).prompts
+    rng = random.Random(0)
+    assert len({TASKS[name].sample(rng) for _ in range(3000)}) >= 2000
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_prompts_and_answers_begin_python_that_is_valid(name):
+    for seed in range(200):
+        whole = both_sides(Writer(random.Random(seed)).pair(name))
+        prompts = TASKS[name].sample(random.Random(seed))
+        for text, prompt, answer in zip(whole, prompts, TASKS[name].candidates, strict=True):
+            assert text.startswith(prompt + answer)
+            compile(text, name, "exec")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_differ_only_where_the_task_says(tokenizer, name):
+    """With the same tokens before and after, nothing else can tell the answer."""
+    data = make_task_data(TASKS[name], tokenizer, 200, seed=0)
+    for pair in zip(data.prompts[::2], data.prompts[1::2], strict=True):
+        first, second = (tokenizer.encode(prompt) for prompt in pair)
+        before = common(first, second)
+        after = common(first[before:][::-1], second[before:][::-1])
+        assert (after > 0) == TASKS[name].same_end
+        assert max(len(first), len(second)) - before - after <= DIFFERING[name], pair
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_how_often_a_token_comes_up_does_not_tell_the_answer(tokenizer, name):
+    data = make_task_data(TASKS[name], tokenizer, 300, seed=0)
+    counts = [Counter(tokenizer.encode(prompt)) for prompt in data.prompts]
+    for token in set().union(*counts):
+        sides = defaultdict(lambda: [0, 0])
+        for row, count in enumerate(counts):
+            sides[count[token]][row % 2] += 1
+        assert sum(map(max, sides.values())) <= 0.82 * len(counts), tokenizer.decode([token])
+
+
+def common(first, second):
+    """How many tokens two lists have in common at their beginning."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+
+
+def test_brackets_are_as_many_as_are_open():
+    lengths = {0: set(), 1: set()}
+    for seed in range(500):
+        for side, prompt in enumerate(TASKS["bracket_counting"].sample(random.Random(seed))):
+            *closed, last = prompt.splitlines()
+            assert all(line.count("[") == line.count("]") for line in closed)
+            assert last.count("[") - last.count("]") == side + 1
+            lengths[side].add((last.count(","), last.count("[")))
+    assert len(lengths[0] & lengths[1]) >= 3  # neither elements nor opening brackets tell the depth
+
+
+@pytest.mark.parametrize("name", ["set_or_string", "set_or_string_fixedvarname"])
+def test_the_variable_is_what_it_was_made_as(name):
+    for seed in range(500):
+        prompts = TASKS[name].sample(random.Random(seed))
+        for prompt, is_set in zip(prompts, (True, False), strict=True):
+            variable = prompt.split()[-1]
+            kinds = dict(re.findall(r"^(\w+) = (set|['\"])", prompt, flags=re.MULTILINE))
+            assert len(kinds) == 2
+            assert (kinds.pop(variable) == "set") is is_set
+            assert ("set" in kinds.values()) is not is_set  # the other variable is of the other kind
+
+
+def test_a_swap_gives_back_the_first_name():
+    for seed in range(100):
+        for prompt, answer in zip(TASKS["var_swap"].sample(random.Random(seed)), (" name", " value"), strict=True):
+            left, right = prompt.splitlines()[-1].strip().split(" = ")
+            assert left.split(", ") == [answer.strip(), right.strip(",")]
 
 
 # TaskData

@@ -6,7 +6,10 @@ code.
 
 A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh draw of that kind, and
 `<kind1>`, `<kind2>` … for draws that differ from each other and stay the same throughout the template.
-`tasks.py` fills its prompts from the same templates and words, so that a model trained here can do the tasks.
+The name of a group of templates is a kind as well: one of them, filled in.
+
+A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` makes its prompts of the same
+templates and words, so that a model trained here can do the tasks.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import re
 from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,9 +29,14 @@ _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 WORDS: dict[str, tuple[str, ...]] = {kind: tuple(words.split()) for kind, words in _DATA.pop("words").items()}
 #: Templates by what they are; one given twice is drawn twice as often.
 TEMPLATES: dict[str, tuple[str, ...]] = {group: tuple(templates) for group, templates in _DATA.items()}
+#: What tasks.yaml says of each task.
+PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")
+)
 # How many words of a kind a document uses: names come back within a document, as in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
 
+_CHOICE = re.compile(r"«([^«|»]*)\|([^«|»]*)»")
 _PLACE = re.compile(r"( *)<body>|<([a-z]+)(\d?)>")
 
 
@@ -52,6 +60,11 @@ def _prepare(template: str) -> _Template:
 
     escaped = template.replace("{", "{{").replace("}", "}}")
     return _Template(_PLACE.sub(place, escaped), tuple(slots))
+
+
+def both_sides(text: str) -> tuple[str, str]:
+    """`text` with every `«a|b»` as its a, and as its b."""
+    return _CHOICE.sub(r"\1", text), _CHOICE.sub(r"\2", text)
 
 
 class Writer:
@@ -112,6 +125,17 @@ class Writer:
         """A statement of one line or several."""
         return self.line() if self.rng.random() < 0.5 else self.fill(self.choose("statements"))
 
+    def pair(self, task: str) -> str:
+        """Three other templates, two of one side and one of the other, then both sides of a pair of that task.
+
+        So the cues of both answers have come before, and which came more often does not tell the answer.
+        """
+        templates = PAIRS[task]["templates"]
+        text = ""
+        for side in self.rng.sample((0, 1, self.rng.randrange(2)), 3):
+            text += both_sides(self.fill(self.rng.choice(PAIRS[task].get("context", templates))))[side] + "\n"
+        return text + self.fill(self.rng.choice(templates)) + "\n"
+
     def document(self) -> str:
         """A whole file of about 5 to 40 lines."""
         lines_wanted = 5 + int(self.rng.random() * 18)
@@ -119,16 +143,21 @@ class Writer:
         text = ""
         while text.count("\n") < lines_wanted:
             pick = self.rng.random()
-            if pick < 0.45:
+            if pick < 0.5:
+                pair = both_sides(self.pair(self.rng.choice(tuple(PAIRS))))
+                blocks.append(self.rng.choice(pair).rstrip("\n"))
+            elif pick < 0.72:
                 blocks.append("\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4))))
             else:
-                blocks.append(self.fill(self.choose("functions" if pick < 0.85 else "classes")))
+                blocks.append(self.fill(self.choose("functions" if pick < 0.93 else "classes")))
             text = "\n\n".join(blocks) + "\n"
         return text
 
     def _draw(self, kind: str) -> str:
         if (names := self._names.get(kind)) is not None:
             return names[int(self.rng.random() * len(names))]
+        if kind in TEMPLATES:
+            return self.fill(self.choose(kind))
         return self._composed[kind]()
 
     def _draw_other_than(self, taken: Collection[str], kind: str) -> str:

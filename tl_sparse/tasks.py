@@ -1,10 +1,12 @@
 """Binary next-token tasks over Python code: pairs of prompts that differ minimally (paper, Table 1).
 
 In a pair each prompt has its own right answer among the same two candidate tokens. The loss of a task is the
-cross-entropy between the two candidates after the last token, a mean over both prompts of all pairs.
+cross-entropy between the two candidates after the last token, a mean over both prompts of all pairs. All tasks
+but the first are filled in from the templates in tasks.yaml.
 
 A prompt's context has distractors, such as other strings, already closed, in both quote styles. They are the
-same in both prompts of a pair, so only what the task is about tells which candidate is right.
+same in both prompts of a pair, so only what the task is about tells which candidate is right. Both prompts end in
+the same token, except where that token is what the task is about.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import difflib
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.idioms import Writer
+from tl_sparse.idioms import PAIRS, Writer, both_sides
 from tl_sparse.tokenizer import single_token
 
 if TYPE_CHECKING:
@@ -36,12 +39,14 @@ class Task:
         description: one line.
         candidates: the two answers, each one token of the tokenizer in use.
         sample: draws one pair of prompts; the right answer to prompt i is `candidates[i]`.
+        same_end: both prompts of a pair end in the same token.
     """
 
     name: str
     description: str
     candidates: tuple[str, str]
     sample: Callable[[random.Random], tuple[str, str]]
+    same_end: bool = True
 
 
 def _single_double_quote(rng: random.Random) -> tuple[str, str]:
@@ -54,16 +59,28 @@ def _single_double_quote(rng: random.Random) -> tuple[str, str]:
     return context + call.replace("(", "('"), context + call.replace("(", '("')
 
 
+def _from_templates(name: str, rng: random.Random) -> tuple[str, str]:
+    """A pair of tasks.yaml up to where the answer stands, its last `«a|b»`."""
+    text = Writer(rng).pair(name)
+    return both_sides(text[: text.rindex("«")])
+
+
 TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="single_double_quote",
-            description="close the string of a call with the quote that opened it",
-            candidates=("')", '")'),
-            sample=_single_double_quote,
-        ),
+    "single_double_quote": Task(
+        name="single_double_quote",
+        description="close the string of a call with the quote that opened it",
+        candidates=("')", '")'),
+        sample=_single_double_quote,
     )
+} | {
+    name: Task(
+        name=name,
+        description=pair["description"],
+        candidates=tuple(pair["candidates"]),
+        sample=partial(_from_templates, name),
+        same_end=pair.get("same_end", True),
+    )
+    for name, pair in PAIRS.items()
 }
 
 
@@ -145,7 +162,8 @@ def make_task_data(
 
     Raises:
         TaskError: `n_pairs` is below 1, the task cannot give so many pairs, or the two prompts of a pair have
-            the same tokens, end in different tokens, or change their tokens when the answer is added.
+            the same tokens, end in different tokens and the task is not about that, or change their tokens
+            when the answer is added.
         TokenizerError: a candidate is not one token, or the tokenizer has no beginning-of-text token.
         DataError: a prompt is longer than `n_ctx`.
     """
@@ -231,7 +249,7 @@ def _check_pair(
     fault = ""
     if ids[0] == ids[1]:
         fault = "have the same tokens"
-    elif ids[0][-1] != ids[1][-1]:
+    elif task.same_end and ids[0][-1] != ids[1][-1]:
         fault = "end in different tokens"
     elif any(
         _encode(tokenizer, prompt + answer) != [*tokens, candidate]
