@@ -1,18 +1,29 @@
 """Documents: the idioms, the standard library, the user's files; and their packing into rows of tokens."""
 
 import ast
+import dataclasses
+import json
+import os
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_sparse.config import DataConfig
-from tl_sparse.data import load_documents, pack_tokens
-from tl_sparse.errors import ConfigError, DataError
+import tl_sparse.data
+from helpers import tiny_config, word_tokenizer
+from tl_sparse import train
+from tl_sparse.config import DataConfig, TrainConfig
+from tl_sparse.data import Stream, load_documents, pack_tokens, packed_corpus
+from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
 from tl_sparse.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -113,7 +124,9 @@ def test_parameter_names_are_distinct():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": ""}, "source = '' is not possible; it must be \"builtin\", a folder, a glob pattern or a file"),
+        ({"source": ""}, "source = '' is not possible; it must be \"builtin\", a folder, a glob pattern, a file or"),
+        ({"source": "hf:"}, "source = 'hf:' is not possible; it must be \"builtin\", a folder"),
+        ({"max_chars": 0}, "max_chars = 0 is not possible; it must be at least 1"),
         ({"source": Path("x")}, "source = PosixPath('x') is not possible; it must be of type str"),
         ({"stdlib_chars": -1}, "stdlib_chars = -1 is not possible; it must be at least 0"),
         ({"idiom_chars": 1.5}, "idiom_chars = 1.5 is not possible; it must be of type int"),
@@ -222,6 +235,17 @@ def test_unreadable_file(tmp_path):
         load_documents(DataConfig(str(tmp_path)))
 
 
+def test_file_without_permission(tmp_path, monkeypatch):
+    source = write_files(tmp_path, a_py="x", b_py="y")
+
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)  # root may read whatever there is
+    with pytest.raises(DataError, match=r"cannot read .*a\.py: Permission denied"):
+        load_documents(DataConfig(source))
+
+
 # pack_tokens
 
 
@@ -259,3 +283,265 @@ def test_packing_does_not_depend_on_how_the_tokenizer_was_last_used(tokenizer):
     before = pack_tokens(documents, tokenizer, 16, seed=0)
     tokenizer(["x = 1", "y"], truncation=True, max_length=2, padding=True)
     assert torch.equal(pack_tokens(documents, tokenizer, 16, seed=0), before)
+
+
+def in_memory(documents, tokenizer, n_ctx, seed):
+    """Rows as they were packed before there were files: all tokens in one list."""
+    tokens = []
+    for document in random.Random(seed).sample(documents, len(documents)):
+        tokens += [tokenizer.eos_token_id, *tokenizer.encode(document, add_special_tokens=False)]
+    return torch.tensor(tokens[: len(tokens) // n_ctx * n_ctx], dtype=torch.int32).view(-1, n_ctx)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    documents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=200),
+    n_ctx=st.integers(1, 9),
+    seed=st.integers(0, 2**32),
+)
+def test_rows_from_a_file_are_those_from_memory(tokenizer, documents, n_ctx, seed):
+    expected = in_memory(documents, tokenizer, n_ctx, seed)
+    if len(expected):
+        assert torch.equal(pack_tokens(documents, tokenizer, n_ctx, seed), expected)
+        assert torch.equal(pack_tokens(iter(documents), tokenizer, 1, seed)[:1], torch.tensor([[399]]))
+
+
+@pytest.mark.parametrize(("n_words", "dtype"), [(2**16, torch.uint16), (2**16 + 1, torch.int32)])
+def test_sixteen_bits_where_the_vocabulary_fits(n_words, dtype, tmp_path):
+    words = word_tokenizer(["<unk>", *(f"w{i}" for i in range(1, n_words))], eos_token="<unk>")
+    with open(tmp_path / "rows", "w+b") as file:
+        rows = tl_sparse.data._write_rows(file, ["w1 w2", f"w{n_words - 1}"], words, 1, seed=0)
+    assert rows.dtype == dtype
+    assert sorted(rows.flatten().tolist()) == [0, 0, 1, 2, n_words - 1]
+    assert (tmp_path / "rows").stat().st_size == 5 * dtype.itemsize
+    rows[:] = 0  # the file is not changed
+    assert np.fromfile(tmp_path / "rows", "H" if dtype == torch.uint16 else "i").any()
+
+
+def test_packing_takes_little_memory(tokenizer, tmp_path):
+    lines = "".join(f"x{i} = {i}\n" for i in range(100))
+    sizes = {}
+    for n_documents in (500, 2_500):
+        tracemalloc.start()
+        with open(tmp_path / "rows", "w+b") as file:
+            rows = tl_sparse.data._write_rows(
+                file, (f"n = {i}\n{lines}" for i in range(n_documents)), tokenizer, 64, 0
+            )
+        sizes[n_documents] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (rows == tokenizer.eos_token_id).sum() == n_documents
+    assert rows.nbytes > 2 * sizes[2_500]
+    assert sizes[2_500] < 1.2 * sizes[500]
+
+
+# Streams
+
+
+def write_rows(folder, texts, name="part.jsonl", column="text"):
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)]
+    (folder / name).write_text("".join(lines))
+    return f"hf:{folder}"
+
+
+def test_a_stream_is_split_and_shuffled_by_its_seed(tmp_path):
+    texts = [f"document {i}\n" for i in range(200)]
+    source = write_rows(tmp_path / "set", [*texts, None, "", "  \n"])
+    config = DataConfig(source, validation_fraction=0.2)
+    documents = load_documents(config)
+    train_texts = list(documents.train)
+    assert train_texts == list(documents.train) == list(load_documents(config).train)
+    assert sorted(train_texts + documents.validation) == sorted(texts)
+    assert 20 < len(documents.validation) < 60
+    assert train_texts != [text for text in texts if text in train_texts]
+    assert documents.description == f"the dataset {source} (at most 1,000,000,000 characters)"
+    other = load_documents(dataclasses.replace(config, seed=1))
+    assert set(other.validation) != set(documents.validation)
+    assert list(load_documents(DataConfig(f"{source}/part.jsonl", validation_fraction=0.2)).train) == train_texts
+
+
+def test_a_stream_may_be_parquet_with_another_column_and_split(tmp_path, monkeypatch):
+    # Five seconds after each pass over a Parquet file, which only matter when the process ends.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    texts = [f"document {i}" for i in range(10)]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"code": texts}), tmp_path / "set" / "test.parquet")
+    documents = load_documents(DataConfig(f"hf:{tmp_path / 'set'}", split="test", text_column="code"))
+    assert sorted([*documents.train, *documents.validation]) == sorted(texts)
+
+
+def test_how_much_is_taken_of_a_stream(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "set", [f"{i:09}\n" for i in range(1000)])
+    documents = load_documents(DataConfig(source, max_chars=2_000, validation_fraction=0.5))
+    assert len(list(documents.train)) + len(documents.validation) == 200
+    # The whole is longer than what is held out of it may be.
+    monkeypatch.setattr("tl_sparse.data.STREAM_VALIDATION_CHARS", 300)
+    documents = load_documents(DataConfig(source, validation_fraction=0.5))
+    assert len(documents.validation) == 30
+    assert len(set(documents.train) - set(documents.validation)) == 970
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "message"),
+    [
+        ([], {}, "cannot read the dataset|0 documents with text"),
+        (["", None, " \n"], {}, "has 0 documents with text in 'text'; give at least two"),
+        (["one"], {}, "has 1 documents with text in 'text'; give at least two"),
+        (["one", "two"], {"text_column": "code"}, "has no column 'code'; text_column must be one of id, text"),
+        ([1, 2], {}, "column 'text' of .* must hold text, not int"),
+        ([["one"], ["two"]], {}, "column 'text' of .* must hold text, not list"),
+        (["one", "two"], {"split": "test"}, r"cannot read the dataset .*: test. Available splits: \['train'\]"),
+    ],
+)
+def test_unusable_datasets(texts, changes, message, tmp_path):
+    config = DataConfig(write_rows(tmp_path / "set", texts), **changes)
+    with pytest.raises(DataError, match=message):
+        train(tiny(config), tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_datasets_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the dataset hf:.*nothing: .*; it must be \"hf:owner/name\" as"):
+        load_documents(DataConfig(f"hf:{tmp_path}/nothing"))
+    with pytest.raises(DataError, match=r"cannot read the dataset hf:.*doesn't contain any data files; it must be"):
+        load_documents(DataConfig(f"hf:{tmp_path}"))
+    source = write_rows(tmp_path / "set", ["one", "two"])
+    with open(tmp_path / "set" / "part.jsonl", "a") as file:
+        file.write('{"text": "thr')
+    with pytest.raises(DataError, match=r"cannot read the dataset hf:.*JSON"):
+        load_documents(DataConfig(source))
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "train.txt").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(DataError, match=r"cannot read the dataset hf:.*can't decode byte 0xff"):
+        load_documents(DataConfig(f"hf:{tmp_path / 'binary'}"))
+
+
+def test_a_dataset_when_offline(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(DataError, match="cannot read the dataset hf:owner/name: offline; it must be"):
+        load_documents(DataConfig("hf:owner/name"))
+
+
+# What a run packs
+
+
+def tiny(data, d_vocab=384, seed=0):
+    return TrainConfig(tiny_config(d_vocab=d_vocab, n_ctx=16), data, steps=3, batch_size=2, seed=seed)
+
+
+IDIOMS = DataConfig(stdlib_chars=0, idiom_chars=20_000)
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    source = write_rows(tmp_path_factory.mktemp("stream") / "set", idiom_documents(40_000, 0))
+    return DataConfig(source, validation_fraction=0.2)
+
+
+@pytest.mark.parametrize("where", ["folder", "temporary"])
+def test_a_corpus_is_what_its_documents_pack_to(where, tmp_path):
+    folder = tmp_path / "run" / "data" if where == "folder" else None
+    corpus = packed_corpus(tiny(IDIOMS, seed=5), ["):\n"], folder)
+    documents = load_documents(IDIOMS)
+    tokenizer = train_tokenizer(documents.train, 384, ["):\n"])
+    assert corpus.tokenizer.get_vocab() == tokenizer.get_vocab()
+    for ours, texts in ((corpus.train, documents.train), (corpus.validation, documents.validation)):
+        assert ours.dtype == torch.uint16
+        assert torch.equal(ours.int(), in_memory(texts, tokenizer, 16, 5))
+    if folder is not None:
+        assert sorted(os.listdir(folder.parent)) == ["data"]
+        assert {"train", "validation", "tokenizer.json"} <= set(os.listdir(folder))
+
+
+def test_a_streamed_corpus_keeps_documents_and_order(streamed):
+    first, second = (packed_corpus(tiny(streamed), []) for _ in range(2))
+    assert first.about == second.about
+    assert torch.equal(first.train.int(), second.train.int())
+    text = first.tokenizer.decode(first.train.flatten().tolist())
+    documents = text.split(END_OF_TEXT)[1:]
+    assert documents[:-1] == list(load_documents(streamed).train)[: len(documents) - 1]
+
+
+def test_the_tokenizer_is_trained_on_the_beginning_of_a_stream(streamed, monkeypatch):
+    monkeypatch.setattr("tl_sparse.data.STREAM_TOKENIZER_CHARS", 20_000)
+    texts = []
+    real = train_tokenizer
+    monkeypatch.setattr(
+        "tl_sparse.data.train_tokenizer", lambda sample, *rest: real(texts.extend(sample) or texts, *rest)
+    )
+    corpus = packed_corpus(tiny(streamed), [])
+    assert texts == list(Stream(streamed, load_documents(streamed).train.held_out))[: len(texts)]
+    assert 10_000 < sum(map(len, texts)) < 21_000
+    assert corpus.train.numel() > sum(len(corpus.tokenizer.encode(text)) for text in texts) + 1_000
+
+
+def test_a_packed_corpus_is_found_again(tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "data"
+    made = packed_corpus(tiny(IDIOMS), [], folder)
+    with monkeypatch.context() as patch:
+        for name in ("train_tokenizer", "load_documents"):
+            patch.setattr(f"tl_sparse.data.{name}", None)
+        found = packed_corpus(tiny(IDIOMS), [], folder, made.about)
+    assert found.about == made.about
+    assert found.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()
+    assert torch.equal(found.train.int(), made.train.int())
+    assert torch.equal(found.validation.int(), made.validation.int())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no validation", "no tokenizer", "no folder", "damaged tokenizer"])
+def test_a_packed_corpus_that_does_not_fit_is_made_again(damage, tmp_path):
+    folder = tmp_path / "run" / "data"
+    made = packed_corpus(tiny(IDIOMS), [], folder)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    gone = {"no validation": ["validation"], "no tokenizer": ["tokenizer.json"], "no folder": before}
+    for name in gone.get(damage, []):
+        (folder / name).unlink()
+    if damage == "truncated":
+        (folder / "train").write_bytes(before["train"][:-2])
+    if damage == "damaged tokenizer":
+        (folder / "tokenizer.json").write_bytes(before["tokenizer.json"][:-20])
+    if damage == "no folder":
+        folder.rmdir()
+    assert packed_corpus(tiny(IDIOMS), [], folder, made.about).about == made.about
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_other_text_is_refused_and_what_was_there_stays(tmp_path):
+    source = write_files(tmp_path / "text", a_py="x = 1\n" * 99, b_py="print('the red house')\n" * 99)
+    config = tiny(DataConfig(source), d_vocab=260)
+    folder = tmp_path / "run" / "data"
+    made = packed_corpus(config, [], folder)
+    (folder / "validation").unlink()
+    write_files(tmp_path / "text", a_py="y = 1\n" * 99)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(TrainError, match=r"run was trained on other text: DataConfig\(.*\) does not give its tokens"):
+        packed_corpus(config, [], folder, made.about)
+    assert sorted(os.listdir(folder)) == before
+    assert os.listdir(tmp_path / "run") == ["data"]
+
+
+def test_nothing_is_left_where_packing_fails(tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "data"
+    with pytest.raises(TokenizerError, match="the text is too small for vocab_size 384"):
+        packed_corpus(tiny(DataConfig(write_files(tmp_path / "text", a_py="x = 1\n", b_py="x = 1\n"))), [], folder)
+    assert not folder.parent.exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_sparse.data._write_rows", full)
+    with pytest.raises(DataError, match=r"cannot write the packed tokens of .*run: .*No space left on device"):
+        packed_corpus(tiny(IDIOMS), [], folder)
+    assert os.listdir(folder.parent) == []
+
+
+def test_training_on_a_stream(streamed, tmp_path):
+    model, record = train(tiny(streamed), tmp_path / "run", device="cpu", progress=False)
+    assert record["data"].startswith("the dataset hf:")
+    assert record["config"]["data"]["source"] == streamed.source
+    _, again = train(tiny(streamed), device="cpu", progress=False)
+    assert again["validation_loss"] == record["validation_loss"]
+    assert not (tmp_path / "run" / "data").exists()
+    sample = tl_sparse.load_corpus(tmp_path / "run", model.tokenizer, 16)
+    assert sample.dtype == torch.int32
+    assert tl_sparse.load_corpus(tmp_path, model.tokenizer, 16, streamed.source).dtype == torch.int32

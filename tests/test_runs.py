@@ -46,6 +46,7 @@ def assert_same_run(folder, expected):
     for name in ("training_loss", "validation_loss", "nonzero_weights", "training_tokens_seen"):
         assert records[0][name] == records[1][name]
     assert not (folder / "checkpoints").exists()
+    assert not (folder / "data").exists()
     assert not (folder / "run.json").exists()
 
 
@@ -80,6 +81,9 @@ def test_resuming_changes_nothing(step, uninterrupted, tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     last = step // 7 * 7
     assert names == [f"step-{done:08}.safetensors" for done in (last - 7, last) if done]
+    # The text is not read again, nor the tokenizer trained.
+    monkeypatch.setattr("tl_sparse.data.train_tokenizer", None)
+    monkeypatch.setattr("tl_sparse.data.load_documents", None)
     # What may change: how often checkpoints are written.
     config = dataclasses.replace(CONFIG, checkpoint_steps=0, keep_checkpoints=5)
     _, record = train(config, tmp_path / "run", device="cpu", progress=False, resume=True)
@@ -254,7 +258,10 @@ def contents(folder):
     [
         (dict(lr=0.5), "was trained with lr = 0.01, not 0.5; to resume, ask for the same"),
         (dict(steps=61), "was trained with steps = 60, not 61"),
-        (dict(data=DataConfig(stdlib_chars=0, idiom_chars=30_000, seed=1)), "trained on other text"),
+        (
+            dict(data=DataConfig(stdlib_chars=0, idiom_chars=30_000, seed=1)),
+            r"was trained with data = {.*'seed': 0}, not {.*'seed': 1}; to resume, ask for the same",
+        ),
         (dict(model=dataclasses.replace(MODEL, d_mlp=40)), "was trained with model = "),
     ],
 )

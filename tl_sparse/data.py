@@ -1,27 +1,32 @@
-"""Text to train on, as tokens: the standard library and synthetic idioms, or the user's own files."""
+"""Text to train on, as tokens in files: the standard library and synthetic idioms, the user's files, or a stream."""
 
 from __future__ import annotations
 
 import copy
 import glob
+import hashlib
 import os
 import random
+import shutil
 import sysconfig
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 from torch import Tensor
 
-from tl_sparse.config import DataConfig
-from tl_sparse.errors import CheckpointError, DataError, TokenizerError
+from tl_sparse.config import DataConfig, TrainConfig
+from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 from tl_sparse.files import read_tensors
 from tl_sparse.idioms import idiom_documents
+from tl_sparse.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,14 +39,18 @@ _SKIPPED_FOLDERS = frozenset(
 #: A sample of the training tokens, saved with a model; enough rows for stable means wherever it is pruned.
 CORPUS_SAMPLE = "corpus_sample.safetensors"
 CORPUS_ROWS = 512
-_ENCODED_AT_ONCE = 1024  # documents; bounds the memory that the tokenizer's result objects take
+_ENCODED_AT_ONCE = 64  # documents; bounds the memory that the tokenizer's result objects take
+#: Of a stream: documents in the buffer that shuffles it; characters that train the tokenizer, and for validation.
+STREAM_BUFFER = 1_000
+STREAM_TOKENIZER_CHARS = 5_000_000
+STREAM_VALIDATION_CHARS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Whole documents, no document in both lists; `description` says in a line where they come from."""
+    """Whole documents, none for both; `description` says in a line where they come from."""
 
-    train: list[str]
+    train: list[str] | Stream
     validation: list[str]
     description: str
 
@@ -53,9 +62,11 @@ def load_documents(config: DataConfig) -> Documents:
     a single document is itself cut in two, at the end of a line.
 
     Raises:
-        DataError: no files, a file that is unreadable or not UTF-8 text, nothing but white space in them, or
-            too little to leave a document on each side.
+        DataError: no files or dataset, one that is unreadable or not (UTF-8) text, nothing but white space in
+            them, or too little to leave a document on each side.
     """
+    if config.source.startswith("hf:"):
+        return _streamed_documents(config)
     if config.source == "builtin":
         groups = {
             "standard library": _stdlib_documents(config.stdlib_chars, config.seed),
@@ -84,35 +95,127 @@ def load_documents(config: DataConfig) -> Documents:
     return Documents(train, validation, description)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: the tokenizer trained on its text, and tokens [seq, n_ctx], uint16 or int32, mapped from files.
+
+    `about` has a description of the text, and SHA-256 and sizes in bytes of the files.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: Int[Tensor, "seq n_ctx"]
+    validation: Int[Tensor, "seq n_ctx"]
+    about: dict[str, Any]
+
+
+def packed_corpus(
+    config: TrainConfig, required: Sequence[str], folder: Path | None = None, about: dict[str, Any] | None = None
+) -> Corpus:
+    """Train a tokenizer on the text of `config`, in which the `required` strings are tokens, and pack the text.
+
+    The files appear in `folder` all together or not at all; None makes temporary ones. With `about`, of a corpus
+    that was there, it is taken from there if the sizes are right, and else made again.
+
+    Raises:
+        DataError, TokenizerError: as `load_documents`, `train_tokenizer` and `pack_tokens`; the disk is full.
+        TrainError: the text has become another than the one of `about`.
+    """
+    if folder is not None and about is not None and (found := _read_corpus(folder, config, about)) is not None:
+        return found
+    documents = load_documents(config.data)
+    sample = documents.train
+    if isinstance(sample, Stream):
+        max_chars = min(config.data.max_chars, STREAM_TOKENIZER_CHARS)
+        sample = replace(sample, config=replace(config.data, max_chars=max_chars))
+    tokenizer = train_tokenizer(sample, config.model.d_vocab, required)
+    parent, rows, digest = None if folder is None else folder.parent, {}, hashlib.sha256()
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".data.", dir=parent) as temporary:
+            packed = Path(temporary, "data")
+            tokenizer.save_pretrained(packed)
+            for name, part in (("train", documents.train), ("validation", documents.validation)):
+                with open(packed / name, "w+b") as file:
+                    rows[name] = _write_rows(file, part, tokenizer, config.model.n_ctx, config.seed)
+                for some in rows[name].split(1024):
+                    digest.update(some.numpy())
+            sizes = {name: tensor.nbytes for name, tensor in rows.items()}
+            made = {"description": documents.description, "sha256": digest.hexdigest(), "bytes": sizes}
+            if about is not None and made["sha256"] != about.get("sha256"):
+                raise TrainError(f"{parent} was trained on other text: {config.data} does not give its tokens any more")
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                packed.replace(folder)
+    except OSError as error:
+        raise DataError(f"cannot write the packed tokens of {parent or 'the run'}: {error}") from error
+    return Corpus(tokenizer, **rows, about=made)
+
+
+def _read_corpus(folder: Path, config: TrainConfig, about: dict[str, Any]) -> Corpus | None:
+    """The corpus in `folder`, if it is whole."""
+    try:
+        if any((folder / name).stat().st_size != size for name, size in about["bytes"].items()):
+            return None
+        tokenizer = load_tokenizer(folder)
+    except (TokenizerError, OSError, KeyError):
+        return None
+    rows = {name: _mapped(folder / name, tokenizer, config.model.n_ctx) for name in about["bytes"]}
+    return Corpus(tokenizer, **rows, about=about)
+
+
 def pack_tokens(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, n_ctx: int, seed: int
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, n_ctx: int, seed: int
 ) -> Int32[Tensor, "seq n_ctx"]:
     """The documents as rows of exactly `n_ctx` tokens, for next-token prediction.
 
     The documents are shuffled with `seed` and joined, each with the end-of-text token before it; a row may
-    hold the end of one document and the beginning of the next. The last, incomplete row is dropped.
+    hold the end of one document and the beginning of the next. The last, incomplete row is dropped. A stream,
+    which is shuffled already, is packed as it comes.
 
     Raises:
         DataError: the documents do not fill one row.
         TokenizerError: the tokenizer has no end-of-text token.
     """
+    with TemporaryFile() as file:
+        return _write_rows(file, documents, tokenizer, n_ctx, seed).int()
+
+
+def _write_rows(
+    file: IO[bytes], documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, n_ctx: int, seed: int
+) -> Int[Tensor, "seq n_ctx"]:
+    """`pack_tokens` into an empty, open file, which the rows are mapped from; a batch at a time is in memory."""
     if (end_of_text := tokenizer.eos_token_id) is None:
         raise TokenizerError("the tokenizer has no end-of-text token (eos_token) to put before each document")
-    shuffled = random.Random(seed).sample(documents, len(documents))
+    if isinstance(documents, Sequence):
+        documents = random.Random(seed).sample(documents, len(documents))
     # A copy: the original may still truncate and pad as it was last asked to, as by `model.to_tokens`.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    stream = array("i")  # four bytes a token, where a list of Python integers would take over thirty
-    for start in range(0, len(shuffled), _ENCODED_AT_ONCE):
-        batch = shuffled[start : start + _ENCODED_AT_ONCE]
+    dtype, n_tokens = _dtype(tokenizer), 0
+    remaining = iter(documents)
+    while batch := list(islice(remaining, _ENCODED_AT_ONCE)):
+        tokens = array(dtype.char)
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-            stream.append(end_of_text)
-            stream.extend(encoding.ids)
-    n_rows = len(stream) // n_ctx
-    if n_rows == 0:
-        raise DataError(f"the documents are {len(stream)} tokens, fewer than one row of n_ctx = {n_ctx}")
-    return torch.frombuffer(stream, dtype=torch.int32)[: n_rows * n_ctx].clone().view(n_rows, n_ctx)
+            tokens.append(end_of_text)
+            tokens.extend(encoding.ids)
+        tokens.tofile(file)
+        n_tokens += len(tokens)
+    if n_tokens < n_ctx:
+        raise DataError(f"the documents are {n_tokens} tokens, fewer than one row of n_ctx = {n_ctx}")
+    file.truncate((n_tokens - n_tokens % n_ctx) * dtype.itemsize)
+    return _mapped(file, tokenizer, n_ctx)
+
+
+def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:
+    """uint16 if every token fits, else int32."""
+    return np.dtype("H" if max(tokenizer.get_vocab().values()) < 2**16 else "i")
+
+
+def _mapped(file: str | Path | IO[bytes], tokenizer: PreTrainedTokenizerFast, n_ctx: int) -> Int[Tensor, "seq n_ctx"]:
+    # "c": whoever writes into the tensor, the file stays as it is; torch warns of memory it must not write.
+    return torch.from_numpy(np.memmap(file, _dtype(tokenizer), "c")).view(-1, n_ctx)
 
 
 def _stdlib_documents(n_chars: int, seed: int) -> list[str]:
@@ -197,6 +300,61 @@ def _cut_in_two(document: str, fraction: float, description: str) -> Documents:
     return Documents([head], [tail], description)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The documents of an "hf:" dataset but those `held_out`, read anew, in the same order, at every iteration.
+
+    Iterating raises `DataError` where the dataset cannot be read or a document is not text.
+    """
+
+    config: DataConfig
+    held_out: frozenset[int] = frozenset()
+
+    def __iter__(self) -> Iterator[str]:
+        import datasets
+
+        source, column = self.config.source, self.config.text_column
+        path = Path(source.removeprefix("hf:")).expanduser()
+        where = {"path": str(path)} if not path.is_file() else {"path": str(path.parent), "data_files": path.name}
+        subset, split = self.config.subset or None, self.config.split
+        number = length = 0
+        try:
+            dataset = datasets.load_dataset(**where, name=subset, split=split, streaming=True)
+            for row in dataset.shuffle(self.config.seed, buffer_size=STREAM_BUFFER):
+                if column not in row:
+                    raise DataError(f"{source} has no column {column!r}; text_column must be one of {', '.join(row)}")
+                if not isinstance(text := row[column] or "", str):
+                    raise DataError(f"column {column!r} of {source} must hold text, not {type(text).__name__}")
+                if text.strip():
+                    if number not in self.held_out:
+                        yield text
+                    number, length = number + 1, length + len(text)
+                if length >= self.config.max_chars:
+                    return
+        except DataError:
+            raise
+        except Exception as error:  # of many kinds: the network's, the parsers' of each format, …
+            raise DataError(
+                f'cannot read the dataset {source}: {error}; it must be "hf:owner/name" as on the Hugging Face hub, '
+                'with a subset and a split that there are, or "hf:" and a local folder or file of JSON lines, Parquet …'
+            ) from error
+
+
+def _streamed_documents(config: DataConfig) -> Documents:
+    """A stream to train on; of its documents the first, never the second, and a share of the others are held out."""
+    generator, validation, room, i = random.Random(config.seed), dict[int, str](), STREAM_VALIDATION_CHARS, -1
+    for i, text in enumerate(Stream(config)):
+        if i == 0 or (i > 1 and generator.random() < config.validation_fraction):
+            validation[i] = text
+            room -= len(text)
+        if i > 0 and room <= 0:
+            break
+    if i < 1:
+        raise DataError(f"{config.source} has {i + 1} documents with text in {config.text_column!r}; give at least two")
+    description = f"the dataset {config.source} (at most {config.max_chars:,} characters)"
+    return Documents(Stream(config, frozenset(validation)), list(validation.values()), description)
+
+
 def load_corpus(
     model_folder: str | Path, tokenizer: PreTrainedTokenizerFast | None, n_ctx: int, source: str | None = None
 ) -> Int32[Tensor, "seq n_ctx"]:
@@ -225,5 +383,5 @@ def load_corpus(
         return tokens
     if tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
-    documents = load_documents(DataConfig(source, stdlib_chars=300_000, idiom_chars=300_000))
+    documents = load_documents(DataConfig(source, max_chars=3_000_000, stdlib_chars=300_000, idiom_chars=300_000))
     return pack_tokens(documents.train, tokenizer, n_ctx, seed=0)[:CORPUS_ROWS]

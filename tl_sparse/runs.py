@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.config import TrainConfig
+from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, read_tensors, replacing, write_json, write_tensors
 
@@ -34,24 +35,28 @@ class Run:
     Args:
         folder: of the run.
         config: how it trains.
-        tokens: its training tokens; a run goes on with the same only.
         resume: go on from the last checkpoint in `folder`.
 
     Raises:
-        TrainError: to resume: if there is nothing to go on from, or it was another configuration or text.
+        TrainError: to resume: if it was another configuration.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, tokens: Tensor, resume: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, resume: bool) -> None:
         self.folder, self.config = folder, config
-        self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
-        data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        # Through JSON, so that what is compared has been through it on both sides.
-        about = json.loads(json.dumps({"config": dataclasses.asdict(config), "data": data}))
+        self.checkpoints, self.log, self.data = folder / "checkpoints", folder / "log.jsonl", folder / "data"
+        self._about = None
         if resume:
-            _check_same(read_json(folder / "run.json"), about, folder)
-        else:
-            write_json(folder / "run.json", about)
+            stored = read_json(folder / "run.json")
+            _check_same(stored.get("config", {}), config, folder)
+            self._about = stored.get("data", {})
         self._saved = time.monotonic()
+
+    def corpus(self, required: Sequence[str]) -> Corpus:
+        """The run's tokens, packed in its folder; to resume, the same again: see `packed_corpus`."""
+        corpus = packed_corpus(self.config, required, self.data, self._about)
+        if self._about is None:
+            write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), "data": corpus.about})
+        return corpus
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step` steps."""
@@ -113,6 +118,8 @@ class Run:
             path.unlink()
         if self.checkpoints.is_dir():
             self.checkpoints.rmdir()
+        for path in (self.data, *self.folder.glob(f".{self.data.name}.*")):
+            shutil.rmtree(path, ignore_errors=True)
         (self.folder / "run.json").unlink()
 
     def _paths(self) -> list[Path]:
@@ -147,11 +154,9 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
     return checksum
 
 
-def _check_same(stored: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    """Raise `TrainError` naming what differs between a run and what it is to go on with."""
-    if stored.get("data") != ours["data"]:
-        raise TrainError(f"{folder} was trained on other text: its tokens are not those of this configuration's data")
-    before, now = stored.get("config", {}), ours["config"]
+def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """Raise `TrainError` naming what differs between a run's configuration and the one it is to go on with."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # what is compared has been through JSON on both sides
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
             raise TrainError(

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import create, resolve_device
 from tl_sparse.config import TrainConfig
-from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, load_documents, pack_tokens
+from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, packed_corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks.points import TLModel, hooked
@@ -29,7 +29,6 @@ from tl_sparse.hooks.weights import WeightSparsity, annealed, weight_groups
 from tl_sparse.layers import AbsTopK
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
-from tl_sparse.tokenizer import train_tokenizer
 
 #: A line of the log, and a look at the bar, every so many steps.
 LOG_STEPS = 20
@@ -185,8 +184,11 @@ def start_bigram_from_counts(model: TLModel, tokens: Int[Tensor, "seq pos"], pri
     """Set the bigram table to log p(next | current) over `tokens`, smoothed by `prior` counts of the unigram."""
     table = model.network.bigram.W_bigram
     d_vocab = len(table)
-    pairs = tokens[:, :-1].long() * d_vocab + tokens[:, 1:].long()
-    counts = torch.bincount(pairs.flatten(), minlength=d_vocab**2).view(d_vocab, d_vocab).double()
+    counts = torch.zeros(d_vocab**2, dtype=torch.long)
+    for rows in tokens.split(4096):
+        pairs = rows[:, :-1].long() * d_vocab + rows[:, 1:].long()
+        counts += torch.bincount(pairs.flatten(), minlength=d_vocab**2)
+    counts = counts.view(d_vocab, d_vocab).double()
     unigram = counts.sum(0) + 1
     smoothed = counts + prior * unigram / unigram.sum()
     table.copy_((smoothed / smoothed.sum(1, keepdim=True)).log())
@@ -201,7 +203,8 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     """Train a model from text to a saved folder.
 
-    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps) and `checkpoints/`. Ctrl-C
+    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps), `checkpoints/`, and `data/`:
+    the tokens, which are read from there and not again from the text when the run is resumed. Ctrl-C
     and SIGTERM write a checkpoint and stop; so do a loss that is not a number, and one that jumps.
 
     Args:
@@ -226,18 +229,16 @@ def train(
     if out is not None and not resume:
         check_new_folder(out)
     started, device = time.perf_counter(), resolve_device(device)
-    documents = load_documents(config.data)
     required = sorted({candidate for task in TASKS.values() for candidate in task.candidates})
-    tokenizer = train_tokenizer(documents.train, config.model.d_vocab, required)
-    rows = pack_tokens(documents.train, tokenizer, config.model.n_ctx, config.seed)
-    validation = pack_tokens(documents.validation, tokenizer, config.model.n_ctx, config.seed)
+    run = None if out is None else Run(Path(out), config, resume)
+    corpus = packed_corpus(config, required) if run is None else run.corpus(required)
+    tokenizer, rows, validation = corpus.tokenizer, corpus.train, corpus.validation
     prepared = time.perf_counter()
 
     model = create(config.model, config.seed, tokenizer, device)
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, rows)
     trainer = Trainer(model.train(), config)
-    run = None if out is None else Run(Path(out), config, rows, resume)
     losses = torch.zeros(config.steps)
     if run is not None and resume:
         past = run.restore(trainer)
@@ -252,7 +253,7 @@ def train(
     tokens_per_step = min(config.batch_size, len(rows)) * config.model.n_ctx
     record = {
         "config": dataclasses.asdict(config),
-        "data": documents.description,
+        "data": corpus.about["description"],
         "training_tokens_available": rows.numel(),
         "training_tokens_seen": done * tokens_per_step,
         "training_loss": float(losses[max(0, done - 50) : done].mean()),
@@ -274,7 +275,7 @@ def train(
 def _save(folder: Path, model: TLModel, rows: Int[Tensor, "seq pos"], record: dict[str, Any]) -> None:
     """The model, a sample of its training tokens, and the record of how it was made."""
     generator = torch.Generator().manual_seed(record["config"]["seed"])
-    sample = rows[torch.randperm(len(rows), generator=generator)[:CORPUS_ROWS]]
+    sample = rows[torch.randperm(len(rows), generator=generator)[:CORPUS_ROWS]].int()
     model.save_pretrained(folder)
     write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample})
     write_json(folder / "training.json", record)
