@@ -16,7 +16,7 @@ import torch
 import tl_sparse
 from test_runs import MODEL, assert_same_run
 from tl_sparse import DataConfig, TrainConfig, train
-from tl_sparse.errors import ConfigError
+from tl_sparse.errors import ConfigError, TrainError
 
 SHORT = TrainConfig(
     model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=12, batch_size=4, lr=1e-2,
@@ -133,7 +133,7 @@ def test_two_processes_train_what_one_would(seen, folder, monkeypatch):
     ours = tl_sparse.load(folder / "whole", device="cpu").state_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(ours[name] != 0, tensor != 0), name
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=5e-6, msg=name)  # measured: at most 5e-7
     for name in ("training_loss", "validation_loss"):
         assert seen[0]["whole"]["record"][name] == pytest.approx(record[name], abs=1e-5)
     assert seen[0]["whole"]["record"]["training_tokens_seen"] == record["training_tokens_seen"]
@@ -205,7 +205,8 @@ def tracked(monkeypatch):
             calls.append(values)
 
         def log(self, values, step):
-            calls.append({"step": step} | values)
+            assert values["step"] == step
+            calls.append(values)
 
         def finish(self):
             calls.append("finished")
@@ -215,29 +216,26 @@ def tracked(monkeypatch):
     return calls
 
 
-def test_a_tracker_gets_what_is_logged_also_after_resuming_without_it(tracked, tmp_path):
-    config = dataclasses.replace(SHORT, steps=60, max_jump=1e-9)
-    with pytest.raises(tl_sparse.errors.TrainError, match="the loss went from"):
-        train(dataclasses.replace(config, track="wandb"), tmp_path / "stopped", device="cpu", progress=False)
-    assert tracked.pop() == "finished"
-    tracked.clear()
-    config = dataclasses.replace(SHORT, steps=60)
-    train(dataclasses.replace(config, track="wandb"), tmp_path / "run", device="cpu", progress=False)
+def test_a_tracker_gets_what_is_logged(tracked, tmp_path):
+    config = dataclasses.replace(SHORT, steps=60, track="wandb")
+    train(config, tmp_path / "run", device="cpu", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert tracked[0] == "tl_sparse"
     assert (tracked[1]["lr"], tracked[1]["model.abs_topk.attn_in"]) == (0.01, 0.25)
     assert tracked[2:] == [*lines, "finished"]
 
 
-def test_the_tracker_does_not_hinder_resuming(tracked, tmp_path, monkeypatch):
+def test_a_tracker_ends_with_an_error_and_does_not_hinder_resuming(tracked, tmp_path, monkeypatch):
+    tracking = dataclasses.replace(SHORT, track="wandb")
     real = tl_sparse.training.next_token_loss
     monkeypatch.setattr("tl_sparse.training.next_token_loss", lambda *args: real(*args) * float("nan"))
-    with pytest.raises(tl_sparse.errors.TrainError, match="to nan"):
-        train(SHORT, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(TrainError, match="to nan"):
+        train(tracking, tmp_path / "run", device="cpu", progress=False)
+    assert tracked.pop() == "finished"
     monkeypatch.setattr("tl_sparse.training.next_token_loss", real)
-    tracking = dataclasses.replace(SHORT, track="wandb")
-    train(tracking, tmp_path / "run", device="cpu", progress=False, resume=True)
-    assert tracked[-2]["step"] == 12
+    seen = len(tracked)
+    train(SHORT, tmp_path / "run", device="cpu", progress=False, resume=True)
+    assert len(tracked) == seen
 
 
 def test_a_tracker_that_is_not_installed_is_named(tracked, tmp_path):

@@ -89,7 +89,7 @@ class Processes:
         if self.accelerator is not None:
             self.accelerator.init_trackers("tl_sparse", dict(_flat(dataclasses.asdict(config))))
 
-    def track(self, step: int, **values: float) -> None:
+    def track(self, step: int, values: Mapping[str, float]) -> None:
         """Give a line of the log to the tracker."""
         if self.accelerator is not None:
             self.accelerator.log(values, step)

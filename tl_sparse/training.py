@@ -309,7 +309,7 @@ def _steps(
                     measured["dead_neurons"] = dead_neurons(trainer.model, validation[: config.batch_size])
                 if run is not None:
                     run.write_log(**measured)
-                processes.track(**measured)
+                processes.track(done, measured)
                 rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
                 dead = f", {measured['dead_neurons']:.0%} dead" if "dead_neurons" in measured else ""
                 bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{dead}, {rate:,.0f} tokens/s")
