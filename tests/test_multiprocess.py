@@ -22,7 +22,7 @@ SHORT = TrainConfig(
     model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=12, batch_size=4, lr=1e-2,
     checkpoint_steps=5, validate_steps=20,
 )  # fmt: skip
-LONG = dataclasses.replace(SHORT, steps=200)
+LONG = dataclasses.replace(SHORT, steps=150)
 #: Every process writes what it saw, for the tests: `hashes` has one of all weights after each step.
 PROGRAM = """
 import dataclasses, functools, hashlib, json, os, signal, sys
@@ -34,7 +34,7 @@ from tl_sparse.errors import TLSparseError
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 step, backward, seen = training.Trainer.step, training.Trainer._backward, {}
-torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the usual one asks for a C++ compiler
+torch.compile = functools.partial(torch.compile, backend="eager")  # quick, and asks for no C++ compiler
 
 def run(name, config, out=None, resume=False, before=lambda done: None, factor=lambda done: 1.0):
     hashes, rows = [], []
@@ -98,7 +98,7 @@ def errors_of_the_command(folder):
         time.sleep(0.01)
     ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}
     ranks["1"].send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     return errors
 
@@ -107,7 +107,7 @@ def errors_of_the_command(folder):
 def seen(folder, errors_of_the_command):
     (folder / "program.py").write_text(PROGRAM)
     process = launched(folder / "program.py", folder)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -176,7 +176,7 @@ def test_the_command_stops_with_one_state_and_goes_on(errors_of_the_command, see
     stopped = f"stopped by SIGTERM; its state is in {folder / 'command'}, and resume goes on"
     assert errors_of_the_command.count(stopped) == 1
     assert seen[0]["command"]["error"] is None
-    assert 0 < len(seen[0]["command"]["hashes"]) < 200
+    assert 0 < len(seen[0]["command"]["hashes"]) < 150
     assert_same_run(folder / "command", folder / "long")
 
 
