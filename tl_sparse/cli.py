@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -134,8 +135,9 @@ def _train(args: argparse.Namespace) -> None:
     from tl_sparse.training import train
 
     _, record = train(config, args.out, args.device, resume=args.resume)
-    print(_training_summary(record))
-    print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
+    if os.environ.get("RANK", "0") == "0":  # the main process of several
+        print(_training_summary(record))
+        print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
 
 
 def _training_summary(record: dict[str, Any]) -> str:

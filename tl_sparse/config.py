@@ -267,7 +267,7 @@ class TrainConfig:
     Attributes:
         model: the architecture.
         data: the text.
-        steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each.
+        steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each, over all processes.
         lr, eps, beta1, beta2: Adam's. The learning rate is further multiplied by the warm-up and decay.
         warmup_fraction: share of the steps in which the learning rate rises; it then falls to 0.
         sharkfin: multiply the learning rate by sqrt(l0_fraction / current fraction), too: 1/sqrt(L0), A.2.
@@ -300,6 +300,7 @@ class TrainConfig:
             end only.
         target_validation_loss: stop as soon as the validation loss is this low (a dense twin of a sparse model);
             0: never.
+        track: also give every line of the log to this tracker; tensorboard's files are in the run's folder.
         seed: of the weights, the tokenizer's text, the data and its order.
 
     Raises:
@@ -342,6 +343,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     validate_steps: int = 0
     target_validation_loss: float = 0.0
+    track: Literal["none", "wandb", "tensorboard"] = "none"
     seed: int = 0
 
     __repr__ = short_repr

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tl_sparse.training import Trainer
 
 #: What may differ when a run goes on: it changes no weight.
-_FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"}
+_FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
 
 
 class Run:
@@ -101,11 +101,13 @@ class Run:
         losses = stored.pop("losses")
         trainer.sparsity.steps = len(losses)
         _restore(trainer, stored)
-        # Lines of steps after the checkpoint will come again.
+        return losses
+
+    def cut_log(self, done: int) -> None:
+        """Remove the lines of steps after `done`, which will come again."""
         lines = self.log.read_text().splitlines(keepends=True) if self.log.is_file() else []
         with replacing(self.log) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= len(losses)))
-        return losses
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done))
 
     def write_log(self, **values: Any) -> None:
         """Add a line to log.jsonl."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import create, resolve_device
-from tl_sparse.config import TrainConfig
+from tl_sparse.config import TrainConfig, check
 from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, packed_corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks.points import TLModel, hooked
 from tl_sparse.hooks.weights import WeightSparsity, annealed, weight_groups
 from tl_sparse.layers import AbsTopK
+from tl_sparse.processes import Processes
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
 
@@ -41,13 +41,14 @@ class Trainer:
     Args:
         model: a model of ours; its parameters without `requires_grad` stay as they are.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
+        processes: those that train together; None: this one alone.
 
     Raises:
         ConfigError: for a pattern in `config.l0_groups` that fits no weights.
     """
 
-    def __init__(self, model: TLModel, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: TLModel, config: TrainConfig, processes: Processes | None = None) -> None:
+        self.model, self.config, self.processes = model, config, processes or Processes()
         self.forward = torch.compile(model) if config.compile else model
         window = config.anneal_start * config.steps, config.anneal_stop * config.steps
         fractions = {"": config.matrix_fraction, "embed": config.l0_fraction_embed or config.matrix_fraction}
@@ -90,13 +91,14 @@ class Trainer:
         return config.lr * shape
 
     def step(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """One optimizer step on a batch; returns its mean next-token loss. If that is no number, nothing changes."""
+        """One optimizer step on a batch, of which `tokens` are this process's part; returns its mean next-token loss.
+        If that is no number, nothing changes."""
         lr = self.lr(self.sparsity.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for module, k, schedule in self._abs_topk:
             module.k = max(k, int(schedule(self.sparsity.steps) * module.dim))
-        loss = self._backward(tokens)
+        loss = self.processes.average(self._backward(tokens), self.parameters)
         if not bool(loss.isfinite()):
             self.optimizer.zero_grad()
             return loss
@@ -207,12 +209,15 @@ def train(
     the tokens, which are read from there and not again from the text when the run is resumed. Ctrl-C
     and SIGTERM write a checkpoint and stop; so do a loss that is not a number, and one that jumps.
 
+    Under `accelerate launch` all processes train one model, each on its part of every batch. They stop together;
+    only the main one writes, and shows the bar. All read `out` to resume.
+
     Args:
         config: architecture, data and hyper-parameters; `d_vocab` is also the size of the tokenizer, which is
             trained on the same text.
         out: folder for the model, its tokenizer, `training.json` (the record) and a sample of the training
             tokens, from which the pruner takes means; None saves nothing.
-        device: None is the GPU if there is one, else the CPU.
+        device: None is the GPU if there is one, else the CPU; of several processes each takes its own GPU.
         progress: show a bar with loss, L0 and tokens per second.
         resume: go on with the unfinished run in `out`; on the same device what follows is what would have
             followed without the interruption, bit for bit.
@@ -228,23 +233,34 @@ def train(
         raise TrainError(f"there is no unfinished run in {out}; a run that ended has a training.json instead")
     if out is not None and not resume:
         check_new_folder(out)
-    started, device = time.perf_counter(), resolve_device(device)
+    processes = Processes.launched(config, out, resolve_device(device))
+    started, device = time.perf_counter(), processes.device
     required = sorted({candidate for task in TASKS.values() for candidate in task.candidates})
-    run = None if out is None else Run(Path(out), config, resume)
-    corpus = packed_corpus(config, required) if run is None else run.corpus(required)
+    with processes.main_first():  # the others read what it has packed
+        run = None if out is None else Run(Path(out), config, resume or not processes.main)
+        corpus = packed_corpus(config, required) if run is None else run.corpus(required)
     tokenizer, rows, validation = corpus.tokenizer, corpus.train, corpus.validation
+    divisible = len(rows) >= config.batch_size or len(rows) % processes.count == 0
+    check(divisible, "batch_size", config.batch_size, f"at most {len(rows)}, the sequences of this text")
     prepared = time.perf_counter()
 
     model = create(config.model, config.seed, tokenizer, device)
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, rows)
-    trainer = Trainer(model.train(), config)
+    trainer = Trainer(model.train(), config, processes)
+    processes.start_tracker(config)
     losses = torch.zeros(config.steps)
     if run is not None and resume:
         past = run.restore(trainer)
         losses[: len(past)] = past
+        if processes.main:
+            run.cut_log(len(past))
+    run = run if processes.main else None
     first = trainer.sparsity.steps
-    _steps(trainer, losses, rows, validation, run, progress)
+    try:
+        _steps(trainer, losses, rows, validation, run, progress and processes.main)
+    finally:
+        processes.end_tracker()
     model.eval()
     trained = time.perf_counter()
 
@@ -263,12 +279,14 @@ def train(
         "seconds": {"data": prepared - started, "training": trained - prepared},
         "tokens_per_second": (done - first) * tokens_per_step / (trained - prepared),
         "device": str(device),
+        "processes": processes.count,
         "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
         | {"python": platform.python_version()},
     }
     if run is not None:
         _save(run.folder, model, rows, record)
         run.finish()
+    processes.wait()
     return model, record
 
 
@@ -291,24 +309,25 @@ def _steps(
     progress: bool,
 ) -> None:
     """The steps that are left, until the target is reached; `losses` is filled in."""
-    config, first = trainer.config, trainer.sparsity.steps
+    config, first, processes = trainer.config, trainer.sparsity.steps, trainer.processes
     device = next(trainer.model.parameters()).device
     stream = batches(rows, config.batch_size, config.seed, first)
     bar = tqdm(
         range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step"
     )
-    with noticing_signals() as signals:
+    with noticing_signals() as processes.received:
         for step, tokens in zip(bar, stream, strict=False):
-            losses[step] = loss = float(trainer.step(tokens.to(device)))
+            losses[step] = loss = float(trainer.step(processes.part(tokens).to(device)))
             usual = float(losses[max(0, step - 100) : step].mean()) if step else loss
             stop, done = "", trainer.sparsity.steps
             if not loss - usual < config.max_jump:  # also if it is not a number
                 stop = f"the loss went from {usual:.3f} to {loss:.3f}; a smaller lr than {config.lr} may help"
-            elif signals:
-                stop = f"stopped by {Signals(signals[0]).name}"
+            elif processes.stop:
+                stop = f"stopped by {processes.stop.name}"
             if run is not None and done < config.steps and (stop or run.is_due(done)):
                 run.save(trainer, losses[:done])
             if stop and done < config.steps:
+                processes.wait()  # a process that ends takes the others with it, even one that writes
                 where = f"; its state is in {run.folder}, and resume goes on" if run is not None else ""
                 raise TrainError(f"training ended after step {done} of {config.steps}: {stop}{where}")
             if done % LOG_STEPS == 0 or done == config.steps:
@@ -316,10 +335,12 @@ def _steps(
                 kept = trainer.sparsity.fraction_at(step)
                 measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
                 if config.validate_steps and done % config.validate_steps < LOG_STEPS:
-                    measured["validation_loss"] = evaluate_loss(trainer.model, validation, config.batch_size)
+                    agreed = torch.tensor(evaluate_loss(trainer.model, validation, config.batch_size), device=device)
+                    measured["validation_loss"] = float(processes.average(agreed))
                     measured["dead_neurons"] = dead_neurons(trainer.model, validation[: config.batch_size])
                 if run is not None:
                     run.write_log(**measured)
+                processes.track(done, measured)
                 rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
                 dead = f", {measured['dead_neurons']:.0%} dead" if "dead_neurons" in measured else ""
                 bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{dead}, {rate:,.0f} tokens/s")
