@@ -203,12 +203,12 @@ def test_unknown_flag_is_a_usage_error(capsys):
 
 
 def test_demo_at_small_size(tmp_path, monkeypatch, capsys):
-    """The command of `make demo`; here the few steps teach the model nothing, and it says so."""
+    """Trained first; here the few steps teach the model nothing, and it says so."""
     less_text = load_documents(tl_sparse.DataConfig(stdlib_chars=20_000, idiom_chars=400_000))
     monkeypatch.setattr("tl_sparse.data.load_documents", lambda config: less_text)
-    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]) == 1
+    assert main(["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]) == 1
     printed = capsys.readouterr()
-    assert "Train a small transformer" in printed.out
+    assert "Training a small transformer" in printed.out
     assert "full model's loss on single_double_quote" in printed.err
     assert (tmp_path / "demo" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "demo" / "circuit").exists()

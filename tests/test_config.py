@@ -122,7 +122,7 @@ def test_a_configuration_cannot_change_after_its_checks():
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (DataConfig, dict(source=""), "source = '' .* a folder, a glob pattern or a file"),
+        (DataConfig, dict(source=""), "source = '' .* a folder, a glob pattern, a file or .hf:. and a dataset"),
         (DataConfig, dict(source=3), "source = 3 .* of type str"),
         (DataConfig, dict(stdlib_chars=-1), "stdlib_chars = -1 .* at least 0"),
         (DataConfig, dict(stdlib_chars=0, idiom_chars=0), "stdlib_chars = 0 .* above 0 when idiom_chars is 0"),

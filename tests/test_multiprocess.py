@@ -20,7 +20,7 @@ from tl_sparse.errors import ConfigError, TrainError
 
 SHORT = TrainConfig(
     model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=12, batch_size=4, lr=1e-2,
-    checkpoint_steps=5, validate_steps=20,
+    l0_fraction=0.25, checkpoint_steps=5, validate_steps=20,
 )  # fmt: skip
 LONG = dataclasses.replace(SHORT, steps=150)
 #: Every process writes what it saw, for the tests: `hashes` has one of all weights after each step.
