@@ -28,8 +28,9 @@ def bundle(run: Path, folder: Path) -> None:
     record, model = read_json(run / "training.json"), tl_sparse.load(run, device="cpu")
     model.save_pretrained(folder)
     state = model.state_dict()
-    dense = {name for name, tensor in state.items() if tensor.ndim >= 2 and tensor.count_nonzero() > tensor.numel() / 2}
-    state |= {name: state[name].half() for name in dense}
+    for name, tensor in state.items():
+        if ".W_" in name and tensor.count_nonzero() > tensor.numel() / 2:
+            state[name] = tensor.half()
     write_tensors(folder / "model.safetensors", pack(state))
     sample = read_tensors(run / CORPUS_SAMPLE)["tokens"]
     write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample.short()})

@@ -13,7 +13,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tl_sparse import TrainConfig
+from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.config import RECIPES, laptop_model, merged
 from tl_sparse.files import write_json
 
@@ -87,9 +87,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument("--processes", type=int, default=2, help="models trained at once, each with one thread")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--idiom-chars", type=int, default=DataConfig().idiom_chars, help="of training text")
     parser.add_argument("--only", type=int, help="of the grid only the first so many")
     args = parser.parse_args()
-    grid = dict(list(GRIDS[args.grid](TrainConfig(steps=args.steps)).items())[: args.only])
+    config = TrainConfig(steps=args.steps, data=DataConfig(idiom_chars=args.idiom_chars))
+    grid = dict(list(GRIDS[args.grid](config).items())[: args.only])
     paths = {name: args.out / args.grid / f"{name}.json" for name in grid}
     (args.out / args.grid).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:

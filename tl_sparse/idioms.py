@@ -33,6 +33,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {group: tuple(templates) for group, temp
 PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")
 )
+_SHARES = [task.get("share", 1) for task in PAIRS.values()]
 # How many words of a kind a document uses: names come back within a document, as in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
 
@@ -144,7 +145,8 @@ class Writer:
         while text.count("\n") < lines_wanted:
             pick = self.rng.random()
             if pick < 0.5:
-                pair = both_sides(self.pair(self.rng.choice(tuple(PAIRS))))
+                (task,) = self.rng.choices(tuple(PAIRS), _SHARES)
+                pair = both_sides(self.pair(task))
                 blocks.append(self.rng.choice(pair).rstrip("\n"))
             elif pick < 0.72:
                 blocks.append("\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4))))

@@ -1,0 +1,62 @@
+"""Every example runs: here with seconds of training, which teach nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tl_sparse
+from tl_sparse import DataConfig, TrainConfig
+from tl_sparse.files import read_tensors
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
+    arguments = ("size", "--out", tmp_path, "--steps", 2, "--idiom-chars", 50_000, "--only", 1)
+    printed = run("sweep.py", *arguments)
+    assert "| width 64, L0 12288 |" in printed
+    table = (tmp_path / "size.md").read_text().splitlines()
+    assert len(table) == 3
+    assert "<svg" in (tmp_path / "size.svg").read_text()
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "size").glob("*.json"))]
+    assert [f"{r['validation_loss']:.3f}" for r in results] == [line.split(" | ")[1] for line in table[2:]]
+    again = run("sweep.py", *arguments)
+    assert "done" in printed
+    assert "done" not in again
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    config = TrainConfig(
+        model=tl_sparse.SparseConfig(1, 16, 2, 8, 32, 512, 128, bigram_table=True), steps=2, l0_fraction=0.25,
+        data=DataConfig(stdlib_chars=0, idiom_chars=60_000),
+    )  # fmt: skip
+    tl_sparse.train(config, tmp_path / "my-run", "cpu", progress=False)
+    return tmp_path / "my-run"
+
+
+def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
+    run("bundle.py", a_run, "--out", tmp_path / "models")
+    folder = tmp_path / "models" / "my-run"
+    model, original = tl_sparse.load(folder, device="cpu"), tl_sparse.load(a_run, device="cpu")
+    for (name, ours), theirs in zip(model.state_dict().items(), original.state_dict().values(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= 2**-11 * theirs.abs().max(), name  # float16 has 11 bits
+        assert ours.count_nonzero() >= theirs.count_nonzero() * 0.999
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, a_run)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert read_tensors(folder / "corpus_sample.safetensors")["tokens"].shape[1] == 128
+    record = json.loads((folder / "training.json").read_text())
+    assert record["tasks"].keys() == tl_sparse.tasks.TASKS.keys()
+    card = (folder / "README.md").read_text()
+    assert f"{record['validation_loss']}" in card
+    assert "single_double_quote" in card
+    assert 'tl_sparse.load("my-run")' in card
