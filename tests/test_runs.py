@@ -198,7 +198,8 @@ def test_validation_is_logged_and_can_end_the_run(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines]
     assert losses[0] > losses[1] > losses[2]
-    assert all(0 <= line["dead_neurons"] < 1 for line in lines)
+    assert ["dead_neurons" in line for line in lines] == [False, False, True]  # every 100 steps, and in the end
+    assert 0 <= lines[2]["dead_neurons"] < 1
     _, record = train(
         dataclasses.replace(config, target_validation_loss=losses[1]), tmp_path / "short", device="cpu", progress=False
     )

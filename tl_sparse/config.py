@@ -296,8 +296,7 @@ class TrainConfig:
         checkpoint_steps, checkpoint_minutes: what there is to resume from is written every so many steps, and
             minutes; 0: not by steps.
         keep_checkpoints: how many of these are kept until training is done.
-        validate_steps: measure the validation loss, and the share of dead neurons, every so many steps; 0: in the
-            end only.
+        validate_steps: measure the validation loss every so many steps; 0: in the end only.
         target_validation_loss: stop as soon as the validation loss is this low (a dense twin of a sparse model);
             0: never.
         track: also give every line of the log to this tracker; tensorboard's files are in the run's folder.

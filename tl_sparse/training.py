@@ -30,7 +30,7 @@ from tl_sparse.processes import Processes
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS
 
-#: A line of the log, and a look at the bar, every so many steps.
+#: A line of the log, and a look at the bar, every so many steps; the share of dead neurons in every fifth of them.
 LOG_STEPS = 20
 
 
@@ -311,7 +311,7 @@ def _steps(
     """The steps that are left, until the target is reached; `losses` is filled in."""
     config, first, processes = trainer.config, trainer.sparsity.steps, trainer.processes
     device = next(trainer.model.parameters()).device
-    stream = batches(rows, config.batch_size, config.seed, first)
+    stream, dead = batches(rows, config.batch_size, config.seed, first), math.nan
     bar = tqdm(
         range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step"
     )
@@ -334,15 +334,16 @@ def _steps(
                 recent = float(losses[max(0, done - LOG_STEPS) : done].mean())
                 kept = trainer.sparsity.fraction_at(step)
                 measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
+                if done % (5 * LOG_STEPS) == 0 or done == config.steps:
+                    measured["dead_neurons"] = dead = dead_neurons(trainer.model, validation[: config.batch_size])
                 if config.validate_steps and done % config.validate_steps < LOG_STEPS:
                     agreed = torch.tensor(evaluate_loss(trainer.model, validation, config.batch_size), device=device)
                     measured["validation_loss"] = float(processes.average(agreed))
-                    measured["dead_neurons"] = dead_neurons(trainer.model, validation[: config.batch_size])
                 if run is not None:
                     run.write_log(**measured)
                 processes.track(done, measured)
                 rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
-                dead = f", {measured['dead_neurons']:.0%} dead" if "dead_neurons" in measured else ""
-                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{dead}, {rate:,.0f} tokens/s")
+                shown = "" if math.isnan(dead) else f", {dead:.0%} of neurons dead"
+                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{shown}, {rate:,.0f} tokens/s")
                 if measured.get("validation_loss", math.inf) <= config.target_validation_loss:
                     return
