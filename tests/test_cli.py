@@ -12,7 +12,7 @@ import tl_sparse
 from formats import write_circuitgpt, write_openai
 from helpers import full_config, tiny_model
 from loopback import cache_snapshot
-from tl_sparse.cli import main
+from tl_sparse.cli import _parser, main
 from tl_sparse.config import PruneConfig, TrainConfig
 from tl_sparse.data import load_documents, pack_tokens
 from tl_sparse.training import evaluate_loss
@@ -137,6 +137,15 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_readme_commands_are_commands():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    commands = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]
+    ours = [words[1:] for words in commands if words[:1] == ["tl-sparse"]]
+    assert len(ours) >= 6
+    for words in ours:
+        assert _parser().parse_args(words).run.__name__ == f"_{words[0]}"
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
