@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument("--processes", type=int, default=2, help="models trained at once, each with one thread")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--idiom-chars", type=int, default=DataConfig().idiom_chars, help="of training text")
+    parser.add_argument("--idiom-chars", type=int, default=3_000_000, help="of training text (default: %(default)s)")
     parser.add_argument("--only", type=int, help="of the grid only the first so many")
     args = parser.parse_args()
     config = TrainConfig(steps=args.steps, data=DataConfig(idiom_chars=args.idiom_chars))
