@@ -170,11 +170,10 @@ def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: st
     from tl_sparse.checkpoints import load
     from tl_sparse.data import load_corpus
     from tl_sparse.pruning import prune
-    from tl_sparse.sources import find
     from tl_sparse.tables import report
 
     model = load(model_folder, device)
-    tokens = load_corpus(find(model_folder), model.tokenizer, model.cfg.n_ctx, corpus)
+    tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
     circuit, evaluation = prune(model, task, tokens, config)
     text = report(circuit, model, task, evaluation)
     circuit.save(out)

@@ -26,6 +26,7 @@ from tl_sparse.config import DataConfig, TrainConfig
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 from tl_sparse.files import read_tensors
 from tl_sparse.idioms import idiom_documents
+from tl_sparse.sources import find
 from tl_sparse.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -356,12 +357,12 @@ def _streamed_documents(config: DataConfig) -> Documents:
 
 
 def load_corpus(
-    model_folder: str | Path, tokenizer: PreTrainedTokenizerFast | None, n_ctx: int, source: str | None = None
+    model: str | Path, tokenizer: PreTrainedTokenizerFast | None, n_ctx: int, source: str | None = None
 ) -> Int32[Tensor, "seq n_ctx"]:
     """Tokens of a model's training distribution, to take means over.
 
     Args:
-        model_folder: where the model is; `tl-sparse train` leaves a sample of its training tokens there.
+        model: its folder, or another name that `load` knows; `train` leaves a sample of the training tokens there.
         tokenizer: of the model.
         n_ctx: length of the rows.
         source: text to use instead of that sample: see `DataConfig.source`.
@@ -369,10 +370,10 @@ def load_corpus(
     Raises:
         DataError: no sample in the folder and no `source`; or the source cannot be used.
         TokenizerError: a source is given, but there is no tokenizer.
-        CheckpointError: the sample is damaged.
+        CheckpointError: there is no such model, or the sample is damaged.
     """
-    sample = Path(model_folder) / CORPUS_SAMPLE
     if source is None:
+        sample = find(model) / CORPUS_SAMPLE
         if not sample.is_file():
             raise DataError(f"{sample} does not exist; give the text the model was trained on, or one like it")
         tokens = read_tensors(sample).get("tokens")
@@ -380,7 +381,7 @@ def load_corpus(
             raise CheckpointError(f"{sample} must hold integer tokens [seq, pos]")
         if tokens.shape[1] > n_ctx:
             raise DataError(f"{sample}: rows of {tokens.shape[1]} tokens do not fit the context of n_ctx = {n_ctx}")
-        return tokens
+        return tokens.int()
     if tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
     documents = load_documents(DataConfig(source, max_chars=3_000_000, stdlib_chars=300_000, idiom_chars=300_000))

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import create, resolve_device
 from tl_sparse.config import TrainConfig, check
-from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, packed_corpus
+from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus, packed_corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks.points import TLModel, hooked
@@ -264,30 +264,39 @@ def train(
     model.eval()
     trained = time.perf_counter()
 
-    done = trainer.sparsity.steps
-    nonzero, weights = trainer.sparsity.l0(), sum(p.numel() for p in trainer.matrices)
-    tokens_per_step = min(config.batch_size, len(rows)) * config.model.n_ctx
-    record = {
-        "config": dataclasses.asdict(config),
-        "data": corpus.about["description"],
-        "training_tokens_available": rows.numel(),
-        "training_tokens_seen": done * tokens_per_step,
-        "training_loss": float(losses[max(0, done - 50) : done].mean()),
-        "validation_loss": evaluate_loss(model, validation, config.batch_size),
-        "nonzero_weights": nonzero,
-        "weights": weights,
-        "seconds": {"data": prepared - started, "training": trained - prepared},
-        "tokens_per_second": (done - first) * tokens_per_step / (trained - prepared),
-        "device": str(device),
-        "processes": processes.count,
-        "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
-        | {"python": platform.python_version()},
+    done, seconds = trainer.sparsity.steps, {"data": prepared - started, "training": trained - prepared}
+    record = _record(trainer, corpus, losses[:done]) | {
+        "seconds": seconds,
+        "tokens_per_second": (done - first) * _tokens_per_step(config, rows) / seconds["training"],
     }
     if run is not None:
         _save(run.folder, model, rows, record)
         run.finish()
     processes.wait()
     return model, record
+
+
+def _tokens_per_step(config: TrainConfig, rows: Int[Tensor, "seq pos"]) -> int:
+    return min(config.batch_size, len(rows)) * config.model.n_ctx
+
+
+def _record(trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) -> dict[str, Any]:
+    """How a model was made, and how good it is."""
+    config, model = trainer.config, trainer.model
+    return {
+        "config": dataclasses.asdict(config),
+        "data": corpus.about["description"],
+        "training_tokens_available": corpus.train.numel(),
+        "training_tokens_seen": len(losses) * _tokens_per_step(config, corpus.train),
+        "training_loss": float(losses[-50:].mean()),
+        "validation_loss": evaluate_loss(model, corpus.validation, config.batch_size),
+        "nonzero_weights": trainer.sparsity.l0(),
+        "weights": sum(p.numel() for p in trainer.matrices),
+        "device": str(next(model.parameters()).device),
+        "processes": trainer.processes.count,
+        "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
+        | {"python": platform.python_version()},
+    }
 
 
 def _save(folder: Path, model: TLModel, rows: Int[Tensor, "seq pos"], record: dict[str, Any]) -> None:
