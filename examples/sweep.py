@@ -39,6 +39,7 @@ def recipe_grid(config: TrainConfig) -> dict[str, TrainConfig]:
     changes += [{"sharkfin": False}, {"anneal_shape": "exponential"}, {"anneal_stop": 0.8}, {"weight_decay": 0.0}]
     changes += [{"gradient": "clip"}, {"gradient": "clip", "eps": 1e-8, "lr": 3e-3}]
     grid = {", ".join(f"{k} {v}" for k, v in change.items()) or "preset": merged(config, change) for change in changes}
+    grid["no positions"] = merged(config, {"model": {"positions": "none", "d_pos": 0}})
     return grid | {f"recipe {name}": dataclasses.replace(config, **values) for name, values in RECIPES.items()}
 
 

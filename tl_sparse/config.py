@@ -256,7 +256,7 @@ def laptop_model() -> SparseConfig:
     """The architecture that trains in minutes on two cores."""
     return SparseConfig(
         n_layers=2, d_model=128, n_heads=8, d_head=16, d_mlp=512, d_vocab=1024, n_ctx=128,
-        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
+        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=16,
     )  # fmt: skip
 
 
