@@ -137,7 +137,7 @@ def test_a_configuration_cannot_change_after_its_checks():
         (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \[0, 1\]"),
         (TrainConfig, dict(l0_groups={"*.W_O": 2}), r"\*.W_O = 2 .* a fraction in \(0, 1\]"),
         (TrainConfig, dict(l0_fraction=0.01), "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4"),
-        (TrainConfig, dict(l0_count=13183), "l0_count = 12287 .* 0, or from 13,184 to the 421,888 weights"),
+        (TrainConfig, dict(l0_count=13183), "l0_count = 13183 .* 0, or from 13,184 to the 421,888 weights"),
         (TrainConfig, dict(l0_count=430000), "l0_count = 430000 .* 0, or from 13,184 to the 421,888"),
         (TrainConfig, dict(topk_anneal_start=0.2), r"topk_anneal_start = 0.2 .* in \[0, topk_anneal_stop\]"),
         (TrainConfig, dict(topk_anneal_stop=0.2, compile=True), "compile = True .* false while the fractions of"),
