@@ -25,8 +25,7 @@ def check_new_folder(folder: str | Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that becomes `path` when the block ends without an exception.
 
-    Raises:
-        CheckpointError: if the folder cannot be written to.
+    `CheckpointError` if the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -50,11 +49,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: if the file is missing, is not JSON, or is not an object.
-    """
+    """The object in a JSON file; `CheckpointError` if it is missing, not JSON, or not an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,11 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: if the file is missing, is not YAML, or is not a mapping.
-    """
+    """The mapping in a YAML file; `ConfigError` if it is missing, not YAML, or not a mapping."""
     import yaml
 
     try:
@@ -92,11 +83,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        CheckpointError: if the file is missing, truncated or otherwise damaged.
-    """
+    """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -111,8 +98,7 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
 def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, read without running any code in it (`weights_only=True`).
 
-    Raises:
-        CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
+    `CheckpointError` if the file is missing, damaged, holds code, or is not a dictionary.
     """
     import pickle
 
@@ -154,11 +140,7 @@ def _record_sizes(path: Path) -> set[int]:
 
 
 def read_state_dict(path: Path) -> "dict[str, Tensor]":
-    """The state dict in a `torch.save` file; see `read_torch`.
-
-    Raises:
-        CheckpointError: as `read_torch`, and if there is anything in it but dense tensors by name.
-    """
+    """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but dense tensors."""
     import torch
 
     values = read_torch(path)

@@ -97,7 +97,6 @@ def build_network(
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     owned = {}
     for name in list(state):
         stored = state.pop(name)
@@ -111,8 +110,6 @@ def build_network(
             owned[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         del stored, values
     network.load_state_dict(owned, assign=True)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(trainable[name])
     for module in network.modules():  # the zeros that stand for absent biases
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))
@@ -120,36 +117,21 @@ def build_network(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None → the GPU if there is one, else the CPU.
-
-    Raises:
-        ConfigError: for a name torch does not know, or a GPU that is not there.
-    """
+    """A device that is there: None is the GPU if there is one, else the CPU. `ConfigError` for one that is not."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device = {device!r} is not possible; use 'cpu', 'cuda', 'cuda:1', …") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r} is not possible: torch sees no GPU; use 'cpu'")
-    try:
         torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu'") from error
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu', 'cuda', …") from error
     return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype from its name ("float32", "bfloat16", …); None stays None.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if dtype is None:
-        return None
+    """A floating-point dtype, from its name too ("float32", …); None stays None. `ConfigError` for anything else."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES:
+    if dtype is not None and resolved not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
     return resolved
