@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -26,15 +28,16 @@ FORMAT_VERSION = 1
 #: Hook name → mean activation.
 HookMeans = Mapping[str, Float[Tensor, " *node"]]
 
-#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target.
-#: From the writes to later reads there is no weight: the residual stream joins them.
+#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and how the weight
+#: becomes a matrix from source to target. From the writes to later reads there is no weight: the residual stream joins
+#: them.
 _EDGES = (
-    ("attn.W_Q", "attn_in", "attn_q"),
-    ("attn.W_K", "attn_in", "attn_k"),
-    ("attn.W_V", "attn_in", "attn_v"),
-    ("attn.W_O", "attn_v", "attn_out"),
-    ("mlp.W_in", "mlp_in", "mlp_neuron"),
-    ("mlp.W_out", "mlp_neuron", "mlp_out"),
+    ("attn.W_Q", "attn_in", "attn_q", "head source d_head -> source (head d_head)"),
+    ("attn.W_K", "attn_in", "attn_k", "head source d_head -> source (head d_head)"),
+    ("attn.W_V", "attn_in", "attn_v", "head source d_head -> source (head d_head)"),
+    ("attn.W_O", "attn_v", "attn_out", "head d_head target -> (head d_head) target"),
+    ("mlp.W_in", "mlp_in", "mlp_neuron", "source target -> source target"),
+    ("mlp.W_out", "mlp_neuron", "mlp_out", "source target -> source target"),
 )
 
 
@@ -52,24 +55,17 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2).
+    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
 
-    Attributes:
-        kept: hook name → which nodes are kept, in the shape of an activation without batch and position.
-        means: hook name → mean activation over the training corpus, in the same shape. Empty if they are not
-            known: such a circuit can be looked at, but no model runs under it.
-        model: the fingerprint of the model.
-        model_name: its name, for people.
-        task: the name of the task.
-        measured: what was measured of it, as plain JSON values (losses, settings, seeds …).
-    """
-
+    #: Hook name → which nodes are kept, in the shape of an activation without batch and position.
     kept: Mapping[str, Bool[Tensor, " *node"]]
+    #: Hook name → mean activation over the training corpus, in the same shape. Empty if they are not known: such a
+    #: circuit can be looked at, but no model runs under it.
     means: HookMeans
     model: Fingerprint
-    model_name: str = ""
-    task: str = ""
-    measured: dict[str, Any] = field(default_factory=dict)
+    model_name: str = ""  # for people
+    task: str = ""  # its name
+    measured: dict[str, Any] = field(default_factory=dict)  # as plain JSON values: losses, settings, seeds …
 
     def __post_init__(self) -> None:
         if self.means and self.kept.keys() != self.means.keys():
@@ -110,27 +106,24 @@ class Circuit:
             CircuitError: if `model` is not this circuit's.
         """
         self.check_model(model)
-        parameters, kept = dict(model.named_parameters()), self.nodes_by_location()
-        edges = []
-        for layer in range(model.cfg.n_layers):
-            for name, source, target in _EDGES:
-                sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
-                if not sources or not targets:
-                    continue
-                matrix = _source_by_target(parameters, f"blocks.{layer}.{name}")
-                for i, j in matrix[sources][:, targets].nonzero().tolist():
-                    ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
-                    edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
+        parameters, kept, edges = dict(model.named_parameters()), self.nodes_by_location(), []
+        for layer, (name, source, target, pattern) in itertools.product(range(model.cfg.n_layers), _EDGES):
+            sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
+            if not sources or not targets:
+                continue
+            # Positional rows, where there are some, are below the others.
+            rows = [parameters[key] for end in ("", "_pos") if (key := f"blocks.{layer}.{name}{end}") in parameters]
+            matrix = rearrange(torch.cat(rows, dim=-2).detach(), pattern)
+            for i, j in matrix[sources][:, targets].nonzero().tolist():
+                ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
+                edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
         return edges
 
     def check_model(self, model: TLModel) -> None:
         """Raise `CircuitError` if `model` is not the one this circuit was found in."""
-        different = self.model.difference(fingerprint(model))
-        if different is not None:
-            raise CircuitError(
-                f"this circuit belongs to the model {self.model_name or self.model.architecture!r}; "
-                f"the given one has {different}"
-            )
+        if different := self.model.difference(fingerprint(model)):
+            name = self.model_name or self.model.architecture
+            raise CircuitError(f"this circuit belongs to the model {name!r}; the given one has {different}")
 
     def with_means(self, means: HookMeans) -> Circuit:
         """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
@@ -138,8 +131,7 @@ class Circuit:
         Raises:
             CircuitError: if a hook point has no mean, or one of another shape.
         """
-        missing = self.kept.keys() - means.keys()
-        if missing:
+        if missing := self.kept.keys() - means.keys():
             raise CircuitError(f"no means at {', '.join(sorted(missing))}")
         return dataclasses.replace(self, means={name: means[name] for name in self.kept})
 
@@ -262,15 +254,3 @@ class Circuit:
             lines += ["task loss: " + ", ".join(shown)] if shown else []
         lines += [] if self.means else ["without means: to be looked at, not run"]
         return "\n  ".join(lines) + ")"
-
-
-def _source_by_target(parameters: Mapping[str, Tensor], name: str) -> Float[Tensor, "source target"]:
-    """A weight as a matrix from source node to target node, positional rows below the others."""
-    weight = parameters[name].detach()
-    if f"{name}_pos" in parameters:
-        weight = torch.cat([weight, parameters[f"{name}_pos"].detach()], dim=-2)
-    if weight.ndim == 2:  # W_in, W_out
-        return weight
-    if name.endswith("W_O"):  # [head, channel, output]
-        return weight.flatten(0, 1)
-    return weight.transpose(0, 1).flatten(1)  # [head, input, channel]

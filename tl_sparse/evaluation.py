@@ -16,33 +16,20 @@ from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, t
 
 @dataclass(frozen=True)
 class Score:
-    """How well a task is done.
+    """How well a task is done."""
 
-    Attributes:
-        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
-        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
-        accuracy: share of prompts at which the right candidate has the larger logit.
-    """
-
-    loss: float
-    standard_error: float
-    accuracy: float
+    loss: float  #: cross-entropy between the two candidates in nats, a mean over pairs and both sides
+    standard_error: float  #: of the loss, over pairs (the two sides of a pair are not independent)
+    accuracy: float  #: share of prompts at which the right candidate has the larger logit
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit on one set of prompt pairs.
+    """A circuit on one set of prompt pairs."""
 
-    Attributes:
-        full: the whole model.
-        circuit: the circuit alone, all else at its mean: sufficient if this is good.
-        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
-        n_pairs, n_nodes, n_edges: counts.
-    """
-
-    full: Score
-    circuit: Score
-    ablated: Score
+    full: Score  #: the whole model
+    circuit: Score  #: the circuit alone, all else at its mean: sufficient if this is good
+    ablated: Score  #: the model with the circuit's nodes at their means: necessary if this is bad
     n_pairs: int
     n_nodes: int
     n_edges: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks.points import TLModel
@@ -27,6 +26,7 @@ OPENAI_LOCATIONS = {
     "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act", "mlp_out": "mlp.resid_delta",
 }  # fmt: skip
 _LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: ours for ours, theirs in OPENAI_LOCATIONS.items()}
+_LOCATION_AT = {hook: location for location, hook in LOCATION_HOOKS.items()}
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
@@ -72,16 +72,13 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
     for location in locations or ():
         if location not in LOCATION_HOOKS:
             raise HookNameError(f"unknown node location {location!r}; the locations are {', '.join(LOCATION_HOOKS)}")
-    config: Any = model.cfg
     hooks = {
         (layer, location): hook.format(layer)
-        for layer in range(config.n_layers)
+        for layer in range(model.cfg.n_layers)
         for location, hook in LOCATION_HOOKS.items()
         if locations is None or location in locations
     }
-    existing = model.hook_dict
-    missing = [name for name in hooks.values() if name not in existing]
-    if missing:
+    if missing := [name for name in hooks.values() if name not in model.hook_dict]:
         raise HookNameError(f"{type(model).__name__} has no hook point {missing[0]!r}, so its nodes cannot be gated")
     return hooks
 
@@ -89,7 +86,7 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
 def node_at(hook_name: str, index: int) -> Node:
     """The node at a hook point of `LOCATION_HOOKS`."""
     _, layer, rest = hook_name.split(".", 2)
-    for location, hook in LOCATION_HOOKS.items():
-        if hook == f"blocks.{{}}.{rest}":
-            return Node(int(layer), location, index)
-    raise HookNameError(f"{hook_name!r} is not a node location; they are {', '.join(LOCATION_HOOKS.values())}")
+    location = _LOCATION_AT.get(f"blocks.{{}}.{rest}")
+    if location is None:
+        raise HookNameError(f"{hook_name!r} is not a node location; they are {', '.join(_LOCATION_AT)}")
+    return Node(int(layer), location, index)

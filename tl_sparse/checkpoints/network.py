@@ -124,7 +124,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu', 'cuda', …") from error
+        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu', …") from error
     return resolved
 
 

@@ -25,11 +25,8 @@ def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
     path, weights = folder / "config.json", folder / "model.safetensors"
     with naming(path):
         cfg, flash = sparse_pretrain_config(values)
-    if weights.is_file():
-        raw = read_tensors(weights)
-    else:
-        weights = folder / "pytorch_model.bin"
-        raw = read_state_dict(weights)
+    weights = weights if weights.is_file() else folder / "pytorch_model.bin"
+    raw = read_tensors(weights) if weights.suffix == ".safetensors" else read_state_dict(weights)
     if not flash:  # the original then keeps its causal mask in the file, and sinks that nothing reads
         raw = {name: x for name, x in raw.items() if not name.endswith(("attn.causal_mask", "attn_fn.sink_logit"))}
     return cfg, {**convert(cfg, raw, weights)}
