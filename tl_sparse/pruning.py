@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,13 +40,8 @@ def prune(
 
     Args:
         model: a TransformerLens model with a tokenizer.
-        task: from `tl_sparse.get_task`.
         corpus: tokens of the training distribution, over which the means are taken.
-        config: hyper-parameters.
         progress: show a bar with the task loss and the number of open gates.
-
-    Returns:
-        The circuit, and the evaluation on the held-out pairs.
 
     Raises:
         PruneError: if the model itself, or every set of its nodes, misses the target loss.
@@ -116,14 +112,8 @@ def learn_gates(
     model: TLModel, means: dict[str, Float[Tensor, " *node"]], data: TaskData, config: PruneConfig, progress: bool
 ) -> NodeGates:
     """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
-    gates = NodeGates(
-        means,
-        init_bias=config.init_bias,
-        init_scale=config.init_scale,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    betas = (config.beta1, config.beta2)
+    start = {name: getattr(config, name) for name in ("init_bias", "init_scale", "temperature", "seed")}
+    gates, betas = NodeGates(means, **start), (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -158,22 +148,18 @@ def _task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
     return task_loss_and_accuracy(logits, data.correct)[0].mean()
 
 
-class _Judge:
-    """Whether sets of nodes are circuits, on some pairs."""
+def _is_circuit(
+    kept: Bool[Tensor, " node"], data: TaskData, model: TLModel, gates: NodeGates, config: PruneConfig
+) -> bool:
+    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
 
-    def __init__(self, model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> None:
-        self.model, self.gates, self.data, self.config = model, gates, data, config
-        self.means = gates.split(gates.means)
+    def scored(ablated: Bool[Tensor, " node"]) -> Score:
+        with ablating(model, gates.split(ablated), gates.split(gates.means)):
+            return score(model, data, config.batch_size)
 
-    def accepts(self, kept: Bool[Tensor, " node"]) -> bool:
-        """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
-        if self._score(~kept).loss > self.config.target_loss:
-            return False
-        return self.config.ablated_accuracy == 1 or self._score(kept).accuracy <= self.config.ablated_accuracy
-
-    def _score(self, ablated: Bool[Tensor, " node"]) -> Score:
-        with ablating(self.model, self.gates.split(ablated), self.means):
-            return score(self.model, self.data, self.config.batch_size)
+    if scored(~kept).loss > config.target_loss:
+        return False
+    return config.ablated_accuracy == 1 or scored(kept).accuracy <= config.ablated_accuracy
 
 
 def discretise(
@@ -188,7 +174,7 @@ def discretise(
     Raises:
         PruneError: if not even all nodes make a circuit.
     """
-    judge = _Judge(model, gates, selection, config)
+    is_circuit = partial(_is_circuit, model=model, gates=gates, config=config)
     order = gates.tau.detach().argsort(descending=True, stable=True)
 
     def top(size: int) -> Bool[Tensor, " node"]:
@@ -197,7 +183,7 @@ def discretise(
         return kept
 
     enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not judge.accepts(top(enough)):
+    while not is_circuit(top(enough), selection):
         if enough == len(order):
             raise PruneError(
                 f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
@@ -206,23 +192,20 @@ def discretise(
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
     while too_small == 0 and enough > 1:  # go down from the learned size until it is too small
         smaller = int(enough / 1.3)
-        if judge.accepts(top(smaller)):
-            enough = smaller
-        else:
-            too_small = smaller
+        enough, too_small = (smaller, 0) if is_circuit(top(smaller), selection) else (enough, smaller)
     while enough - too_small > 1:
         middle = (enough + too_small) // 2
-        enough, too_small = (middle, too_small) if judge.accepts(top(middle)) else (enough, middle)
+        enough, too_small = (middle, too_small) if is_circuit(top(middle), selection) else (enough, middle)
     kept, removed = top(enough), []
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
     # Tried on a part of the pairs, for speed, the lowest-ranked node first.
-    part = _Judge(model, gates, selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs))), config)
+    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
     for node in order[:enough].flip(0):
         kept[node] = False
-        if part.accepts(kept):
+        if is_circuit(kept, part):
             removed.append(node)
         else:
             kept[node] = True
-    while removed and not judge.accepts(kept):  # on all pairs, the last removals may have been too many
+    while removed and not is_circuit(kept, selection):  # on all pairs, the last removals may have been too many
         kept[removed.pop()] = True
     return {name: mask.cpu() for name, mask in gates.split(kept).items()}

@@ -18,6 +18,8 @@ from tl_sparse.errors import TokenizerError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.models import Model
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,11 +73,8 @@ def train_tokenizer(
         if len(pieces := backend.pre_tokenizer.pre_tokenize_str(text)) != 1:
             parts = [text[start:end] for _, (start, end) in pieces]
             raise TokenizerError(f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(_with_required(texts, required), trainer)
     if (size := backend.get_vocab_size() + 1) != vocab_size:
         raise TokenizerError(
@@ -109,9 +108,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False
-            )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False)
         elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
         else:
@@ -133,17 +130,14 @@ def find_tokenizer(source: str | Path) -> Path | None:
 
 def _like_gpt2(path: Path) -> Tokenizer:
     """Byte-level BPE from a vocab.json with merges.txt beside it, or from a .tiktoken file."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     if path.suffix == ".tiktoken":
         vocab, merges = _read_tiktoken(path)
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
     else:
         model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
 def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -164,11 +158,7 @@ def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of the one token that `text` is.
-
-    Raises:
-        TokenizerError: `text` is not one token; the message has the tokens it splits into.
-    """
+    """The id of the one token that `text` is; `TokenizerError` with the tokens it splits into if it is not one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
@@ -181,15 +171,18 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 def _untrained() -> Tokenizer:
     """A byte-level BPE model that knows no merges, with the pre-tokenizer of `PIECES`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, models, pre_tokenizers
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
+
+
+def _byte_level(model: Model, pre_tokenizer: PreTokenizer) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders
+
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -200,11 +193,9 @@ def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
     The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in
     the vocabulary itself is it both last and counted.
     """
-    from tokenizers import Tokenizer
-
     state = json.loads(backend.to_str())
     state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
-    return Tokenizer.from_str(json.dumps(state))
+    return type(backend).from_str(json.dumps(state))
 
 
 def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
