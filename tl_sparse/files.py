@@ -1,17 +1,20 @@
 """Reading and writing files so that nothing is ever lost and damage is named."""
 
 import json
+import pickle
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -63,8 +66,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; `ConfigError` if it is missing, not YAML, or not a mapping."""
-    import yaml
-
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -74,24 +75,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
-    from safetensors.torch import save_file
-
+    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        safetensors.torch.save_file(ours, temporary)
 
 
-def read_tensors(path: Path) -> "dict[str, Tensor]":
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
 
 
@@ -100,10 +97,6 @@ def read_torch(path: Path) -> dict[str, Any]:
 
     `CheckpointError` if the file is missing, damaged, holds code, or is not a dictionary.
     """
-    import pickle
-
-    import torch
-
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
@@ -139,13 +132,11 @@ def _record_sizes(path: Path) -> set[int]:
     return set(sizes)
 
 
-def read_state_dict(path: Path) -> "dict[str, Tensor]":
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but dense tensors."""
-    import torch
-
     values = read_torch(path)
     for name, tensor in values.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors")
         dense = tensor.layout == torch.strided and not tensor.is_meta
         if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # larger: one value seen many times

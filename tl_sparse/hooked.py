@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, tl_config_fields
 from tl_sparse.modules import SparseTransformer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class SparseHookedTransformer(SparseModel, HookedTransformer):

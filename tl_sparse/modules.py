@@ -31,9 +31,6 @@ def _is_used(hook_point: nn.Module) -> bool:
 class Attention(nn.Module):
     """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
 
-    b_Q: Tensor
-    b_K: Tensor
-    b_V: Tensor
     b_O: Tensor
 
     def __init__(self, cfg: SparseConfig) -> None:
@@ -62,16 +59,14 @@ class Attention(nn.Module):
     def _project(
         self, read: Float[Tensor, "batch pos *head d_read"], name: str
     ) -> Float[Tensor, "batch pos head d_head"]:
-        weight: Tensor = getattr(self, f"W_{name}")
+        weight, bias, topk = (getattr(self, part) for part in (f"W_{name}", f"b_{name}", f"topk_{name.lower()}"))
         if hasattr(self, f"W_{name}_pos"):
             weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
-        bias: Tensor = getattr(self, f"b_{name}")
         if read.ndim == 4:
             flat = (torch.einsum("bphr,hrd->bphd", read, weight) + bias).flatten(2)
         else:
             matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
             flat = F.linear(read, matrix.T, bias.flatten())
-        topk: AbsTopK = getattr(self, f"topk_{name.lower()}")
         return topk(flat).unflatten(-1, weight.shape[::2])
 
     def forward(
@@ -84,11 +79,8 @@ class Attention(nn.Module):
         q = self.hook_q(self._project(q_read, "Q"))
         k = self.hook_k(self._project(k_read, "K"))
         v = self.hook_v(self._project(v_read, "V"))
-        if mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern)):
-            z = self._fused_attention(q, k, v)
-        else:
-            z = self._explicit_attention(q, k, v, mask)
-        z = self.hook_z(z)
+        fused = mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern))
+        z = self.hook_z(self._fused_attention(q, k, v) if fused else self._explicit_attention(q, k, v, mask))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
         return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
@@ -105,8 +97,7 @@ class Attention(nn.Module):
         return torch.where(kept, results, -self.b_O / results.shape[-2])
 
     def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
-        length = q.shape[1]
+        scores, length = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, q.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         if mask is not None:
             hidden = hidden | (mask == 0)[:, None, None, :]
@@ -248,11 +239,10 @@ class SparseTransformer(nn.Module):
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
         """Raise `DataError` unless the parts of an input have the right kinds and shapes; see `forward`."""
-        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if tokens.ndim != 2 or not whole:
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise DataError(f"tokens must be integers [batch, pos], not {tokens.dtype} of {list(tokens.shape)}")
-        if resid is not None and resid.shape != (*tokens.shape, self.cfg.d_model):
-            expected = [*tokens.shape, self.cfg.d_model]
+        expected = [*tokens.shape, self.cfg.d_model]
+        if resid is not None and list(resid.shape) != expected:
             raise DataError(f"the residual stream must be {expected} beside these tokens, not {list(resid.shape)}")
         for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
             if given is not None and given.shape != tokens.shape:
@@ -293,8 +283,7 @@ class SparseTransformer(nn.Module):
         Raises:
             DataError: if the sequence is longer than the context.
         """
-        length, n_ctx = input_ids.shape[1], self.cfg.n_ctx
-        if length > n_ctx:
+        if (length := input_ids.shape[1]) > (n_ctx := self.cfg.n_ctx):
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
         if position_ids is None:
             position_ids = self.position_ids(input_ids, attention_mask)
@@ -317,22 +306,14 @@ class SparseTransformer(nn.Module):
 def init_weights(network: SparseTransformer, seed: int) -> None:
     """Fresh weights from `seed`: normal with standard deviation 1/sqrt(inputs) for matrices, the writes
     further divided by sqrt(2·n_layers) (GPT-2's rule), the bigram table uniform in [0, 0.02) (A.1)."""
-    generator = torch.Generator().manual_seed(seed)
-    cfg = network.cfg
+    cfg, generator = network.cfg, torch.Generator().manual_seed(seed)
+    inputs = {"W_O": cfg.n_heads * cfg.d_head, "W_out": cfg.d_mlp, "W_U": cfg.d_model}  # of all others, d_read
     for name, parameter in network.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "W_bigram":
             parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.02)
         elif leaf.startswith("W_") and not (leaf == "W_pos" and cfg.sinusoidal):
-            std = 0.02 if leaf in ("W_E", "W_pos") else _fan_in(cfg, leaf) ** -0.5
+            std = 0.02 if leaf in ("W_E", "W_pos") else inputs.get(leaf, cfg.d_read) ** -0.5
             if leaf in ("W_O", "W_out"):
                 std /= math.sqrt(2 * cfg.n_layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def _fan_in(cfg: SparseConfig, leaf: str) -> int:
-    if leaf == "W_O":
-        return cfg.n_heads * cfg.d_head
-    if leaf == "W_U":
-        return cfg.d_model
-    return cfg.d_mlp if leaf == "W_out" else cfg.d_read

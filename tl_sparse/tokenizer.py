@@ -12,15 +12,12 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tl_sparse.errors import TokenizerError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from tokenizers.models import Model
-    from tokenizers.pre_tokenizers import PreTokenizer
-    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
@@ -63,9 +60,6 @@ def train_tokenizer(
         TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required string cannot
             be one token, because the pre-tokenizer cuts it (`PIECES`) or the vocabulary has no room for it.
     """
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
     backend = _untrained()
@@ -101,8 +95,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         TokenizerError: there is no such file, or it cannot be read.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = find_tokenizer(source)
     if path is None:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
@@ -130,8 +122,6 @@ def find_tokenizer(source: str | Path) -> Path | None:
 
 def _like_gpt2(path: Path) -> Tokenizer:
     """Byte-level BPE from a vocab.json with merges.txt beside it, or from a .tiktoken file."""
-    from tokenizers import models, pre_tokenizers
-
     if path.suffix == ".tiktoken":
         vocab, merges = _read_tiktoken(path)
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
@@ -143,8 +133,6 @@ def _like_gpt2(path: Path) -> Tokenizer:
 def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges from lines of base64 token and rank: any two tokens merge if that makes a third,
     the one of lowest rank first."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
@@ -171,16 +159,12 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 def _untrained() -> Tokenizer:
     """A byte-level BPE model that knows no merges, with the pre-tokenizer of `PIECES`."""
-    from tokenizers import Regex, models, pre_tokenizers
-
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
 
 
-def _byte_level(model: Model, pre_tokenizer: PreTokenizer) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders
-
+def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -195,7 +179,7 @@ def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
     """
     state = json.loads(backend.to_str())
     state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
-    return type(backend).from_str(json.dumps(state))
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
