@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 from tl_sparse.sources import find
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
 #: Hook name → mean activation.
 HookMeans = Mapping[str, Float[Tensor, " *node"]]
 
@@ -73,19 +73,16 @@ class Circuit:
         for name, mask in self.kept.items():
             mean = self.means[name] if self.means else torch.zeros(mask.shape)
             if mask.dtype != torch.bool or mask.shape != mean.shape:
-                raise CircuitError(
-                    f"{name}: kept must be a boolean mask of the means' shape {list(mean.shape)}, "
-                    f"not {mask.dtype} of {list(mask.shape)}"
-                )
+                expected, found = f"a boolean mask of the means' shape {list(mean.shape)}", list(mask.shape)
+                raise CircuitError(f"{name}: kept must be {expected}, not {mask.dtype} of {found}")
             if not bool(mean.isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
 
     @property
     def nodes(self) -> list[Node]:
         """The kept nodes, in the order of the forward pass."""
-        return [
-            node_at(name, int(index)) for name, mask in self.kept.items() for index in mask.flatten().nonzero()[:, 0]
-        ]
+        kept = ((name, mask.flatten().nonzero()[:, 0].tolist()) for name, mask in self.kept.items())
+        return [node_at(name, index) for name, indices in kept for index in indices]
 
     @property
     def n_nodes(self) -> int:
@@ -94,16 +91,13 @@ class Circuit:
 
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → indices of the kept nodes there."""
-        grouped: dict[tuple[int, str], list[int]] = {}
-        for node in self.nodes:
-            grouped.setdefault((node.layer, node.location), []).append(node.index)
-        return grouped
+        groups = itertools.groupby(self.nodes, key=lambda node: (node.layer, node.location))
+        return {place: [node.index for node in nodes] for place, nodes in groups}
 
     def edges(self, model: TLModel) -> list[Edge]:
         """Every nonzero weight of `model` that joins two kept nodes, in the order of the forward pass.
 
-        Raises:
-            CircuitError: if `model` is not this circuit's.
+        `CircuitError` if `model` is not this circuit's, as for `applied` and `ablated`.
         """
         self.check_model(model)
         parameters, kept, edges = dict(model.named_parameters()), self.nodes_by_location(), []
@@ -128,57 +122,40 @@ class Circuit:
     def with_means(self, means: HookMeans) -> Circuit:
         """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
 
-        Raises:
-            CircuitError: if a hook point has no mean, or one of another shape.
+        `CircuitError` if a hook point has no mean, or one of another shape.
         """
         if missing := self.kept.keys() - means.keys():
             raise CircuitError(f"no means at {', '.join(sorted(missing))}")
         return dataclasses.replace(self, means={name: means[name] for name in self.kept})
 
-    @contextmanager
-    def applied(self, model: TLModel) -> Iterator[None]:
-        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
+    def applied(self, model: TLModel) -> AbstractContextManager[None]:
+        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means."""
+        return self._at_means(model, {name: ~mask for name, mask in self.kept.items()})
 
-        Raises:
-            CircuitError: if `model` is not this circuit's, or the circuit has no means.
-        """
-        self._check_can_run(model)
-        with ablating(model, {name: ~mask for name, mask in self.kept.items()}, self.means):
-            yield
-
-    @contextmanager
-    def ablated(self, model: TLModel) -> Iterator[None]:
+    def ablated(self, model: TLModel) -> AbstractContextManager[None]:
         """The inverse of `applied`: the circuit's nodes at their means, all others as they are (necessity)."""
-        self._check_can_run(model)
-        with ablating(model, self.kept, self.means):
-            yield
+        return self._at_means(model, self.kept)
 
-    def _check_can_run(self, model: TLModel) -> None:
+    @contextmanager
+    def _at_means(self, model: TLModel, nodes: Mapping[str, Bool[Tensor, " *node"]]) -> Iterator[None]:
         self.check_model(model)
         if not self.means:
             call = "circuit.with_means(tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens))"
             raise CircuitError(f"this circuit has no means to hold nodes at; {call} gives it some")
+        with ablating(model, nodes, self.means):
+            yield
 
     def save(self, folder: str | Path) -> None:
         """Write `circuit.json` and `circuit.safetensors`."""
-        folder = Path(folder)
         tensors = {f"kept/{name}": mask for name, mask in self.kept.items()}
         tensors |= {f"mean/{name}": mean for name, mean in self.means.items()}
-        write_tensors(folder / "circuit.safetensors", tensors)
-        about = {
-            "format": "tl_sparse circuit",
-            "format_version": FORMAT_VERSION,
-            "task": self.task,
-            "model_name": self.model_name,
-            "model": dataclasses.asdict(self.model),
-            "n_nodes": self.n_nodes,
-            # A circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none.
-            "edge_mask": False,
-            "means": bool(self.means),
-            "hooks": list(self.kept),
-            "measured": self.measured,
-        }
-        write_json(folder / "circuit.json", about)
+        write_tensors(Path(folder, "circuit.safetensors"), tensors)
+        about = {  # a circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none
+            "format": FORMAT, "format_version": FORMAT_VERSION, "edge_mask": False,
+            "task": self.task, "model_name": self.model_name, "model": dataclasses.asdict(self.model),
+            "n_nodes": self.n_nodes, "hooks": list(self.kept), "means": bool(self.means), "measured": self.measured,
+        }  # fmt: skip
+        write_json(Path(folder, "circuit.json"), about)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the circuit with a card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
@@ -197,8 +174,8 @@ class Circuit:
         folder = find(source, revision)
         path = folder / "circuit.json"
         about = read_json(path)
-        if about.get("format") != "tl_sparse circuit":
-            raise CheckpointError(f"{path}: format is not 'tl_sparse circuit': this is not a circuit of tl_sparse")
+        if about.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse")
         if about.get("format_version") != FORMAT_VERSION or about.get("edge_mask") is not False:
             raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION} without an edge mask")
         try:
@@ -209,11 +186,10 @@ class Circuit:
             kinds = ("kept", "mean") if about.get("means", True) else ("kept",)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
-        tensors = read_tensors(folder / "circuit.safetensors")
-        expected = {f"{kind}/{name}" for kind in kinds for name in hooks}
-        if tensors.keys() != expected:
-            wrong = ", ".join(sorted(tensors.keys() ^ expected))
-            raise CheckpointError(f"{folder / 'circuit.safetensors'}: tensors do not fit circuit.json: {wrong}")
+        path = folder / "circuit.safetensors"
+        tensors = read_tensors(path)
+        if wrong := tensors.keys() ^ {f"{kind}/{name}" for kind in kinds for name in hooks}:
+            raise CheckpointError(f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}")
         kept = {name: tensors[f"kept/{name}"] for name in hooks}
         means = {name: tensors[f"mean/{name}"] for name in hooks if "mean" in kinds}
         return cls(kept, means, model, *texts, measured)

@@ -28,8 +28,8 @@ class SparsePretrainedConfig(PretrainedConfig):
     @property
     def sparse_cfg(self) -> SparseConfig:
         """The architecture."""
-        names = [f.name for f in fields(SparseConfig) if hasattr(self, f.name)]
-        return SparseConfig.from_dict({name: getattr(self, name) for name in names})
+        ours = {f.name: getattr(self, f.name) for f in fields(SparseConfig) if hasattr(self, f.name)}
+        return SparseConfig.from_dict(ours)
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
@@ -52,11 +52,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
     def from_pretrained(
         cls, source: str, *, config: Any = None, revision: str | None = None, device_map: Any = None, **options: Any
     ) -> Any:
-        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros.
-
-        Raises:
-            UnsupportedError: for a `device_map`.
-        """
+        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one device."""
         from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype
         from tl_sparse.sources import find
 
@@ -65,8 +61,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         asked = options.get("dtype", options.get("torch_dtype"))
         folder, dtype = find(source, revision), resolve_dtype(None if asked == "auto" else asked)
         network = build_network(*read_checkpoint(folder), folder, dtype=dtype)
-        config = config or SparsePretrainedConfig.from_pretrained(folder)
-        return cls(config, network).eval()
+        return cls(config or SparsePretrainedConfig.from_pretrained(folder), network).eval()
 
     @property
     def sparse_cfg(self) -> SparseConfig:
@@ -80,10 +75,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         save_model(self, Path(folder))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> CausalLMOutput:
         """Logits [batch, pos, d_vocab]."""
         return CausalLMOutput(logits=self.network(input_ids, attention_mask, position_ids))

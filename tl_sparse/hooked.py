@@ -35,7 +35,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters by TransformerLens' names; tied or not, the unembedding is among them."""
-        return {**dict(self.named_parameters()), "unembed.W_U": self.W_U}
+        return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
@@ -54,8 +54,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     @contextmanager
     def _remembering_tokens(self) -> Iterator[None]:
-        # TransformerLens' loop embeds tokens and hands `forward` only the embeddings; the bigram table needs
-        # the tokens behind them.
+        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.
         handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
         self._embedded: list[Tensor] = []
         try:
@@ -74,15 +73,9 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return super().forward(input, *args, **kwargs)
 
     def get_residual(
-        self,
-        embed: Tensor,
-        pos_offset: int = 0,
-        prepend_bos: bool | None = None,
-        attention_mask: Tensor | None = None,
-        tokens: Tensor | None = None,
-        return_shortformer_pos_embed: bool = True,
-        device: torch.device | None = None,
-    ) -> Any:
+        self, embed: Tensor, pos_offset: int = 0, prepend_bos: bool | None = None, attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None, return_shortformer_pos_embed: bool = True, device: torch.device | None = None,
+    ) -> Any:  # fmt: skip
         """HookedTransformer's method: embeddings with added positions, the stream entering the first block."""
         resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
         return (resid, None) if return_shortformer_pos_embed else resid

@@ -91,11 +91,7 @@ class Read(Norm):
 
 
 class Embed(nn.Module):
-    """Token embedding.
-
-    Raises:
-        DataError: for token ids outside the vocabulary (on a GPU torch itself stops there).
-    """
+    """Token embedding; `DataError` for ids outside the vocabulary (on a GPU torch itself stops there)."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
