@@ -282,16 +282,15 @@ def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple[PreTrainedTokenizerBase, bool]:
     """A tokenizer checked and completed, as a copy; also whether it puts the begin-of-text token in front itself.
 
-    TransformerLens' own set-up reloads the tokenizer from the place it came from, which fails for one that
-    was made in memory; the rest of it is these lines.
+    Missing special tokens become its end-of-text token. TransformerLens' own set-up reloads the tokenizer from the
+    place it came from, which fails for one that was made in memory; the rest of it is these lines.
 
     Raises:
         TokenizerError: if the vocabulary is larger than the model's, or it has no end-of-text token.
     """
     if not hasattr(tokenizer, "add_special_tokens") or not hasattr(tokenizer, "all_special_tokens"):
         raise TokenizerError(f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}")
-    size = len(tokenizer)
-    if size > d_vocab:
+    if (size := len(tokenizer)) > d_vocab:
         raise TokenizerError(f"the tokenizer has {size} tokens, the model d_vocab = {d_vocab}: not its tokenizer")
     tokenizer = copy.deepcopy(tokenizer)
     known = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, END_OF_TEXT]
@@ -309,11 +308,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple
 
 def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
     """The network as a model of the installed TransformerLens line, in eval mode."""
-    network.eval()
     if transformer_lens_line() == 3:
-        from tl_sparse.hooked import SparseHookedTransformer
-
-        return SparseHookedTransformer(network, tokenizer).eval()
-    from tl_sparse.bridge import SparseTransformerBridge
-
-    return SparseTransformerBridge(network, tokenizer).eval()
+        from tl_sparse.hooked import SparseHookedTransformer as Face
+    else:
+        from tl_sparse.bridge import SparseTransformerBridge as Face
+    return Face(network.eval(), tokenizer).eval()

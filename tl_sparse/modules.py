@@ -271,17 +271,13 @@ class SparseTransformer(nn.Module):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Float[Tensor, "batch pos d_vocab_or_d_model"]:
-        """Logits of every position, or the residual stream before `stop_at_layer`.
+        """Logits of every position; or of the blocks `[start_at_layer:stop_at_layer]` alone, the residual stream.
 
         Args:
             input_ids: tokens; the bigram table needs them also when `resid` is given.
             attention_mask: 1 for a real token, 0 for padding. Right padding needs none: attention is causal.
             position_ids: default 0, 1, …, counted over the real tokens of `attention_mask`.
             resid: the residual stream entering block `start_at_layer`, in place of the embedding.
-            start_at_layer, stop_at_layer: run the blocks `[start:stop]`; negative counts from the end.
-
-        Raises:
-            DataError: if the sequence is longer than the context.
         """
         if (length := input_ids.shape[1]) > (n_ctx := self.cfg.n_ctx):
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")

@@ -51,11 +51,7 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
-
-        Raises:
-            CircuitError: if there is no such name.
-        """
+        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if there is none."""
         layer, _, rest = text.partition(".")
         location, _, index = rest.rpartition(".")
         if location not in _LOCATION_OF or not _NUMBER.fullmatch(layer) or not _NUMBER.fullmatch(index):
@@ -66,8 +62,7 @@ class Node:
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 
-    Raises:
-        HookNameError: for an unknown location, or a model without the paper's node locations.
+    `HookNameError` for an unknown location, or a model without the paper's node locations.
     """
     for location in locations or ():
         if location not in LOCATION_HOOKS:

@@ -30,11 +30,7 @@ from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, ta
 
 
 def prune(
-    model: TLModel,
-    task: Task,
-    corpus: Int[Tensor, "seq pos"],
-    config: PruneConfig | None = None,
-    progress: bool = True,
+    model: TLModel, task: Task, corpus: Int[Tensor, "seq pos"], config: PruneConfig | None = None, progress: bool = True
 ) -> tuple[Circuit, Evaluation]:
     """Find the circuit of `task` in `model`, and judge it on held-out pairs.
 

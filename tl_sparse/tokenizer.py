@@ -43,18 +43,12 @@ PIECES = "|".join(
 _REQUIRED_EVERY = 200
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts give the same one.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts, read once, give the same one.
 
     `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and unknown token.
-    Decoding the ids of a text gives back that text, whatever it holds.
-
-    Args:
-        texts: the training text, read once; an iterator is enough.
-        vocab_size: at least 257: the 256 bytes and `<|endoftext|>`.
-        required: strings that must each be one token. They are made so even when they are rare in `texts`.
+    Decoding the ids of a text gives back that text, whatever it holds. Each of the `required` strings is one token,
+    even when it is rare in `texts`.
 
     Raises:
         TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required string cannot
@@ -64,8 +58,8 @@ def train_tokenizer(
         raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
     backend = _untrained()
     for text in required:
-        if len(pieces := backend.pre_tokenizer.pre_tokenize_str(text)) != 1:
-            parts = [text[start:end] for _, (start, end) in pieces]
+        parts = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+        if len(parts) != 1:
             raise TokenizerError(f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
@@ -85,18 +79,14 @@ def train_tokenizer(
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside transformers'
-    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
+    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`. `TokenizerError` if there is none.
 
     Nothing is downloaded and no code from the folder is run. The latter two files do not say how text is cut
     before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either: `<|endoftext|>` gets the id
     after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`, as OpenAI's
     `tinypython_2k`, that becomes all four of them.
-
-    Raises:
-        TokenizerError: there is no such file, or it cannot be read.
     """
-    path = find_tokenizer(source)
-    if path is None:
+    if (path := find_tokenizer(source)) is None:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":

@@ -65,15 +65,10 @@ def build_network(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> SparseTransformer:
-    """The network holding exactly the tensors of `state`, after checking them.
+    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes.
 
-    Args:
-        state: emptied on the way, so that no tensor is in memory twice for longer than its turn.
-        source: the folder, for messages.
-        dtype: None is the widest in `state`.
-
-    Raises:
-        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
+    `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn. `CheckpointError`,
+    naming `source`, for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
     """
     # Counted first: a wrong n_layers must not make the machine build a billion blocks.
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
@@ -85,15 +80,13 @@ def build_network(
     except RuntimeError as error:
         raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
     expected = network.state_dict()
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or extra:
-        wrong = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(extra)]
+    wrong = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
+    if wrong:
         raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
-            )
+        if (found := list(tensor.shape)) != (needed := list(expected[name].shape)):
+            raise CheckpointError(f"{source}: {name} has shape {found}, the configuration needs {needed}")
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))

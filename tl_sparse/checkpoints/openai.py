@@ -116,8 +116,7 @@ def _read(values: Mapping[str, Any], path: Path, raw: dict[str, Tensor], weights
 def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A state dict in the original's names → ours, in our shapes: views, which `build_network` checks and copies.
 
-    Raises:
-        CheckpointError: for an unknown tensor, one that cannot have our shape, or an unembedding that is not tied.
+    `CheckpointError` for an unknown tensor, one that cannot have our shape, or an unembedding that is not tied.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in raw.items():
