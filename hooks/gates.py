@@ -37,13 +37,9 @@ class _GatedMean(torch.autograd.Function):
 
 
 class NodeGates(nn.Module):
-    """Gates at hook points of a TransformerLens model.
+    """Gates at hook points of a TransformerLens model: every entry of `means` (hook name → mean) is a gated node.
 
-    Args:
-        means: hook name → mean activation, `[*node]`; every entry becomes a gated node.
-        init_bias, init_scale: τ starts at bias + scale · N(0, 1), clamped to [-1, 1].
-        temperature: T of the backward pass.
-        seed: of the initial noise.
+    τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1]; `temperature` is T of the backward pass.
     """
 
     means: Tensor

@@ -61,8 +61,7 @@ def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
     """How well `model` does each task of `TASKS`; None where its tokenizer or context does not allow the task.
 
-    Raises:
-        TokenizerError: if the model has no tokenizer.
+    `TokenizerError` if it has no tokenizer.
     """
     if model.tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")

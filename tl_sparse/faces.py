@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
@@ -22,6 +22,7 @@ from tl_sparse.cache import SparseActivationCache
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
+from tl_sparse.shapes import Stream, Tokens
 from tl_sparse.tokenizer import END_OF_TEXT
 
 #: TransformerLens' options to change weights when a model is loaded.
@@ -110,15 +111,15 @@ class SparseModel(nn.Module):
 
     def forward(
         self,
-        input: str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        input: str | list[str] | Tokens | Stream,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         start_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-        position_ids: Int[Tensor, "batch pos"] | None = None,
+        tokens: Tokens | None = None,
+        attention_mask: Tokens | None = None,
+        position_ids: Tokens | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
         """`HookedTransformer.forward`'s contract on both lines.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -45,23 +44,18 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`HookedTransformer.generate`; each step reads the whole sequence, whatever `use_past_kv_cache` says."""
-        with self._remembering_tokens():
+        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.
+        self._embedded: list[Tensor] = []
+        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
+        try:
             return super().generate(**_without_cache(super().generate, *args, **kwargs))
+        finally:
+            handle.remove()
+            del self._embedded
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
         yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
-
-    @contextmanager
-    def _remembering_tokens(self) -> Iterator[None]:
-        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.
-        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
-        self._embedded: list[Tensor] = []
-        try:
-            yield
-        finally:
-            handle.remove()
-            del self._embedded
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""

@@ -63,12 +63,9 @@ def prune(
         on_selection = evaluate(circuit, model, selection, config.batch_size)
         on_heldout = evaluate(circuit, model, heldout, config.batch_size)
     measured = {
-        "config": dataclasses.asdict(config),
-        "ablation": "mean over the corpus",
-        "corpus_tokens": corpus.numel(),
-        "selection": dataclasses.asdict(on_selection),
-        "heldout": dataclasses.asdict(on_heldout),
-    }
+        "config": dataclasses.asdict(config), "ablation": "mean over the corpus", "corpus_tokens": corpus.numel(),
+        "selection": dataclasses.asdict(on_selection), "heldout": dataclasses.asdict(on_heldout),
+    }  # fmt: skip
     return dataclasses.replace(circuit, measured=measured), on_heldout
 
 
@@ -90,17 +87,15 @@ def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskDa
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
     """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
 
 

@@ -56,7 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[st
     """
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
-    backend = _untrained()
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
     for text in required:
         parts = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
         if len(parts) != 1:
@@ -145,13 +147,6 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
             f"required=({text!r},), or a larger vocab_size"
         )
     return ids[0]
-
-
-def _untrained() -> Tokenizer:
-    """A byte-level BPE model that knows no merges, with the pre-tokenizer of `PIECES`."""
-    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
 
 
 def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:

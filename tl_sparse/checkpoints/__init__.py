@@ -36,7 +36,7 @@ def load(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
 ) -> Any:
-    """Open a model as a true TransformerLens model, in eval mode.
+    """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
     The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
     `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code that comes
@@ -49,9 +49,6 @@ def load(
         revision: of a hub repository: a branch, tag or commit.
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
-
-    Returns:
-        A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
