@@ -181,12 +181,9 @@ def discretise(
                 f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
             )
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
-    while too_small == 0 and enough > 1:  # go down from the learned size until it is too small
-        smaller = int(enough / 1.3)
-        enough, too_small = (smaller, 0) if is_circuit(top(smaller), selection) else (enough, smaller)
-    while enough - too_small > 1:
-        middle = (enough + too_small) // 2
-        enough, too_small = (middle, too_small) if is_circuit(top(middle), selection) else (enough, middle)
+    while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
+        size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
+        enough, too_small = (size, too_small) if is_circuit(top(size), selection) else (enough, size)
     kept, removed = top(enough), []
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
     # Tried on a part of the pairs, for speed, the lowest-ranked node first.
