@@ -19,7 +19,7 @@ from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_torch
 from tl_sparse.fingerprint import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.nodes import Node, node_hooks
+from tl_sparse.nodes import HEAD_LOCATIONS, Node, node_hooks
 
 EDGES_FORMAT = "tl_sparse edges"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -113,7 +113,7 @@ def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: HookMe
     for (layer, location), hook in hooks.items():
         size, indices = model.sparse_cfg.location_size(location), nodes.get((layer, location), torch.arange(0))
         mask = _mask(f"{layer}.{location}", size, indices)
-        kept[hook] = mask.view(model.cfg.n_heads, -1) if location in ("attn_q", "attn_k", "attn_v") else mask
+        kept[hook] = mask.view(model.cfg.n_heads, -1) if location in HEAD_LOCATIONS else mask
     circuit = Circuit(kept, {}, fingerprint(model), **about)
     return circuit if means is None else circuit.with_means(means)
 

@@ -65,11 +65,7 @@ class SparseModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The same call as `tl_sparse.load`; TransformerLens' options to process weights must be off.
-
-        Raises:
-            UnsupportedError: if one is on.
-        """
+        """The same call as `tl_sparse.load`; `UnsupportedError` if an option to process weights is on."""
         from tl_sparse.checkpoints import load
 
         if any(kwargs.pop(name, False) for name in _PROCESSING):
@@ -129,8 +125,7 @@ class SparseModel(nn.Module):
             return_type: "logits", "loss", "both" or None.
             loss_per_token: the next-token loss of each position instead of the mean.
             prepend_bos, padding_side: how text becomes tokens; None: TransformerLens' defaults.
-            tokens: with `start_at_layer`, the tokens behind the residual stream; the loss and a bigram
-                table need them.
+            tokens: with `start_at_layer`, those behind the residual stream; the loss and a bigram table need them.
             attention_mask: 1 for real tokens; computed where the padding is on the left.
             position_ids: default 0, 1, …
             stop_at_layer: return the residual stream that enters this block.

@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks.points import TLModel
 
-#: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
-LOCATION_HOOKS = {
-    "attn_in": "blocks.{}.ln1.hook_read",
-    "attn_q": "blocks.{}.attn.hook_q",
-    "attn_k": "blocks.{}.attn.hook_k",
-    "attn_v": "blocks.{}.attn.hook_v",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_in": "blocks.{}.ln2.hook_read",
-    "mlp_neuron": "blocks.{}.mlp.hook_post",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-}
-#: Location → its name in OpenAI's files, after the layer.
-OPENAI_LOCATIONS = {
-    "attn_in": "attn.act_in", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
-    "attn_out": "attn.resid_delta",
-    "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act", "mlp_out": "mlp.resid_delta",
-}  # fmt: skip
-_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: ours for ours, theirs in OPENAI_LOCATIONS.items()}
-_LOCATION_AT = {hook: location for location, hook in LOCATION_HOOKS.items()}
+#: Location, its hook point in layer i (after AbsTopK), OpenAI's name for it after the layer, its nodes in words; in the
+#: order of the forward pass.
+_LOCATIONS = (
+    ("attn_in", "blocks.{}.ln1.hook_read", "attn.act_in", "read by attention"),
+    ("attn_q", "blocks.{}.attn.hook_q", "attn.q", "query channels"),
+    ("attn_k", "blocks.{}.attn.hook_k", "attn.k", "key channels"),
+    ("attn_v", "blocks.{}.attn.hook_v", "attn.v", "value channels"),
+    ("attn_out", "blocks.{}.hook_attn_out", "attn.resid_delta", "written by attention"),
+    ("mlp_in", "blocks.{}.ln2.hook_read", "mlp.act_in", "read by MLP"),
+    ("mlp_neuron", "blocks.{}.mlp.hook_post", "mlp.post_act", "MLP neurons"),
+    ("mlp_out", "blocks.{}.hook_mlp_out", "mlp.resid_delta", "written by MLP"),
+)
+LOCATION_HOOKS = {name: hook for name, hook, _, _ in _LOCATIONS}
+OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS}
+KINDS = {name: kind for name, _, _, kind in _LOCATIONS}
+HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
+_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
+_LOCATION_AT = {hook: name for name, hook in LOCATION_HOOKS.items()}
 _NUMBER = re.compile("[0-9]{1,9}")
 
 

@@ -167,14 +167,9 @@ def discretise(
     """
     is_circuit = partial(_is_circuit, model=model, gates=gates, config=config)
     order = gates.tau.detach().argsort(descending=True, stable=True)
-
-    def top(size: int) -> Bool[Tensor, " node"]:
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept[order[:size]] = True
-        return kept
-
+    rank = order.argsort()
     enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not is_circuit(top(enough), selection):
+    while not is_circuit(rank < enough, selection):
         if enough == len(order):
             raise PruneError(
                 f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
@@ -183,8 +178,8 @@ def discretise(
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
     while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
         size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
-        enough, too_small = (size, too_small) if is_circuit(top(size), selection) else (enough, size)
-    kept, removed = top(enough), []
+        enough, too_small = (size, too_small) if is_circuit(rank < size, selection) else (enough, size)
+    kept, removed = rank < enough, []
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
     # Tried on a part of the pairs, for speed, the lowest-ranked node first.
     part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))

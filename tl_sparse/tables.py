@@ -11,21 +11,9 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.nodes import Node
+from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
 from tl_sparse.tasks import Task
 from tl_sparse.tokenizer import single_token
-
-#: What the nodes of a location are, in words.
-_KINDS = {
-    "attn_in": "read by attention",
-    "attn_q": "query channels",
-    "attn_k": "key channels",
-    "attn_v": "value channels",
-    "attn_out": "written by attention",
-    "mlp_in": "read by MLP",
-    "mlp_neuron": "MLP neurons",
-    "mlp_out": "written by MLP",
-}
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
@@ -68,7 +56,7 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
     for (layer, location), indices in circuit.nodes_by_location().items():
         which = " ".join(_short(model, location, index) for index in indices)
-        rows.append([str(layer), location, _KINDS[location], str(len(indices)), which])
+        rows.append([str(layer), location, KINDS[location], str(len(indices)), which])
     total = sum(mask.numel() for mask in circuit.kept.values())
     heading = f"{circuit.n_nodes} nodes of {total:,}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
@@ -117,7 +105,7 @@ def name_of(model: TLModel, node: Node) -> str:
 
 
 def _short(model: TLModel, location: str, index: int) -> str:
-    if location in ("attn_q", "attn_k", "attn_v"):
+    if location in HEAD_LOCATIONS:
         head, channel = divmod(index, model.cfg.d_head)
         return f"h{head}.{channel}"
     return str(index)

@@ -105,11 +105,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     values = read_json(path)
     if "model_config" in values:
         return read_sparse_pretrain(folder, values)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in _READERS:
+    if (reader := _READERS.get(str(values.get("model_type")))) is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
             f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "
             f"(sparse_pretrain's): not a format that tl_sparse knows{code}"
         )
-    return _READERS[kind](folder, values)
+    return reader(folder, values)
