@@ -25,9 +25,9 @@ __all__ = [
 ]  # fmt: skip
 #: Name → the module it is in.
 _HOME = {
-    "Circuit": "circuit", "Edge": "circuit", "create": "checkpoints", "load": "checkpoints", "load_corpus": "data",
-    "DataConfig": "config", "PruneConfig": "config", "SparseConfig": "config", "TrainConfig": "config",
-    "paper_topk": "config", "TLSparseError": "errors", "evaluate": "evaluation", "Node": "nodes", "prune": "pruning",
+    "create": "checkpoints", "load": "checkpoints", "Circuit": "circuit", "Edge": "circuit", "DataConfig": "config",
+    "PruneConfig": "config", "SparseConfig": "config", "TrainConfig": "config", "paper_topk": "config",
+    "load_corpus": "data", "TLSparseError": "errors", "evaluate": "evaluation", "Node": "nodes", "prune": "pruning",
     "report": "tables", "get_task": "tasks", "make_task_data": "tasks", "train": "training",
 }  # fmt: skip
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype, save_model
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.modules import SparseTransformer, init_weights
+from tl_sparse.sources import find
 
 
 class SparsePretrainedConfig(PretrainedConfig):
@@ -53,9 +55,6 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         cls, source: str, *, config: Any = None, revision: str | None = None, device_map: Any = None, **options: Any
     ) -> Any:
         """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one device."""
-        from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype
-        from tl_sparse.sources import find
-
         if device_map is not None:
             raise UnsupportedError("device_map is not possible: the model is on one device; move it with .to(device)")
         asked = options.get("dtype", options.get("torch_dtype"))
@@ -70,8 +69,6 @@ class SparseTransformerForCausalLM(PreTrainedModel):
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Write our format, as `tl_sparse`'s own models do."""
-        from tl_sparse.checkpoints import save_model
-
         save_model(self, Path(folder))
 
     def forward(

@@ -117,7 +117,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu', …") from error
+        raise ConfigError(f"device = {device!r} is not possible here; use 'cpu', 'cuda', 'cuda:1', …") from error
     return resolved
 
 

@@ -59,12 +59,9 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> tuple[SparseConfig, boo
     names = list(filter(None, str(locations).split(",")))
     expected = f"of {', '.join(_LOCATIONS)}, separated by commas"
     check(_LOCATIONS.keys() >= set(names), "activation_sparsity_locations", locations, expected)
-    if not enabled:
-        return cfg, flash
-    topk = {}
-    for location in (_LOCATIONS[name] for name in names):
-        size = cfg.location_size(location)
-        topk[location] = fraction if int(fraction * size) else min(1.0, 1.5 / size)  # at least one entry is kept
+    sizes = {_LOCATIONS[name]: cfg.location_size(_LOCATIONS[name]) for name in names if enabled}
+    # At least one entry is kept.
+    topk = {where: fraction if int(fraction * size) else min(1.0, 1.5 / size) for where, size in sizes.items()}
     return SparseConfig.from_dict(fields | {"abs_topk": topk}), flash
 
 
