@@ -63,9 +63,9 @@ class Circuit:
     #: circuit can be looked at, but no model runs under it.
     means: HookMeans
     model: Fingerprint
-    model_name: str = ""  # for people
-    task: str = ""  # its name
-    measured: dict[str, Any] = field(default_factory=dict)  # as plain JSON values: losses, settings, seeds …
+    model_name: str = ""  #: for people
+    task: str = ""  #: its name
+    measured: dict[str, Any] = field(default_factory=dict)  #: as plain JSON values: losses, settings, seeds …
 
     def __post_init__(self) -> None:
         if self.means and self.kept.keys() != self.means.keys():
