@@ -26,7 +26,6 @@ KINDS = {name: kind for name, _, _, kind in _LOCATIONS}
 HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
 _LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
 _LOCATION_AT = {hook: name for name, hook in LOCATION_HOOKS.items()}
-_NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, order=True)
@@ -51,11 +50,10 @@ class Node:
     @classmethod
     def parse(cls, text: str) -> Node:
         """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if there is none."""
-        layer, _, rest = text.partition(".")
-        location, _, index = rest.rpartition(".")
-        if location not in _LOCATION_OF or not _NUMBER.fullmatch(layer) or not _NUMBER.fullmatch(index):
+        match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
+        if match is None or match[2] not in _LOCATION_OF:
             raise CircuitError(f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}")
-        return cls(int(layer), _LOCATION_OF[location], int(index))
+        return cls(int(match[1]), _LOCATION_OF[match[2]], int(match[3]))
 
 
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
