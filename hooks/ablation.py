@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
-from tl_sparse.hooks.points import TLModel, check_hook_names, hooked
+from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
 
 
 @contextmanager
 def ablating(
     model: TLModel,
-    nodes: Mapping[str, Bool[Tensor, " *node"]],
+    nodes: NodeMasks,
     values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
 ) -> Iterator[None]:
     """Within the context, the chosen nodes have the given values at all positions.

@@ -3,7 +3,7 @@
 Gao et al. 2025, section 2.2 and A.5.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 
 
 class _GatedMean(torch.autograd.Function):
@@ -45,13 +45,7 @@ class NodeGates(nn.Module):
     means: Tensor
 
     def __init__(
-        self,
-        means: Mapping[str, Float[Tensor, " *node"]],
-        *,
-        init_bias: float,
-        init_scale: float,
-        temperature: float = 1.0,
-        seed: int,
+        self, means: NodeValues, *, init_bias: float, init_scale: float, temperature: float = 1.0, seed: int
     ) -> None:
         super().__init__()
         self.shapes = {name: mean.shape for name, mean in means.items()}

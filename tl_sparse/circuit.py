@@ -13,21 +13,16 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 from tl_sparse.sources import find
 
 FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
-#: Hook name → mean activation.
-HookMeans = Mapping[str, Float[Tensor, " *node"]]
-
 #: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and how the weight
 #: becomes a matrix from source to target. From the writes to later reads there is no weight: the residual stream joins
 #: them.
@@ -57,11 +52,10 @@ class Edge:
 class Circuit:
     """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
 
-    #: Hook name → which nodes are kept, in the shape of an activation without batch and position.
-    kept: Mapping[str, Bool[Tensor, " *node"]]
-    #: Hook name → mean activation over the training corpus, in the same shape. Empty if they are not known: such a
-    #: circuit can be looked at, but no model runs under it.
-    means: HookMeans
+    kept: NodeMasks
+    #: Mean activations over the training corpus, at the same hook points. Empty if they are not known: such a circuit
+    #: can be looked at, but no model runs under it.
+    means: NodeValues
     model: Fingerprint
     model_name: str = ""  #: for people
     task: str = ""  #: its name
@@ -119,7 +113,7 @@ class Circuit:
             name = self.model_name or self.model.architecture
             raise CircuitError(f"this circuit belongs to the model {name!r}; the given one has {different}")
 
-    def with_means(self, means: HookMeans) -> Circuit:
+    def with_means(self, means: NodeValues) -> Circuit:
         """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
 
         `CircuitError` if a hook point has no mean, or one of another shape.
@@ -137,7 +131,7 @@ class Circuit:
         return self._at_means(model, self.kept)
 
     @contextmanager
-    def _at_means(self, model: TLModel, nodes: Mapping[str, Bool[Tensor, " *node"]]) -> Iterator[None]:
+    def _at_means(self, model: TLModel, nodes: NodeMasks) -> Iterator[None]:
         self.check_model(model)
         if not self.means:
             call = "circuit.with_means(tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens))"
@@ -195,7 +189,7 @@ class Circuit:
         return cls(kept, means, model, *texts, measured)
 
     @classmethod
-    def from_openai(cls, path: str | Path, model: TLModel, means: HookMeans | None = None, task: str = "") -> Circuit:
+    def from_openai(cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = "") -> Circuit:
         """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.exchange.read_openai`."""
         from tl_sparse.exchange import read_openai
 
@@ -212,7 +206,7 @@ class Circuit:
         write_json(Path(path), self.edge_list(model))
 
     @classmethod
-    def from_edge_list(cls, path: str | Path, model: TLModel, means: HookMeans | None = None) -> Circuit:
+    def from_edge_list(cls, path: str | Path, model: TLModel, means: NodeValues | None = None) -> Circuit:
         """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.exchange.read_edge_list`."""
         from tl_sparse.exchange import read_edge_list
 

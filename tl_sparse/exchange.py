@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_sparse.circuit import Circuit, HookMeans
+from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_torch
 from tl_sparse.fingerprint import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import NodeValues, TLModel
 from tl_sparse.nodes import HEAD_LOCATIONS, Node, node_hooks
 
 EDGES_FORMAT = "tl_sparse edges"
@@ -27,7 +27,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SIZES = {"n_layer": "n_layers", "d_model": "d_model", "n_head": "n_heads", "d_head": "d_head", "d_mlp": "d_mlp"}
 
 
-def read_openai(path: Path, model: TLModel, means: HookMeans | None, task: str) -> Circuit:
+def read_openai(path: Path, model: TLModel, means: NodeValues | None, task: str) -> Circuit:
     """A circuit that OpenAI published (a `viz_data.pt`, from below `viz/` on their public storage), onto its model.
 
     Neither means nor the task's name are in the file; without means the circuit can be viewed and counted, until
@@ -71,7 +71,7 @@ def edge_list(circuit: Circuit, model: TLModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circuit:
+def read_edge_list(path: Path, model: TLModel, means: NodeValues | None) -> Circuit:
     """The circuit of the nodes in an edge list; without `nodes` in it, of the ends of its `edges`.
 
     Lists of other tools need no more than `edges`. Weights may be left out, and nodes may have OpenAI's names.
@@ -104,7 +104,7 @@ def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circu
     return circuit
 
 
-def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: HookMeans | None, **about: Any) -> Circuit:
+def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: NodeValues | None, **about: Any) -> Circuit:
     """The circuit that keeps, at each (layer, location), the nodes with the given indices."""
     hooks, kept = node_hooks(model), {}
     if wrong := sorted(nodes.keys() - hooks.keys()):  # never a location: `Node.parse` knows them

@@ -24,7 +24,7 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
@@ -99,9 +99,7 @@ def frozen(model: TLModel) -> Iterator[None]:
             module.training = mode
 
 
-def learn_gates(
-    model: TLModel, means: dict[str, Float[Tensor, " *node"]], data: TaskData, config: PruneConfig, progress: bool
-) -> NodeGates:
+def learn_gates(model: TLModel, means: NodeValues, data: TaskData, config: PruneConfig, progress: bool) -> NodeGates:
     """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
     start = {name: getattr(config, name) for name in ("init_bias", "init_scale", "temperature", "seed")}
     gates, betas = NodeGates(means, **start), (config.beta1, config.beta2)
@@ -153,9 +151,7 @@ def _is_circuit(
     return config.ablated_accuracy == 1 or scored(kept).accuracy <= config.ablated_accuracy
 
 
-def discretise(
-    model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
-) -> dict[str, Bool[Tensor, " *node"]]:
+def discretise(model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> NodeMasks:
     """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
     only the ones that it needs.
 
