@@ -53,13 +53,14 @@ class Circuit:
     """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
 
     kept: NodeMasks
-    #: Mean activations over the training corpus, at the same hook points. Empty if they are not known: such a circuit
-    #: can be looked at, but no model runs under it.
     means: NodeValues
+    """Mean activations over the training corpus, at the same hook points. Empty if they are not known: such a circuit
+    can be looked at, but no model runs under it."""
     model: Fingerprint
-    model_name: str = ""  #: for people
-    task: str = ""  #: its name
-    measured: dict[str, Any] = field(default_factory=dict)  #: as plain JSON values: losses, settings, seeds …
+    model_name: str = ""
+    task: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What was measured of it, as plain JSON values: losses, settings, seeds …"""
 
     def __post_init__(self) -> None:
         if self.means and self.kept.keys() != self.means.keys():

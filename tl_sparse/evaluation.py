@@ -18,18 +18,24 @@ from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, t
 class Score:
     """How well a task is done."""
 
-    loss: float  #: cross-entropy between the two candidates in nats, a mean over pairs and both sides
-    standard_error: float  #: of the loss, over pairs (the two sides of a pair are not independent)
-    accuracy: float  #: share of prompts at which the right candidate has the larger logit
+    loss: float
+    """Cross-entropy between the two candidates in nats, a mean over pairs and both sides."""
+    standard_error: float
+    """Of the loss, over pairs (the two sides of a pair are not independent)."""
+    accuracy: float
+    """Share of prompts at which the right candidate has the larger logit."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A circuit on one set of prompt pairs."""
 
-    full: Score  #: the whole model
-    circuit: Score  #: the circuit alone, all else at its mean: sufficient if this is good
-    ablated: Score  #: the model with the circuit's nodes at their means: necessary if this is bad
+    full: Score
+    """The whole model."""
+    circuit: Score
+    """The circuit alone, all else at its mean: sufficient if this is good."""
+    ablated: Score
+    """The model with the circuit's nodes at their means: necessary if this is bad."""
     n_pairs: int
     n_nodes: int
     n_edges: int
