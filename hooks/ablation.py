@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
-from tl_sparse.hooks.points import HookFn, TLModel, check_hook_names, hooked
+from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
 
 
 @contextmanager
 def ablating(
     model: TLModel,
-    nodes: Mapping[str, Bool[Tensor, " *node"]],
+    nodes: NodeMasks,
     values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
 ) -> Iterator[None]:
     """Within the context, the chosen nodes have the given values at all positions.
@@ -28,16 +29,12 @@ def ablating(
         HookNameError: for a hook name that the model, or `values`, does not have.
     """
     check_hook_names(model, nodes)
-    missing = nodes.keys() - values.keys()
-    if missing:
+    if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
-
-    def setter(ablated: Tensor, value: Tensor) -> HookFn:
-        def hook_fn(activation: Tensor, hook: object) -> Tensor:
-            return torch.where(ablated.to(activation.device), value.to(activation), activation)
-
-        return hook_fn
-
     # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
-    with hooked(model, {name: setter(nodes[name], values[name]) for name in nodes if bool(nodes[name].any())}):
+    with hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()}):
         yield
+
+
+def _set(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:
+    return torch.where(ablated.to(activation.device), value.to(activation), activation)

@@ -3,15 +3,16 @@
 Gao et al. 2025, section 2.2 and A.5.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.hooks.points import HookFn, TLModel, hooked
+from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 
 
 class _GatedMean(torch.autograd.Function):
@@ -36,25 +37,15 @@ class _GatedMean(torch.autograd.Function):
 
 
 class NodeGates(nn.Module):
-    """Gates at hook points of a TransformerLens model.
+    """Gates at hook points of a TransformerLens model: every entry of `means` (hook name → mean) is a gated node.
 
-    Args:
-        means: hook name → mean activation, `[*node]`; every entry becomes a gated node.
-        init_bias, init_scale: τ starts at bias + scale · N(0, 1), clamped to [-1, 1].
-        temperature: T of the backward pass.
-        seed: of the initial noise.
+    τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1]; `temperature` is T of the backward pass.
     """
 
     means: Tensor
 
     def __init__(
-        self,
-        means: Mapping[str, Float[Tensor, " *node"]],
-        *,
-        init_bias: float,
-        init_scale: float,
-        temperature: float = 1.0,
-        seed: int,
+        self, means: NodeValues, *, init_bias: float, init_scale: float, temperature: float = 1.0, seed: int
     ) -> None:
         super().__init__()
         self.shapes = {name: mean.shape for name, mean in means.items()}
@@ -88,22 +79,14 @@ class NodeGates(nn.Module):
     def attached(self, model: TLModel, inverted: bool = False) -> Iterator[None]:
         """Within the context, the gates act on everything `model` runs.
 
-        Args:
-            model: any TransformerLens model.
-            inverted: hold the nodes with open gates at their means, and keep the others: the model without
-                the circuit instead of the circuit alone.
-
-        Raises:
-            HookNameError: for a hook name that the model does not have.
+        Inverted, they hold the open nodes at their means and keep the others: the model without the circuit instead
+        of the circuit alone. `HookNameError` for a hook name that the model does not have.
         """
-
-        def gate(name: str) -> HookFn:
-            def hook_fn(activation: Tensor, hook: object) -> Tensor:
-                # Split at each call, for the gradient of each forward pass to reach τ.
-                tau, mean = self.split(self.tau)[name], self.split(self.means)[name]
-                return _GatedMean.apply(activation, tau, mean, self.temperature, inverted)
-
-            return hook_fn
-
-        with hooked(model, {name: gate(name) for name in self.shapes}):
+        with hooked(model, {name: partial(self._gate, name, inverted) for name in self.shapes}):
             yield
+
+    def _gate(self, name: str, inverted: bool, activation: Tensor, hook: object) -> Tensor:
+        # Split at each call, for the gradient of each forward pass to reach τ.
+        tau, mean = self.split(self.tau)[name], self.split(self.means)[name]
+        gated: Tensor = _GatedMean.apply(activation, tau, mean, self.temperature, inverted)
+        return gated

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError
-from tl_sparse.hooks.points import HookFn, TLModel, hooked
+from tl_sparse.hooks.points import TLModel, hooked
 
 
 class Means:
@@ -22,7 +23,7 @@ class Means:
         """Add an activation to the mean under `name`."""
         # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._sums[name] = self._sums.get(name, 0) + total
         self._counts[name] = self._counts.get(name, 0) + activation.shape[0] * activation.shape[1]
 
     def result(self, dtype: torch.dtype) -> dict[str, Float[Tensor, " *node"]]:
@@ -38,16 +39,13 @@ def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
         HookNameError: for a hook name that the model does not have.
     """
     means = Means()
-
-    def recorder(name: str) -> HookFn:
-        # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another one.
-        def hook_fn(activation: Tensor, hook: object) -> None:
-            means.record(name, activation)
-
-        return hook_fn
-
-    with hooked(model, {name: recorder(name) for name in names}):
+    # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another one.
+    with hooked(model, {name: partial(_record, means, name) for name in names}):
         yield means
+
+
+def _record(means: Means, name: str, activation: Tensor, hook: object) -> None:
+    means.record(name, activation)
 
 
 @torch.no_grad()
@@ -60,12 +58,10 @@ def mean_activations(
         HookNameError: for a hook name that the model does not have.
         DataError: if there is no batch.
     """
-    weight = next(model.parameters())
-    empty = True
+    weight, tokens = next(model.parameters()), None
     with recording_means(model, names) as means:
         for tokens in batches:
             model(tokens.to(weight.device), return_type=None)
-            empty = False
-    if empty:
+    if tokens is None:
         raise DataError("means need at least one batch of tokens")
     return means.result(weight.dtype)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
@@ -14,6 +15,9 @@ from tl_sparse.errors import HookNameError
 TLModel = Any
 #: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
 HookFn = Callable[[Tensor, Any], Tensor | None]
+#: Hook name → a number, or whether something holds, for each node there: as an activation without batch and position.
+NodeValues = Mapping[str, Float[Tensor, " *node"]]
+NodeMasks = Mapping[str, Bool[Tensor, " *node"]]
 
 
 def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) -> None:

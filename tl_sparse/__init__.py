@@ -7,56 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_sparse.checkpoints import create as create
-    from tl_sparse.checkpoints import load as load
-    from tl_sparse.circuit import Circuit as Circuit
-    from tl_sparse.circuit import Edge as Edge
-    from tl_sparse.config import (
-        DataConfig as DataConfig,
-    )
-    from tl_sparse.config import (
-        PruneConfig as PruneConfig,
-    )
-    from tl_sparse.config import (
-        SparseConfig as SparseConfig,
-    )
-    from tl_sparse.config import (
-        TrainConfig as TrainConfig,
-    )
-    from tl_sparse.config import (
-        paper_topk as paper_topk,
-    )
-    from tl_sparse.data import load_corpus as load_corpus
-    from tl_sparse.errors import TLSparseError as TLSparseError
-    from tl_sparse.evaluation import evaluate as evaluate
-    from tl_sparse.nodes import Node as Node
-    from tl_sparse.pruning import prune as prune
-    from tl_sparse.tables import report as report
-    from tl_sparse.tasks import get_task as get_task
-    from tl_sparse.tasks import make_task_data as make_task_data
-    from tl_sparse.training import train as train
+    from tl_sparse.checkpoints import create, load
+    from tl_sparse.circuit import Circuit, Edge
+    from tl_sparse.config import DataConfig, PruneConfig, SparseConfig, TrainConfig, paper_topk
+    from tl_sparse.data import load_corpus
+    from tl_sparse.errors import TLSparseError
+    from tl_sparse.evaluation import evaluate
+    from tl_sparse.nodes import Node
+    from tl_sparse.pruning import prune
+    from tl_sparse.tables import report
+    from tl_sparse.tasks import get_task, make_task_data
+    from tl_sparse.training import train
 
+__all__ = [
+    "Circuit", "DataConfig", "Edge", "Node", "PruneConfig", "SparseConfig", "TLSparseError", "TrainConfig", "create",
+    "evaluate", "get_task", "load", "load_corpus", "make_task_data", "paper_topk", "prune", "report", "train",
+]  # fmt: skip
+#: Name → the module it is in.
 _HOME = {
-    "checkpoints": ("create", "load"),
-    "circuit": ("Circuit", "Edge"),
-    "config": ("DataConfig", "PruneConfig", "SparseConfig", "TrainConfig", "paper_topk"),
-    "data": ("load_corpus",),
-    "errors": ("TLSparseError",),
-    "evaluation": ("evaluate",),
-    "nodes": ("Node",),
-    "pruning": ("prune",),
-    "tables": ("report",),
-    "tasks": ("get_task", "make_task_data"),
-    "training": ("train",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+    "create": "checkpoints", "load": "checkpoints", "Circuit": "circuit", "Edge": "circuit", "DataConfig": "config",
+    "PruneConfig": "config", "SparseConfig": "config", "TrainConfig": "config", "paper_topk": "config",
+    "load_corpus": "data", "TLSparseError": "errors", "evaluate": "evaluation", "Node": "nodes", "prune": "pruning",
+    "report": "tables", "get_task": "tasks", "make_task_data": "tasks", "train": "training",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _HOME:
         raise AttributeError(f"module 'tl_sparse' has no attribute {name!r}")
-    return getattr(import_module(f"tl_sparse.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(f"tl_sparse.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

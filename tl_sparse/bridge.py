@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import ArchitectureAdapter, TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
 from tl_sparse.modules import SparseTransformer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class SparseArchitectureAdapter(ArchitectureAdapter):

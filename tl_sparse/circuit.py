@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from einops import rearrange
 
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 from tl_sparse.sources import find
 
-FORMAT_VERSION = 1
-#: Hook name → mean activation.
-HookMeans = Mapping[str, Float[Tensor, " *node"]]
-
-#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target.
-#: From the writes to later reads there is no weight: the residual stream joins them.
+FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
+#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and how the weight
+#: becomes a matrix from source to target. From the writes to later reads there is no weight: the residual stream joins
+#: them.
 _EDGES = (
-    ("attn.W_Q", "attn_in", "attn_q"),
-    ("attn.W_K", "attn_in", "attn_k"),
-    ("attn.W_V", "attn_in", "attn_v"),
-    ("attn.W_O", "attn_v", "attn_out"),
-    ("mlp.W_in", "mlp_in", "mlp_neuron"),
-    ("mlp.W_out", "mlp_neuron", "mlp_out"),
+    ("attn.W_Q", "attn_in", "attn_q", "head source d_head -> source (head d_head)"),
+    ("attn.W_K", "attn_in", "attn_k", "head source d_head -> source (head d_head)"),
+    ("attn.W_V", "attn_in", "attn_v", "head source d_head -> source (head d_head)"),
+    ("attn.W_O", "attn_v", "attn_out", "head d_head target -> (head d_head) target"),
+    ("mlp.W_in", "mlp_in", "mlp_neuron", "source target -> source target"),
+    ("mlp.W_out", "mlp_neuron", "mlp_out", "source target -> source target"),
 )
 
 
@@ -52,24 +50,17 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2).
+    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
 
-    Attributes:
-        kept: hook name → which nodes are kept, in the shape of an activation without batch and position.
-        means: hook name → mean activation over the training corpus, in the same shape. Empty if they are not
-            known: such a circuit can be looked at, but no model runs under it.
-        model: the fingerprint of the model.
-        model_name: its name, for people.
-        task: the name of the task.
-        measured: what was measured of it, as plain JSON values (losses, settings, seeds …).
-    """
-
-    kept: Mapping[str, Bool[Tensor, " *node"]]
-    means: HookMeans
+    kept: NodeMasks
+    means: NodeValues
+    """Mean activations over the training corpus, at the same hook points. Empty if they are not known: such a circuit
+    can be looked at, but no model runs under it."""
     model: Fingerprint
     model_name: str = ""
     task: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
+    """What was measured of it, as plain JSON values: losses, settings, seeds …"""
 
     def __post_init__(self) -> None:
         if self.means and self.kept.keys() != self.means.keys():
@@ -77,19 +68,16 @@ class Circuit:
         for name, mask in self.kept.items():
             mean = self.means[name] if self.means else torch.zeros(mask.shape)
             if mask.dtype != torch.bool or mask.shape != mean.shape:
-                raise CircuitError(
-                    f"{name}: kept must be a boolean mask of the means' shape {list(mean.shape)}, "
-                    f"not {mask.dtype} of {list(mask.shape)}"
-                )
+                expected, found = f"a boolean mask of the means' shape {list(mean.shape)}", list(mask.shape)
+                raise CircuitError(f"{name}: kept must be {expected}, not {mask.dtype} of {found}")
             if not bool(mean.isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
 
     @property
     def nodes(self) -> list[Node]:
         """The kept nodes, in the order of the forward pass."""
-        return [
-            node_at(name, int(index)) for name, mask in self.kept.items() for index in mask.flatten().nonzero()[:, 0]
-        ]
+        kept = ((name, mask.flatten().nonzero()[:, 0].tolist()) for name, mask in self.kept.items())
+        return [node_at(name, index) for name, indices in kept for index in indices]
 
     @property
     def n_nodes(self) -> int:
@@ -98,95 +86,71 @@ class Circuit:
 
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → indices of the kept nodes there."""
-        grouped: dict[tuple[int, str], list[int]] = {}
-        for node in self.nodes:
-            grouped.setdefault((node.layer, node.location), []).append(node.index)
-        return grouped
+        groups = itertools.groupby(self.nodes, key=lambda node: (node.layer, node.location))
+        return {place: [node.index for node in nodes] for place, nodes in groups}
 
     def edges(self, model: TLModel) -> list[Edge]:
         """Every nonzero weight of `model` that joins two kept nodes, in the order of the forward pass.
 
-        Raises:
-            CircuitError: if `model` is not this circuit's.
+        `CircuitError` if `model` is not this circuit's, as for `applied` and `ablated`.
         """
         self.check_model(model)
-        parameters, kept = dict(model.named_parameters()), self.nodes_by_location()
-        edges = []
-        for layer in range(model.cfg.n_layers):
-            for name, source, target in _EDGES:
-                sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
-                if not sources or not targets:
-                    continue
-                matrix = _source_by_target(parameters, f"blocks.{layer}.{name}")
-                for i, j in matrix[sources][:, targets].nonzero().tolist():
-                    ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
-                    edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
+        parameters, kept, edges = dict(model.named_parameters()), self.nodes_by_location(), []
+        for layer, (name, source, target, pattern) in itertools.product(range(model.cfg.n_layers), _EDGES):
+            sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
+            if not sources or not targets:
+                continue
+            # Positional rows, where there are some, are below the others.
+            rows = [parameters[key] for end in ("", "_pos") if (key := f"blocks.{layer}.{name}{end}") in parameters]
+            matrix = rearrange(torch.cat(rows, dim=-2).detach(), pattern)
+            for i, j in matrix[sources][:, targets].nonzero().tolist():
+                ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
+                edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
         return edges
 
     def check_model(self, model: TLModel) -> None:
         """Raise `CircuitError` if `model` is not the one this circuit was found in."""
-        different = self.model.difference(fingerprint(model))
-        if different is not None:
-            raise CircuitError(
-                f"this circuit belongs to the model {self.model_name or self.model.architecture!r}; "
-                f"the given one has {different}"
-            )
+        if different := self.model.difference(fingerprint(model)):
+            name = self.model_name or self.model.architecture
+            raise CircuitError(f"this circuit belongs to the model {name!r}; the given one has {different}")
 
-    def with_means(self, means: HookMeans) -> Circuit:
+    def with_means(self, means: NodeValues) -> Circuit:
         """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
 
-        Raises:
-            CircuitError: if a hook point has no mean, or one of another shape.
+        `CircuitError` if a hook point has no mean, or one of another shape.
         """
-        missing = self.kept.keys() - means.keys()
-        if missing:
+        if missing := self.kept.keys() - means.keys():
             raise CircuitError(f"no means at {', '.join(sorted(missing))}")
         return dataclasses.replace(self, means={name: means[name] for name in self.kept})
 
-    @contextmanager
-    def applied(self, model: TLModel) -> Iterator[None]:
-        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
+    def applied(self, model: TLModel) -> AbstractContextManager[None]:
+        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means."""
+        return self._at_means(model, {name: ~mask for name, mask in self.kept.items()})
 
-        Raises:
-            CircuitError: if `model` is not this circuit's, or the circuit has no means.
-        """
-        self._check_can_run(model)
-        with ablating(model, {name: ~mask for name, mask in self.kept.items()}, self.means):
-            yield
-
-    @contextmanager
-    def ablated(self, model: TLModel) -> Iterator[None]:
+    def ablated(self, model: TLModel) -> AbstractContextManager[None]:
         """The inverse of `applied`: the circuit's nodes at their means, all others as they are (necessity)."""
-        self._check_can_run(model)
-        with ablating(model, self.kept, self.means):
-            yield
+        return self._at_means(model, self.kept)
 
-    def _check_can_run(self, model: TLModel) -> None:
+    @contextmanager
+    def _at_means(self, model: TLModel, nodes: NodeMasks) -> Iterator[None]:
         self.check_model(model)
         if not self.means:
             call = "circuit.with_means(tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens))"
             raise CircuitError(f"this circuit has no means to hold nodes at; {call} gives it some")
+        with ablating(model, nodes, self.means):
+            yield
 
     def save(self, folder: str | Path) -> None:
         """Write `circuit.json` and `circuit.safetensors`."""
-        folder = Path(folder)
         tensors = {f"kept/{name}": mask for name, mask in self.kept.items()}
         tensors |= {f"mean/{name}": mean for name, mean in self.means.items()}
-        write_tensors(folder / "circuit.safetensors", tensors)
-        about = {
-            "format": "tl_sparse circuit",
-            "format_version": FORMAT_VERSION,
-            "task": self.task,
-            "model_name": self.model_name,
-            "model": dataclasses.asdict(self.model),
-            "n_nodes": self.n_nodes,
-            # A circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none.
-            "edge_mask": False,
-            "means": bool(self.means),
-            "hooks": list(self.kept),
-            "measured": self.measured,
-        }
-        write_json(folder / "circuit.json", about)
+        write_tensors(Path(folder, "circuit.safetensors"), tensors)
+        about = {  # a circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none
+            "format": FORMAT, "format_version": FORMAT_VERSION, "edge_mask": False,
+            "task": self.task, "model_name": self.model_name, "model": dataclasses.asdict(self.model),
+            "n_nodes": self.n_nodes, "hooks": list(self.kept), "means": bool(self.means), "measured": self.measured,
+        }  # fmt: skip
+        write_json(Path(folder, "circuit.json"), about)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the circuit with a card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
@@ -205,8 +169,8 @@ class Circuit:
         folder = find(source, revision)
         path = folder / "circuit.json"
         about = read_json(path)
-        if about.get("format") != "tl_sparse circuit":
-            raise CheckpointError(f"{path}: format is not 'tl_sparse circuit': this is not a circuit of tl_sparse")
+        if about.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse")
         if about.get("format_version") != FORMAT_VERSION or about.get("edge_mask") is not False:
             raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION} without an edge mask")
         try:
@@ -217,17 +181,16 @@ class Circuit:
             kinds = ("kept", "mean") if about.get("means", True) else ("kept",)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
-        tensors = read_tensors(folder / "circuit.safetensors")
-        expected = {f"{kind}/{name}" for kind in kinds for name in hooks}
-        if tensors.keys() != expected:
-            wrong = ", ".join(sorted(tensors.keys() ^ expected))
-            raise CheckpointError(f"{folder / 'circuit.safetensors'}: tensors do not fit circuit.json: {wrong}")
+        path = folder / "circuit.safetensors"
+        tensors = read_tensors(path)
+        if wrong := tensors.keys() ^ {f"{kind}/{name}" for kind in kinds for name in hooks}:
+            raise CheckpointError(f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}")
         kept = {name: tensors[f"kept/{name}"] for name in hooks}
         means = {name: tensors[f"mean/{name}"] for name in hooks if "mean" in kinds}
         return cls(kept, means, model, *texts, measured)
 
     @classmethod
-    def from_openai(cls, path: str | Path, model: TLModel, means: HookMeans | None = None, task: str = "") -> Circuit:
+    def from_openai(cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = "") -> Circuit:
         """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.exchange.read_openai`."""
         from tl_sparse.exchange import read_openai
 
@@ -244,7 +207,7 @@ class Circuit:
         write_json(Path(path), self.edge_list(model))
 
     @classmethod
-    def from_edge_list(cls, path: str | Path, model: TLModel, means: HookMeans | None = None) -> Circuit:
+    def from_edge_list(cls, path: str | Path, model: TLModel, means: NodeValues | None = None) -> Circuit:
         """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.exchange.read_edge_list`."""
         from tl_sparse.exchange import read_edge_list
 
@@ -262,15 +225,3 @@ class Circuit:
             lines += ["task loss: " + ", ".join(shown)] if shown else []
         lines += [] if self.means else ["without means: to be looked at, not run"]
         return "\n  ".join(lines) + ")"
-
-
-def _source_by_target(parameters: Mapping[str, Tensor], name: str) -> Float[Tensor, "source target"]:
-    """A weight as a matrix from source node to target node, positional rows below the others."""
-    weight = parameters[name].detach()
-    if f"{name}_pos" in parameters:
-        weight = torch.cat([weight, parameters[f"{name}_pos"].detach()], dim=-2)
-    if weight.ndim == 2:  # W_in, W_out
-        return weight
-    if name.endswith("W_O"):  # [head, channel, output]
-        return weight.flatten(0, 1)
-    return weight.transpose(0, 1).flatten(1)  # [head, input, channel]

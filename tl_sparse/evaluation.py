@@ -16,33 +16,26 @@ from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, t
 
 @dataclass(frozen=True)
 class Score:
-    """How well a task is done.
-
-    Attributes:
-        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
-        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
-        accuracy: share of prompts at which the right candidate has the larger logit.
-    """
+    """How well a task is done."""
 
     loss: float
+    """Cross-entropy between the two candidates in nats, a mean over pairs and both sides."""
     standard_error: float
+    """Of the loss, over pairs (the two sides of a pair are not independent)."""
     accuracy: float
+    """Share of prompts at which the right candidate has the larger logit."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit on one set of prompt pairs.
-
-    Attributes:
-        full: the whole model.
-        circuit: the circuit alone, all else at its mean: sufficient if this is good.
-        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
-        n_pairs, n_nodes, n_edges: counts.
-    """
+    """A circuit on one set of prompt pairs."""
 
     full: Score
+    """The whole model."""
     circuit: Score
+    """The circuit alone, all else at its mean: sufficient if this is good."""
     ablated: Score
+    """The model with the circuit's nodes at their means: necessary if this is bad."""
     n_pairs: int
     n_nodes: int
     n_edges: int
@@ -74,8 +67,7 @@ def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
     """How well `model` does each task of `TASKS`; None where its tokenizer or context does not allow the task.
 
-    Raises:
-        TokenizerError: if the model has no tokenizer.
+    `TokenizerError` if it has no tokenizer.
     """
     if model.tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_sparse.circuit import Circuit, HookMeans
+from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_torch
 from tl_sparse.fingerprint import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
-from tl_sparse.hooks.points import TLModel
-from tl_sparse.nodes import Node, node_hooks
+from tl_sparse.hooks.points import NodeValues, TLModel
+from tl_sparse.nodes import HEAD_LOCATIONS, Node, node_hooks
 
 EDGES_FORMAT = "tl_sparse edges"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -27,19 +27,13 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SIZES = {"n_layer": "n_layers", "d_model": "d_model", "n_head": "n_heads", "d_head": "d_head", "d_mlp": "d_mlp"}
 
 
-def read_openai(path: Path, model: TLModel, means: HookMeans | None, task: str) -> Circuit:
-    """A circuit that OpenAI published, onto its model.
+def read_openai(path: Path, model: TLModel, means: NodeValues | None, task: str) -> Circuit:
+    """A circuit that OpenAI published (a `viz_data.pt`, from below `viz/` on their public storage), onto its model.
 
-    Args:
-        path: a `viz_data.pt`, from below `viz/` on their public storage.
-        model: the model in which it was found, as `tl_sparse.load` opens it.
-        means: the file has none. Without them the circuit can be viewed and counted, until `Circuit.with_means`.
-        task: its name, which is not in the file.
-
-    Returns:
-        The circuit, without the kept entries of `final_resid`: they are no nodes here. Its `measured["openai"]` has
-        the task losses of the `full` model and the `circuit`, `pruning_losses` [step, loss] (all as means over both
-        sides of a pair; the file has sums), `num_total_nodes` and `prune_config`, as far as the file has them.
+    Neither means nor the task's name are in the file; without means the circuit can be viewed and counted, until
+    `Circuit.with_means`. Kept entries of `final_resid` are left out: they are no nodes here. `measured["openai"]` has
+    the task losses of the `full` model and the `circuit`, `pruning_losses` [step, loss] (all as means over both
+    sides of a pair; the file has sums), `num_total_nodes` and `prune_config`, as far as the file has them.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or no circuit of OpenAI's.
@@ -49,10 +43,9 @@ def read_openai(path: Path, model: TLModel, means: HookMeans | None, task: str) 
     data, importances = values.get("circuit_data"), values.get("importances", {})
     if not isinstance(data, dict) or not isinstance(importances, dict):
         raise CheckpointError(f"{path} has no dictionary circuit_data: it is not a viz_data.pt of OpenAI's")
-    described = importances.get("beeg_model_config")
-    sizes: dict[str, Any] = described if isinstance(described, dict) else {}
-    for theirs, ours in _SIZES.items():
-        size, expected = sizes.get(theirs), getattr(model.cfg, ours)
+    described: Any = importances.get("beeg_model_config")
+    for theirs, ours in _SIZES.items() if isinstance(described, dict) else ():
+        size, expected = described.get(theirs), getattr(model.cfg, ours)
         if isinstance(size, int) and size != expected:
             raise CircuitError(f"{path} belongs to a model with {theirs} {size}; the given one has {expected}")
     # With any index added, a location reads as a node.
@@ -72,15 +65,13 @@ def edge_list(circuit: Circuit, model: TLModel) -> dict[str, Any]:
     if missing := node_hooks(model).values() - circuit.kept.keys():
         raise CircuitError(f"an edge list is of all node locations; this circuit lacks {', '.join(sorted(missing))}")
     return {
-        "format": EDGES_FORMAT,
-        "model_name": circuit.model_name,
-        "task": circuit.task,
+        "format": EDGES_FORMAT, "model_name": circuit.model_name, "task": circuit.task,
         "nodes": [str(node) for node in circuit.nodes],
         "edges": [{"source": str(e.source), "target": str(e.target), "weight": e.weight} for e in edges],
-    }
+    }  # fmt: skip
 
 
-def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circuit:
+def read_edge_list(path: Path, model: TLModel, means: NodeValues | None) -> Circuit:
     """The circuit of the nodes in an edge list; without `nodes` in it, of the ends of its `edges`.
 
     Lists of other tools need no more than `edges`. Weights may be left out, and nodes may have OpenAI's names.
@@ -95,9 +86,9 @@ def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circu
         raise CheckpointError(f"{path} is no edge list: its format is not {EDGES_FORMAT!r}, or edges or nodes no lists")
     edges = [_edge(entry) for entry in listed]
     ends = dict.fromkeys(node for source, target, _ in edges for node in (source, target))
-    indices: dict[tuple[int, str], list[int]] = {}
-    for node in [Node.parse(str(name)) for name in names] if "nodes" in values else ends:
-        indices.setdefault((node.layer, node.location), []).append(node.index)
+    indices = defaultdict[tuple[int, str], list[int]](list)
+    for node in map(Node.parse, map(str, names)) if "nodes" in values else ends:
+        indices[node.layer, node.location].append(node.index)
     tensors = {place: torch.tensor(found) for place, found in indices.items()}
     about = {key: str(values.get(key, "")) for key in ("model_name", "task")}
     circuit = _circuit(model, tensors, means, **about)
@@ -113,7 +104,7 @@ def read_edge_list(path: Path, model: TLModel, means: HookMeans | None) -> Circu
     return circuit
 
 
-def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: HookMeans | None, **about: Any) -> Circuit:
+def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: NodeValues | None, **about: Any) -> Circuit:
     """The circuit that keeps, at each (layer, location), the nodes with the given indices."""
     hooks, kept = node_hooks(model), {}
     if wrong := sorted(nodes.keys() - hooks.keys()):  # never a location: `Node.parse` knows them
@@ -122,7 +113,7 @@ def _circuit(model: TLModel, nodes: Mapping[tuple[int, str], Any], means: HookMe
     for (layer, location), hook in hooks.items():
         size, indices = model.sparse_cfg.location_size(location), nodes.get((layer, location), torch.arange(0))
         mask = _mask(f"{layer}.{location}", size, indices)
-        kept[hook] = mask.view(model.cfg.n_heads, -1) if location in ("attn_q", "attn_k", "attn_v") else mask
+        kept[hook] = mask.view(model.cfg.n_heads, -1) if location in HEAD_LOCATIONS else mask
     circuit = Circuit(kept, {}, fingerprint(model), **about)
     return circuit if means is None else circuit.with_means(means)
 

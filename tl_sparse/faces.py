@@ -9,23 +9,21 @@ import copy
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
+from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.cache import SparseActivationCache
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
+from tl_sparse.shapes import Stream, Tokens
 from tl_sparse.tokenizer import END_OF_TEXT
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 #: TransformerLens' options to change weights when a model is loaded.
 _PROCESSING = (
@@ -67,11 +65,7 @@ class SparseModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The same call as `tl_sparse.load`; TransformerLens' options to process weights must be off.
-
-        Raises:
-            UnsupportedError: if one is on.
-        """
+        """The same call as `tl_sparse.load`; `UnsupportedError` if an option to process weights is on."""
         from tl_sparse.checkpoints import load
 
         if any(kwargs.pop(name, False) for name in _PROCESSING):
@@ -81,20 +75,12 @@ class SparseModel(nn.Module):
     from_pretrained_no_processing = from_pretrained
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None) -> None:
-        """Give the model a tokenizer; its missing special tokens become `<|endoftext|>`, or the end-of-text token.
-
-        Raises:
-            TokenizerError: if its vocabulary is larger than the model's, or it has no end-of-text token.
-        """
+        """Give the model a tokenizer, checked and completed as `prepare_tokenizer` says."""
         self.tokenizer, self.cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)
         self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side
 
     def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' method: text → tokens [batch, pos].
-
-        Raises:
-            TokenizerError: without a tokenizer.
-        """
+        """TransformerLens' method: text → tokens [batch, pos]; `TokenizerError` without a tokenizer."""
         if self.tokenizer is None:
             raise TokenizerError("this model has no tokenizer, so it takes token ids only; set_tokenizer gives it one")
         return super().to_tokens(input, *args, **kwargs)  # type: ignore[misc]
@@ -121,15 +107,15 @@ class SparseModel(nn.Module):
 
     def forward(
         self,
-        input: str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        input: str | list[str] | Tokens | Stream,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         start_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-        position_ids: Int[Tensor, "batch pos"] | None = None,
+        tokens: Tokens | None = None,
+        attention_mask: Tokens | None = None,
+        position_ids: Tokens | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
         """`HookedTransformer.forward`'s contract on both lines.
@@ -139,8 +125,7 @@ class SparseModel(nn.Module):
             return_type: "logits", "loss", "both" or None.
             loss_per_token: the next-token loss of each position instead of the mean.
             prepend_bos, padding_side: how text becomes tokens; None: TransformerLens' defaults.
-            tokens: with `start_at_layer`, the tokens behind the residual stream; the loss and a bigram
-                table need them.
+            tokens: with `start_at_layer`, those behind the residual stream; the loss and a bigram table need them.
             attention_mask: 1 for real tokens; computed where the padding is on the left.
             position_ids: default 0, 1, …
             stop_at_layer: return the residual stream that enters this block.
@@ -149,24 +134,26 @@ class SparseModel(nn.Module):
             DataError: for a sequence longer than the context, a missing `tokens`, or an input of another kind.
             TokenizerError: for text without a tokenizer.
         """
+        if return_type not in (None, "logits", "loss", "both"):
+            raise DataError(f"return_type = {return_type!r} is not possible; use 'logits', 'loss', 'both' or None")
         resid: Tensor | None = None
         side = padding_side or getattr(self.tokenizer, "padding_side", "right")
         padded = attention_mask is None and side == "left" and self.tokenizer is not None
         if start_at_layer is not None:
-            resid = self._as_resid(input)
-            if tokens is None:
-                needed = stop_at_layer is None and (self.sparse_cfg.bigram_table or return_type in ("loss", "both"))
-                if needed or padded:
-                    raise DataError(
-                        "start_at_layer needs tokens=…: the loss, the bigram table and padding on the left read them"
-                    )
-                tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+            if not isinstance(input, Tensor) or not input.is_floating_point():
+                raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
+            resid = input if input.ndim == 3 else input[None]
+            needed = stop_at_layer is None and (self.sparse_cfg.bigram_table or return_type in ("loss", "both"))
+            if tokens is None and (needed or padded):
+                reason = "the loss, the bigram table and padding on the left read them"
+                raise DataError(f"start_at_layer needs tokens=…: {reason}")
+            tokens = torch.zeros(resid.shape[:2], dtype=torch.long) if tokens is None else tokens
         elif isinstance(input, Tensor):
             tokens = input if input.ndim == 2 else input[None]
-        else:
-            if not isinstance(input, str) and not (input and all(isinstance(text, str) for text in input)):
-                raise DataError(f"the input must be text, a list of texts, or token ids, not {type(input).__name__}")
+        elif isinstance(input, str) or (input and all(isinstance(text, str) for text in input)):
             tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        else:
+            raise DataError(f"the input must be text, a list of texts, or token ids, not {type(input).__name__}")
         if padded:
             bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
             attention_mask = get_attention_mask(self.tokenizer, tokens, bos, side)
@@ -175,24 +162,12 @@ class SparseModel(nn.Module):
             tokens.to(self.network.embed.W_E.device), attention_mask, position_ids,
             resid=resid, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer,
         )  # fmt: skip
-        if stop_at_layer is not None:
+        if stop_at_layer is not None or return_type == "logits":
             return out
-        return self._finish(out, tokens, attention_mask, return_type, loss_per_token)
-
-    def _as_resid(self, input: object) -> Float[Tensor, "batch pos d_model"]:
-        if not isinstance(input, Tensor) or not input.is_floating_point():
-            raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
-        return input if input.ndim == 3 else input[None]
-
-    def _finish(
-        self, logits: Tensor, tokens: Tensor, mask: Tensor | None, return_type: str | None, per_token: bool
-    ) -> Any:
-        if return_type in (None, "logits"):
-            return None if return_type is None else logits
-        if return_type not in ("loss", "both"):
-            raise DataError(f"return_type = {return_type!r} is not possible; use 'logits', 'loss', 'both' or None")
-        loss = self.loss_fn(logits, tokens.to(logits.device), mask, per_token)
-        return loss if return_type == "loss" else (logits, loss)
+        if return_type is None:
+            return None
+        loss = self.loss_fn(out, tokens.to(out.device), attention_mask, loss_per_token)
+        return loss if return_type == "loss" else (out, loss)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Every move and cast ends here, also `.double()`, which TransformerLens' configuration does not follow.
@@ -260,19 +235,18 @@ class SparseModel(nn.Module):
         """TransformerLens' flag for `hook_q_input`, `hook_k_input` and `hook_v_input`."""
         if use_split_qkv_input:
             self.warn_if_not_additive("use_split_qkv_input")
-            if "attn_out" in self.sparse_cfg.abs_topk and not self.cfg.use_attn_result:
-                warnings.warn(
-                    "use_split_qkv_input: AbsTopK acts on what attention writes, so what a head writes is "
-                    "attn.hook_result (set_use_attn_result), not z @ W_O; direct path patching, which takes the "
-                    "latter, also patches what AbsTopK drops",
-                    stacklevel=2,
-                )
+        if use_split_qkv_input and "attn_out" in self.sparse_cfg.abs_topk and not self.cfg.use_attn_result:
+            warnings.warn(
+                "use_split_qkv_input: AbsTopK acts on what attention writes, so what a head writes is attn.hook_result "
+                "(set_use_attn_result), not z @ W_O; direct path patching, which takes the latter, also patches what "
+                "AbsTopK drops",
+                stacklevel=2,
+            )
         super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         cfg, parameters = self.sparse_cfg, [p for p in self.network.parameters() if not p.is_meta]
-        kept = sum(int(p.count_nonzero()) for p in parameters)
-        total = sum(p.numel() for p in parameters)
+        kept, total = sum(int(p.count_nonzero()) for p in parameters), sum(p.numel() for p in parameters)
         return (
             f"{type(self).__name__}({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
             f"{cfg.d_head}, d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}; "
@@ -304,16 +278,15 @@ def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple[PreTrainedTokenizerBase, bool]:
     """A tokenizer checked and completed, as a copy; also whether it puts the begin-of-text token in front itself.
 
-    TransformerLens' own set-up reloads the tokenizer from the place it came from, which fails for one that
-    was made in memory; the rest of it is these lines.
+    Missing special tokens become its end-of-text token. TransformerLens' own set-up reloads the tokenizer from the
+    place it came from, which fails for one that was made in memory; the rest of it is these lines.
 
     Raises:
         TokenizerError: if the vocabulary is larger than the model's, or it has no end-of-text token.
     """
     if not hasattr(tokenizer, "add_special_tokens") or not hasattr(tokenizer, "all_special_tokens"):
         raise TokenizerError(f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}")
-    size = len(tokenizer)
-    if size > d_vocab:
+    if (size := len(tokenizer)) > d_vocab:
         raise TokenizerError(f"the tokenizer has {size} tokens, the model d_vocab = {d_vocab}: not its tokenizer")
     tokenizer = copy.deepcopy(tokenizer)
     known = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, END_OF_TEXT]
@@ -331,11 +304,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple
 
 def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
     """The network as a model of the installed TransformerLens line, in eval mode."""
-    network.eval()
     if transformer_lens_line() == 3:
-        from tl_sparse.hooked import SparseHookedTransformer
-
-        return SparseHookedTransformer(network, tokenizer).eval()
-    from tl_sparse.bridge import SparseTransformerBridge
-
-    return SparseTransformerBridge(network, tokenizer).eval()
+        from tl_sparse.hooked import SparseHookedTransformer as Face
+    else:
+        from tl_sparse.bridge import SparseTransformerBridge as Face
+    return Face(network.eval(), tokenizer).eval()

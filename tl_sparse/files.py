@@ -1,17 +1,20 @@
 """Reading and writing files so that nothing is ever lost and damage is named."""
 
 import json
+import pickle
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -25,8 +28,7 @@ def check_new_folder(folder: str | Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that becomes `path` when the block ends without an exception.
 
-    Raises:
-        CheckpointError: if the folder cannot be written to.
+    `CheckpointError` if the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -50,11 +52,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: if the file is missing, is not JSON, or is not an object.
-    """
+    """The object in a JSON file; `CheckpointError` if it is missing, not JSON, or not an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,13 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: if the file is missing, is not YAML, or is not a mapping.
-    """
-    import yaml
-
+    """The mapping in a YAML file; `ConfigError` if it is missing, not YAML, or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -83,41 +75,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
-    from safetensors.torch import save_file
-
+    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        safetensors.torch.save_file(ours, temporary)
 
 
-def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        CheckpointError: if the file is missing, truncated or otherwise damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
 
 
 def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, read without running any code in it (`weights_only=True`).
 
-    Raises:
-        CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
+    `CheckpointError` if the file is missing, damaged, holds code, or is not a dictionary.
     """
-    import pickle
-
-    import torch
-
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
@@ -153,17 +132,11 @@ def _record_sizes(path: Path) -> set[int]:
     return set(sizes)
 
 
-def read_state_dict(path: Path) -> "dict[str, Tensor]":
-    """The state dict in a `torch.save` file; see `read_torch`.
-
-    Raises:
-        CheckpointError: as `read_torch`, and if there is anything in it but dense tensors by name.
-    """
-    import torch
-
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but dense tensors."""
     values = read_torch(path)
     for name, tensor in values.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors")
         dense = tensor.layout == torch.strided and not tensor.is_meta
         if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # larger: one value seen many times

@@ -6,13 +6,11 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tl_sparse.config import SparseConfig
 from tl_sparse.hooks.points import TLModel
 
 #: Two sketches that differ by less than this share of their length are of the same weights: rounding to bfloat16
@@ -24,14 +22,11 @@ ABSOLUTE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a circuit remembers of its model.
+    """What a circuit remembers of its model."""
 
-    Attributes:
-        architecture: hash of what the network computes, without its weights.
-        sketch: parameter name → eight numbers, projections of its weights on fixed directions.
-    """
-
+    #: Hash of what the network computes, without its weights.
     architecture: str
+    #: Parameter name → eight numbers, projections of its weights on fixed directions.
     sketch: dict[str, list[float]]
 
     def difference(self, other: Fingerprint) -> str | None:
@@ -40,18 +35,16 @@ class Fingerprint:
             return f"another architecture ({other.architecture}, not {self.architecture})"
         for name, ours in self.sketch.items():
             theirs = other.sketch.get(name, [])
-            if len(ours) != len(theirs):
-                return f"other weights in {name}"
-            if math.dist(ours, theirs) > TOLERANCE * max(math.hypot(*ours), math.hypot(*theirs)) + ABSOLUTE_TOLERANCE:
+            allowed = TOLERANCE * max(math.hypot(*ours), math.hypot(*theirs)) + ABSOLUTE_TOLERANCE
+            if len(ours) != len(theirs) or math.dist(ours, theirs) > allowed:
                 return f"other weights in {name}"
         return None
 
 
 def fingerprint(model: TLModel) -> Fingerprint:
     """The fingerprint of a TransformerLens model."""
-    cfg: SparseConfig | None = getattr(model, "sparse_cfg", None)
-    if cfg is not None:
-        described: dict[str, Any] = cfg.to_dict()
+    if (cfg := getattr(model, "sparse_cfg", None)) is not None:
+        described = cfg.to_dict()
     else:
         names = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn")
         described = {name: getattr(model.cfg, name, None) for name in names}

@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype, save_model
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.modules import SparseTransformer, init_weights
+from tl_sparse.sources import find
 
 
 class SparsePretrainedConfig(PretrainedConfig):
@@ -28,8 +30,8 @@ class SparsePretrainedConfig(PretrainedConfig):
     @property
     def sparse_cfg(self) -> SparseConfig:
         """The architecture."""
-        names = [f.name for f in fields(SparseConfig) if hasattr(self, f.name)]
-        return SparseConfig.from_dict({name: getattr(self, name) for name in names})
+        ours = {f.name: getattr(self, f.name) for f in fields(SparseConfig) if hasattr(self, f.name)}
+        return SparseConfig.from_dict(ours)
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
@@ -52,21 +54,13 @@ class SparseTransformerForCausalLM(PreTrainedModel):
     def from_pretrained(
         cls, source: str, *, config: Any = None, revision: str | None = None, device_map: Any = None, **options: Any
     ) -> Any:
-        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros.
-
-        Raises:
-            UnsupportedError: for a `device_map`.
-        """
-        from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype
-        from tl_sparse.sources import find
-
+        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one device."""
         if device_map is not None:
             raise UnsupportedError("device_map is not possible: the model is on one device; move it with .to(device)")
         asked = options.get("dtype", options.get("torch_dtype"))
         folder, dtype = find(source, revision), resolve_dtype(None if asked == "auto" else asked)
         network = build_network(*read_checkpoint(folder), folder, dtype=dtype)
-        config = config or SparsePretrainedConfig.from_pretrained(folder)
-        return cls(config, network).eval()
+        return cls(config or SparsePretrainedConfig.from_pretrained(folder), network).eval()
 
     @property
     def sparse_cfg(self) -> SparseConfig:
@@ -75,15 +69,10 @@ class SparseTransformerForCausalLM(PreTrainedModel):
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Write our format, as `tl_sparse`'s own models do."""
-        from tl_sparse.checkpoints import save_model
-
         save_model(self, Path(folder))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> CausalLMOutput:
         """Logits [batch, pos, d_vocab]."""
         return CausalLMOutput(logits=self.network(input_ids, attention_mask, position_ids))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, tl_config_fields
 from tl_sparse.modules import SparseTransformer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class SparseHookedTransformer(SparseModel, HookedTransformer):
@@ -37,7 +34,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters by TransformerLens' names; tied or not, the unembedding is among them."""
-        return {**dict(self.named_parameters()), "unembed.W_U": self.W_U}
+        return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
@@ -47,24 +44,18 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`HookedTransformer.generate`; each step reads the whole sequence, whatever `use_past_kv_cache` says."""
-        with self._remembering_tokens():
+        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.
+        self._embedded: list[Tensor] = []
+        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
+        try:
             return super().generate(**_without_cache(super().generate, *args, **kwargs))
+        finally:
+            handle.remove()
+            del self._embedded
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
         yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
-
-    @contextmanager
-    def _remembering_tokens(self) -> Iterator[None]:
-        # TransformerLens' loop embeds tokens and hands `forward` only the embeddings; the bigram table needs
-        # the tokens behind them.
-        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
-        self._embedded: list[Tensor] = []
-        try:
-            yield
-        finally:
-            handle.remove()
-            del self._embedded
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""
@@ -76,15 +67,9 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return super().forward(input, *args, **kwargs)
 
     def get_residual(
-        self,
-        embed: Tensor,
-        pos_offset: int = 0,
-        prepend_bos: bool | None = None,
-        attention_mask: Tensor | None = None,
-        tokens: Tensor | None = None,
-        return_shortformer_pos_embed: bool = True,
-        device: torch.device | None = None,
-    ) -> Any:
+        self, embed: Tensor, pos_offset: int = 0, prepend_bos: bool | None = None, attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None, return_shortformer_pos_embed: bool = True, device: torch.device | None = None,
+    ) -> Any:  # fmt: skip
         """HookedTransformer's method: embeddings with added positions, the stream entering the first block."""
         resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
         return (resid, None) if return_shortformer_pos_embed else resid

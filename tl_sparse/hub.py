@@ -7,18 +7,16 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
 from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Evaluation, Score
+from tl_sparse.faces import SparseModel
 from tl_sparse.files import write_json
 from tl_sparse.tables import scores_table, tasks_table
-
-if TYPE_CHECKING:
-    from tl_sparse.faces import SparseModel
 
 
 def push_to_hub(

@@ -4,13 +4,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.activations import abs_topk
+from tl_sparse.shapes import Logits, Positions, Reads, Stream, Tokens
 
 
 class AbsTopK(nn.Module):
@@ -59,7 +60,7 @@ class Norm(nn.Module):
     def _center(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centered else x
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Stream) -> Stream:
         x = self._center(x)
         x = self.hook_normalized(x / self.hook_scale(self._scale(x)))
         return x * self.w + self.b
@@ -78,9 +79,7 @@ class Read(Norm):
         self.topk = AbsTopK(cfg, location, inplace=True)
         self.hook_read = HookPoint()  # [batch, pos, d_read]
 
-    def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "batch pos *head d_model"], pos: Float[Tensor, "batch pos d_pos"] | None
-    ) -> Float[Tensor, "batch pos *head d_read"]:
+    def forward(self, x: Stream, pos: Positions | None) -> Reads:  # type: ignore[override]
         read = super().forward(x)
         if pos is not None:
             if x.ndim == 4:  # a copy of the stream for each head
@@ -91,17 +90,13 @@ class Read(Norm):
 
 
 class Embed(nn.Module):
-    """Token embedding.
-
-    Raises:
-        DataError: for token ids outside the vocabulary (on a GPU torch itself stops there).
-    """
+    """Token embedding; `DataError` for ids outside the vocabulary (on a GPU torch itself stops there)."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, tokens: Tokens) -> Stream:
         try:  # not W_E[tokens]: its backward differs from run to run on several threads
             return F.embedding(tokens, self.W_E)
         except IndexError as error:
@@ -117,7 +112,7 @@ class PosEmbed(nn.Module):
         table = _sinusoids(cfg.n_ctx, d_pos) if cfg.sinusoidal else torch.empty(cfg.n_ctx, d_pos)
         self.W_pos = nn.Parameter(table, requires_grad=not cfg.sinusoidal)
 
-    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_pos"]:
+    def forward(self, positions: Tokens) -> Positions:
         return F.embedding(positions, self.W_pos)
 
 
@@ -147,7 +142,7 @@ class Unembed(nn.Module):
             return self.__dict__["tied_to"].W_E.T
         return super().__getattr__(name)
 
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(self, resid: Stream) -> Logits:
         return F.linear(resid, self.W_U.T, self.b_U)
 
 
@@ -158,5 +153,5 @@ class Bigram(nn.Module):
         super().__init__()
         self.W_bigram = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_vocab))
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(self, tokens: Tokens) -> Logits:
         return F.embedding(tokens, self.W_bigram)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
+from tl_sparse.shapes import Heads, Logits, Positions, Reads, Stream, Tokens
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
@@ -31,9 +32,6 @@ def _is_used(hook_point: nn.Module) -> bool:
 class Attention(nn.Module):
     """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
 
-    b_Q: Tensor
-    b_K: Tensor
-    b_V: Tensor
     b_O: Tensor
 
     def __init__(self, cfg: SparseConfig) -> None:
@@ -59,36 +57,23 @@ class Attention(nn.Module):
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_result
 
-    def _project(
-        self, read: Float[Tensor, "batch pos *head d_read"], name: str
-    ) -> Float[Tensor, "batch pos head d_head"]:
-        weight: Tensor = getattr(self, f"W_{name}")
+    def _project(self, read: Reads, name: str) -> Heads:
+        weight, bias, topk = (getattr(self, part) for part in (f"W_{name}", f"b_{name}", f"topk_{name.lower()}"))
         if hasattr(self, f"W_{name}_pos"):
             weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
-        bias: Tensor = getattr(self, f"b_{name}")
         if read.ndim == 4:
             flat = (torch.einsum("bphr,hrd->bphd", read, weight) + bias).flatten(2)
         else:
             matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
             flat = F.linear(read, matrix.T, bias.flatten())
-        topk: AbsTopK = getattr(self, f"topk_{name.lower()}")
         return topk(flat).unflatten(-1, weight.shape[::2])
 
-    def forward(
-        self,
-        q_read: Float[Tensor, "batch pos *head d_read"],
-        k_read: Float[Tensor, "batch pos *head d_read"],
-        v_read: Float[Tensor, "batch pos *head d_read"],
-        mask: Int[Tensor, "batch pos"] | None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, q_read: Reads, k_read: Reads, v_read: Reads, mask: Tokens | None) -> Stream:
         q = self.hook_q(self._project(q_read, "Q"))
         k = self.hook_k(self._project(k_read, "K"))
         v = self.hook_v(self._project(v_read, "V"))
-        if mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern)):
-            z = self._fused_attention(q, k, v)
-        else:
-            z = self._explicit_attention(q, k, v, mask)
-        z = self.hook_z(z)
+        fused = mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern))
+        z = self.hook_z(self._fused_attention(q, k, v) if fused else self._explicit_attention(q, k, v, mask))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
         return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
@@ -104,9 +89,8 @@ class Attention(nn.Module):
         kept = self.topk_out(results.detach().sum(-2) + self.b_O).ne(0).unsqueeze(-2)
         return torch.where(kept, results, -self.b_O / results.shape[-2])
 
-    def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
-        length = q.shape[1]
+    def _explicit_attention(self, q: Heads, k: Heads, v: Heads, mask: Tokens | None) -> Heads:
+        scores, length = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, q.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         if mask is not None:
             hidden = hidden | (mask == 0)[:, None, None, :]
@@ -120,7 +104,7 @@ class Attention(nn.Module):
                 pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
 
-    def _fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _fused_attention(self, q: Heads, k: Heads, v: Heads) -> Heads:
         """The same without materialising the pattern.
 
         A sink becomes a key of its own before the first token, with the value zero. Its logit reaches it
@@ -157,7 +141,7 @@ class MLP(nn.Module):
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
 
-    def forward(self, read: Float[Tensor, "batch pos d_read"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, read: Reads) -> Stream:
         W_in = torch.cat([self.W_in, self.W_in_pos]) if hasattr(self, "W_in_pos") else self.W_in
         pre = self.hook_pre(F.linear(read, W_in.T, self.b_in))
         post = self.hook_post(self.topk(self.act(pre)))
@@ -191,12 +175,7 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(
-        self,
-        resid_pre: Float[Tensor, "batch pos d_model"],
-        pos: Float[Tensor, "batch pos d_pos"] | None,
-        mask: Int[Tensor, "batch pos"] | None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, resid_pre: Stream, pos: Positions | None, mask: Tokens | None) -> Stream:
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
         attn_out = self.hook_attn_out(self.attn(*self._attn_reads(resid_pre, pos), mask))
         resid_mid = self.hook_resid_mid(self.topk_resid_mid(self.resid_act(resid_pre + attn_out)))
@@ -204,7 +183,7 @@ class Block(nn.Module):
         mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos))))
         return self.hook_resid_post(self.topk_resid_post(self.resid_act(resid_mid + mlp_out)))
 
-    def _attn_reads(self, resid_pre: Tensor, pos: Tensor | None) -> list[Float[Tensor, "batch pos *head d_read"]]:
+    def _attn_reads(self, resid_pre: Stream, pos: Positions | None) -> list[Reads]:
         """What q, k and v are computed from: one read, or with TransformerLens' flags one for each head."""
         if not (self.flags.use_split_qkv_input or self.flags.use_attn_in):
             return [self.ln1(resid_pre, pos)] * 3
@@ -248,11 +227,10 @@ class SparseTransformer(nn.Module):
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
         """Raise `DataError` unless the parts of an input have the right kinds and shapes; see `forward`."""
-        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if tokens.ndim != 2 or not whole:
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise DataError(f"tokens must be integers [batch, pos], not {tokens.dtype} of {list(tokens.shape)}")
-        if resid is not None and resid.shape != (*tokens.shape, self.cfg.d_model):
-            expected = [*tokens.shape, self.cfg.d_model]
+        expected = [*tokens.shape, self.cfg.d_model]
+        if resid is not None and list(resid.shape) != expected:
             raise DataError(f"the residual stream must be {expected} beside these tokens, not {list(resid.shape)}")
         for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
             if given is not None and given.shape != tokens.shape:
@@ -260,41 +238,34 @@ class SparseTransformer(nn.Module):
         if position_ids is not None and not bool(((position_ids >= 0) & (position_ids < self.cfg.n_ctx)).all()):
             raise DataError(f"position_ids must be in [0, {self.cfg.n_ctx}), the model's context")
 
-    def position_ids(self, x: Tensor, mask: Tensor | None) -> Int[Tensor, "batch pos"]:
+    def position_ids(self, x: Tensor, mask: Tensor | None) -> Tokens:
         """0, 1, … for each real token of `x` [batch, pos, …]; padding before the first one has position 0."""
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
         return (mask.cumsum(1) - 1).clamp(min=0)
 
-    def add_positions(
-        self, embed: Float[Tensor, "batch pos d_model"], position_ids: Int[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def add_positions(self, embed: Stream, position_ids: Tokens) -> Stream:
         """The residual stream entering the first block."""
         return embed + self.hook_pos_embed(self.pos_embed(position_ids)) if self.cfg.positions == "added" else embed
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch pos"],
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-        position_ids: Int[Tensor, "batch pos"] | None = None,
+        input_ids: Tokens,
+        attention_mask: Tokens | None = None,
+        position_ids: Tokens | None = None,
         *,
-        resid: Float[Tensor, "batch pos d_model"] | None = None,
+        resid: Stream | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab_or_d_model"]:
-        """Logits of every position, or the residual stream before `stop_at_layer`.
+    ) -> Logits | Stream:
+        """Logits of every position; or of the blocks `[start_at_layer:stop_at_layer]` alone, the residual stream.
 
         Args:
             input_ids: tokens; the bigram table needs them also when `resid` is given.
             attention_mask: 1 for a real token, 0 for padding. Right padding needs none: attention is causal.
             position_ids: default 0, 1, …, counted over the real tokens of `attention_mask`.
             resid: the residual stream entering block `start_at_layer`, in place of the embedding.
-            start_at_layer, stop_at_layer: run the blocks `[start:stop]`; negative counts from the end.
-
-        Raises:
-            DataError: if the sequence is longer than the context.
         """
-        length, n_ctx = input_ids.shape[1], self.cfg.n_ctx
-        if length > n_ctx:
+        if (length := input_ids.shape[1]) > (n_ctx := self.cfg.n_ctx):
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
         if position_ids is None:
             position_ids = self.position_ids(input_ids, attention_mask)
@@ -317,22 +288,14 @@ class SparseTransformer(nn.Module):
 def init_weights(network: SparseTransformer, seed: int) -> None:
     """Fresh weights from `seed`: normal with standard deviation 1/sqrt(inputs) for matrices, the writes
     further divided by sqrt(2·n_layers) (GPT-2's rule), the bigram table uniform in [0, 0.02) (A.1)."""
-    generator = torch.Generator().manual_seed(seed)
-    cfg = network.cfg
+    cfg, generator = network.cfg, torch.Generator().manual_seed(seed)
+    inputs = {"W_O": cfg.n_heads * cfg.d_head, "W_out": cfg.d_mlp, "W_U": cfg.d_model}  # of all others, d_read
     for name, parameter in network.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "W_bigram":
             parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.02)
         elif leaf.startswith("W_") and not (leaf == "W_pos" and cfg.sinusoidal):
-            std = 0.02 if leaf in ("W_E", "W_pos") else _fan_in(cfg, leaf) ** -0.5
+            std = 0.02 if leaf in ("W_E", "W_pos") else inputs.get(leaf, cfg.d_read) ** -0.5
             if leaf in ("W_O", "W_out"):
                 std /= math.sqrt(2 * cfg.n_layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def _fan_in(cfg: SparseConfig, leaf: str) -> int:
-    if leaf == "W_O":
-        return cfg.n_heads * cfg.d_head
-    if leaf == "W_U":
-        return cfg.d_model
-    return cfg.d_mlp if leaf == "W_out" else cfg.d_read

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks.points import TLModel
 
-#: Location → hook point of layer i, in the order of the forward pass. Every one is after its AbsTopK.
-LOCATION_HOOKS = {
-    "attn_in": "blocks.{}.ln1.hook_read",
-    "attn_q": "blocks.{}.attn.hook_q",
-    "attn_k": "blocks.{}.attn.hook_k",
-    "attn_v": "blocks.{}.attn.hook_v",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_in": "blocks.{}.ln2.hook_read",
-    "mlp_neuron": "blocks.{}.mlp.hook_post",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-}
-#: Location → its name in OpenAI's files, after the layer.
-OPENAI_LOCATIONS = {
-    "attn_in": "attn.act_in", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
-    "attn_out": "attn.resid_delta",
-    "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act", "mlp_out": "mlp.resid_delta",
-}  # fmt: skip
-_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: ours for ours, theirs in OPENAI_LOCATIONS.items()}
-_NUMBER = re.compile("[0-9]{1,9}")
+#: Location, its hook point in layer i (after AbsTopK), OpenAI's name for it after the layer, its nodes in words; in the
+#: order of the forward pass.
+_LOCATIONS = (
+    ("attn_in", "blocks.{}.ln1.hook_read", "attn.act_in", "read by attention"),
+    ("attn_q", "blocks.{}.attn.hook_q", "attn.q", "query channels"),
+    ("attn_k", "blocks.{}.attn.hook_k", "attn.k", "key channels"),
+    ("attn_v", "blocks.{}.attn.hook_v", "attn.v", "value channels"),
+    ("attn_out", "blocks.{}.hook_attn_out", "attn.resid_delta", "written by attention"),
+    ("mlp_in", "blocks.{}.ln2.hook_read", "mlp.act_in", "read by MLP"),
+    ("mlp_neuron", "blocks.{}.mlp.hook_post", "mlp.post_act", "MLP neurons"),
+    ("mlp_out", "blocks.{}.hook_mlp_out", "mlp.resid_delta", "written by MLP"),
+)
+LOCATION_HOOKS = {name: hook for name, hook, _, _ in _LOCATIONS}
+OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS}
+KINDS = {name: kind for name, _, _, kind in _LOCATIONS}
+HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
+_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
+_LOCATION_AT = {hook: name for name, hook in LOCATION_HOOKS.items()}
 
 
 @dataclass(frozen=True, order=True)
@@ -51,37 +49,28 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
-
-        Raises:
-            CircuitError: if there is no such name.
-        """
-        layer, _, rest = text.partition(".")
-        location, _, index = rest.rpartition(".")
-        if location not in _LOCATION_OF or not _NUMBER.fullmatch(layer) or not _NUMBER.fullmatch(index):
+        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if there is none."""
+        match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
+        if match is None or match[2] not in _LOCATION_OF:
             raise CircuitError(f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}")
-        return cls(int(layer), _LOCATION_OF[location], int(index))
+        return cls(int(match[1]), _LOCATION_OF[match[2]], int(match[3]))
 
 
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 
-    Raises:
-        HookNameError: for an unknown location, or a model without the paper's node locations.
+    `HookNameError` for an unknown location, or a model without the paper's node locations.
     """
     for location in locations or ():
         if location not in LOCATION_HOOKS:
             raise HookNameError(f"unknown node location {location!r}; the locations are {', '.join(LOCATION_HOOKS)}")
-    config: Any = model.cfg
     hooks = {
         (layer, location): hook.format(layer)
-        for layer in range(config.n_layers)
+        for layer in range(model.cfg.n_layers)
         for location, hook in LOCATION_HOOKS.items()
         if locations is None or location in locations
     }
-    existing = model.hook_dict
-    missing = [name for name in hooks.values() if name not in existing]
-    if missing:
+    if missing := [name for name in hooks.values() if name not in model.hook_dict]:
         raise HookNameError(f"{type(model).__name__} has no hook point {missing[0]!r}, so its nodes cannot be gated")
     return hooks
 
@@ -89,7 +78,7 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
 def node_at(hook_name: str, index: int) -> Node:
     """The node at a hook point of `LOCATION_HOOKS`."""
     _, layer, rest = hook_name.split(".", 2)
-    for location, hook in LOCATION_HOOKS.items():
-        if hook == f"blocks.{{}}.{rest}":
-            return Node(int(layer), location, index)
-    raise HookNameError(f"{hook_name!r} is not a node location; they are {', '.join(LOCATION_HOOKS.values())}")
+    location = _LOCATION_AT.get(f"blocks.{{}}.{rest}")
+    if location is None:
+        raise HookNameError(f"{hook_name!r} is not a node location; they are {', '.join(_LOCATION_AT)}")
+    return Node(int(layer), location, index)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,29 +24,20 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 
 def prune(
-    model: TLModel,
-    task: Task,
-    corpus: Int[Tensor, "seq pos"],
-    config: PruneConfig | None = None,
-    progress: bool = True,
+    model: TLModel, task: Task, corpus: Int[Tensor, "seq pos"], config: PruneConfig | None = None, progress: bool = True
 ) -> tuple[Circuit, Evaluation]:
     """Find the circuit of `task` in `model`, and judge it on held-out pairs.
 
     Args:
         model: a TransformerLens model with a tokenizer.
-        task: from `tl_sparse.get_task`.
         corpus: tokens of the training distribution, over which the means are taken.
-        config: hyper-parameters.
         progress: show a bar with the task loss and the number of open gates.
-
-    Returns:
-        The circuit, and the evaluation on the held-out pairs.
 
     Raises:
         PruneError: if the model itself, or every set of its nodes, misses the target loss.
@@ -71,12 +63,9 @@ def prune(
         on_selection = evaluate(circuit, model, selection, config.batch_size)
         on_heldout = evaluate(circuit, model, heldout, config.batch_size)
     measured = {
-        "config": dataclasses.asdict(config),
-        "ablation": "mean over the corpus",
-        "corpus_tokens": corpus.numel(),
-        "selection": dataclasses.asdict(on_selection),
-        "heldout": dataclasses.asdict(on_heldout),
-    }
+        "config": dataclasses.asdict(config), "ablation": "mean over the corpus", "corpus_tokens": corpus.numel(),
+        "selection": dataclasses.asdict(on_selection), "heldout": dataclasses.asdict(on_heldout),
+    }  # fmt: skip
     return dataclasses.replace(circuit, measured=measured), on_heldout
 
 
@@ -98,32 +87,22 @@ def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskDa
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
     """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
 
 
-def learn_gates(
-    model: TLModel, means: dict[str, Float[Tensor, " *node"]], data: TaskData, config: PruneConfig, progress: bool
-) -> NodeGates:
+def learn_gates(model: TLModel, means: NodeValues, data: TaskData, config: PruneConfig, progress: bool) -> NodeGates:
     """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
-    gates = NodeGates(
-        means,
-        init_bias=config.init_bias,
-        init_scale=config.init_scale,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    betas = (config.beta1, config.beta2)
+    start = {name: getattr(config, name) for name in ("init_bias", "init_scale", "temperature", "seed")}
+    gates, betas = NodeGates(means, **start), (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -158,27 +137,21 @@ def _task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
     return task_loss_and_accuracy(logits, data.correct)[0].mean()
 
 
-class _Judge:
-    """Whether sets of nodes are circuits, on some pairs."""
+def _is_circuit(
+    kept: Bool[Tensor, " node"], data: TaskData, model: TLModel, gates: NodeGates, config: PruneConfig
+) -> bool:
+    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
 
-    def __init__(self, model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> None:
-        self.model, self.gates, self.data, self.config = model, gates, data, config
-        self.means = gates.split(gates.means)
+    def scored(ablated: Bool[Tensor, " node"]) -> Score:
+        with ablating(model, gates.split(ablated), gates.split(gates.means)):
+            return score(model, data, config.batch_size)
 
-    def accepts(self, kept: Bool[Tensor, " node"]) -> bool:
-        """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
-        if self._score(~kept).loss > self.config.target_loss:
-            return False
-        return self.config.ablated_accuracy == 1 or self._score(kept).accuracy <= self.config.ablated_accuracy
-
-    def _score(self, ablated: Bool[Tensor, " node"]) -> Score:
-        with ablating(self.model, self.gates.split(ablated), self.means):
-            return score(self.model, self.data, self.config.batch_size)
+    if scored(~kept).loss > config.target_loss:
+        return False
+    return config.ablated_accuracy == 1 or scored(kept).accuracy <= config.ablated_accuracy
 
 
-def discretise(
-    model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
-) -> dict[str, Bool[Tensor, " *node"]]:
+def discretise(model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> NodeMasks:
     """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
     only the ones that it needs.
 
@@ -188,41 +161,30 @@ def discretise(
     Raises:
         PruneError: if not even all nodes make a circuit.
     """
-    judge = _Judge(model, gates, selection, config)
+    is_circuit = partial(_is_circuit, model=model, gates=gates, config=config)
     order = gates.tau.detach().argsort(descending=True, stable=True)
-
-    def top(size: int) -> Bool[Tensor, " node"]:
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept[order[:size]] = True
-        return kept
-
+    rank = order.argsort()
     enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not judge.accepts(top(enough)):
+    while not is_circuit(rank < enough, selection):
         if enough == len(order):
             raise PruneError(
                 f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
                 f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
             )
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
-    while too_small == 0 and enough > 1:  # go down from the learned size until it is too small
-        smaller = int(enough / 1.3)
-        if judge.accepts(top(smaller)):
-            enough = smaller
-        else:
-            too_small = smaller
-    while enough - too_small > 1:
-        middle = (enough + too_small) // 2
-        enough, too_small = (middle, too_small) if judge.accepts(top(middle)) else (enough, middle)
-    kept, removed = top(enough), []
+    while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
+        size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
+        enough, too_small = (size, too_small) if is_circuit(rank < size, selection) else (enough, size)
+    kept, removed = rank < enough, []
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
     # Tried on a part of the pairs, for speed, the lowest-ranked node first.
-    part = _Judge(model, gates, selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs))), config)
+    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
     for node in order[:enough].flip(0):
         kept[node] = False
-        if part.accepts(kept):
+        if is_circuit(kept, part):
             removed.append(node)
         else:
             kept[node] = True
-    while removed and not judge.accepts(kept):  # on all pairs, the last removals may have been too many
+    while removed and not is_circuit(kept, selection):  # on all pairs, the last removals may have been too many
         kept[removed.pop()] = True
     return {name: mask.cpu() for name, mask in gates.split(kept).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,58 +11,30 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.nodes import Node
+from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
 from tl_sparse.tasks import Task
 from tl_sparse.tokenizer import single_token
 
-#: What the nodes of a location are, in words.
-_KINDS = {
-    "attn_in": "read by attention",
-    "attn_q": "query channels",
-    "attn_k": "key channels",
-    "attn_v": "value channels",
-    "attn_out": "written by attention",
-    "mlp_in": "read by MLP",
-    "mlp_neuron": "MLP neurons",
-    "mlp_out": "written by MLP",
-}
-
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
-    """What the circuit is: its nodes by layer and kind, each edge with its weight, and how well it does.
-
-    Args:
-        circuit: of `task` in `model`.
-        model: a model of ours.
-        task: the entries of its tokens in the embedding and unembedding are listed too.
-        evaluation: from `prune` or `evaluate`.
+    """What the circuit of `task` in `model`, one of ours, is: its nodes by layer and kind, each edge with its weight,
+    what embedding and unembedding say of the task's tokens, and how well it does.
 
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
     first, second = task.candidates
     title = f"Circuit of {task.name} in {circuit.model_name}: {first!r} or {second!r}?"
-    parts = [
-        title,
-        "=" * len(title),
-        _nodes_table(circuit, model),
-        _edges_table(circuit, model),
-        _embedding_table(circuit, model, task),
-        _logits_table(circuit, model, task),
-        scores_table(evaluation),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    tables = [_nodes_table(circuit, model), _edges_table(circuit, model), *_tokens_tables(circuit, model, task)]
+    return "\n\n".join(part for part in (title, "=" * len(title), *tables, scores_table(evaluation)) if part)
 
 
 def scores_table(evaluation: Evaluation) -> str:
     """The three losses: full model, circuit alone, model without the circuit."""
     rows = [
-        [name, f"{s.loss:.3f} ± {s.standard_error:.3f}", f"{s.accuracy:.1%}"]
-        for name, s in (
-            ("the full model", evaluation.full),
-            ("the circuit alone (sufficient?)", evaluation.circuit),
-            ("the model without the circuit (necessary?)", evaluation.ablated),
-        )
+        _scores_row("the full model", evaluation.full),
+        _scores_row("the circuit alone (sufficient?)", evaluation.circuit),
+        _scores_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
     heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)
@@ -70,24 +42,21 @@ def scores_table(evaluation: Evaluation) -> str:
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
     """Each task's loss and accuracy, best first; see `task_scores`."""
-    rows = [
-        [name, f"{s.loss:.3f} ± {s.standard_error:.3f}", f"{s.accuracy:.1%}"]
-        for name, s in sorted(scores.items(), key=lambda item: item[1].loss if item[1] else 0)
-        if s is not None
-    ]
+    possible = sorted(((name, s) for name, s in scores.items() if s), key=lambda item: item[1].loss)
     missing = ", ".join(name for name, s in scores.items() if s is None)
-    text = table(["task", "loss", "accuracy"], rows)
+    text = table(["task", "loss", "accuracy"], [_scores_row(name, s) for name, s in possible])
     return text + f"\n\nNot possible with this tokenizer and context: {missing}" * bool(missing)
 
 
+def _scores_row(name: str, score: Score) -> list[str]:
+    return [name, f"{score.loss:.3f} ± {score.standard_error:.3f}", f"{score.accuracy:.1%}"]
+
+
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
-    grouped = circuit.nodes_by_location()
     rows = []
-    for layer in range(model.cfg.n_layers):
-        for location, kind in _KINDS.items():
-            if indices := grouped.get((layer, location)):
-                which = " ".join(_short(model, location, index) for index in indices)
-                rows.append([str(layer), location, kind, str(len(indices)), which])
+    for (layer, location), indices in circuit.nodes_by_location().items():
+        which = " ".join(_short(model, location, index) for index in indices)
+        rows.append([str(layer), location, KINDS[location], str(len(indices)), which])
     total = sum(mask.numel() for mask in circuit.kept.values())
     heading = f"{circuit.n_nodes} nodes of {total:,}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
@@ -100,20 +69,18 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
     return heading + ("\n" + table(["from", "", "to", "weight"], rows) if rows else "")
 
 
-def _embedding_table(circuit: Circuit, model: TLModel, task: Task) -> str:
-    """What the task's own tokens bring to the channels that the circuit reads."""
-    W_E, read = model.embed.W_E.detach(), _channels(circuit, model, "_in")
-    tokens = _task_tokens(model, task)
+def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str]:
+    """Entries of embedding and unembedding: of the task's tokens, in the channels that the circuit reads or writes."""
+    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0))]
+    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
+    answers = [single_token(model.tokenizer, text) for text in task.candidates]
+    tokens = list(dict.fromkeys(different + answers))
+    read, written = _channels(circuit, model, "_in"), _channels(circuit, model, "_out")
+    W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
     heading = "What the task's tokens bring to the channels read: entries of the embedding (not counted as edges)"
-    return _entries_table(heading, read, tokens, W_E[list(tokens)][:, read].T)
-
-
-def _logits_table(circuit: Circuit, model: TLModel, task: Task) -> str:
-    """How kept writes move the candidates' logits, through the unembedding alone."""
-    W_U, written = model.unembed.W_U.detach(), _channels(circuit, model, "_out")
-    tokens = {single_token(model.tokenizer, text): text for text in task.candidates}
+    yield _entries_table(heading, read, [model.tokenizer.decode([i]) for i in tokens], W_E[tokens][:, read].T)
     heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
-    return _entries_table(heading, written, tokens, W_U[written][:, list(tokens)])
+    yield _entries_table(heading, written, task.candidates, W_U[written][:, answers])
 
 
 def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
@@ -123,21 +90,13 @@ def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
     return sorted(i for i in indices if i < model.cfg.d_model)  # further ones are positional channels
 
 
-def _task_tokens(model: TLModel, task: Task) -> dict[int, str]:
-    """The tokens in which the two prompts of a pair differ, and the candidates: id → text."""
-    first, second = (model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0)))
-    ids = [i for pair in zip(first, second, strict=False) if pair[0] != pair[1] for i in pair]
-    ids += [single_token(model.tokenizer, text) for text in task.candidates]
-    return {i: model.tokenizer.decode([i]) for i in ids}
-
-
-def _entries_table(heading: str, channels: list[int], tokens: dict[int, str], entries: Float[Tensor, "c t"]) -> str:
+def _entries_table(heading: str, channels: list[int], tokens: Sequence[str], entries: Float[Tensor, "c t"]) -> str:
     rows = [
         [str(channel), *(f"{weight:+.3f}" if weight else "." for weight in row)]
         for channel, row in zip(channels, entries.tolist(), strict=True)
         if any(row)
     ]
-    return heading + "\n" + table(["channel", *map(repr, tokens.values())], rows) if rows else ""
+    return heading + "\n" + table(["channel", *map(repr, tokens)], rows) if rows else ""
 
 
 def name_of(model: TLModel, node: Node) -> str:
@@ -146,7 +105,7 @@ def name_of(model: TLModel, node: Node) -> str:
 
 
 def _short(model: TLModel, location: str, index: int) -> str:
-    if location in ("attn_q", "attn_k", "attn_v"):
+    if location in HEAD_LOCATIONS:
         head, channel = divmod(index, model.cfg.d_head)
         return f"h{head}.{channel}"
     return str(index)
@@ -154,7 +113,7 @@ def _short(model: TLModel, location: str, index: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned on the left, under a rule."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, ["-" * width for width in widths], *rows)

@@ -12,13 +12,12 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tl_sparse.errors import TokenizerError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
@@ -44,38 +43,28 @@ PIECES = "|".join(
 _REQUIRED_EVERY = 200
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts give the same one.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts, read once, give the same one.
 
     `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and unknown token.
-    Decoding the ids of a text gives back that text, whatever it holds.
-
-    Args:
-        texts: the training text, read once; an iterator is enough.
-        vocab_size: at least 257: the 256 bytes and `<|endoftext|>`.
-        required: strings that must each be one token. They are made so even when they are rare in `texts`.
+    Decoding the ids of a text gives back that text, whatever it holds. Each of the `required` strings is one token,
+    even when it is rare in `texts`.
 
     Raises:
         TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required string cannot
             be one token, because the pre-tokenizer cuts it (`PIECES`) or the vocabulary has no room for it.
     """
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
-    backend = _untrained()
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
     for text in required:
-        if len(pieces := backend.pre_tokenizer.pre_tokenize_str(text)) != 1:
-            parts = [text[start:end] for _, (start, end) in pieces]
+        parts = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+        if len(parts) != 1:
             raise TokenizerError(f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(_with_required(texts, required), trainer)
     if (size := backend.get_vocab_size() + 1) != vocab_size:
         raise TokenizerError(
@@ -92,26 +81,18 @@ def train_tokenizer(
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside transformers'
-    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
+    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`. `TokenizerError` if there is none.
 
     Nothing is downloaded and no code from the folder is run. The latter two files do not say how text is cut
     before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either: `<|endoftext|>` gets the id
     after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`, as OpenAI's
     `tinypython_2k`, that becomes all four of them.
-
-    Raises:
-        TokenizerError: there is no such file, or it cannot be read.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    path = find_tokenizer(source)
-    if path is None:
+    if (path := find_tokenizer(source)) is None:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False
-            )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False)
         elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
         else:
@@ -133,24 +114,17 @@ def find_tokenizer(source: str | Path) -> Path | None:
 
 def _like_gpt2(path: Path) -> Tokenizer:
     """Byte-level BPE from a vocab.json with merges.txt beside it, or from a .tiktoken file."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     if path.suffix == ".tiktoken":
         vocab, merges = _read_tiktoken(path)
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
     else:
         model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
 def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges from lines of base64 token and rank: any two tokens merge if that makes a third,
     the one of lowest rank first."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
@@ -164,11 +138,7 @@ def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of the one token that `text` is.
-
-    Raises:
-        TokenizerError: `text` is not one token; the message has the tokens it splits into.
-    """
+    """The id of the one token that `text` is; `TokenizerError` with the tokens it splits into if it is not one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
@@ -179,17 +149,9 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     return ids[0]
 
 
-def _untrained() -> Tokenizer:
-    """A byte-level BPE model that knows no merges, with the pre-tokenizer of `PIECES`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -200,8 +162,6 @@ def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
     The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in
     the vocabulary itself is it both last and counted.
     """
-    from tokenizers import Tokenizer
-
     state = json.loads(backend.to_str())
     state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
     return Tokenizer.from_str(json.dumps(state))

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tl_sparse.checkpoints.native import read_ours
-from tl_sparse.checkpoints.native import save_model as save_model
-from tl_sparse.checkpoints.network import Checkpoint
-from tl_sparse.checkpoints.network import build_network as build_network
-from tl_sparse.checkpoints.network import resolve_device as resolve_device
-from tl_sparse.checkpoints.network import resolve_dtype as resolve_dtype
+from tl_sparse.checkpoints.native import read_ours, save_model
+from tl_sparse.checkpoints.network import Checkpoint, build_network, resolve_device, resolve_dtype
 from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
 from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
 from tl_sparse.config import SparseConfig, check
@@ -23,6 +19,8 @@ from tl_sparse.files import read_json
 from tl_sparse.modules import SparseTransformer, init_weights
 from tl_sparse.sources import find, openai_tokenizer
 from tl_sparse.tokenizer import find_tokenizer, load_tokenizer
+
+__all__ = ["build_network", "create", "load", "read_checkpoint", "resolve_device", "resolve_dtype", "save_model"]
 
 #: `model_type` in a config.json → its reader.
 _READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
@@ -38,7 +36,7 @@ def load(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
 ) -> Any:
-    """Open a model as a true TransformerLens model, in eval mode.
+    """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
     The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
     `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code that comes
@@ -52,9 +50,6 @@ def load(
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
 
-    Returns:
-        A `HookedTransformer` on TransformerLens 3, a `TransformerBridge` on 4.
-
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device` or `dtype`.
@@ -65,10 +60,10 @@ def load(
     folder = find(source, revision)
     cfg, state = read_checkpoint(folder)
     tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
-    said = read_json(path) if (path := folder / "beeg_config.json").is_file() else {}
-    theirs = said.get("vocab_size") == _OPENAI_VOCAB and said.get("tokenizer_name") in (None, _OPENAI_TOKENIZER)
-    if tokenizer is None and theirs:
-        tokenizer = openai_tokenizer(local_only=Path(source).is_dir())
+    if tokenizer is None and (path := folder / "beeg_config.json").is_file():
+        named = read_json(path).get("tokenizer_name")
+        if cfg.d_vocab == _OPENAI_VOCAB and named in (None, _OPENAI_TOKENIZER):
+            tokenizer = openai_tokenizer(local_only=Path(source).is_dir())
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
@@ -100,9 +95,7 @@ def _check_tokenizer(tokenizer: object, kinds: Any) -> None:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The configuration and the network's tensors in a folder of any known format, for `build_network`.
 
-    Raises:
-        CheckpointError: if the format is unknown, or a file is missing or damaged.
-        ConfigError: for a bad configuration value.
+    `CheckpointError` if the format is unknown, or a file missing or damaged; `ConfigError` for a bad value.
     """
     if (folder / "beeg_config.json").is_file():
         return read_openai(folder)
@@ -112,11 +105,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     values = read_json(path)
     if "model_config" in values:
         return read_sparse_pretrain(folder, values)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in _READERS:
+    if (reader := _READERS.get(str(values.get("model_type")))) is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
             f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "
             f"(sparse_pretrain's): not a format that tl_sparse knows{code}"
         )
-    return _READERS[kind](folder, values)
+    return reader(folder, values)

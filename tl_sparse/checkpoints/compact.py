@@ -59,11 +59,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compact]:
-    """The inverse of `pack`, checked; nothing is expanded yet.
-
-    Raises:
-        CheckpointError: for parts that are missing or do not fit together; `path` is the file they are from.
-    """
+    """The inverse of `pack`; nothing is expanded yet. `CheckpointError` for parts of `path` that do not fit."""
     tensors: dict[str, Tensor | Compact] = {}
     for key, tensor in packed.items():
         name, _, part = key.rpartition(".")

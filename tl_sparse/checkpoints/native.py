@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_sparse.checkpoints.compact import pack, unpack
 from tl_sparse.checkpoints.network import Checkpoint, naming
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError
+from tl_sparse.faces import SparseModel
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 
-if TYPE_CHECKING:
-    from tl_sparse.faces import SparseModel
-
 FORMAT_VERSION = 1
+_ABOUT = {"model_type": "tl_sparse", "architectures": ["SparseTransformer"], "format_version": FORMAT_VERSION}
 _OTHER_FORMATS = ("beeg_config.json", "final_model.pt", "pytorch_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
-    """Write our format; each file is complete or not there, and the configuration comes last.
+    """Write our format, zeros at no cost (`compact.py`) unless `dense`; the configuration comes last.
 
-    Args:
-        dense: store zeros like any other value. Else they take no space (see `compact.py`), and what
-            reads `model.safetensors` must be tl_sparse.
-
-    Raises:
-        CheckpointError: if the folder cannot be written to, or a model of another format is there: what is
-            saved beside it would not be what is read.
+    `CheckpointError` if the folder cannot be written to, or a model of another format is there, which would be what
+    is read.
     """
     config = folder / "config.json"
     others = [name for name in _OTHER_FORMATS if (folder / name).exists()]
@@ -42,14 +36,8 @@ def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
             model.tokenizer.save_pretrained(folder)
         except OSError as error:
             raise CheckpointError(f"cannot write the tokenizer to {folder}: {error}") from error
-    state = model.state_dict()
+    state, about = model.state_dict(), _ABOUT | {"storage": "dense" if dense else "compact"}
     write_tensors(folder / "model.safetensors", state if dense else pack(state))
-    about = {
-        "model_type": "tl_sparse",
-        "architectures": ["SparseTransformer"],
-        "format_version": FORMAT_VERSION,
-        "storage": "dense" if dense else "compact",
-    }
     write_json(config, about | model.sparse_cfg.to_dict())
     if model.tokenizer is None:
         for name in _TOKENIZER:  # that of an earlier model
@@ -61,11 +49,10 @@ def read_ours(folder: Path, values: dict[str, Any]) -> Checkpoint:
     path, weights = folder / "config.json", folder / "model.safetensors"
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version is not {FORMAT_VERSION}; a newer tl_sparse wrote it")
-    storage = values.get("storage", "dense")  # older files do not say
+    storage = values.pop("storage", "dense")  # older files do not say
     if storage not in ("compact", "dense"):
         raise CheckpointError(f"{path}: storage = {storage!r} must be 'compact' or 'dense'")
-    about = ("model_type", "architectures", "format_version", "storage")
     with naming(path):
-        cfg = SparseConfig.from_dict({key: value for key, value in values.items() if key not in about})
+        cfg = SparseConfig.from_dict({key: value for key, value in values.items() if key not in _ABOUT})
     tensors = read_tensors(weights)
     return cfg, unpack(tensors, weights) if storage == "compact" else dict(tensors)

@@ -65,15 +65,10 @@ def build_network(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> SparseTransformer:
-    """The network holding exactly the tensors of `state`, after checking them.
+    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes.
 
-    Args:
-        state: emptied on the way, so that no tensor is in memory twice for longer than its turn.
-        source: the folder, for messages.
-        dtype: None is the widest in `state`.
-
-    Raises:
-        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
+    `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn. `CheckpointError`,
+    naming `source`, for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
     """
     # Counted first: a wrong n_layers must not make the machine build a billion blocks.
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
@@ -85,19 +80,16 @@ def build_network(
     except RuntimeError as error:
         raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
     expected = network.state_dict()
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or extra:
-        wrong = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(extra)]
+    wrong = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
+    if wrong:
         raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
-            )
+        if (found := list(tensor.shape)) != (needed := list(expected[name].shape)):
+            raise CheckpointError(f"{source}: {name} has shape {found}, the configuration needs {needed}")
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    trainable = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     owned = {}
     for name in list(state):
         stored = state.pop(name)
@@ -111,8 +103,6 @@ def build_network(
             owned[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         del stored, values
     network.load_state_dict(owned, assign=True)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(trainable[name])
     for module in network.modules():  # the zeros that stand for absent biases
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))
@@ -120,36 +110,21 @@ def build_network(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None → the GPU if there is one, else the CPU.
-
-    Raises:
-        ConfigError: for a name torch does not know, or a GPU that is not there.
-    """
+    """A device that is there: None is the GPU if there is one, else the CPU. `ConfigError` for one that is not."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device = {device!r} is not possible; use 'cpu', 'cuda', 'cuda:1', …") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r} is not possible: torch sees no GPU; use 'cpu'")
-    try:
         torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible: torch finds none here; use 'cpu'") from error
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"device = {device!r} is not possible here; use 'cpu', 'cuda', 'cuda:1', …") from error
     return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype from its name ("float32", "bfloat16", …); None stays None.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if dtype is None:
-        return None
+    """A floating-point dtype, from its name too ("float32", …); None stays None. `ConfigError` for anything else."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES:
+    if dtype is not None and resolved not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ConfigError(f"dtype = {dtype!r} is not possible; use one of {names}")
     return resolved

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tl_sparse.checkpoints.network import DTYPES, Checkpoint, check_keys, check_known, naming, take_flag, take_size
@@ -40,24 +41,22 @@ _ALIASES = {
     "max_position_embeddings": "block_size", "n_ctx": "block_size", "n_embd": "d_model", "n_positions": "block_size",
     "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tied_unembed",
 }  # fmt: skip
+_NULL_IS_ABSENT = {"afrac", "afrac_loctypes", "d_head", "d_mlp", "d_pos_emb", "n_mlp"}
 _PREFIX = "circuit_model."
 
 
 def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool) -> SparseConfig:
     """`beeg_config.json` → our configuration; what is not written there is seen from the tensors."""
-    values = dict(values)
+    values = {key: value for key, value in values.items() if value is not None or key not in _NULL_IS_ABSENT}
     for key, neutral in _UNSUPPORTED.items():
         if values.pop(key, neutral) != neutral:
             raise ConfigError(f"{key} must be {json.dumps(neutral)}; nothing else is supported")
     check_keys(values, ("block_size", "vocab_size", "n_layer", "n_head", "d_model"))
     d_model, n_heads = take_size(values, "d_model"), take_size(values, "n_head")
-    d_head, d_pos = values.pop("d_head", None), values.pop("d_pos_emb", None)
-    d_mlp, old_d_mlp = values.pop("d_mlp", None), values.pop("n_mlp", None)
-    if None not in (d_mlp, old_d_mlp) and d_mlp != old_d_mlp:
-        raise ConfigError(f"d_mlp = {d_mlp!r} and n_mlp = {old_d_mlp!r} are two names of one size")
-    d_mlp = old_d_mlp if d_mlp is None else d_mlp
-    fraction, locations = values.pop("afrac", None), values.pop("afrac_loctypes", None)
-    locations = "attn_in,attn_out,mlp_in,mlp_out" if locations is None else locations
+    d_pos, d_mlp = values.pop("d_pos_emb", 0), [values.pop(key) for key in ("d_mlp", "n_mlp") if key in values]
+    if len(d_mlp) == 2 and d_mlp[0] != d_mlp[1]:
+        raise ConfigError(f"d_mlp = {d_mlp[0]!r} and n_mlp = {d_mlp[1]!r} are two names of one size")
+    fraction, locations = values.pop("afrac", None), values.pop("afrac_loctypes", "attn_in,attn_out,mlp_in,mlp_out")
     if not isinstance(locations, str):
         raise ConfigError(f"afrac_loctypes = {locations!r} must be names separated by commas")
     rms, ln_bias = take_flag(values, "rms_norm", False), take_flag(values, "ln_bias", True)
@@ -68,13 +67,13 @@ def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool)
     sinks = values.pop("sink", False)
     fields = dict(  # without `flash` the original has no sinks, whatever `sink` says
         n_layers=values.pop("n_layer"), d_model=d_model, n_heads=n_heads, n_ctx=values.pop("block_size"),
-        d_vocab=values.pop("vocab_size"), d_head=d_model // n_heads if d_head is None else d_head,
-        d_mlp=4 * d_model if d_mlp is None else d_mlp,
+        d_vocab=values.pop("vocab_size"), d_head=values.pop("d_head", d_model // n_heads),
+        d_mlp=d_mlp[0] if d_mlp else 4 * d_model,
         normalization="rms" if rms else "layer", norm_bias=ln_bias and not rms,
         act_fn=values.pop("activation_type", "gelu"), resid_relu=activation == "relu",
         abs_topk={} if fraction is None else dict.fromkeys(filter(None, locations.split(",")), fraction),
         attn_sinks=sinks if flash else False, bigram_table=values.pop("enable_bigram_table", False),
-        logits_bias=logits_bias, d_pos=d_pos or 0, sinusoidal=bool(d_pos) and sinusoidal,
+        logits_bias=logits_bias, d_pos=d_pos, sinusoidal=bool(d_pos) and sinusoidal,
         positions="concatenated" if d_pos else "added" if positions else "none",
         biases=values.pop("bias", True), tied_unembed=values.pop("tied_unembed", True),
     )  # fmt: skip
@@ -117,24 +116,23 @@ def _read(values: Mapping[str, Any], path: Path, raw: dict[str, Tensor], weights
 def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A state dict in the original's names → ours, in our shapes: views, which `build_network` checks and copies.
 
-    Raises:
-        CheckpointError: for an unknown tensor, one that cannot have our shape, or an unembedding that is not tied.
+    `CheckpointError` for an unknown tensor, one that cannot have our shape, or an unembedding that is not tied.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in raw.items():
         match = re.fullmatch(r"(?:transformer\.)?(?:(?:h|blocks)\.(\d+)\.)?(.+)", name)
-        change = _TENSORS.get(match[2]) if match else None
-        if match is None or change is None:
-            raise CheckpointError(f"{path}: unknown tensor {name!r}")
-        prefix = f"blocks.{match[1]}." if match[1] else ""
         try:
-            ours = {prefix + key: value for key, value in change(cfg, tensor).items()}
+            ours = _ours(cfg, match[2], tensor) if match else {}
         except (RuntimeError, IndexError) as error:
             shape = list(tensor.shape)
             raise CheckpointError(f"{path}: {name} of shape {shape} does not fit the configuration") from error
-        if ours.keys() & state.keys():
-            raise CheckpointError(f"{path}: {name} is there twice, under two names")
-        state |= ours
+        if match is None or not ours:
+            raise CheckpointError(f"{path}: unknown tensor {name!r}")
+        for key, value in ours.items():
+            place = f"blocks.{match[1]}.{key}" if match[1] else key
+            if place in state:
+                raise CheckpointError(f"{path}: {name} is there twice, under two names")
+            state[place] = value
     head, wte = state.get("unembed.W_U"), state.get("embed.W_E")
     if cfg.tied_unembed and head is not None and wte is not None:
         del state["unembed.W_U"]
@@ -143,49 +141,38 @@ def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[st
     return state
 
 
-def _qkv(cfg: SparseConfig, x: Tensor) -> dict[str, Tensor]:
-    parts = x.unflatten(0, (3, cfg.n_heads, cfg.d_head)).transpose(2, 3)
-    named = {f"attn.W_{name}": part for name, part in zip("QKV", parts, strict=True)}
-    return _split_positions(cfg, named, dim=1)
+#: What only has another name in the original.
+_RENAMED = {
+    "wte.weight": "embed.W_E", "wpe.weight": "pos_embed.W_pos", "bigram_table": "bigram.W_bigram",
+    "attn.c_proj.bias": "attn.b_O", "attn.attn_imp.sink_logit": "attn.sink", "attn.attn_fn.sink_logit": "attn.sink",
+    "mlp.c_fc.bias": "mlp.b_in", "mlp.c_proj.bias": "mlp.b_out", "final_logits_bias": "unembed.b_U",
+    "ln_1.weight": "ln1.w", "ln_1.bias": "ln1.b", "ln_p1.weight": "ln1.w_pos", "ln_p1.bias": "ln1.b_pos",
+    "ln_2.weight": "ln2.w", "ln_2.bias": "ln2.b", "ln_p2.weight": "ln2.w_pos", "ln_p2.bias": "ln2.b_pos",
+    "ln_f.weight": "ln_final.w", "ln_f.bias": "ln_final.b",
+}  # fmt: skip
 
 
-def _split_positions(cfg: SparseConfig, named: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """The rows of concatenated positional channels go to a parameter of their own."""
-    split = {}
-    for name, tensor in named.items():
-        split[name], rows = tensor.split([cfg.d_model, cfg.d_pos], dim=dim)
-        if cfg.d_pos:
-            split[f"{name}_pos"] = rows
-    return split
-
-
-def _rename(name: str) -> Callable[[SparseConfig, Tensor], dict[str, Tensor]]:
-    return lambda cfg, x: {name: x}
-
-
-_TENSORS: dict[str, Callable[[SparseConfig, Tensor], dict[str, Tensor]]] = {
-    "wte.weight": _rename("embed.W_E"),
-    "wpe.weight": _rename("pos_embed.W_pos"),
-    "attn.c_attn.weight": _qkv,
-    "attn.c_attn.bias": lambda cfg, x: {
-        f"attn.b_{name}": part for name, part in zip("QKV", x.unflatten(0, (3, cfg.n_heads, cfg.d_head)), strict=True)
-    },
-    "attn.c_proj.weight": lambda cfg, x: {"attn.W_O": x.T.unflatten(0, (cfg.n_heads, cfg.d_head))},
-    "attn.c_proj.bias": _rename("attn.b_O"),
-    "attn.attn_imp.sink_logit": _rename("attn.sink"),
-    "attn.attn_fn.sink_logit": _rename("attn.sink"),
-    "mlp.c_fc.weight": lambda cfg, x: _split_positions(cfg, {"mlp.W_in": x.T}, dim=0),
-    "mlp.c_fc.bias": _rename("mlp.b_in"),
-    "mlp.c_proj.weight": lambda cfg, x: {"mlp.W_out": x.T},
-    "mlp.c_proj.bias": _rename("mlp.b_out"),
-    "ln_f.weight": _rename("ln_final.w"),
-    "ln_f.bias": _rename("ln_final.b"),
-    "lm_head.weight": lambda cfg, x: {"unembed.W_U": x.T},
-    "final_logits_bias": _rename("unembed.b_U"),
-    "bigram_table": _rename("bigram.W_bigram"),
-}
-for _ours, _theirs in (("ln1", "ln_1"), ("ln2", "ln_2")):
-    _TENSORS[f"{_theirs}.weight"] = _rename(f"{_ours}.w")
-    _TENSORS[f"{_theirs}.bias"] = _rename(f"{_ours}.b")
-    _TENSORS[f"{_theirs.replace('_', '_p')}.weight"] = _rename(f"{_ours}.w_pos")
-    _TENSORS[f"{_theirs.replace('_', '_p')}.bias"] = _rename(f"{_ours}.b_pos")
+def _ours(cfg: SparseConfig, name: str, x: Tensor) -> dict[str, Tensor]:
+    """The tensor of this name in a block, or outside of them, as ours; none if the original has no such tensor."""
+    heads = dict(h=cfg.n_heads, d=cfg.d_head)
+    match name:
+        case "attn.c_attn.weight":
+            matrices = rearrange(x, "(qkv h d) m -> qkv h m d", qkv=3, **heads)
+            reads = {f"attn.W_{letter}": matrix for letter, matrix in zip("QKV", matrices, strict=True)}
+        case "mlp.c_fc.weight":
+            reads = {"mlp.W_in": x.T}
+        case "attn.c_attn.bias":
+            biases = rearrange(x, "(qkv h d) -> qkv h d", qkv=3, **heads)
+            return {f"attn.b_{letter}": bias for letter, bias in zip("QKV", biases, strict=True)}
+        case "attn.c_proj.weight":
+            return {"attn.W_O": rearrange(x, "m (h d) -> h d m", **heads)}
+        case "mlp.c_proj.weight":
+            return {"mlp.W_out": x.T}
+        case "lm_head.weight":
+            return {"unembed.W_U": x.T}
+        case _:
+            return {_RENAMED[name]: x} if name in _RENAMED else {}
+    # The rows that read positional channels are parameters of their own.
+    split = {key: matrix.split([cfg.d_model, cfg.d_pos], dim=-2) for key, matrix in reads.items()}
+    positional = {f"{key}_pos": rows for key, (_, rows) in split.items() if cfg.d_pos}
+    return {key: rows for key, (rows, _) in split.items()} | positional

@@ -25,11 +25,8 @@ def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
     path, weights = folder / "config.json", folder / "model.safetensors"
     with naming(path):
         cfg, flash = sparse_pretrain_config(values)
-    if weights.is_file():
-        raw = read_tensors(weights)
-    else:
-        weights = folder / "pytorch_model.bin"
-        raw = read_state_dict(weights)
+    weights = weights if weights.is_file() else folder / "pytorch_model.bin"
+    raw = read_tensors(weights) if weights.suffix == ".safetensors" else read_state_dict(weights)
     if not flash:  # the original then keeps its causal mask in the file, and sinks that nothing reads
         raw = {name: x for name, x in raw.items() if not name.endswith(("attn.causal_mask", "attn_fn.sink_logit"))}
     return cfg, {**convert(cfg, raw, weights)}
@@ -62,12 +59,9 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> tuple[SparseConfig, boo
     names = list(filter(None, str(locations).split(",")))
     expected = f"of {', '.join(_LOCATIONS)}, separated by commas"
     check(_LOCATIONS.keys() >= set(names), "activation_sparsity_locations", locations, expected)
-    if not enabled:
-        return cfg, flash
-    topk = {}
-    for location in (_LOCATIONS[name] for name in names):
-        size = cfg.location_size(location)
-        topk[location] = fraction if int(fraction * size) else min(1.0, 1.5 / size)  # at least one entry is kept
+    sizes = {_LOCATIONS[name]: cfg.location_size(_LOCATIONS[name]) for name in names if enabled}
+    # At least one entry is kept.
+    topk = {where: fraction if int(fraction * size) else min(1.0, 1.5 / size) for where, size in sizes.items()}
     return SparseConfig.from_dict(fields | {"abs_topk": topk}), flash
 
 
