@@ -60,7 +60,8 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
                "csp_sweep1_..x_1Mnonzero_afrac..", "csp_sweep1_1x_1Mnonzero_afrac0.", "dense1_.x", "dense1_1.2.3x"]
 )  # fmt: skip
 def test_anything_else_is_refused_with_what_is_possible(source):
-    start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that OpenAI published: "
+    start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of tiny-python-sparse, "
+    start += "tiny-python-dense, which come with tl_sparse, nor a model that OpenAI published: "
     near = {"csp_yolo3": "; did you mean 'csp_yolo2'?"}.get(source, "")
     message = failure(source)
     assert message.startswith(start + NAMES)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tl_sparse.errors import CheckpointError
 
 #: The models that come with the package.
-_BUNDLE = Path(__file__).parent / "models"
+_BUNDLED = {name: Path(__file__).parent / "models" / name for name in ("tiny-python-sparse", "tiny-python-dense")}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: Data alone: code in a repository is neither fetched nor run. Pickles only where there is no safetensors file.
 _DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
@@ -59,14 +59,14 @@ def find(source: str | Path, revision: str | None = None) -> Path:
             return _hub_folder(source, revision)
         if _OPENAI_NAME.fullmatch(source) and revision is None:
             return _openai_folder(source)
-        if re.fullmatch(r"[\w-]+", source) and (_BUNDLE / source).is_dir():
-            return _BUNDLE / source
+        if source in _BUNDLED and revision is None:
+            return _BUNDLED[source]
     if revision is not None:
         raise CheckpointError(f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository")
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         raise CheckpointError(
-            f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor a model that comes with "
-            f"tl_sparse ({', '.join(sorted(p.name for p in _BUNDLE.glob('*')))}) or that OpenAI published: "
+            f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of "
+            f"{', '.join(_BUNDLED)}, which come with tl_sparse, nor a model that OpenAI published: "
             f"{_openai_names(str(source))}"
         )
     return Path(source)
