@@ -40,7 +40,8 @@ class _AbsTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
         rows = x.detach().view(-1, x.shape[-1])
-        mask = rows.new_zeros((len(rows) + 7) // 8, rows.shape[1], dtype=torch.uint8)
+        needed = (len(rows) + 7) // 8 if ctx.needs_input_grad[0] else 0
+        mask = rows.new_zeros(needed, rows.shape[1], dtype=torch.uint8)
         tied = torch.empty(len(rows), dtype=torch.bool)
         if kernel("abs_topk", x)(bits(rows), k, mask, tied):
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], rows[tied].abs().topk(k, sorted=False).indices, mask)

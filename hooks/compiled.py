@@ -60,30 +60,34 @@ def _threshold(bits: Array, first: int, last: int, k: int, minimum: int, guess: 
 
 @njit(cache=True, nogil=True)
 def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
-    """Zero the entries of a row with bits below `t`, but for their sign; mark the others in the mask."""
+    """Zero the entries of a row with bits below `t` > 0, but for their sign; mark the others, if there is a mask."""
     T, byte, shift = bits.dtype.type, row // 8, np.uint8(row % 8)
     unsigned, bound = T((1 << (8 * bits.itemsize - 1)) - 1), T(t)
     for i in range(bits.shape[1]):
         kept = T(bits[row, i] & unsigned) >= bound
         bits[row, i] = T(bits[row, i] & T(T(-T(kept)) | ~unsigned))
-        mask[byte, i] = np.uint8(mask[byte, i] | np.uint8(np.uint8(kept) << shift))
+    if len(mask) > 0:
+        for i in range(bits.shape[1]):
+            kept = T(bits[row, i] & unsigned) > T(0)
+            mask[byte, i] = np.uint8(mask[byte, i] | np.uint8(np.uint8(kept) << shift))
 
 
 @njit(cache=True, nogil=True)
 def abs_topk(bits: Array, k: int, mask: Array, tied: Array) -> bool:
-    """Zero all but the `k` largest entries of each row; these are marked in the mask.
+    """Zero all but the `k` largest entries of each row; these are marked in the mask, which may be empty.
 
-    `mask` has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a tie would have to be
-    broken are left as they are, and are marked in `tied`; returns whether there are any.
+    The mask has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a tie would have to be
+    broken are left as they are, and are marked in `tied`; returns whether there are any. Without a mask it makes no
+    difference which zeros are kept.
     """
     t, some = 0, False
     for row in range(len(bits)):
         t, n = _threshold(bits, row, row + 1, k, 0, t)  # a row's threshold is a good guess for the next
-        tied[row] = n != k
-        if n == k:
-            _cut(bits, row, t, mask)
-        else:
+        tied[row] = n != k and (t > 1 or len(mask) > 0)
+        if tied[row]:
             some = True
+        else:
+            _cut(bits, row, t, mask)
     return some
 
 
@@ -96,7 +100,8 @@ def keep(bits: Array, rows: Array, columns: Array, mask: Array) -> None:
         row, kept = rows[i], np.zeros(bits.shape[1], np.bool_)
         for column in columns[i]:
             kept[column] = True
-            mask[row // 8, column] |= np.uint8(1 << row % 8)
+            if len(mask) > 0:
+                mask[row // 8, column] |= np.uint8(1 << row % 8)
         for column in range(bits.shape[1]):
             bits[row, column] &= T(-T(kept[column])) | sign
 
