@@ -26,7 +26,7 @@ def size_grid(config: TrainConfig) -> dict[str, TrainConfig]:
             l0_count=l0, min_nonzero=2,
         )
         for width in (64, 128, 256)
-        for l0 in (12_288, 24_576, 49_152)
+        for l0 in (12_800, 25_600, 51_200)
     }  # fmt: skip
 
 

@@ -58,8 +58,7 @@ def test_trained_weights_are_sparse_and_a_seed_repeats_them(trained, tmp_path):
     first, second = (tl_sparse.load(folder, device="cpu") for folder in (trained, tmp_path / "again"))
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
-    # 1/32 of 16 · 32 entries is 16; four for each of 32 neurons is more.
-    assert int(first.blocks[0].mlp.W_in.count_nonzero()) == 4 * 32
+    assert int(first.blocks[0].mlp.W_out.count_nonzero()) == 16 * 32 / 4
 
 
 def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):

@@ -22,7 +22,7 @@ def run(script, *arguments):
 def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
     arguments = ("size", "--out", tmp_path, "--steps", 2, "--idiom-chars", 50_000, "--only", 1)
     printed = run("sweep.py", *arguments)
-    assert "| width 64, L0 12288 |" in printed
+    assert "| width 64, L0 12800 |" in printed
     table = (tmp_path / "size.md").read_text().splitlines()
     assert len(table) == 3
     assert "<svg" in (tmp_path / "size.svg").read_text()
