@@ -138,6 +138,16 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def test_fractions_of_groups_are_json(capsys):
+    from tl_sparse.cli import _train_config
+
+    flags = ["train", "--out", "x", "--l0-groups"]
+    assert _train_config(_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {"*.W_O": 0.5}
+    with pytest.raises(SystemExit):
+        _parser().parse_args([*flags, "*.W_O=0.5"])
+    assert "argument --l0-groups: invalid" in capsys.readouterr().err
+
+
 def test_readme_commands_are_commands():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     commands = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]

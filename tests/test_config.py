@@ -135,6 +135,7 @@ def test_a_configuration_cannot_change_after_its_checks():
         (TrainConfig, dict(warmup_fraction=1), r"warmup_fraction = 1 .* in \[0, 1\)"),
         (TrainConfig, dict(l0_fraction=0), r"l0_fraction = 0 .* a fraction in \(0, 1\]"),
         (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \[0, 1\]"),
+        (TrainConfig, dict(l0_groups=[0.5]), r"l0_groups = \[0.5\] .* a mapping of names to fractions"),
         (TrainConfig, dict(l0_groups={"*.W_O": 2}), r"\*.W_O = 2 .* a fraction in \(0, 1\]"),
         (TrainConfig, dict(l0_fraction=0.01), "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4"),
         (TrainConfig, dict(l0_count=13183), "l0_count = 13183 .* 0, or from 13,184 to the 421,888 weights"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -103,6 +104,8 @@ def _add_fields(parser: argparse.ArgumentParser, defaults: Any, skip: Sequence[s
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hint) is Literal:
             options["choices"] = get_args(hint)
+        elif get_origin(hint) is Mapping:
+            options |= {"type": json.loads, "metavar": "JSON"}
         else:
             options |= {"type": hint, "metavar": hint.__name__}
         parser.add_argument(flag, **options)
@@ -196,10 +199,11 @@ def _demo(args: argparse.Namespace) -> None:
         for folder in (model_folder, circuit_folder):
             shutil.rmtree(folder, ignore_errors=True)
     from tl_sparse.tasks import get_task
-    from tl_sparse.training import train
 
     model = "tiny-python-sparse"
     if args.train:
+        from tl_sparse.training import train
+
         model = model_folder
         print("Training a small transformer on Python code, nearly all weights at zero")
         _, record = train(config, model, args.device)

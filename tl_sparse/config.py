@@ -377,6 +377,7 @@ class TrainConfig:
         expected = f"0, or from {least:,} to the {weights:,} weights there are{why}"
         check(self.l0_count == 0 or least <= self.l0_count <= weights, "l0_count", self.l0_count, expected)
         check(0 <= self.l0_fraction_embed <= 1, "l0_fraction_embed", self.l0_fraction_embed, "a fraction in [0, 1]")
+        check(isinstance(self.l0_groups, Mapping), "l0_groups", self.l0_groups, "a mapping of names to fractions")
         for name, value in {"l0_fraction": self.l0_fraction, **self.l0_groups}.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             check(number and 0 < value <= 1, name, value, "a fraction in (0, 1]")
