@@ -21,6 +21,7 @@ from tl_sparse.config import TrainConfig
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, read_tensors, replacing, write_json, write_tensors
+from tl_sparse.processes import SIGNALS
 
 if TYPE_CHECKING:
     from tl_sparse.training import Trainer
@@ -174,7 +175,7 @@ def noticing_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def notice(number: int, frame: Any) -> None:
         received.append(number)
