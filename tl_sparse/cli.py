@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prune = _command(commands, "prune", "find the circuit of a task in a model", _prune, PruneConfig)
     prune.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
-    prune.add_argument("task", help="for example single_double_quote")
+    prune.add_argument("task", help="its name, for example single_double_quote, or a file of pairs, *.jsonl")
     prune.add_argument("--out", required=True, help="new folder for the circuit")
     prune.add_argument(
         "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
