@@ -220,7 +220,8 @@ def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
         smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
         steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
         log_k = max(lowest, min(highest, log_k + steer))
-        objective = loss + math.exp(log_k) * gates.expected_size()
+        error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
+        objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
         if config.necessity > 0:
             with gates.attached(model, inverted=True):
                 without = task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
