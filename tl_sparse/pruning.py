@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -24,7 +22,7 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel, frozen
 from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
@@ -58,7 +56,7 @@ def prune(
         means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
         gates = learn_gates(model, means, train, config, progress)
         kept = discretise(model, gates, selection, config)
-        name = getattr(model.cfg, "model_name", "")
+        name = str(getattr(model.cfg, "model_name", None) or "")
         circuit = Circuit(kept, {k: v.cpu() for k, v in means.items()}, fingerprint(model), name, task.name)
         on_selection = evaluate(circuit, model, selection, config.batch_size)
         on_heldout = evaluate(circuit, model, heldout, config.batch_size)
@@ -82,21 +80,6 @@ def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskDa
         splits.append(data.to(device))
     selection, heldout, train = splits
     return train, selection, heldout
-
-
-@contextmanager
-def frozen(model: TLModel) -> Iterator[None]:
-    """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 def learn_gates(model: TLModel, means: NodeValues, data: TaskData, config: PruneConfig, progress: bool) -> NodeGates:
