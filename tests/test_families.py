@@ -78,6 +78,10 @@ BRIDGED_REFUSED = {
     "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | dict(head_dim=4), "attn_out is not what the weights alone"),
     "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
     "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
+    "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
+    "OpenAIGPTLMHeadModel": (
+        "OpenAIGPTConfig", dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16), "nothing passes",
+    ),
     "MambaForCausalLM": ("MambaConfig", dict(vocab_size=40, hidden_size=D, num_hidden_layers=2), "has no hook point"),
     "T5ForConditionalGeneration": (
         "T5Config", dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4), "has no hook point",
@@ -341,6 +345,23 @@ def test_folded_bridges(name):
     folded = with_nodes(model, True)
     assert folded.nodes == circuit.nodes
     assert len(folded.edges(model)) >= n_edges  # centring fills zeros of what writes to the stream
+
+
+@pytest.mark.parametrize(
+    ("point", "change", "why"),
+    [
+        ("mlp.hook_pre", lambda x, hook: x + torch.arange(x.shape[1])[:, None], "mlp_neuron is not what the weights"),
+        ("attn.hook_z", lambda x, hook: x / (x.norm(dim=(2, 3), keepdim=True) + 1e-6), "attn_out is not what"),
+        ("hook_resid_post", lambda x, hook: x + 1, "the residual stream gets more"),
+    ],
+)
+def test_whatever_comes_between_nodes_is_noticed(point, change, why):
+    model = hooked() if transformer_lens_line() == 3 else bridge(of_transformers(*BRIDGED["gpt2"]))
+    model.add_hook(f"blocks.1.{point}", change)
+    with pytest.raises(HookNameError, match=f"in layer 1, {why}"):
+        node_hooks(model)
+    model.reset_hooks()
+    assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
 
 
 def test_models_in_lower_precision():
