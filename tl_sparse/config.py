@@ -474,25 +474,27 @@ class PruneConfig:
     """
 
     target_loss: float = 0.15
-    steps: int = 300
+    steps: int = 200
     pairs_per_step: int = 16
-    k_coef: float = 1e-3
+    k_coef: float = 2e-3
     steer_to: float = 0.8
-    steer_rate: float = 0.1
-    steer_now: float = 0.0
+    steer_rate: float = 0.04
+    steer_now: float = 3.0
     lr: float = 2e-2
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 1e-3
     grad_clip: float = 1.0
-    init_bias: float = 0.4
-    init_scale: float = 0.3
+    warm_start: bool = True
+    init_bias: float = 0.6
+    init_scale: float = 0.03
     temperature: float = 1.0
     necessity: float = 0.0
     ablated_accuracy: float = 1.0
     train_pairs: int = 2048
     selection_pairs: int = 512
     heldout_pairs: int = 512
+    ranking_pairs: int = 128
     cleanup_pairs: int = 128
     restarts: int = 1
     method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
@@ -505,14 +507,14 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        pairs = ("pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "cleanup_pairs")
+        pairs = ("pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "ranking_pairs", "cleanup_pairs")
         for name in ("steps", "restarts", "batch_size", *pairs):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("necessity", "steer_rate", "weight_decay", "init_scale", "seed"):
+        for name in ("necessity", "steer_rate", "steer_now", "weight_decay", "init_scale", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(0.5 <= self.ablated_accuracy <= 1, "ablated_accuracy", self.ablated_accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

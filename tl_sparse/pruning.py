@@ -70,7 +70,8 @@ def prune(
             )
         means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
         nothing = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
-        empty = Circuit(nothing, means, fingerprint(model), str(getattr(model.cfg, "model_name", None) or ""), task.name)
+        name = str(getattr(model.cfg, "model_name", None) or "")
+        empty = Circuit(nothing, means, fingerprint(model), name, task.name)
         configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
         found = [_search(empty, model, train, selection, config, progress) for config in configs]
         circuit = min(found, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
@@ -154,24 +155,33 @@ def _search(
     layers = range(model.cfg.n_layers) if config.tied_qk else ()
     tied = {hooks[layer, "attn_k"]: hooks[layer, "attn_q"] for layer in layers}
     gates = NodeGates(empty.means, tied=tied, **{name: getattr(config, name) for name in start})
+    if config.warm_start or config.method != "learned":
+        noise = gates.tau.detach() - config.init_bias
+        scores = noise if config.method == "random" else attribution(model, gates, train, config).abs()
+        rank, size, n_gates = scores.argsort(descending=True, stable=True).argsort(), 32, len(scores)
+        part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
+        while size < n_gates:
+            ranked = dataclasses.replace(empty, kept=gates.at_nodes(rank < size))
+            if circuit_score(ranked, model, part, config).loss <= config.target_loss:
+                break
+            size = math.ceil(1.5 * size)
+        # Open from 1 down to 0 over the circuit of that size, and closed from there on.
+        above, below = config.init_bias * (1 - rank / size), 0.3 * (size - rank) / n_gates
+        gates.tau.data = torch.where(rank < size, above, below) + noise * (config.method == "learned")
     if config.method == "learned":
         learn_gates(model, gates, train, config, progress)
-    else:
-        ranking = gates.tau.detach() if config.method == "random" else attribution(model, gates, train, config).abs()
-        # Rankings know no size; the search for it starts small.
-        gates.tau.data = (ranking - ranking.topk(min(32, len(ranking))).values[-1]) / ranking.abs().max()
     return discretise(empty, model, gates, selection, config)
 
 
 def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> Float[Tensor, " gate"]:
     """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation − mean).
 
-    The gradient is that of the model as it is, or for `integrated_gradients` a mean over points on the way from the
-    model with all nodes at their means, all of them going together. A baseline: learned masks find far smaller
-    circuits (A.5).
+    For `attribution` the gradient is that of the model as it is, else (integrated gradients) a mean over points on the
+    way from the model with all nodes at their means, all of them going together. As rankings these are baselines:
+    learned masks find far smaller circuits (A.5). As a start of learning they save most of its steps.
     """
-    data = data.pairs(range(min(config.selection_pairs, data.n_pairs)))
-    points = torch.arange(1, 16, 2) / 16 if config.method == "integrated_gradients" else torch.ones(1)
+    data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
+    points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 16, 2) / 16
     total = torch.zeros_like(gates.tau)
     for point in points.tolist():
         for pairs in torch.arange(data.n_pairs).split(max(1, config.batch_size // 2)):
@@ -261,6 +271,8 @@ def discretise(
         size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
         holds = is_circuit(circuit(rank < size), model, part, config)
         enough, too_small = (size, too_small) if holds else (enough, size)
+    while enough < len(order) and not is_circuit(circuit(rank < enough), model, selection, config):
+        enough += math.ceil(enough / 20)  # the part was too kind
 
     def without(gone: list[int]) -> Circuit:
         return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
