@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -21,6 +21,9 @@ from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
 from tl_sparse.sources import find
+
+if TYPE_CHECKING:
+    from tl_sparse.view import Page
 
 FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
 #: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and how the weight
@@ -195,6 +198,12 @@ class Circuit:
         from tl_sparse.exchange import read_openai
 
         return read_openai(Path(path), model, means, task)
+
+    def view(self, model: TLModel, *args: Any, **options: Any) -> Page:
+        """An interactive page, shown in notebooks, with a `save(path)`; see `tl_sparse.view.page_data`."""
+        from tl_sparse.view import Page, page_data
+
+        return Page(page_data(self, model, *args, **options))
 
     def edge_list(self, model: TLModel) -> dict[str, Any]:
         """The circuit as a plain list of nodes and edges; see `tl_sparse.exchange.edge_list`."""

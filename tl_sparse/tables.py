@@ -71,16 +71,24 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
 
 def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str]:
     """Entries of embedding and unembedding: of the task's tokens, in the channels that the circuit reads or writes."""
-    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0))]
-    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
-    answers = [single_token(model.tokenizer, text) for text in task.candidates]
-    tokens = list(dict.fromkeys(different + answers))
+    tokens, answers = task_tokens(model, task)
     read, written = _channels(circuit, model, "_in"), _channels(circuit, model, "_out")
     W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
     heading = "What the task's tokens bring to the channels read: entries of the embedding (not counted as edges)"
     yield _entries_table(heading, read, [model.tokenizer.decode([i]) for i in tokens], W_E[tokens][:, read].T)
     heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
     yield _entries_table(heading, written, task.candidates, W_U[written][:, answers])
+
+
+def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
+    """The tokens in which the prompts of a pair differ, with the candidates; and the candidates alone.
+
+    `TokenizerError` if a candidate is not one token.
+    """
+    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0))]
+    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
+    answers = [single_token(model.tokenizer, text) for text in task.candidates]
+    return list(dict.fromkeys(different + answers)), answers
 
 
 def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
