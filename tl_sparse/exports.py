@@ -50,7 +50,7 @@ def export(circuit: Circuit, model: TLModel, path: str | Path, task: Task | str 
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def to_networkx(circuit: Circuit, model: TLModel) -> networkx.DiGraph[str]:
+def to_networkx(circuit: Circuit, model: TLModel) -> networkx.DiGraph:
     """Nodes by name with what they are and their means, edges with weights; `CircuitError` for another model."""
     import networkx
 

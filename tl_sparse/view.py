@@ -6,10 +6,8 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 import shlex
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,15 +50,15 @@ class Page:
     def html(self) -> str:
         """The whole page, without the last prompts and passages if it had more than `MAX_BYTES` with them."""
         data, most = self.data, PASSAGES
-        while len(page := _fill(data)) > MAX_BYTES:
+        while len(page := _fill(data)) > MAX_BYTES and most:
             if len(data["prompts"]) > 1:
                 data = data | {"prompts": data["prompts"][:-1]}
-            elif most:
-                most -= 1
-                nodes = [node | {"passages": [side[:most] for side in node["passages"]]} for node in data["nodes"]]
-                data = data | {"nodes": nodes, "caps": data["caps"] | {"passages": most}}
-            else:
-                raise CircuitError(f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight")
+                continue
+            most -= 1
+            nodes = [node | {"passages": [side[:most] for side in node["passages"]]} for node in data["nodes"]]
+            data = data | {"nodes": nodes, "caps": data["caps"] | {"passages": most}}
+        if len(page) > MAX_BYTES:
+            raise CircuitError(f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight")
         return page
 
     def save(self, path: str | Path) -> None:
@@ -156,12 +154,12 @@ def drawn(circuit: Circuit, model: TLModel, min_weight: float = 0.0) -> tuple[li
         if not nodes:
             raise CircuitError(f"no edge of the circuit has an absolute weight of min_weight = {min_weight:g} or more")
     if len(nodes) > MAX_NODES or len(edges) > MAX_EDGES:
-        heaviest, n = sorted(edges, key=lambda edge: -abs(edge.weight)), min(len(edges), MAX_EDGES)
-        while len(_ends_of(heaviest[:n])) > MAX_NODES:
+        weights, n = sorted((abs(edge.weight) for edge in edges), reverse=True), min(len(edges), MAX_EDGES)
+        while len(_ends_of(edge for edge in edges if abs(edge.weight) > weights[n - 1])) > MAX_NODES:
             n = n * 9 // 10
-        threshold = f"; min_weight = {abs(heaviest[n * 9 // 10].weight):.3g} leaves those that can" if n else ""
+        offer = f"; min_weight = {weights[n * 9 // 10]:.3g} leaves those that can" if edges else ""
         size = f"{len(nodes):,} nodes and {len(edges):,} edges"
-        raise CircuitError(f"{size} are more than the {MAX_NODES:,} and {MAX_EDGES:,} that can be drawn{threshold}")
+        raise CircuitError(f"{size} are more than the {MAX_NODES:,} and {MAX_EDGES:,} that can be drawn{offer}")
     return nodes, edges
 
 
@@ -187,23 +185,17 @@ class _Texts(dict[int, str]):
 def _run(
     model: TLModel, tokens: Int[Tensor, "batch pos"], nodes: Sequence[Node], heads: Iterable[tuple[int, int]] = ()
 ) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
-    """Logits, the values of `nodes` (in the order of the forward pass), and the attention patterns of `heads`."""
-    wanted, values, patterns = defaultdict[str, list[int]](list), dict[str, Tensor](), dict[int, Tensor]()
-    for node in nodes:
-        wanted[node.hook].append(node.index)
+    """Logits, the values of `nodes`, and the attention patterns of `heads` (layer, head)."""
+    found, pattern = dict[str, Tensor](), "blocks.{}.attn.hook_pattern"
 
     def record(name: str, activation: Tensor, hook: object) -> None:
-        values[name] = activation.flatten(2)[..., wanted[name]].float()
+        found[name] = activation
 
-    def record_pattern(layer: int, activation: Tensor, hook: object) -> None:
-        patterns[layer] = activation.float()
-
-    hooks: dict[str, Any] = {name: partial(record, name) for name in wanted}
-    hooks |= {f"blocks.{layer}.attn.hook_pattern": partial(record_pattern, layer) for layer, _ in heads}
-    with hooked(model, hooks):
+    names = {node.hook for node in nodes} | {pattern.format(layer) for layer, _ in heads}
+    with hooked(model, {name: partial(record, name) for name in names}):
         logits = model(tokens)
-    by_head = {f"{layer}.{head}": patterns[layer][:, head] for layer, head in heads}
-    return logits, torch.cat([values[name] for name in wanted], dim=-1), by_head
+    values = torch.stack([found[node.hook].flatten(2)[..., node.index] for node in nodes], dim=-1).float()
+    return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
 
 
 @contextmanager
@@ -336,15 +328,6 @@ def _short(value: float | Tensor) -> float:
     return float(f"{float(value):.4g}")
 
 
-def _finite(value: Any) -> Any:
-    """`value` with null for what JSON has no number for, such as the standard error of one pair."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _fill(data: dict[str, Any]) -> str:
     """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the element it is in."""
     folder, names = Path(__file__).parent / "page", ("page.css", "d3.min.js", "page.js", "template.html")
@@ -353,5 +336,6 @@ def _fill(data: dict[str, Any]) -> str:
     digests = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()) for name in names if name.endswith("js"))
     parts["scripts"] = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     parts["title"] = html.escape(f"{data['summary']['task'] or 'A circuit'} in {data['summary']['model'] or 'a model'}")
-    parts["data"] = json.dumps(_finite(data), separators=(",", ":")).replace("<", "\\u003c")
+    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JSON has no NaN
+    parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])
