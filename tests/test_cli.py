@@ -1,5 +1,6 @@
 """The command line end to end at small size, the README's snippets, and what a user sees after a mistake."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,6 +13,7 @@ import tl_sparse
 from formats import write_circuitgpt, write_openai
 from helpers import full_config, tiny_model
 from loopback import cache_snapshot
+from micro import LOSS, MICRO_TASK, micro_corpus, micro_model
 from tl_sparse.cli import _parser, main
 from tl_sparse.config import PruneConfig, TrainConfig
 from tl_sparse.data import load_documents, pack_tokens
@@ -123,6 +125,33 @@ def test_prune_takes_means_over_other_text(trained, tmp_path):
     assert tl_sparse.Circuit.load(tmp_path / "c").measured["corpus_tokens"] != own.numel()
 
 
+def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
+    pairs = [{"prompts": [f"print([{n}", f"print(({n}"], "answers": ["])", "))"]} for n in range(32)]
+    (tmp_path / "brackets.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    arguments = ["--out", str(tmp_path / "circuit"), "--device", "cpu", *PRUNE_FLAGS, "--init-bias", "1"]
+    assert main(["prune", str(trained), str(tmp_path / "brackets.jsonl"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "\nCircuit of brackets in model\n\n====" in printed
+    assert tl_sparse.Circuit.load(tmp_path / "circuit").task == "brackets"
+
+
+def test_report_of_a_task_in_which_each_pair_has_its_answers():
+    """The embedding's and unembedding's entries are those of one pair, whose answers are shown as their tokens."""
+    def sample(rng):
+        return *MICRO_TASK.sample(rng), " yes", " no"
+
+    model, each = micro_model(), dataclasses.replace(MICRO_TASK, candidates=None, sample=sample)
+    config = PruneConfig(target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16)
+    circuit, evaluation = tl_sparse.prune(model, each, micro_corpus(), config, progress=False)
+    texts = [tl_sparse.report(circuit, model, one, evaluation) for one in (MICRO_TASK, each)]
+    assert texts[1].startswith("Circuit of micro in ")
+    assert "?" not in texts[1].splitlines()[0]
+    assert "What one pair's tokens bring" in texts[1]
+    rest = [text.replace("one pair's tokens", "the task's tokens").split("\n")[3:] for text in texts]
+    assert rest[0] == rest[1]
+    assert "2  +3.000  -3.000" in re.sub(" +", "  ", texts[1])
+
+
 def readme_snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -173,7 +202,8 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.pruning.discretise", lambda model, gates, *_: gates.split(gates.tau < 2))
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 5
+    assert len(snippets) == 6
+    (tmp_path / "names.jsonl").write_text(re.search(r"`({.prompts.*})`", (ROOT / "README.md").read_text())[1])
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
     namespace: dict = {}
@@ -193,6 +223,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         (["train", "--out", "OUT", "--device", "tpu9"], "device = 'tpu9'"),
         (["train", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_qoute", "--out", "OUT"], "did you mean 'single_double_quote'?"),
+        (["prune", "MODEL", "nowhere.jsonl", "--out", "OUT"], "cannot read nowhere.jsonl as UTF-8 text"),
         (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "'nowhere' is not a folder, nor 'user/repo'"),
         (["prune", "MODEL", "single_double_quote", "--out", "FULL"], "must be a new or an empty folder"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),

@@ -18,6 +18,7 @@ from tl_sparse import view
 from tl_sparse.circuit import Circuit
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
+from tl_sparse.exports import attribution_graph, to_networkx
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import node_hooks
@@ -108,17 +109,38 @@ def test_it_is_the_same_each_time_and_leaves_the_model_alone(data, micro):
     assert all(p.requires_grad for p in micro.parameters())
 
 
-def test_the_pruners_ladder_is_taken_where_there_is_one(micro):
-    steps = [{"n_nodes": n, "n_edges": n - 1, "circuit": {"loss": 1 / n, "accuracy": 0.5}} for n in (5, 2, 1)]
-    measured = {"ladder": steps, "ranking": ["0.attn_out.2", "0.mlp_in.1", "0.attn_v.0", "0.attn_in.0"]}
-    found = page_data(dataclasses.replace(micro_circuit(micro), measured=measured), micro, MICRO_TASK)
-    assert found["ladder"] == [[1, 0, 1.0, 0.5], [2, 1, 0.5, 0.5], [5, 4, 0.2, 0.5]]
-    assert [node["rank"] for node in found["nodes"]] == [3, 2, 0]
-    assert found["caps"]["ranked"] == "the pruner"
-    for wrong in ([{"n_nodes": 1}], "x", [3]):
-        circuit = dataclasses.replace(micro_circuit(micro), measured=measured | {"ladder": wrong})
-        with pytest.raises(CircuitError, match=r"measured\['ladder'\] is not as the pruner writes it"):
-            page_data(circuit, micro, MICRO_TASK)
+def test_the_ranking_of_the_search_is_taken_where_there_is_one(micro):
+    circuit = micro_circuit(micro)
+    scores = {name: mask.float() for name, mask in circuit.kept.items()}
+    scores["blocks.0.hook_attn_out"][2] = 3
+    scores["blocks.0.attn.hook_v"][0, 0] = 2
+    found = page_data(dataclasses.replace(circuit, scores=scores), micro, MICRO_TASK)
+    assert [node["rank"] for node in found["nodes"]] == [2, 1, 0]
+    # Up to all 24 nodes, with eight times as many as in the circuit.
+    assert [step[:2] for step in found["ladder"]][:3] == [[1, 0], [2, 1], [3, 2]]
+    assert [step[0] for step in found["ladder"]][3:] == [4, 6, 8, 12, 17, 24]
+    assert found["ladder"][-1][2] == pytest.approx(LOSS, abs=1e-6)
+    assert found["caps"]["ranked"] == "the search"
+
+
+def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
+    """Without the edge from v to what is written, the circuit says nothing."""
+    circuit = micro_circuit(micro)
+    left = circuit.edges(micro)[:1]
+    pruned = dataclasses.replace(circuit, edge_set=frozenset((edge.source, edge.target) for edge in left))
+    found = page_data(pruned, micro, MICRO_TASK)
+    assert found["edges"] == [[0, 1, 1.5]]
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["prompts"][0][0]["values"][2] == [0] * 6
+    assert list(to_networkx(pruned, micro).edges) == [EDGES[0][:2]]
+    links = attribution_graph(pruned, micro, MICRO_TASK)["links"]
+    assert "0_3000000_3" not in {link["source"] for link in links}
+
+
+def test_a_task_whose_pairs_have_their_own_answers(micro):
+    own = dataclasses.replace(MICRO_TASK, candidates=None, sample=lambda rng: (*MICRO_TASK.sample(rng), " yes", " no"))
+    found = page_data(micro_circuit(micro), micro, own)
+    assert [[found["vocab"][side["answer"]] for side in pair] for pair in found["prompts"]] == [["yes", "no"]] * 8
 
 
 def test_without_corpus_means_task_or_tokenizer_there_is_less_to_show(micro):

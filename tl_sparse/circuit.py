@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool
+from torch import Tensor
 
+from tl_sparse.edges import cutting
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
-from tl_sparse.nodes import LOCATION_HOOKS, Node, node_at
+from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node, node_at
 from tl_sparse.sources import find
 
 if TYPE_CHECKING:
@@ -39,18 +42,6 @@ _EDGES = (
 )
 
 
-@dataclass(frozen=True, order=True)
-class Edge:
-    """A nonzero weight whose input and output nodes are both kept."""
-
-    source: Node
-    target: Node
-    weight: float
-
-    def __str__(self) -> str:
-        return f"{self.source} → {self.target}  {self.weight:+.3f}"
-
-
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
@@ -64,10 +55,15 @@ class Circuit:
     task: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
     """What was measured of it, as plain JSON values: losses, settings, seeds …"""
+    edge_set: frozenset[tuple[Node, Node]] | None = None
+    """Pruned by edges: source and target of those that are left. None: every weight between kept nodes is an edge."""
+    scores: NodeValues = field(default_factory=dict)
+    """How the search ranked all nodes, the kept ones first, at the same hook points; empty if it is not known."""
 
     def __post_init__(self) -> None:
-        if self.means and self.kept.keys() != self.means.keys():
-            raise CircuitError("kept nodes and means must name the same hook points")
+        for what, values in (("means", self.means), ("scores", self.scores)):
+            if values and self.kept.keys() != values.keys():
+                raise CircuitError(f"kept nodes and {what} must name the same hook points")
         for name, mask in self.kept.items():
             mean = self.means[name] if self.means else torch.zeros(mask.shape)
             if mask.dtype != torch.bool or mask.shape != mean.shape:
@@ -93,11 +89,19 @@ class Circuit:
         return {place: [node.index for node in nodes] for place, nodes in groups}
 
     def edges(self, model: TLModel) -> list[Edge]:
-        """Every nonzero weight of `model` that joins two kept nodes, in the order of the forward pass.
+        """Every nonzero weight of `model` that joins two kept nodes and is not cut, in the order of the forward pass.
 
         `CircuitError` if `model` is not this circuit's, as for `applied` and `ablated`.
         """
         self.check_model(model)
+        return self._left(model)
+
+    def _left(self, model: TLModel) -> list[Edge]:
+        left = self.edge_set
+        return [edge for edge in self._weights(model) if left is None or (edge.source, edge.target) in left]
+
+    def _weights(self, model: TLModel) -> list[Edge]:
+        """The edges, and those that are cut."""
         parameters, kept, edges = dict(model.named_parameters()), self.nodes_by_location(), []
         for layer, (name, source, target, pattern) in itertools.product(range(model.cfg.n_layers), _EDGES):
             sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
@@ -127,31 +131,113 @@ class Circuit:
         return dataclasses.replace(self, means={name: means[name] for name in self.kept})
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
-        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means."""
-        return self._at_means(model, {name: ~mask for name, mask in self.kept.items()})
+        """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
+
+        So is what each cut edge contributes, if the circuit is pruned by edges.
+        """
+        self.check_model(model)
+        return self.holding(model, self.dropped, self.means, self.cut_edges(model))
 
     def ablated(self, model: TLModel) -> AbstractContextManager[None]:
         """The inverse of `applied`: the circuit's nodes at their means, all others as they are (necessity)."""
-        return self._at_means(model, self.kept)
+        self.check_model(model)
+        return self.holding(model, self.kept, self.means, ())
+
+    @property
+    def dropped(self) -> dict[str, Bool[Tensor, " *node"]]:
+        """All nodes but the kept ones."""
+        return {name: ~mask for name, mask in self.kept.items()}
+
+    def cut_edges(self, model: TLModel) -> list[Edge]:
+        """The nonzero weights between kept nodes that edge pruning has cut."""
+        left = self.edge_set
+        return [] if left is None else [e for e in self._weights(model) if (e.source, e.target) not in left]
 
     @contextmanager
-    def _at_means(self, model: TLModel, nodes: NodeMasks) -> Iterator[None]:
-        self.check_model(model)
+    def holding(
+        self, model: TLModel, nodes: NodeMasks, values: Mapping[str, Tensor], cut: Collection[Edge]
+    ) -> Iterator[None]:
+        """Within the context, `nodes` are held at `values`, as by `hooks.ablating`, and what the edges `cut` contribute
+        at its mean. Whether `model` is the circuit's is not checked."""
         if not self.means:
             call = "circuit.with_means(tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens))"
             raise CircuitError(f"this circuit has no means to hold nodes at; {call} gives it some")
-        with ablating(model, nodes, self.means):
+        with cutting(model, cut, self.means), ablating(model, nodes, values):
             yield
+
+    # --- other circuits from this one -------------------------------------------------------------------------
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """The nodes, and edges, of either circuit. `CircuitError` if they are of different models, as for & and -."""
+        both = self.edge_set is not None and other.edge_set is not None
+        edges = frozenset.union(self.edge_set or frozenset(), other.edge_set or frozenset()) if both else None
+        return self._combined(other, "|", torch.Tensor.logical_or, edges)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """The nodes, and edges, that are in both circuits."""
+        edge_sets = [edges for edges in (self.edge_set, other.edge_set) if edges is not None]
+        edges = frozenset.intersection(*edge_sets) if edge_sets else None
+        return self._combined(other, "&", torch.Tensor.logical_and, edges)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """This circuit's nodes that are not in the other, and the edges between them."""
+        return self._combined(other, "-", lambda ours, theirs: ours & ~theirs, self.edge_set)
+
+    def _combined(self, other: Circuit, sign: str, combine: Any, edges: Any) -> Circuit:
+        if different := self.model.difference(other.model):
+            raise CircuitError(f"circuits of different models have no {sign}: the second one's has {different}")
+        if self.kept.keys() != other.kept.keys():
+            raise CircuitError(f"circuits over different hook points have no {sign}")
+        kept = {name: combine(mask, other.kept[name]) for name, mask in self.kept.items()}
+        return self._with(kept, f"({self.task} {sign} {other.task})", None if edges is None else frozenset(edges))
+
+    def restricted(self, layers: Collection[int]) -> Circuit:
+        """This circuit's nodes in some layers, and the edges between them."""
+        kept = {name: mask & (node_at(name, 0).layer in layers) for name, mask in self.kept.items()}
+        return self._with(kept, self.task, self.edge_set)
+
+    def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
+        """This circuit without some of its nodes and edges."""
+        kept, cut = {name: mask.clone() for name, mask in self.kept.items()}, set()
+        for part in parts:
+            if isinstance(part, Edge):
+                cut.add((part.source, part.target))
+            else:
+                kept[LOCATION_HOOKS[part.location].format(part.layer)].view(-1)[part.index] = False
+        edge_set = frozenset((e.source, e.target) for e in self._left(model)) - cut if cut else self.edge_set
+        return self._with(kept, self.task, edge_set)
+
+    def of_size(self, n_nodes: int) -> Circuit:
+        """The `n_nodes` nodes that the search ranked highest, with all weights between them.
+
+        `CircuitError` if the ranking is not known, or there are not so many nodes.
+        """
+        total = sum(mask.numel() for mask in self.kept.values())
+        if not self.scores or not 0 <= n_nodes <= total:
+            raise CircuitError(f"n_nodes = {n_nodes}; it must be in [0, {total}], of a circuit that has scores")
+        flat = torch.cat([score.flatten() for score in self.scores.values()])
+        rank = flat.argsort(descending=True, stable=True).argsort()
+        parts = (rank < n_nodes).split([score.numel() for score in self.scores.values()])
+        kept = {n: p.view(score.shape) for (n, score), p in zip(self.scores.items(), parts, strict=True)}
+        return self._with(kept, self.task, None)
+
+    def _with(self, kept: NodeMasks, task: str, edge_set: frozenset[tuple[Node, Node]] | None) -> Circuit:
+        return dataclasses.replace(self, kept=kept, task=task, edge_set=edge_set, measured={})
+
+    # --- files ------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Write `circuit.json` and `circuit.safetensors`."""
         tensors = {f"kept/{name}": mask for name, mask in self.kept.items()}
         tensors |= {f"mean/{name}": mean for name, mean in self.means.items()}
+        tensors |= {f"score/{name}": score for name, score in self.scores.items()}
         write_tensors(Path(folder, "circuit.safetensors"), tensors)
-        about = {  # a circuit pruned by edges also holds `edge/<parameter>` masks; this version writes none
-            "format": FORMAT, "format_version": FORMAT_VERSION, "edge_mask": False,
+        edges = None if self.edge_set is None else [[str(a), str(b)] for a, b in sorted(self.edge_set)]
+        about = {
+            "format": FORMAT, "format_version": FORMAT_VERSION,
             "task": self.task, "model_name": self.model_name, "model": dataclasses.asdict(self.model),
-            "n_nodes": self.n_nodes, "hooks": list(self.kept), "means": bool(self.means), "measured": self.measured,
+            "n_nodes": self.n_nodes, "hooks": list(self.kept), "means": bool(self.means), "scores": bool(self.scores),
+            "edge_mask": edges is not None, "edges": edges, "measured": self.measured,
         }  # fmt: skip
         write_json(Path(folder, "circuit.json"), about)
 
@@ -174,23 +260,26 @@ class Circuit:
         about = read_json(path)
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse")
-        if about.get("format_version") != FORMAT_VERSION or about.get("edge_mask") is not False:
-            raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION} without an edge mask")
+        if about.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION}")
         try:
             sketch = {str(name): [float(x) for x in values] for name, values in about["model"]["sketch"].items()}
             model = Fingerprint(str(about["model"]["architecture"]), sketch)
             hooks, texts = list(about["hooks"]), (str(about["model_name"]), str(about["task"]))
             measured = dict(about["measured"])
-            kinds = ("kept", "mean") if about.get("means", True) else ("kept",)
+            kinds = ["kept"] + ["mean"] * about.get("means", True) + ["score"] * about.get("scores", False)
+            pairs = [(Node.parse(a), Node.parse(b)) for a, b in about["edges"]] if about["edge_mask"] else None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         path = folder / "circuit.safetensors"
         tensors = read_tensors(path)
         if wrong := tensors.keys() ^ {f"{kind}/{name}" for kind in kinds for name in hooks}:
             raise CheckpointError(f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}")
-        kept = {name: tensors[f"kept/{name}"] for name in hooks}
-        means = {name: tensors[f"mean/{name}"] for name in hooks if "mean" in kinds}
-        return cls(kept, means, model, *texts, measured)
+        kept, means, scores = (
+            {name: tensors[f"{kind}/{name}"] for name in hooks if kind in kinds} for kind in ("kept", "mean", "score")
+        )
+        edges = None if pairs is None else frozenset(pairs)
+        return cls(kept, means, model, *texts, measured, edges, scores)
 
     @classmethod
     def from_openai(cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = "") -> Circuit:
@@ -227,6 +316,7 @@ class Circuit:
         counts = ", ".join(f"{at[location]} {location}" for location in LOCATION_HOOKS if at[location])
         lines = [f"Circuit({self.task or 'no task'} in {self.model_name or 'a model'}: {self.n_nodes} nodes"]
         lines += [counts] if counts else []
+        lines += [] if self.edge_set is None else [f"pruned to {len(self.edge_set)} edges"]
         scores = self.measured.get("heldout", self.measured.get("openai"))  # as `prune`, or `from_openai`, left them
         if isinstance(scores, Mapping):
             losses = {name: score.get("loss") for name, score in scores.items() if isinstance(score, Mapping)}

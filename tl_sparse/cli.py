@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prune = _command(commands, "prune", "find the circuit of a task in a model", _prune, PruneConfig)
     prune.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
-    prune.add_argument("task", help="for example single_double_quote")
+    prune.add_argument("task", help="its name, for example single_double_quote, or a file of pairs, *.jsonl")
     prune.add_argument("--out", required=True, help="new folder for the circuit")
     prune.add_argument(
         "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
@@ -229,8 +229,8 @@ def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: st
     model = load(model_folder, device)
     tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
     circuit, evaluation = prune(model, task, tokens, config)
-    text = report(circuit, model, task, evaluation)
     circuit.save(out)
+    text = report(circuit, model, task, evaluation)
     (Path(out) / "report.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text + "\n")
     print(f"Saved in {out}; open it with tl_sparse.Circuit.load({out!r})")

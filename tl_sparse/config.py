@@ -439,6 +439,10 @@ def preset(name: str, recipe: str | None = None) -> TrainConfig:
     return dataclasses.replace(_PRESETS[name](), **RECIPES.get(recipe or "", {}))
 
 
+#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
+Ablation = Literal["mean", "zero", "resample"]
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How to prune. The defaults suit small models (the paper tunes them for each model and task, A.5).
@@ -483,12 +487,16 @@ class PruneConfig:
     init_bias: float = 0.4
     init_scale: float = 0.3
     temperature: float = 1.0
-    necessity: float = 0.3
-    ablated_accuracy: float = 0.6
+    necessity: float = 0.0
+    ablated_accuracy: float = 1.0
     train_pairs: int = 2048
     selection_pairs: int = 512
     heldout_pairs: int = 512
     cleanup_pairs: int = 128
+    restarts: int = 1
+    method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
+    tied_qk: bool = False
+    ablation: Ablation = "mean"
     batch_size: int = 256
     seed: int = 0
 
@@ -497,7 +505,7 @@ class PruneConfig:
     def __post_init__(self) -> None:
         check_types(self)
         pairs = ("pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "cleanup_pairs")
-        for name in ("steps", "batch_size", *pairs):
+        for name in ("steps", "restarts", "batch_size", *pairs):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")

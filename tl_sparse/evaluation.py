@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuit import Circuit
+from tl_sparse.config import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 
@@ -36,32 +42,85 @@ class Evaluation:
     """The circuit alone, all else at its mean: sufficient if this is good."""
     ablated: Score
     """The model with the circuit's nodes at their means: necessary if this is bad."""
+    zero: Score
+    """The circuit alone, all other nodes at zero."""
+    resample: Score
+    """The circuit alone, all other nodes as they are on another prompt of these; see `resampled`."""
     n_pairs: int
     n_nodes: int
     n_edges: int
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A circuit of some size, on a set of prompt pairs."""
+
+    n_nodes: int
+    n_edges: int
+    circuit: Score
+
+
+#: What puts a model into the state in which it is to be scored on some prompts.
+Under = Callable[[TaskData], AbstractContextManager[None]]
+
+
+def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
+    """The logits of the two candidates after each prompt; our own models compute no others."""
+    data = data.trimmed()
+    if hasattr(model, "network"):
+        logits = model.network(data.tokens, last=data.last)
+        return candidate_logits(logits, replace(data, last=torch.zeros_like(data.last)))
+    return candidate_logits(model(data.tokens), data)
+
+
+def task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
+    """The loss of the task, with gradients."""
+    return task_loss_and_accuracy(task_logits(model, data), data.correct)[0].mean()
+
+
 @torch.no_grad()
-def prompt_scores(
-    model: TLModel, data: TaskData, batch_size: int = 256
-) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
-    """The loss of each prompt, and whether the model is right there; at most `batch_size` prompts at a time."""
+def all_logits(
+    model: TLModel, data: TaskData, batch_size: int = 256, under: Under | None = None
+) -> Float[Tensor, "prompt 2"]:
+    """The candidates' logits of every prompt, in their order; at most `batch_size` prompts at a time."""
     # Pairs of like length together, so that little is computed for padding.
     by_length = data.last.view(-1, 2).amax(1).argsort(stable=True)
     logits = []
     for pairs in by_length.split(max(1, batch_size // 2)):
         part = data.pairs(pairs)
-        logits.append(candidate_logits(model(part.trimmed().tokens), part))
-    in_order = torch.cat(logits).float().view(-1, 4)[by_length.argsort()].view(-1, 2)
-    return task_loss_and_accuracy(in_order, data.correct)
+        with under(part) if under else nullcontext():
+            logits.append(task_logits(model, part))
+    return torch.cat(logits).float().view(-1, 4)[by_length.argsort()].view(-1, 2)
 
 
-def score(model: TLModel, data: TaskData, batch_size: int = 256) -> Score:
-    """Loss and accuracy of `model`, as it now is, on the prompts of `data`."""
-    losses, right = prompt_scores(model, data, batch_size)
+def score(model: TLModel, data: TaskData, batch_size: int = 256, under: Under | None = None) -> Score:
+    """Loss and accuracy of `model`, as it now is or `under` something, on the prompts of `data`."""
+    return score_logits(all_logits(model, data, batch_size, under), data)
+
+
+def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
+    """Loss and accuracy of these logits of the candidates."""
+    losses, right = task_loss_and_accuracy(logits, data.correct)
     pairs = losses.view(-1, 2).mean(1)
     error = float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else float("nan")
     return Score(float(losses.mean()), error, float(right.float().mean()))
+
+
+def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[float, float]:
+    """The scale of the logits, and the shift of the second one, with the least loss: 16 steps of L-BFGS (A.5)."""
+    with torch.enable_grad():
+        logits, fitted = logits.detach().double(), torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        optimizer = torch.optim.LBFGS([fitted], max_iter=16, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            shifted = logits * fitted[0] + torch.stack([torch.zeros_like(fitted[1]), fitted[1]]).to(logits)
+            loss = task_loss_and_accuracy(shifted, data.correct)[0].mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return float(fitted[0]), float(fitted[1])
 
 
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
@@ -82,15 +141,86 @@ def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, 
     return scores
 
 
+@torch.no_grad()
+def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[str, Tensor]:
+    """What each prompt's nodes are held at when they are resampled: the activations at hook points, position by
+    position, of another of the prompts, drawn at random."""
+    order = torch.randperm(len(data.last), generator=torch.Generator().manual_seed(0)).to(data.last.device)
+    partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
+    others = replace(data.trimmed(), tokens=data.trimmed().tokens[partner], last=data.last[partner])
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, activation: Tensor, hook: object) -> None:
+        found[name] = activation.clone()
+
+    with hooked(model, {name: partial(record, name) for name in names}):
+        task_logits(model, others)
+    return found
+
+
+def holding_circuit(circuit: Circuit, model: TLModel, ablation: str = "mean", inverted: bool = False) -> Under:
+    """`model` under the circuit, with all other nodes at their means, at zero, or resampled; or, inverted, without it.
+
+    `CircuitError` if `model` is not the circuit's.
+    """
+    nodes = circuit.kept if inverted else circuit.dropped
+    zeros = {name: torch.zeros_like(mean) for name, mean in circuit.means.items()}
+    constant = {"mean": circuit.means, "zero": zeros}.get(ablation)
+    cut = () if inverted else circuit.cut_edges(model)
+
+    def under(part: TaskData) -> AbstractContextManager[None]:
+        values = resampled(model, part, circuit.kept) if constant is None else constant
+        return circuit.holding(model, nodes, values, cut)
+
+    return under
+
+
 def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:
     """The full model, the circuit alone, and the model without the circuit, on the same prompts.
 
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
-    full = score(model, data, batch_size)
-    with circuit.applied(model):
-        alone = score(model, data, batch_size)
-    with circuit.ablated(model):
-        without = score(model, data, batch_size)
-    return Evaluation(full, alone, without, data.n_pairs, circuit.n_nodes, len(circuit.edges(model)))
+    circuit.check_model(model)
+    alone = {how: score(model, data, batch_size, holding_circuit(circuit, model, how)) for how in get_args(Ablation)}
+    without = score(model, data, batch_size, holding_circuit(circuit, model, inverted=True))
+    sizes = data.n_pairs, circuit.n_nodes, len(circuit.edges(model))
+    return Evaluation(
+        score(model, data, batch_size), alone["mean"], without, alone["zero"], alone["resample"], *sizes
+    )
+
+
+def ladder(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> list[Rung]:
+    """The faithfulness curve: circuits of an eighth to eight times the size, of the nodes that the search ranked
+    highest. `CircuitError` if `model` is not the circuit's, or the circuit has no scores."""
+    total = sum(mask.numel() for mask in circuit.kept.values())
+    sizes = {min(total, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
+    circuits = (circuit.of_size(size) for size in sorted(sizes))
+    return [
+        Rung(c.n_nodes, len(c.edges(model)), score(model, data, batch_size, holding_circuit(c, model)))
+        for c in circuits
+    ]  # fmt: skip
+
+
+def random_circuits(
+    circuit: Circuit, model: TLModel, data: TaskData, n_circuits: int = 8, seed: int = 0, batch_size: int = 256
+) -> list[Rung]:
+    """Circuits of as many nodes at each hook point, drawn at random: what the circuit's size alone does."""
+    generator, rungs = torch.Generator().manual_seed(seed), []
+    for _ in range(n_circuits):
+        kept = {
+            name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
+            for name, mask in circuit.kept.items()
+        }
+        drawn = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
+        under = holding_circuit(drawn, model)
+        rungs.append(Rung(drawn.n_nodes, len(drawn.edges(model)), score(model, data, batch_size, under)))
+    return rungs
+
+
+def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> dict[Node | Edge, float]:
+    """By how much the loss of the circuit rises when one of its nodes is held at its mean, or one edge is cut."""
+    parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
+    smaller = [circuit, *(circuit.without([part], model) for part in parts)]
+    losses = [score(model, data, batch_size, holding_circuit(c, model)).loss for c in smaller]
+    return {part: loss - losses[0] for part, loss in zip(parts, losses[1:], strict=True)}

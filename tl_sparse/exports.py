@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -139,39 +139,29 @@ def attribution_graph(
         values[name], leaves[name] = activation[0].flatten(1), activation.detach().requires_grad_()
         return leaves[name]
 
-    hooks = ["hook_embed", *circuit.kept]
+    hooks, text = ["hook_embed", *circuit.kept], model.tokenizer.decode
     splits: dict[str, Any] = {name: partial(separate, name) for name in hooks}
     # Held: along the whole stream, a norm with its scale has no derivative at all.
     scales = {name: lambda scale, hook: scale.detach() for name in model.hook_dict if name.endswith("hook_scale")}
-    with circuit.applied(model), frozen(model), torch.enable_grad(), hooked(model, splits | scales):
-        logits = model(torch.tensor([ids], device=device))[0, last]
+    # A vertex of the graph is the number of its hook, its position, and its index there.
+    influence, links = dict[tuple[int, int, int], float](), list[tuple[Any, Any, float]]()
+    with circuit.applied(model), frozen(model), torch.enable_grad():
+        with hooked(model, splits | scales):
+            logits = model(torch.tensor([ids], device=device))[0, last]
+        beyond = [leaves["hook_embed"].detach()]
+        for name, mask in circuit.kept.items():
+            beyond.append((leaves[name].detach() - circuit.means[name].to(device)) * mask.to(device))
+        influence |= dict.fromkeys([(len(hooks), last, token) for token in data.candidates[2 * pair].tolist()], 0.5)
+        for depth in range(len(hooks), 0, -1):  # each source is further down than its targets
+            reached = [vertex for vertex, share in influence.items() if vertex[0] == depth and share >= LEAST_INFLUENCE]
+            for target in reached:
+                value = logits[target[2]] if depth == len(hooks) else values[hooks[depth]][target[1:]]
+                found = _direct_effects(value, [leaves[name] for name in hooks], beyond)
+                total = sum(map(abs, found.values()))
+                for vertex, weight in found.items():
+                    influence[vertex] = influence.get(vertex, 0.0) + influence[target] * abs(weight) / total
+                    links.append((vertex, target, weight))
     odds = torch.softmax(logits.detach(), 0)
-    beyond = [leaves[name].detach() for name in hooks]
-    for i, name in enumerate(hooks[1:], start=1):
-        beyond[i] = (beyond[i] - circuit.means[name].to(device)) * circuit.kept[name].to(device)
-
-    def causes(depth: int, position: int, index: int) -> dict[tuple[int, int, int], float]:
-        """Effects by source. A vertex of the graph is the number of its hook, its position, and its index there."""
-        value = logits[index] if depth == len(hooks) else values[hooks[depth]][position, index]
-        gradients = torch.autograd.grad(value, [leaves[name] for name in hooks], retain_graph=True, allow_unused=True)
-        found = dict[tuple[int, int, int], float]()
-        for source, (gradient, change) in enumerate(zip(gradients, beyond, strict=True)):
-            if gradient is not None:
-                effect = (gradient * change)[0].flatten(1)
-                effect = effect if source else effect.sum(1, keepdim=True)
-                found |= {(source, at, i): float(effect[at, i]) for at, i in effect.nonzero().tolist()}
-        return found
-
-    text = model.tokenizer.decode
-    influence = dict.fromkeys([(len(hooks), last, token) for token in data.candidates.tolist()], 0.5)
-    links = list[tuple[Any, Any, float]]()
-    for depth in range(len(hooks), 0, -1):  # each source is further down than its targets
-        for target in [vertex for vertex in influence if vertex[0] == depth and influence[vertex] >= LEAST_INFLUENCE]:
-            effects = causes(*target)
-            total = sum(map(abs, effects.values()))
-            for source, effect in effects.items():
-                influence[source] = influence.get(source, 0.0) + influence[target] * abs(effect) / total
-                links.append((source, target, effect))
     nodes = dict[tuple[int, int, int], dict[str, Any]]()
     for vertex in sorted(vertex for vertex, share in influence.items() if share >= LEAST_INFLUENCE):
         depth, at, index = vertex
@@ -205,6 +195,20 @@ def attribution_graph(
             for source, target, effect in links if source in nodes
         ],
     }  # fmt: skip
+
+
+def _direct_effects(
+    value: Tensor, leaves: Sequence[Tensor], beyond: Sequence[Tensor]
+) -> dict[tuple[int, int, int], float]:
+    """(number of the leaf, position, index) → effect on `value` of what is beyond the mean; of an embedding, as one."""
+    found = dict[tuple[int, int, int], float]()
+    gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    for source, (gradient, change) in enumerate(zip(gradients, beyond, strict=True)):
+        if gradient is not None:
+            effect = (gradient * change)[0].flatten(1)
+            effect = effect if source else effect.sum(1, keepdim=True)
+            found |= {(source, at, i): float(effect[at, i]) for at, i in effect.nonzero().tolist()}
+    return found
 
 
 #: What a file's name ends in → its text.

@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
-from tl_sparse.shapes import Heads, Logits, Positions, Reads, Stream, Tokens
+from tl_sparse.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Tokens, at
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
@@ -68,12 +68,14 @@ class Attention(nn.Module):
             flat = F.linear(read, matrix.T, bias.flatten())
         return topk(flat).unflatten(-1, weight.shape[::2])
 
-    def forward(self, q_read: Reads, k_read: Reads, v_read: Reads, mask: Tokens | None) -> Stream:
+    def forward(self, reads: list[Reads], mask: Tokens | None, last: Rows | None = None) -> Stream:
+        q_read, k_read, v_read = reads
         q = self.hook_q(self._project(q_read, "Q"))
         k = self.hook_k(self._project(k_read, "K"))
         v = self.hook_v(self._project(v_read, "V"))
         fused = mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern))
-        z = self.hook_z(self._fused_attention(q, k, v) if fused else self._explicit_attention(q, k, v, mask))
+        z = self._fused_attention(q, k, v) if fused else self._explicit_attention(q, k, v, mask)
+        z = self.hook_z(z if last is None else at(z, last))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
         return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
@@ -175,9 +177,13 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(self, resid_pre: Stream, pos: Positions | None, mask: Tokens | None) -> Stream:
+    def forward(
+        self, resid_pre: Stream, pos: Positions | None, mask: Tokens | None, last: Rows | None = None
+    ) -> Stream:
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
-        attn_out = self.hook_attn_out(self.attn(*self._attn_reads(resid_pre, pos), mask))
+        attn_out = self.hook_attn_out(self.attn(self._attn_reads(resid_pre, pos), mask, last))
+        if last is not None:
+            resid_pre, pos = at(resid_pre, last), None if pos is None else at(pos, last)
         resid_mid = self.hook_resid_mid(self.topk_resid_mid(self.resid_act(resid_pre + attn_out)))
         mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.flags.use_hook_mlp_in else resid_mid
         mlp_out = self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos))))
@@ -256,6 +262,7 @@ class SparseTransformer(nn.Module):
         resid: Stream | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        last: Rows | None = None,
     ) -> Logits | Stream:
         """Logits of every position; or of the blocks `[start_at_layer:stop_at_layer]` alone, the residual stream.
 
@@ -264,6 +271,8 @@ class SparseTransformer(nn.Module):
             attention_mask: 1 for a real token, 0 for padding. Right padding needs none: attention is causal.
             position_ids: default 0, 1, …, counted over the real tokens of `attention_mask`.
             resid: the residual stream entering block `start_at_layer`, in place of the embedding.
+            last: one position of each row. Only its logits are given, `[batch, 1, d_vocab]`, and past the last
+                attention nothing is computed, nor seen at hook points, of the others.
         """
         if (length := input_ids.shape[1]) > (n_ctx := self.cfg.n_ctx):
             raise DataError(f"a sequence of {length} tokens does not fit the model's context of n_ctx = {n_ctx}")
@@ -275,12 +284,12 @@ class SparseTransformer(nn.Module):
             resid = self.add_positions(self.hook_embed(self.embed(input_ids)), position_ids)
         pos = self.hook_pos(self.pos_embed(position_ids)) if self.cfg.positions == "concatenated" else None
         for block in self.blocks[start_at_layer:stop_at_layer]:
-            resid = block(resid, pos, attention_mask)
+            resid = block(resid, pos, attention_mask, last if block is self.blocks[-1] else None)
         if stop_at_layer is not None:
             return resid
         logits = self.unembed(self.ln_final(resid))
         if self.cfg.bigram_table:
-            logits = logits + self.hook_bigram(self.bigram(input_ids))
+            logits = logits + self.hook_bigram(self.bigram(input_ids if last is None else at(input_ids, last)))
         return logits
 
 

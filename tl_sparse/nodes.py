@@ -61,6 +61,18 @@ class Node:
         return cls(int(match[1]), _LOCATION_OF[match[2]], int(match[3]))
 
 
+@dataclass(frozen=True, order=True)
+class Edge:
+    """A nonzero weight whose input and output nodes are both kept."""
+
+    source: Node
+    target: Node
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.source} → {self.target}  {self.weight:+.3f}"
+
+
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 

@@ -1,4 +1,5 @@
-"""Finding the circuit of a task: learned node gates, then bisection to a target loss.
+"""Finding the circuit of a task: nodes ranked by learned gates, as few of them kept as the target loss allows, then
+the edges between them.
 
 Gao et al. 2025, sections 2.2 and A.5. Works through hook names alone; the model is not changed.
 """
@@ -7,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,14 +21,26 @@ from tqdm.auto import tqdm
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import PruneError, TokenizerError
-from tl_sparse.evaluation import Evaluation, Score, evaluate, score
+from tl_sparse.evaluation import (
+    Evaluation,
+    Score,
+    all_logits,
+    calibration,
+    evaluate,
+    holding_circuit,
+    resampled,
+    score,
+    score_logits,
+    task_loss,
+)
 from tl_sparse.fingerprint import fingerprint
-from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
-from tl_sparse.nodes import node_hooks
-from tl_sparse.tasks import Task, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
+from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.nodes import Edge, node_hooks
+from tl_sparse.tasks import Task, TaskData, make_task_data
+
+T = TypeVar("T")
 
 
 def prune(
@@ -56,17 +70,50 @@ def prune(
                 f"give a larger target_loss"
             )
         means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
-        gates = learn_gates(model, means, train, config, progress)
-        kept = discretise(model, gates, selection, config)
-        name = getattr(model.cfg, "model_name", "")
-        circuit = Circuit(kept, {k: v.cpu() for k, v in means.items()}, fingerprint(model), name, task.name)
-        on_selection = evaluate(circuit, model, selection, config.batch_size)
-        on_heldout = evaluate(circuit, model, heldout, config.batch_size)
-    measured = {
-        "config": dataclasses.asdict(config), "ablation": "mean over the corpus", "corpus_tokens": corpus.numel(),
-        "selection": dataclasses.asdict(on_selection), "heldout": dataclasses.asdict(on_heldout),
-    }  # fmt: skip
-    return dataclasses.replace(circuit, measured=measured), on_heldout
+        nothing = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
+        empty = Circuit(nothing, means, fingerprint(model), getattr(model.cfg, "model_name", ""), task.name)
+        configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
+        found = [_search(empty, model, train, selection, config, progress) for config in configs]
+        circuit = min(found, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
+        return _judged(circuit, model, selection, heldout, config, corpus_tokens=corpus.numel())
+
+
+def prune_edges(
+    circuit: Circuit, model: TLModel, task: Task, config: PruneConfig | None = None, progress: bool = True
+) -> tuple[Circuit, Evaluation]:
+    """Cut every edge of a circuit that its task does not need, and drop the nodes that are then without edges.
+
+    The edge with the least effect is tried first. What comes back reaches the same target loss; its figures are not to
+    be mixed with those of circuits that are pruned by nodes alone.
+
+    Args:
+        config: as for `prune`, whose selection and held-out pairs these are too.
+
+    Raises:
+        PruneError: if `model` is not one of ours, or the circuit itself misses the target loss.
+        CircuitError: if `model` is not the circuit's.
+    """
+    config = config or PruneConfig()
+    _, selection, heldout = task_splits(model, task, config)
+    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
+    edges = circuit.edges(model)
+
+    def without(gone: list[Edge]) -> Circuit:
+        smaller = circuit.without(gone, model)
+        useful = {node for edge in edges if edge not in gone for node in (edge.source, edge.target)}
+        return smaller.without({node for edge in gone for node in (edge.source, edge.target)} - useful, model)
+
+    with frozen(model):
+        if not is_circuit(circuit, model, selection, config):
+            raise PruneError(f"the circuit misses the target loss {config.target_loss} before an edge is cut")
+        bar = tqdm(edges, desc="measuring edges", disable=not progress, unit="edge")
+        effects = {edge: circuit_score(without([edge]), model, part, config).loss for edge in bar}
+        gone = eliminate(
+            sorted(edges, key=effects.__getitem__),
+            lambda gone: is_circuit(without(gone), model, part, config),
+            lambda gone: is_circuit(without(gone), model, selection, config),
+        )
+        return _judged(without(gone), model, selection, heldout, config)
 
 
 def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskData, TaskData, TaskData]:
@@ -99,27 +146,84 @@ def frozen(model: TLModel) -> Iterator[None]:
             module.training = mode
 
 
-def learn_gates(model: TLModel, means: NodeValues, data: TaskData, config: PruneConfig, progress: bool) -> NodeGates:
+def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
+    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
+    if circuit_score(circuit, model, data, config).loss > config.target_loss:
+        return False
+    if config.ablated_accuracy == 1:
+        return True
+    return circuit_score(circuit, model, data, config, inverted=True).accuracy <= config.ablated_accuracy
+
+
+def circuit_score(
+    circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig, inverted: bool = False
+) -> Score:
+    under = holding_circuit(circuit, model, config.ablation, inverted)
+    return score(model, data, config.batch_size, under)
+
+
+def _search(
+    empty: Circuit, model: TLModel, train: TaskData, selection: TaskData, config: PruneConfig, progress: bool
+) -> Circuit:
+    """One circuit: its nodes ranked, then as few of them as make a circuit."""
+    hooks, start = node_hooks(model), ("init_bias", "init_scale", "temperature", "seed")
+    layers = range(model.cfg.n_layers) if config.tied_qk else ()
+    tied = {hooks[layer, "attn_k"]: hooks[layer, "attn_q"] for layer in layers}
+    gates = NodeGates(empty.means, tied=tied, **{name: getattr(config, name) for name in start})
+    if config.method == "learned":
+        learn_gates(model, gates, train, config, progress)
+    else:
+        ranking = gates.tau.detach() if config.method == "random" else attribution(model, gates, train, config).abs()
+        # Rankings know no size; the search for it starts small.
+        gates.tau.data = (ranking - ranking.topk(min(32, len(ranking))).values[-1]) / ranking.abs().max()
+    return discretise(empty, model, gates, selection, config)
+
+
+def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> Float[Tensor, " gate"]:
+    """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation − mean).
+
+    The gradient is that of the model as it is, or for `integrated_gradients` a mean over points on the way from the
+    model with all nodes at their means, all of them going together. A baseline: learned masks find far smaller
+    circuits (A.5).
+    """
+    data = data.pairs(range(min(config.selection_pairs, data.n_pairs)))
+    points = torch.arange(1, 16, 2) / 16 if config.method == "integrated_gradients" else torch.ones(1)
+    total = torch.zeros_like(gates.tau)
+    for point in points.tolist():
+        for pairs in torch.arange(data.n_pairs).split(max(1, config.batch_size // 2)):
+            strength = torch.full_like(gates.tau, point).requires_grad_()
+            parts = gates.at_nodes(strength)
+
+            def mixed(name: str, parts: dict[str, Tensor], activation: Tensor, hook: object) -> Tensor:
+                return torch.lerp(gates.means[name].expand_as(activation), activation, parts[name])
+
+            with hooked(model, {name: partial(mixed, name, parts) for name in parts}):
+                loss = task_loss(model, data.pairs(pairs)) * len(pairs)
+            total += torch.autograd.grad(loss, strength)[0]
+    return total / (len(points) * data.n_pairs)
+
+
+def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool) -> None:
     """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
-    start = {name: getattr(config, name) for name in ("init_bias", "init_scale", "temperature", "seed")}
-    gates, betas = NodeGates(means, **start), (config.beta1, config.beta2)
+    betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    generator = torch.Generator().manual_seed(config.seed)
     goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
     lowest, highest = log_k - math.log(100), log_k + math.log(100)
+    batches = _batches(data, config)
     bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
     for step in bar:
-        batch = data.pairs(torch.randint(data.n_pairs, (config.pairs_per_step,), generator=generator))
-        with gates.attached(model):
-            loss = _task_loss(model, batch)
+        batch = next(batches)
+        values = resampled(model, batch, gates.index) if config.ablation == "resample" else None
+        with gates.attached(model, values=values):
+            loss = task_loss(model, batch)
         smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
         steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
         log_k = max(lowest, min(highest, log_k + steer))
         objective = loss + math.exp(log_k) * gates.expected_size()
         if config.necessity > 0:
             with gates.attached(model, inverted=True):
-                without = _task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
+                without = task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
             objective = objective + config.necessity * (math.log(2) - without).clamp(min=0)
         optimizer.zero_grad()
         objective.backward()
@@ -129,29 +233,21 @@ def learn_gates(model: TLModel, means: NodeValues, data: TaskData, config: Prune
         gates.clamp()
         if step % 20 == 19:
             bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
-    return gates
 
 
-def _task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
-    logits = candidate_logits(model(data.trimmed().tokens), data)
-    return task_loss_and_accuracy(logits, data.correct)[0].mean()
+def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
+    """Random pairs, without end; those of like length together, so that little is computed for padding."""
+    generator, size = torch.Generator().manual_seed(config.seed), min(config.pairs_per_step, data.n_pairs)
+    lengths = data.last.view(-1, 2).amax(1).cpu()
+    while True:
+        drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
+        batches = drawn[lengths[drawn].argsort()].split(size)
+        yield from (data.pairs(batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def _is_circuit(
-    kept: Bool[Tensor, " node"], data: TaskData, model: TLModel, gates: NodeGates, config: PruneConfig
-) -> bool:
-    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
-
-    def scored(ablated: Bool[Tensor, " node"]) -> Score:
-        with ablating(model, gates.split(ablated), gates.split(gates.means)):
-            return score(model, data, config.batch_size)
-
-    if scored(~kept).loss > config.target_loss:
-        return False
-    return config.ablated_accuracy == 1 or scored(kept).accuracy <= config.ablated_accuracy
-
-
-def discretise(model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> NodeMasks:
+def discretise(
+    empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
+) -> Circuit:
     """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
     only the ones that it needs.
 
@@ -161,11 +257,15 @@ def discretise(model: TLModel, gates: NodeGates, selection: TaskData, config: Pr
     Raises:
         PruneError: if not even all nodes make a circuit.
     """
-    is_circuit = partial(_is_circuit, model=model, gates=gates, config=config)
     order = gates.tau.detach().argsort(descending=True, stable=True)
     rank = order.argsort()
+    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
+
+    def circuit(kept: Bool[Tensor, " gate"]) -> Circuit:
+        return dataclasses.replace(empty, kept=gates.at_nodes(kept))
+
     enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not is_circuit(rank < enough, selection):
+    while not is_circuit(circuit(rank < enough), model, selection, config):
         if enough == len(order):
             raise PruneError(
                 f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
@@ -174,17 +274,53 @@ def discretise(model: TLModel, gates: NodeGates, selection: TaskData, config: Pr
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
     while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
         size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
-        enough, too_small = (size, too_small) if is_circuit(rank < size, selection) else (enough, size)
-    kept, removed = rank < enough, []
+        holds = is_circuit(circuit(rank < size), model, part, config)
+        enough, too_small = (size, too_small) if holds else (enough, size)
+
+    def without(gone: list[int]) -> Circuit:
+        return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
+
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
-    # Tried on a part of the pairs, for speed, the lowest-ranked node first.
-    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
-    for node in order[:enough].flip(0):
-        kept[node] = False
-        if is_circuit(kept, part):
-            removed.append(node)
-        else:
-            kept[node] = True
-    while removed and not is_circuit(kept, selection):  # on all pairs, the last removals may have been too many
-        kept[removed.pop()] = True
-    return {name: mask.cpu() for name, mask in gates.split(kept).items()}
+    gone = eliminate(
+        order[:enough].flip(0).tolist() if config.method == "learned" else [],
+        lambda gone: is_circuit(without(gone), model, part, config),
+        lambda gone: is_circuit(without(gone), model, selection, config),
+    )
+    found = without(gone)
+    scores = {name: tau + 2 * found.kept[name] for name, tau in gates.at_nodes(gates.tau.detach()).items()}
+    return dataclasses.replace(found, scores=scores)
+
+
+def eliminate(candidates: Iterable[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]) -> list[T]:
+    """What can be taken away: one after another is tried by a quick test; if the last of them were too many by the
+    test that decides, they come back."""
+    gone: list[T] = []
+    for candidate in candidates:
+        if holds([*gone, candidate]):
+            gone.append(candidate)
+    while gone and not decides(gone):
+        gone.pop()
+    return gone
+
+
+def _judged(
+    circuit: Circuit, model: TLModel, selection: TaskData, heldout: TaskData, config: PruneConfig, **measured: Any
+) -> tuple[Circuit, Evaluation]:
+    """The circuit, on the CPU, with what was measured of it; and how it does on the held-out pairs."""
+    tensors = {
+        name: {hook: values.cpu() for hook, values in getattr(circuit, name).items()}
+        for name in ("kept", "means", "scores")
+    }
+    circuit = dataclasses.replace(circuit, **tensors)
+    evaluation = evaluate(circuit, model, heldout, config.batch_size)
+    under = holding_circuit(circuit, model, config.ablation)
+    logits = [all_logits(model, data, config.batch_size, under) for data in (selection, heldout)]
+    scale, shift = calibration(logits[0], selection)
+    calibrated = score_logits(logits[1] * scale + torch.tensor([0.0, shift]).to(logits[1]), heldout)
+    measured |= {
+        "config": dataclasses.asdict(config),
+        "selection": {"circuit": dataclasses.asdict(score_logits(logits[0], selection))},
+        "heldout": dataclasses.asdict(evaluation),
+        "calibrated": {"scale": scale, "shift": shift, "heldout": dataclasses.asdict(calibrated)},
+    }
+    return dataclasses.replace(circuit, measured=circuit.measured | measured), evaluation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtyping import Float
@@ -12,19 +11,18 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks.points import TLModel
 from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
-from tl_sparse.tasks import Task
-from tl_sparse.tokenizer import single_token
+from tl_sparse.tasks import Task, make_task_data
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
     """What the circuit of `task` in `model`, one of ours, is: its nodes by layer and kind, each edge with its weight,
-    what embedding and unembedding say of the task's tokens, and how well it does.
+    what embedding and unembedding say of the task's tokens (of one pair's, if each has its own), and how well it does.
 
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
-    first, second = task.candidates
-    title = f"Circuit of {task.name} in {circuit.model_name}: {first!r} or {second!r}?"
+    question = ": {!r} or {!r}?".format(*task.candidates) if task.candidates else ""
+    title = f"Circuit of {task.name} in {circuit.model_name}{question}"
     tables = [_nodes_table(circuit, model), _edges_table(circuit, model), *_tokens_tables(circuit, model, task)]
     return "\n\n".join(part for part in (title, "=" * len(title), *tables, scores_table(evaluation)) if part)
 
@@ -74,20 +72,22 @@ def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str
     tokens, answers = task_tokens(model, task)
     read, written = _channels(circuit, model, "_in"), _channels(circuit, model, "_out")
     W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
-    heading = "What the task's tokens bring to the channels read: entries of the embedding (not counted as edges)"
+    whose = "the task's" if task.candidates else "one pair's"
+    heading = f"What {whose} tokens bring to the channels read: entries of the embedding (not counted as edges)"
     yield _entries_table(heading, read, [model.tokenizer.decode([i]) for i in tokens], W_E[tokens][:, read].T)
     heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
-    yield _entries_table(heading, written, task.candidates, W_U[written][:, answers])
+    yield _entries_table(heading, written, [model.tokenizer.decode([i]) for i in answers], W_U[written][:, answers])
 
 
 def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
-    """The tokens in which the prompts of a pair differ, with the candidates; and the candidates alone.
+    """The tokens in which the prompts of a pair differ, with its candidates; and the candidates alone.
 
-    `TokenizerError` if a candidate is not one token.
+    Raises TaskError, TokenizerError: if the task does not fit the model's tokenizer.
     """
-    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in task.sample(random.Random(0))]
+    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
+    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in data.prompts]
     different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
-    answers = [single_token(model.tokenizer, text) for text in task.candidates]
+    answers = data.candidates[0].tolist()
     return list(dict.fromkeys(different + answers)), answers
 
 

@@ -235,7 +235,7 @@ def train(
         check_new_folder(out)
     processes = Processes.launched(config, out, resolve_device(device))
     started, device = time.perf_counter(), processes.device
-    required = sorted({candidate for task in TASKS.values() for candidate in task.candidates})
+    required = sorted({candidate for task in TASKS.values() for candidate in task.candidates or ()})
     with processes.main_first():  # the others read what it has packed
         run = None if out is None else Run(Path(out), config, resume or not processes.main)
         corpus = packed_corpus(config, required) if run is None else run.corpus(required)

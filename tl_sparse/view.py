@@ -8,8 +8,7 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,14 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.circuit import Circuit, Edge
+from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CircuitError
-from tl_sparse.evaluation import evaluate, score
+from tl_sparse.evaluation import evaluate, holding_circuit, score
 from tl_sparse.files import replacing
-from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import TLModel, hooked
-from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
+from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Edge, Node
 from tl_sparse.tables import name_of, task_tokens
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
 
@@ -104,7 +102,7 @@ def page_data(
         "caps": {
             "passages": PASSAGES, "window": BEFORE + AFTER, "tokens": TOP_TOKENS, "prompt_tokens": PROMPT_TOKENS,
             "token_chars": TOKEN_CHARS, "effect_pairs": EFFECT_PAIRS, "corpus_tokens": 0, "levels": LEVELS,
-            "ranked": "the pruner" if circuit.measured.get("ranking") else "the loss when each is cut alone",
+            "ranked": "the search" if circuit.scores else "the loss when each is cut alone",
             "sees": "the circuit" if means else "the full model: without means the circuit cannot run",
         },
     }  # fmt: skip
@@ -123,11 +121,12 @@ def page_data(
             data["summary"]["scores"] = data["summary"]["scores"] or asdict(evaluate(circuit, model, pairs))
             with circuit.applied(model):
                 runs.append(_run(model, shown.tokens, nodes, heads))
-                data["loss"] = score(model, pairs).loss
-                for node, entry in zip(tqdm(nodes, "cutting nodes", disable=None), about, strict=True):
-                    with _cut(circuit, model, [node]):
-                        entry["cut_loss"] = score(model, pairs).loss
-                data["ladder"] = _ladder(circuit, model, nodes, edges, about, pairs)
+            data["loss"] = score(model, pairs, under=holding_circuit(circuit, model)).loss
+            for node, entry in zip(tqdm(nodes, "cutting nodes", disable=None), about, strict=True):
+                without = circuit.without([node], model)
+                entry["cut_loss"] = score(model, pairs, under=holding_circuit(without, model)).loss
+            if len(nodes) == circuit.n_nodes:
+                data["ladder"] = _ladder(circuit, model, nodes, about, pairs)
         _, values, patterns = runs[-1]
         scales = torch.maximum(scales, values.abs().amax((0, 1)))
     scales[scales == 0] = 1.0
@@ -196,16 +195,6 @@ def _run(
         logits = model(tokens)
     values = torch.stack([found[node.hook].flatten(2)[..., node.index] for node in nodes], dim=-1).float()
     return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
-
-
-@contextmanager
-def _cut(circuit: Circuit, model: TLModel, nodes: Iterable[Node]) -> Iterator[None]:
-    """Within the context these nodes, too, are at their means."""
-    masks = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
-    for node in nodes:
-        masks[node.hook].view(-1)[node.index] = True
-    with ablating(model, masks, circuit.means):
-        yield
 
 
 def _head(model: TLModel, node: Node) -> int | None:
@@ -279,41 +268,39 @@ def _side(
     percent = {name: (p[row, part, part] * 100).round().int().tolist() for name, p in patterns.items()}
     return {
         "tokens": texts.noted(data.tokens[row, part]), "right": int(data.correct[row]),
+        "answer": texts.noted(data.candidates[row])[int(data.correct[row])],
         "logits": [[_short(x) for x in each[row]] for each in logits], "values": levels[part].T.tolist(),
         "patterns": {name: [line[: i + 1] for i, line in enumerate(lines)] for name, lines in percent.items()},
     }  # fmt: skip
 
 
 def _ladder(
-    circuit: Circuit, model: TLModel, nodes: Sequence[Node], edges: Sequence[Edge], about: Sequence[dict[str, Any]],
-    pairs: TaskData,
-) -> list[list[float]]:  # fmt: skip
-    """[nodes, edges, loss, accuracy] of circuits by size, and each node's rank: as the pruner left them, or else nodes
-    are ranked by the loss when each alone is cut, and all but the first of them are cut here."""
-    rank = {name: i for i, name in enumerate(circuit.measured.get("ranking") or ())}
-    steps = circuit.measured.get("ladder") if rank else None
-    rank = rank or {entry["name"]: i for i, entry in enumerate(sorted(about, key=lambda entry: -entry["cut_loss"]))}
-    for entry in about:
-        entry["rank"] = rank.get(entry["name"], len(rank))
-    try:
-        if steps:
-            return sorted([s["n_nodes"], s["n_edges"], s["circuit"]["loss"], s["circuit"]["accuracy"]] for s in steps)
-    except (KeyError, TypeError) as error:
-        raise CircuitError("measured['ladder'] is not as the pruner writes it, n_nodes, n_edges, circuit …") from error
-    place, ladder = {node: entry["rank"] for node, entry in zip(nodes, about, strict=True)}, []
-    for size in sorted({round(len(nodes) ** (step / (SIZES - 1))) for step in range(SIZES)}):
-        with _cut(circuit, model, [node for node in nodes if place[node] >= size]):
-            scored = score(model, pairs)
-        n_edges = sum(max(place[edge.source], place[edge.target]) < size for edge in edges)
-        ladder.append([size, n_edges, scored.loss, scored.accuracy])
-    return ladder
+    circuit: Circuit, model: TLModel, nodes: Sequence[Node], about: Sequence[dict[str, Any]], pairs: TaskData
+) -> list[list[float]]:
+    """[nodes, edges, loss, accuracy] of circuits by size, up to eight times as large where the search ranked all nodes.
+
+    Otherwise nodes are ranked by the loss when each alone is cut. Each entry of `about` gets its rank.
+    """
+    total, ranks = sum(mask.numel() for mask in circuit.kept.values()), circuit.scores
+    worth = [entry["cut_loss"] for entry in about]
+    worth = [float(ranks[node.hook].flatten()[node.index]) for node in nodes] if ranks else worth
+    order = sorted(range(len(nodes)), key=lambda i: -worth[i])
+    for rank, i in enumerate(order):
+        about[i]["rank"] = rank
+    sizes = {round(len(nodes) ** (step / (SIZES - 1))) for step in range(SIZES)}
+    circuits = [circuit.without([nodes[i] for i in order[size:]], model) for size in sorted(sizes)]
+    larger = {min(total, round(len(nodes) * 2 ** (i / 2))) for i in range(1, 7)} - {len(nodes)} if ranks else set()
+    circuits += [circuit.of_size(size) for size in sorted(larger)]
+    scores = [score(model, pairs, under=holding_circuit(smaller, model)) for smaller in circuits]
+    return [[c.n_nodes, len(c.edges(model)), s.loss, s.accuracy] for c, s in zip(circuits, scores, strict=True)]
 
 
 def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: float) -> dict[str, Any]:
     name, command = circuit.model_name or str(getattr(model.cfg, "model_name", "")), ""
     if isinstance(config := circuit.measured.get("config"), dict):
-        default = asdict(PruneConfig())
-        flags = [f"--{key.replace('_', '-')}={x}" for key, x in config.items() if x != default.get(key)]
+        default, switch = asdict(PruneConfig()), {True: "--{}", False: "--no-{}"}
+        changed = [(key.replace("_", "-"), value) for key, value in config.items() if value != default.get(key)]
+        flags = [switch[v].format(key) if isinstance(v, bool) else f"--{key}={v}" for key, v in changed]
         command = shlex.join(["tl-sparse", "prune", name, circuit.task, "--out", "circuit", *flags])
     return {
         "task": task.name if task else circuit.task, "description": task.description if task else "",

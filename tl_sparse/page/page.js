@@ -294,7 +294,7 @@ function showPrompts() {
   fill("sides", pair.map((side, s) => {
     const other = pair[1 - s].tokens, levels = node ? side.values[i] : [];
     const odds = (logits) => 1 / (1 + Math.exp(logits[1 - side.right] - logits[side.right]));
-    const [full, alone] = side.logits, answer = h("span", { class: "token mono" }, inLine(ends.candidates[side.right]));
+    const [full, alone] = side.logits, answer = h("span", { class: "token mono" }, inLine(side.answer));
     return h("div", {}, h("div", { class: "prompt", "data-side": s }, tokens(side.tokens, levels, node, (t) => ({
       class: `${t === here[s] ? "here" : ""} ${other[other.length - side.tokens.length + t] !== side.tokens[t] ? "differs" : ""}`,
       onclick: () => { state.back = Math.min(side.tokens.length - 1 - t, shortest - 1); showPrompts(); } }))),

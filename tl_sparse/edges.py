@@ -1,0 +1,67 @@
+"""Edge pruning: which weights between the nodes of a circuit its task needs.
+
+Gao et al. 2025 prune nodes only, and name leftover edges as a weakness (METHOD §5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparse.errors import PruneError
+from tl_sparse.hooks.points import NodeValues, TLModel
+from tl_sparse.nodes import LOCATION_HOOKS, Edge
+
+#: The weight matrix and the bias into each node location that edges lead to.
+_PARAMETERS = {
+    "attn_q": ("attn.W_Q", "attn.b_Q"),
+    "attn_k": ("attn.W_K", "attn.b_K"),
+    "attn_v": ("attn.W_V", "attn.b_V"),
+    "attn_out": ("attn.W_O", "attn.b_O"),
+    "mlp_neuron": ("mlp.W_in", "mlp.b_in"),
+    "mlp_out": ("mlp.W_out", "mlp.b_out"),
+}
+
+
+@contextmanager
+@torch.no_grad()
+def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterator[None]:
+    """Within the context, each edge contributes its mean: its weight is zero, and weight · mean is in the bias.
+
+    Afterwards the weights are bit for bit what they were. `PruneError` for a model that is not one of ours: others
+    have their weights in other forms.
+    """
+    if not hasattr(model, "sparse_cfg"):
+        raise PruneError(f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}")
+    undo: list[tuple[Tensor, Tensor]] = []
+    try:
+        for edge in edges:
+            weight, bias = _entries(model, edge)
+            mean = means[LOCATION_HOOKS[edge.source.location].format(edge.source.layer)].flatten()[edge.source.index]
+            for entry, value in ((weight, torch.zeros_like(weight)), (bias, bias + weight * mean)):
+                undo.append((entry, entry.clone()))
+                entry.copy_(value)
+        yield
+    finally:
+        for entry, value in reversed(undo):
+            entry.copy_(value)
+
+
+def _entries(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Views of the weight of an edge, and of the bias at its target."""
+    block, (weight_name, bias_name) = model.blocks[edge.source.layer], _PARAMETERS[edge.target.location]
+    source, target, d_head = edge.source.index, edge.target.index, model.cfg.d_head
+    if edge.source.location.endswith("_in") and source >= model.cfg.d_model:  # a positional channel
+        weight_name, source = f"{weight_name}_pos", source - model.cfg.d_model
+    weight, bias = (attrgetter(name)(block).detach() for name in (weight_name, bias_name))
+    if edge.target.location in ("attn_q", "attn_k", "attn_v"):
+        head, channel = divmod(target, d_head)
+        return weight[head, source, channel], bias[head, channel]
+    if edge.target.location == "attn_out":
+        return weight[source // d_head, source % d_head, target], bias[target]
+    return weight[source, target], bias[target]
