@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 
 import pytest
@@ -16,7 +17,8 @@ from helpers import word_tokenizer
 from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, micro_circuit, micro_corpus, micro_model, micro_tokenizer
 from tl_sparse import view
 from tl_sparse.circuit import Circuit
-from tl_sparse.cli import main
+from tl_sparse.cli import _given, _parser, main
+from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.exports import attribution_graph, to_networkx
 from tl_sparse.fingerprint import fingerprint
@@ -135,6 +137,15 @@ def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
     assert list(to_networkx(pruned, micro).edges) == [EDGES[0][:2]]
     links = attribution_graph(pruned, micro, MICRO_TASK)["links"]
     assert "0_3000000_3" not in {link["source"] for link in links}
+
+
+def test_the_command_makes_the_circuit_again(micro):
+    config = PruneConfig(steps=7, method="integrated_gradients", tied_qk=True)
+    circuit = dataclasses.replace(micro_circuit(micro), measured={"config": dataclasses.asdict(config) | {"old": 1}})
+    command = page_data(circuit, micro)["summary"]["command"]
+    assert command == "tl-sparse prune micro micro --out circuit --steps=7 --method=integrated_gradients --tied-qk"
+    args = _parser().parse_args(shlex.split(command)[1:])
+    assert PruneConfig(**_given(args, PruneConfig)) == config
 
 
 def test_a_task_whose_pairs_have_their_own_answers(micro):
@@ -429,6 +440,7 @@ def test_a_hostile_corpus_executes_and_breaks_nothing(opened):
     with torch.no_grad():
         found = page_data(circuit, model, None, corpus)
     found["prompts"], found["ends"] = [], found["ends"] | {"tokens": [1, 2], "candidates": [3, 4]}
+    found["summary"]["scores"] = {"full": {"loss": "<b>", "accuracy": None}, "circuit": 3}
     page = opened(found)
     assert count(page, ".node:not(.terminal)") == 3
     for name in NODES:

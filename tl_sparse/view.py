@@ -298,9 +298,9 @@ def _ladder(
 def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: float) -> dict[str, Any]:
     name, command = circuit.model_name or str(getattr(model.cfg, "model_name", "")), ""
     if isinstance(config := circuit.measured.get("config"), dict):
-        default, switch = asdict(PruneConfig()), {True: "--{}", False: "--no-{}"}
-        changed = [(key.replace("_", "-"), value) for key, value in config.items() if value != default.get(key)]
-        flags = [switch[v].format(key) if isinstance(v, bool) else f"--{key}={v}" for key, v in changed]
+        default = asdict(PruneConfig())
+        changed = [(key.replace("_", "-"), x) for key, x in config.items() if x != default.get(key, x)]
+        flags = [f"--{key}={x}" if not isinstance(x, bool) else f"--{'no-' * (not x)}{key}" for key, x in changed]
         command = shlex.join(["tl-sparse", "prune", name, circuit.task, "--out", "circuit", *flags])
     return {
         "task": task.name if task else circuit.task, "description": task.description if task else "",

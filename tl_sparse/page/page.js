@@ -16,9 +16,10 @@ function h(tag, attributes = {}, ...children) {
 }
 const fill = (id, ...children) => $(id).replaceChildren(...children.flat(9).filter((child) => child != null));
 const digits = (x) => (Number.isInteger(x) || Math.abs(x) >= 100 ? Math.round(x).toLocaleString("en") : Math.abs(x) >= 1e-3 ? x.toPrecision(3) : x.toExponential(1));
-const number = (x) => (x == null ? "–" : digits(x).replace(/-/g, "−"));
+const number = (x) => (typeof x !== "number" ? "–" : digits(x).replace(/-/g, "−"));
 const signed = (x) => (x > 0 ? "+" : "") + number(x);
-const percent = (x) => (x == null ? "" : `${(100 * x).toFixed(1)}\u202f%`);
+const fixed = (x) => (typeof x === "number" ? x.toFixed(3) : "–");
+const percent = (x) => (typeof x !== "number" ? "" : `${(100 * x).toFixed(1)}\u202f%`);
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const color = (x) => `var(--${x < 0 ? "neg" : "pos"})`;
 const cost = (node) => (node.cut_loss == null || data.loss == null ? 0 : Math.max(0, node.cut_loss - data.loss));
@@ -225,7 +226,7 @@ function showPanel() {
     h("h2", {}, node.name), h("p", { class: "aka" }, node.openai, " in OpenAI’s notation"), h("p", {}, `Layer ${node.layer}, ${node.kind}` + (node.head != null ? `: head ${node.head}, channel ${node.label.split(".").at(-1)}` : "")),
     h("dl", { class: "facts" },
       h("div", {}, h("dt", {}, "mean"), h("dd", {}, number(node.mean))),
-      h("div", {}, h("dt", {}, "loss when cut alone"), h("dd", { id: "cut-loss" }, number(node.cut_loss))),
+      h("div", {}, h("dt", {}, "loss when cut"), h("dd", { id: "cut-loss" }, number(node.cut_loss))),
       h("div", {}, h("dt", {}, "difference"), h("dd", {}, node.cut_loss == null ? "–" : signed(node.cut_loss - data.loss)))),
     list("in", "s", "Incoming edges", "edge", signed), list("out", "t", "Outgoing edges", "edge", signed),
     list("in", "s", "Written on this channel by", "join", signed), list("out", "t", "Read on this channel by", "join", signed),
@@ -252,7 +253,7 @@ function histogram(node) {
   if (node.mean != null) s.append("line").attr("x1", x(node.mean)).attr("x2", x(node.mean)).attr("y1", 0).attr("y2", 58);
   s.append("text").attr("y", 71).text(number(low));
   s.append("text").attr("y", 71).attr("x", W).attr("text-anchor", "end").text(number(high));
-  return [h("h3", {}, "Activations in the corpus, counted logarithmically; the line is the mean"), s.node()];
+  return [h("h3", {}, "Activations in the corpus"), s.node(), h("p", { class: "note" }, "Counts are logarithmic; the line is the mean.")];
 }
 function promptsOf(i, node) {
   const found = prompts.flatMap((pair, p) => pair.map((side) => ({ p, side })));
@@ -349,7 +350,7 @@ $("model").textContent = summary.model || "a model";
 $("task").textContent = summary.task || "Circuit";
 $("lede").textContent = sentence + (summary.min_weight ? ` Drawn are the ${count(edges.length, "edge")} of absolute weight ${number(summary.min_weight)} or more, and the ${count(nodes.length, "node")} they join.` : "");
 const scored = [["full", "full model"], ["circuit", "circuit alone"], ["ablated", "without the circuit"]].filter(([name]) => summary.scores[name]);
-if (scored.length) fill("scores", h("tr", {}, ["", "task loss", "accuracy"].map((t) => h("th", {}, t))), scored.map(([name, label]) => h("tr", name === "circuit" ? { class: "own" } : {}, h("td", {}, label), h("td", {}, summary.scores[name].loss?.toFixed(3) ?? "–"), h("td", {}, percent(summary.scores[name].accuracy)))));
+if (scored.length) fill("scores", h("tr", {}, ["", "task loss", "accuracy"].map((t) => h("th", {}, t))), scored.map(([name, label]) => h("tr", name === "circuit" ? { class: "own" } : {}, h("td", {}, label), h("td", {}, fixed(summary.scores[name].loss)), h("td", {}, percent(summary.scores[name].accuracy)))));
 $("command").textContent = summary.command;
 $("caps").textContent = `Each node has at most ${caps.passages} passages of either sign, ${caps.window} tokens long, from ` +
   `${caps.corpus_tokens.toLocaleString("en")} tokens of the corpus run through the full model, and ${caps.tokens} tokens of either sign; ${count(prompts.length, "pair")} of prompts, their last ` +
