@@ -473,7 +473,8 @@ def test_sizes_and_times(n_layers, width, keep, opened, record_property):
     page = opened(found)
     edges = len(circuit.edges(model))
     assert (count(page, ".node:not(.terminal)"), count(page, "path.edge")) == (circuit.n_nodes, edges)
-    milliseconds, size = int(page.evaluate("document.documentElement.dataset.ready")), len(Page(found).html)
+    page.wait_for_selector("[data-ready]")
+    milliseconds, size = int(page.get_attribute("html", "data-ready")), len(Page(found).html)
     record_property("page", f"{circuit.n_nodes} nodes, {edges} edges: {size:,} bytes, {milliseconds} ms")
     print(f"{circuit.n_nodes} nodes, {edges} edges: {size:,} bytes, {milliseconds} ms")
     assert size <= 5_000_000
