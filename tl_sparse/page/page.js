@@ -99,7 +99,8 @@ for (let round = 0; round < 14; round++) {  // barycentres, from a fixed start: 
 
 // ---------------------------------------------------------------- drawing
 const svg = d3.select("#graph"), world = svg.append("g"), gutter = svg.append("g").attr("class", "gutter");
-const [left, right] = d3.extent(vertices, (v) => v.x);
+const [left, right] = d3.extent(vertices, (v) => v.x), stretch = Math.max(1, Math.min(3, (0.6 * (right - left)) / -height));
+for (const row of rows) for (const v of [row, ...row.members]) v.y *= stretch;  // a wide graph is a tall one, too
 for (const [block, members] of d3.group(rows, (r) => r.block))
   world.append("rect").attr("class", "band").attr("rx", 8).attr("x", left - 40).attr("width", right - left + 80).attr("y", members.at(-1).y - 26).attr("height", members[0].y - members.at(-1).y + 52).attr("data-block", block);
 for (const [channel, lane] of lanes)
@@ -114,8 +115,8 @@ function path({ kind, s, t }) {
 }
 for (const head of rows.flatMap((row) => (row.key.endsWith("qkv") ? row.heads : []))) {
   const xs = d3.extent(head.members, (v) => v.x), y = head.members[0].y;
+  head.label = [`head ${head.head}`, xs[0] - 14, y - 24];
   world.append("rect").attr("class", "headbox").attr("rx", 7).attr("x", xs[0] - 18).attr("width", xs[1] - xs[0] + 36).attr("y", y - 20).attr("height", 46);
-  world.append("text").attr("x", xs[0] - 14).attr("y", y - 24).text(`head ${head.head}`);
 }
 const drawnLinks = d3.sort(links.filter((l) => l.kind !== "pattern"), (l) => (l.kind === "edge" ? Math.abs(l.weight) : -1));
 const linkPaths = world.append("g").style("--lit", edges.length > 400 ? 0.16 : 0.55).selectAll("path").data(drawnLinks).join("path")
@@ -124,6 +125,8 @@ const linkPaths = world.append("g").style("--lit", edges.length > 400 ? 0.16 : 0
 linkPaths.on("pointerenter", function (event, l) {  // 5,000 titles would be half of the page's elements
   if (!this.firstChild) d3.select(this).append("title").text(`${l.s.name} → ${l.t.name}${l.kind === "join" ? "" : `  ${signed(l.weight)}`}`);
 });
+world.append("g").selectAll("text").data(rows.flatMap((row) => row.heads ?? []).filter((head) => head.label)).join("text")
+  .attr("x", ({ label }) => label[1]).attr("y", ({ label }) => label[2]).text(({ label }) => label[0]);
 const marks = world.append("g").selectAll("g").data(vertices).join("g")
   .attr("class", (v) => (v.terminal ? "node terminal" : "node")).attr("transform", (v) => `translate(${v.x},${v.y})`)
   .attr("data-name", (v) => v.name).attr("role", "button").attr("aria-label", (v) => v.node?.label ?? v.name)
@@ -152,7 +155,7 @@ function rowLabel(row) { return LEVELS.find(([location]) => row.key.endsWith(loc
 
 const zoom = d3.zoom().scaleExtent([0.05, 6]).on("zoom", ({ transform }) => {
   world.attr("transform", transform);
-  svg.classed("far", Math.min(gap, step) * transform.k < 15).classed("tight", 62 * transform.k < 38);
+  svg.classed("far", Math.min(gap, step) * transform.k < 15).classed("tight", 62 * stretch * transform.k < 38);
   for (const row of rows) row.label.attr("transform", `translate(0,${transform.applyY(row.y)})`);
 });
 svg.call(zoom).on("dblclick.zoom", null).on("click", () => pin(null));
@@ -320,14 +323,14 @@ function turn(by) {
 // ---------------------------------------------------------------- faithfulness curve
 function showCurve() {
   const s = d3.select("#curve"), scores = summary.scores, losses = ladder.map((step) => step[2]), top = d3.max([...losses, scores.ablated?.loss ?? 0, 0.7]) * 1.12;
-  const x = d3.scaleLog([ladder[0][0], Math.max(ladder.at(-1)[0], ladder[0][0] + 1)], [36, 350]), y = d3.scaleLinear([0, top], [165, 8]);
+  const x = d3.scaleLog([ladder[0][0], Math.max(ladder.at(-1)[0], ladder[0][0] + 1)], [36, 322]), y = d3.scaleLinear([0, top], [165, 8]);
   s.selectAll("*").remove();
-  for (const t of y.ticks(4)) { s.append("line").attr("x1", 36).attr("x2", 350).attr("y1", y(t)).attr("y2", y(t)); s.append("text").attr("x", 30).attr("y", y(t) + 3).attr("text-anchor", "end").text(t); }
+  for (const t of y.ticks(4)) { s.append("line").attr("x1", 36).attr("x2", 322).attr("y1", y(t)).attr("y2", y(t)); s.append("text").attr("x", 30).attr("y", y(t) + 3).attr("text-anchor", "end").text(t); }
   for (const n of x.ticks(4).filter((n) => /^[125]0*$/.test(n))) s.append("text").attr("x", x(n)).attr("y", 180).attr("text-anchor", "middle").text(n);
-  s.append("text").attr("x", 350).attr("y", 190).attr("text-anchor", "end").text("nodes");
+  s.append("text").attr("x", 337).attr("y", 180).text("nodes");
   for (const [name, label] of [["full", "full model"], ["ablated", "without the circuit"]]) if (scores[name]) {
-    s.append("line").attr("class", "level").attr("x1", 36).attr("x2", 350).attr("y1", y(scores[name].loss)).attr("y2", y(scores[name].loss));
-    s.append("text").attr("x", 350).attr("y", y(scores[name].loss) - (name === "ablated" ? 7 : y(scores[name].loss) < 140 ? -11 : 3)).attr("text-anchor", "end").text(label);
+    s.append("line").attr("class", "level").attr("x1", 36).attr("x2", 322).attr("y1", y(scores[name].loss)).attr("y2", y(scores[name].loss));
+    s.append("text").attr("x", 322).attr("y", y(scores[name].loss) - (name === "ablated" ? 7 : y(scores[name].loss) < 140 ? -11 : 3)).attr("text-anchor", "end").text(label);
   }
   s.append("path").attr("class", "path").attr("d", d3.line((step) => x(step[0]), (step) => y(step[2]))(ladder));
   s.selectAll("circle").data(ladder).join("circle").attr("r", 3).attr("cx", (step) => x(step[0])).attr("cy", (step) => y(step[2]))
