@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -256,20 +257,21 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Debian's, or one that playwright knows. Where there must be one, its absence is a failure."""
-    try:
-        from playwright.sync_api import Error, sync_playwright
+    """Chromium: Debian's, or one that playwright installed. Where there must be one, its absence is an error."""
+    with ExitStack() as stack:
+        try:
+            from playwright.sync_api import sync_playwright
 
-        with sync_playwright() as playwright:
+            playwright = stack.enter_context(sync_playwright())
             path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-            arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-            chromium = playwright.chromium.launch(executable_path=path, args=arguments)
-            yield chromium
-            chromium.close()
-    except (ImportError, Error) as error:
-        if os.environ.get("TL_SPARSE_BROWSER") == "required":
-            raise
-        pytest.skip(f"no browser: {str(error).splitlines()[0]}")
+            root = hasattr(os, "geteuid") and os.geteuid() == 0
+            chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] * root)
+        except Exception as error:  # no playwright, or no browser that starts
+            if os.environ.get("TL_SPARSE_BROWSER") == "required":
+                raise
+            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
+        stack.callback(chromium.close)
+        yield chromium
 
 
 @pytest.fixture

@@ -139,8 +139,7 @@ def attribution_graph(
         values[name], leaves[name] = activation[0].flatten(1), activation.detach().requires_grad_()
         return leaves[name]
 
-    hooks, text = ["hook_embed", *circuit.kept], model.tokenizer.decode
-    splits: dict[str, Any] = {name: partial(separate, name) for name in hooks}
+    splits: dict[str, Any] = {name: partial(separate, name) for name in ("hook_embed", *circuit.kept)}
     # Held: along the whole stream, a norm with its scale has no derivative at all.
     scales = {name: lambda scale, hook: scale.detach() for name in model.hook_dict if name.endswith("hook_scale")}
     # A vertex of the graph is the number of its hook, its position, and its index there.
@@ -148,9 +147,10 @@ def attribution_graph(
     with circuit.applied(model), frozen(model), torch.enable_grad():
         with hooked(model, splits | scales):
             logits = model(torch.tensor([ids], device=device))[0, last]
+        hooks, text = list(leaves), model.tokenizer.decode
         beyond = [leaves["hook_embed"].detach()]
-        for name, mask in circuit.kept.items():
-            beyond.append((leaves[name].detach() - circuit.means[name].to(device)) * mask.to(device))
+        for name in hooks[1:]:
+            beyond.append((leaves[name].detach() - circuit.means[name].to(device)) * circuit.kept[name].to(device))
         influence |= dict.fromkeys([(len(hooks), last, token) for token in data.candidates[2 * pair].tolist()], 0.5)
         for depth in range(len(hooks), 0, -1):  # each source is further down than its targets
             reached = [vertex for vertex, share in influence.items() if vertex[0] == depth and share >= LEAST_INFLUENCE]

@@ -149,7 +149,8 @@ def drawn(circuit: Circuit, model: TLModel, min_weight: float = 0.0) -> tuple[li
         raise CircuitError("the circuit has no nodes, so there is nothing to draw")
     if min_weight > 0:
         edges = [edge for edge in edges if abs(edge.weight) >= min_weight]
-        nodes = [node for node in nodes if node in _ends_of(edges)] if edges else []
+        ends = _ends_of(edges)
+        nodes = [node for node in nodes if node in ends]
         if not nodes:
             raise CircuitError(f"no edge of the circuit has an absolute weight of min_weight = {min_weight:g} or more")
     if len(nodes) > MAX_NODES or len(edges) > MAX_EDGES:
@@ -197,15 +198,12 @@ def _run(
     return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
 
 
-def _head(model: TLModel, node: Node) -> int | None:
-    return node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None
-
-
 def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[str, Any]:
     """What is known of a node before anything is run. Reads and writes also have their channel and its tokens."""
     about: dict[str, Any] = {
         "name": str(node), "openai": node.openai_name, "label": name_of(model, node), "kind": KINDS[node.location],
-        "layer": node.layer, "location": node.location, "index": node.index, "head": _head(model, node),
+        "layer": node.layer, "location": node.location, "index": node.index,
+        "head": node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None,
         "mean": _short(circuit.means[node.hook].flatten()[node.index]) if circuit.means else None,
         "cut_loss": None, "passages": [[], []],
     }  # fmt: skip
@@ -213,7 +211,7 @@ def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[
         beyond = node.index - model.cfg.d_model
         about["channel"] = f"p{beyond}" if beyond >= 0 else node.index
         if beyond < 0:
-            weights = _unembedding(model)[node.index] if "out" in node.location else model.embed.W_E[:, node.index]
+            weights = _unembedding(model, node.index) if "out" in node.location else model.embed.W_E[:, node.index]
             about["tokens"] = []
             for sign in (1, -1):
                 top = (sign * weights).topk(min(TOP_TOKENS, len(weights)))
@@ -222,23 +220,23 @@ def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[
     return about
 
 
-def _unembedding(model: TLModel) -> Float[Tensor, "d_model vocab"]:
+def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
     """What a unit in a channel adds to each logit, before the final norm divides."""
-    weights: Tensor = model.ln_final.w.detach()[:, None] * model.unembed.W_U.detach()
+    weights: Tensor = model.ln_final.w.detach()[channel] * model.unembed.W_U.detach()[channel]
     return weights
 
 
 def _ends(model: TLModel, nodes: Sequence[Node], task: Task | None, texts: _Texts) -> dict[str, Any]:
     """The task's tokens and candidates, with the entries of embedding and unembedding that join them to the nodes."""
     tokens, candidates = task_tokens(model, task) if task is not None else ([], [])
-    embed, unembed = model.embed.W_E[tokens].tolist(), _unembedding(model)[:, candidates].tolist()
+    embed = model.embed.W_E[tokens].tolist()
     places = [(i, node) for i, node in enumerate(nodes) if node.index < model.cfg.d_model]
     reads = [(i, node.index) for i, node in places if node.location.endswith("_in")]
-    writes = [(i, node.index) for i, node in places if node.location.endswith("_out")]
+    writes = [(i, _unembedding(model, node.index)) for i, node in places if node.location.endswith("_out")]
     return {
         "tokens": texts.noted(torch.tensor(tokens)), "candidates": texts.noted(torch.tensor(candidates)),
         "embed": [[t, i, _short(row[c])] for t, row in enumerate(embed) for i, c in reads if row[c]],
-        "unembed": [[i, t, _short(weight)] for i, c in writes for t, weight in enumerate(unembed[c]) if weight],
+        "unembed": [[i, t, _short(w)] for i, row in writes for t, w in enumerate(row[candidates].tolist()) if w],
     }  # fmt: skip
 
 

@@ -244,7 +244,7 @@ function showPanel() {
 function showOverview() {
   const ranked = [...vertices.filter((v) => v.node)].sort((a, b) => cost(b.node) - cost(a.node)).slice(0, 14);
   fill("panel", h("h2", {}, "Nodes that matter most"),
-    h("p", { class: "note" }, data.loss == null ? "Click a node." : `What the task loss rises by when a node alone is cut from the circuit. Click one; its paths light up.`),
+    h("p", { class: "note" }, data.loss == null ? `Click a node. ${prompts.length ? "" : "Without a task, there are no prompts, and no loss to measure a node by."}` : `What the task loss rises by when a node alone is cut from the circuit. Click one; its paths light up.`),
     h("h3", {}, data.loss == null ? "Nodes" : "Cut alone"), bars(ranked.map((v) => [goTo(v, v.name), data.loss == null ? null : v.node.cut_loss - data.loss]), signed),
     h("p", { class: "note", style: "margin-top:18px" }, "Arrow keys walk along edges, / finds a node, ? explains the rest."));
 }
