@@ -398,7 +398,7 @@ for (const what of ["weight", "effect"])  // by rank: each step of the slider hi
 $("size").addEventListener("input", (event) => resize(+event.target.value));
 $("values").addEventListener("change", showPrompts);
 for (const [id, act] of [["fit", fit], ["theme", flip], ["previous", () => turn(-1)], ["next", () => turn(1)], ["help-button", () => $("help").showModal()]]) $(id).addEventListener("click", act);
-$("copy").addEventListener("click", async () => { try { await navigator.clipboard.writeText(quote); $("copy").textContent = "Copied"; } catch { prompt("The summary", quote); } });
+$("copy").addEventListener("click", async () => { try { await navigator.clipboard.writeText(quote); $("copy").textContent = "Copied"; } catch { $("lede").textContent = quote; } });  // to be copied by hand, where the browser forbids it
 $("prompt-section").hidden = $("values-label").hidden = $("halves").hidden = !prompts.length;
 $("curve-section").hidden = !ladder.length;
 $("effect-label").hidden = data.loss == null;
