@@ -39,3 +39,18 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
     check_hook_names(model, functions)
     with model.hooks(fwd_hooks=list(functions.items())):
         yield
+
+
+@contextmanager
+def frozen(model: TLModel) -> Iterator[None]:
+    """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -22,24 +21,13 @@ from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
-from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node, node_at
+from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node, node_at, weight_matrices
 from tl_sparse.sources import find
 
 if TYPE_CHECKING:
     from tl_sparse.view import Page
 
 FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
-#: Weight matrices that join node locations of one layer (METHOD §4): parameter, source, target, and how the weight
-#: becomes a matrix from source to target. From the writes to later reads there is no weight: the residual stream joins
-#: them.
-_EDGES = (
-    ("attn.W_Q", "attn_in", "attn_q", "head source d_head -> source (head d_head)"),
-    ("attn.W_K", "attn_in", "attn_k", "head source d_head -> source (head d_head)"),
-    ("attn.W_V", "attn_in", "attn_v", "head source d_head -> source (head d_head)"),
-    ("attn.W_O", "attn_v", "attn_out", "head d_head target -> (head d_head) target"),
-    ("mlp.W_in", "mlp_in", "mlp_neuron", "source target -> source target"),
-    ("mlp.W_out", "mlp_neuron", "mlp_out", "source target -> source target"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +79,8 @@ class Circuit:
     def edges(self, model: TLModel) -> list[Edge]:
         """Every nonzero weight of `model` that joins two kept nodes and is not cut, in the order of the forward pass.
 
-        `CircuitError` if `model` is not this circuit's, as for `applied` and `ablated`.
+        Where several weights join the same two nodes (gated MLPs, grouped queries), each is an edge. `CircuitError` if
+        `model` is not this circuit's, as for `applied` and `ablated`.
         """
         self.check_model(model)
         return self._left(model)
@@ -102,14 +91,10 @@ class Circuit:
 
     def _weights(self, model: TLModel) -> list[Edge]:
         """The edges, and those that are cut."""
-        parameters, kept, edges = dict(model.named_parameters()), self.nodes_by_location(), []
-        for layer, (name, source, target, pattern) in itertools.product(range(model.cfg.n_layers), _EDGES):
+        kept, edges = self.nodes_by_location(), []
+        joined = ((layer, *found) for layer in range(model.cfg.n_layers) for found in weight_matrices(model, layer))
+        for layer, source, target, matrix in joined:
             sources, targets = kept.get((layer, source), []), kept.get((layer, target), [])
-            if not sources or not targets:
-                continue
-            # Positional rows, where there are some, are below the others.
-            rows = [parameters[key] for end in ("", "_pos") if (key := f"blocks.{layer}.{name}{end}") in parameters]
-            matrix = rearrange(torch.cat(rows, dim=-2).detach(), pattern)
             for i, j in matrix[sources][:, targets].nonzero().tolist():
                 ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
                 edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
@@ -199,11 +184,12 @@ class Circuit:
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
         """This circuit without some of its nodes and edges."""
         kept, cut = {name: mask.clone() for name, mask in self.kept.items()}, set()
+        masks = {(first.layer, first.location): mask for name, mask in kept.items() if (first := node_at(name, 0))}
         for part in parts:
             if isinstance(part, Edge):
                 cut.add((part.source, part.target))
             else:
-                kept[LOCATION_HOOKS[part.location].format(part.layer)].view(-1)[part.index] = False
+                masks[part.layer, part.location].view(-1)[part.index] = False
         edge_set = frozenset((e.source, e.target) for e in self._left(model)) - cut if cut else self.edge_set
         return self._with(kept, self.task, edge_set)
 

@@ -479,6 +479,7 @@ class PruneConfig:
     k_coef: float = 1e-3
     steer_to: float = 0.8
     steer_rate: float = 0.1
+    steer_now: float = 0.0
     lr: float = 2e-2
     beta1: float = 0.9
     beta2: float = 0.95

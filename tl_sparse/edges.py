@@ -42,7 +42,8 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
     try:
         for edge in edges:
             weight, bias = _entries(model, edge)
-            mean = means[LOCATION_HOOKS[edge.source.location].format(edge.source.layer)].flatten()[edge.source.index]
+            hook = f"blocks.{edge.source.layer}.{LOCATION_HOOKS[edge.source.location][0]}"
+            mean = means[hook].flatten()[edge.source.index]
             for entry, value in ((weight, torch.zeros_like(weight)), (bias, bias + weight * mean)):
                 undo.append((entry, entry.clone()))
                 entry.copy_(value)

@@ -120,7 +120,8 @@ def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[floa
             return loss
 
         optimizer.step(closure)
-    return float(fitted[0]), float(fitted[1])
+    scale, shift = fitted.detach().tolist()
+    return scale, shift
 
 
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:

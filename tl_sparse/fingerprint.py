@@ -46,7 +46,8 @@ def fingerprint(model: TLModel) -> Fingerprint:
     if (cfg := getattr(model, "sparse_cfg", None)) is not None:
         described = cfg.to_dict()
     else:
-        names = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn")
+        names = ["n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn"]
+        names += ["n_key_value_heads", "parallel_attn_mlp", "positional_embedding_type", "rotary_dim"]
         described = {name: getattr(model.cfg, name, None) for name in names}
     text = json.dumps(described, sort_keys=True)
     sketch = {name: _project(parameter) for name, parameter in model.named_parameters()}

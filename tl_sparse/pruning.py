@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,7 +35,7 @@ from tl_sparse.evaluation import (
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import TLModel, frozen, hooked
 from tl_sparse.nodes import Edge, node_hooks
 from tl_sparse.tasks import Task, TaskData, make_task_data
 
@@ -71,7 +70,7 @@ def prune(
             )
         means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
         nothing = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
-        empty = Circuit(nothing, means, fingerprint(model), getattr(model.cfg, "model_name", ""), task.name)
+        empty = Circuit(nothing, means, fingerprint(model), str(getattr(model.cfg, "model_name", None) or ""), task.name)
         configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
         found = [_search(empty, model, train, selection, config, progress) for config in configs]
         circuit = min(found, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
@@ -129,21 +128,6 @@ def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskDa
         splits.append(data.to(device))
     selection, heldout, train = splits
     return train, selection, heldout
-
-
-@contextmanager
-def frozen(model: TLModel) -> Iterator[None]:
-    """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
@@ -220,7 +204,8 @@ def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
         smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
         steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
         log_k = max(lowest, min(highest, log_k + steer))
-        objective = loss + math.exp(log_k) * gates.expected_size()
+        error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
+        objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
         if config.necessity > 0:
             with gates.attached(model, inverted=True):
                 without = task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
