@@ -22,6 +22,7 @@ from tl_sparse.cli import _given, _parser, main
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.exports import attribution_graph, to_networkx
+from tl_sparse.faces import transformer_lens_line
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import node_hooks
@@ -138,6 +139,23 @@ def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
     assert list(to_networkx(pruned, micro).edges) == [EDGES[0][:2]]
     links = attribution_graph(pruned, micro, MICRO_TASK)["links"]
     assert "0_3000000_3" not in {link["source"] for link in links}
+
+
+def test_dense_models_have_pages_too():
+    import test_families as families
+
+    llama = families.HOOKED["llama"] if transformer_lens_line() == 3 else families.BRIDGED["llama"]
+    model = families.hooked(**llama) if transformer_lens_line() == 3 else None
+    model = model or families.bridge(families.of_transformers(*llama))
+    circuit = families.with_nodes(model, True)
+    found = page_data(circuit, model, corpus=families.TOKENS)
+    assert (len(found["nodes"]), len(found["edges"])) == (circuit.n_nodes, len(circuit.edges(model)))
+    assert found["caps"]["corpus_tokens"] == families.TOKENS.numel()
+    means = torch.cat([mean.flatten() for mean in circuit.means.values()]).tolist()
+    assert [node["mean"] for node in found["nodes"]] == pytest.approx(means, rel=1e-3)
+    graph = to_networkx(circuit, model)
+    assert graph.number_of_edges() == len(circuit.edges(model))
+    assert graph.is_multigraph()  # W_in and W_gate
 
 
 def test_the_command_makes_the_circuit_again(micro):

@@ -67,6 +67,11 @@ class Circuit:
         return [node_at(name, index) for name, indices in kept for index in indices]
 
     @property
+    def hooks(self) -> dict[tuple[int, str], str]:
+        """(layer, location) → the hook point there."""
+        return {(first.layer, first.location): name for name in self.kept if (first := node_at(name, 0))}
+
+    @property
     def n_nodes(self) -> int:
         """How many nodes are kept."""
         return sum(int(mask.sum()) for mask in self.kept.values())
@@ -184,12 +189,12 @@ class Circuit:
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
         """This circuit without some of its nodes and edges."""
         kept, cut = {name: mask.clone() for name, mask in self.kept.items()}, set()
-        masks = {(first.layer, first.location): mask for name, mask in kept.items() if (first := node_at(name, 0))}
+        hooks = self.hooks
         for part in parts:
             if isinstance(part, Edge):
                 cut.add((part.source, part.target))
             else:
-                masks[part.layer, part.location].view(-1)[part.index] = False
+                kept[hooks[part.layer, part.location]].view(-1)[part.index] = False
         edge_set = frozenset((e.source, e.target) for e in self._left(model)) - cut if cut else self.edge_set
         return self._with(kept, self.task, edge_set)
 

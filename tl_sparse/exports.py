@@ -18,9 +18,8 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CircuitError, ConfigError, TokenizerError
 from tl_sparse.files import replacing
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import TLModel, frozen, hooked
 from tl_sparse.nodes import KINDS, LOCATION_HOOKS, Node, node_at
-from tl_sparse.pruning import frozen
 from tl_sparse.tables import name_of
 from tl_sparse.tasks import Task, get_task, make_task_data
 
@@ -51,15 +50,20 @@ def export(circuit: Circuit, model: TLModel, path: str | Path, task: Task | str 
 
 
 def to_networkx(circuit: Circuit, model: TLModel) -> networkx.DiGraph:
-    """Nodes by name with what they are and their means, edges with weights; `CircuitError` for another model."""
+    """Nodes by name with what they are and their means, edges with weights: a multigraph if several join two nodes, as
+    in a gated MLP. `CircuitError` for another model."""
     import networkx
 
-    graph = networkx.DiGraph(model=circuit.model_name, task=circuit.task)
+    edges, hooks = circuit.edges(model), circuit.hooks
+    several = len({(edge.source, edge.target) for edge in edges}) < len(edges)
+    graph = (networkx.MultiDiGraph if several else networkx.DiGraph)(model=circuit.model_name, task=circuit.task)
     for node in circuit.nodes:
-        about = {"layer": node.layer, "location": node.location, "index": node.index, "openai": node.openai_name}
-        mean = {"mean": float(circuit.means[node.hook].flatten()[node.index])} if circuit.means else {}
-        graph.add_node(str(node), **about, kind=KINDS[node.location], label=name_of(model, node), **mean)
-    graph.add_weighted_edges_from((str(e.source), str(e.target), e.weight) for e in circuit.edges(model))
+        about: dict[str, Any] = {"layer": node.layer, "location": node.location, "index": node.index}
+        about |= {"openai": node.openai_name, "kind": KINDS[node.location], "label": name_of(model, node)}
+        mean = circuit.means.get(hooks[node.layer, node.location])
+        about |= {} if mean is None else {"mean": float(mean.flatten()[node.index])}
+        graph.add_node(str(node), **about)
+    graph.add_weighted_edges_from((str(edge.source), str(edge.target), edge.weight) for edge in edges)
     return graph
 
 

@@ -66,11 +66,6 @@ class Node:
         return f"{self.layer}.{self.location}.{self.index}"
 
     @property
-    def hook(self) -> str:
-        """The name of its hook point."""
-        return LOCATION_HOOKS[self.location].format(self.layer)
-
-    @property
     def openai_name(self) -> str:
         """The node as OpenAI writes it: `0.attn.q.5`, `0.mlp.post_act.7`."""
         return f"{self.layer}.{OPENAI_LOCATIONS[self.location]}.{self.index}"

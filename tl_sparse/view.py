@@ -95,6 +95,10 @@ def page_data(
     task = None if model.tokenizer is None else task
     texts, device, means = _Texts(model.tokenizer), next(model.parameters()).device, bool(circuit.means)
     about, at = [_about(circuit, model, node, texts) for node in nodes], {node: i for i, node in enumerate(nodes)}
+    hooks = circuit.hooks
+    places = [(hooks[node.layer, node.location], node.index) for node in nodes]
+    for entry, (hook, index) in zip(about, places, strict=True):
+        entry["mean"] = _short(circuit.means[hook].flatten()[index]) if means else None
     data: dict[str, Any] = {
         "summary": _summary(circuit, model, task, min_weight), "nodes": about, "prompts": [], "ladder": [],
         "edges": [[at[e.source], at[e.target], _short(e.weight)] for e in edges],
@@ -109,18 +113,18 @@ def page_data(
     seen = torch.zeros(1, 1, len(nodes), device=device)
     if corpus is not None:
         corpus = corpus[: max(1, CORPUS_VALUES // (len(nodes) * corpus.shape[1]))].long()
-        seen = torch.cat([_run(model, rows.to(device), nodes)[1] for rows in corpus.split(16)])
+        seen = torch.cat([_run(model, rows.to(device), places)[1] for rows in corpus.split(16)])
         data["caps"]["corpus_tokens"] = corpus.numel()
     scales = seen.abs().amax((0, 1))
     if task is not None:
         pairs = make_task_data(task, model.tokenizer, EFFECT_PAIRS, 0, model.cfg.n_ctx).to(device)
         shown = pairs.pairs(range(PAIRS)).trimmed()
         heads = sorted({(entry["layer"], entry["head"]) for entry in about if entry["head"] is not None})
-        runs = [_run(model, shown.tokens, nodes, heads)]
+        runs = [_run(model, shown.tokens, places, heads)]
         if means:
             data["summary"]["scores"] = data["summary"]["scores"] or asdict(evaluate(circuit, model, pairs))
             with circuit.applied(model):
-                runs.append(_run(model, shown.tokens, nodes, heads))
+                runs.append(_run(model, shown.tokens, places, heads))
             data["loss"] = score(model, pairs, under=holding_circuit(circuit, model)).loss
             for node, entry in zip(tqdm(nodes, "cutting nodes", disable=None), about, strict=True):
                 without = circuit.without([node], model)
@@ -183,18 +187,21 @@ class _Texts(dict[int, str]):
 
 
 def _run(
-    model: TLModel, tokens: Int[Tensor, "batch pos"], nodes: Sequence[Node], heads: Iterable[tuple[int, int]] = ()
+    model: TLModel,
+    tokens: Int[Tensor, "batch pos"],
+    places: Sequence[tuple[str, int]],
+    heads: Iterable[tuple[int, int]] = (),
 ) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
-    """Logits, the values of `nodes`, and the attention patterns of `heads` (layer, head)."""
+    """Logits, the values at `places` (hook point, index), and the attention patterns of `heads` (layer, head)."""
     found, pattern = dict[str, Tensor](), "blocks.{}.attn.hook_pattern"
 
     def record(name: str, activation: Tensor, hook: object) -> None:
         found[name] = activation
 
-    names = {node.hook for node in nodes} | {pattern.format(layer) for layer, _ in heads}
+    names = {name for name, _ in places} | {pattern.format(layer) for layer, _ in heads}
     with hooked(model, {name: partial(record, name) for name in names}):
         logits = model(tokens)
-    values = torch.stack([found[node.hook].flatten(2)[..., node.index] for node in nodes], dim=-1).float()
+    values = torch.stack([found[name].flatten(2)[..., index] for name, index in places], dim=-1).float()
     return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
 
 
@@ -204,7 +211,6 @@ def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[
         "name": str(node), "openai": node.openai_name, "label": name_of(model, node), "kind": KINDS[node.location],
         "layer": node.layer, "location": node.location, "index": node.index,
         "head": node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None,
-        "mean": _short(circuit.means[node.hook].flatten()[node.index]) if circuit.means else None,
         "cut_loss": None, "passages": [[], []],
     }  # fmt: skip
     if node.location.endswith(("_in", "_out")):
@@ -222,8 +228,9 @@ def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[
 
 def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
     """What a unit in a channel adds to each logit, before the final norm divides."""
-    weights: Tensor = model.ln_final.w.detach()[channel] * model.unembed.W_U.detach()[channel]
-    return weights
+    row: Tensor = model.unembed.W_U.detach()[channel]
+    norm = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
+    return row if norm is None else norm.detach()[channel] * row
 
 
 def _ends(model: TLModel, nodes: Sequence[Node], task: Task | None, texts: _Texts) -> dict[str, Any]:
@@ -281,7 +288,8 @@ def _ladder(
     """
     total, ranks = sum(mask.numel() for mask in circuit.kept.values()), circuit.scores
     worth = [entry["cut_loss"] for entry in about]
-    worth = [float(ranks[node.hook].flatten()[node.index]) for node in nodes] if ranks else worth
+    if ranks:
+        worth = [float(ranks[circuit.hooks[node.layer, node.location]].flatten()[node.index]) for node in nodes]
     order = sorted(range(len(nodes)), key=lambda i: -worth[i])
     for rank, i in enumerate(order):
         about[i]["rank"] = rank
