@@ -17,6 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
+from tl_sparse.circuit import Circuit
+from tl_sparse.fingerprint import fingerprint
+from tl_sparse.hooks import mean_activations
+from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks import Task
 
 W_V, W_O, W_U = 1.5, 2.0, 3.0
@@ -37,11 +41,11 @@ def micro_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def micro_model():
+def micro_model(tokenizer=None):
     config = tl_sparse.SparseConfig(
         n_layers=1, d_model=4, n_heads=1, d_head=2, d_mlp=2, d_vocab=len(VOCABULARY), n_ctx=8, act_fn="relu"
     )
-    model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
+    model = tl_sparse.create(config, seed=0, tokenizer=tokenizer or micro_tokenizer(), device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -70,3 +74,12 @@ def micro_corpus() -> torch.Tensor:
     """Rows in which A and B stand equally often, so that the means of the circuit's nodes are 0."""
     rows = [[0, 6 + i, 7 + i, letter, 8 + i, 3] for i in range(20) for letter in (1, 2)]
     return torch.tensor(rows)
+
+
+def micro_circuit(micro) -> Circuit:
+    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    kept = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
+    kept["blocks.0.ln1.hook_read"][0] = True
+    kept["blocks.0.attn.hook_v"][0, 0] = True
+    kept["blocks.0.hook_attn_out"][2] = True
+    return Circuit(kept, means, fingerprint(micro), "micro", "micro")

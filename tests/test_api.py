@@ -6,10 +6,12 @@ import pytest
 
 import tl_sparse
 import tl_sparse.hooks
-from tl_sparse import errors, evaluation, exchange, hub, tasks
+from tl_sparse import errors, evaluation, exchange, exports, hub, tasks, view
+
+MODULES = [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, exports, hub, tasks, view]
 
 
-@pytest.mark.parametrize("module", [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, hub, tasks])
+@pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_has_a_docstring(module):
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])

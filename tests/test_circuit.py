@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 import tl_sparse
 from loopback import cache_snapshot, point_hub_at
-from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_corpus, micro_model
+from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_circuit, micro_corpus, micro_model
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig, SparseConfig, paper_topk
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
@@ -55,15 +55,6 @@ def model():
 @pytest.fixture
 def micro():
     return micro_model()
-
-
-def micro_circuit(micro) -> Circuit:
-    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
-    kept = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
-    kept["blocks.0.ln1.hook_read"][0] = True
-    kept["blocks.0.attn.hook_v"][0, 0] = True
-    kept["blocks.0.hook_attn_out"][2] = True
-    return Circuit(kept, means, fingerprint(micro), "micro", "micro")
 
 
 def test_circuit_with_all_nodes_computes_the_model_exactly(model):

@@ -202,7 +202,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.pruning.discretise", lambda model, gates, *_: gates.split(gates.tau < 2))
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     (tmp_path / "names.jsonl").write_text(re.search(r"`({.prompts.*})`", (ROOT / "README.md").read_text())[1])
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15

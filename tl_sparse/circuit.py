@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -23,6 +23,9 @@ from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
 from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node, node_at, weight_matrices
 from tl_sparse.sources import find
+
+if TYPE_CHECKING:
+    from tl_sparse.view import Page
 
 FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
 
@@ -62,6 +65,11 @@ class Circuit:
         """The kept nodes, in the order of the forward pass."""
         kept = ((name, mask.flatten().nonzero()[:, 0].tolist()) for name, mask in self.kept.items())
         return [node_at(name, index) for name, indices in kept for index in indices]
+
+    @property
+    def hooks(self) -> dict[tuple[int, str], str]:
+        """(layer, location) → the hook point there."""
+        return {(first.layer, first.location): name for name in self.kept if (first := node_at(name, 0))}
 
     @property
     def n_nodes(self) -> int:
@@ -181,12 +189,12 @@ class Circuit:
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
         """This circuit without some of its nodes and edges."""
         kept, cut = {name: mask.clone() for name, mask in self.kept.items()}, set()
-        masks = {(first.layer, first.location): mask for name, mask in kept.items() if (first := node_at(name, 0))}
+        hooks = self.hooks
         for part in parts:
             if isinstance(part, Edge):
                 cut.add((part.source, part.target))
             else:
-                masks[part.layer, part.location].view(-1)[part.index] = False
+                kept[hooks[part.layer, part.location]].view(-1)[part.index] = False
         edge_set = frozenset((e.source, e.target) for e in self._left(model)) - cut if cut else self.edge_set
         return self._with(kept, self.task, edge_set)
 
@@ -270,6 +278,12 @@ class Circuit:
         from tl_sparse.exchange import read_openai
 
         return read_openai(Path(path), model, means, task)
+
+    def view(self, model: TLModel, *args: Any, **options: Any) -> Page:
+        """An interactive page, shown in notebooks, with a `save(path)`; see `tl_sparse.view.page_data`."""
+        from tl_sparse.view import Page, page_data
+
+        return Page(page_data(self, model, *args, **options))
 
     def edge_list(self, model: TLModel) -> dict[str, Any]:
         """The circuit as a plain list of nodes and edges; see `tl_sparse.exchange.edge_list`."""

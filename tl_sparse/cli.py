@@ -1,4 +1,4 @@
-"""The command line: `tl-sparse train`, `tasks`, `prune`, `demo`."""
+"""The command line: `tl-sparse train`, `tasks`, `prune`, `view`, `export`, `demo`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tl_sparse.config import (
     paper_topk,
     preset,
 )
-from tl_sparse.errors import ConfigError, TLSparseError
+from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,12 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--pairs", type=int, default=256, help="prompt pairs of each task (default: %(default)s)")
     tasks.add_argument("--seed", type=int, default=0, help="of the pairs (default: %(default)s)")
 
+    view = _command(commands, "view", "write an interactive page of a circuit, one HTML file", _view)
+    view.add_argument("--corpus", help="text for passages, as in prune (default: the model's own sample)")
+    view.add_argument("--min-weight", type=float, default=0.0, help="leave out edges of a smaller absolute weight")
+    export = _command(commands, "export", "write a circuit for other tools", _export)
+    endings = "the file, of the format it ends in: .graphml, .dot, .mmd (Mermaid), .csv, .json (attribution graph)"
+    for command, out in ((view, "the page"), (export, endings)):
+        command.add_argument("circuit", help="a folder, or a repository of the hub")
+        command.add_argument("-o", "--out", required=True, help=out)
+        command.add_argument("--model", help="a folder, or a name that tl_sparse.load knows (default: the circuit's)")
+        command.add_argument("--task", help="of the prompts (default: the circuit's)")
+
     demo = _command(commands, "demo", "find how a small sparse model closes strings, in a minute", _demo)
     demo.add_argument("--out", default="demo", help="folder for the results; those of an earlier demo are replaced")
     demo.add_argument("--train", action="store_true", help="train a model first, in minutes (default: the bundled one)")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="of training (default: %(default)s)")
-    for command in (train, prune, tasks, demo):
+    for command in (train, prune, tasks, view, export, demo):
         command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     return parser
 
@@ -167,6 +178,46 @@ def _tasks(args: argparse.Namespace) -> None:
     from tl_sparse.tables import tasks_table
 
     print(tasks_table(task_scores(load(args.model, args.device), args.pairs, args.seed)))
+
+
+def _circuit_and_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The circuit, and its model, after putting the model's source into `args.model`."""
+    from tl_sparse.checkpoints import load
+    from tl_sparse.circuit import Circuit
+
+    circuit = Circuit.load(args.circuit)
+    given, args.model = args.model, args.model or circuit.model_name
+    if not args.model:
+        raise CircuitError(f"{args.circuit} does not name its model; give it with --model")
+    try:
+        return circuit, load(args.model, args.device)
+    except CheckpointError as error:
+        raise error if given else CheckpointError(f"{error}; give the circuit's model with --model") from error
+
+
+def _view(args: argparse.Namespace) -> None:
+    from tl_sparse.data import load_corpus
+    from tl_sparse.files import replacing
+
+    circuit, model = _circuit_and_model(args)
+    with replacing(Path(args.out)) as temporary:  # first, since what follows takes a while
+        try:
+            corpus = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        except DataError as error:
+            if args.corpus is not None:
+                raise
+            print(f"tl-sparse: the page has no passages: {error} (--corpus)", file=sys.stderr)
+            corpus = None
+        page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
+        temporary.write_text(page.html, encoding="utf-8")
+    print(f"Saved {args.out} ({len(page.html):,} bytes); any browser opens it")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from tl_sparse.exports import export
+
+    export(*_circuit_and_model(args), args.out, args.task)
+    print(f"Saved {args.out}")
 
 
 def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any) -> None:

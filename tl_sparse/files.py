@@ -28,10 +28,12 @@ def check_new_folder(folder: str | Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that becomes `path` when the block ends without an exception.
 
-    `CheckpointError` if the folder cannot be written to.
+    `CheckpointError` if the folder cannot be written to, or `path` is itself a folder.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask leaves

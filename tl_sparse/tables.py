@@ -69,11 +69,7 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
 
 def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str]:
     """Entries of embedding and unembedding: of the task's tokens, in the channels that the circuit reads or writes."""
-    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
-    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in data.prompts]
-    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
-    answers = data.candidates[0].tolist()
-    tokens = list(dict.fromkeys(different + answers))
+    tokens, answers = task_tokens(model, task)
     read, written = _channels(circuit, model, "_in"), _channels(circuit, model, "_out")
     W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
     whose = "the task's" if task.candidates else "one pair's"
@@ -81,6 +77,18 @@ def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str
     yield _entries_table(heading, read, [model.tokenizer.decode([i]) for i in tokens], W_E[tokens][:, read].T)
     heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
     yield _entries_table(heading, written, [model.tokenizer.decode([i]) for i in answers], W_U[written][:, answers])
+
+
+def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
+    """The tokens in which the prompts of a pair differ, with its candidates; and the candidates alone.
+
+    Raises TaskError, TokenizerError: if the task does not fit the model's tokenizer.
+    """
+    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
+    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in data.prompts]
+    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
+    answers = data.candidates[0].tolist()
+    return list(dict.fromkeys(different + answers)), answers
 
 
 def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
