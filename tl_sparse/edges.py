@@ -36,7 +36,8 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
     Afterwards the weights are bit for bit what they were. `PruneError` for a model that is not one of ours: others
     have their weights in other forms.
     """
-    if not hasattr(model, "sparse_cfg"):
+    edges = list(edges)
+    if edges and not hasattr(model, "sparse_cfg"):
         raise PruneError(f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}")
     undo: list[tuple[Tensor, Tensor]] = []
     try:

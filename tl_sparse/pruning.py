@@ -304,7 +304,7 @@ def _judged(
     circuit: Circuit, model: TLModel, selection: TaskData, heldout: TaskData, config: PruneConfig, **measured: Any
 ) -> tuple[Circuit, Evaluation]:
     """The circuit, on the CPU, with what was measured of it; and how it does on the held-out pairs."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: {hook: values.cpu() for hook, values in getattr(circuit, name).items()}
         for name in ("kept", "means", "scores")
     }
