@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from tl_sparse.training import train
 
 __all__ = [
-    "Circuit", "DataConfig", "Edge", "Node", "PruneConfig", "SparseConfig", "TLSparseError", "TrainConfig", "create",
-    "evaluate", "get_task", "load", "load_corpus", "make_task_data", "paper_topk", "prune", "prune_edges", "report", "train",
+    "Circuit", "DataConfig", "Edge", "Node", "PruneConfig", "SparseConfig", "TLSparseError", "TrainConfig",
+    "create", "evaluate", "get_task", "load", "load_corpus", "make_task_data", "paper_topk", "prune", "prune_edges",
+    "report", "train",
 ]  # fmt: skip
 #: Name → the module it is in.
 _HOME = {
     "create": "checkpoints", "load": "checkpoints", "Circuit": "circuit", "Edge": "nodes", "DataConfig": "config",
     "PruneConfig": "config", "SparseConfig": "config", "TrainConfig": "config", "paper_topk": "config",
-    "load_corpus": "data", "TLSparseError": "errors", "evaluate": "evaluation", "Node": "nodes", "prune": "pruning", "prune_edges": "pruning",
-    "report": "tables", "get_task": "tasks", "make_task_data": "tasks", "train": "training",
+    "load_corpus": "data", "TLSparseError": "errors", "evaluate": "evaluation", "Node": "nodes", "prune": "pruning",
+    "prune_edges": "pruning", "report": "tables", "get_task": "tasks", "make_task_data": "tasks",
+    "train": "training",
 }  # fmt: skip
 
 
