@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
 from tl_sparse.hooks.points import TLModel, frozen, hooked
 from tl_sparse.nodes import Edge, node_hooks
-from tl_sparse.tasks import Task, TaskData, make_task_data
+from tl_sparse.tasks import Task, TaskData, make_task_data, task_loss_and_accuracy
 
 T = TypeVar("T")
 
@@ -95,7 +95,6 @@ def prune_edges(
     """
     config = config or PruneConfig()
     _, selection, heldout = task_splits(model, task, config)
-    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
     edges = circuit.edges(model)
 
     def without(gone: list[Edge]) -> Circuit:
@@ -106,6 +105,7 @@ def prune_edges(
     with frozen(model):
         if not is_circuit(circuit, model, selection, config):
             raise PruneError(f"the circuit misses the target loss {config.target_loss} before an edge is cut")
+        part = representative(circuit, model, selection, config)
         bar = tqdm(edges, desc="measuring edges", disable=not progress, unit="edge")
         effects = {edge: circuit_score(without([edge]), model, part, config).loss for edge in bar}
         gone = eliminate(
@@ -254,7 +254,6 @@ def discretise(
     """
     order = gates.tau.detach().argsort(descending=True, stable=True)
     rank = order.argsort()
-    part = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
 
     def circuit(kept: Bool[Tensor, " gate"]) -> Circuit:
         return dataclasses.replace(empty, kept=gates.at_nodes(kept))
@@ -267,12 +266,14 @@ def discretise(
                 f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
             )
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
+    part = representative(circuit(rank < enough), model, selection, config)
     while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
         size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
         holds = is_circuit(circuit(rank < size), model, part, config)
         enough, too_small = (size, too_small) if holds else (enough, size)
     while enough < len(order) and not is_circuit(circuit(rank < enough), model, selection, config):
         enough += math.ceil(enough / 20)  # the part was too kind
+    part = representative(circuit(rank < enough), model, selection, config)
 
     def without(gone: list[int]) -> Circuit:
         return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
@@ -288,13 +289,28 @@ def discretise(
     return dataclasses.replace(found, scores=scores)
 
 
-def eliminate(candidates: Iterable[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]) -> list[T]:
-    """What can be taken away: one after another is tried by a quick test; if the last of them were too many by the
-    test that decides, they come back."""
+def representative(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> TaskData:
+    """`cleanup_pairs` of the pairs, with which much is tried: evenly spaced in the order of the circuit's loss on them,
+    so that its mean over them is nearly that over all."""
+    logits = all_logits(model, data, config.batch_size, holding_circuit(circuit, model, config.ablation))
+    order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
+    size = min(config.cleanup_pairs, data.n_pairs)
+    return data.pairs(order[((torch.arange(size) + 0.5) * data.n_pairs / size).long()])
+
+
+def eliminate(candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]) -> list[T]:
+    """What can be taken away, tried in order by a quick test: more and more at once as long as that works, less and
+    less when not. If the last of them were too many by the test that decides, they come back."""
     gone: list[T] = []
-    for candidate in candidates:
-        if holds([*gone, candidate]):
-            gone.append(candidate)
+    first, size = 0, 1
+    while first < len(candidates):
+        some = list(candidates[first : first + size])
+        if holds([*gone, *some]):
+            gone, first, size = [*gone, *some], first + len(some), 2 * size
+        elif len(some) > 1:
+            size = len(some) // 2
+        else:
+            first += 1
     while gone and not decides(gone):
         gone.pop()
     return gone
