@@ -571,7 +571,7 @@ def test_an_unknown_name_is_an_error_whatever_is_ablated_there(model, ablated):
 
 def set_tau(gates, kept):
     with torch.no_grad():
-        gates.tau.copy_(torch.cat([(2.0 * kept[name] - 1).flatten() for name in gates.shapes]) * 0.7)
+        gates.tau.copy_(torch.cat([(2.0 * kept[name] - 1).flatten() for name in gates.index]) * 0.7)
 
 
 def test_open_gates_are_the_model_exactly(model):
@@ -625,8 +625,8 @@ def test_the_gradient_of_tau_by_hand(model, temperature):
         capturing(model, SHAPES) as after,
     ):
         model(batch(), return_type="loss").backward()
-    slopes = gates.split(surrogate_slope(gates.tau.detach().double(), temperature))
-    gradients = gates.split(gates.tau.grad)
+    slopes = gates.at_nodes(surrogate_slope(gates.tau.detach().double(), temperature))
+    gradients = gates.at_nodes(gates.tau.grad)
     for name, kept in gates.kept().items():
         (x,), (gated,) = before[name], after[name]
         by_hand = (gated.grad.double() * (x.detach().double() - means[name])).sum((0, 1)) * slopes[name]
@@ -647,8 +647,8 @@ def test_gradients_against_autograd_on_a_straight_through_gate():
 
     def straight_through(name):
         def hook_fn(activation, hook):
-            soft = torch.sigmoid(gates.split(tau)[name] / 0.7)
-            gate = (gates.split(tau)[name] > 0) + soft - soft.detach()
+            soft = torch.sigmoid(gates.at_nodes(tau)[name] / 0.7)
+            gate = (gates.at_nodes(tau)[name] > 0) + soft - soft.detach()
             return gate * activation + (1 - gate) * means[name]
 
         return hook_fn
@@ -691,7 +691,7 @@ def test_gates_learn_on_a_frozen_model(model):
     for parameter in model.parameters():
         assert parameter.grad is None
         parameter.requires_grad_(True)
-    assert gates.split(gates.tau.grad)[MLP_OUT].abs().min() > 0
+    assert gates.at_nodes(gates.tau.grad)[MLP_OUT].abs().min() > 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -737,15 +737,20 @@ def test_the_seed_decides_the_initial_gates():
 
 
 def test_gates_as_a_module():
-    """One parameter to optimise; the means are a buffer, and a copy."""
+    """One parameter to optimise; the means are copies."""
     means = some_values()
     gates = gates_of(means)
     assert [(name, p.shape) for name, p in gates.named_parameters()] == [("tau", (12 + 12 + 12 + 16 + 12,))]
-    assert gates.state_dict().keys() == {"tau", "means"}
-    expected = gates.split(gates.means)
-    assert {name: mean.shape for name, mean in expected.items()} == SHAPES
-    assert all(torch.equal(expected[name], mean) for name, mean in means.items())
+    assert {name: mean.shape for name, mean in gates.means.items()} == SHAPES
+    assert all(torch.equal(gates.means[name], mean) for name, mean in means.items())
     only = {Q: means[Q].clone()}
     copied = gates_of(only)
     only[Q].zero_()
-    assert torch.equal(copied.split(copied.means)[Q], means[Q])
+    assert torch.equal(copied.means[Q], means[Q])
+
+
+def test_each_node_has_a_gate_of_its_own():
+    gates = gates_of(some_values())
+    numbers = torch.cat([index.flatten() for index in gates.index.values()])
+    assert numbers.tolist() == list(range(len(gates.tau)))
+    assert {name: part.shape for name, part in gates.at_nodes(gates.tau).items()} == SHAPES

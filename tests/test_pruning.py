@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from micro import LOSS, MICRO_TASK, NODES, micro_corpus, micro_model
+from micro import LOSS, MICRO_TASK, NODES, micro_circuit, micro_corpus, micro_model
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
 from tl_sparse.hooks import NodeGates, mean_activations
@@ -20,6 +20,11 @@ CONFIG = PruneConfig(
 @pytest.fixture
 def micro():
     return micro_model()
+
+
+def empty(micro):
+    circuit = micro_circuit(micro)
+    return dataclasses.replace(circuit, kept={name: mask & False for name, mask in circuit.kept.items()})
 
 
 def test_model_comes_back_as_it_was(micro):
@@ -67,16 +72,16 @@ def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, lear
     means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
     gates = NodeGates(means, init_bias=0.0, init_scale=0.0, seed=0)
     flat = torch.linspace(0.0, -0.5, gates.tau.numel())
-    masks = gates.split(torch.arange(gates.tau.numel()))
-    read, value, written = (masks[f"blocks.0.{name}"] for name in ("ln1.hook_read", "attn.hook_v", "hook_attn_out"))
+    read, value, written = (gates.index[f"blocks.0.{n}"] for n in ("ln1.hook_read", "attn.hook_v", "hook_attn_out"))
     flat[torch.stack([read[0], value[0, 0], written[2]])] = torch.tensor([1.0, 0.9, 0.8])
     ranked = flat.sort(descending=True).values
     with torch.no_grad():
         gates.tau.copy_(flat - (ranked[learned - 1] + ranked[learned]) / 2)
     assert int((gates.tau > 0).sum()) == learned
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
-    kept = discretise(micro, gates, selection, CONFIG)
-    assert sum(int(mask.sum()) for mask in kept.values()) == len(NODES)
+    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    assert [str(node) for node in found.nodes] == NODES
+    assert found.of_size(3).nodes == found.nodes
 
 
 def test_leftover_nodes_are_dropped(micro):
@@ -84,18 +89,16 @@ def test_leftover_nodes_are_dropped(micro):
     means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
     gates = NodeGates(means, init_bias=-0.5, init_scale=0.0, seed=0)
     with torch.no_grad():
-        views = gates.split(gates.tau)
-        views["blocks.0.hook_mlp_out"][:] = 1.0
-        views["blocks.0.mlp.hook_post"][:] = 1.0
-        views["blocks.0.ln1.hook_read"][0] = views["blocks.0.attn.hook_v"][0, 0] = 0.5
-        views["blocks.0.hook_attn_out"][2] = 0.5
+        gates.tau[gates.index["blocks.0.hook_mlp_out"]] = 1.0
+        gates.tau[gates.index["blocks.0.mlp.hook_post"]] = 1.0
+        gates.tau[gates.index["blocks.0.ln1.hook_read"][0]] = gates.tau[gates.index["blocks.0.attn.hook_v"][0, 0]] = 0.5
+        gates.tau[gates.index["blocks.0.hook_attn_out"][2]] = 0.5
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
-    kept = discretise(micro, gates, selection, CONFIG)
-    assert {name: mask.nonzero().tolist() for name, mask in kept.items() if mask.any()} == {
-        "blocks.0.ln1.hook_read": [[0]],
-        "blocks.0.attn.hook_v": [[0, 0]],
-        "blocks.0.hook_attn_out": [[2]],
-    }
+    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    assert [str(node) for node in found.nodes] == NODES
+    # In the ranking the kept nodes are before all others, and within each group the order is that of the gates.
+    assert found.of_size(3).nodes == found.nodes
+    assert {node.location for node in found.of_size(9).nodes} == {"attn_in", "attn_v", "attn_out", "mlp_neuron", "mlp_out"}
 
 
 def test_target_below_what_the_model_reaches(micro):

@@ -260,7 +260,7 @@ class Circuit:
             measured = dict(about["measured"])
             kinds = ["kept"] + ["mean"] * about.get("means", True) + ["score"] * about.get("scores", False)
             pairs = [(Node.parse(a), Node.parse(b)) for a, b in about["edges"]] if about["edge_mask"] else None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, CircuitError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         path = folder / "circuit.safetensors"
         tensors = read_tensors(path)
