@@ -60,7 +60,8 @@ class NodeGates(nn.Module):
         tied: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.means, self.temperature, n_gates = means, temperature, 0
+        self.means = {name: mean.clone() for name, mean in means.items()}
+        self.temperature, n_gates = temperature, 0
         self.index: dict[str, Tensor] = {}
         for name, mean in means.items():
             if first := (tied or {}).get(name):

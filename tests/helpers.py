@@ -1,5 +1,6 @@
 """Small models, configurations and tokenizers for the tests."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.checkpoints import create
 from tl_sparse.config import TOPK_LOCATIONS, SparseConfig
+from tl_sparse.faces import transformer_lens_line
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,9 +44,24 @@ def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
     return model
 
 
+def stock_model(**changes):
+    """A small dense model of TransformerLens' own, on either line."""
+    sizes = dict(n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=12, d_vocab=24, n_ctx=10, act_fn="gelu")
+    sizes |= dict(normalization_type="LN", seed=0, device="cpu") | changes
+    if transformer_lens_line() == 3:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return HookedTransformer(HookedTransformerConfig(**sizes))
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_native(sizes)
+
+
 def random_tokens(model_or_config, batch=2, length=None, seed=0):
     """Tokens [batch, length]; the whole context if no length is given."""
-    cfg = getattr(model_or_config, "sparse_cfg", model_or_config)
+    cfg = getattr(model_or_config, "cfg", model_or_config)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(cfg.d_vocab, (batch, length or cfg.n_ctx), generator=generator)
 

@@ -219,7 +219,9 @@ def test_repr_says_what_matters(micro):
     measured = evaluate(circuit, micro, make_task_data(MICRO_TASK, micro.tokenizer, 4, seed=0))
     judged = dataclasses.replace(circuit, measured={"heldout": dataclasses.asdict(measured)})
     loss = f"{LOSS:.3f}"
-    assert repr(judged).splitlines()[2] == f"  task loss: full {loss}, circuit {loss}, ablated 0.693)"
+    assert repr(judged).splitlines()[2] == (
+        f"  task loss: full {loss}, circuit {loss}, ablated 0.693, zero {loss}, resample {loss})"
+    )
     assert repr(without_means(circuit)).endswith("\n  without means: to be looked at, not run)")
     empty = dataclasses.replace(circuit, kept={k: v & False for k, v in circuit.kept.items()}, task="", model_name="")
     assert repr(empty) == "Circuit(no task in a model: 0 nodes)"
@@ -260,7 +262,9 @@ def test_masks_and_means_must_fit():
     [
         ({"format": "other"}, "format is not 'tl_sparse circuit'"),
         ({"format_version": 2}, "reads format_version 1"),
-        ({"edge_mask": True}, "without an edge mask"),
+        ({"edge_mask": True}, "missing or malformed entry"),
+        ({"edge_mask": True, "edges": [["0.attn_in.0"]]}, "missing or malformed entry"),
+        ({"edge_mask": True, "edges": [["0.attn_in.0", "0.resid.1"]]}, "'0.resid.1' is not a node"),
         ({"model": {}}, "missing or malformed entry"),
         ({"means": False}, "tensors do not fit circuit.json: mean/blocks"),
         ({"hooks": ["nowhere"]}, "tensors do not fit circuit.json"),

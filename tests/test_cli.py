@@ -199,7 +199,10 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.config.TrainConfig", small)
     monkeypatch.setattr("tl_sparse.pruning.PruneConfig", functools.partial(PruneConfig, **PRUNE | {"init_bias": 1.0}))
     # Every node kept, so that there is a first node and a first edge to print.
-    monkeypatch.setattr("tl_sparse.pruning.discretise", lambda model, gates, *_: gates.split(gates.tau < 2))
+    def everything(empty, model, gates, *_):
+        return dataclasses.replace(empty, kept=gates.at_nodes(gates.tau < 2))
+
+    monkeypatch.setattr("tl_sparse.pruning.discretise", everything)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
     assert len(snippets) == 6

@@ -571,7 +571,7 @@ def test_an_unknown_name_is_an_error_whatever_is_ablated_there(model, ablated):
 
 def set_tau(gates, kept):
     with torch.no_grad():
-        gates.tau.copy_(torch.cat([(2.0 * kept[name] - 1).flatten() for name in gates.shapes]) * 0.7)
+        gates.tau.copy_(torch.cat([(2.0 * kept[name] - 1).flatten() for name in gates.index]) * 0.7)
 
 
 def test_open_gates_are_the_model_exactly(model):
@@ -625,8 +625,8 @@ def test_the_gradient_of_tau_by_hand(model, temperature):
         capturing(model, SHAPES) as after,
     ):
         model(batch(), return_type="loss").backward()
-    slopes = gates.split(surrogate_slope(gates.tau.detach().double(), temperature))
-    gradients = gates.split(gates.tau.grad)
+    slopes = gates.at_nodes(surrogate_slope(gates.tau.detach().double(), temperature))
+    gradients = gates.at_nodes(gates.tau.grad)
     for name, kept in gates.kept().items():
         (x,), (gated,) = before[name], after[name]
         by_hand = (gated.grad.double() * (x.detach().double() - means[name])).sum((0, 1)) * slopes[name]
@@ -647,8 +647,8 @@ def test_gradients_against_autograd_on_a_straight_through_gate():
 
     def straight_through(name):
         def hook_fn(activation, hook):
-            soft = torch.sigmoid(gates.split(tau)[name] / 0.7)
-            gate = (gates.split(tau)[name] > 0) + soft - soft.detach()
+            soft = torch.sigmoid(gates.at_nodes(tau)[name] / 0.7)
+            gate = (gates.at_nodes(tau)[name] > 0) + soft - soft.detach()
             return gate * activation + (1 - gate) * means[name]
 
         return hook_fn
@@ -691,7 +691,7 @@ def test_gates_learn_on_a_frozen_model(model):
     for parameter in model.parameters():
         assert parameter.grad is None
         parameter.requires_grad_(True)
-    assert gates.split(gates.tau.grad)[MLP_OUT].abs().min() > 0
+    assert gates.at_nodes(gates.tau.grad)[MLP_OUT].abs().min() > 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -737,15 +737,124 @@ def test_the_seed_decides_the_initial_gates():
 
 
 def test_gates_as_a_module():
-    """One parameter to optimise; the means are a buffer, and a copy."""
+    """One parameter to optimise; the means are copies."""
     means = some_values()
     gates = gates_of(means)
     assert [(name, p.shape) for name, p in gates.named_parameters()] == [("tau", (12 + 12 + 12 + 16 + 12,))]
-    assert gates.state_dict().keys() == {"tau", "means"}
-    expected = gates.split(gates.means)
-    assert {name: mean.shape for name, mean in expected.items()} == SHAPES
-    assert all(torch.equal(expected[name], mean) for name, mean in means.items())
+    assert {name: mean.shape for name, mean in gates.means.items()} == SHAPES
+    assert all(torch.equal(gates.means[name], mean) for name, mean in means.items())
     only = {Q: means[Q].clone()}
     copied = gates_of(only)
     only[Q].zero_()
-    assert torch.equal(copied.split(copied.means)[Q], means[Q])
+    assert torch.equal(copied.means[Q], means[Q])
+
+
+def test_each_node_has_a_gate_of_its_own():
+    gates = gates_of(some_values())
+    numbers = torch.cat([index.flatten() for index in gates.index.values()])
+    assert numbers.tolist() == list(range(len(gates.tau)))
+    assert {name: part.shape for name, part in gates.at_nodes(gates.tau).items()} == SHAPES
+
+
+# Tied gates, values of another run, the model without the circuit
+
+K = "blocks.0.attn.hook_k"
+
+
+def straight_through(gates, tau, values, temperature, inverted):
+    """The gates of A.5 as autograd sees them: a Heaviside step forward, σ(τ/T) backward."""
+
+    def at(name):
+        def hook_fn(activation, hook):
+            soft = torch.sigmoid(tau[gates.index[name]] / temperature)
+            gate = (tau[gates.index[name]] > 0) + soft - soft.detach()
+            gate = 1 - gate if inverted else gate
+            return gate * activation + (1 - gate) * values[name]
+
+        return hook_fn
+
+    return {name: at(name) for name in gates.index}
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("per_element", [False, True], ids=["means", "values"])
+@pytest.mark.parametrize("tied", [None, {K: Q}], ids=["untied", "tied"])
+def test_gates_and_their_gradients_by_the_formula(tied, per_element, inverted):
+    model = ours("float64")
+    shapes = {name: cached(model, [name])[name].shape for name in (ATTN_OUT, Q, K, NEURON, MLP_OUT)}
+    generator = torch.Generator().manual_seed(3)
+    random = {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+    means = {name: value[0, 0] for name, value in random.items()}
+    gates = gates_of(means, tied=tied, temperature=0.7)
+    assert len(gates.tau) == sum(mean.numel() for mean in means.values()) - (means[K].numel() if tied else 0)
+    values = random if per_element else means
+    tau = gates.tau.detach().clone().requires_grad_(True)
+    losses = []
+    contexts = (
+        gates.attached(model, inverted, values if per_element else None),
+        hooked(model, straight_through(gates, tau, values, 0.7, inverted)),
+    )
+    for context in contexts:
+        with context:
+            losses.append(model(batch(), return_type="loss"))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gates.tau.grad, tau.grad, rtol=1e-9, atol=1e-13)
+    assert all(part.abs().max() > 1e-9 for part in gates.at_nodes(tau.grad).values())
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_gates_hold_each_prompt_at_values_of_its_own(model, inverted):
+    """As `ablating` does with activations of another run."""
+    gates, kept = gates_of(some_values()), some_nodes()
+    set_tau(gates, kept)
+    other = cached(model, SHAPES, batch(seed=1))
+    nodes = kept if inverted else {name: ~mask for name, mask in kept.items()}
+    with ablating(model, nodes, other):
+        expected = logits(model)
+    with gates.attached(model, inverted=inverted, values=other):
+        assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(model), expected)
+
+
+def test_inverted_gates_are_ablation_of_what_they_keep(model):
+    gates, kept, means = gates_of(some_values()), some_nodes(), some_values()
+    set_tau(gates, kept)
+    with ablating(model, kept, means):
+        expected = logits(model)
+    with gates.attached(model, inverted=True):
+        assert torch.equal(logits(model), expected)
+
+
+def test_both_nodes_follow_the_gate_they_share(model):
+    values = {name: torch.randn(SHAPES[Q], generator=torch.Generator().manual_seed(1)) for name in (Q, K)}
+    gates = gates_of(values, tied={K: Q})
+    assert torch.equal(gates.index[Q], gates.index[K])
+    assert len(gates.tau) == values[Q].numel()
+    assert gates.kept()[Q].any()
+    assert not gates.kept()[Q].all()
+    for flip in (1, -1):
+        with torch.no_grad():
+            gates.tau.mul_(flip)
+        expected = (gates.tau > 0).view(SHAPES[Q])
+        assert torch.equal(gates.kept()[Q], expected)
+        assert torch.equal(gates.kept()[K], expected)
+        with gates.attached(model):
+            seen = cached(model, [Q, K])
+        for name in (Q, K):
+            held = seen[name] == values[name]
+            assert torch.equal(held.all(0).all(0), ~expected), name
+    assert gates.expected_size().item() == int(expected.sum())  # a gate is counted once, not for each of its nodes
+
+
+def test_the_gradient_of_a_shared_gate_is_the_sum_of_its_nodes(model):
+    values = {name: torch.randn(SHAPES[Q], generator=torch.Generator().manual_seed(1)) for name in (Q, K)}
+    tied, untied = gates_of(values, tied={K: Q}), gates_of(values)
+    with torch.no_grad():
+        untied.tau.copy_(torch.cat([tied.tau, tied.tau]))
+    for gates in (tied, untied):
+        with gates.attached(model):
+            model(batch(), return_type="loss").backward()
+    parts = untied.at_nodes(untied.tau.grad)
+    torch.testing.assert_close(tied.at_nodes(tied.tau.grad)[Q], parts[Q] + parts[K], rtol=1e-4, atol=1e-7)
+    assert parts[K].abs().max() > 1e-6

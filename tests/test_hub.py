@@ -27,7 +27,10 @@ RECORD = {
     "validation_loss": 1.75,
     "device": "cpu",
 }
-EVALUATION = Evaluation(Score(0.1, 0.01, 0.99), Score(0.15, 0.02, 0.97), Score(0.7, 0.03, 0.5), 40, 3, 2)
+EVALUATION = Evaluation(
+    full=Score(0.1, 0.01, 0.99), circuit=Score(0.15, 0.02, 0.97), ablated=Score(0.7, 0.03, 0.5),
+    zero=Score(0.2, 0.04, 0.96), resample=Score(0.25, 0.05, 0.95), n_pairs=40, n_nodes=3, n_edges=2,
+)  # fmt: skip
 HEAD = """---
 library_name: tl_sparse
 {more}tags:

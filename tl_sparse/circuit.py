@@ -187,10 +187,13 @@ class Circuit:
         return self._with(kept, self.task, self.edge_set)
 
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
-        """This circuit without some of its nodes and edges."""
+        """This circuit without some of its nodes and edges; `CircuitError` for one that it does not have."""
         kept, cut = {name: mask.clone() for name, mask in self.kept.items()}, set()
-        hooks = self.hooks
+        hooks, nodes = self.hooks, set(self.nodes)
         for part in parts:
+            ends = (part.source, part.target) if isinstance(part, Edge) else (part,)
+            if not nodes.issuperset(ends):
+                raise CircuitError(f"{part} is not in this circuit")
             if isinstance(part, Edge):
                 cut.add((part.source, part.target))
             else:
@@ -199,7 +202,7 @@ class Circuit:
         return self._with(kept, self.task, edge_set)
 
     def of_size(self, n_nodes: int) -> Circuit:
-        """The `n_nodes` nodes that the search ranked highest, with all weights between them.
+        """The `n_nodes` nodes ranked highest, this circuit's before all others, with all weights between them.
 
         `CircuitError` if the ranking is not known, or there are not so many nodes.
         """
@@ -207,13 +210,19 @@ class Circuit:
         if not self.scores or not 0 <= n_nodes <= total:
             raise CircuitError(f"n_nodes = {n_nodes}; it must be in [0, {total}], of a circuit that has scores")
         flat = torch.cat([score.flatten() for score in self.scores.values()])
-        rank = flat.argsort(descending=True, stable=True).argsort()
+        order = flat.argsort(descending=True, stable=True)
+        kept = torch.cat([self.kept[name].flatten() for name in self.scores])
+        rank = order[kept[order].logical_not().argsort(stable=True)].argsort()  # also where nodes were dropped later
         parts = (rank < n_nodes).split([score.numel() for score in self.scores.values()])
-        kept = {n: p.view(score.shape) for (n, score), p in zip(self.scores.items(), parts, strict=True)}
-        return self._with(kept, self.task, None)
+        largest = {n: p.view(score.shape) for (n, score), p in zip(self.scores.items(), parts, strict=True)}
+        return self._with(largest, self.task, None)
 
     def _with(self, kept: NodeMasks, task: str, edge_set: frozenset[tuple[Node, Node]] | None) -> Circuit:
-        return dataclasses.replace(self, kept=kept, task=task, edge_set=edge_set, measured={})
+        circuit = dataclasses.replace(self, kept=kept, task=task, edge_set=None, measured={})
+        if edge_set is None:
+            return circuit
+        nodes = set(circuit.nodes)  # edges go with their nodes
+        return dataclasses.replace(circuit, edge_set=frozenset(e for e in edge_set if nodes.issuperset(e)))
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -260,7 +269,7 @@ class Circuit:
             measured = dict(about["measured"])
             kinds = ["kept"] + ["mean"] * about.get("means", True) + ["score"] * about.get("scores", False)
             pairs = [(Node.parse(a), Node.parse(b)) for a, b in about["edges"]] if about["edge_mask"] else None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, CircuitError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         path = folder / "circuit.safetensors"
         tensors = read_tensors(path)

@@ -99,7 +99,7 @@ def prune_edges(
 
     def without(gone: list[Edge]) -> Circuit:
         smaller = circuit.without(gone, model)
-        useful = {node for edge in edges if edge not in gone for node in (edge.source, edge.target)}
+        useful = {node for edge in set(edges).difference(gone) for node in (edge.source, edge.target)}
         return smaller.without({node for edge in gone for node in (edge.source, edge.target)} - useful, model)
 
     with frozen(model):
@@ -154,7 +154,13 @@ def _search(
     hooks, start = node_hooks(model), ("init_bias", "init_scale", "temperature", "seed")
     layers = range(model.cfg.n_layers) if config.tied_qk else ()
     tied = {hooks[layer, "attn_k"]: hooks[layer, "attn_q"] for layer in layers}
-    gates = NodeGates(empty.means, tied=tied, **{name: getattr(config, name) for name in start})
+    for key, query in tied.items():
+        if empty.means[key].shape != empty.means[query].shape:
+            shapes = [list(empty.means[name].shape) for name in (query, key)]
+            raise PruneError(f"tied_qk needs a key channel for each query channel; [heads, channels] are {shapes}")
+    zeros = {name: torch.zeros_like(mean) for name, mean in empty.means.items()}
+    held = zeros if config.ablation == "zero" else empty.means
+    gates = NodeGates(held, tied=tied, **{name: getattr(config, name) for name in start})
     if config.warm_start or config.method != "learned":
         noise = gates.tau.detach() - config.init_bias
         scores = noise if config.method == "random" else attribution(model, gates, train, config).abs()
@@ -217,8 +223,10 @@ def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
         error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
         objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
         if config.necessity > 0:
-            with gates.attached(model, inverted=True):
-                without = task_loss(model, batch.pairs(range(max(1, config.pairs_per_step // 2))))
+            half = batch.pairs(range(max(1, batch.n_pairs // 2)))
+            values = resampled(model, half, gates.index) if config.ablation == "resample" else None
+            with gates.attached(model, inverted=True, values=values):
+                without = task_loss(model, half)
             objective = objective + config.necessity * (math.log(2) - without).clamp(min=0)
         optimizer.zero_grad()
         objective.backward()
