@@ -425,7 +425,9 @@ def test_applied_is_nodes_at_means_in_a_model_with_weights_cut(model):
 
 def test_ablated_cuts_no_edge(model):
     circuit = random_circuit(model, edges=0.5)
+    before = state(model)
     with circuit.ablated(model):
+        assert same(model, before)
         under = logits(model)
     with dataclasses.replace(circuit, edge_set=None).ablated(model):
         assert torch.equal(logits(model), under)

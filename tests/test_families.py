@@ -308,6 +308,9 @@ def test_encoders_are_refused():
     from transformer_lens import HookedEncoder, HookedTransformerConfig
 
     model = HookedEncoder(HookedTransformerConfig(**SIZES, attention_dir="bidirectional"))
+    with torch.no_grad():
+        for parameter in model.parameters():  # it leaves them as memory was
+            parameter.zero_()
     with pytest.raises(HookNameError, match=r"\(HookedEncoder\) cannot be gated: in layer 0, attn_q is not what"):
         node_hooks(scramble(model))
 

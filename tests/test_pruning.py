@@ -114,7 +114,8 @@ def test_leftover_nodes_are_dropped(micro):
     found = discretise(empty(micro), micro, gates, selection, CONFIG)
     assert [str(node) for node in found.nodes] == NODES
     # In the ranking the kept nodes are before all others, and within each group the order is that of the gates.
-    assert found.of_size(3).nodes == found.nodes
+    parts = [torch.cat([found.scores[n][mask == kept] for n, mask in found.kept.items()]) for kept in (True, False)]
+    assert parts[0].min() > parts[1].max()
     locations = {node.location for node in found.of_size(9).nodes}
     assert locations == {"attn_in", "attn_v", "attn_out", "mlp_neuron", "mlp_out"}
 
@@ -308,9 +309,9 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
 
     found = [
         wider(("ln1.hook_read", 1), ("attn.hook_v", (0, 1))),  # an edge more
-        wider(("attn.hook_q", (0, 0)), ("attn.hook_k", (0, 0))),  # two nodes more
-        wider(("attn.hook_q", (0, 1))),  # one node more
-        wider(("attn.hook_k", (0, 1))),
+        wider(*(("hook_mlp_out", i) for i in range(4))),  # four nodes more
+        wider(*(("hook_mlp_out", i) for i in range(3))),  # three nodes more, but no edge
+        wider(*(("ln2.hook_read", i) for i in range(3))),
     ]
     seeds = []
 
@@ -323,7 +324,7 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert seeds == [7, 8, 9, 10]
     assert circuit.nodes == found[2].nodes
-    assert (evaluation.n_nodes, evaluation.n_edges) == (4, 2)
+    assert (evaluation.n_nodes, evaluation.n_edges) == (6, 2)
     assert circuit.measured["config"]["restarts"] == 4
 
 
