@@ -249,7 +249,7 @@ def test_circuit_refuses_another_model(model):
 def test_masks_and_means_must_fit():
     mean, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     model = fingerprint(micro_model())
-    with pytest.raises(CircuitError, match="same hook points"):
+    with pytest.raises(CircuitError, match="no means at a"):
         Circuit({"a": mask}, {"b": mean}, model)
     with pytest.raises(CircuitError, match=r"a: kept must be a boolean mask of the means' shape \[3\]"):
         Circuit({"a": mask.float()}, {"a": mean}, model)

@@ -133,6 +133,21 @@ def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
     assert (logits(model) - expected).abs().max() > 1e-6
 
 
+def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
+    """A sink takes a part of the attention, so the mean of what a head passes on is less than that of its values."""
+    model = tiny_model(dtype=torch.float64, n_layers=2, attn_sinks=True)
+    with torch.no_grad():
+        model.blocks[1].attn.sink.fill_(1.0)
+    hook, tokens = "blocks.1.attn.hook_z", torch.arange(12).view(2, 6)
+    means = mean_activations(model, [*node_hooks(model).values(), hook], [tokens])
+    with cutting(model, [edge(("attn_v", 11, "attn_out", 5))], means):
+        _, cache = model.run_with_cache(tokens)
+    z, weight = cache[hook].flatten(2)[..., 11], model.blocks[1].attn.W_O.flatten(0, 1)[11, 5]
+    full = model.run_with_cache(tokens)[1]["blocks.1.hook_attn_out"][..., 5]
+    expected = full - weight * (z - z.mean())
+    torch.testing.assert_close(cache["blocks.1.hook_attn_out"][..., 5], expected, rtol=1e-10, atol=1e-12)
+
+
 def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
     """All edges into a value channel cut is its sources at their means, for this channel."""
     model = tiny_model(dtype=torch.float64, **POSITIONAL)

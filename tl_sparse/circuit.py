@@ -36,8 +36,9 @@ class Circuit:
 
     kept: NodeMasks
     means: NodeValues
-    """Mean activations over the training corpus, at the same hook points. Empty if they are not known: such a circuit
-    can be looked at, but no model runs under it."""
+    """Mean activations over the training corpus at these hook points, and any others: a cut edge that leaves a head
+    needs the mean of `hook_z`. Empty if they are not known: such a circuit can be looked at, but no model runs under
+    it."""
     model: Fingerprint
     model_name: str = ""
     task: str = ""
@@ -49,9 +50,10 @@ class Circuit:
     """How the search ranked all nodes, the kept ones first, at the same hook points; empty if it is not known."""
 
     def __post_init__(self) -> None:
-        for what, values in (("means", self.means), ("scores", self.scores)):
-            if values and self.kept.keys() != values.keys():
-                raise CircuitError(f"kept nodes and {what} must name the same hook points")
+        if self.means and not self.kept.keys() <= self.means.keys():
+            raise CircuitError(f"no means at {', '.join(sorted(self.kept.keys() - self.means.keys()))}")
+        if self.scores and self.kept.keys() != self.scores.keys():
+            raise CircuitError("kept nodes and scores must name the same hook points")
         for name, mask in self.kept.items():
             mean = self.means[name] if self.means else torch.zeros(mask.shape)
             if mask.dtype != torch.bool or mask.shape != mean.shape:
@@ -112,13 +114,12 @@ class Circuit:
             raise CircuitError(f"this circuit belongs to the model {name!r}; the given one has {different}")
 
     def with_means(self, means: NodeValues) -> Circuit:
-        """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
+        """This circuit with other means: `circuit.with_means(mean_activations(model, list(circuit.means), batches))`.
 
         `CircuitError` if a hook point has no mean, or one of another shape.
         """
-        if missing := self.kept.keys() - means.keys():
-            raise CircuitError(f"no means at {', '.join(sorted(missing))}")
-        return dataclasses.replace(self, means={name: means[name] for name in self.kept})
+        known = {name: mean for name, mean in means.items() if name in self.kept or name.endswith(".hook_z")}
+        return dataclasses.replace(self, means=known)
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
         """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
@@ -273,11 +274,13 @@ class Circuit:
             raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
         path = folder / "circuit.safetensors"
         tensors = read_tensors(path)
-        if wrong := tensors.keys() ^ {f"{kind}/{name}" for kind in kinds for name in hooks}:
+        further = {name for name in tensors if name.startswith("mean/") and name.endswith(".hook_z")}
+        if wrong := (tensors.keys() - further) ^ {f"{kind}/{name}" for kind in kinds for name in hooks}:
             raise CheckpointError(f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}")
         kept, means, scores = (
             {name: tensors[f"{kind}/{name}"] for name in hooks if kind in kinds} for kind in ("kept", "mean", "score")
         )
+        means |= {name.removeprefix("mean/"): tensors[name] for name in further}
         edges = None if pairs is None else frozenset(pairs)
         return cls(kept, means, model, *texts, measured, edges, scores)
 

@@ -33,8 +33,9 @@ _PARAMETERS = {
 def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterator[None]:
     """Within the context, each edge contributes its mean: its weight is zero, and weight · mean is in the bias.
 
-    Afterwards the weights are bit for bit what they were. `PruneError` for a model that is not one of ours: others
-    have their weights in other forms.
+    For what leaves a head that is the mean of `attn.hook_z`, or if it is not known that of the value, which is more
+    where a sink takes a part of the attention. Afterwards the weights are bit for bit what they were. `PruneError` for
+    a model that is not one of ours: others have their weights in other forms.
     """
     edges = list(edges)
     if edges and not hasattr(model, "sparse_cfg"):
@@ -43,8 +44,11 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
     try:
         for edge in edges:
             weight, bias = _entries(model, edge)
-            hook = f"blocks.{edge.source.layer}.{LOCATION_HOOKS[edge.source.location][0]}"
-            mean = means[hook].flatten()[edge.source.index]
+            block = f"blocks.{edge.source.layer}."
+            mean = means[block + LOCATION_HOOKS[edge.source.location][0]]
+            if edge.source.location == "attn_v":  # what leaves a head is the value as attention mixed it
+                mean = means.get(block + "attn.hook_z", mean)
+            mean = mean.flatten()[edge.source.index]
             for entry, value in ((weight, torch.zeros_like(weight)), (bias, bias + weight * mean)):
                 undo.append((entry, entry.clone()))
                 entry.copy_(value)

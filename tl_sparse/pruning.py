@@ -68,8 +68,11 @@ def prune(
                 f"target loss {config.target_loss}: no circuit can be trusted to reach it. Train the model longer, or "
                 f"give a larger target_loss"
             )
-        means = mean_activations(model, hooks, corpus.long().split(max(1, config.batch_size // 4)))
-        nothing = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
+        # The means of hook_z are for edges that leave heads; other nodes than ours have no edges that can be cut.
+        further = [f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers) if hasattr(model, "sparse_cfg")]
+        batches = corpus.long().split(max(1, config.batch_size // 4))
+        means = mean_activations(model, [*hooks, *further], batches)
+        nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in hooks}
         name = str(getattr(model.cfg, "model_name", None) or "")
         empty = Circuit(nothing, means, fingerprint(model), name, task.name)
         configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
@@ -158,8 +161,8 @@ def _search(
         if empty.means[key].shape != empty.means[query].shape:
             shapes = [list(empty.means[name].shape) for name in (query, key)]
             raise PruneError(f"tied_qk needs a key channel for each query channel; [heads, channels] are {shapes}")
-    zeros = {name: torch.zeros_like(mean) for name, mean in empty.means.items()}
-    held = zeros if config.ablation == "zero" else empty.means
+    means = {name: empty.means[name] for name in empty.kept}
+    held = {name: torch.zeros_like(mean) for name, mean in means.items()} if config.ablation == "zero" else means
     gates = NodeGates(held, tied=tied, **{name: getattr(config, name) for name in start})
     if config.warm_start or config.method != "learned":
         noise = gates.tau.detach() - config.init_bias
