@@ -1,4 +1,4 @@
-"""The command line: `tl-sparse train`, `tasks`, `prune`, `view`, `export`, `demo`."""
+"""The command line: `tl-sparse train`, `tasks`, `prune`, `evaluate`, `suite`, `search`, `view`, `export`, `demo`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from tl_sparse.config import (
     preset,
 )
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
+
+CORPUS = "text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,19 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
     prune.add_argument("task", help="its name, for example single_double_quote, or a file of pairs, *.jsonl")
     prune.add_argument("--out", required=True, help="new folder for the circuit")
-    prune.add_argument(
-        "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
-    )
-    prune.add_argument("--edges", action="store_true", help="then prune its edges too, into the folder `edges` in --out")
+    prune.add_argument("--edges", action="store_true", help="then prune its edges too, into `edges` in --out")
 
     suite = _command(commands, "suite", "prune many tasks in many models, with several seeds", _suite, PruneConfig)
     suite.add_argument("model", nargs="+", help="models: folders, or names that tl_sparse.load knows")
-    suite.add_argument("--out", required=True, help="folder for circuits and results; one that is begun goes on")
     suite.add_argument("--tasks", help="names, or files of pairs, with commas (default: all twenty)")
     suite.add_argument("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
-    suite.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    suite.add_argument("--corpus", help="text for the means, as in prune (default: each model's own sample)")
-    for command in (prune, suite):
+    search = _command(commands, "search", "find good settings of prune, with Optuna", _search, PruneConfig)
+    search.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
+    search.add_argument("task", nargs="+", help="names, or files of pairs, *.jsonl")
+    search.add_argument("--trials", type=int, default=50, help="of the whole study (default: %(default)s)")
+    search.add_argument("--storage", help="a file, or the URL of a database, shared by all (default: in --out)")
+    for command in (suite, search):
+        command.add_argument("--out", required=True, help="folder for the results; one that is begun goes on")
+        command.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    for command in (prune, suite, search):
+        command.add_argument("--corpus", help=CORPUS)
         command.add_argument("--config", help="a YAML file of PruneConfig's fields, such as search writes; flags win")
         _add_fields(command, PruneConfig(), skip=["seed"] if command is suite else [])
 
@@ -84,10 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--corpus", help="text for passages, as in prune (default: the model's own sample)")
     view.add_argument("--min-weight", type=float, default=0.0, help="leave out edges of a smaller absolute weight")
     export = _command(commands, "export", "write a circuit for other tools", _export)
+    judge = _command(commands, "evaluate", "measure a circuit on held-out pairs", _evaluate)
+    judge.add_argument("--corpus", help=CORPUS.replace("the model's own sample", "the circuit's means"))
+    judge.add_argument("--pairs", type=int, help="how many (default: as many as when it was found)")
+    judge.add_argument("--seed", type=int, help="of the pairs, and of random circuits (default: as when it was found)")
     endings = "the file, of the format it ends in: .graphml, .dot, .mmd (Mermaid), .csv, .json (attribution graph)"
-    for command, out in ((view, "the page"), (export, endings)):
+    for command, out in ((view, "the page"), (export, endings), (judge, "a JSON file with all figures")):
         command.add_argument("circuit", help="a folder, or a repository of the hub")
-        command.add_argument("-o", "--out", required=True, help=out)
+        command.add_argument("-o", "--out", required=command is not judge, help=out)
         command.add_argument("--model", help="a folder, or a name that tl_sparse.load knows (default: the circuit's)")
         command.add_argument("--task", help="of the prompts (default: the circuit's)")
 
@@ -96,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--train", action="store_true", help="train a model first, in minutes (default: the bundled one)")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="of training (default: %(default)s)")
-    for command in (train, prune, suite, tasks, view, export, demo):
+    for command in (train, prune, suite, search, tasks, judge, view, export, demo):
         command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     return parser
 
@@ -201,6 +210,42 @@ def _suite(args: argparse.Namespace) -> None:
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
     results = run_suite(args.model, tasks, args.out, seeds, config, args.corpus, args.workers, args.device)
     print(f"\n{results_table(results)}\nSaved in {args.out}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    config = _prune_config(args)
+    from tl_sparse.search import search
+
+    corpus, device = args.corpus, args.device
+    _, text = search(args.model, args.task, args.out, args.trials, args.workers, args.storage, config, corpus, device)
+    print(f"\n{text}\n\nSaved {Path(args.out, 'best.yaml')}, for --config of prune and suite")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tl_sparse.data import load_corpus
+    from tl_sparse.evaluation import full_evaluation
+    from tl_sparse.files import write_json
+    from tl_sparse.pruning import corpus_means, task_splits
+    from tl_sparse.tables import evaluation_tables
+    from tl_sparse.tasks import get_task, make_task_data
+
+    circuit, model = _circuit_and_model(args)
+    if args.corpus is not None or not circuit.means:
+        tokens = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        circuit = circuit.with_means(corpus_means(model, tokens))
+    fields, found_with = PruneConfig().__dict__, circuit.measured.get("config", {})
+    config = PruneConfig(**{name: value for name, value in found_with.items() if name in fields})
+    task = get_task(args.task or circuit.task)
+    *used, heldout = task_splits(model, task, config)
+    if args.pairs is not None or args.seed is not None:
+        n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
+        seed, seen = 3 * config.seed + 1 if args.seed is None else args.seed, {p for part in used for p in part.prompts}
+        data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx, exclude=seen)
+        heldout = data.to(heldout.tokens.device)
+    found = full_evaluation(circuit, model, heldout, config.batch_size, args.seed or 0)
+    if args.out:
+        write_json(Path(args.out), found)
+    print(evaluation_tables(found) + (f"\n\nSaved {args.out}" if args.out else ""))
 
 
 def _tasks(args: argparse.Namespace) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -225,3 +226,25 @@ def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 
     smaller = [circuit, *(circuit.without([part], model) for part in parts)]
     losses = [score(model, data, batch_size, holding_circuit(c, model)).loss for c in smaller]
     return {part: loss - losses[0] for part, loss in zip(parts, losses[1:], strict=True)}
+
+
+def full_evaluation(
+    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
+) -> dict[str, Any]:
+    """All that this module measures of a circuit, as JSON values; `tables.evaluation_tables` shows them.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's.
+    """
+    kinds = (Counter(node.location for node in circuit.nodes), Counter(
+        f"{edge.source.location} → {edge.target.location}" for edge in circuit.edges(model)
+    ))  # fmt: skip
+    parts = sorted(effects(circuit, model, data, batch_size).items(), key=lambda item: -item[1])
+    return {
+        "model": circuit.model_name, "task": data.task, "nodes": dict(kinds[0]), "edges": dict(kinds[1]),
+        "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
+        "ladder": [asdict(rung) for rung in ladder(circuit, model, data, batch_size)] if circuit.scores else [],
+        "random": [asdict(rung) for rung in random_circuits(circuit, model, data, 8, seed, batch_size)],
+        "node_effects": [[str(part), effect] for part, effect in parts if isinstance(part, Node)],
+        "edge_effects": [[str(part), effect] for part, effect in parts if isinstance(part, Edge)],
+    }  # fmt: skip

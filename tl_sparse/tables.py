@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -36,6 +38,28 @@ def scores_table(evaluation: Evaluation) -> str:
     ]
     heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)
+
+
+def evaluation_tables(found: Mapping[str, Any], most: int = 20) -> str:
+    """What `full_evaluation` gives, with the `most` largest effects of nodes and of edges."""
+    scored, drawn = found["evaluation"], [rung["circuit"] | rung for rung in found["random"]]
+    names = {
+        "full": "the full model", "circuit": "the circuit alone, the rest at its mean (sufficient?)",
+        "zero": "… at zero", "resample": "… resampled", "ablated": "the model without the circuit (necessary?)",
+    }  # fmt: skip
+    rows = [_scores_row(text, Score(**scored[name])) for name, text in names.items()]
+    parts = [table([f"{found['task']}, {scored['n_pairs']} held-out pairs", "task loss", "accuracy"], rows)]
+    for what in ("nodes", "edges"):
+        counts = {**found[what], "all": sum(found[what].values())}
+        parts.append(table([what, "number"], [[kind, str(n)] for kind, n in counts.items()]))
+    rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *_scores_row("", Score(**r["circuit"]))[1:]] for r in found["ladder"]]
+    parts += [table(["nodes ranked highest", "edges", "task loss", "accuracy"], rows)] if rows else []
+    rows = [[what, *(f"{of([d[what] for d in drawn]):.3f}" for of in (mean, min, max))] for what in ("n_edges", "loss", "accuracy")]
+    parts.append(table([f"{len(drawn)} random circuits of that size", "mean", "least", "most"], rows))
+    for what, heading in (("node_effects", "node held at its mean"), ("edge_effects", "edge cut")):
+        rows = [[name, f"{effect:+.3f}"] for name, effect in found[what][:most]]
+        parts += [table([heading, "loss"], rows)] if rows else []
+    return "\n\n".join(parts)
 
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
