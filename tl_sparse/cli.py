@@ -233,19 +233,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.corpus is not None or not circuit.means:
         tokens = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
         circuit = circuit.with_means(corpus_means(model, tokens))
-    fields, found_with = PruneConfig().__dict__, circuit.measured.get("config", {})
-    config = PruneConfig(**{name: value for name, value in found_with.items() if name in fields})
+    known, values = PruneConfig().__dict__, circuit.measured.get("config", {})
+    config = PruneConfig(**{name: values[name] for name in known.keys() & values})
     task = get_task(args.task or circuit.task)
-    *used, heldout = task_splits(model, task, config)
+    *used, data = task_splits(model, task, config)
     if args.pairs is not None or args.seed is not None:
+        seen = [prompt for part in used for prompt in part.prompts]
         n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
-        seed, seen = 3 * config.seed + 1 if args.seed is None else args.seed, {p for part in used for p in part.prompts}
-        data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx, exclude=seen)
-        heldout = data.to(heldout.tokens.device)
-    found = full_evaluation(circuit, model, heldout, config.batch_size, args.seed or 0)
+        fresh = make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen)
+        data = fresh.to(data.tokens.device)
+    found = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
+    print(evaluation_tables(found))
     if args.out:
         write_json(Path(args.out), found)
-    print(evaluation_tables(found) + (f"\n\nSaved {args.out}" if args.out else ""))
 
 
 def _tasks(args: argparse.Namespace) -> None:

@@ -231,20 +231,14 @@ def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 
 def full_evaluation(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
-    """All that this module measures of a circuit, as JSON values; `tables.evaluation_tables` shows them.
-
-    Raises:
-        CircuitError: if `model` is not the circuit's.
-    """
-    kinds = (Counter(node.location for node in circuit.nodes), Counter(
-        f"{edge.source.location} → {edge.target.location}" for edge in circuit.edges(model)
-    ))  # fmt: skip
-    parts = sorted(effects(circuit, model, data, batch_size).items(), key=lambda item: -item[1])
+    """All that this module measures of a circuit, as JSON values. `CircuitError` if `model` is not the circuit's."""
+    found = effects(circuit, model, data, batch_size)
+    kinds = Counter(p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}" for p in found)
+    rungs = ladder(circuit, model, data, batch_size) if circuit.scores else []
+    drawn = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
     return {
-        "model": circuit.model_name, "task": data.task, "nodes": dict(kinds[0]), "edges": dict(kinds[1]),
+        "model": circuit.model_name, "task": data.task, "kinds": dict(kinds),
         "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
-        "ladder": [asdict(rung) for rung in ladder(circuit, model, data, batch_size)] if circuit.scores else [],
-        "random": [asdict(rung) for rung in random_circuits(circuit, model, data, 8, seed, batch_size)],
-        "node_effects": [[str(part), effect] for part, effect in parts if isinstance(part, Node)],
-        "edge_effects": [[str(part), effect] for part, effect in parts if isinstance(part, Edge)],
+        "ladder": [asdict(rung) for rung in rungs], "random": [asdict(rung) for rung in drawn],
+        "effects": {str(part): found[part] for part in sorted(found, key=found.__getitem__, reverse=True)},
     }  # fmt: skip
