@@ -50,7 +50,7 @@ def search(
         PruneError: if no trial found a circuit of every task.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used.
     """
-    for what, value in (("trials", n_trials), ("workers", workers)):
+    for what, value in (("trials", n_trials), ("workers", workers), ("number of tasks", len(tasks))):
         check(value >= 1, what, value, "at least 1")
     config, storage = config or PruneConfig(), storage or str(Path(out, "study.journal"))
     start = {name: 1 - config.beta2 if name == "1 - beta2" else getattr(config, name) for name in RANGES}
@@ -107,9 +107,10 @@ def run_trial(
             edges[task.name] = prune(face, task, tokens, _changed(config, trial.params), False, means)[1].n_edges
         except PruneError:
             edges[task.name] = None
+    cost = geometric_mean([max(1, n_weights(face)[0] if n is None else n) for n in edges.values()])
     with _study(storage) as study:
         trial.set_user_attr("edges", edges)
-        study.tell(trial, geometric_mean([max(1, n_weights(face)[0] if n is None else n) for n in edges.values()]))
+        study.tell(trial, cost)
 
 
 def _changed(config: PruneConfig, values: dict[str, Any]) -> PruneConfig:
