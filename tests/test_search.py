@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from micro import LOSS, save_micro, save_pairs
+import tl_sparse
+from micro import LOSS, NODES, save_micro, save_pairs
 from tl_sparse import search as module
 from tl_sparse import suite
 from tl_sparse.cli import main
@@ -41,6 +42,7 @@ def tried(monkeypatch):
         return None, SimpleNamespace(n_edges=edges)
 
     monkeypatch.setattr(module, "prune", prune)
+    monkeypatch.setattr(module, "n_weights", lambda model: (300, 1000))
     return configs
 
 
@@ -58,12 +60,15 @@ def test_the_settings_with_the_fewest_edges_are_found(place, tried):
     for name, (low, high) in RANGES.items():
         tries = [1 - c.beta2 if name == "1 - beta2" else getattr(c, name) for c in tried]
         assert all(low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9) for value in tries)
-        assert len(set(tries)) == 12
-    # No circuit counts as all weights of the model, which are two.
-    costs = [(max(1, round(1e6 * c.k_coef)) * (4 if c.lr >= 1e-3 else 2)) ** 0.5 for c in tried[::2]]
-    assert best == tried[2 * costs.index(min(costs))]
+        assert len(set(tries)) >= 10
+    # No circuit counts as all weights of the model, and is never the best.
+    costs = [(max(1, round(1e6 * c.k_coef)) * (4 if c.lr >= 1e-3 else 300)) ** 0.5 for c in tried[::2]]
+    least = min(cost for cost, c in zip(costs, tried[::2], strict=True) if c.lr >= 1e-3)
+    assert best == tried[2 * costs.index(least)]
+    with module._study(str(out / "study.journal")) as study:
+        assert [trial.value for trial in study.trials] == pytest.approx(costs)
     lines = [line.split() for line in text.splitlines()]
-    assert ["edges,", "geometric", "mean", f"{costs[0]:.1f}", f"{min(costs):.1f}"] in lines
+    assert ["edges,", "geometric", "mean", f"{costs[0]:.1f}", f"{least:.1f}"] in lines
     assert ["easy", "2000", str(round(1e6 * best.k_coef))] in lines
     assert ["lr", "0.02", f"{best.lr:.3g}"] in lines
     assert yaml.safe_load((out / "best.yaml").read_text()) == best.__dict__
@@ -101,11 +106,10 @@ def test_it_finds_a_circuit_and_prune_takes_its_settings(place, tmp_path, capsys
     assert "easy" in printed
     circuit, config = str(tmp_path / "circuit"), ["--config", str(out / "best.yaml")]
     assert main(["prune", model, tasks[0], "--out", circuit, "--edges", *config, "--train-pairs", "33"]) == 0
-    import tl_sparse
-
     settings = tl_sparse.Circuit.load(circuit).measured["config"]
     assert settings == yaml.safe_load((out / "best.yaml").read_text()) | {"train_pairs": 33}
-    assert tl_sparse.Circuit.load(f"{circuit}/edges").edge_set is not None
+    assert "Pruned by edges\n\nCircuit of easy" in capsys.readouterr().out
+    assert [str(node) for node in tl_sparse.Circuit.load(f"{circuit}/edges").nodes] == NODES
 
 
 def test_no_circuit_at_all_is_an_error(place, monkeypatch):
@@ -143,7 +147,7 @@ def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
     with pytest.raises(SuiteError, match=r"cannot use the storage .*text/study"):
         search(model, tasks, out, 1, storage=str(tmp_path / "text" / "study"), config=CONFIG)
     with pytest.raises(SuiteError, match=r"pip install 'tl-sparse\[search\]', or what the storage needs"):
-        search(model, tasks, out, 1, storage="mysql+nothing://nowhere/study", config=CONFIG)
+        search(model, tasks, out, 1, storage="postgresql+psycopg2://nowhere/study", config=CONFIG)
     database = tmp_path / "study.db"
     search(model, tasks, out, 1, storage=f"sqlite:///{database}", config=CONFIG)
     with sqlite3.connect(database, isolation_level=None) as connection:

@@ -233,15 +233,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.corpus is not None or not circuit.means:
         tokens = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
         circuit = circuit.with_means(corpus_means(model, tokens))
-    known, values = PruneConfig().__dict__, circuit.measured.get("config", {})
-    config = PruneConfig(**{name: values[name] for name in known.keys() & values})
-    task = get_task(args.task or circuit.task)
-    *used, data = task_splits(model, task, config)
-    if args.pairs is not None or args.seed is not None:
+    values, known, task = circuit.measured.get("config", {}), PruneConfig(), get_task(args.task or circuit.task)
+    config = dataclasses.replace(known, **{name: values[name] for name in values.keys() & known.__dict__})
+    *used, data = task_splits(model, task, config) if values else (None,)
+    if data is None or args.pairs is not None or args.seed is not None:
         seen = [prompt for part in used for prompt in part.prompts]
         n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
-        fresh = make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen)
-        data = fresh.to(data.tokens.device)
+        data = make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen)
+        data = data.to(next(model.parameters()).device)
     found = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
     print(evaluation_tables(found))
     if args.out:

@@ -71,7 +71,7 @@ def search(
             bar.update()
     with _study(storage) as study:
         done = _done(study)
-    best = min(done, key=lambda trial: trial.value)
+    best = min(done, key=lambda trial: ([*trial.user_attrs["edges"].values()].count(None), trial.value))
     if None in best.user_attrs["edges"].values():
         raise PruneError(f"none of {len(done)} trials found a circuit of every task; try more, or other tasks")
     shown = dict([("as given", trial) for trial in done if _given(trial) == start][:1])
@@ -141,7 +141,7 @@ def _study(storage: str) -> Iterator[Any]:
         yield optuna.create_study(study_name="tl_sparse", storage=place, load_if_exists=True)
     except SuiteError:
         raise
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise SuiteError(f"{error}; pip install 'tl-sparse[search]', or what the storage needs") from error
     except Exception as error:  # of many kinds: the file system's, each database's
         raise SuiteError(f"cannot use the storage {storage}: {error}; is it locked, or no study of Optuna?") from error
