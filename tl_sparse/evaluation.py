@@ -21,6 +21,10 @@ from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 
+#: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.
+MAX_EFFECTS = 4000
+
+
 @dataclass(frozen=True)
 class Score:
     """How well a task is done."""
@@ -231,9 +235,11 @@ def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 
 def full_evaluation(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
-    """All that this module measures of a circuit, as JSON values. `CircuitError` if `model` is not the circuit's."""
-    found = effects(circuit, model, data, batch_size)
-    kinds = Counter(p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}" for p in found)
+    """All that this module measures of a circuit, as JSON values; effects if it has at most `MAX_EFFECTS` nodes and
+    edges. `CircuitError` if `model` is not the circuit's."""
+    parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
+    kinds = Counter(p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}" for p in parts)
+    found = effects(circuit, model, data, batch_size) if len(parts) <= MAX_EFFECTS else {}
     rungs = ladder(circuit, model, data, batch_size) if circuit.scores else []
     drawn = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
     return {

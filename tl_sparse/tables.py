@@ -43,7 +43,7 @@ def scores_table(evaluation: Evaluation) -> str:
 
 def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
     """What `full_evaluation` gives, with the `most` largest effects."""
-    scored = {name: Score(**value) if isinstance(value, dict) else value for name, value in found["evaluation"].items()}
+    scored: dict[str, Any] = {n: Score(**v) if isinstance(v, dict) else v for n, v in found["evaluation"].items()}
     parts = [scores_table(Evaluation(**scored))]
     parts.append(table(["kind of node or edge", "number"], [[kind, str(n)] for kind, n in found["kinds"].items()]))
     for heading, rungs in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
