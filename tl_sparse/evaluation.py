@@ -20,7 +20,6 @@ from tl_sparse.hooks.points import TLModel, hooked
 from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
-
 #: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.
 MAX_EFFECTS = 4000
 

@@ -56,13 +56,14 @@ def search(
     start = {name: 1 - config.beta2 if name == "1 - beta2" else getattr(config, name) for name in RANGES}
     fixed = {name: v for name, v in dataclasses.asdict(config).items() if not RANGES.keys() & {name, f"1 - {name}"}}
     names = [get_task(task).name for task in tasks]
-    name = find(model).resolve().name
-    settings = {"model": name, "tasks": names, "ranges": RANGES, "corpus": corpus, "config": fixed}
+    settings = {"model": find(model).resolve().name, "tasks": names, "ranges": RANGES, "corpus": corpus}
+    settings["config"] = fixed
     with _study(storage) as study:
         if not study.user_attrs:
             study.set_user_attr("settings", settings)
         refuse_another(f"the study in {storage}", study.user_attrs.get("settings", {}), settings)
-        if not any(_given(trial) == start and trial.state.name in ("WAITING", "COMPLETE") for trial in study.trials):
+        there = [trial for trial in study.trials if trial.state.name in ("WAITING", "COMPLETE")]
+        if start not in map(_enqueued, there):
             study.enqueue_trial(start)
         left = range(len(_done(study)), n_trials)
     run = functools.partial(run_trial, model, list(tasks), n_trials, storage, config, corpus, device)
@@ -74,7 +75,7 @@ def search(
     best = min(done, key=lambda trial: ([*trial.user_attrs["edges"].values()].count(None), trial.value))
     if None in best.user_attrs["edges"].values():
         raise PruneError(f"none of {len(done)} trials found a circuit of every task; try more, or other tasks")
-    shown = dict([("as given", trial) for trial in done if _given(trial) == start][:1])
+    shown = dict([("as given", trial) for trial in done if _enqueued(trial) == start][:1])
     shown[f"the best, {best.number} of {len(done)}"] = best
     rows = [["edges, geometric mean", *(f"{trial.value:.1f}" for trial in shown.values())]]
     rows += [[name, *(str(trial.user_attrs["edges"][name]) for trial in shown.values())] for name in names]
@@ -122,22 +123,22 @@ def _done(study: Any) -> list[Any]:
     return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
-def _given(trial: Any) -> Any:
+def _enqueued(trial: Any) -> Any:
     return trial.system_attrs.get("fixed_params")
 
 
 @contextmanager
 def _study(storage: str) -> Iterator[Any]:
-    """The study, made if it is not there. Many processes can write a journal file, on network disks too; for sqlite
-    Optuna advises against that."""
+    """The study, made if need be. Many processes can write a journal file, but not, Optuna says, a sqlite one."""
     try:
         import optuna
         from optuna.storages import JournalStorage, journal
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        place: Any = storage
         if "://" not in storage:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        place: Any = storage if "://" in storage else JournalStorage(journal.JournalFileBackend(storage))
+            place = JournalStorage(journal.JournalFileBackend(storage))
         yield optuna.create_study(study_name="tl_sparse", storage=place, load_if_exists=True)
     except SuiteError:
         raise

@@ -104,10 +104,7 @@ def refuse_another(place: object, before: Mapping[str, Any], now: Mapping[str, A
 
 
 def in_processes(function: Callable[[T], None], arguments: Iterable[T], workers: int) -> Iterator[None]:
-    """Do the function with each argument; in this process if `workers` is 1. What was done before an error remains.
-
-    `SuiteError` if a process died, or Ctrl-C was pressed.
-    """
+    """Call `function` with each argument, here if `workers` is 1. `SuiteError` if a process died, or after Ctrl-C."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare) if workers > 1 else None
     try:
         if pool is None:
@@ -128,9 +125,9 @@ def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the main process says so
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # jobs come model by model
 def loaded(source: str, corpus: str | None, device: str | None, batch: int) -> tuple[TLModel, Tensor, NodeValues]:
-    """A model, tokens [seq, pos] of its corpus, and the means over these: once in each process."""
+    """A model, tokens [seq, pos] of its corpus, and the means over these: once in a process."""
     model = load(source, device)
     tokens = load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
     return model, tokens, corpus_means(model, tokens, batch)
@@ -143,12 +140,13 @@ def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Jo
     about: dict[str, Any] = {"settings": settings, "problem": None}
     task, config = get_task(job.task), dataclasses.replace(config, seed=job.seed)
     (nonzero, weights), circuits = n_weights(model), dict[str, Circuit]()
+    sparse = hasattr(model, "network") and 2 * nonzero < weights
     try:
         for kind in KINDS:
             started = time.perf_counter()
             if kind == "node_pruned":
                 circuit, judged = prune(model, task, tokens, config, False, means)
-            elif hasattr(model, "network") and 2 * nonzero < weights and judged.n_edges <= MAX_EDGES:
+            elif sparse and judged.n_edges <= MAX_EDGES:
                 circuit, judged = prune_edges(circuit, model, task, config, False)
             else:
                 break
@@ -169,10 +167,9 @@ def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Jo
 
 
 def collected(jobs: Iterable[Job]) -> dict[str, Any]:
-    """What finished jobs found, by model and task: mean, median and range over the seeds; of the overlap of their
-    nodes (Jaccard), over pairs of seeds. Circuits pruned by nodes and by edges are never mixed.
+    """What finished jobs found, by model and task, over the seeds; never mixing circuits pruned by nodes and by edges.
 
-    Geometric means are of the median edges (at least 1) over the tasks that every model solved with every seed; ratios
+    Geometric means are of the median edges (at least 1), over the tasks that every model solved with every seed; ratios
     are to the model with the fewest.
     """
     models: dict[str, dict[str, Any]] = {}
@@ -214,12 +211,12 @@ def results_table(results: Mapping[str, Any]) -> str:
         rows.append([model, task, *(cell(entry["node_pruned"], name) for name in FIGURES)])
         rows[-1] += [cell(entry["edge_pruned"], name) for name in ("nodes", "edges")]
     for model, ratio in results["ratio"].items():
-        node, edge = (format(means[kind].get(model, "–"), "" if model not in means[kind] else ".1f") for kind in KINDS)
+        node, edge = (format(means[kind][model], ".1f") if model in means[kind] else "–" for kind in KINDS)
         rows.append([model, f"**geometric mean**, × {ratio:.1f}", "", node, *[""] * 6, edge])
     note = (
-        "Median (range) over seeds, of overlap (Jaccard, of the nodes of two seeds) the mean; on held-out pairs. Up to",
-        "there of circuits pruned by nodes alone. Geometric means are over the tasks that all models solved with every",
-        f"seed: {', '.join(results['solved_by_all']) or 'none'}.",
+        "Median (range) over seeds, on held-out pairs; overlap: mean Jaccard index of the nodes of two seeds. Only the",
+        "last two columns are of circuits pruned by edges. Geometric means are over the tasks that all models solved",
+        f"with every seed: {', '.join(results['solved_by_all']) or 'none'}.",
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *note, *problems]) + "\n"
 
@@ -243,8 +240,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.plot(middle, rows, "osD^vPX*"[i % 8], color=f"C{i}", ms=5, clip_on=False, label=model)
         axes.axvline(results["geometric_mean_edges"]["node_pruned"].get(model, float("nan")), color=f"C{i}", ls=":")
     axes.set_xscale("symlog", linthresh=1)  # a circuit can do without edges
-    label = "edges of the node-pruned circuit\n(range over seeds; dotted: geometric mean)"
-    axes.set(xlim=(-0.15, None), xlabel=label, yticks=range(len(order)), yticklabels=order)
+    axes.set_xlabel("edges of the node-pruned circuit\n(range over seeds; dotted: geometric mean)")
+    axes.set(xlim=(-0.15, None), yticks=range(len(order)), yticklabels=order)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
