@@ -62,9 +62,9 @@ def search(
         if not study.user_attrs:
             study.set_user_attr("settings", settings)
         refuse_another(f"the study in {storage}", study.user_attrs.get("settings", {}), settings)
-        there = [trial for trial in study.trials if trial.state.name in ("WAITING", "COMPLETE")]
-        if start not in map(_enqueued, there):
-            study.enqueue_trial(start)
+        there = [t.user_attrs.get("given") for t in study.trials if t.state.name in ("WAITING", "COMPLETE")]
+        if start not in there:
+            study.enqueue_trial(start, user_attrs={"given": start})
         left = range(len(_done(study)), n_trials)
     run = functools.partial(run_trial, model, list(tasks), n_trials, storage, config, corpus, device)
     with tqdm(total=n_trials, initial=left.start, desc="trials", unit="trial") as bar:
@@ -75,7 +75,7 @@ def search(
     best = min(done, key=lambda trial: ([*trial.user_attrs["edges"].values()].count(None), trial.value))
     if None in best.user_attrs["edges"].values():
         raise PruneError(f"none of {len(done)} trials found a circuit of every task; try more, or other tasks")
-    shown = dict([("as given", trial) for trial in done if _enqueued(trial) == start][:1])
+    shown = dict([("as given", trial) for trial in done if trial.user_attrs.get("given") == start][:1])
     shown[f"the best, {best.number} of {len(done)}"] = best
     rows = [["edges, geometric mean", *(f"{trial.value:.1f}" for trial in shown.values())]]
     rows += [[name, *(str(trial.user_attrs["edges"][name]) for trial in shown.values())] for name in names]
@@ -121,10 +121,6 @@ def _changed(config: PruneConfig, values: dict[str, Any]) -> PruneConfig:
 
 def _done(study: Any) -> list[Any]:
     return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-
-
-def _enqueued(trial: Any) -> Any:
-    return trial.system_attrs.get("fixed_params")
 
 
 @contextmanager
