@@ -9,8 +9,10 @@ After `<s> f f A f end` the last position has (0, 1, a, 0) with a = 2 · W_V · 
 final RMSNorm divides by sqrt((1 + a²) / 4), so logit(yes) - logit(no) = 2 · W_U · a / that.
 """
 
+import json
 import math
 import random
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
 from tl_sparse.circuit import Circuit
+from tl_sparse.data import CORPUS_SAMPLE
+from tl_sparse.files import write_tensors
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import node_hooks
@@ -83,3 +87,19 @@ def micro_circuit(micro) -> Circuit:
     kept["blocks.0.attn.hook_v"][0, 0] = True
     kept["blocks.0.hook_attn_out"][2] = True
     return Circuit(kept, means, fingerprint(micro), "micro", "micro")
+
+
+def save_micro(folder: Path) -> str:
+    """A folder with the model and a sample of its corpus."""
+    micro_model().save_pretrained(folder)
+    write_tensors(folder / CORPUS_SAMPLE, {"tokens": micro_corpus()})
+    return str(folder)
+
+
+def save_pairs(path: Path, answers: tuple[str, str] = (" yes", " no"), n_pairs: int = 128) -> str:
+    """Pairs of the task as a file; with swapped answers it is one that the model does not solve."""
+    rng, pairs = random.Random(0), {}
+    while len(pairs) < n_pairs:
+        pairs[MICRO_TASK.sample(rng)] = None
+    path.write_text("\n".join(json.dumps({"prompts": pair, "answers": answers}) for pair in pairs))
+    return str(path)

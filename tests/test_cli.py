@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import tl_sparse
 from formats import write_circuitgpt, write_openai
 from helpers import full_config, tiny_model
 from loopback import cache_snapshot
-from micro import LOSS, MICRO_TASK, micro_corpus, micro_model
+from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.cli import _parser, main
 from tl_sparse.config import PruneConfig, TrainConfig
 from tl_sparse.data import load_documents, pack_tokens
@@ -150,6 +151,54 @@ def test_report_of_a_task_in_which_each_pair_has_its_answers():
     rest = [text.replace("one pair's tokens", "the task's tokens").split("\n")[3:] for text in texts]
     assert rest[0] == rest[1]
     assert "2  +3.000  -3.000" in re.sub(" +", "  ", texts[1])
+
+
+def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
+    model, task = save_micro(tmp_path / "model"), save_pairs(tmp_path / "micro.jsonl")
+    sizes = ["--target-loss", str(2 * LOSS), "--steps", "30", "--train-pairs", "32", "--selection-pairs", "8"]
+    out = str(tmp_path / "circuit")
+    assert main(["prune", model, task, "--out", out, "--heldout-pairs", "8", *sizes]) == 0
+    capsys.readouterr()
+    command = ["evaluate", out, "--model", model, "--task", task]
+    assert main([*command, "-o", str(tmp_path / "all.json")]) == 0
+    found, printed = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
+    # The pairs, and so the figures, that prune judged it by.
+    assert found["evaluation"] == tl_sparse.Circuit.load(out).measured["heldout"]
+    assert found["kinds"] == {"attn_in": 1, "attn_v": 1, "attn_out": 1, "attn_in → attn_v": 1, "attn_v → attn_out": 1}
+    by_size = {rung["n_nodes"]: rung["circuit"]["loss"] for rung in found["ladder"]}
+    assert by_size[3] == pytest.approx(LOSS, rel=1e-3)
+    assert by_size[2] == pytest.approx(math.log(2))
+    assert [rung["n_nodes"] for rung in found["random"]] == [3] * 8
+    edge = "{} → {}  {:+.3f}".format(*EDGES[0])
+    assert found["effects"][edge] == pytest.approx(math.log(2) - LOSS, abs=1e-4)
+    for line in ("On 8 held-out pairs", "… the rest resampled", "nodes ranked highest", "mean loss at random: ", edge):
+        assert line in printed
+    # Others, which are none of those it was found with.
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tl_sparse.evaluation.full_evaluation", lambda *given: seen.append(given[2]) or found)
+        assert main([*command, "--pairs", "64", "--seed", "0"]) == 0
+    from tl_sparse.pruning import task_splits
+
+    config = PruneConfig(**tl_sparse.Circuit.load(out).measured["config"])
+    used = task_splits(micro_model(), tl_sparse.get_task(task), config)[:2]
+    assert seen[0].n_pairs == 64
+    assert not set(seen[0].prompts) & {prompt for data in used for prompt in data.prompts}
+
+
+def test_evaluate_names_what_is_missing(tmp_path, capsys):
+    micro_circuit(micro_model()).save(tmp_path / "circuit")
+    command = ["evaluate", str(tmp_path / "circuit")]
+    assert main(command) == 1
+    assert "give the circuit's model with --model" in capsys.readouterr().err
+    command += ["--model", save_micro(tmp_path / "model")]
+    assert main(command) == 1
+    assert "no task 'micro'" in capsys.readouterr().err
+    command += ["--task", save_pairs(tmp_path / "micro.jsonl")]
+    assert main([*command, "--pairs", "0"]) == 1
+    assert "n_pairs is 0; it must be at least 1" in capsys.readouterr().err
+    assert main([*command, "--pairs", "16"]) == 0
+    assert "On 16 held-out pairs" in capsys.readouterr().out
 
 
 def readme_snippets() -> list[str]:

@@ -138,7 +138,7 @@ def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
     model = tiny_model(dtype=torch.float64, n_layers=2, attn_sinks=True)
     with torch.no_grad():
         model.blocks[1].attn.sink.fill_(1.0)
-    hook, tokens = "blocks.1.attn.hook_z", torch.arange(12).view(2, 6)
+    hook, tokens = "blocks.1.attn.hook_z", torch.arange(12).view(2, 6) % 11
     means = mean_activations(model, [*node_hooks(model).values(), hook], [tokens])
     with cutting(model, [edge(("attn_v", 11, "attn_out", 5))], means):
         _, cache = model.run_with_cache(tokens)

@@ -1,4 +1,4 @@
-"""The command line: `tl-sparse train`, `tasks`, `prune`, `view`, `export`, `demo`."""
+"""The command line: `tl-sparse train`, `tasks`, `prune`, `evaluate`, `suite`, `search`, `view`, `export`, `demo`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from tl_sparse.config import (
     preset,
 )
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
+
+CORPUS = "text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +61,24 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
     prune.add_argument("task", help="its name, for example single_double_quote, or a file of pairs, *.jsonl")
     prune.add_argument("--out", required=True, help="new folder for the circuit")
-    prune.add_argument(
-        "--corpus", help="text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
-    )
-    _add_fields(prune, PruneConfig())
+    prune.add_argument("--edges", action="store_true", help="then prune its edges too, into `edges` in --out")
+
+    suite = _command(commands, "suite", "prune many tasks in many models, with several seeds", _suite, PruneConfig)
+    suite.add_argument("model", nargs="+", help="models: folders, or names that tl_sparse.load knows")
+    suite.add_argument("--tasks", help="names, or files of pairs, with commas (default: all twenty)")
+    suite.add_argument("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
+    search = _command(commands, "search", "find good settings of prune, with Optuna", _search, PruneConfig)
+    search.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
+    search.add_argument("task", nargs="+", help="names, or files of pairs, *.jsonl")
+    search.add_argument("--trials", type=int, default=50, help="of the whole study (default: %(default)s)")
+    search.add_argument("--storage", help="a file, or the URL of a database, shared by all (default: in --out)")
+    for command in (suite, search):
+        command.add_argument("--out", required=True, help="folder for the results; one that is begun goes on")
+        command.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    for command in (prune, suite, search):
+        command.add_argument("--corpus", help=CORPUS)
+        command.add_argument("--config", help="a YAML file of PruneConfig's fields, such as search writes; flags win")
+        _add_fields(command, PruneConfig(), skip=["seed"] if command is suite else [])
 
     tasks = _command(commands, "tasks", "list which tasks a model solves", _tasks)
     tasks.add_argument("model", help="a model: a folder, or a name that tl_sparse.load knows")
@@ -73,10 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--corpus", help="text for passages, as in prune (default: the model's own sample)")
     view.add_argument("--min-weight", type=float, default=0.0, help="leave out edges of a smaller absolute weight")
     export = _command(commands, "export", "write a circuit for other tools", _export)
+    judge = _command(commands, "evaluate", "measure a circuit on held-out pairs", _evaluate)
+    judge.add_argument("--corpus", help=CORPUS.replace("the model's own sample", "the circuit's means"))
+    judge.add_argument("--pairs", type=int, help="how many (default: as many as when it was found)")
+    judge.add_argument("--seed", type=int, help="of the pairs, and of random circuits (default: as when it was found)")
     endings = "the file, of the format it ends in: .graphml, .dot, .mmd (Mermaid), .csv, .json (attribution graph)"
-    for command, out in ((view, "the page"), (export, endings)):
+    for command, out in ((view, "the page"), (export, endings), (judge, "a JSON file with all figures")):
         command.add_argument("circuit", help="a folder, or a repository of the hub")
-        command.add_argument("-o", "--out", required=True, help=out)
+        command.add_argument("-o", "--out", required=command is not judge, help=out)
         command.add_argument("--model", help="a folder, or a name that tl_sparse.load knows (default: the circuit's)")
         command.add_argument("--task", help="of the prompts (default: the circuit's)")
 
@@ -85,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--train", action="store_true", help="train a model first, in minutes (default: the bundled one)")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="of training (default: %(default)s)")
-    for command in (train, prune, tasks, view, export, demo):
+    for command in (train, prune, suite, search, tasks, judge, view, export, demo):
         command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     return parser
 
@@ -129,19 +149,25 @@ def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
     """The preset, changed by the file, changed by the flags."""
-    config = preset(args.preset, args.recipe)
-    if args.config is not None:
-        from tl_sparse.files import read_yaml
-
-        path = Path(args.config)
-        try:
-            config = merged(config, read_yaml(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+    config = _with_file(preset(args.preset, args.recipe), args.config)
     model, data = _given(args, SparseConfig), _given(args, DataConfig)
     if "abs_topk" in model:
         model["abs_topk"] = {} if args.abs_topk == 1 else paper_topk(args.abs_topk)
     return merged(config, {**_given(args, TrainConfig), "model": model, "data": data})
+
+
+def _with_file(config: Any, path: str | None) -> Any:
+    """The configuration, changed by a YAML file if there is one."""
+    from tl_sparse.files import read_yaml
+
+    try:
+        return config if path is None else merged(config, read_yaml(Path(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _prune_config(args: argparse.Namespace) -> PruneConfig:
+    return dataclasses.replace(_with_file(PruneConfig(), args.config), **_given(args, PruneConfig))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -163,13 +189,62 @@ def _training_summary(record: dict[str, Any]) -> str:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    config = PruneConfig(**_given(args, PruneConfig))
+    config = _prune_config(args)
     from tl_sparse.files import check_new_folder
     from tl_sparse.tasks import get_task
 
     check_new_folder(args.out)
     task = get_task(args.task)
-    _prune_and_report(args.model, task, config, args.out, args.device, args.corpus)
+    _prune_and_report(args.model, task, config, args.out, args.device, args.corpus, args.edges)
+
+
+def _suite(args: argparse.Namespace) -> None:
+    config = _prune_config(args)
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"seeds = {args.seeds!r} is not possible; it must be numbers with commas: 0,1,2") from None
+    from tl_sparse.suite import results_table, run_suite
+    from tl_sparse.tasks import TASKS
+
+    tasks = args.tasks.split(",") if args.tasks else list(TASKS)
+    results = run_suite(args.model, tasks, args.out, seeds, config, args.corpus, args.workers, args.device)
+    print(f"\n{results_table(results)}\nSaved in {args.out}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    config = _prune_config(args)
+    from tl_sparse.search import search
+
+    corpus, device = args.corpus, args.device
+    _, text = search(args.model, args.task, args.out, args.trials, args.workers, args.storage, config, corpus, device)
+    print(f"\n{text}\n\nSaved {Path(args.out, 'best.yaml')}, for --config of prune and suite")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tl_sparse.data import load_corpus
+    from tl_sparse.evaluation import full_evaluation
+    from tl_sparse.files import write_json
+    from tl_sparse.pruning import corpus_means, task_splits
+    from tl_sparse.tables import evaluation_tables
+    from tl_sparse.tasks import get_task, make_task_data
+
+    circuit, model = _circuit_and_model(args)
+    if args.corpus is not None or not circuit.means:
+        tokens = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        circuit = circuit.with_means(corpus_means(model, tokens))
+    values, known, task = circuit.measured.get("config", {}), PruneConfig(), get_task(args.task or circuit.task)
+    config = dataclasses.replace(known, **{name: values[name] for name in values.keys() & known.__dict__})
+    *used, data = task_splits(model, task, config) if values else (None,)
+    if data is None or args.pairs is not None or args.seed is not None:
+        seen = [prompt for part in used for prompt in part.prompts]
+        n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
+        data = make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen)
+        data = data.to(next(model.parameters()).device)
+    found = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
+    print(evaluation_tables(found))
+    if args.out:
+        write_json(Path(args.out), found)
 
 
 def _tasks(args: argparse.Namespace) -> None:
@@ -220,20 +295,27 @@ def _export(args: argparse.Namespace) -> None:
     print(f"Saved {args.out}")
 
 
-def _prune_and_report(model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any) -> None:
+def _prune_and_report(
+    model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any, edges: bool = False
+) -> None:
     from tl_sparse.checkpoints import load
     from tl_sparse.data import load_corpus
-    from tl_sparse.pruning import prune
+    from tl_sparse.pruning import prune, prune_edges
     from tl_sparse.tables import report
 
     model = load(model_folder, device)
     tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
-    circuit, evaluation = prune(model, task, tokens, config)
-    circuit.save(out)
-    text = report(circuit, model, task, evaluation)
-    (Path(out) / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print("\n" + text + "\n")
-    print(f"Saved in {out}; open it with tl_sparse.Circuit.load({out!r})")
+    found, folder = prune(model, task, tokens, config), out
+    for title, again in (("", edges), ("Pruned by edges\n\n", False)):
+        circuit, evaluation = found
+        circuit.save(folder)
+        text = title + report(circuit, model, task, evaluation)
+        (Path(folder) / "report.txt").write_text(text + "\n", encoding="utf-8")
+        print("\n" + text + "\n")
+        print(f"Saved in {folder}; open it with tl_sparse.Circuit.load({folder!r})")
+        if not again:
+            break
+        found, folder = prune_edges(circuit, model, task, config), str(Path(out, "edges"))
 
 
 def _demo(args: argparse.Namespace) -> None:

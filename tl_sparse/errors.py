@@ -48,3 +48,7 @@ class UnsupportedError(TLSparseError, NotImplementedError):
 
 class TrainError(TLSparseError, RuntimeError):
     """Training cannot start or go on."""
+
+
+class SuiteError(TLSparseError, RuntimeError):
+    """A suite or a search cannot start or go on: its folder or storage is another's, or it was interrupted."""

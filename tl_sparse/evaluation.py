@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,9 @@ from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.hooks.points import TLModel, hooked
 from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
+
+#: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.
+MAX_EFFECTS = 4000
 
 
 @dataclass(frozen=True)
@@ -225,3 +229,21 @@ def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 
     smaller = [circuit, *(circuit.without([part], model) for part in parts)]
     losses = [score(model, data, batch_size, holding_circuit(c, model)).loss for c in smaller]
     return {part: loss - losses[0] for part, loss in zip(parts, losses[1:], strict=True)}
+
+
+def full_evaluation(
+    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
+) -> dict[str, Any]:
+    """All that this module measures of a circuit, as JSON values; effects if it has at most `MAX_EFFECTS` nodes and
+    edges. `CircuitError` if `model` is not the circuit's."""
+    parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
+    kinds = Counter(p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}" for p in parts)
+    found = effects(circuit, model, data, batch_size) if len(parts) <= MAX_EFFECTS else {}
+    rungs = ladder(circuit, model, data, batch_size) if circuit.scores else []
+    drawn = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
+    return {
+        "model": circuit.model_name, "task": data.task, "kinds": dict(kinds),
+        "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
+        "ladder": [asdict(rung) for rung in rungs], "random": [asdict(rung) for rung in drawn],
+        "effects": {str(part): found[part] for part in sorted(found, key=found.__getitem__, reverse=True)},
+    }  # fmt: skip

@@ -146,6 +146,12 @@ def weight_matrices(model: TLModel, layer: int) -> Iterator[tuple[str, str, Floa
             yield source, target, rearrange(matrix, "h s t -> s (h t)") if matrix.ndim == 3 else matrix
 
 
+def n_weights(model: TLModel) -> tuple[int, int]:
+    """How many weights between nodes are not zero, and how many there are."""
+    matrices = [matrix for layer in range(model.cfg.n_layers) for *_, matrix in weight_matrices(model, layer)]
+    return sum(int(matrix.count_nonzero()) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
+
+
 def _refusal(model: TLModel, why: str) -> HookNameError:
     names = (getattr(model.cfg, name, None) for name in ("architecture", "original_architecture", "model_name"))
     return HookNameError(f"nodes of {next(filter(None, names), 'a')} ({type(model).__name__}) cannot be gated: {why}")

@@ -35,7 +35,7 @@ from tl_sparse.evaluation import (
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import TLModel, frozen, hooked
+from tl_sparse.hooks.points import NodeValues, TLModel, frozen, hooked
 from tl_sparse.nodes import Edge, node_hooks
 from tl_sparse.tasks import Task, TaskData, make_task_data, task_loss_and_accuracy
 
@@ -43,14 +43,16 @@ T = TypeVar("T")
 
 
 def prune(
-    model: TLModel, task: Task, corpus: Int[Tensor, "seq pos"], config: PruneConfig | None = None, progress: bool = True
-) -> tuple[Circuit, Evaluation]:
+    model: TLModel, task: Task, corpus: Int[Tensor, "seq pos"], config: PruneConfig | None = None,
+    progress: bool = True, means: NodeValues | None = None,
+) -> tuple[Circuit, Evaluation]:  # fmt: skip
     """Find the circuit of `task` in `model`, and judge it on held-out pairs.
 
     Args:
         model: a TransformerLens model with a tokenizer.
         corpus: tokens of the training distribution, over which the means are taken.
         progress: show a bar with the task loss and the number of open gates.
+        means: those over `corpus`, if `corpus_means` has already given them.
 
     Raises:
         PruneError: if the model itself, or every set of its nodes, misses the target loss.
@@ -58,7 +60,6 @@ def prune(
         TaskError, DataError: if the prompts do not fit; HookNameError: if the model has no such nodes.
     """
     config = config or PruneConfig()
-    hooks = list(node_hooks(model).values())
     train, selection, heldout = task_splits(model, task, config)
     with frozen(model):
         full = score(model, selection, config.batch_size)
@@ -68,17 +69,23 @@ def prune(
                 f"target loss {config.target_loss}: no circuit can be trusted to reach it. Train the model longer, or "
                 f"give a larger target_loss"
             )
-        # The means of hook_z are for edges that leave heads; other nodes than ours have no edges that can be cut.
-        further = [f"blocks.{i}.attn.hook_z" for i in range(model.cfg.n_layers) if hasattr(model, "sparse_cfg")]
-        batches = corpus.long().split(max(1, config.batch_size // 4))
-        means = mean_activations(model, [*hooks, *further], batches)
-        nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in hooks}
+        means = means or corpus_means(model, corpus, config.batch_size)
+        nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in node_hooks(model).values()}
         name = str(getattr(model.cfg, "model_name", None) or "")
         empty = Circuit(nothing, means, fingerprint(model), name, task.name)
         configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
         found = [_search(empty, model, train, selection, config, progress) for config in configs]
         circuit = min(found, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
         return _judged(circuit, model, selection, heldout, config, corpus_tokens=corpus.numel())
+
+
+def corpus_means(model: TLModel, corpus: Int[Tensor, "seq pos"], batch_size: int = 256) -> NodeValues:
+    """The means at which nodes are held, and of hook_z; `HookNameError` if the model has no such nodes."""
+    hooks = list(node_hooks(model).values())
+    if hasattr(model, "sparse_cfg"):  # for edges that leave heads; those of other models cannot be cut
+        hooks += [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    with frozen(model):
+        return mean_activations(model, hooks, corpus.long().split(max(1, batch_size // 4)))
 
 
 def prune_edges(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,14 +29,33 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
 
 
 def scores_table(evaluation: Evaluation) -> str:
-    """The three losses: full model, circuit alone, model without the circuit."""
+    """The losses of the full model, the circuit alone, and the model without the circuit."""
     rows = [
         _scores_row("the full model", evaluation.full),
         _scores_row("the circuit alone (sufficient?)", evaluation.circuit),
+        _scores_row("… the rest at zero, not at its mean", evaluation.zero),
+        _scores_row("… the rest resampled", evaluation.resample),
         _scores_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
     heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)
+
+
+def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
+    """What `full_evaluation` gives, with the `most` largest effects."""
+    scored: dict[str, Any] = {n: Score(**v) if isinstance(v, dict) else v for n, v in found["evaluation"].items()}
+    parts = [scores_table(Evaluation(**scored))]
+    parts.append(table(["kind of node or edge", "number"], [[kind, str(n)] for kind, n in found["kinds"].items()]))
+    for heading, rungs in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
+        rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *_scores_row("", Score(**r["circuit"]))[1:]] for r in rungs]
+        parts.append(table([heading, "edges", "task loss", "accuracy"], rows))
+    for what, digits in (("loss", ".3f"), ("accuracy", ".1%")):
+        values = [rung["circuit"][what] for rung in found["random"]]
+        mean, low, high = (format(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
+        parts[-1] += f"\n  mean {what} at random: {mean} ({low}–{high})"
+    rows = [[name, f"{effect:+.3f}"] for name, effect in found["effects"].items()]
+    parts.append(table(["node held at its mean, or edge cut", "task loss"], rows[:most]))
+    return "\n\n".join(parts)
 
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
