@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tl_sparse.evaluation import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.nodes import node_hooks
-from tl_sparse.pruning import attribution, discretise, frozen, prune, task_splits
+from tl_sparse.pruning import attribution, corpus_means, discretise, frozen, prune, task_splits
 
 CONFIG = PruneConfig(
     target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16, pairs_per_step=8
@@ -460,3 +461,30 @@ def test_unknown_location(micro):
 def test_impossible_settings(field, value, valid):
     with pytest.raises(ConfigError, match=f"{field} = .*must be {valid}"):
         PruneConfig(**{field: value})
+
+
+def test_a_corpus_too_small_for_stable_means_is_warned_of(micro):
+    rows = micro_corpus()
+    with pytest.warns(UserWarning, match=r"the means over 12 tokens have a standard error of about \d+% of their size"):
+        corpus_means(micro, rows[[0, 3]])  # one has an A, the other a B
+    with pytest.warns(UserWarning, match="about inf% of their size"):
+        corpus_means(micro, rows[:1])
+
+
+def test_means_over_the_corpus_are_those_of_all_rows(micro):
+    rows = micro_corpus()[:7]
+    whole = mean_activations(micro, list(node_hooks(micro).values()), [rows])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        means = corpus_means(micro, rows, batch_size=8)
+    for name, mean in whole.items():
+        torch.testing.assert_close(means[name], mean, rtol=1e-6, atol=1e-6)
+
+
+def test_means_over_the_task_leave_padding_out(micro):
+    config = dataclasses.replace(CONFIG, means_over="task")
+    circuit, _ = prune(micro, MICRO_TASK, micro_corpus()[:1], config, progress=False)
+    train, _, _ = task_splits(micro, MICRO_TASK, config)
+    expected = mean_activations(micro, list(circuit.kept), [train.trimmed().tokens])  # all prompts have the same length
+    for name, mean in expected.items():
+        torch.testing.assert_close(circuit.means[name], mean, rtol=1e-5, atol=1e-6)

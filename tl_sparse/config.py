@@ -445,27 +445,40 @@ Ablation = Literal["mean", "zero", "resample"]
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How to prune. The defaults suit small models (the paper tunes them for each model and task, A.5).
+    """How to prune. The defaults suit small models (the paper tunes them for each model and task, A.5;
+    `tl-sparse search` does that).
 
     Attributes:
         target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
+        method: what ranks the nodes. `learned` masks; as baselines `attribution`, `integrated_gradients`, `random`.
         steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
-        k_coef: weight of the number of open gates in the objective at the first step. From there it is steered,
-            up while the task loss is below `steer_to` · target_loss, down while it is above, by at most
-            `steer_rate` (in its logarithm) a step and a factor of 100 in all: one setting then fits models and
-            tasks that need different weights, and the gates do not all close at once. 0 holds it (the paper).
+        k_coef: weight of the number of open gates in the objective at the first step. From there it is steered, up
+            while the task loss is below `steer_to` · target_loss, down while it is above: its logarithm by at most
+            `steer_rate` more with each step (a factor of 100 in all) and by up to `steer_now` for the moment. One
+            setting then fits models and tasks that need different weights, and the gates do not all close at once.
+            With both at 0 it is constant (the paper).
         lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to; the
             learning rate falls linearly to 0.
-        init_bias, init_scale: gates start at bias + scale · N(0, 1). With a tiny scale all can close together.
+        warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs, from init_bias
+            down to 0 over the first that reach the target loss, the others just closed. This saves most of the steps.
+            Otherwise all start at init_bias (the paper).
+        init_bias, init_scale: the noise init_scale · N(0, 1) is added to each start. Without a warm start and with a
+            tiny scale all gates can close together.
         temperature: of the surrogate gradient.
-        necessity: weight of a second term in the objective, max(0, ln 2 - task loss of the model without the
+        tied_qk: a query channel and its key channel share a gate.
+        ablation: what nodes outside the circuit are held at: their `mean` over the corpus, `zero`, or `resample`: what
+            they are on another prompt.
+        means_over: the means are those over the corpus (the paper), or for comparison over the task's training pairs.
+        necessity: weight of a further term in the objective, max(0, ln 2 - task loss of the model without the
             circuit), on half of the pairs; it finds backup paths that the circuit alone does not need. 0 is
             the paper's objective.
         ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit may have;
             1 asks for a sufficient circuit only, as the paper does.
-        cleanup_pairs: selection pairs on which nodes that the circuit can do without are removed in the end.
+        restarts: searches with other initial gates and another order of pairs; the circuit with the fewest edges stays.
         train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
             and to judge on; all different.
+        cleanup_pairs: selection pairs on which sizes are tried, and nodes and edges that the circuit can do without
+            are taken away.
         batch_size: prompts, or rows of the corpus, run at once without gradients.
         seed: of the pairs, the initial gates and the order of training.
 
@@ -474,6 +487,7 @@ class PruneConfig:
     """
 
     target_loss: float = 0.15
+    method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
     steps: int = 200
     pairs_per_step: int = 16
     k_coef: float = 2e-3
@@ -489,17 +503,17 @@ class PruneConfig:
     init_bias: float = 0.6
     init_scale: float = 0.03
     temperature: float = 1.0
-    necessity: float = 0.0
-    ablated_accuracy: float = 1.0
-    train_pairs: int = 2048
-    selection_pairs: int = 512
-    heldout_pairs: int = 512
-    ranking_pairs: int = 128
-    cleanup_pairs: int = 128
-    restarts: int = 1
-    method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
     tied_qk: bool = False
     ablation: Ablation = "mean"
+    means_over: Literal["corpus", "task"] = "corpus"
+    necessity: float = 0.0
+    ablated_accuracy: float = 1.0
+    restarts: int = 1
+    train_pairs: int = 2048
+    ranking_pairs: int = 128
+    selection_pairs: int = 512
+    cleanup_pairs: int = 128
+    heldout_pairs: int = 512
     batch_size: int = 256
     seed: int = 0
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -69,6 +70,8 @@ def prune(
                 f"target loss {config.target_loss}: no circuit can be trusted to reach it. Train the model longer, or "
                 f"give a larger target_loss"
             )
+        if config.means_over == "task":  # rows of one length at a time, since padding is not to count
+            means = _means(model, (train.tokens[train.last == n, : n + 1] for n in train.last.unique().tolist()))
         means = means or corpus_means(model, corpus, config.batch_size)
         nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in node_hooks(model).values()}
         name = str(getattr(model.cfg, "model_name", None) or "")
@@ -80,12 +83,30 @@ def prune(
 
 
 def corpus_means(model: TLModel, corpus: Int[Tensor, "seq pos"], batch_size: int = 256) -> NodeValues:
-    """The means at which nodes are held, and of hook_z; `HookNameError` if the model has no such nodes."""
+    """The means at which nodes are held, and of hook_z; `HookNameError` if the model has no such nodes.
+
+    Warns if their standard error is large, seen by how far those of the two halves of the corpus are apart.
+    """
+    parts = [rows for rows in corpus.tensor_split(2) if len(rows)]
+    means = [_means(model, rows.long().split(max(1, batch_size // 4))) for rows in parts]
+    flat = [torch.cat([mean.flatten() for mean in half.values()]) for half in means]
+    error = float((flat[0] - flat[-1]).norm() / (flat[0] + flat[-1]).norm()) if len(parts) == 2 else math.inf
+    if error > 0.1:
+        warnings.warn(
+            f"the means over {corpus.numel()} tokens have a standard error of about {error:.0%} of their size; a "
+            "larger corpus makes them, and the circuit, more stable",
+            stacklevel=3,
+        )
+    share = len(parts[0]) / len(corpus)
+    return {name: torch.lerp(means[-1][name], mean, share) for name, mean in means[0].items()}
+
+
+def _means(model: TLModel, batches: Iterable[Int[Tensor, "batch pos"]]) -> NodeValues:
     hooks = list(node_hooks(model).values())
     if hasattr(model, "sparse_cfg"):  # for edges that leave heads; those of other models cannot be cut
         hooks += [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     with frozen(model):
-        return mean_activations(model, hooks, corpus.long().split(max(1, batch_size // 4)))
+        return mean_activations(model, hooks, batches)
 
 
 def prune_edges(
