@@ -23,7 +23,8 @@ class _Gated(torch.autograd.Function):
         is_open = (tau > 0) != inverted
         ctx.save_for_backward(x, tau, value, is_open)
         ctx.temperature, ctx.sign = temperature, -1.0 if inverted else 1.0
-        return torch.where(is_open, x, value)
+        share = is_open.to(x.dtype)  # 0 or 1: exact, and on a CPU several times faster than torch.where
+        return torch.addcmul(value * (1 - share), x, share)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

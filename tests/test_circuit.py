@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import constants
 
 import tl_sparse
+from helpers import tiny_model
 from loopback import cache_snapshot, point_hub_at
 from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_circuit, micro_corpus, micro_model
 from tl_sparse.circuit import Circuit
@@ -323,3 +324,26 @@ def test_node_names_in_both_notations(node, name, openai_name):
 def test_what_is_no_node_is_named(text):
     with pytest.raises(CircuitError, match=rf"{text!r} is not a node, layer\.location\.index; locations are attn_in"):
         Node.parse(text)
+
+
+def test_biases_sinks_and_shares_of_the_weights():
+    model = tiny_model(n_layers=2, attn_sinks=True, d_vocab=30, n_ctx=12)
+    with torch.no_grad():
+        model.blocks[1].attn.sink.copy_(torch.arange(3.0))
+        model.blocks[1].attn.b_V.zero_()[2, 1] = 0.5
+        model.blocks[1].mlp.b_in.zero_()[5] = -0.25
+        model.blocks[1].mlp.W_in.zero_()[[0, 1, 2, 3], [5, 5, 5, 6]] = 1.0
+    chosen = {"attn.hook_v": [11], "ln2.hook_read": [0, 1], "mlp.hook_post": [5]}
+
+    def choose(name, mean):
+        mask = torch.zeros(mean.numel(), dtype=torch.bool)
+        if name.startswith("blocks.1."):
+            mask[chosen.get(name.removeprefix("blocks.1."), [])] = True
+        return mask.view(mean.shape)
+
+    circuit = with_nodes(model, choose)
+    assert circuit.biases(model) == {Node(1, "attn_v", 11): 0.5, Node(1, "mlp_neuron", 5): -0.25}
+    assert circuit.sinks(model) == {(1, 2): 2.0}
+    shares = circuit.edge_shares(model)
+    assert shares[1, "mlp_in", "mlp_neuron"] == 2 / 4
+    assert sorted(shares.values()) == [0.0] * 11 + [0.5]

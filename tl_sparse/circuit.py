@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_sparse.edges import cutting
+from tl_sparse.edges import bias_at, cutting
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
@@ -106,6 +106,28 @@ class Circuit:
                 ends = Node(layer, source, sources[i]), Node(layer, target, targets[j])
                 edges.append(Edge(*ends, float(matrix[sources[i], targets[j]])))
         return edges
+
+    def biases(self, model: TLModel) -> dict[Node, float]:
+        """The bias of each kept node that edges lead to, where it is not zero: what it is without its edges."""
+        self.check_model(model)
+        found = ((node, bias_at(model, node)) for node in self.nodes)
+        return {node: float(bias) for node, bias in found if bias is not None and bias}
+
+    def sinks(self, model: TLModel) -> dict[tuple[int, int], float]:
+        """(layer, head) → the logit of its sink, of heads with kept value channels; empty for models without sinks."""
+        self.check_model(model)
+        values = {(n.layer, n.index // model.cfg.d_head) for n in self.nodes if n.location == "attn_v"}
+        logits = [getattr(block.attn, "sink", None) for block in model.blocks]
+        return {(i, head): float(logit[head]) for i, head in sorted(values) if (logit := logits[i]) is not None}
+
+    def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
+        """(layer, source, target) → the share of that matrix' nonzero weights that are edges of this circuit."""
+        used = Counter((e.source.layer, e.source.location, e.target.location) for e in self.edges(model))
+        total = Counter[tuple[int, str, str]]()
+        for layer in range(model.cfg.n_layers):
+            for source, target, matrix in weight_matrices(model, layer):
+                total[layer, source, target] += int(matrix.count_nonzero())
+        return {place: used[place] / max(1, n_weights) for place, n_weights in total.items()}
 
     def check_model(self, model: TLModel) -> None:
         """Raise `CircuitError` if `model` is not the one this circuit was found in."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks.points import NodeValues, TLModel
-from tl_sparse.nodes import LOCATION_HOOKS, Edge
+from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node
 
 #: The weight matrix and the bias into each node location that edges lead to.
 _PARAMETERS = {
@@ -56,6 +56,13 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
     finally:
         for entry, value in reversed(undo):
             entry.copy_(value)
+
+
+def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
+    """The bias of a node that edges lead to; None for others, and for models without one."""
+    module, _, name = _PARAMETERS.get(node.location, ("", ""))[1].partition(".")
+    bias = getattr(getattr(model.blocks[node.layer], module, None), name, None) if module else None
+    return None if bias is None else bias.detach().flatten()[node.index]
 
 
 def _entries(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
