@@ -118,7 +118,7 @@ class Circuit:
         self.check_model(model)
         values = {(n.layer, n.index // model.cfg.d_head) for n in self.nodes if n.location == "attn_v"}
         logits = [getattr(block.attn, "sink", None) for block in model.blocks]
-        return {(i, head): float(logit[head]) for i, head in sorted(values) if (logit := logits[i]) is not None}
+        return {(i, head): float(logit.detach()[head]) for i, head in sorted(values) if (logit := logits[i]) is not None}
 
     def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
         """(layer, source, target) → the share of that matrix' nonzero weights that are edges of this circuit."""
