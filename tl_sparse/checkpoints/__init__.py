@@ -29,13 +29,9 @@ _OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 
 
 def load(
-    source: str | Path,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    *,
-    revision: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-) -> Any:
+    source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *,
+    revision: str | None = None, tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+) -> Any:  # fmt: skip
     """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
     The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
@@ -72,12 +68,9 @@ def load(
 
 
 def create(
-    config: SparseConfig,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> Any:
+    config: SparseConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+) -> Any:  # fmt: skip
     """A fresh model from its architecture and a seed; otherwise as `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
     check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "an integer of 64 bits")
