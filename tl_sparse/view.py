@@ -72,12 +72,9 @@ class Page:
 
 @torch.no_grad()
 def page_data(
-    circuit: Circuit,
-    model: TLModel,
-    task: Task | str | None = None,
-    corpus: Int[Tensor, "seq pos"] | None = None,
+    circuit: Circuit, model: TLModel, task: Task | str | None = None, corpus: Int[Tensor, "seq pos"] | None = None,
     min_weight: float = 0.0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Everything a page of the circuit shows, as JSON values.
 
     Args:
@@ -187,10 +184,7 @@ class _Texts(dict[int, str]):
 
 
 def _run(
-    model: TLModel,
-    tokens: Int[Tensor, "batch pos"],
-    places: Sequence[tuple[str, int]],
-    heads: Iterable[tuple[int, int]] = (),
+    model: TLModel, tokens: Int[Tensor, "batch pos"], places: Sequence[tuple[str, int]], heads: Iterable[Any] = ()
 ) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
     """Logits, the values at `places` (hook point, index), and the attention patterns of `heads` (layer, head)."""
     found, pattern = dict[str, Tensor](), "blocks.{}.attn.hook_pattern"
