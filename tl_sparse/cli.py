@@ -163,7 +163,8 @@ def _prune_config(args: argparse.Namespace) -> PruneConfig:
 
 
 def _train(args: argparse.Namespace) -> None:
-    _, record = tl_sparse.train(_train_config(args), args.out, args.device, resume=args.resume)
+    config = _train_config(args)  # first: what is wrong in it is said before anything slow is imported
+    _, record = tl_sparse.train(config, args.out, args.device, resume=args.resume)
     if os.environ.get("RANK", "0") == "0":  # the main process of several
         print(_training_summary(record))
         print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
