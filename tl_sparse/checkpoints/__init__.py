@@ -96,9 +96,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
     values = read_json(path)
-    if "model_config" in values:
-        return read_sparse_pretrain(folder, values)
-    if (reader := _READERS.get(str(values.get("model_type")))) is None:
+    reader = read_sparse_pretrain if "model_config" in values else _READERS.get(str(values.get("model_type")))
+    if reader is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
             f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "
