@@ -168,8 +168,6 @@ class SparseModel(nn.Module):
             setattr(self.cfg, name, value)
         return self
 
-    # --- what cannot be right on such a model -----------------------------------------------------------------
-
     @classmethod
     def _refuse_processing(cls, *args: Any, **kwargs: Any) -> Any:
         """Not possible on this model: its weights cannot be folded or centered."""
