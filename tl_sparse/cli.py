@@ -7,23 +7,15 @@ import dataclasses
 import inspect
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tl_sparse.config import (
-    PRESETS,
-    RECIPES,
-    DataConfig,
-    PruneConfig,
-    SparseConfig,
-    TrainConfig,
-    merged,
-    paper_topk,
-    preset,
-)
+import tl_sparse
+from tl_sparse.config import PRESETS, RECIPES, DataConfig, PruneConfig, SparseConfig, TrainConfig, merged, preset
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
 
 CORPUS = "text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"
@@ -152,7 +144,7 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
     config = _with_file(preset(args.preset, args.recipe), args.config)
     model, data = _given(args, SparseConfig), _given(args, DataConfig)
     if "abs_topk" in model:
-        model["abs_topk"] = {} if args.abs_topk == 1 else paper_topk(args.abs_topk)
+        model["abs_topk"] = {} if args.abs_topk == 1 else tl_sparse.paper_topk(args.abs_topk)
     return merged(config, {**_given(args, TrainConfig), "model": model, "data": data})
 
 
@@ -171,10 +163,8 @@ def _prune_config(args: argparse.Namespace) -> PruneConfig:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = _train_config(args)
-    from tl_sparse.training import train
-
-    _, record = train(config, args.out, args.device, resume=args.resume)
+    config = _train_config(args)  # first: what is wrong in it is said before anything slow is imported
+    _, record = tl_sparse.train(config, args.out, args.device, resume=args.resume)
     if os.environ.get("RANK", "0") == "0":  # the main process of several
         print(_training_summary(record))
         print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
@@ -191,11 +181,9 @@ def _training_summary(record: dict[str, Any]) -> str:
 def _prune(args: argparse.Namespace) -> None:
     config = _prune_config(args)
     from tl_sparse.files import check_new_folder
-    from tl_sparse.tasks import get_task
 
     check_new_folder(args.out)
-    task = get_task(args.task)
-    _prune_and_report(args.model, task, config, args.out, args.device, args.corpus, args.edges)
+    _prune_and_report(args.model, args.task, config, args.out, args.device, args.corpus, args.edges)
 
 
 def _suite(args: argparse.Namespace) -> None:
@@ -222,24 +210,24 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from tl_sparse.data import load_corpus
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
     from tl_sparse.pruning import corpus_means, task_splits
     from tl_sparse.tables import evaluation_tables
-    from tl_sparse.tasks import get_task, make_task_data
 
     circuit, model = _circuit_and_model(args)
+    n_ctx = model.cfg.n_ctx
     if args.corpus is not None or not circuit.means:
-        tokens = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        tokens = tl_sparse.load_corpus(args.model, model.tokenizer, n_ctx, args.corpus)
         circuit = circuit.with_means(corpus_means(model, tokens))
-    values, known, task = circuit.measured.get("config", {}), PruneConfig(), get_task(args.task or circuit.task)
+    task = tl_sparse.get_task(args.task or circuit.task)
+    values, known = circuit.measured.get("config", {}), PruneConfig()
     config = dataclasses.replace(known, **{name: values[name] for name in values.keys() & known.__dict__})
     *used, data = task_splits(model, task, config) if values else (None,)
     if data is None or args.pairs is not None or args.seed is not None:
         seen = [prompt for part in used for prompt in part.prompts]
         n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
-        data = make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen)
+        data = tl_sparse.make_task_data(task, model.tokenizer, n_pairs, args.seed or 0, n_ctx, exclude=seen)
         data = data.to(next(model.parameters()).device)
     found = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
     print(evaluation_tables(found))
@@ -248,36 +236,31 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> None:
-    from tl_sparse.checkpoints import load
     from tl_sparse.evaluation import task_scores
     from tl_sparse.tables import tasks_table
 
-    print(tasks_table(task_scores(load(args.model, args.device), args.pairs, args.seed)))
+    print(tasks_table(task_scores(tl_sparse.load(args.model, args.device), args.pairs, args.seed)))
 
 
 def _circuit_and_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The circuit, and its model, after putting the model's source into `args.model`."""
-    from tl_sparse.checkpoints import load
-    from tl_sparse.circuit import Circuit
-
-    circuit = Circuit.load(args.circuit)
+    circuit = tl_sparse.Circuit.load(args.circuit)
     given, args.model = args.model, args.model or circuit.model_name
     if not args.model:
         raise CircuitError(f"{args.circuit} does not name its model; give it with --model")
     try:
-        return circuit, load(args.model, args.device)
+        return circuit, tl_sparse.load(args.model, args.device)
     except CheckpointError as error:
         raise error if given else CheckpointError(f"{error}; give the circuit's model with --model") from error
 
 
 def _view(args: argparse.Namespace) -> None:
-    from tl_sparse.data import load_corpus
     from tl_sparse.files import replacing
 
     circuit, model = _circuit_and_model(args)
     with replacing(Path(args.out)) as temporary:  # first, since what follows takes a while
         try:
-            corpus = load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
+            corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx, args.corpus)
         except DataError as error:
             if args.corpus is not None:
                 raise
@@ -296,32 +279,25 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _prune_and_report(
-    model_folder: str, task: Any, config: PruneConfig, out: str, device: Any, corpus: Any, edges: bool = False
+    source: str, task_name: str, config: PruneConfig, out: str, device: Any, corpus: Any, edges: bool = False
 ) -> None:
-    from tl_sparse.checkpoints import load
-    from tl_sparse.data import load_corpus
-    from tl_sparse.pruning import prune, prune_edges
-    from tl_sparse.tables import report
-
-    model = load(model_folder, device)
-    tokens = load_corpus(model_folder, model.tokenizer, model.cfg.n_ctx, corpus)
-    found, folder = prune(model, task, tokens, config), out
+    task, model = tl_sparse.get_task(task_name), tl_sparse.load(source, device)
+    tokens = tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+    found, folder = tl_sparse.prune(model, task, tokens, config), out
     for title, again in (("", edges), ("Pruned by edges\n\n", False)):
         circuit, evaluation = found
         circuit.save(folder)
-        text = title + report(circuit, model, task, evaluation)
+        text = title + tl_sparse.report(circuit, model, task, evaluation)
         (Path(folder) / "report.txt").write_text(text + "\n", encoding="utf-8")
         print("\n" + text + "\n")
         print(f"Saved in {folder}; open it with tl_sparse.Circuit.load({folder!r})")
         if not again:
             break
-        found, folder = prune_edges(circuit, model, task, config), str(Path(out, "edges"))
+        found, folder = tl_sparse.prune_edges(circuit, model, task, config), str(Path(out, "edges"))
 
 
 def _demo(args: argparse.Namespace) -> None:
     """Prune and explain, after training if that is asked for."""
-    import shutil
-
     config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
     prune_config = PruneConfig(seed=args.seed)
     started, out = time.perf_counter(), Path(args.out)
@@ -331,16 +307,12 @@ def _demo(args: argparse.Namespace) -> None:
             raise TLSparseError(f"{out} holds other files than an earlier demo's; give another folder with --out")
         for folder in (model_folder, circuit_folder):
             shutil.rmtree(folder, ignore_errors=True)
-    from tl_sparse.tasks import get_task
-
     model = "tiny-python-sparse"
     if args.train:
-        from tl_sparse.training import train
-
         model = model_folder
         print("Training a small transformer on Python code, nearly all weights at zero")
-        _, record = train(config, model, args.device)
+        _, record = tl_sparse.train(config, model, args.device)
         print(_training_summary(record))
     print(f"How does {model} close strings, print('… → ') and print(\"… → \")? Looking for the circuit")
-    _prune_and_report(model, get_task("single_double_quote"), prune_config, circuit_folder, args.device, corpus=None)
+    _prune_and_report(model, "single_double_quote", prune_config, circuit_folder, args.device, corpus=None)
     print(f"{time.perf_counter() - started:.0f} s in all")

@@ -18,6 +18,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
+import tl_sparse
 from tl_sparse.cache import SparseActivationCache
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
@@ -66,11 +67,9 @@ class SparseModel(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The same call as `tl_sparse.load`; `UnsupportedError` if an option to process weights is on."""
-        from tl_sparse.checkpoints import load
-
         if any(kwargs.pop(name, False) for name in _PROCESSING):
             cls._refuse_processing()
-        return load(source, *args, **kwargs)
+        return tl_sparse.load(source, *args, **kwargs)
 
     from_pretrained_no_processing = from_pretrained
 
@@ -106,18 +105,11 @@ class SparseModel(nn.Module):
         return push_to_hub(self, repo_id, **options)
 
     def forward(
-        self,
-        input: str | list[str] | Tokens | Stream,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        start_at_layer: int | None = None,
-        tokens: Tokens | None = None,
-        attention_mask: Tokens | None = None,
-        position_ids: Tokens | None = None,
-        stop_at_layer: int | None = None,
-    ) -> Any:
+        self, input: str | list[str] | Tokens | Stream, return_type: str | None = "logits",
+        loss_per_token: bool = False, prepend_bos: bool | None = None, padding_side: str | None = None,
+        start_at_layer: int | None = None, tokens: Tokens | None = None, attention_mask: Tokens | None = None,
+        position_ids: Tokens | None = None, stop_at_layer: int | None = None,
+    ) -> Any:  # fmt: skip
         """`HookedTransformer.forward`'s contract on both lines.
 
         Args:
@@ -175,8 +167,6 @@ class SparseModel(nn.Module):
         for name, value in tensor_config_fields(self.network).items():
             setattr(self.cfg, name, value)
         return self
-
-    # --- what cannot be right on such a model -----------------------------------------------------------------
 
     @classmethod
     def _refuse_processing(cls, *args: Any, **kwargs: Any) -> Any:

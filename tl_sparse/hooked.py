@@ -40,8 +40,6 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
         return torch.nn.Module.to(self, *args, **kwargs)
 
-    # --- generation: TransformerLens' own loops, without a key-value cache --------------------------------------
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`HookedTransformer.generate`; each step reads the whole sequence, whatever `use_past_kv_cache` says."""
         # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.

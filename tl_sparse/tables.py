@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks.points import TLModel
@@ -25,7 +22,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
     question = ": {!r} or {!r}?".format(*task.candidates) if task.candidates else ""
     title = f"Circuit of {task.name} in {circuit.model_name}{question}"
     tables = [_nodes_table(circuit, model), _edges_table(circuit, model), *_tokens_tables(circuit, model, task)]
-    return "\n\n".join(part for part in (title, "=" * len(title), *tables, scores_table(evaluation)) if part)
+    return "\n\n".join([title, "=" * len(title), *tables, scores_table(evaluation)])
 
 
 def scores_table(evaluation: Evaluation) -> str:
@@ -90,13 +87,18 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
 def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str]:
     """Entries of embedding and unembedding: of the task's tokens, in the channels that the circuit reads or writes."""
     tokens, answers = task_tokens(model, task)
-    read, written = _channels(circuit, model, "_in"), _channels(circuit, model, "_out")
-    W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
     whose = "the task's" if task.candidates else "one pair's"
-    heading = f"What {whose} tokens bring to the channels read: entries of the embedding (not counted as edges)"
-    yield _entries_table(heading, read, [model.tokenizer.decode([i]) for i in tokens], W_E[tokens][:, read].T)
-    heading = "What the writes say of the answer: entries of the unembedding (not counted as edges)"
-    yield _entries_table(heading, written, [model.tokenizer.decode([i]) for i in answers], W_U[written][:, answers])
+    for ending, ids, weights, heading in (
+        ("_in", tokens, model.embed.W_E.T, f"What {whose} tokens bring to the channels read: entries of the embedding"),
+        ("_out", answers, model.unembed.W_U, "What the writes say of the answer: entries of the unembedding"),
+    ):
+        indices = {node.index for node in circuit.nodes if node.location.endswith(ending)}
+        channels = sorted(i for i in indices if i < model.cfg.d_model)  # further ones are positional channels
+        entries = zip(channels, weights.detach()[channels][:, ids].tolist(), strict=True)
+        rows = [[str(c), *(f"{weight:+.3f}" if weight else "." for weight in row)] for c, row in entries if any(row)]
+        if rows:
+            header = ["channel", *(repr(model.tokenizer.decode([i])) for i in ids)]
+            yield f"{heading} (not counted as edges)\n{table(header, rows)}"
 
 
 def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
@@ -109,22 +111,6 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
     different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
     answers = data.candidates[0].tolist()
     return list(dict.fromkeys(different + answers)), answers
-
-
-def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
-    """Residual channels among the kept reads or writes, all layers together."""
-    grouped = circuit.nodes_by_location().items()
-    indices = {i for (_, where), found in grouped if where.endswith(ending) for i in found}
-    return sorted(i for i in indices if i < model.cfg.d_model)  # further ones are positional channels
-
-
-def _entries_table(heading: str, channels: list[int], tokens: Sequence[str], entries: Float[Tensor, "c t"]) -> str:
-    rows = [
-        [str(channel), *(f"{weight:+.3f}" if weight else "." for weight in row)]
-        for channel, row in zip(channels, entries.tolist(), strict=True)
-        if any(row)
-    ]
-    return heading + "\n" + table(["channel", *map(repr, tokens)], rows) if rows else ""
 
 
 def name_of(model: TLModel, node: Node) -> str:

@@ -72,12 +72,9 @@ class Page:
 
 @torch.no_grad()
 def page_data(
-    circuit: Circuit,
-    model: TLModel,
-    task: Task | str | None = None,
-    corpus: Int[Tensor, "seq pos"] | None = None,
+    circuit: Circuit, model: TLModel, task: Task | str | None = None, corpus: Int[Tensor, "seq pos"] | None = None,
     min_weight: float = 0.0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Everything a page of the circuit shows, as JSON values.
 
     Args:
@@ -94,11 +91,9 @@ def page_data(
     task = get_task(task) if isinstance(task, str) else task or TASKS.get(circuit.task)
     task = None if model.tokenizer is None else task
     texts, device, means = _Texts(model.tokenizer), next(model.parameters()).device, bool(circuit.means)
-    about, at = [_about(circuit, model, node, texts) for node in nodes], {node: i for i, node in enumerate(nodes)}
-    hooks = circuit.hooks
+    hooks, at = circuit.hooks, {node: i for i, node in enumerate(nodes)}
     places = [(hooks[node.layer, node.location], node.index) for node in nodes]
-    for entry, (hook, index) in zip(about, places, strict=True):
-        entry["mean"] = _short(circuit.means[hook].flatten()[index]) if means else None
+    about = [_about(circuit, model, node, hook, texts) for node, (hook, _) in zip(nodes, places, strict=True)]
     data: dict[str, Any] = {
         "summary": _summary(circuit, model, task, min_weight), "nodes": about, "prompts": [], "ladder": [],
         "edges": [[at[e.source], at[e.target], _short(e.weight)] for e in edges],
@@ -187,10 +182,7 @@ class _Texts(dict[int, str]):
 
 
 def _run(
-    model: TLModel,
-    tokens: Int[Tensor, "batch pos"],
-    places: Sequence[tuple[str, int]],
-    heads: Iterable[tuple[int, int]] = (),
+    model: TLModel, tokens: Int[Tensor, "batch pos"], places: Sequence[tuple[str, int]], heads: Iterable[Any] = ()
 ) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
     """Logits, the values at `places` (hook point, index), and the attention patterns of `heads` (layer, head)."""
     found, pattern = dict[str, Tensor](), "blocks.{}.attn.hook_pattern"
@@ -205,12 +197,13 @@ def _run(
     return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
 
 
-def _about(circuit: Circuit, model: TLModel, node: Node, texts: _Texts) -> dict[str, Any]:
+def _about(circuit: Circuit, model: TLModel, node: Node, hook: str, texts: _Texts) -> dict[str, Any]:
     """What is known of a node before anything is run. Reads and writes also have their channel and its tokens."""
     about: dict[str, Any] = {
         "name": str(node), "openai": node.openai_name, "label": name_of(model, node), "kind": KINDS[node.location],
         "layer": node.layer, "location": node.location, "index": node.index,
         "head": node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None,
+        "mean": _short(circuit.means[hook].flatten()[node.index]) if circuit.means else None,
         "cut_loss": None, "passages": [[], []],
     }  # fmt: skip
     if node.location.endswith(("_in", "_out")):

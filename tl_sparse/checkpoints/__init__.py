@@ -29,13 +29,9 @@ _OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 
 
 def load(
-    source: str | Path,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    *,
-    revision: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-) -> Any:
+    source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *,
+    revision: str | None = None, tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+) -> Any:  # fmt: skip
     """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
     The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
@@ -72,12 +68,9 @@ def load(
 
 
 def create(
-    config: SparseConfig,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> Any:
+    config: SparseConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+) -> Any:  # fmt: skip
     """A fresh model from its architecture and a seed; otherwise as `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
     check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "an integer of 64 bits")
@@ -103,9 +96,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
     values = read_json(path)
-    if "model_config" in values:
-        return read_sparse_pretrain(folder, values)
-    if (reader := _READERS.get(str(values.get("model_type")))) is None:
+    reader = read_sparse_pretrain if "model_config" in values else _READERS.get(str(values.get("model_type")))
+    if reader is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
             f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "

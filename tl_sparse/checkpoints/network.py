@@ -59,12 +59,9 @@ def check_known(unknown: Collection[str]) -> None:
 
 
 def build_network(
-    cfg: SparseConfig,
-    state: dict[str, Tensor | Compact],
-    source: Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> SparseTransformer:
+    cfg: SparseConfig, state: dict[str, Tensor | Compact], source: Path,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+) -> SparseTransformer:  # fmt: skip
     """The network holding exactly the tensors of `state`, by default in the widest of their dtypes.
 
     `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn. `CheckpointError`,
