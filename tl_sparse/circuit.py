@@ -116,9 +116,9 @@ class Circuit:
     def sinks(self, model: TLModel) -> dict[tuple[int, int], float]:
         """(layer, head) → the logit of its sink, of heads with kept value channels; empty for models without sinks."""
         self.check_model(model)
-        values = {(n.layer, n.index // model.cfg.d_head) for n in self.nodes if n.location == "attn_v"}
-        logits = [getattr(block.attn, "sink", None) for block in model.blocks]
-        return {(i, head): float(logit.detach()[head]) for i, head in sorted(values) if (logit := logits[i]) is not None}
+        heads = sorted({(n.layer, n.index // model.cfg.d_head) for n in self.nodes if n.location == "attn_v"})
+        sinks = [getattr(block.attn, "sink", None) for block in model.blocks]
+        return {(layer, head): sinks[layer][head].item() for layer, head in heads if sinks[layer] is not None}
 
     def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
         """(layer, source, target) → the share of that matrix' nonzero weights that are edges of this circuit."""
