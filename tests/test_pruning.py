@@ -28,7 +28,7 @@ from tl_sparse.evaluation import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.nodes import node_hooks
-from tl_sparse.pruning import attribution, corpus_means, discretise, frozen, prune, task_splits
+from tl_sparse.pruning import attribution, corpus_means, discretise, eliminate, frozen, prune, task_splits
 
 CONFIG = PruneConfig(
     target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16, pairs_per_step=8
@@ -488,3 +488,19 @@ def test_means_over_the_task_leave_padding_out(micro):
     expected = mean_activations(micro, list(circuit.kept), [train.trimmed().tokens])  # all prompts have the same length
     for name, mean in expected.items():
         torch.testing.assert_close(circuit.means[name], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kept", "final", "tests"), [(set(), 40, 6), ({0, 7, 8, 30}, 25, 28), (set(range(40)), 0, 40)]
+)
+def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, final, tests):
+    """In strides of 1, 2, 4, 8, 16 and 9 where all of 40 can go, one by one where none can."""
+    tried = []
+
+    def holds(gone):
+        tried.append(gone)
+        return kept.isdisjoint(gone)
+
+    gone = eliminate(range(40), holds, lambda gone: len(gone) <= final)
+    assert gone == sorted(set(range(40)) - kept)[:final]
+    assert len(tried) == tests

@@ -350,9 +350,11 @@ def eliminate(candidates: Sequence[T], holds: Callable[[list[T]], bool], decides
             size = len(some) // 2
         else:
             first += 1
-    while gone and not decides(gone):
-        gone.pop()
-    return gone
+    enough, too_many, size = 0, len(gone) + 1, len(gone)
+    while too_many - enough > 1:
+        enough, too_many = (size, too_many) if decides(gone[:size]) else (enough, size)
+        size = (enough + too_many) // 2
+    return gone[:enough]
 
 
 def _judged(
