@@ -117,11 +117,7 @@ class Run:
 
     def finish(self) -> None:
         """Remove what is of use only while the run goes on."""
-        for path in (*self.checkpoints.glob("*"), *self.checkpoints.glob(".*")):
-            path.unlink()
-        if self.checkpoints.is_dir():
-            self.checkpoints.rmdir()
-        for path in (self.data, *self.folder.glob(f".{self.data.name}.*")):
+        for path in (self.checkpoints, self.data, *self.folder.glob(f".{self.data.name}.*")):
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / "run.json").unlink()
 
@@ -162,10 +158,8 @@ def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> No
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # what is compared has been through JSON on both sides
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
-            raise TrainError(
-                f"{folder} was trained with {name} = {before.get(name)!r}, not {now.get(name)!r}; to resume, ask for "
-                "the same"
-            )
+            differ = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
+            raise TrainError(f"{folder} was trained with {differ}; to resume, ask for the same")
 
 
 @contextmanager
