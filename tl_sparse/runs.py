@@ -127,10 +127,9 @@ class Run:
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
     """All that a step depends on, besides the configuration and the data: weights and moments."""
-    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     state = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    for name, parameter in zip(names, trainer.parameters, strict=True):
-        for key, value in trainer.optimizer.state[parameter].items():
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
             state[f"{key}/{name}"] = value
     return state
 
