@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tl_sparse.errors import ConfigError
 from tl_sparse.hooks.kernels import bits, kernel
-from tl_sparse.hooks.points import HookFn, TLModel, hooked
+from tl_sparse.hooks.points import TLModel, hooked
 
 
 def abs_topk(x: Float[Tensor, "*batch dim"], k: int, inplace: bool = False) -> Float[Tensor, "*batch dim"]:
@@ -99,12 +100,9 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterat
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction {fraction!r} at {name} is not possible; it must be in (0, 1]")
 
-    def sparsifier(fraction: float) -> HookFn:
-        def hook_fn(activation: Tensor, hook: object) -> Tensor:
-            flat = activation.flatten(2)
-            return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
+    def sparsify(fraction: float, activation: Tensor, hook: object) -> Tensor:
+        flat = activation.flatten(2)
+        return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
 
-        return hook_fn
-
-    with hooked(model, {name: sparsifier(fraction) for name, fraction in fractions.items()}):
+    with hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()}):
         yield

@@ -80,15 +80,13 @@ def abs_topk(bits: Array, k: int, mask: Array, tied: Array) -> bool:
     broken are left as they are, and are marked in `tied`; returns whether there are any. Without a mask it makes no
     difference which zeros are kept.
     """
-    t, some = 0, False
+    t = 0
     for row in range(len(bits)):
         t, n = _threshold(bits, row, row + 1, k, 0, t)  # a row's threshold is a good guess for the next
         tied[row] = n != k and (t > 1 or len(mask) > 0)
-        if tied[row]:
-            some = True
-        else:
+        if not tied[row]:
             _cut(bits, row, t, mask)
-    return some
+    return tied.any()
 
 
 @njit(cache=True, nogil=True)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from tl_sparse.config import check
 from tl_sparse.errors import ConfigError
 from tl_sparse.hooks.kernels import bits, kernel
 
@@ -56,13 +57,8 @@ class WeightGroup:
         blocks = matrix.split([len(row[0]) for row in parts])
         for row, part, block in zip(self.rows, parts, blocks, strict=True):
             for (p, pattern), kept in zip(row, block.split([m.shape[1] for m in part], dim=1), strict=True):
-                p.copy_(_undo(kept, pattern, p))
-
-
-def _undo(matrix: Tensor, pattern: str, like: Tensor) -> Tensor:
-    """The inverse of `rearrange(like, pattern)`."""
-    before, after = pattern.split(" -> ")
-    return rearrange(matrix, f"{after} -> {before}", **dict(zip(before.split(), like.shape, strict=True)))
+                before, after = pattern.split(" -> ")
+                p.copy_(rearrange(kept, f"{after} -> {before}", **dict(zip(before.split(), p.shape, strict=True))))
 
 
 def top_mask(magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int) -> Bool[Tensor, "row column"]:
@@ -100,8 +96,6 @@ _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
 )
 _LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[._])b(ias)?(_|$)")
-#: What TransformerBridge inserts in the names of the parameters it wraps.
-_WRAPPER = "_original_component."
 
 
 def weight_groups(model: torch.nn.Module, *, fused_qkv: bool = True, biases: bool = False) -> list[WeightGroup]:
@@ -117,7 +111,7 @@ def weight_groups(model: torch.nn.Module, *, fused_qkv: bool = True, biases: boo
     fused: dict[str, dict[str, list[tuple[Tensor, str]]]] = {}
     groups: list[WeightGroup] = []
     for name, parameter in model.named_parameters():
-        name = name.replace(_WRAPPER, "")
+        name = name.replace("_original_component.", "")  # TransformerBridge's name for what it wraps
         for regex, (group, pattern) in _PATTERNS.items():
             if (match := re.fullmatch(regex, name)) and parameter.ndim == len(pattern.split(" -> ")[0].split()):
                 matrix = name.removesuffix("_pos")
@@ -158,8 +152,7 @@ def annealed(
 
 
 def _check_fraction(name: str, value: object) -> None:
-    if not (isinstance(value, int | float) and 0 < value <= 1):
-        raise ConfigError(f"{name} = {value!r} is not possible; it must be a fraction in (0, 1]")
+    check(isinstance(value, int | float) and 0 < value <= 1, name, value, "a fraction in (0, 1]")
 
 
 class WeightSparsity:
@@ -199,8 +192,7 @@ class WeightSparsity:
         for name, value in named.items():
             if not callable(value):
                 _check_fraction(name, value)
-        if min_nonzero < 0:
-            raise ConfigError(f"min_nonzero = {min_nonzero} is not possible; it must be at least 0")
+        check(min_nonzero >= 0, "min_nonzero", min_nonzero, "at least 0")
         self.min_nonzero = min_nonzero
         self.groups = list(weight_groups(model) if groups is None else groups)
         if not self.groups:
@@ -239,10 +231,8 @@ class WeightSparsity:
                 self.project()
                 self.steps += 1
 
-        if optimizer is None:
-            handle = register_optimizer_step_post_hook(post_hook)
-        else:
-            handle = optimizer.register_step_post_hook(post_hook)
+        register = register_optimizer_step_post_hook if optimizer is None else optimizer.register_step_post_hook
+        handle = register(post_hook)
         try:
             yield self
         finally:

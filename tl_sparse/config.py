@@ -1,12 +1,10 @@
 """Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
@@ -35,23 +33,19 @@ def check(valid: bool, name: str, value: object, expected: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Reject fields of a config dataclass whose value is not of the annotated type.
-
-    Values come from JSON and command lines, where `"4"` or `true` easily stand for a number.
-    """
-    for f in dataclasses.fields(config):
+    """Reject values of another type than a config dataclass says: JSON easily has `"4"` or `true` for a number."""
+    for f in fields(config):
         value, annotation = getattr(config, f.name), f.type
         if get_origin(annotation) is Literal:
             check(value in get_args(annotation), f.name, value, f"one of {', '.join(get_args(annotation))}")
         elif annotation is float:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(number, f.name, value, "a number")
+            check(isinstance(value, int | float) and not isinstance(value, bool), f.name, value, "a number")
         elif annotation in (int, bool, str):
             check(type(value) is annotation, f.name, value, f"of type {annotation.__name__}")
 
 
 def _check_keys(config: Any, values: Mapping[str, Any]) -> None:
-    names = [f.name for f in dataclasses.fields(config)]
+    names = [f.name for f in fields(config)]
     for key in values:
         if key not in names:
             near = get_close_matches(str(key), names, n=1)
@@ -67,25 +61,25 @@ def merged(config: Any, values: Mapping[str, Any]) -> Any:
     """
     _check_keys(config, values)
     changes = {}
-    for f in dataclasses.fields(config):
+    for f in fields(config):
         if f.name in values:
             current, value = getattr(config, f.name), values[f.name]
-            if dataclasses.is_dataclass(current):
+            if is_dataclass(current):
                 check(isinstance(value, Mapping), f.name, value, "a mapping of fields to values")
                 value = merged(current, value)
             elif f.type is float and isinstance(value, str):  # YAML reads 1e-3 as text
                 with suppress(ValueError):
                     value = float(value)
             changes[f.name] = value
-    return dataclasses.replace(config, **changes)
+    return replace(config, **changes)
 
 
 def short_repr(config: Any) -> str:
     """The call that makes a config dataclass: without the fields that are at their defaults."""
     shown = []
-    for f in dataclasses.fields(config):
+    for f in fields(config):
         value = getattr(config, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         if value != default:
             fraction = next(iter(value.values()), None) if f.name == "abs_topk" else None
             paper = fraction is not None and value == paper_topk(fraction)
@@ -189,7 +183,7 @@ class SparseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
@@ -199,10 +193,7 @@ class SparseConfig:
             ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad value.
         """
         _check_keys(cls, values)
-        missing = [
-            f.name for f in dataclasses.fields(cls)
-            if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
-        ]  # fmt: skip
+        missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
         if missing:
             raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
         return cls(**values)
@@ -220,8 +211,7 @@ class DataConfig:
         max_chars: no further document of an "hf:" dataset is taken after so many characters.
         stdlib_chars: characters of the standard library, at most; for "builtin" only.
         idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
-        validation_fraction: share of the documents kept for validation; of an "hf:" dataset until they are
-            2,000,000 characters.
+        validation_fraction: share of the documents kept for validation; of an "hf:" dataset until 2,000,000 characters.
         seed: decides which standard library files are read, the idioms, the order of a stream, and the split.
 
     Raises:
@@ -351,10 +341,12 @@ class TrainConfig:
         check_types(self)
         for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "max_jump", "checkpoint_minutes"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2", "warmup_fraction"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "target_validation_loss", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         for window in ("anneal", "topk_anneal"):
             start, stop = getattr(self, f"{window}_start"), getattr(self, f"{window}_stop")
@@ -362,15 +354,8 @@ class TrainConfig:
             check(stop <= 1, f"{window}_stop", stop, f"in [{window}_start, 1]")
         traced = self.compile and self.topk_anneal_stop > 0
         check(not traced, "compile", True, "false while the fractions of AbsTopK change (topk_anneal_stop)")
-        for name in ("max_jump", "checkpoint_minutes"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "target_validation_loss", "seed"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         measured = self.validate_steps > 0 or self.target_validation_loss == 0
         check(measured, "validate_steps", 0, "at least 1 with a target_validation_loss")
-        self._check_l0()
-
-    def _check_l0(self) -> None:
         weights, floor = self.model.n_matrix_weights, self.min_nonzero / self.model.d_model
         why = f", since min_nonzero = {self.min_nonzero} of the {self.model.d_model} entries of each neuron stay"
         least = math.ceil(floor * weights)
@@ -397,11 +382,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _small() -> TrainConfig:
-    model = dataclasses.replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024)
-    return TrainConfig(model, steps=6000, lr=8e-3, l0_fraction=1 / 64, l0_fraction_embed=1 / 16, min_nonzero=2)
-
-
 def _paper(width: int) -> TrainConfig:
     """The published sizes: d_model 256 · width; the number of nonzero weights is that of 4x with 1/64 (METHOD §3)."""
     d_model, fraction = 256 * width, 1 / 64 * (4 / width) ** 2
@@ -415,11 +395,14 @@ def _paper(width: int) -> TrainConfig:
     )  # fmt: skip
 
 
-_PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    "laptop": TrainConfig,
-    "small": _small,
-    **{f"paper-{width}x": partial(_paper, width) for width in (1, 2, 4, 8)},
-}
+_PRESETS = {
+    "laptop": TrainConfig(),
+    "small": TrainConfig(
+        replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024),
+        steps=6000, lr=8e-3, l0_fraction=1 / 64, l0_fraction_embed=1 / 16, min_nonzero=2,
+    ),
+    **{f"paper-{width}x": _paper(width) for width in (1, 2, 4, 8)},
+}  # fmt: skip
 PRESETS = tuple(_PRESETS)
 
 
@@ -436,7 +419,7 @@ def preset(name: str, recipe: str | None = None) -> TrainConfig:
     """
     check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     check(recipe is None or recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
-    return dataclasses.replace(_PRESETS[name](), **RECIPES.get(recipe or "", {}))
+    return replace(_PRESETS[name], **RECIPES.get(recipe or "", {}))
 
 
 #: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.

@@ -83,16 +83,13 @@ def load_documents(config: DataConfig) -> Documents:
     documents = list(chain.from_iterable(groups.values()))
     if len(documents) == 1:
         return _cut_in_two(documents[0], config.validation_fraction, description)
-    train: list[str] = []
-    validation: list[str] = []
+    train, validation = list[str](), list[str]()
     for group in groups.values():  # each by itself, so that both sides have the same mixture
         held_out = _held_out(group, config.validation_fraction, config.seed)
         train += [document for i, document in enumerate(group) if i not in held_out]
         validation += [document for i, document in enumerate(group) if i in held_out]
     if not validation:
-        raise DataError(
-            f"too few documents for training and validation: {description or 'none'}; give at least two"
-        )
+        raise DataError(f"too few documents for training and validation: {description or 'none'}; give at least two")
     return Documents(train, validation, description)
 
 
@@ -228,8 +225,7 @@ def _stdlib_documents(n_chars: int, seed: int) -> list[str]:
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     paths.sort()
     random.Random(seed).shuffle(paths)
-    documents: list[str] = []
-    left = n_chars
+    documents, left = list[str](), n_chars
     for path in paths:
         if left <= 0:
             break
@@ -247,16 +243,13 @@ def _user_documents(source: str) -> list[str]:
     """The text of each non-empty file that `source` (folder, file, or glob pattern) stands for."""
     path = Path(source).expanduser()
     if path.is_dir():
-        paths = [found for found in path.rglob("*") if found.suffix in (".py", ".txt") and not found.is_dir()]
-    elif path.is_file():
-        paths = [path]
+        found = [inside for inside in path.rglob("*") if inside.suffix in (".py", ".txt")]
     else:
-        paths = [found for name in glob.glob(str(path), recursive=True) if not (found := Path(name)).is_dir()]
+        found = [path] if path.is_file() else [Path(name) for name in glob.glob(str(path), recursive=True)]
+    paths = sorted(path for path in found if not path.is_dir())
     if not paths:
-        raise DataError(
-            f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern or a file'
-        )
-    documents = [text for path in sorted(paths) if (text := _read(path)).strip()]
+        raise DataError(f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern or a file')
+    documents = [text for path in paths if (text := _read(path)).strip()]
     if not documents:
         raise DataError(f"nothing but white space in the {len(paths)} files of {source}")
     return documents
@@ -275,21 +268,17 @@ def _read(path: Path) -> str:
     return text
 
 
-def _held_out(documents: Sequence[str], fraction: float, seed: int) -> frozenset[int]:
-    """Which documents are for validation: at random, as many as fit into `fraction` of the characters.
-
-    At least one and at most all but one; none of a single document. Counting characters, and not documents,
-    keeps one long file from being most of the validation text.
-    """
-    room = fraction * sum(map(len, documents))
-    held_out: set[int] = set()
+def _held_out(documents: Sequence[str], fraction: float, seed: int) -> set[int]:
+    """Which documents are for validation: random ones that fit into `fraction` of the characters (a share of the
+    documents could be one long file); at least one and at most all but one, none of a single document."""
+    room, held_out = fraction * sum(map(len, documents)), set[int]()
     for i in random.Random(seed).sample(range(len(documents)), len(documents)):
         if len(documents[i]) <= room and len(held_out) < len(documents) - 1:
             held_out.add(i)
             room -= len(documents[i])
     if not held_out and len(documents) > 1:
         held_out.add(min(range(len(documents)), key=lambda i: len(documents[i])))
-    return frozenset(held_out)
+    return held_out
 
 
 def _cut_in_two(document: str, fraction: float, description: str) -> Documents:

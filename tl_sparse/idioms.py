@@ -1,8 +1,7 @@
 """Seeded synthetic Python files made of the simple idioms that the tasks ask about.
 
-The standard library alone is too varied for a small model to learn from a few million characters, say, which
-quote closes a string. These files hold every construct of the tasks (paper, Table 1) many times, in simple
-code.
+The standard library alone is too varied for a small model to learn from a few million characters, say, which quote
+closes a string. These files hold every construct of the tasks (paper, Table 1) many times, in simple code.
 
 A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh draw of that kind, and
 `<kind1>`, `<kind2>` … for draws that differ from each other and stay the same throughout the template.
@@ -16,10 +15,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -30,26 +29,19 @@ WORDS: dict[str, tuple[str, ...]] = {kind: tuple(words.split()) for kind, words 
 #: Templates by what they are; one given twice is drawn twice as often.
 TEMPLATES: dict[str, tuple[str, ...]] = {group: tuple(templates) for group, templates in _DATA.items()}
 #: What tasks.yaml says of each task.
-PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")
-)
+PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
 _SHARES = [task.get("share", 1) for task in PAIRS.values()]
 # How many words of a kind a document uses: names come back within a document, as in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
+_PHRASES = ("<noun>", "<adj> <noun>", "the <adj> <noun>", "<verb> the <noun>", "<verb> the <adj> <noun>")
 
 _CHOICE = re.compile(r"«([^«|»]*)\|([^«|»]*)»")
 _PLACE = re.compile(r"( *)<body>|<([a-z]+)(\d?)>")
 
 
-class _Template(NamedTuple):
-    """A template made ready: `text` for `str.format`, and what goes in its places."""
-
-    text: str
-    slots: tuple[tuple[str, int], ...]  # (kind, number), number 0: a fresh draw
-
-
 @cache
-def _prepare(template: str) -> _Template:
+def _prepare(template: str) -> tuple[str, list[tuple[str, int]]]:
+    """A template as text for `str.format`, and what goes in its places: kind, and number or 0 for a fresh draw."""
     slots: list[tuple[str, int]] = []
 
     def place(match: re.Match[str]) -> str:
@@ -59,8 +51,7 @@ def _prepare(template: str) -> _Template:
         slots.append((match[2], int(match[3] or 0)))
         return "{}"
 
-    escaped = template.replace("{", "{{").replace("}", "}}")
-    return _Template(_PLACE.sub(place, escaped), tuple(slots))
+    return _PLACE.sub(place, template.replace("{", "{{").replace("}", "}}")), slots
 
 
 def both_sides(text: str) -> tuple[str, str]:
@@ -86,31 +77,25 @@ class Writer:
     def fill(self, template: str) -> str:
         """The template with its places filled in."""
         text, slots = _prepare(template)
-        bound: dict[tuple[str, int], str] = {}
-        values = []
+        bound, values = dict[tuple[str, int], str](), list[str]()
         for slot in slots:
             kind, number = slot
             if kind == "body":
-                value = self._body(indent=number)
+                body = "\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 2.5)))
+                values.append(body.replace("\n", "\n" + " " * number))
             elif number == 0:
-                value = self._draw(kind)
-            elif (value := bound.get(slot, "")) == "":
-                value = bound[slot] = self._draw_other_than(bound.values(), kind)
-            values.append(value)
+                values.append(self._draw(kind))
+            else:
+                while slot not in bound:
+                    if (drawn := self._draw(kind)) not in bound.values():
+                        bound[slot] = drawn
+                values.append(bound[slot])
         return text.format(*values)
 
     def phrase(self) -> str:
         """One to four words, as a string in code would have them."""
-        draw, pattern = self._draw, self.rng.random()
-        if pattern < 0.2:
-            return draw("noun")
-        if pattern < 0.5:
-            return f"{draw('adj')} {draw('noun')}"
-        if pattern < 0.7:
-            return f"the {draw('adj')} {draw('noun')}"
-        if pattern < 0.85:
-            return f"{draw('verb')} the {draw('noun')}"
-        return f"{draw('verb')} the {draw('adj')} {draw('noun')}"
+        (pattern,) = self.rng.choices(_PHRASES, cum_weights=(0.2, 0.5, 0.7, 0.85, 1))
+        return self.fill(pattern)
 
     def line(self) -> str:
         """A statement of one line."""
@@ -146,8 +131,7 @@ class Writer:
             pick = self.rng.random()
             if pick < 0.5:
                 (task,) = self.rng.choices(tuple(PAIRS), _SHARES)
-                pair = both_sides(self.pair(task))
-                blocks.append(self.rng.choice(pair).rstrip("\n"))
+                blocks.append(self.rng.choice(both_sides(self.pair(task))).rstrip("\n"))
             elif pick < 0.72:
                 blocks.append("\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4))))
             else:
@@ -162,17 +146,8 @@ class Writer:
             return self.fill(self.choose(kind))
         return self._composed[kind]()
 
-    def _draw_other_than(self, taken: Collection[str], kind: str) -> str:
-        while (value := self._draw(kind)) in taken:
-            pass
-        return value
-
     def _quoted(self, text: str) -> str:
         return f"'{text}'" if self.rng.random() < 0.5 else f'"{text}"'
-
-    def _body(self, indent: int) -> str:
-        body = "\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 2.5)))
-        return body.replace("\n", "\n" + " " * indent)
 
 
 def idiom_documents(n_chars: int, seed: int) -> list[str]:
@@ -180,9 +155,7 @@ def idiom_documents(n_chars: int, seed: int) -> list[str]:
 
     The same arguments give the same files; a larger `n_chars` gives the same files and more of them.
     """
-    rng = random.Random(seed)
-    documents: list[str] = []
-    length = 0
+    rng, documents, length = random.Random(seed), list[str](), 0
     while length < n_chars:
         documents.append(Writer(rng).document())
         length += len(documents[-1])

@@ -117,11 +117,7 @@ class Run:
 
     def finish(self) -> None:
         """Remove what is of use only while the run goes on."""
-        for path in (*self.checkpoints.glob("*"), *self.checkpoints.glob(".*")):
-            path.unlink()
-        if self.checkpoints.is_dir():
-            self.checkpoints.rmdir()
-        for path in (self.data, *self.folder.glob(f".{self.data.name}.*")):
+        for path in (self.checkpoints, self.data, *self.folder.glob(f".{self.data.name}.*")):
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / "run.json").unlink()
 
@@ -131,10 +127,9 @@ class Run:
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
     """All that a step depends on, besides the configuration and the data: weights and moments."""
-    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     state = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    for name, parameter in zip(names, trainer.parameters, strict=True):
-        for key, value in trainer.optimizer.state[parameter].items():
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
             state[f"{key}/{name}"] = value
     return state
 
@@ -162,10 +157,8 @@ def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> No
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # what is compared has been through JSON on both sides
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
-            raise TrainError(
-                f"{folder} was trained with {name} = {before.get(name)!r}, not {now.get(name)!r}; to resume, ask for "
-                "the same"
-            )
+            differ = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
+            raise TrainError(f"{folder} was trained with {differ}; to resume, ask for the same")
 
 
 @contextmanager

@@ -75,9 +75,8 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 def openai_tokenizer(local_only: bool = False) -> Path | None:
     """A folder with OpenAI's tokenizer `tinypython_2k`, from their hub repository, or with `local_only` from the
     cache; None if it cannot be had."""
-    files = ["tokenizer*.json", "special_tokens_map.json"]
     try:
-        folder = _snapshot("openai/circuit-sparsity", None, files, local_only)
+        folder = _snapshot("openai/circuit-sparsity", None, ["tokenizer*.json", "special_tokens_map.json"], local_only)
     except CheckpointError:
         return None
     return folder if (folder / "tokenizer.json").is_file() else None

@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,11 +133,7 @@ TASKS: dict[str, Task] = {
     )
 } | {
     name: Task(
-        name=name,
-        description=pair["description"],
-        candidates=tuple(pair["candidates"]),
-        sample=partial(_from_templates, name),
-        same_end=pair.get("same_end", True),
+        name, pair["description"], tuple(pair["candidates"]), partial(_from_templates, name), pair.get("same_end", True)
     )
     for name, pair in PAIRS.items()
 }
@@ -235,17 +232,15 @@ def make_task_data(
     prompts = tuple(prompt for pair in pairs for prompt in pair[:2])
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     candidates = [_candidates(task, tokenizer, pair, ids[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
-    longest = max(range(len(ids)), key=lambda row: len(ids[row]))
-    if n_ctx is not None and len(ids[longest]) > n_ctx:
-        raise DataError(
-            f"a prompt of task {task.name} has {len(ids[longest])} tokens, more than the context of {n_ctx}: "
-            f"{prompts[longest]!r}"
-        )
+    width, longest = max(zip(map(len, ids), prompts, strict=True), key=itemgetter(0))
+    if n_ctx is not None and width > n_ctx:
+        why = f"has {width} tokens, more than the context of {n_ctx}"
+        raise DataError(f"a prompt of task {task.name} {why}: {longest!r}")
     padding = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return TaskData(
         task=task.name,
         prompts=prompts,
-        tokens=torch.tensor([row + [padding] * (len(ids[longest]) - len(row)) for row in ids]),
+        tokens=torch.tensor([row + [padding] * (width - len(row)) for row in ids]),
         last=torch.tensor([len(row) - 1 for row in ids]),
         candidates=torch.tensor(candidates).repeat_interleave(2, dim=0),
         correct=torch.arange(2).repeat(n_pairs),
@@ -267,8 +262,7 @@ def task_loss_and_accuracy(
     The loss of the task is the mean of the first, its accuracy the mean of the second. A tie is not ahead.
     """
     losses = torch.nn.functional.cross_entropy(logits, correct, reduction="none")
-    right = logits.gather(1, correct[:, None]).squeeze(1)
-    wrong = logits.gather(1, 1 - correct[:, None]).squeeze(1)
+    right, wrong = logits.gather(1, torch.stack((correct, 1 - correct), dim=1)).unbind(1)
     return losses, right > wrong
 
 
@@ -287,10 +281,8 @@ def _distinct_pairs(task: Task, n_pairs: int, rng: random.Random, exclude: Colle
             pairs.append(pair)
         if len(pairs) == n_pairs:
             return pairs
-    raise TaskError(
-        f"task {task.name} gave only {len(pairs)} of {n_pairs} pairs of distinct prompts, "
-        f"{len(exclude)} prompts excluded; ask for fewer"
-    )
+    found = f"{len(pairs)} of {n_pairs} pairs of distinct prompts, {len(exclude)} prompts excluded"
+    raise TaskError(f"task {task.name} gave only {found}; ask for fewer")
 
 
 def _candidates(task: Task, tokenizer: PreTrainedTokenizerFast, pair: Pair, ids: Sequence[list[int]]) -> list[int]:

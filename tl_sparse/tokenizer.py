@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
 from tl_sparse.errors import TokenizerError
 
@@ -38,8 +38,8 @@ PIECES = "|".join(
     )
 )
 
-# A required string is added to the training text once per this many characters: far more often than the
-# rarest merges of any useful vocabulary occur, so that it is merged before the vocabulary is full.
+# A required string is added to the training text once per this many characters: far more often than the rarest merges
+# of any useful vocabulary occur, so that it is merged before the vocabulary is full.
 _REQUIRED_EVERY = 200
 
 
@@ -67,12 +67,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[st
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(_with_required(texts, required), trainer)
     if (size := backend.get_vocab_size() + 1) != vocab_size:
-        raise TokenizerError(
-            f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries; "
-            f"give more text, or a vocab_size of at most {size}"
-        )
+        problem = f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries"
+        raise TokenizerError(f"{problem}; give more text, or a vocab_size of at most {size}")
+    # The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in the
+    # vocabulary itself is `<|endoftext|>` both last and counted.
+    state = json.loads(backend.to_str())
+    state["model"]["vocab"][END_OF_TEXT] = vocab_size - 1
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_with_end_of_text(backend), clean_up_tokenization_spaces=False, **_SPECIAL_TOKENS
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), clean_up_tokenization_spaces=False, **_SPECIAL_TOKENS
     )
     for text in required:
         single_token(tokenizer, text)
@@ -92,7 +94,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=_like_gpt2(path), clean_up_tokenization_spaces=False)
+            merges = path.with_name("merges.txt")
+            model = models.BPE.from_file(str(path), str(merges)) if path.suffix == ".json" else _tiktoken_model(path)
+            backend = _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
         elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
         else:
@@ -112,29 +117,16 @@ def find_tokenizer(source: str | Path) -> Path | None:
     return next((path for path in files if path.is_file()), None)
 
 
-def _like_gpt2(path: Path) -> Tokenizer:
-    """Byte-level BPE from a vocab.json with merges.txt beside it, or from a .tiktoken file."""
-    if path.suffix == ".tiktoken":
-        vocab, merges = _read_tiktoken(path)
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
-    else:
-        model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-    return _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
-
-
-def _read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges from lines of base64 token and rank: any two tokens merge if that makes a third,
-    the one of lowest rank first."""
+def _tiktoken_model(path: Path) -> models.BPE:
+    """The model of a file with base64 token and rank in each line; two tokens merge if that makes a third."""
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
         raise ValueError("a token or rank is there twice, or one of the 256 bytes is not")
     letter = bytes_to_unicode()
     vocab = {"".join(letter[byte] for byte in token): rank for token, rank in ranks.items()}
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    pairs = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
-    merges = [(left, right) for left, right in pairs if left in vocab and right in vocab]
-    return vocab | {END_OF_TEXT: max(ranks.values()) + 1}, merges
+    merges, vocab[END_OF_TEXT] = generate_merges(vocab, None), max(ranks.values()) + 1
+    return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
@@ -142,10 +134,8 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-        raise TokenizerError(
-            f"{text!r} is not one token but {len(ids)}: {parts}; train a tokenizer with "
-            f"required=({text!r},), or a larger vocab_size"
-        )
+        advice = f"train a tokenizer with required=({text!r},), or a larger vocab_size"
+        raise TokenizerError(f"{text!r} is not one token but {len(ids)}: {parts}; {advice}")
     return ids[0]
 
 
@@ -154,17 +144,6 @@ def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
-    """The trained `backend` with `<|endoftext|>` as its last id.
-
-    The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in
-    the vocabulary itself is it both last and counted.
-    """
-    state = json.loads(backend.to_str())
-    state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
-    return Tokenizer.from_str(json.dumps(state))
 
 
 def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:

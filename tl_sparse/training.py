@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,7 @@ class Trainer:
         torch._foreach_mul_(gradients, 1 / (rms + 1e-5 if self.config.gradient == "divide" else rms.clamp(min=1)))
 
 
-def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, ""]:
+def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """The mean of what `return_type="loss"` gives, without its copies of the logits."""
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last token
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -148,16 +146,11 @@ def batches(
     tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
 ) -> Iterator[Int[Tensor, "batch pos"]]:
     """Endless batches from number `start`, every row once per epoch, in an order that depends on the seed alone."""
-    for rows in islice(_rows(len(tokens), batch_size, seed), start, None):
-        yield tokens[rows].long()
-
-
-def _rows(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
     generator = torch.Generator().manual_seed(seed)
-    while True:
-        for rows in torch.randperm(n_rows, generator=generator).split(batch_size):
-            if len(rows) == batch_size or n_rows < batch_size:
-                yield rows
+    epochs = (torch.randperm(len(tokens), generator=generator) for _ in count())
+    chosen = (rows for order in epochs for rows in order.split(batch_size) if len(rows) == min(batch_size, len(tokens)))
+    for rows in islice(chosen, start, None):
+        yield tokens[rows].long()
 
 
 @torch.no_grad()
@@ -239,12 +232,12 @@ def train(
     with processes.main_first():  # the others read what it has packed
         run = None if out is None else Run(Path(out), config, resume or not processes.main)
         corpus = packed_corpus(config, required) if run is None else run.corpus(required)
-    tokenizer, rows, validation = corpus.tokenizer, corpus.train, corpus.validation
+    rows = corpus.train
     divisible = len(rows) >= config.batch_size or len(rows) % processes.count == 0
     check(divisible, "batch_size", config.batch_size, f"at most {len(rows)}, the sequences of this text")
     prepared = time.perf_counter()
 
-    model = create(config.model, config.seed, tokenizer, device)
+    model = create(config.model, config.seed, corpus.tokenizer, device)
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, rows)
     trainer = Trainer(model.train(), config, processes)
@@ -255,10 +248,9 @@ def train(
         losses[: len(past)] = past
         if processes.main:
             run.cut_log(len(past))
-    run = run if processes.main else None
-    first = trainer.sparsity.steps
+    run, first = run if processes.main else None, trainer.sparsity.steps
     try:
-        _steps(trainer, losses, rows, validation, run, progress and processes.main)
+        _steps(trainer, losses, corpus, run, progress and processes.main)
     finally:
         processes.end_tracker()
     model.eval()
@@ -270,7 +262,10 @@ def train(
         "tokens_per_second": (done - first) * _tokens_per_step(config, rows) / seconds["training"],
     }
     if run is not None:
-        _save(run.folder, model, rows, record)
+        model.save_pretrained(run.folder)
+        write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": next(batches(rows, CORPUS_ROWS, config.seed)).int()})
+        write_json(run.folder / "training.json", record)
+        model.cfg.model_name = run.folder.resolve().name
         run.finish()
     processes.wait()
     return model, record
@@ -299,31 +294,12 @@ def _record(trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) ->
     }
 
 
-def _save(folder: Path, model: TLModel, rows: Int[Tensor, "seq pos"], record: dict[str, Any]) -> None:
-    """The model, a sample of its training tokens, and the record of how it was made."""
-    generator = torch.Generator().manual_seed(record["config"]["seed"])
-    sample = rows[torch.randperm(len(rows), generator=generator)[:CORPUS_ROWS]].int()
-    model.save_pretrained(folder)
-    write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample})
-    write_json(folder / "training.json", record)
-    model.cfg.model_name = folder.resolve().name
-
-
-def _steps(
-    trainer: Trainer,
-    losses: Float[Tensor, " step"],
-    rows: Int[Tensor, "seq pos"],
-    validation: Int[Tensor, "seq pos"],
-    run: Run | None,
-    progress: bool,
-) -> None:
+def _steps(trainer: Trainer, losses: Float[Tensor, " step"], corpus: Corpus, run: Run | None, progress: bool) -> None:
     """The steps that are left, until the target is reached; `losses` is filled in."""
     config, first, processes = trainer.config, trainer.sparsity.steps, trainer.processes
-    device = next(trainer.model.parameters()).device
-    stream, dead = batches(rows, config.batch_size, config.seed, first), math.nan
-    bar = tqdm(
-        range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step"
-    )
+    device, validation = next(trainer.model.parameters()).device, corpus.validation
+    stream, dead = batches(corpus.train, config.batch_size, config.seed, first), math.nan
+    bar = tqdm(range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step")
     with noticing_signals() as processes.received:
         for step, tokens in zip(bar, stream, strict=False):
             losses[step] = loss = float(trainer.step(processes.part(tokens).to(device)))
