@@ -117,8 +117,9 @@ class Circuit:
         """(layer, head) → the logit of its sink, of heads with kept value channels; empty for models without sinks."""
         self.check_model(model)
         heads = sorted({(n.layer, n.index // model.cfg.d_head) for n in self.nodes if n.location == "attn_v"})
-        sinks = [getattr(block.attn, "sink", None) for block in model.blocks]
-        return {(layer, head): sinks[layer][head].item() for layer, head in heads if sinks[layer] is not None}
+        if getattr(model.blocks[0].attn, "sink", None) is None:
+            return {}
+        return {(layer, head): model.blocks[layer].attn.sink[head].item() for layer, head in heads}
 
     def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
         """(layer, source, target) → the share of that matrix' nonzero weights that are edges of this circuit."""
