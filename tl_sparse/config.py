@@ -471,7 +471,7 @@ class PruneConfig:
 
     target_loss: float = 0.15
     method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
-    steps: int = 200
+    steps: int = 140
     pairs_per_step: int = 16
     k_coef: float = 2e-3
     steer_to: float = 0.8
@@ -493,9 +493,9 @@ class PruneConfig:
     ablated_accuracy: float = 1.0
     restarts: int = 1
     train_pairs: int = 2048
-    ranking_pairs: int = 128
+    ranking_pairs: int = 64
     selection_pairs: int = 512
-    cleanup_pairs: int = 128
+    cleanup_pairs: int = 96
     heldout_pairs: int = 512
     batch_size: int = 256
     seed: int = 0

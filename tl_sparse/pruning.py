@@ -218,7 +218,7 @@ def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
     learned masks find far smaller circuits (A.5). As a start of learning they save most of its steps.
     """
     data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
-    points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 16, 2) / 16
+    points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 8, 2) / 8
     total = torch.zeros_like(gates.tau)
     for point in points.tolist():
         for pairs in torch.arange(data.n_pairs).split(max(1, config.batch_size // 2)):
