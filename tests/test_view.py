@@ -162,7 +162,7 @@ def test_the_command_makes_the_circuit_again(micro):
     config = PruneConfig(steps=7, method="integrated_gradients", tied_qk=True)
     circuit = dataclasses.replace(micro_circuit(micro), measured={"config": dataclasses.asdict(config) | {"old": 1}})
     command = page_data(circuit, micro)["summary"]["command"]
-    assert command == "tl-sparse prune micro micro --out circuit --steps=7 --method=integrated_gradients --tied-qk"
+    assert command == "tl-sparse prune micro micro --out circuit --method=integrated_gradients --steps=7 --tied-qk"
     args = _parser().parse_args(shlex.split(command)[1:])
     assert PruneConfig(**_given(args, PruneConfig)) == config
 
