@@ -144,7 +144,9 @@ def test_the_slope_on_paper_is_a_derivative():
 
 
 @pytest.mark.parametrize("batch_size", [2, 6, 256])
-@pytest.mark.parametrize(("method", "points"), [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])])
+@pytest.mark.parametrize(
+    ("method", "points"), [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])]
+)
 def test_attribution_on_paper(micro, method, points, batch_size):
     """All three nodes of the circuit are of the same importance, and all others of none: Σ gradient · (x - mean)."""
     config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
