@@ -1,8 +1,9 @@
 """Attaching functions to the hook points of a TransformerLens model, and taking them off again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -39,6 +40,18 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
     check_hook_names(model, functions)
     with model.hooks(fwd_hooks=list(functions.items())):
         yield
+
+
+@contextmanager
+def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the context, a copy of the last activation at each of these hook points is put into the dictionary."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, activation: Tensor, hook: object) -> None:
+        found[name] = activation.clone()  # models work in place
+
+    with hooked(model, {name: partial(record, name) for name in names}):
+        yield found
 
 
 @contextmanager

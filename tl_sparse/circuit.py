@@ -78,6 +78,11 @@ class Circuit:
         """How many nodes are kept."""
         return sum(int(mask.sum()) for mask in self.kept.values())
 
+    @property
+    def n_candidates(self) -> int:
+        """How many nodes there are to keep or to hold."""
+        return sum(mask.numel() for mask in self.kept.values())
+
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → indices of the kept nodes there."""
         groups = itertools.groupby(self.nodes, key=lambda node: (node.layer, node.location))
@@ -230,7 +235,7 @@ class Circuit:
 
         `CircuitError` if the ranking is not known, or there are not so many nodes.
         """
-        total = sum(mask.numel() for mask in self.kept.values())
+        total = self.n_candidates
         if not self.scores or not 0 <= n_nodes <= total:
             raise CircuitError(f"n_nodes = {n_nodes}; it must be in [0, {total}], of a circuit that has scores")
         flat = torch.cat([score.flatten() for score in self.scores.values()])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks.points import NodeValues, TLModel
-from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node
+from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, Edge, Node
 
 #: The weight matrix and the bias into each node location that edges lead to.
 _PARAMETERS = {
@@ -72,7 +72,7 @@ def _entries(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tenso
     if edge.source.location.endswith("_in") and source >= model.cfg.d_model:  # a positional channel
         weight_name, source = f"{weight_name}_pos", source - model.cfg.d_model
     weight, bias = (attrgetter(name)(block).detach() for name in (weight_name, bias_name))
-    if edge.target.location in ("attn_q", "attn_k", "attn_v"):
+    if edge.target.location in HEAD_LOCATIONS:
         head, channel = divmod(target, d_head)
         return weight[head, source, channel], bias[head, channel]
     if edge.target.location == "attn_out":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import TLModel, recording
 from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
@@ -53,6 +52,12 @@ class Evaluation:
     n_pairs: int
     n_nodes: int
     n_edges: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `dataclasses.asdict`."""
+        fields: dict[str, Any] = {name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,7 @@ def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[st
     order = torch.randperm(len(data.last), generator=torch.Generator().manual_seed(0)).to(data.last.device)
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
     others = replace(data.trimmed(), tokens=data.trimmed().tokens[partner], last=data.last[partner])
-    found: dict[str, Tensor] = {}
-
-    def record(name: str, activation: Tensor, hook: object) -> None:
-        found[name] = activation.clone()
-
-    with hooked(model, {name: partial(record, name) for name in names}):
+    with recording(model, names) as found:
         task_logits(model, others)
     return found
 
@@ -186,10 +186,9 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
-    circuit.check_model(model)
+    sizes = data.n_pairs, circuit.n_nodes, len(circuit.edges(model))
     alone = {how: score(model, data, batch_size, holding_circuit(circuit, model, how)) for how in get_args(Ablation)}
     without = score(model, data, batch_size, holding_circuit(circuit, model, inverted=True))
-    sizes = data.n_pairs, circuit.n_nodes, len(circuit.edges(model))
     return Evaluation(
         score(model, data, batch_size), alone["mean"], without, alone["zero"], alone["resample"], *sizes
     )
@@ -198,8 +197,7 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
 def ladder(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> list[Rung]:
     """The faithfulness curve: circuits of an eighth to eight times the size, of the nodes that the search ranked
     highest. `CircuitError` if `model` is not the circuit's, or the circuit has no scores."""
-    total = sum(mask.numel() for mask in circuit.kept.values())
-    sizes = {min(total, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
+    sizes = {min(circuit.n_candidates, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
     circuits = (circuit.of_size(size) for size in sorted(sizes))
     return [
         Rung(c.n_nodes, len(c.edges(model)), score(model, data, batch_size, holding_circuit(c, model)))

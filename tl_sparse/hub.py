@@ -109,6 +109,5 @@ def _circuit_facts(circuit: Circuit) -> str:
     heldout = circuit.measured.get("heldout")  # as `prune` writes it
     if heldout is None:
         return repr(circuit)
-    values: dict[str, Any] = {name: Score(**v) if isinstance(v, dict) else v for name, v in heldout.items()}
-    evaluation = Evaluation(**values)
+    evaluation = Evaluation.from_dict(heldout)
     return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"

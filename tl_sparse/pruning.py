@@ -182,9 +182,9 @@ def _search(
     empty: Circuit, model: TLModel, train: TaskData, selection: TaskData, config: PruneConfig, progress: bool
 ) -> Circuit:
     """One circuit: its nodes ranked, then as few of them as make a circuit."""
-    hooks, start = node_hooks(model), ("init_bias", "init_scale", "temperature", "seed")
-    layers = range(model.cfg.n_layers) if config.tied_qk else ()
-    tied = {hooks[layer, "attn_k"]: hooks[layer, "attn_q"] for layer in layers}
+    start = ("init_bias", "init_scale", "temperature", "seed")
+    hooks = node_hooks(model) if config.tied_qk else {}
+    tied = {hook: hooks[layer, "attn_q"] for (layer, location), hook in hooks.items() if location == "attn_k"}
     for key, query in tied.items():
         if empty.means[key].shape != empty.means[query].shape:
             shapes = [list(empty.means[name].shape) for name in (query, key)]
@@ -249,9 +249,8 @@ def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
         with gates.attached(model, values=values):
             loss = task_loss(model, batch)
         smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
-        steer = config.steer_rate * max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
-        log_k = max(lowest, min(highest, log_k + steer))
         error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
+        log_k = max(lowest, min(highest, log_k + config.steer_rate * error))
         objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
         if config.necessity > 0:
             half = batch.pairs(range(max(1, batch.n_pairs // 2)))

@@ -40,8 +40,7 @@ def scores_table(evaluation: Evaluation) -> str:
 
 def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
     """What `full_evaluation` gives, with the `most` largest effects."""
-    scored: dict[str, Any] = {n: Score(**v) if isinstance(v, dict) else v for n, v in found["evaluation"].items()}
-    parts = [scores_table(Evaluation(**scored))]
+    parts = [scores_table(Evaluation.from_dict(found["evaluation"]))]
     parts.append(table(["kind of node or edge", "number"], [[kind, str(n)] for kind, n in found["kinds"].items()]))
     for heading, rungs in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
         rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *_scores_row("", Score(**r["circuit"]))[1:]] for r in rungs]
@@ -72,8 +71,7 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     for (layer, location), indices in circuit.nodes_by_location().items():
         which = " ".join(_short(model, location, index) for index in indices)
         rows.append([str(layer), location, KINDS[location], str(len(indices)), which])
-    total = sum(mask.numel() for mask in circuit.kept.values())
-    heading = f"{circuit.n_nodes} nodes of {total:,}; every other node is held at its mean"
+    heading = f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
 
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, score
 from tl_sparse.files import replacing
-from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.hooks.points import TLModel, recording
 from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Edge, Node
 from tl_sparse.tables import name_of, task_tokens
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
@@ -185,13 +185,9 @@ def _run(
     model: TLModel, tokens: Int[Tensor, "batch pos"], places: Sequence[tuple[str, int]], heads: Iterable[Any] = ()
 ) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
     """Logits, the values at `places` (hook point, index), and the attention patterns of `heads` (layer, head)."""
-    found, pattern = dict[str, Tensor](), "blocks.{}.attn.hook_pattern"
-
-    def record(name: str, activation: Tensor, hook: object) -> None:
-        found[name] = activation
-
+    pattern = "blocks.{}.attn.hook_pattern"
     names = {name for name, _ in places} | {pattern.format(layer) for layer, _ in heads}
-    with hooked(model, {name: partial(record, name) for name in names}):
+    with recording(model, names) as found:
         logits = model(tokens)
     values = torch.stack([found[name].flatten(2)[..., index] for name, index in places], dim=-1).float()
     return logits, values, {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads}
@@ -279,7 +275,7 @@ def _ladder(
 
     Otherwise nodes are ranked by the loss when each alone is cut. Each entry of `about` gets its rank.
     """
-    total, ranks = sum(mask.numel() for mask in circuit.kept.values()), circuit.scores
+    total, ranks = circuit.n_candidates, circuit.scores
     worth = [entry["cut_loss"] for entry in about]
     if ranks:
         worth = [float(ranks[circuit.hooks[node.layer, node.location]].flatten()[node.index]) for node in nodes]
@@ -305,7 +301,7 @@ def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: fl
         "task": task.name if task else circuit.task, "description": task.description if task else "",
         "model": name, "command": command, "layers": model.cfg.n_layers, "min_weight": min_weight,
         "n_nodes": circuit.n_nodes, "n_edges": len(circuit.edges(model)),
-        "all_nodes": sum(mask.numel() for mask in circuit.kept.values()),
+        "all_nodes": circuit.n_candidates,
         "scores": circuit.measured.get("heldout") or circuit.measured.get("openai") or {},
     }  # fmt: skip
 
