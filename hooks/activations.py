@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import ConfigError
-from tl_sparse.hooks.kernels import bits, kernel
 from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.kernels import bits, kernel, shared_out
 
 
 def abs_topk(x: Float[Tensor, "*batch dim"], k: int, inplace: bool = False) -> Float[Tensor, "*batch dim"]:
@@ -44,7 +44,7 @@ class _AbsTopK(torch.autograd.Function):
         needed = (len(rows) + 7) // 8 if ctx.needs_input_grad[0] else 0
         mask = rows.new_zeros(needed, rows.shape[1], dtype=torch.uint8)
         tied = torch.empty(len(rows), dtype=torch.bool)
-        if kernel("abs_topk", x)(bits(rows), k, mask, tied):
+        if any(shared_out(kernel("abs_topk", x), (len(rows) + 7) // 8, bits(rows), k, mask, tied)):
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], rows[tied].abs().topk(k, sorted=False).indices, mask)
         ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
@@ -59,7 +59,7 @@ class _AbsTopK(torch.autograd.Function):
             kept = mask[:, None].bitwise_right_shift(bit).bitwise_and(1).flatten(0, 1)
             return (rows * kept[: len(rows)]).view_as(grad), None
         out = torch.empty_like(rows)
-        kernel("times", rows)(rows, mask, out)
+        shared_out(kernel("times", rows), len(mask), rows, mask, out)
         return out.view_as(grad), None
 
 

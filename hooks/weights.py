@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError
-from tl_sparse.hooks.kernels import bits, kernel
+from tl_sparse.kernels import bits, kernel
 
 #: The fraction of weights kept, constant or as a function of the number of optimizer steps done before.
 Fraction = float | Callable[[int], float]

@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
+from tl_sparse import kernels
 from tl_sparse.config import SparseConfig, paper_topk
-from tl_sparse.hooks import WeightSparsity, abs_topk, activations, kernels, weight_groups, weights
+from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups, weights
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=150)
 INF, NAN = float("inf"), float("nan")
@@ -205,8 +206,9 @@ def test_without_numba(monkeypatch, numba):
     group = weight_groups(model)[0]
     expected = abs_topk(x, 4)
     monkeypatch.setitem(sys.modules, "numba", numba)
-    monkeypatch.delitem(sys.modules, "tl_sparse.hooks.compiled", raising=False)
-    monkeypatch.delattr(tl_sparse.hooks, "compiled", raising=False)
+    for name in ("products", "topk"):
+        monkeypatch.delitem(sys.modules, f"tl_sparse.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
     kernels._compiled.cache_clear()
     try:
         with warnings.catch_warnings():
@@ -221,7 +223,7 @@ def test_without_numba(monkeypatch, numba):
 
 SCRIPT = """
     import multiprocessing, sys, threading, torch
-    from tl_sparse.hooks import abs_topk, kernels
+    from tl_sparse.hooks import abs_topk
     x = torch.randn(2000, 64)
     expected = abs_topk(x, 16)
     results = []

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.activations import abs_topk
+from tl_sparse.products import Product
 from tl_sparse.shapes import Logits, Positions, Reads, Stream, Tokens
 
 
@@ -136,6 +137,7 @@ class Unembed(nn.Module):
         if not cfg.tied_unembed:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
         set_bias(self, "b_U", (cfg.d_vocab,), cfg.logits_bias)
+        self.times = Product()
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name == "W_U" and self.__dict__["tied_to"] is not None:
@@ -143,7 +145,7 @@ class Unembed(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, resid: Stream) -> Logits:
-        return F.linear(resid, self.W_U.T, self.b_U)
+        return self.times(resid, [self.W_U], lambda: self.W_U, self.b_U)
 
 
 class Bigram(nn.Module):

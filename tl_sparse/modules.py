@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
+from tl_sparse.products import Product
 from tl_sparse.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Tokens, at
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
@@ -27,6 +28,11 @@ def _is_used(hook_point: nn.Module) -> bool:
     """Whether anything looks at this hook point; tools such as SAELens put modules of their own in its place."""
     hooks = hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks
     return not isinstance(hook_point, HookPoint) or bool(hooks)
+
+
+def _joined(weights: list[Tensor], dim: int) -> Tensor:
+    """A weight, with its positional rows if there are any."""
+    return torch.cat(weights, dim=dim) if len(weights) > 1 else weights[0]
 
 
 class Attention(nn.Module):
@@ -46,6 +52,7 @@ class Attention(nn.Module):
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
+        self.times_q, self.times_k, self.times_v, self.times_o = (Product() for _ in range(4))
         self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{c}", inplace=True) for c in "qkv")
         self.topk_out = AbsTopK(cfg, "attn_out", inplace=True)
         self.flags: Any = _NO_FLAGS
@@ -58,14 +65,13 @@ class Attention(nn.Module):
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_result
 
     def _project(self, read: Reads, name: str) -> Heads:
-        weight, bias, topk = (getattr(self, part) for part in (f"W_{name}", f"b_{name}", f"topk_{name.lower()}"))
-        if hasattr(self, f"W_{name}_pos"):
-            weight = torch.cat([weight, getattr(self, f"W_{name}_pos")], dim=1)
+        parts = (f"W_{name}", f"b_{name}", f"times_{name.lower()}", f"topk_{name.lower()}")
+        weight, bias, times, topk = (getattr(self, part) for part in parts)
+        weights = [weight, getattr(self, f"W_{name}_pos")] if hasattr(self, f"W_{name}_pos") else [weight]
         if read.ndim == 4:
-            flat = (torch.einsum("bphr,hrd->bphd", read, weight) + bias).flatten(2)
-        else:
-            matrix = weight.transpose(0, 1).flatten(1)  # [d_read, head * d_head]
-            flat = F.linear(read, matrix.T, bias.flatten())
+            flat = (torch.einsum("bphr,hrd->bphd", read, _joined(weights, 1)) + bias).flatten(2)
+        else:  # [d_read, head * d_head]
+            flat = times(read, weights, lambda: _joined(weights, 1).transpose(0, 1).flatten(1), bias.flatten())
         return topk(flat).unflatten(-1, weight.shape[::2])
 
     def forward(self, reads: list[Reads], mask: Tokens | None, last: Rows | None = None) -> Stream:
@@ -78,7 +84,7 @@ class Attention(nn.Module):
         z = self.hook_z(z if last is None else at(z, last))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
-        return self.topk_out(F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O))
+        return self.topk_out(self.times_o(z.flatten(2), [self.W_O], lambda: self.W_O.flatten(0, 1), self.b_O))
 
     def head_results(self, z: Float[Tensor, "*batch head d_head"]) -> Float[Tensor, "*batch head d_model"]:
         """What each head writes, so that attn_out = Σ results + b_O, as tools that work edge by edge need it.
@@ -138,16 +144,17 @@ class MLP(nn.Module):
         set_bias(self, "b_in", (cfg.d_mlp,), cfg.biases)
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
+        self.times_in, self.times_out = Product(), Product()
         self.act = nn.GELU() if cfg.act_fn == "gelu" else nn.ReLU()
         self.topk = AbsTopK(cfg, "mlp_neuron", inplace=cfg.act_fn == "gelu")  # relu's backward needs its output
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
 
     def forward(self, read: Reads) -> Stream:
-        W_in = torch.cat([self.W_in, self.W_in_pos]) if hasattr(self, "W_in_pos") else self.W_in
-        pre = self.hook_pre(F.linear(read, W_in.T, self.b_in))
+        weights = [self.W_in, self.W_in_pos] if hasattr(self, "W_in_pos") else [self.W_in]
+        pre = self.hook_pre(self.times_in(read, weights, lambda: _joined(weights, 0), self.b_in))
         post = self.hook_post(self.topk(self.act(pre)))
-        return F.linear(post, self.W_out.T, self.b_out)
+        return self.times_out(post, [self.W_out], lambda: self.W_out, self.b_out)
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from tl_sparse.errors import CheckpointError, TokenizerError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json
 from tl_sparse.modules import SparseTransformer, init_weights
+from tl_sparse.products import Kernels, Product
 from tl_sparse.sources import find, openai_tokenizer
 from tl_sparse.tokenizer import find_tokenizer, load_tokenizer
 
@@ -31,6 +32,7 @@ _OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 def load(
     source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *,
     revision: str | None = None, tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    kernels: Kernels = "auto",
 ) -> Any:  # fmt: skip
     """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
@@ -45,14 +47,17 @@ def load(
         revision: of a hub repository: a branch, tag or commit.
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
+        kernels: how weights multiply, see `tl_sparse.products.Product`: "sparse" by their nonzero entries, where that
+            can be (on a CPU with numba, in float32 and float64); "auto" where it is faster; "dense" never.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
-        ConfigError: for a bad configuration value, `device` or `dtype`.
+        ConfigError: for a bad configuration value, `device`, `dtype` or `kernels`.
         TokenizerError: if the tokenizer is none, cannot be read or has more tokens than the model.
     """
     _check_tokenizer(tokenizer, str | Path | PreTrainedTokenizerBase)
     device, dtype = resolve_device(device), resolve_dtype(dtype)
+    check(kernels in get_args(Kernels), "kernels", kernels, f"one of {', '.join(get_args(Kernels))}")
     folder = find(source, revision)
     cfg, state = read_checkpoint(folder)
     tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
@@ -63,6 +68,8 @@ def load(
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
+    for product in (module for module in model.network.modules() if isinstance(module, Product)):
+        product.kernels = kernels
     model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)
     return model
 

@@ -1,4 +1,4 @@
-"""The k largest magnitudes, compiled by numba: what `kernels.py` runs on a CPU where numba is installed.
+"""The k largest magnitudes, compiled by numba.
 
 Floats are compared by their bits without the sign: as integers these have the order of the magnitudes, NaN above
 infinity. Every result of integer arithmetic is cast to the type of the bits, since numba would widen it, and the
@@ -73,20 +73,23 @@ def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def abs_topk(bits: Array, k: int, mask: Array, tied: Array) -> bool:
+def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: int) -> bool:
     """Zero all but the `k` largest entries of each row; these are marked in the mask, which may be empty.
+
+    Of the rows, the eights [first, last).
 
     The mask has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a tie would have to be
     broken are left as they are, and are marked in `tied`; returns whether there are any. Without a mask it makes no
     difference which zeros are kept.
     """
-    t = 0
-    for row in range(len(bits)):
+    t, any_tied = 0, False
+    for row in range(8 * first, min(8 * last, len(bits))):
         t, n = _threshold(bits, row, row + 1, k, 0, t)  # a row's threshold is a good guess for the next
         tied[row] = n != k and (t > 1 or len(mask) > 0)
+        any_tied = any_tied or tied[row]
         if not tied[row]:
             _cut(bits, row, t, mask)
-    return tied.any()
+    return any_tied
 
 
 @njit(cache=True, nogil=True)
@@ -128,10 +131,10 @@ def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def times(x: Array, mask: Array, out: Array) -> None:
-    """out = x · mask, of a mask as `abs_topk` makes it."""
+def times(x: Array, mask: Array, out: Array, first: int, last: int) -> None:
+    """out = x · mask, of a mask as `abs_topk` makes it, for the eights [first, last) of rows."""
     T = x.dtype.type
-    for row in range(len(x)):
+    for row in range(8 * first, min(8 * last, len(x))):
         byte, bit = row // 8, np.uint8(row % 8)
         for i in range(x.shape[1]):
             out[row, i] = x[row, i] * T(np.uint8(mask[byte, i] >> bit) & np.uint8(1))

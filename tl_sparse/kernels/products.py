@@ -1,0 +1,119 @@
+"""Products with sparse matrices, compiled by numba.
+
+out[token] = x[token] · W takes a tile of tokens at a time and transposes it in the cache, so that the inner loop
+multiplies one weight by neighbouring numbers. Indices are unsigned: numba would look whether signed ones count from
+the end.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+Array = Any  # of numpy; numba infers the rest
+
+#: Tokens in a tile: two vectors of AVX-512, four of AVX2.
+TILE = 32
+#: Columns of the output written at a time: a cache line of float32.
+COLUMNS = 16
+
+_U = np.uint64
+# A sum over a row of weights may be taken in any order.
+_compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+
+
+@njit(cache=True, nogil=True)
+def checksum(bits: Array) -> int:
+    """A number that any change of a single entry changes, and others but for a chance of 2^-32 or less."""
+    T = bits.dtype.type
+    total = T(0)
+    for i in range(len(bits)):
+        total = T(total + T(bits[i] * T(2 * i + 1)))
+    return int(total)
+
+
+@njit(cache=True, nogil=True)
+def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> None:
+    """The nonzero entries, row by row; those of row r are [starts[r], starts[r + 1])."""
+    n = _U(0)
+    for row in range(len(matrix)):
+        starts[row] = n
+        for column in range(matrix.shape[1]):
+            value = matrix[row, column]
+            if value != 0:
+                indices[n], values[n] = column, value
+                n += _U(1)
+    starts[len(matrix)] = n
+
+
+@njit(cache=True, nogil=True)
+def transpose(
+    starts: Array, indices: Array, values: Array, to_starts: Array, to_indices: Array, to_values: Array
+) -> None:
+    """A compressed matrix → its transpose. `to_starts` is zero at first."""
+    for i in range(len(indices)):
+        to_starts[indices[i] + 1] += 1
+    for row in range(1, len(to_starts)):
+        to_starts[row] += to_starts[row - 1]
+    place = to_starts.copy()
+    for row in range(len(starts) - 1):
+        for i in range(starts[row], starts[row + 1]):
+            to = place[indices[i]]
+            to_indices[to], to_values[to] = row, values[i]
+            place[indices[i]] += 1
+
+
+@_compile
+def _load(x: Array, first: int, n: int, tile: Array) -> None:
+    """tile[i, t] = x[first + t, i] for n ≤ TILE rows of x; zero for the others."""
+    d = x.shape[1]
+    whole = d - d % 8 if n == TILE else 0
+    flat, to = x.reshape(-1), tile.reshape(-1)
+    for i0 in range(0, whole, 8):
+        corner, row = _U(i0 * TILE), _U(first * d + i0)
+        for t in range(_U(TILE)):
+            for i in range(_U(8)):
+                to[corner + i * _U(TILE) + t] = flat[row + i]
+            row += _U(d)
+    for i in range(whole, d):
+        for t in range(TILE):
+            tile[i, t] = x[first + t, i] if t < n else 0
+
+
+@_compile
+def multiply(
+    x: Array, starts: Array, indices: Array, values: Array, bias: Array, out: Array, first: int, last: int
+) -> None:
+    """out = x · Wᵀ + bias for the tiles [first, last) of tokens, W in compressed rows; an empty bias is none."""
+    tile, block = np.empty((x.shape[1], TILE), x.dtype), np.empty((COLUMNS, TILE), x.dtype)
+    flat_out, flat_block = out.reshape(-1), block.reshape(-1)
+    for start in range(first * TILE, min(last * TILE, len(x)), TILE):
+        n = min(TILE, len(x) - start)
+        _load(x, start, n, tile)
+        for o in range(0, out.shape[1], COLUMNS):
+            width = min(COLUMNS, out.shape[1] - o)
+            for j in range(width):
+                row, p, end = block[j], _U(starts[o + j]), _U(starts[o + j + 1])
+                row[:] = bias[o + j] if len(bias) > 0 else 0
+                while p + _U(4) <= end:
+                    a, b, c, d = values[p], values[p + _U(1)], values[p + _U(2)], values[p + _U(3)]
+                    xa, xb = tile[_U(indices[p])], tile[_U(indices[p + _U(1)])]
+                    xc, xd = tile[_U(indices[p + _U(2)])], tile[_U(indices[p + _U(3)])]
+                    for t in range(TILE):
+                        row[t] += (a * xa[t] + b * xb[t]) + (c * xc[t] + d * xd[t])
+                    p += _U(4)
+                while p < end:
+                    a, xa = values[p], tile[_U(indices[p])]
+                    for t in range(TILE):
+                        row[t] += a * xa[t]
+                    p += _U(1)
+            if n == TILE and width == COLUMNS:
+                to = _U(start * out.shape[1] + o)
+                for t in range(_U(TILE)):
+                    for j in range(_U(COLUMNS)):
+                        flat_out[to + j] = flat_block[j * _U(TILE) + t]
+                    to += _U(out.shape[1])
+            else:
+                for t in range(n):
+                    for j in range(width):
+                        out[start + t, o + j] = block[j, t]
