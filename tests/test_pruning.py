@@ -22,6 +22,7 @@ from micro import (
     micro_tokenizer,
 )
 from tl_sparse import pruning
+from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
 from tl_sparse.evaluation import score, task_loss
@@ -249,6 +250,23 @@ def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert circuit.measured["config"] == dataclasses.asdict(config)
     assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
+    """Of the four that tokens write, the first tells A from B; of the answers nothing is in the others."""
+    config = dataclasses.replace(CONFIG, embed_gates=True)
+    circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
+    assert evaluation.circuit.loss < CONFIG.target_loss
+    tokens = micro_corpus()[:5]
+    nothing = Circuit({"hook_embed": torch.zeros(4, dtype=torch.bool)}, circuit.means, circuit.model)
+    with nothing.applied(micro):
+        _, cache = micro.run_with_cache(tokens)
+    torch.testing.assert_close(cache["hook_embed"], circuit.means["hook_embed"].expand(*tokens.shape, 4))
+    circuit.save(tmp_path / "circuit")
+    reopened = Circuit.load(tmp_path / "circuit")
+    assert reopened.nodes == circuit.nodes
+    assert "1 embed_out" in repr(reopened)
 
 
 # What dropped nodes are held at

@@ -21,7 +21,7 @@ from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
-from tl_sparse.nodes import LOCATION_HOOKS, Edge, Node, node_at, weight_matrices
+from tl_sparse.nodes import KINDS, Edge, Node, node_at, weight_matrices
 from tl_sparse.sources import find
 
 if TYPE_CHECKING:
@@ -344,7 +344,7 @@ class Circuit:
 
     def __repr__(self) -> str:
         at = Counter(node.location for node in self.nodes)
-        counts = ", ".join(f"{at[location]} {location}" for location in LOCATION_HOOKS if at[location])
+        counts = ", ".join(f"{at[location]} {location}" for location in KINDS if at[location])
         lines = [f"Circuit({self.task or 'no task'} in {self.model_name or 'a model'}: {self.n_nodes} nodes"]
         lines += [counts] if counts else []
         lines += [] if self.edge_set is None else [f"pruned to {len(self.edge_set)} edges"]

@@ -212,6 +212,7 @@ def _search(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
+    from tl_sparse.nodes import EMBED_HOOK
     from tl_sparse.pruning import corpus_means, task_splits
     from tl_sparse.tables import evaluation_tables
 
@@ -219,7 +220,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     n_ctx = model.cfg.n_ctx
     if args.corpus is not None or not circuit.means:
         tokens = tl_sparse.load_corpus(args.model, model.tokenizer, n_ctx, args.corpus)
-        circuit = circuit.with_means(corpus_means(model, tokens))
+        circuit = circuit.with_means(corpus_means(model, tokens, embed=EMBED_HOOK in circuit.kept))
     task = tl_sparse.get_task(args.task or circuit.task)
     values, known = circuit.measured.get("config", {}), PruneConfig()
     config = dataclasses.replace(known, **{name: values[name] for name in values.keys() & known.__dict__})

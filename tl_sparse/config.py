@@ -449,6 +449,7 @@ class PruneConfig:
             tiny scale all gates can close together.
         temperature: of the surrogate gradient.
         tied_qk: a query channel and its key channel share a gate.
+        embed_gates: the channels of the token embedding are nodes too.
         ablation: what nodes outside the circuit are held at: their `mean` over the corpus, `zero`, or `resample`: what
             they are on another prompt.
         means_over: the means are those over the corpus (the paper), or for comparison over the task's training pairs.
@@ -487,6 +488,7 @@ class PruneConfig:
     init_scale: float = 0.03
     temperature: float = 1.0
     tied_qk: bool = False
+    embed_gates: bool = False
     ablation: Ablation = "mean"
     means_over: Literal["corpus", "task"] = "corpus"
     necessity: float = 0.0

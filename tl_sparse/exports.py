@@ -19,7 +19,7 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CircuitError, ConfigError, TokenizerError
 from tl_sparse.files import replacing
 from tl_sparse.hooks.points import TLModel, frozen, hooked
-from tl_sparse.nodes import KINDS, LOCATION_HOOKS, Node, node_at
+from tl_sparse.nodes import KINDS, Node, node_at
 from tl_sparse.tables import name_of
 from tl_sparse.tasks import Task, get_task, make_task_data
 
@@ -176,7 +176,7 @@ def attribution_graph(
             feature, kind = index, "logit"
         else:
             node = node_at(hooks[depth], index)
-            feature = 1_000_000 * list(LOCATION_HOOKS).index(node.location) + index
+            feature = 1_000_000 * list(KINDS).index(node.location) + index
             # The only type that the viewers draw as an ordinary node.
             layer, kind, label = str(node.layer), "cross layer transcoder", name_of(model, node)
         nodes[vertex] = {

@@ -33,10 +33,12 @@ _LOCATIONS = (
     ("mlp_out", ("hook_mlp_out",), "mlp.resid_delta", "written by MLP"),
 )
 LOCATION_HOOKS = {name: hooks for name, hooks, _, _ in _LOCATIONS}
-OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS}
-KINDS = {name: kind for name, _, _, kind in _LOCATIONS}
+#: Not in a block, and nodes only where `PruneConfig.embed_gates` asks for it: what the tokens write.
+EMBED_LOCATION, EMBED_HOOK = "embed_out", "hook_embed"
+OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS} | {EMBED_LOCATION: "embed"}
+KINDS = {name: kind for name, _, _, kind in _LOCATIONS} | {EMBED_LOCATION: "written by tokens"}
 HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
-_LOCATION_OF = {name: name for name in LOCATION_HOOKS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
+_LOCATION_OF = {name: name for name in KINDS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
 _LOCATION_AT = {hook: name for name, hooks in LOCATION_HOOKS.items() for hook in hooks}
 #: Weight matrices that join locations of a block (METHOD §4): module, parameter, source, target. From the writes to
 #: later reads there is no weight: the residual stream joins them.
@@ -118,6 +120,8 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
 
 def node_at(hook_name: str, index: int) -> Node:
     """The node at a hook point of `LOCATION_HOOKS`."""
+    if hook_name == EMBED_HOOK:
+        return Node(0, EMBED_LOCATION, index)
     _, layer, point = hook_name.split(".", 2)
     if point not in _LOCATION_AT:
         raise HookNameError(f"{hook_name!r} is not a node location; they are, in blocks.i, {', '.join(_LOCATION_AT)}")

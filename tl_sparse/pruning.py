@@ -37,7 +37,7 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
 from tl_sparse.hooks.points import NodeValues, TLModel, frozen, hooked
-from tl_sparse.nodes import Edge, node_hooks
+from tl_sparse.nodes import EMBED_HOOK, Edge, node_hooks
 from tl_sparse.tasks import Task, TaskData, make_task_data, task_loss_and_accuracy
 
 T = TypeVar("T")
@@ -71,9 +71,11 @@ def prune(
                 f"give a larger target_loss"
             )
         if config.means_over == "task":  # rows of one length at a time, since padding is not to count
-            means = _means(model, (train.tokens[train.last == n, : n + 1] for n in train.last.unique().tolist()))
-        means = means or corpus_means(model, corpus, config.batch_size)
-        nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in node_hooks(model).values()}
+            lengths = train.last.unique().tolist()
+            means = _means(model, (train.tokens[train.last == n, : n + 1] for n in lengths), config.embed_gates)
+        means = means or corpus_means(model, corpus, config.batch_size, config.embed_gates)
+        hooks = [EMBED_HOOK] * config.embed_gates + list(node_hooks(model).values())
+        nothing = {name: torch.zeros_like(means[name], dtype=torch.bool) for name in hooks}
         name = str(getattr(model.cfg, "model_name", None) or "")
         empty = Circuit(nothing, means, fingerprint(model), name, task.name)
         configs = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.restarts)]
@@ -82,13 +84,17 @@ def prune(
         return _judged(circuit, model, selection, heldout, config, corpus_tokens=corpus.numel())
 
 
-def corpus_means(model: TLModel, corpus: Int[Tensor, "seq pos"], batch_size: int = 256) -> NodeValues:
+def corpus_means(
+    model: TLModel, corpus: Int[Tensor, "seq pos"], batch_size: int = 256, embed: bool = False
+) -> NodeValues:
     """The means at which nodes are held, and of hook_z; `HookNameError` if the model has no such nodes.
+
+    With `embed` the channels of the token embedding are nodes too.
 
     Warns if their standard error is large, seen by how far those of the two halves of the corpus are apart.
     """
     parts = [rows for rows in corpus.tensor_split(2) if len(rows)]
-    means = [_means(model, rows.long().split(max(1, batch_size // 4))) for rows in parts]
+    means = [_means(model, rows.long().split(max(1, batch_size // 4)), embed) for rows in parts]
     flat = [torch.cat([mean.flatten() for mean in half.values()]) for half in means]
     error = float((flat[0] - flat[-1]).norm() / (flat[0] + flat[-1]).norm()) if len(parts) == 2 else math.inf
     if error > 0.1:
@@ -101,8 +107,8 @@ def corpus_means(model: TLModel, corpus: Int[Tensor, "seq pos"], batch_size: int
     return {name: torch.lerp(means[-1][name], mean, share) for name, mean in means[0].items()}
 
 
-def _means(model: TLModel, batches: Iterable[Int[Tensor, "batch pos"]]) -> NodeValues:
-    hooks = list(node_hooks(model).values())
+def _means(model: TLModel, batches: Iterable[Int[Tensor, "batch pos"]], embed: bool) -> NodeValues:
+    hooks = [EMBED_HOOK] * embed + list(node_hooks(model).values())
     if hasattr(model, "sparse_cfg"):  # for edges that leave heads; those of other models cannot be cut
         hooks += [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     with frozen(model):

@@ -93,7 +93,7 @@ def run_trial(
     """Prune with settings that the study proposes, unless it has its trials already."""
     import optuna
 
-    face, tokens, means = loaded(model, corpus, device, config.batch_size)
+    face, tokens, means = loaded(model, corpus, device, config.batch_size, config.embed_gates)
     with _study(storage) as study:
         if len(_done(study)) >= n_trials:
             return

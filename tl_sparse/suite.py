@@ -126,16 +126,18 @@ def _prepare() -> None:
 
 
 @functools.lru_cache(maxsize=1)  # jobs come model by model
-def loaded(source: str, corpus: str | None, device: str | None, batch: int) -> tuple[TLModel, Tensor, NodeValues]:
-    """A model, tokens [seq, pos] of its corpus, and the means over these: once in a process."""
+def loaded(
+    source: str, corpus: str | None, device: str | None, batch: int, embed: bool
+) -> tuple[TLModel, Tensor, NodeValues]:
+    """A model, tokens [seq, pos] of its corpus, and `corpus_means` of these: once in a process."""
     model = load(source, device)
     tokens = load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
-    return model, tokens, corpus_means(model, tokens, batch)
+    return model, tokens, corpus_means(model, tokens, batch, embed)
 
 
 def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Job) -> None:
     """Find one circuit and save it, or why there is none."""
-    model, tokens, means = loaded(job.model, corpus, device, config.batch_size)
+    model, tokens, means = loaded(job.model, corpus, device, config.batch_size, config.embed_gates)
     settings = {"config": dataclasses.asdict(config), "corpus": corpus, "model": job.model}
     about: dict[str, Any] = {"settings": settings, "problem": None}
     task, config = get_task(job.task), dataclasses.replace(config, seed=job.seed)

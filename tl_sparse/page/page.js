@@ -62,12 +62,12 @@ for (const link of links) { link.s.out.push(link); link.t.in.push(link); }
 const strongest = d3.max(edges, (e) => Math.abs(e[2])) || 1, costliest = d3.max(nodes, cost) || 1;
 
 // ---------------------------------------------------------------- layout: rows from bottom to top, channels as lanes
-const LEVELS = [["attn_in", "reads"], ["qkv", "q, k, v"], ["attn_out", "writes"], ["mlp_in", "reads"], ["mlp_neuron", "neurons"], ["mlp_out", "writes"]];
+const LEVELS = [["embed_out", "writes"], ["attn_in", "reads"], ["qkv", "q, k, v"], ["attn_out", "writes"], ["mlp_in", "reads"], ["mlp_neuron", "neurons"], ["mlp_out", "writes"]];
 const byRow = d3.group(vertices, (v) => v.row), rows = [];
 const addRow = (key, label, block) => byRow.has(key) && rows.push({ key, label, block, members: byRow.get(key) });
 addRow("embedding", "tokens", "Embedding");
 for (let layer = 0; layer < summary.layers; layer++)
-  LEVELS.forEach(([location, label], i) => addRow(`${layer}.${location}`, label, `Layer ${layer} ${i < 3 ? "attention" : "MLP"}`));
+  LEVELS.forEach(([location, label], i) => addRow(`${layer}.${location}`, label, i ? `Layer ${layer} ${i < 4 ? "attention" : "MLP"}` : "Embedding"));
 addRow("logits", "candidates", "Unembedding");
 let height = 0;
 rows.forEach((row, i) => { row.y = height -= i && rows[i - 1].block === row.block ? 78 : 62; });
