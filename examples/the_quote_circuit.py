@@ -155,7 +155,8 @@ for kind, texts in inserts.items():
 print(f"\nHow often the wrong quote is chosen, of {2 * args.pairs} prompts\n")
 print(table(["prompts", "by the circuit", "by the full model", "for example, the last line"], lines))
 (_, ordinary), *_, (predicted, fooled) = wrong.values()
+verdict = "holds" if min(predicted, fooled) > 0.5 > ordinary else "does not hold"
 print(
     f"\nThe circuit is wrong on {predicted:.0%} of the last, and the full model on {fooled:.0%} of them, beside "
-    f"{ordinary:.0%} of ordinary prompts: the prediction {'holds' if fooled > 0.5 > ordinary else 'does not hold'}."
+    f"{ordinary:.0%} of ordinary prompts: the prediction {verdict}."
 )
