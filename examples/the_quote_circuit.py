@@ -8,7 +8,9 @@ Nothing here knows the answer: each number and each conclusion is computed from 
 
 # %% The model, its task, and the circuit: found here, or opened.
 import argparse
+from collections import defaultdict
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -30,7 +32,7 @@ model = tl_sparse.load(args.model, device="cpu").requires_grad_(False)
 task = tl_sparse.get_task("single_double_quote")
 corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx).long()
 circuit = tl_sparse.Circuit.load(args.circuit) if args.circuit else tl_sparse.prune(model, task, corpus)[0]
-data = make_task_data(task, model.tokenizer, args.pairs, seed=1, n_ctx=model.cfg.n_ctx)
+data = make_task_data(task, model.tokenizer, args.pairs, seed=1, n_ctx=model.cfg.n_ctx - 1)  # room for a token
 marks = [f"({answer[0]}" for answer in task.candidates]  # what opens the string that ends in `answer`
 answers = data.candidates[0]
 edges, text = circuit.edges(model), lambda token: repr(model.tokenizer.decode([token]))
@@ -66,10 +68,10 @@ for node in circuit.nodes:
     x = values(node, in_corpus).flatten()
     token_share, *tokens = by_group(x, rows.flatten())
     position_share, *positions = by_group(x, torch.arange(rows.shape[1]).repeat(len(rows)))
-    named, ends = (text, tokens) if token_share >= position_share else ("position {}".format, positions)
+    named, ends = (text, tokens) if token_share >= position_share else ("@{}".format, positions)
     extremes = " … ".join(" ".join(map(named, end)) for end in ends)
     lines.append([name_of(model, node), KINDS[node.location], f"{token_share:.0%}", f"{position_share:.0%}", extremes])
-print("\nWhat the nodes depend on, over the corpus\n")
+print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 
 # %% What each node does in the task: its value in the two kinds of prompts, where the string opens and at the end; its
@@ -95,41 +97,61 @@ quoted = torch.isin(data.tokens, quotes)
 for layer, head in heads:
     attention = patterns[f"blocks.{layer}.attn.hook_pattern"][prompts, head, data.last]
     on_mark, on_quotes = attention[prompts, opened], (attention * quoted).sum(1)
-    shares = [float(share.mean()) for share in (on_mark, on_quotes - on_mark, attention.sum(1) - on_quotes)]
+    everywhere, evenly = attention.sum(1), 1 / (data.last + 1)  # the rest is the sink's, if there is one
+    parts = (on_mark, on_quotes - on_mark, everywhere - on_quotes, 1 - everywhere, evenly)
+    mark, others, rest, sink, even = (float(part.mean()) for part in parts)
     print(
-        f"\nHead {layer}.{head}: the last token attends {shares[0]:.0%} to what opened the string, {shares[1]:.0%} to "
-        f"other tokens with a quote, {shares[2]:.0%} to the rest. There are {float(quoted.sum(1).float().mean()):.0f} "
-        f"tokens with a quote in {float(data.last.float().mean()) + 1:.0f}, so evenly the first would be "
-        f"{float((1 / (data.last + 1)).mean()):.0%}."
+        f"\nHead {layer}.{head}: the last token attends {mark:.0%} to what opened the string, {others:.0%} to other "
+        f"tokens with a quote, {rest:.0%} to the rest, {abs(sink):.0%} to none; evenly it would be {even:.0%} each."
     )
 
 # %% Which logits each write raises, the final norm's scale aside: of the two answers, and of all tokens.
 norm = getattr(model.ln_final, "w", None)
-readout, lines = model.W_U if norm is None else norm[:, None] * model.W_U, []
+readout, lines, moved = model.W_U if norm is None else norm[:, None] * model.W_U, [], {}
 for node in (node for node in circuit.nodes if node.location.endswith("_out")):
     at_end = values(node, in_prompts)[prompts, data.last].view(-1, 2).mean(0)
     row = readout[node.index]
-    moved = float((at_end[0] - at_end[1]) * (row[answers[0]] - row[answers[1]]))
+    moved[node] = float((at_end[0] - at_end[1]) * (row[answers[0]] - row[answers[1]]))
     top = " ".join(text(int(token)) for token in row.abs().topk(3).indices)
-    lines.append([name_of(model, node), *(f"{float(row[a]):+.2f}" for a in answers), f"{moved:+.2f}", top])
+    lines.append([name_of(model, node), *(f"{float(row[a]):+.2f}" for a in answers), f"{moved[node]:+.2f}", top])
 header = ["write", *map(repr, task.candidates), "moves the answers apart by", "strongest on"]
 print("\nEntries of the unembedding, and what they make of the values above\n")
 print(table(header, lines))
 
-# %% A prediction. The circuit alone, with every token of the vocabulary in turn put into the open string: which moves
-# it furthest to the wrong answer?
-worst = []
+# %% So the paths from the values that heads move to the answers.
+steps = defaultdict(list)
+for source, target in [*((edge.source, edge.target) for edge in edges), *joins]:
+    steps[source].append(target)
+
+
+def paths(node):
+    if abs(moved.get(node, 0)) >= 0.01:
+        yield [node]
+    yield from ([node, *rest] for following in steps[node] for rest in paths(following))
+
+
+print("\nPaths from values to answers, with what the last node of each moves these apart\n")
+for path in islice((path for node in circuit.nodes if node.location == "attn_v" for path in paths(node)), 12):
+    print(f"  {' → '.join(name_of(model, node) for node in path)}: {moved[path[-1]]:+.2f}")
+
+# %% A prediction. Python allows quotes of the other kind in a string: by which token that has some, put right behind
+# what opened the string, is the circuit led astray most?
+worst, vocabulary = [], [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
 for side in (0, 1):
-    prompt, at = data.tokens[side, : data.last[side] + 1], int(opened[side]) + 1
-    every = torch.arange(model.cfg.d_vocab)[:, None]
-    inserted = torch.cat([prompt[:at].expand(len(every), -1), every, prompt[at:].expand(len(every), -1)], 1)
+    own, other = marks[side][-1], marks[1 - side][-1]
+    tokens = torch.tensor([i for i, token in enumerate(vocabulary) if other in token and own not in token])
+    margins = []
     with circuit.applied(model):
-        logits = torch.cat([model(part)[:, -1] for part in inserted.split(64)])
-    margins = logits[:, answers[side]] - logits[:, answers[1 - side]]
-    worst.append(model.tokenizer.decode([int(margins.argmin())]))
+        for row in range(side, min(32, len(data.tokens)), 2):
+            prompt, at = data.tokens[row, : data.last[row] + 1], int(opened[row]) + 1
+            inserted = torch.stack([torch.cat([prompt[:at], token, prompt[at:]]) for token in tokens.view(-1, 1)])
+            logits = torch.cat([model(prompt[None])[:, -1], model(inserted)[:, -1]])
+            margins.append(logits[:, answers[side]] - logits[:, answers[1 - side]])
+    without, *found = torch.stack(margins).mean(0).tolist()
+    worst.append(vocabulary[tokens[found.index(min(found))]])
     print(
-        f"\nIn a string that {marks[side]} opens, the circuit is led astray most by {worst[side]!r}: its margin is "
-        f"{float(margins.min()):+.2f} with it, {float(margins.median()):+.2f} with the median token"
+        f"\nIn a string that {marks[side]} opens, of {len(tokens)} tokens {worst[side]!r} is worst: the right answer's "
+        f"logit is {min(found):+.2f} ahead with it, {without:+.2f} without, {sum(found) / len(found):+.2f} on average"
     )
 
 # %% The check, on the full model: prompts in whose string that token stands, in a call that is closed again, beside
@@ -144,7 +166,7 @@ def sample(inserts, rng):
 
 inserts = {"ordinary": ("", ""), "with a call without quotes": ("see(it) ", "see(it) ")}
 for times in (1, 2):
-    calls = (f"see{mark.strip()}it{end} " for mark, end in zip(worst, task.candidates[::-1], strict=True))
+    calls = (f"see{mark}it{end} " for mark, end in zip(worst, task.candidates[::-1], strict=True))
     inserts[f"with {times} in the other quotes"] = tuple(call * times for call in calls)
 lines, wrong = [], {}
 for kind, texts in inserts.items():

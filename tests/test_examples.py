@@ -100,6 +100,5 @@ def test_existing_tools_tell_the_circuit_from_the_rest(quote_circuit):
 def test_the_quote_circuit_predicts_what_fools_the_model(quote_circuit):
     printed = run("the_quote_circuit.py", "--circuit", quote_circuit, "--pairs", 32)
     circuit = tl_sparse.Circuit.load(quote_circuit)
-    assert printed.count("position") >= 1
     assert all(f"{node.layer}.{node.location} " in printed for node in circuit.nodes)
     assert "the prediction holds" in printed
