@@ -234,7 +234,8 @@ def _logarithmic(axes: Axes, which: str, unit: float, text: Callable[[float, int
     if low < unit:
         getattr(axes, f"set_{which}scale")("symlog", linthresh=unit)
         getattr(axes, f"set_{which}lim")(-0.15 * unit, 1.3 * max(high, unit))
-    steps = (1, 3) if high < 2000 * max(low, unit) else (1,)
+    span = high / max(low, unit)
+    steps = (1, 1.2, 1.5, 2, 3, 5, 7) if span < 4 else (1, 3) if span < 900 else (1,)
     axis.set_major_locator(FixedLocator([0, *(m * 10.0**e for e in range(round(math.log10(unit)), 9) for m in steps)]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(text)
