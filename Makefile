@@ -55,7 +55,7 @@ types: $(TL4)/.tools  ## mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
-API := hooks evaluation suite search tasks faces exchange view exports hub errors
+API := hooks evaluation suite search tasks faces exchange view plots exports hub errors
 
 api: $(TL4)/.tools  ## pages of the docstrings, in api/
 	@# pdoc shows what a module holds, so it first gets the names that it would import when they are used.

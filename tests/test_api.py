@@ -6,9 +6,9 @@ import pytest
 
 import tl_sparse
 import tl_sparse.hooks
-from tl_sparse import errors, evaluation, exchange, exports, hub, tasks, view
+from tl_sparse import errors, evaluation, exchange, exports, hub, plots, tasks, view
 
-MODULES = [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, exports, hub, tasks, view]
+MODULES = [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, exports, hub, plots, tasks, view]
 
 
 @pytest.mark.parametrize("module", MODULES)

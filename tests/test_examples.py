@@ -60,3 +60,45 @@ def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
     assert f"{record['validation_loss']}" in card
     assert "single_double_quote" in card
     assert 'tl_sparse.load("my-run")' in card
+
+
+@pytest.fixture(scope="module")
+def quote_circuit(tmp_path_factory):
+    """A circuit of the bundled model, found in seconds and so larger than need be."""
+    folder, model = tmp_path_factory.mktemp("circuit"), tl_sparse.load("tiny-python-sparse", device="cpu")
+    corpus = tl_sparse.load_corpus("tiny-python-sparse", model.tokenizer, model.cfg.n_ctx)
+    sizes = {"steps": 60, "train_pairs": 128, "selection_pairs": 32, "heldout_pairs": 16, "cleanup_pairs": 16}
+    config = tl_sparse.PruneConfig(target_loss=0.3, **sizes)
+    circuit, _ = tl_sparse.prune(model, tl_sparse.get_task("single_double_quote"), corpus[:128], config, False)
+    circuit.save(folder)
+    return folder
+
+
+def test_from_training_to_circuit(tmp_path):
+    out = tmp_path / "my-run"
+    printed = run("from_training_to_circuit.py", "--quick", "--out", out)
+    assert {path.name for path in out.iterdir()} == {
+        "model", "circuit", "fewer-edges", "figures.json", "curve.png", "page.html"
+    }  # fmt: skip
+    model, circuit = (tl_sparse.load(out / "model", device="cpu"), tl_sparse.Circuit.load(out / "fewer-edges"))
+    assert 0 < len(circuit.edges(model)) <= len(tl_sparse.Circuit.load(out / "circuit").edges(model))
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["evaluation"]["n_edges"] == len(circuit.edges(model))
+    assert f"Circuit of {figures['task']} in model" in printed
+
+
+def test_existing_tools_tell_the_circuit_from_the_rest(quote_circuit):
+    printed = run("existing_tools.py", "--circuit", quote_circuit)
+    assert "Logit of" in printed
+    rows = [line.split("  ") for line in printed.splitlines() if "side" in line and line.count("%") == 4]
+    inside, outside = ([float(cell.strip(" %")) for cell in row if cell.strip().endswith("%")] for row in rows)
+    assert inside[0] > 3 * outside[0]
+    assert inside[2] > 50 > outside[2]
+    assert outside[3] == 0
+
+
+def test_the_quote_circuit_predicts_what_fools_the_model(quote_circuit):
+    printed = run("the_quote_circuit.py", "--circuit", quote_circuit, "--pairs", 32)
+    circuit = tl_sparse.Circuit.load(quote_circuit)
+    assert all(f"{node.layer}.{node.location} " in printed for node in circuit.nodes)
+    assert "the prediction holds" in printed

@@ -1,4 +1,4 @@
-"""The command line: `tl-sparse train`, `tasks`, `prune`, `evaluate`, `suite`, `search`, `view`, `export`, `demo`."""
+"""The command line: `tl-sparse train`, `tasks`, `prune`, `evaluate`, `suite`, `search`, `view`, `plot`, …"""
 
 from __future__ import annotations
 
@@ -92,12 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", help="a folder, or a name that tl_sparse.load knows (default: the circuit's)")
         command.add_argument("--task", help="of the prompts (default: the circuit's)")
 
+    plot = _command(commands, "plot", "draw circuits, suites and models", _plot)
+    kinds = "loss and accuracy of a circuit by size; size by task; loss by size of many circuits; of a model by layer"
+    plot.add_argument("kind", choices=("curve", "tasks", "frontier", "sparsity"), help=kinds)
+    plot.add_argument("source", nargs="+", help="files that `evaluate -o` or `suite` wrote; for sparsity, one model")
+    plot.add_argument("-o", "--out", required=True, help="the picture, *.png or *.svg")
+    plot.add_argument("--against", choices=("edges", "nodes"), default="edges", help="size (default: %(default)s)")
+    plot.add_argument("--corpus", help="text for activations (default: the model's own sample)")
+
     demo = _command(commands, "demo", "find how a small sparse model closes strings, in a minute", _demo)
     demo.add_argument("--out", default="demo", help="folder for the results; those of an earlier demo are replaced")
     demo.add_argument("--train", action="store_true", help="train a model first, in minutes (default: the bundled one)")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     demo.add_argument("--steps", type=int, default=TrainConfig().steps, help="of training (default: %(default)s)")
-    for command in (train, prune, suite, search, tasks, judge, view, export, demo):
+    for command in (train, prune, suite, search, tasks, judge, view, export, plot, demo):
         command.add_argument("--device", help="cpu, cuda, … (default: the GPU if there is one)")
     return parser
 
@@ -276,6 +284,27 @@ def _export(args: argparse.Namespace) -> None:
     from tl_sparse.exports import export
 
     export(*_circuit_and_model(args), args.out, args.task)
+    print(f"Saved {args.out}")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from tl_sparse import plots
+    from tl_sparse.files import read_json
+
+    plots.check_drawing(args.out)
+    first, *more = args.source
+    if more and args.kind in ("tasks", "sparsity"):
+        raise ConfigError(f"{args.kind} is drawn of one source, not of {len(args.source)}")
+    if args.kind == "sparsity":
+        model = tl_sparse.load(first, args.device)
+        corpus = tl_sparse.load_corpus(first, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        figure = plots.sparsity(model, corpus)
+    elif args.kind == "tasks":
+        figure = plots.tasks(read_json(Path(first)), args.against, first)
+    else:
+        draw = plots.curve if args.kind == "curve" else plots.frontier
+        figure = draw({path: read_json(Path(path)) for path in args.source}, args.against)
+    plots.save(figure, args.out)
     print(f"Saved {args.out}")
 
 

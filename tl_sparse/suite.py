@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_sparse import plots
 from tl_sparse.checkpoints import load
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig, check
@@ -90,8 +91,9 @@ def run_suite(
     write_json(Path(out, "results.json"), results)
     with replacing(Path(out, "results.md")) as temporary:
         temporary.write_text(results_table(results), encoding="utf-8")
-    if find_spec("matplotlib"):
-        plot(results, Path(out, "results.svg"))
+    found = [entry for of in results["models"].values() for entry in of.values() if entry["node_pruned"]]
+    if found and find_spec("matplotlib"):
+        plots.save(plots.tasks(results), Path(out, "results.svg"))
     return results
 
 
@@ -221,31 +223,3 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"with every seed: {', '.join(results['solved_by_all']) or 'none'}.",
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *note, *problems]) + "\n"
-
-
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Edges of the node-pruned circuits of each task: one mark a model, a line over the seeds, dotted the means."""
-    from matplotlib.figure import Figure
-
-    edges = {
-        model: {task: entry["node_pruned"]["edges"] for task, entry in tasks.items() if entry["node_pruned"]}
-        for model, tasks in results["models"].items()
-    }
-    tasks = {task for of in edges.values() for task in of}
-    order = sorted(tasks, key=lambda task: -max(of[task]["median"] for of in edges.values() if task in of))
-    figure = Figure(figsize=(5.5, 1.4 + 0.22 * len(order)), layout="constrained")
-    axes = figure.subplots()
-    for i, (model, of) in enumerate(edges.items()):
-        middle, low, high = ([e[x] for e in of.values()] for x in ("median", "min", "max"))
-        rows = list(map(order.index, of))
-        axes.hlines(rows, low, high, color=f"C{i}")
-        axes.plot(middle, rows, "osD^vPX*"[i % 8], color=f"C{i}", ms=5, clip_on=False, label=model)
-        axes.axvline(results["geometric_mean_edges"]["node_pruned"].get(model, float("nan")), color=f"C{i}", ls=":")
-    axes.set_xscale("symlog", linthresh=1)  # a circuit can do without edges
-    axes.set_xlabel("edges of the node-pruned circuit\n(range over seeds; dotted: geometric mean)")
-    axes.set(xlim=(-0.15, None), yticks=range(len(order)), yticklabels=order)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="svg")
