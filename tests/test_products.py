@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from helpers import full_config, random_tokens, sparse_configs, tiny_model
+from helpers import full_config, random_tokens, sparse_configs, tiny_config, tiny_model
 from tl_sparse import kernels
 from tl_sparse.errors import ConfigError
 from tl_sparse.products import Product
@@ -175,3 +176,15 @@ def test_without_numba_all_is_dense(monkeypatch):
         warnings.simplefilter("error")
         torch.testing.assert_close(all_sparse(model)(tokens), all_sparse(model, "dense")(tokens))
     assert all(entries(m) is None for m in model.modules() if isinstance(m, Product))
+
+
+@pytest.mark.parametrize("act_fn", ["gelu", "relu"])
+def test_a_nonlinearity_in_place_is_not_seen(act_fn):
+    model = tiny_model(tiny_config(act_fn=act_fn)).requires_grad_(False)
+    tokens = random_tokens(model)
+    plain, cached = model(tokens), model.run_with_cache(tokens, names_filter=lambda name: ".mlp." in name)
+    torch.testing.assert_close(cached[0], plain, rtol=0, atol=0)
+    pre, post = (cached[1][f"blocks.0.mlp.hook_{name}"] for name in ("pre", "post"))
+    torch.testing.assert_close(getattr(F, act_fn)(pre), post, rtol=0, atol=0)
+    assert bool((pre < 0).any())
+    assert pickle.loads(pickle.dumps(model.network.blocks[0].mlp)).act_fn == act_fn

@@ -23,6 +23,9 @@ from tl_sparse.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Toke
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)
 
+#: Each out of place, and in place.
+_ACTIVATIONS: dict[str, tuple[Any, Any]] = {"gelu": (F.gelu, torch.ops.aten.gelu_), "relu": (F.relu, F.relu_)}
+
 
 def _is_used(hook_point: nn.Module) -> bool:
     """Whether anything looks at this hook point; tools such as SAELens put modules of their own in its place."""
@@ -145,7 +148,7 @@ class MLP(nn.Module):
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
         self.times_in, self.times_out = Product(), Product()
-        self.act = nn.GELU() if cfg.act_fn == "gelu" else nn.ReLU()
+        self.act_fn = cfg.act_fn
         self.topk = AbsTopK(cfg, "mlp_neuron", inplace=cfg.act_fn == "gelu")  # relu's backward needs its output
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
@@ -153,7 +156,9 @@ class MLP(nn.Module):
     def forward(self, read: Reads) -> Stream:
         weights = [self.W_in, self.W_in_pos] if hasattr(self, "W_in_pos") else [self.W_in]
         pre = self.hook_pre(self.times_in(read, weights, lambda: _joined(weights, 0), self.b_in))
-        post = self.hook_post(self.topk(self.act(pre)))
+        # In place where nothing else sees it: the system takes as long to give memory as the nonlinearity.
+        unseen = not (pre.requires_grad or _is_used(self.hook_pre) or torch.compiler.is_compiling())
+        post = self.hook_post(self.topk(_ACTIVATIONS[self.act_fn][unseen](pre)))
         return self.times_out(post, [self.W_out], lambda: self.W_out, self.b_out)
 
 
