@@ -44,7 +44,8 @@ class _AbsTopK(torch.autograd.Function):
         needed = (len(rows) + 7) // 8 if ctx.needs_input_grad[0] else 0
         mask = rows.new_zeros(needed, rows.shape[1], dtype=torch.uint8)
         tied = torch.empty(len(rows), dtype=torch.bool)
-        if any(shared_out(kernel("abs_topk", x), (len(rows) + 7) // 8, bits(rows), k, mask, tied)):
+        eights = (len(rows) + 7) // 8
+        if any(shared_out(kernel("abs_topk", x), eights, rows.numel(), bits(rows), k, mask, tied)):
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], rows[tied].abs().topk(k, sorted=False).indices, mask)
         ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
@@ -59,7 +60,7 @@ class _AbsTopK(torch.autograd.Function):
             kept = mask[:, None].bitwise_right_shift(bit).bitwise_and(1).flatten(0, 1)
             return (rows * kept[: len(rows)]).view_as(grad), None
         out = torch.empty_like(rows)
-        shared_out(kernel("times", rows), len(mask), rows, mask, out)
+        shared_out(kernel("times", rows), len(mask), rows.numel(), rows, mask, out)
         return out.view_as(grad), None
 
 

@@ -35,7 +35,7 @@ def all_sparse(model, mode="sparse"):
 
 
 def entries(product):
-    return product._known[1]
+    return product._entries
 
 
 def close(a, b, dtype):
@@ -119,15 +119,17 @@ def test_second_derivatives():
 
 @needs_numba
 def test_auto_takes_the_nonzero_entries_where_they_are_few():
-    x = torch.randn(64, 256)
-    for density, sparse in ((0.01, True), (0.06, True), (0.3, False), (1.0, False)):
-        product, W = Product(), sparse_matrix(256, 256, density)
-        torch.testing.assert_close(product(x, [W], lambda W=W: W, torch.zeros(256)), x @ W, rtol=1e-5, atol=1e-4)
+    x = torch.randn(512, 512)
+    for density, sparse in ((0.01, True), (0.05, True), (0.5, False), (1.0, False)):
+        product, W = Product(), sparse_matrix(512, 512, density)
+        torch.testing.assert_close(product(x, [W], lambda W=W: W, torch.zeros(512)), x @ W, rtol=1e-5, atol=1e-4)
         assert (entries(product) is not None) == sparse, density
-    product = Product()
-    product(x[:31], [W], lambda: W, torch.zeros(256))
-    assert product._known[0] is None  # so few tokens: not even looked at
-    assert entries(product) is None
+    few, W = Product(), sparse_matrix(256, 256, 0.01)
+    few(x[:64, :256], [W], lambda: W, torch.zeros(256))
+    assert entries(few) is None  # so little is done sooner than begun
+    small, W = Product(), sparse_matrix(32, 32, 0.01)
+    small(x[:, :32], [W], lambda: W, torch.zeros(32))
+    assert entries(small) is None
 
 
 @needs_numba

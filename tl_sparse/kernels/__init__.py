@@ -40,9 +40,18 @@ def bits(x: Tensor) -> Tensor:
     return x.view(_BITS[x.dtype])
 
 
-def shared_out(run: Callable[..., Any], n: int, *arguments: Any) -> list[Any]:
-    """`run(*arguments, first, last)` for ranges that make up [0, n), one for each of torch's threads."""
-    threads = max(1, min(torch.get_num_threads(), n))
+#: Numbers to read or write that are worth a second thread: to wake it takes as long as a few hundred thousand.
+_WORTH_SHARING = 2_000_000
+
+
+def n_threads(size: int) -> int:
+    """How many threads share work that reads and writes so many numbers."""
+    return max(1, min(torch.get_num_threads(), size // _WORTH_SHARING))
+
+
+def shared_out(run: Callable[..., Any], n: int, size: int, *arguments: Any) -> list[Any]:
+    """`run(*arguments, first, last)` for ranges that make up [0, n), one for each of `n_threads(size)`."""
+    threads = max(1, min(n, n_threads(size)))
     bounds = [n * i // threads for i in range(threads + 1)]
     ranges = list(itertools.pairwise(bounds))
     # This thread takes the last range: on two cores one other is enough.
