@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from helpers import full_config, random_tokens, sparse_configs, tiny_config, tiny_model
-from tl_sparse import kernels
+from tl_sparse import kernels, products
 from tl_sparse.errors import ConfigError
 from tl_sparse.products import Product
 
@@ -166,6 +166,8 @@ def test_kernels_is_one_of_three(tmp_path):
     for kernels_ in ("dense", "sparse", "auto"):
         model = tl_sparse.load(tmp_path / "model", device="cpu", kernels=kernels_)
         assert {m.kernels for m in model.modules() if isinstance(m, Product)} == {kernels_}
+    with pytest.warns(UserWarning, match=r"kernels = 'sparse' needs numba .* in torch.bfloat16, products are dense"):
+        tl_sparse.load(tmp_path / "model", device="cpu", kernels="sparse", dtype="bfloat16")
     with pytest.raises(ConfigError, match="kernels = 'fast' is not possible; it must be one of auto, dense, sparse"):
         tl_sparse.load(tmp_path / "model", kernels="fast")
 
@@ -190,3 +192,8 @@ def test_a_nonlinearity_in_place_is_not_seen(act_fn):
     torch.testing.assert_close(getattr(F, act_fn)(pre), post, rtol=0, atol=0)
     assert bool((pre < 0).any())
     assert pickle.loads(pickle.dumps(model.network.blocks[0].mlp)).act_fn == act_fn
+
+
+@needs_numba
+def test_both_sides_know_how_large_a_tile_is():
+    assert kernels.products.TILE == products.TILE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from tl_sparse.config import SparseConfig, check
 from tl_sparse.errors import CheckpointError, TokenizerError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json
+from tl_sparse.kernels import kernel
 from tl_sparse.modules import SparseTransformer, init_weights
 from tl_sparse.products import Kernels, Product
 from tl_sparse.sources import find, openai_tokenizer
@@ -70,6 +72,12 @@ def load(
     model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
     for product in (module for module in model.network.modules() if isinstance(module, Product)):
         product.kernels = kernels
+    if kernels == "sparse" and kernel("multiply", model.W_E) is None:
+        warnings.warn(
+            f"kernels = 'sparse' needs numba (pip install 'tl-sparse[fast]'), a CPU, and float32 or float64; here, on "
+            f"{model.W_E.device} in {model.W_E.dtype}, products are dense",
+            stacklevel=2,
+        )
     model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)
     return model
 

@@ -7,6 +7,7 @@ uses (`torch.set_num_threads`).
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -22,7 +23,10 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 def _compiled() -> Any:
     try:
         from tl_sparse.kernels import products, topk
-    except (ImportError, RuntimeError):  # RuntimeError: there is no folder where numba could keep what it compiles
+    except ImportError:
+        return None
+    except Exception as error:  # for one, there is no folder where numba could keep what it compiles
+        warnings.warn(f"numba does not work here, so everything runs in plain torch: {error}", stacklevel=2)
         return None
     return SimpleNamespace(**vars(products) | vars(topk))
 
