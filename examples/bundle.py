@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.checkpoints.compact import pack
+from tl_sparse.compact import pack
 from tl_sparse.config import DataConfig
 from tl_sparse.data import CORPUS_SAMPLE, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores

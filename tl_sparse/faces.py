@@ -235,8 +235,10 @@ class SparseModel(nn.Module):
         super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        cfg, parameters = self.sparse_cfg, [p for p in self.network.parameters() if not p.is_meta]
-        kept, total = sum(int(p.count_nonzero()) for p in parameters), sum(p.numel() for p in parameters)
+        cfg, kept, total = self.sparse_cfg, 0, 0
+        for _, weight in self.network.weights():
+            total += weight.numel() * (not weight.is_meta)
+            kept += 0 if weight.is_meta else int(weight.count_nonzero())
         return (
             f"{type(self).__name__}({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
             f"{cfg.d_head}, d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}; "

@@ -50,7 +50,8 @@ def fingerprint(model: TLModel) -> Fingerprint:
         names += ["n_key_value_heads", "parallel_attn_mlp", "positional_embedding_type", "rotary_dim"]
         described = {name: getattr(model.cfg, name, None) for name in names}
     text = json.dumps(described, sort_keys=True)
-    sketch = {name: _project(parameter) for name, parameter in model.named_parameters()}
+    named = model.named_parameters() if cfg is None else model.network.weights()
+    sketch = {name: _project(parameter) for name, parameter in named}
     return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], sketch)
 
 

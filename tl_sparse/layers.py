@@ -137,7 +137,7 @@ class Unembed(nn.Module):
         if not cfg.tied_unembed:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
         set_bias(self, "b_U", (cfg.d_vocab,), cfg.logits_bias)
-        self.times = Product()
+        self.times = Product(self, ["W_U"], "input token -> input token")
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name == "W_U" and self.__dict__["tied_to"] is not None:
@@ -145,7 +145,7 @@ class Unembed(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, resid: Stream) -> Logits:
-        return self.times(resid, [self.W_U], lambda: self.W_U, self.b_U)
+        return self.times(resid, self.b_U)
 
 
 class Bigram(nn.Module):

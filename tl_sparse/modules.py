@@ -5,6 +5,7 @@ before its standard hook fires, so a hook sees, and may replace, exactly what th
 """
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
-from tl_sparse.products import Product
+from tl_sparse.products import Product, WeightsHolder
 from tl_sparse.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Tokens, at
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
@@ -33,12 +34,7 @@ def _is_used(hook_point: nn.Module) -> bool:
     return not isinstance(hook_point, HookPoint) or bool(hooks)
 
 
-def _joined(weights: list[Tensor], dim: int) -> Tensor:
-    """A weight, with its positional rows if there are any."""
-    return torch.cat(weights, dim=dim) if len(weights) > 1 else weights[0]
-
-
-class Attention(nn.Module):
+class Attention(WeightsHolder):
     """Causal attention with AbsTopK on q, k, v over all heads together, and an optional sink per head."""
 
     b_O: Tensor
@@ -55,7 +51,11 @@ class Attention(nn.Module):
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
-        self.times_q, self.times_k, self.times_v, self.times_o = (Product() for _ in range(4))
+        parts = ("", "_pos") if cfg.d_pos else ("",)
+        for name in "QKV":
+            names = [f"W_{name}{part}" for part in parts]
+            setattr(self, f"times_{name}", Product(self, names, "head input channel -> input (head channel)"))
+        self.times_O = Product(self, ["W_O"], "head channel output -> (head channel) output")
         self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{c}", inplace=True) for c in "qkv")
         self.topk_out = AbsTopK(cfg, "attn_out", inplace=True)
         self.flags: Any = _NO_FLAGS
@@ -68,14 +68,14 @@ class Attention(nn.Module):
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_result
 
     def _project(self, read: Reads, name: str) -> Heads:
-        parts = (f"W_{name}", f"b_{name}", f"times_{name.lower()}", f"topk_{name.lower()}")
-        weight, bias, times, topk = (getattr(self, part) for part in parts)
-        weights = [weight, getattr(self, f"W_{name}_pos")] if hasattr(self, f"W_{name}_pos") else [weight]
+        parts = (f"b_{name}", f"times_{name}", f"topk_{name.lower()}")
+        bias, times, topk = (getattr(self, part) for part in parts)
         if read.ndim == 4:
-            flat = (torch.einsum("bphr,hrd->bphd", read, _joined(weights, 1)) + bias).flatten(2)
-        else:  # [d_read, head * d_head]
-            flat = times(read, weights, lambda: _joined(weights, 1).transpose(0, 1).flatten(1), bias.flatten())
-        return topk(flat).unflatten(-1, weight.shape[::2])
+            per_head = times.matrix().unflatten(1, bias.shape)
+            flat = (torch.einsum("bphr,rhd->bphd", read, per_head) + bias).flatten(2)
+        else:
+            flat = times(read, bias.flatten())
+        return topk(flat).unflatten(-1, bias.shape)
 
     def forward(self, reads: list[Reads], mask: Tokens | None, last: Rows | None = None) -> Stream:
         q_read, k_read, v_read = reads
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         z = self.hook_z(z if last is None else at(z, last))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
-        return self.topk_out(self.times_o(z.flatten(2), [self.W_O], lambda: self.W_O.flatten(0, 1), self.b_O))
+        return self.topk_out(self.times_O(z.flatten(2), self.b_O))
 
     def head_results(self, z: Float[Tensor, "*batch head d_head"]) -> Float[Tensor, "*batch head d_model"]:
         """What each head writes, so that attn_out = Σ results + b_O, as tools that work edge by edge need it.
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         return z[:, :, 1:, :d_head].transpose(1, 2)
 
 
-class MLP(nn.Module):
+class MLP(WeightsHolder):
     """One hidden layer, AbsTopK after the nonlinearity."""
 
     b_in: Tensor
@@ -147,19 +147,19 @@ class MLP(nn.Module):
         set_bias(self, "b_in", (cfg.d_mlp,), cfg.biases)
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         set_bias(self, "b_out", (cfg.d_model,), cfg.biases)
-        self.times_in, self.times_out = Product(), Product()
+        self.times_in = Product(self, ["W_in", "W_in_pos"] if cfg.d_pos else ["W_in"], "input neuron -> input neuron")
+        self.times_out = Product(self, ["W_out"], "neuron output -> neuron output")
         self.act_fn = cfg.act_fn
         self.topk = AbsTopK(cfg, "mlp_neuron", inplace=cfg.act_fn == "gelu")  # relu's backward needs its output
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same, after the nonlinearity and AbsTopK
 
     def forward(self, read: Reads) -> Stream:
-        weights = [self.W_in, self.W_in_pos] if hasattr(self, "W_in_pos") else [self.W_in]
-        pre = self.hook_pre(self.times_in(read, weights, lambda: _joined(weights, 0), self.b_in))
+        pre = self.hook_pre(self.times_in(read, self.b_in))
         # In place where nothing else sees it: the system takes as long to give memory as the nonlinearity.
         unseen = not (pre.requires_grad or _is_used(self.hook_pre) or torch.compiler.is_compiling())
         post = self.hook_post(self.topk(_ACTIVATIONS[self.act_fn][unseen](pre)))
-        return self.times_out(post, [self.W_out], lambda: self.W_out, self.b_out)
+        return self.times_out(post, self.b_out)
 
 
 class Block(nn.Module):
@@ -240,6 +240,13 @@ class SparseTransformer(nn.Module):
         block: Any
         for block in self.blocks:
             block.flags = block.attn.flags = flags
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every parameter, and of what is held in the place of one."""
+        yield from self.named_parameters()
+        for path, module in self.named_modules():
+            if isinstance(module, WeightsHolder):
+                yield from ((f"{path}.{name}", weight) for name, weight in module.compact_weights())
 
     def check_input(
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None

@@ -1,13 +1,21 @@
 """Products with the network's weight matrices: dense, or by their nonzero entries alone where that is faster."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.compact import Compact
 from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 
 Kernels = Literal["auto", "dense", "sparse"]
@@ -15,53 +23,105 @@ Kernels = Literal["auto", "dense", "sparse"]
 TILE = 32
 
 
-class Compressed(NamedTuple):
+@dataclass(frozen=True)
+class Compressed:
     """The nonzero entries of a matrix, row by row: those of row r are [starts[r], starts[r + 1])."""
 
     starts: Int[Tensor, "row_1"]
     indices: Int[Tensor, " entry"]
     values: Float[Tensor, " entry"]
+    n_columns: int
+
+    @classmethod
+    def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> Compressed:
+        starts, indices = torch.zeros(n_rows + 1, dtype=torch.int64), torch.empty(n_entries, dtype=torch.int32)
+        return cls(starts, indices, like.new_empty(n_entries), n_columns)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.starts, self.indices, self.values
+
+    @cached_property
+    def transposed(self) -> Compressed:
+        """The same matrix, column by column."""
+        found = self.empty(self.n_columns, len(self.starts) - 1, len(self.values), self.values)
+        kernel("transpose", self.values)(*self.parts, *found.parts)
+        return found
+
+
+class WeightsHolder(nn.Module):
+    """A part of the network whose weights can be held compact, not as parameters: then a dense copy of one is made each
+    time it is asked for, and what is done to that copy is lost."""
+
+    def hold_compact(self, name: str, weight: Compact) -> None:
+        """Hold a weight so, in the place of the parameter."""
+        del self._parameters[name]
+        self.__dict__.setdefault("compact", {})[name] = weight
+
+    def compact_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and dense copy of each weight that is held compact."""
+        return ((name, getattr(self, name)) for name in self.__dict__.get("compact", {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if (held := self.__dict__.get("compact", {}).get(name)) is not None:
+            like = next(self.parameters())
+            return held.dense(like.device, like.dtype)
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update((prefix + name, weight) for name, weight in self.compact_weights())
 
 
 class Product(nn.Module):
-    """x · W + bias for a matrix W of the network.
+    """x · W + bias for a matrix W, in whose rows are the weights `names` of `owner`, each rearranged by `pattern`.
 
     On a CPU with numba its nonzero entries are taken out once, and again after any change of the weights, which is
     noticed by a checksum. `kernels` = "auto" uses them alone where the measured times of both ways say so; gradients
     are those of the dense product. Products of fewer than 32 tokens are dense.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: nn.Module, names: Sequence[str], pattern: str) -> None:
         super().__init__()
+        self.owner: Any
+        self.__dict__["owner"] = owner  # not a part of this
+        self.names, self.pattern = names, pattern
         self.kernels: Kernels = "auto"
         self._checksums: object = None
         self._n_nonzero = 0
-        self._entries: tuple[Compressed, Compressed] | None = None
+        self._entries: Compressed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_checksums": None, "_entries": None}
 
-    def forward(
-        self, x: Float[Tensor, "*batch d_in"], weights: Sequence[Tensor], matrix: Callable[[], Tensor], bias: Tensor
-    ) -> Float[Tensor, "*batch d_out"]:
-        """`matrix()` makes [d_in, d_out] of `weights`."""
-        entries = self._compressed(x, weights, matrix)
+    def matrix(self) -> Float[Tensor, "d_in d_out"]:
+        """W."""
+        parts = [rearrange(getattr(self.owner, name), self.pattern) for name in self.names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def forward(self, x: Float[Tensor, "*batch d_in"], bias: Tensor) -> Float[Tensor, "*batch d_out"]:
+        entries = self._compressed(x)
         if entries is None:
-            return F.linear(x, matrix().T, bias)
-        learned = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        out = _SparseProduct.apply(x.flatten(0, -2), matrix() if learned else None, bias, *entries)
+            return F.linear(x, self.matrix().T, bias)
+        learns = not self._is_compact and any(getattr(self.owner, name).requires_grad for name in self.names)
+        matrix = self.matrix() if learns and torch.is_grad_enabled() else None
+        out = _SparseProduct.apply(x.flatten(0, -2), matrix, bias, entries)
         return out.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
-    def _compressed(
-        self, x: Tensor, weights: Sequence[Tensor], matrix: Callable[[], Tensor]
-    ) -> tuple[Compressed, Compressed] | None:
-        """Wᵀ and W compressed; None if the product is better done densely, or has to be."""
-        if self.kernels == "dense" or x.numel() < TILE * x.shape[-1] or torch.compiler.is_compiling():
+    def _compressed(self, x: Tensor) -> Compressed | None:
+        """Wᵀ compressed; None if the product is better done densely, or has to be."""
+        if kernel("multiply", x) is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
-        if kernel("multiply", x) is None or torch.is_autocast_enabled("cpu") or weights[0].dtype != x.dtype:
+        if self._is_compact:
+            if self._checksums != (x.dtype,):
+                self._checksums, self._entries = (x.dtype,), self._of_compact(x.dtype)
+            return self._entries
+        if self.kernels == "dense" or x.numel() < TILE * x.shape[-1]:
             return None
-        parts = [weight.detach().contiguous() for weight in weights]
+        parts = [getattr(self.owner, name).detach().contiguous() for name in self.names]
+        if parts[0].dtype != x.dtype:
+            return None
         checksums = parts[0].dtype, *(kernel("checksum", part)(bits(part).view(-1)) for part in parts)
         if checksums != self._checksums:
             self._checksums, self._entries = checksums, None
@@ -70,8 +130,40 @@ class Product(nn.Module):
         if self.kernels == "auto" and not _pays(x.numel() // d_in, d_in, n_weights // d_in, self._n_nonzero):
             return None
         if self._entries is None:
-            self._entries = _compress(matrix().detach().contiguous())
+            matrix = self.matrix().contiguous()
+            by_input = Compressed.empty(d_in, n_weights // d_in, self._n_nonzero, matrix)
+            kernel("compress", matrix)(matrix, *by_input.parts)
+            self._entries = by_input.transposed
         return self._entries
+
+    @property
+    def _is_compact(self) -> bool:
+        return self.names[0] in self.owner.__dict__.get("compact", ())
+
+    def _of_compact(self, dtype: torch.dtype) -> Compressed:
+        """Wᵀ of weights that are held compact, without any dense copy."""
+        before, after = self.pattern.split(" -> ")
+        sides = [re.sub(r"[()]", "", side).split() for side in re.findall(r"\(.*?\)|\S+", after)]
+        found, n_inputs = [], 0
+        for weight in (self.owner.compact[name] for name in self.names):
+            sizes = dict(zip(before.split(), weight.shape, strict=True))
+            at = dict(zip(sizes, torch.unravel_index(weight.positions.long(), weight.shape), strict=True))
+            inputs, outputs = (_numbered(axes, at, sizes) for axes in sides)
+            found.append((inputs + n_inputs, outputs, weight.values.to(dtype)))
+            more_inputs, n_outputs = (math.prod(sizes[axis] for axis in axes) for axes in sides)
+            n_inputs += more_inputs
+        column, row, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = (row * n_inputs + column).argsort()
+        starts = F.pad(row.bincount(minlength=n_outputs).cumsum(0), (1, 0))
+        return Compressed(starts, column[order].int(), values[order], n_inputs)
+
+
+def _numbered(axes: list[str], at: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:
+    """The place of entries in a dimension that `rearrange` makes of some axes."""
+    place = torch.zeros_like(at[axes[0]])
+    for axis in axes:
+        place = place * sizes[axis] + at[axis]
+    return place
 
 
 def _pays(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:
@@ -84,44 +176,27 @@ def _pays(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:
     return n_tokens * (d_in * d_out / torch.get_num_threads() - entries) > 6e6
 
 
-def _compress(matrix: Float[Tensor, "d_in d_out"]) -> tuple[Compressed, Compressed]:
-    """Its transpose, and itself."""
-    n_nonzero = int(matrix.count_nonzero())
-    by_input, by_output = (
-        Compressed(
-            torch.zeros(rows + 1, dtype=torch.int64),
-            torch.empty(n_nonzero, dtype=torch.int32),
-            matrix.new_empty(n_nonzero),
-        )
-        for rows in matrix.shape
-    )
-    kernel("compress", matrix)(matrix, *by_input)
-    kernel("transpose", matrix)(*by_input, *by_output)
-    return by_output, by_input
-
-
 class _SparseProduct(torch.autograd.Function):
-    """x · W + bias; `by_output` are the rows of Wᵀ, `by_input` those of W, `matrix` is W where it has a gradient."""
+    """x · W + bias, with the rows of Wᵀ compressed; `matrix` is W where it has a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, by_output: Compressed, by_input: Compressed
-    ) -> Tensor:
+        ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, compressed: Compressed
+    ) -> Float[Tensor, "token d_out"]:
         rows = x.detach().contiguous()
-        out = rows.new_empty(len(rows), len(by_output.starts) - 1)
+        out = rows.new_empty(len(rows), len(compressed.starts) - 1)
         offsets = rows.new_empty(0) if bias is None else bias.detach().contiguous()
         tiles = (len(rows) + TILE - 1) // TILE
-        shared_out(kernel("multiply", rows), tiles, rows.numel() + out.numel(), rows, *by_output, offsets, out)
+        run = kernel("multiply", rows)
+        shared_out(run, tiles, rows.numel() + out.numel(), rows, *compressed.parts, offsets, out)
         ctx.save_for_backward(x if matrix is not None else None, matrix)
-        ctx.entries = by_output, by_input
+        ctx.compressed = compressed
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix = ctx.saved_tensors
-        by_output, by_input = ctx.entries
         needs_x, needs_matrix, needs_bias = ctx.needs_input_grad[:3]
-        back = None if matrix is None else matrix.T
-        of_x = _SparseProduct.apply(grad, back, None, by_input, by_output) if needs_x else None
-        of_matrix = x.T @ grad if needs_matrix else None
-        return of_x, of_matrix, grad.sum(0) if needs_bias else None, None, None
+        transposed = None if matrix is None else matrix.T
+        of_x = _SparseProduct.apply(grad, transposed, None, ctx.compressed.transposed) if needs_x else None
+        return of_x, x.T @ grad if needs_matrix else None, grad.sum(0) if needs_bias else None, None

@@ -34,7 +34,7 @@ _OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 def load(
     source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *,
     revision: str | None = None, tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", dense_weights: bool = True,
 ) -> Any:  # fmt: skip
     """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
 
@@ -51,6 +51,8 @@ def load(
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
         kernels: how weights multiply, see `tl_sparse.products.Product`: "sparse" by their nonzero entries, where that
             can be (on a CPU with numba, in float32 and float64); "auto" where it is faster; "dense" never.
+        dense_weights: False keeps of the weights of the blocks only what is not zero, to look at and to run: `W_in` and
+            the others are then no parameters but dense copies, made when they are asked for.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
@@ -69,13 +71,13 @@ def load(
             tokenizer = openai_tokenizer(local_only=Path(source).is_dir())
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    model = wrap(build_network(cfg, state, folder, device, dtype), tokenizer)
+    model = wrap(build_network(cfg, state, folder, device, dtype, dense_weights), tokenizer)
     for product in (module for module in model.network.modules() if isinstance(module, Product)):
         product.kernels = kernels
-    if kernels == "sparse" and kernel("multiply", model.W_E) is None:
+    if kernels == "sparse" and kernel("multiply", model.network.embed.W_E) is None:
         warnings.warn(
             f"kernels = 'sparse' needs numba (pip install 'tl-sparse[fast]'), a CPU, and float32 or float64; here, on "
-            f"{model.W_E.device} in {model.W_E.dtype}, products are dense",
+            f"{model.cfg.device} in {model.cfg.dtype}, products are dense",
             stacklevel=2,
         )
     model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tl_sparse.checkpoints.compact import pack, unpack
 from tl_sparse.checkpoints.network import Checkpoint, naming
+from tl_sparse.compact import pack, unpack
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError
 from tl_sparse.faces import SparseModel

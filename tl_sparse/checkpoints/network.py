@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_sparse.checkpoints.compact import Compact
+from tl_sparse.compact import Compact
 from tl_sparse.config import SparseConfig, check
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.modules import SparseTransformer
@@ -60,9 +60,10 @@ def check_known(unknown: Collection[str]) -> None:
 
 def build_network(
     cfg: SparseConfig, state: dict[str, Tensor | Compact], source: Path,
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, dense_weights: bool = True,
 ) -> SparseTransformer:  # fmt: skip
-    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes.
+    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes; without
+    `dense_weights` the weights of the blocks as `WeightsHolder.hold_compact` has them.
 
     `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn. `CheckpointError`,
     naming `source`, for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
@@ -87,19 +88,24 @@ def build_network(
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    owned = {}
+    owned, compact = dict[str, Tensor](), dict[str, Compact]()
     for name in list(state):
         stored = state.pop(name)
         values = stored.values if isinstance(stored, Compact) else stored
         # A sum could overflow, isfinite() takes as much memory again; NaN is its own minimum and maximum.
         if values.numel() and not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
             raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
-        if isinstance(stored, Compact):
+        if not dense_weights and re.match(r"blocks\.\d+\.(attn|mlp)\.W_", name):
+            compact[name] = (stored if isinstance(stored, Compact) else Compact.of(stored)).to(device, dtype)
+        elif isinstance(stored, Compact):
             owned[name] = stored.dense(device, dtype)
         else:  # a copy, whatever it is: the file behind a view may be overwritten while the model is in use
             owned[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         del stored, values
-    network.load_state_dict(owned, assign=True)
+    for name, weight in compact.items():
+        path, _, weight_name = name.rpartition(".")
+        network.get_submodule(path).hold_compact(weight_name, weight)  # type: ignore[operator]
+    network.load_state_dict(owned, assign=True, strict=False)  # all names are there: see above
     for module in network.modules():  # the zeros that stand for absent biases
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))

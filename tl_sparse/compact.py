@@ -37,6 +37,17 @@ class Compact:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Compact:
+        """What is not zero of a tensor; nothing of its memory is shared."""
+        flat = tensor.detach().flatten()
+        positions = flat.view(_BITS[flat.itemsize]).nonzero().flatten()
+        return cls(flat[positions], positions.int(), tensor.shape)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Compact:
+        """A copy elsewhere, or of another dtype."""
+        return Compact(self.values.to(device, dtype, copy=True), self.positions.to(device, copy=True), self.shape)
+
     def dense(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor, with zeros."""
         flat = torch.zeros(math.prod(self.shape), device=device, dtype=dtype)
@@ -48,10 +59,9 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What storage "compact" writes of floating-point `tensors`; those that would not be smaller stay as they are."""
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().flatten()
-        positions = flat.view(_BITS[flat.itemsize]).nonzero().flatten()
-        if len(positions) * (flat.itemsize + 4) + _OVERHEAD < flat.nbytes and len(flat) < 2**31:
-            parts = (flat[positions], positions.int(), torch.tensor(tensor.shape))
+        found = Compact.of(tensor.cpu())
+        if found.positions.numel() * (tensor.itemsize + 4) + _OVERHEAD < tensor.nbytes and tensor.numel() < 2**31:
+            parts = (found.values, found.positions, torch.tensor(tensor.shape))
             packed |= {f"{name}.{part}": value for part, value in zip(_PARTS, parts, strict=True)}
         else:
             packed[name] = tensor
