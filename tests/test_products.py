@@ -16,7 +16,7 @@ from torch import nn
 
 import tl_sparse
 from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
-from tl_sparse import kernels, products
+from tl_sparse import kernels
 from tl_sparse.checkpoints import create
 from tl_sparse.config import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
@@ -211,11 +211,6 @@ def test_a_nonlinearity_in_place_is_not_seen(act_fn):
     torch.testing.assert_close(getattr(F, act_fn)(pre), post, rtol=0, atol=0)
     assert bool((pre < 0).any())
     assert pickle.loads(pickle.dumps(model.network.blocks[0].mlp)).act_fn == act_fn
-
-
-@needs_numba
-def test_both_sides_know_how_large_a_tile_is():
-    assert kernels.products.TILE == products.TILE
 
 
 # Weights that are not there densely

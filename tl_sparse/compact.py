@@ -59,8 +59,10 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What storage "compact" writes of floating-point `tensors`; those that would not be smaller stay as they are."""
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = Compact.of(tensor.cpu())
-        if found.positions.numel() * (tensor.itemsize + 4) + _OVERHEAD < tensor.nbytes and tensor.numel() < 2**31:
+        flat = tensor.detach().cpu().flatten()
+        n_kept = int(flat.view(_BITS[flat.itemsize]).count_nonzero())
+        if n_kept * (flat.itemsize + 4) + _OVERHEAD < flat.nbytes and len(flat) < 2**31:
+            found = Compact.of(flat)
             parts = (found.values, found.positions, torch.tensor(tensor.shape))
             packed |= {f"{name}.{part}": value for part, value in zip(_PARTS, parts, strict=True)}
         else:

@@ -235,10 +235,8 @@ class SparseModel(nn.Module):
         super().set_use_split_qkv_input(use_split_qkv_input)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        cfg, kept, total = self.sparse_cfg, 0, 0
-        for _, weight in self.network.weights():
-            total += weight.numel() * (not weight.is_meta)
-            kept += 0 if weight.is_meta else int(weight.count_nonzero())
+        counts = [(int(w.count_nonzero()), w.numel()) for _, w in self.network.weights() if not w.is_meta]
+        cfg, kept, total = self.sparse_cfg, sum(kept for kept, _ in counts), sum(total for _, total in counts)
         return (
             f"{type(self).__name__}({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
             f"{cfg.d_head}, d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}; "

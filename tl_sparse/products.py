@@ -19,8 +19,8 @@ from tl_sparse.compact import Compact
 from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 
 Kernels = Literal["auto", "dense", "sparse"]
-#: Tokens that the compiled product takes at a time.
-TILE = 32
+#: Of fewer tokens a product is dense.
+MIN_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Product(nn.Module):
 
     On a CPU with numba its nonzero entries are taken out once, and again after any change of the weights, which is
     noticed by a checksum. `kernels` = "auto" uses them alone where the measured times of both ways say so; gradients
-    are those of the dense product. Products of fewer than 32 tokens are dense.
+    are those of the dense product. Products of fewer than 32 tokens are dense, unless the weights are held compact.
     """
 
     def __init__(self, owner: nn.Module, names: Sequence[str], pattern: str) -> None:
@@ -117,7 +117,7 @@ class Product(nn.Module):
             if self._checksums != (x.dtype,):
                 self._checksums, self._entries = (x.dtype,), self._of_compact(x.dtype)
             return self._entries
-        if self.kernels == "dense" or x.numel() < TILE * x.shape[-1]:
+        if self.kernels == "dense" or x.numel() < MIN_TOKENS * x.shape[-1]:
             return None
         parts = [getattr(self.owner, name).detach().contiguous() for name in self.names]
         if parts[0].dtype != x.dtype:
@@ -186,9 +186,8 @@ class _SparseProduct(torch.autograd.Function):
         rows = x.detach().contiguous()
         out = rows.new_empty(len(rows), len(compressed.starts) - 1)
         offsets = rows.new_empty(0) if bias is None else bias.detach().contiguous()
-        tiles = (len(rows) + TILE - 1) // TILE
-        run = kernel("multiply", rows)
-        shared_out(run, tiles, rows.numel() + out.numel(), rows, *compressed.parts, offsets, out)
+        size = rows.numel() + out.numel()
+        shared_out(kernel("multiply", rows), len(rows), size, rows, *compressed.parts, offsets, out)
         ctx.save_for_backward(x if matrix is not None else None, matrix)
         ctx.compressed = compressed
         return out

@@ -104,7 +104,8 @@ def build_network(
         del stored, values
     for name, weight in compact.items():
         path, _, weight_name = name.rpartition(".")
-        network.get_submodule(path).hold_compact(weight_name, weight)  # type: ignore[operator]
+        holder: Any = network.get_submodule(path)
+        holder.hold_compact(weight_name, weight)
     network.load_state_dict(owned, assign=True, strict=False)  # all names are there: see above
     for module in network.modules():  # the zeros that stand for absent biases
         for name, buffer in module.named_buffers(recurse=False):

@@ -84,11 +84,11 @@ def _load(x: Array, first: int, n: int, tile: Array) -> None:
 def multiply(
     x: Array, starts: Array, indices: Array, values: Array, bias: Array, out: Array, first: int, last: int
 ) -> None:
-    """out = x · Wᵀ + bias for the tiles [first, last) of tokens, W in compressed rows; an empty bias is none."""
+    """out = x · Wᵀ + bias for the tokens [first, last), W in compressed rows; an empty bias is none."""
     tile, block = np.empty((x.shape[1], TILE), x.dtype), np.empty((COLUMNS, TILE), x.dtype)
     flat_out, flat_block = out.reshape(-1), block.reshape(-1)
-    for start in range(first * TILE, min(last * TILE, len(x)), TILE):
-        n = min(TILE, len(x) - start)
+    for start in range(first, last, TILE):
+        n = min(TILE, last - start)
         _load(x, start, n, tile)
         for o in range(0, out.shape[1], COLUMNS):
             width = min(COLUMNS, out.shape[1] - o)
