@@ -64,7 +64,7 @@ class Norm(nn.Module):
     def forward(self, x: Stream) -> Stream:
         x = self._center(x)
         x = self.hook_normalized(x / self.hook_scale(self._scale(x)))
-        return x * self.w + self.b
+        return torch.addcmul(self.b, x, self.w)
 
 
 class Read(Norm):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from tl_sparse.attention import fused_attention
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
@@ -83,7 +84,10 @@ class Attention(WeightsHolder):
         k = self.hook_k(self._project(k_read, "K"))
         v = self.hook_v(self._project(v_read, "V"))
         fused = mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern))
-        z = self._fused_attention(q, k, v) if fused else self._explicit_attention(q, k, v, mask)
+        if fused:
+            z = fused_attention(q, k, v, self.scale, self.sink)
+        else:
+            z = self._explicit_attention(q, k, v, mask)
         z = self.hook_z(z if last is None else at(z, last))
         if self.flags.use_attn_result:
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
@@ -114,23 +118,6 @@ class Attention(WeightsHolder):
             if mask is not None:  # a padding token that sees nothing at all
                 pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
-
-    def _fused_attention(self, q: Heads, k: Heads, v: Heads) -> Heads:
-        """The same without materialising the pattern.
-
-        A sink becomes a key of its own before the first token, with the value zero. Its logit reaches it
-        through an extra channel that is 1 in every query; a query in front keeps the causal mask square.
-        """
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.sink is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
-        d_head = q.shape[-1]
-        q = F.pad(q * self.scale, (0, 1, 1, 0), value=1.0)
-        sink = F.pad(self.sink.view(1, -1, 1, 1), (d_head, 0)).expand(k.shape[0], -1, -1, -1)
-        k = torch.cat([sink, F.pad(k, (0, 1))], dim=2)
-        v = F.pad(v, (0, 1, 1, 0))
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-        return z[:, :, 1:, :d_head].transpose(1, 2)
 
 
 class MLP(WeightsHolder):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -111,7 +112,7 @@ class Product(nn.Module):
     @torch.no_grad()
     def _compressed(self, x: Tensor) -> Compressed | None:
         """Wᵀ compressed; None if the product is better done densely, or has to be."""
-        if kernel("multiply", x) is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernel("multiply", x) is None:
             return None
         if self._is_compact:
             if self._checksums != (x.dtype,):
@@ -122,7 +123,7 @@ class Product(nn.Module):
         parts = [getattr(self.owner, name).detach().contiguous() for name in self.names]
         if parts[0].dtype != x.dtype:
             return None
-        checksums = parts[0].dtype, *(kernel("checksum", part)(bits(part).view(-1)) for part in parts)
+        checksums = parts[0].dtype, *map(_checksum, parts)
         if checksums != self._checksums:
             self._checksums, self._entries = checksums, None
             self._n_nonzero = sum(int(part.count_nonzero()) for part in parts)
@@ -158,6 +159,12 @@ class Product(nn.Module):
         return Compressed(starts, column[order].int(), values[order], n_inputs)
 
 
+def _checksum(weight: Tensor) -> int:
+    """A number that changes with the weight."""
+    n = weight.numel()
+    return sum(shared_out(kernel("checksum", weight), n, n, bits(weight).view(-1)))
+
+
 def _numbered(axes: list[str], at: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:
     """The place of entries in a dimension that `rearrange` makes of some axes."""
     place = torch.zeros_like(at[axes[0]])
@@ -184,7 +191,8 @@ class _SparseProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, compressed: Compressed
     ) -> Float[Tensor, "token d_out"]:
         rows = x.detach().contiguous()
-        out = rows.new_empty(len(rows), len(compressed.starts) - 1)
+        # NumPy's memory is of huge pages where the system has them: it comes several times sooner than torch's.
+        out = torch.from_numpy(np.empty((len(rows), len(compressed.starts) - 1), rows.numpy().dtype))
         offsets = rows.new_empty(0) if bias is None else bias.detach().contiguous()
         size = rows.numel() + out.numel()
         shared_out(kernel("multiply", rows), len(rows), size, rows, *compressed.parts, offsets, out)

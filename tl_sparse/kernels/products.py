@@ -23,12 +23,13 @@ _compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
 
 @njit(cache=True, nogil=True)
-def checksum(bits: Array) -> int:
-    """A number that any change of a single entry changes, and others but for a chance of 2^-32 or less."""
+def checksum(bits: Array, first: int, last: int) -> int:
+    """The share of the entries [first, last) in a number that any change of a single entry changes, and others but
+    for a chance of 2^-32 or less."""
     T = bits.dtype.type
-    total = T(0)
-    for i in range(len(bits)):
-        total = T(total + T(bits[i] * T(2 * i + 1)))
+    part, total = bits[first:last], T(0)
+    for i in range(len(part)):
+        total = T(total + T(part[i] * T(2 * (first + i) + 1)))
     return int(total)
 
 
