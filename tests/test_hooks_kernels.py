@@ -196,11 +196,23 @@ def test_a_large_matrix_with_a_budget_for_few_beyond_the_minimum():
 
 
 class BrokenNumba(types.ModuleType):
-    def __getattr__(self, name):
-        raise RuntimeError("cannot cache function '_count': no locator available for file 'compiled.py'")
+    """It raises at a decoration, or when what is decorated is first called, and would be compiled."""
+
+    def __init__(self, when):
+        super().__init__("numba")
+        self.when = when
+
+    def njit(self, **options):
+        def fail(*arguments):
+            raise RuntimeError(f"cannot work {self.when}")
+
+        return fail if self.when == "at decoration" else lambda function: fail
 
 
-@pytest.mark.parametrize("numba", [None, BrokenNumba("numba")], ids=["missing", "nowhere to cache"])
+BROKEN = [None, BrokenNumba("at decoration"), BrokenNumba("at a call")]
+
+
+@pytest.mark.parametrize("numba", BROKEN, ids=["missing", "nowhere to cache", "no compiler"])
 def test_without_numba(monkeypatch, numba):
     x, model = torch.randn(30, 16), tl_sparse.create(SparseConfig(1, 8, 2, 4, 16, 20, 6), seed=0, device="cpu")
     group = weight_groups(model)[0]
@@ -216,8 +228,8 @@ def test_without_numba(monkeypatch, numba):
             assert torch.equal(abs_topk(x, 4), expected)
             group.project(0.1, min_nonzero=1)
         assert kernels._compiled() is None
-        said = ["numba does not work here, so everything runs in plain torch: cannot cache"] * (numba is not None)
-        assert [str(warning.message)[: len(said[0])] for warning in caught] == said
+        said = "numba does not work here, so everything runs in plain torch: cannot work"
+        assert [str(warning.message) for warning in caught] == ([f"{said} {numba.when}"] if numba else [])
     finally:
         kernels._compiled.cache_clear()
     assert sum(int(p.count_nonzero()) for p in group.parameters) == 24

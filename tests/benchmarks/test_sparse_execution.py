@@ -11,11 +11,14 @@ import torch
 import tl_sparse
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from benchmarks.test_gate_step import plain_and_gated
+from tl_sparse import layers
 from tl_sparse.checkpoints import create
 from tl_sparse.config import SparseConfig, TrainConfig, paper_topk
-from tl_sparse.hooks import weight_groups
+from tl_sparse.hooks import NodeGates, weight_groups
 from tl_sparse.hooks.activations import abs_topk
+from tl_sparse.hooks.points import frozen
 from tl_sparse.products import Product
+from tl_sparse.pruning import corpus_means
 from tl_sparse.training import Trainer
 
 #: At d_model 2048 and 8 layers: 475 million parameters with these sizes.
@@ -71,33 +74,72 @@ def test_forward_against_plain_torch(d_model, one_in):
     assert ratio >= AT_LEAST.get((d_model, one_in), 1)
 
 
-@torch.no_grad()
-def test_growth_at_a_fixed_number_of_nonzero_weights():
-    times, tokens = {}, torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
-    for d_model in (256, 512, 1024):
-        model = network(d_model, (256 / d_model) ** 2 / 16, n_layers=4)
+def test_growth():
+    """Of a training step after annealing, and of a forward: with the nonzero weights, and with the width."""
+    tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
+    series = {
+        "d_model 1024, nonzero weights x 1, 4, 16, 64": [(1024, 1 / one_in) for one_in in (1024, 256, 64, 16)],
+        "fixed nonzero weights, d_model x 1, 2, 4": [(256, 1 / 16), (512, 1 / 64), (1024, 1 / 256)],
+    }
+    for title, points in series.items():
         for kernels in ("auto", "dense"):
-            use(model, kernels)
-            times[d_model, kernels] = best_times({"": lambda model=model: model(tokens)}, 4)[""]
-    for kernels in ("auto", "dense"):
-        growth = ", ".join(f"{times[d, kernels] / times[256, kernels]:.1f}" for d in (512, 1024))
-        print(f"forward at a fixed number of nonzero weights, {kernels}: twice and four times the width takes {growth}")
+            took = [step_and_forward(*point, kernels, tokens) for point in points]
+            for kind, seconds in zip(("step", "forward"), zip(*took, strict=True), strict=True):
+                growth = ", ".join(f"{one / seconds[0]:.2f}" for one in seconds)
+                print(f"{title}: {kind}, {kernels}, takes {growth} ({1e3 * seconds[0]:.0f} ms)")
+
+
+def step_and_forward(d_model, density, kernels, tokens):
+    """Shortest times of each at four layers."""
+    trainer = annealed_trainer(d_model, density, n_layers=4)
+    use(trainer.model, kernels)
+    forward = torch.no_grad()(lambda: trainer.model(tokens))
+    return best_times({"step": lambda: trainer.step(tokens), "forward": forward}, 3).values()
+
+
+def annealed_trainer(d_model, density, n_layers=8):
+    """Training with this share of the weights left."""
+    config = TrainConfig(
+        model=network(d_model, density, n_layers).sparse_cfg, l0_fraction=density,
+        l0_fraction_embed=max(density, 1 / 16), anneal_start=0.0, anneal_stop=0.0, batch_size=8, min_nonzero=1,
+    )  # fmt: skip
+    trainer = Trainer(create(config.model, seed=0, device="cpu").train(), config)
+    trainer.sparsity.steps = config.steps // 4
+    return trainer
 
 
 def test_a_training_step_at_1024():
-    config = TrainConfig(
-        model=network(1024, 1 / 64).sparse_cfg, l0_fraction=1 / 64, l0_fraction_embed=1 / 8, anneal_start=0.0,
-        anneal_stop=0.0, batch_size=8, min_nonzero=1,
-    )  # fmt: skip
-    tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
-    runs = {}
+    tokens, runs = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0)), {}
     for kernels in ("auto", "dense"):
-        trainer = Trainer(create(config.model, seed=0, device="cpu").train(), config)
-        trainer.sparsity.steps = config.steps // 4
+        trainer = annealed_trainer(1024, 1 / 64)
         use(trainer.model, kernels)
         runs[kernels] = lambda trainer=trainer: trainer.step(tokens)
-    took = best_times(runs, 2)
-    print(f"training step, d_model 1024 x 8, 1/64: {took['auto'] / took['dense']:.2f} of the dense kernels' time")
+    took = best_times(runs, 3)
+    ratio = took["auto"] / took["dense"]
+    print(f"training step, d_model 1024 x 8, 1/64: {ratio:.2f} of the dense kernels' time")
+    assert ratio <= 0.7
+
+
+def as_in_plain_torch(run):
+    """`run` with AbsTopK by torch.topk; the model's products are dense already."""
+
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "abs_topk", lambda x, k, inplace: topk_by_torch(x, k) if k < x.shape[-1] else x)
+            run()
+
+    return patched
+
+
+def compare_gate_steps(name, runs, turns, at_least):
+    """`runs`: a gate step by our kernels ("auto") and by dense ones."""
+    took = best_times(runs | {"torch": as_in_plain_torch(runs["dense"])}, turns)
+    ratio = took["torch"] / took["auto"]
+    print(
+        f"gate step, {name}: {1e3 * took['auto']:.0f} ms, {ratio:.2f} times as fast as plain torch with torch.topk, "
+        f"{took['dense'] / took['auto']:.2f} times as dense products with our AbsTopK"
+    )
+    assert ratio >= at_least
 
 
 def test_a_gate_step_of_the_bundled_model():
@@ -105,5 +147,21 @@ def test_a_gate_step_of_the_bundled_model():
     for kernels in ("auto", "dense"):
         model = tl_sparse.load("tiny-python-sparse", device="cpu", kernels=kernels)
         _, runs[kernels] = plain_and_gated(model, n_pairs=64)
-    took = best_times(runs, 30)
-    print(f"gate step, tiny-python-sparse, 64 pairs: {took['dense'] / took['auto']:.2f} times as fast as dense")
+    compare_gate_steps("tiny-python-sparse, 64 pairs", runs, turns=30, at_least=1.5)
+
+
+def test_a_gate_step_at_2048():
+    model = network(2048, 1 / 100)
+    tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
+    means = {name: mean for name, mean in corpus_means(model, tokens).items() if not name.endswith("hook_z")}
+    gates = NodeGates(means, init_bias=0.5, init_scale=0.5, seed=0)
+
+    def step(kernels):
+        use(model, kernels)
+        with frozen(model):
+            with gates.attached(model):
+                loss = model(tokens, return_type="loss")
+            (loss + 1e-3 * gates.expected_size()).backward()
+
+    runs = {kernels: lambda kernels=kernels: step(kernels) for kernels in ("auto", "dense")}
+    compare_gate_steps("d_model 2048 x 8, 1/100", runs, turns=1, at_least=4)

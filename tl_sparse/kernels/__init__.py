@@ -23,6 +23,8 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 def _compiled() -> Any:
     try:
         from tl_sparse.kernels import products, topk
+
+        products.checksum(torch.zeros(1, dtype=torch.int32).numpy(), 0, 1)  # can it compile?
     except ImportError:
         return None
     except Exception as error:  # for one, there is no folder where numba could keep what it compiles
