@@ -106,8 +106,7 @@ class Product(nn.Module):
             return F.linear(x, self.matrix().T, bias)
         learns = not self._is_compact and any(getattr(self.owner, name).requires_grad for name in self.names)
         matrix = self.matrix() if learns and torch.is_grad_enabled() else None
-        out = _SparseProduct.apply(x.flatten(0, -2), matrix, bias, entries)
-        return out.unflatten(0, x.shape[:-1])
+        return _SparseProduct.apply(x, matrix, bias, entries)
 
     @torch.no_grad()
     def _compressed(self, x: Tensor) -> Compressed | None:
@@ -189,13 +188,14 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, compressed: Compressed
-    ) -> Float[Tensor, "token d_out"]:
-        rows = x.detach().contiguous()
-        # NumPy's memory is of huge pages where the system has them: it comes several times sooner than torch's.
-        out = torch.from_numpy(np.empty((len(rows), len(compressed.starts) - 1), rows.numpy().dtype))
+    ) -> Float[Tensor, "*batch d_out"]:
+        rows, d_out = x.detach().reshape(-1, x.shape[-1]).contiguous(), len(compressed.starts) - 1
         offsets = rows.new_empty(0) if bias is None else bias.detach().contiguous()
-        size = rows.numel() + out.numel()
-        shared_out(kernel("multiply", rows), len(rows), size, rows, *compressed.parts, offsets, out)
+        # NumPy's memory is of huge pages where the system has them: it comes several times sooner than torch's.
+        # All of it, not a view of it: what works in place on a view makes autograd copy the gradient.
+        out = torch.from_numpy(np.empty((*x.shape[:-1], d_out), rows.numpy().dtype))
+        arguments = rows, *compressed.parts, offsets, out.view(len(rows), d_out)
+        shared_out(kernel("multiply", rows), len(rows), rows.numel() + out.numel(), *arguments)
         ctx.save_for_backward(x if matrix is not None else None, matrix)
         ctx.compressed = compressed
         return out
@@ -206,4 +206,5 @@ class _SparseProduct(torch.autograd.Function):
         needs_x, needs_matrix, needs_bias = ctx.needs_input_grad[:3]
         transposed = None if matrix is None else matrix.T
         of_x = _SparseProduct.apply(grad, transposed, None, ctx.compressed.transposed) if needs_x else None
-        return of_x, x.T @ grad if needs_matrix else None, grad.sum(0) if needs_bias else None, None
+        of_matrix = x.flatten(0, -2).T @ grad.flatten(0, -2) if needs_matrix else None
+        return of_x, of_matrix, grad.flatten(0, -2).sum(0) if needs_bias else None, None
