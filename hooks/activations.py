@@ -43,7 +43,7 @@ class _AbsTopK(torch.autograd.Function):
         rows = x.detach().view(-1, x.shape[-1])
         needed = (len(rows) + 7) // 8 if ctx.needs_input_grad[0] else 0
         mask = rows.new_zeros(needed, rows.shape[1], dtype=torch.uint8)
-        tied = torch.empty(len(rows), dtype=torch.bool)
+        tied = rows.new_empty(len(rows), dtype=torch.bool)
         eights = (len(rows) + 7) // 8
         if any(shared_out(kernel("abs_topk", x), eights, rows.numel(), bits(rows), k, mask, tied)):
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], rows[tied].abs().topk(k, sorted=False).indices, mask)
@@ -56,7 +56,7 @@ class _AbsTopK(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         rows = grad.contiguous().view(-1, grad.shape[-1])
         if torch.is_grad_enabled():  # for gradients of gradients
-            bit = torch.arange(8, dtype=torch.uint8)[:, None]
+            bit = torch.arange(8, dtype=torch.uint8, device=mask.device)[:, None]
             kept = mask[:, None].bitwise_right_shift(bit).bitwise_and(1).flatten(0, 1)
             return (rows * kept[: len(rows)]).view_as(grad), None
         out = torch.empty_like(rows)

@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tl_sparse.checkpoints import create
 from tl_sparse.config import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.fingerprint import fingerprint
-from tl_sparse.hooks import weight_groups
+from tl_sparse.hooks import abs_topk, weight_groups
 from tl_sparse.products import Product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -50,8 +52,21 @@ def product_of(W, kernels="auto"):
     return product
 
 
+@contextmanager
+def threads(n):
+    """So many threads, also for work that is not worth it."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_WORTH_SHARING", 100)
+        torch.set_num_threads(n)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 def entries(product):
-    return product._entries
+    return product._taken[2]
 
 
 def close(a, b, dtype):
@@ -63,21 +78,19 @@ def close(a, b, dtype):
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.data())
 def test_value_and_gradients_are_those_of_the_dense_product(data):
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    dtype, frozen = data.draw(st.sampled_from([torch.float32, torch.float64])), data.draw(st.booleans())
     n, d_in, d_out = (data.draw(st.integers(low, 70)) for low in (32, 1, 1))
     W = sparse_matrix(d_in, d_out, data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])), dtype)
     x, bias = torch.randn(2 * n, 2, d_in, dtype=dtype)[::2], torch.randn(d_out, dtype=dtype)  # not contiguous
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(data.draw(st.integers(1, 3)))
-        found = []
+    found = []
+    with threads(data.draw(st.integers(1, 3))):
         for mode in ("sparse", "dense"):
             product, inputs = product_of(W, mode), [t.clone().requires_grad_() for t in (x, bias)]
+            product.owner.W.requires_grad_(not frozen)
             out = product(*inputs)
-            gradients = torch.autograd.grad(out.square().sum(), [*inputs, product.owner.W])
-            found.append([out, *gradients])
-    finally:
-        torch.set_num_threads(threads)
+            of = inputs if frozen else [*inputs, product.owner.W]
+            found.append([out, *torch.autograd.grad(out.square().sum(), of)])
+            assert (entries(product) is not None) == (mode == "sparse")
     for ours, expected in zip(*found, strict=True):
         close(ours, expected, dtype)
 
@@ -115,17 +128,62 @@ def test_networks_of_every_architecture(config):
         lambda W: W.data.copy_(W.data.flip(1)),
         lambda W: W.detach().numpy().__setitem__((0, 0), 5.0),
         lambda W: setattr(W, "data", torch.ones_like(W)),
+        lambda W: W.neg_(),
+        lambda W: W[3].neg_(),
+        lambda W: W[:, 4:8].mul_(0.5),
+        lambda W: W.copy_(W[torch.arange(40).roll(2)]),
+        lambda W: W.__setitem__(slice(0, 2), W[[1, 0]].clone()),
     ],
-    ids=["data", "one entry", "a permutation", "numpy", "other memory"],
+    ids=["data", "entry", "permutation", "numpy", "other memory", "sign", "sign of a row", "scale", "moved", "swap"],
 )
-def test_a_change_of_the_weights_is_noticed(edit):
-    W, x = nn.Parameter(sparse_matrix(40, 30, 0.1)), torch.randn(64, 40)
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_change_of_the_weights_is_noticed(edit, density, dtype):
+    W = sparse_matrix(40, 30, density, dtype).bfloat16().to(dtype)  # many low bits are zero
+    W, x = nn.Parameter(W), torch.randn(64, 40, dtype=dtype)
     product = product_of(W, "sparse")
     with torch.no_grad():
-        product(x, torch.zeros(30))
+        bias = torch.zeros(30, dtype=dtype)
+        product(x, bias)
         assert entries(product) is not None
         edit(W)
-        torch.testing.assert_close(product(x, torch.zeros(30)), x @ W, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product(x, bias), x @ W, rtol=1e-5, atol=1e-5)
+
+
+@needs_numba
+def test_threads_that_share_a_model():
+    W, x, bias = sparse_matrix(300, 200, 0.3), torch.randn(64, 300), torch.zeros(200)
+    for _ in range(20):
+        product = product_of(W, "sparse")
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            for result in pool.map(product, [x] * 4, [bias] * 4):
+                torch.testing.assert_close(result, x @ W, rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+def test_a_tied_unembedding_is_not_copied_to_be_looked_at(monkeypatch):
+    embed, x, bias, free = sparse_matrix(50, 40, 0.2), torch.ones(32, 40), torch.zeros(50), []
+    contiguous = torch.Tensor.contiguous
+    owner = nn.Module()
+    owner.W = embed.T
+    product = Product(owner, ["W"], "input token -> input token")
+    product.kernels = "sparse"
+    first = product(x, bias)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: free.append(x.is_contiguous()) or contiguous(x))
+    assert torch.equal(product(x, bias), first)
+    torch.testing.assert_close(first, x @ embed.T)
+    assert free
+    assert all(free)
+
+
+@needs_numba
+def test_another_default_device_is_no_hindrance():
+    W, x = sparse_matrix(40, 30, 0.2), torch.randn(64, 40)
+    expected = x @ W
+    product, bias = product_of(W, "sparse"), torch.zeros(30)
+    with torch.device("meta"):
+        torch.testing.assert_close(product(x, bias), expected, rtol=1e-5, atol=1e-5)
+        assert int(abs_topk(x, 7).count_nonzero()) == 64 * 7
 
 
 @needs_numba
@@ -247,9 +305,38 @@ def test_without_dense_weights_everything_is_as_with_them(tmp_path, monkeypatch,
     assert moved.blocks[0].attn.W_O.dtype == moved(tokens).dtype == torch.float64
 
 
+@pytest.mark.parametrize("numba", [pytest.param(True, marks=needs_numba), False], ids=["numba", "torch"])
+def test_compact_weights_can_be_set_loaded_and_moved(tmp_path, monkeypatch, numba):
+    dense = tiny_model(biases=False)  # nothing else is in an MLP
+    dense.save_pretrained(tmp_path / "model")
+    if not numba:
+        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    model = tl_sparse.load(tmp_path / "model", device="cpu", dense_weights=False)
+    tokens, other = random_tokens(dense, batch=32), tiny_model(biases=False, seed=1)
+    close(model(tokens), dense(tokens), torch.float32)
+    assert repr(model) == repr(dense)
+    with torch.no_grad():
+        for W_in in (2 * dense.blocks[0].mlp.W_in, nn.Parameter(3 * dense.blocks[0].mlp.W_in)):
+            model.network.blocks[0].mlp.W_in = W_in
+            dense.blocks[0].mlp.W_in.copy_(W_in)
+            close(model(tokens), dense(tokens), torch.float32)
+    model.network.load_state_dict(other.network.state_dict())
+    close(model(tokens), other(tokens), torch.float32)
+    state = other.network.state_dict()
+    wrong = state | {"blocks.0.mlp.W_in": torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for blocks.0.mlp.W_in: \[2, 3\], not \[6, 10\]"):
+        model.network.load_state_dict(wrong)
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.mlp\.W_in"):
+        model.network.load_state_dict({name: value for name, value in state.items() if name != "blocks.0.mlp.W_in"})
+    for module in (model, other):
+        module.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(model.W_in, other.W_in)
+    close(model(tokens), other(tokens), torch.float32)
+
+
 @needs_numba
 @pytest.mark.slow
-def test_475_million_weights_in_a_tenth_of_their_memory(tmp_path):
+def test_415_million_weights_in_a_tenth_of_their_memory(tmp_path):
     """At 1/100, loaded and run on 64 tokens: in a process of its own, beside one with a tiny model."""
     config = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), bigram_table=True)
     model = create(config, seed=0, device="cpu")

@@ -400,6 +400,26 @@ def test_run_with_cache_stops_before_a_layer():
     assert model.run_with_cache(tokens)[0].shape == (2, 8, 11)  # nothing stays behind
 
 
+@pytest.mark.parametrize("attn_sinks", [True, False])
+def test_a_hook_may_write_into_z(attn_sinks):
+    model = tiny_model(full_config(attn_sinks=attn_sinks), dtype=torch.float64)
+    tokens, gradients = random_tokens(model), []
+
+    def in_place(z, hook):
+        z[:, :, 0] = 0.0
+        return z
+
+    def out_of_place(z, hook):
+        return torch.cat([torch.zeros_like(z[:, :, :1]), z[:, :, 1:]], dim=2)
+
+    for hook in (in_place, out_of_place):
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", hook)]):
+            loss = model(tokens, return_type="loss")
+        gradients.append(torch.autograd.grad(loss, [model.blocks[0].attn.W_V, model.blocks[0].attn.W_O]))
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_second_derivatives_need_explicit_attention():
     model = tiny_model(full_config(), dtype=torch.float64)
     tokens = random_tokens(model)

@@ -9,7 +9,7 @@ An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 % density a tensor 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,12 @@ _OVERHEAD = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compact:
-    """A tensor of `shape` that is zero except for `values` at the increasing row-major `positions`."""
+    """A tensor of `shape` that is zero except for `values` at the increasing row-major `positions`.
+
+    Two of them are equal if they are the same object.
+    """
 
     values: Shaped[Tensor, "kept"]
     positions: Int[Tensor, "kept"]
@@ -47,6 +50,10 @@ class Compact:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Compact:
         """A copy elsewhere, or of another dtype."""
         return Compact(self.values.to(device, dtype, copy=True), self.positions.to(device, copy=True), self.shape)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Compact:
+        """With what a function makes of its tensors, such as those elsewhere."""
+        return Compact(function(self.values), function(self.positions), self.shape)
 
     def dense(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor, with zeros."""

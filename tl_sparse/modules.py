@@ -86,6 +86,8 @@ class Attention(WeightsHolder):
         fused = mask is None and not (_is_used(self.hook_attn_scores) or _is_used(self.hook_pattern))
         if fused:
             z = fused_attention(q, k, v, self.scale, self.sink)
+            if z.requires_grad and _is_used(self.hook_z):
+                z = z.clone()  # a hook may write into it, but the backward needs it as it was
         else:
             z = self._explicit_attention(q, k, v, mask)
         z = self.hook_z(z if last is None else at(z, last))

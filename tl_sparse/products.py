@@ -35,8 +35,8 @@ class Compressed:
 
     @classmethod
     def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> Compressed:
-        starts, indices = torch.zeros(n_rows + 1, dtype=torch.int64), torch.empty(n_entries, dtype=torch.int32)
-        return cls(starts, indices, like.new_empty(n_entries), n_columns)
+        starts = like.new_zeros(n_rows + 1, dtype=torch.int64)
+        return cls(starts, like.new_empty(n_entries, dtype=torch.int32), like.new_empty(n_entries), n_columns)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,27 +51,58 @@ class Compressed:
 
 
 class WeightsHolder(nn.Module):
-    """A part of the network whose weights can be held compact, not as parameters: then a dense copy of one is made each
-    time it is asked for, and what is done to that copy is lost."""
+    """A part of the network whose weights can be held compact, not as parameters.
+
+    Then a dense copy of one is made each time it is asked for, and what is done to that copy is lost. A weight that is
+    assigned, or loaded from a state_dict, is held compact again.
+    """
 
     def hold_compact(self, name: str, weight: Compact) -> None:
         """Hold a weight so, in the place of the parameter."""
-        del self._parameters[name]
+        self._parameters.pop(name, None)
         self.__dict__.setdefault("compact", {})[name] = weight
+
+    @property
+    def _held(self) -> dict[str, Compact]:
+        return self.__dict__.get("compact", {})
 
     def compact_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and dense copy of each weight that is held compact."""
-        return ((name, getattr(self, name)) for name in self.__dict__.get("compact", {}))
+        return ((name, getattr(self, name)) for name in self._held)
 
     def __getattr__(self, name: str) -> Any:
         if (held := self.__dict__.get("compact", {}).get(name)) is not None:
-            like = next(self.parameters())
-            return held.dense(like.device, like.dtype)
+            return held.dense(held.values.device, held.dtype)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._held and isinstance(value, Tensor):
+            self.hold_compact(name, Compact.of(value))
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, held in self._held.items():
+            self.hold_compact(name, held.mapped(fn))
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update((prefix + name, weight) for name, weight in self.compact_weights())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        state_dict = dict(state_dict)
+        for name, held in self._held.items():
+            value = state_dict.pop(prefix + name, None)
+            if value is None:
+                missing.append(prefix + name)
+            elif value.shape != held.shape:
+                errors.append(f"size mismatch for {prefix + name}: {list(value.shape)}, not {list(held.shape)}")
+            else:
+                self.hold_compact(name, Compact.of(value.to(held.values)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class Product(nn.Module):
@@ -79,7 +110,8 @@ class Product(nn.Module):
 
     On a CPU with numba its nonzero entries are taken out once, and again after any change of the weights, which is
     noticed by a checksum. `kernels` = "auto" uses them alone where the measured times of both ways say so; gradients
-    are those of the dense product. Products of fewer than 32 tokens are dense, unless the weights are held compact.
+    are those of the dense product. Products of fewer than 32 tokens are dense, unless the weights are held compact;
+    so are all under autocast and in `torch.compile`. `torch.func` needs "dense".
     """
 
     def __init__(self, owner: nn.Module, names: Sequence[str], pattern: str) -> None:
@@ -88,12 +120,11 @@ class Product(nn.Module):
         self.__dict__["owner"] = owner  # not a part of this
         self.names, self.pattern = names, pattern
         self.kernels: Kernels = "auto"
-        self._checksums: object = None
-        self._n_nonzero = 0
-        self._entries: Compressed | None = None
+        # Of which weights, how many entries are not zero, and these once needed. Replaced whole: threads may share it.
+        self._taken: tuple[tuple[Any, ...], int, Compressed | None] = (), 0, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_checksums": None, "_entries": None}
+        return self.__dict__ | {"_taken": ((), 0, None)}
 
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
         """W."""
@@ -114,27 +145,34 @@ class Product(nn.Module):
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernel("multiply", x) is None:
             return None
         if self._is_compact:
-            if self._checksums != (x.dtype,):
-                self._checksums, self._entries = (x.dtype,), self._of_compact(x.dtype)
-            return self._entries
-        if self.kernels == "dense" or x.numel() < MIN_TOKENS * x.shape[-1]:
-            return None
-        parts = [getattr(self.owner, name).detach().contiguous() for name in self.names]
-        if parts[0].dtype != x.dtype:
-            return None
-        checksums = parts[0].dtype, *map(_checksum, parts)
-        if checksums != self._checksums:
-            self._checksums, self._entries = checksums, None
-            self._n_nonzero = sum(int(part.count_nonzero()) for part in parts)
+            weights = x.dtype, *(self.owner.compact[name] for name in self.names)
+            known, _, entries = self._taken
+            if known != weights or entries is None:
+                entries = self._of_compact(x.dtype)
+                self._taken = weights, len(entries.values), entries
+            return entries
+        few_tokens = x.numel() < MIN_TOKENS * x.shape[-1]
+        return None if self.kernels == "dense" or few_tokens else self._of_dense(x)
+
+    def _of_dense(self, x: Tensor) -> Compressed | None:
+        parts = [getattr(self.owner, name).detach() for name in self.names]
         d_in, n_weights = x.shape[-1], sum(part.numel() for part in parts)
-        if self.kernels == "auto" and not _pays(x.numel() // d_in, d_in, n_weights // d_in, self._n_nonzero):
+        sizes = x.numel() // d_in, d_in, n_weights // d_in
+        auto = self.kernels == "auto"
+        if parts[0].dtype != x.dtype or (auto and not _pays(*sizes, n_nonzero=0)):
             return None
-        if self._entries is None:
+        weights = x.dtype, *map(_checksum, parts)
+        known, n_nonzero, entries = self._taken
+        if known != weights:
+            n_nonzero, entries = sum(int(part.count_nonzero()) for part in parts), None
+        pays = not auto or _pays(*sizes, n_nonzero)
+        if pays and entries is None:
             matrix = self.matrix().contiguous()
-            by_input = Compressed.empty(d_in, n_weights // d_in, self._n_nonzero, matrix)
+            by_input = Compressed.empty(d_in, n_weights // d_in, n_nonzero, matrix)
             kernel("compress", matrix)(matrix, *by_input.parts)
-            self._entries = by_input.transposed
-        return self._entries
+            entries = by_input.transposed
+        self._taken = weights, n_nonzero, entries
+        return entries if pays else None
 
     @property
     def _is_compact(self) -> bool:
@@ -160,8 +198,9 @@ class Product(nn.Module):
 
 def _checksum(weight: Tensor) -> int:
     """A number that changes with the weight."""
-    n = weight.numel()
-    return sum(shared_out(kernel("checksum", weight), n, n, bits(weight).view(-1)))
+    stored = weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight  # a tied unembedding, for one
+    flat = bits(stored.contiguous()).view(-1).numpy()
+    return sum(shared_out(kernel("checksum", weight), len(flat), len(flat), flat.view(f"u{flat.itemsize}")))
 
 
 def _numbered(axes: list[str], at: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:

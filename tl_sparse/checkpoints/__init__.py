@@ -50,9 +50,11 @@ def load(
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
         kernels: how weights multiply, see `tl_sparse.products.Product`: "sparse" by their nonzero entries, where that
-            can be (on a CPU with numba, in float32 and float64); "auto" where it is faster; "dense" never.
+            can be (on a CPU with numba, in float32 and float64, from 32 tokens on, not under autocast or in
+            `torch.compile`); "auto" where it is faster; "dense" never.
         dense_weights: False keeps of the weights of the blocks only what is not zero, to look at and to run: `W_in` and
-            the others are then no parameters but dense copies, made when they are asked for.
+            the others are then no parameters but dense copies, made when they are asked for. Without numba, that is
+            whenever they multiply.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def _compiled() -> Any:
     try:
         from tl_sparse.kernels import products, topk
 
-        products.checksum(torch.zeros(1, dtype=torch.int32).numpy(), 0, 1)  # can it compile?
+        products.checksum(np.zeros(1, np.uint32), 0, 1)  # can it compile?
     except ImportError:
         return None
     except Exception as error:  # for one, there is no folder where numba could keep what it compiles

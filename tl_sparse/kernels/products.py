@@ -24,24 +24,31 @@ _compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
 @njit(cache=True, nogil=True)
 def checksum(bits: Array, first: int, last: int) -> int:
-    """The share of the entries [first, last) in a number that any change of a single entry changes, and others but
-    for a chance of 2^-32 or less."""
+    """The share of the entries [first, last) in a number that any change of a single entry changes, and others but for
+    a chance of about 2^-32; `bits` are unsigned.
+
+    Each entry is mixed with its place, by steps that can all be undone (as in MurmurHash3), before it is added.
+    """
     T = bits.dtype.type
-    part, total = bits[first:last], T(0)
+    part, total, half = bits[first:last], T(0), T(4 * bits.itemsize - 1)
     for i in range(len(part)):
-        total = T(total + T(part[i] * T(2 * (first + i) + 1)))
+        x = T(part[i] ^ T(T(first + i) * T(0x9E3779B1)))
+        x = T(x * T(0x85EBCA6B))
+        x = T(x ^ T(x >> half))
+        x = T(x * T(0xC2B2AE35))
+        total = T(total + T(x ^ T(x >> T(half - T(2)))))
     return int(total)
 
 
 @njit(cache=True, nogil=True)
 def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> None:
     """The nonzero entries, row by row; those of row r are [starts[r], starts[r + 1])."""
-    n = _U(0)
+    n, room = _U(0), _U(len(values))
     for row in range(len(matrix)):
         starts[row] = n
         for column in range(matrix.shape[1]):
             value = matrix[row, column]
-            if value != 0:
+            if value != 0 and n < room:  # more than were counted: another thread is changing the weights
                 indices[n], values[n] = column, value
                 n += _U(1)
     starts[len(matrix)] = n
