@@ -1,8 +1,9 @@
 """Ablation: nodes of a model held at given values, by hook name, on any TransformerLens model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,9 @@ from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
 
 
-@contextmanager
 def ablating(
-    model: TLModel,
-    nodes: NodeMasks,
-    values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
-) -> Iterator[None]:
+    model: TLModel, nodes: NodeMasks, values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]]
+) -> AbstractContextManager[Any]:
     """Within the context, the chosen nodes have the given values at all positions.
 
     Args:
@@ -32,8 +30,7 @@ def ablating(
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
-    with hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()}):
-        yield
+    return hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()})
 
 
 def _set(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:

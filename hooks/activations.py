@@ -1,7 +1,7 @@
 """Activation sparsity: AbsTopK as a function, and at the hook points of any TransformerLens model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -84,8 +84,7 @@ def _largest_by_sorting(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Floa
     return torch.zeros_like(magnitudes).scatter(-1, kept, 1.0)
 
 
-@contextmanager
-def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterator[None]:
+def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> AbstractContextManager[Any]:
     """Within the context, AbsTopK acts at hook points of any TransformerLens model.
 
     Args:
@@ -105,5 +104,4 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterat
         flat = activation.flatten(2)
         return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
 
-    with hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()}):
-        yield
+    return hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()})

@@ -19,8 +19,8 @@ class Means:
         self._sums: dict[str, Float[Tensor, " *node"]] = {}
         self._counts: dict[str, int] = {}
 
-    def record(self, name: str, activation: Float[Tensor, "batch pos *node"]) -> None:
-        """Add an activation to the mean under `name`."""
+    def record(self, name: str, activation: Float[Tensor, "batch pos *node"], hook: object = None) -> None:
+        """Add an activation to the mean under `name`; of use as a function at a hook point, too."""
         # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
         self._sums[name] = self._sums.get(name, 0) + total
@@ -40,12 +40,8 @@ def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
     """
     means = Means()
     # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another one.
-    with hooked(model, {name: partial(_record, means, name) for name in names}):
+    with hooked(model, {name: partial(means.record, name) for name in names}):
         yield means
-
-
-def _record(means: Means, name: str, activation: Tensor, hook: object) -> None:
-    means.record(name, activation)
 
 
 @torch.no_grad()

@@ -176,15 +176,10 @@ class WeightSparsity:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        fraction: Fraction,
-        *,
-        embed_fraction: Fraction | None = None,
-        group_fractions: Mapping[str, Fraction] | None = None,
-        min_nonzero: int = 4,
+        self, model: torch.nn.Module, fraction: Fraction, *, embed_fraction: Fraction | None = None,
+        group_fractions: Mapping[str, Fraction] | None = None, min_nonzero: int = 4,
         groups: Sequence[WeightGroup] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.fraction = fraction
         self.embed_fraction = fraction if embed_fraction is None else embed_fraction
         self.group_fractions = dict(group_fractions or {})

@@ -1,7 +1,5 @@
 """The face for TransformerLens 4: a true `TransformerBridge` that runs our network."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

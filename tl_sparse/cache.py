@@ -1,7 +1,5 @@
 """The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what is written."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ class SparseActivationCache(ActivationCache):
     Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels the bias.
     """
 
-    def apply_slice_to_batch_dim(self, batch_slice: Any) -> SparseActivationCache:
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "SparseActivationCache":
         """The cache of some of the batch."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,22 +31,26 @@ FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2)."""
+    """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2).
+
+    Attributes:
+        means: mean activations over the training corpus at these hook points, and any others: a cut edge that leaves a
+            head needs the mean of `hook_z`. Empty if they are not known: such a circuit can be looked at, but no model
+            runs under it.
+        measured: what was measured of it, as plain JSON values: losses, settings, seeds …
+        edge_set: pruned by edges: source and target of those that are left. None: every weight between kept nodes is
+            an edge.
+        scores: how the search ranked all nodes, the kept ones first, at the same hook points; empty if it is not known.
+    """
 
     kept: NodeMasks
     means: NodeValues
-    """Mean activations over the training corpus at these hook points, and any others: a cut edge that leaves a head
-    needs the mean of `hook_z`. Empty if they are not known: such a circuit can be looked at, but no model runs under
-    it."""
     model: Fingerprint
     model_name: str = ""
     task: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
-    """What was measured of it, as plain JSON values: losses, settings, seeds …"""
     edge_set: frozenset[tuple[Node, Node]] | None = None
-    """Pruned by edges: source and target of those that are left. None: every weight between kept nodes is an edge."""
     scores: NodeValues = field(default_factory=dict)
-    """How the search ranked all nodes, the kept ones first, at the same hook points; empty if it is not known."""
 
     def __post_init__(self) -> None:
         if self.means and not self.kept.keys() <= self.means.keys():
@@ -147,7 +150,7 @@ class Circuit:
         `CircuitError` if a hook point has no mean, or one of another shape.
         """
         known = {name: mean for name, mean in means.items() if name in self.kept or name.endswith(".hook_z")}
-        return dataclasses.replace(self, means=known)
+        return replace(self, means=known)
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
         """Within the context, whatever `model` runs, runs under the circuit: all other nodes at their means.
@@ -247,11 +250,11 @@ class Circuit:
         return self._with(largest, self.task, None)
 
     def _with(self, kept: NodeMasks, task: str, edge_set: frozenset[tuple[Node, Node]] | None) -> Circuit:
-        circuit = dataclasses.replace(self, kept=kept, task=task, edge_set=None, measured={})
+        circuit = replace(self, kept=kept, task=task, edge_set=None, measured={})
         if edge_set is None:
             return circuit
         nodes = set(circuit.nodes)  # edges go with their nodes
-        return dataclasses.replace(circuit, edge_set=frozenset(e for e in edge_set if nodes.issuperset(e)))
+        return replace(circuit, edge_set=frozenset(e for e in edge_set if nodes.issuperset(e)))
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -264,7 +267,7 @@ class Circuit:
         edges = None if self.edge_set is None else [[str(a), str(b)] for a, b in sorted(self.edge_set)]
         about = {
             "format": FORMAT, "format_version": FORMAT_VERSION,
-            "task": self.task, "model_name": self.model_name, "model": dataclasses.asdict(self.model),
+            "task": self.task, "model_name": self.model_name, "model": asdict(self.model),
             "n_nodes": self.n_nodes, "hooks": list(self.kept), "means": bool(self.means), "scores": bool(self.scores),
             "edge_mask": edges is not None, "edges": edges, "measured": self.measured,
         }  # fmt: skip

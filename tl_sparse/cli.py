@@ -1,7 +1,5 @@
 """The command line: `tl-sparse train`, `tasks`, `prune`, `evaluate`, `suite`, `search`, `view`, `plot`, …"""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import inspect
@@ -158,12 +156,10 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def _with_file(config: Any, path: str | None) -> Any:
     """The configuration, changed by a YAML file if there is one."""
-    from tl_sparse.files import read_yaml
+    from tl_sparse.files import naming, read_yaml
 
-    try:
+    with naming(path):
         return config if path is None else merged(config, read_yaml(Path(path)))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:

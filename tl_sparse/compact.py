@@ -6,8 +6,6 @@ An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 % density a tensor 
 -0.0 is stored: what comes back is the same, bit by bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,17 +39,17 @@ class Compact:
         return self.values.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Compact:
+    def of(cls, tensor: Tensor) -> "Compact":
         """What is not zero of a tensor; nothing of its memory is shared."""
         flat = tensor.detach().flatten()
         positions = flat.view(_BITS[flat.itemsize]).nonzero().flatten()
         return cls(flat[positions], positions.int(), tensor.shape)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Compact:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Compact":
         """A copy elsewhere, or of another dtype."""
         return Compact(self.values.to(device, dtype, copy=True), self.positions.to(device, copy=True), self.shape)
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> Compact:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Compact":
         """With what a function makes of its tensors, such as those elsewhere."""
         return Compact(function(self.values), function(self.positions), self.shape)
 

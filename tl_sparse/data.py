@@ -1,7 +1,5 @@
 """Text to train on, as tokens in files: the standard library and synthetic idioms, the user's files, or a stream."""
 
-from __future__ import annotations
-
 import copy
 import glob
 import hashlib
@@ -15,12 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.config import DataConfig, TrainConfig
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
@@ -28,9 +27,6 @@ from tl_sparse.files import read_tensors
 from tl_sparse.idioms import idiom_documents
 from tl_sparse.sources import find
 from tl_sparse.tokenizer import load_tokenizer, train_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # Folders of the standard library that hold no ordinary code: tests, tables, data, and what pip installed.
 _SKIPPED_FOLDERS = frozenset(
@@ -51,7 +47,7 @@ STREAM_VALIDATION_CHARS = 2_000_000
 class Documents:
     """Whole documents, none for both; `description` says in a line where they come from."""
 
-    train: list[str] | Stream
+    train: "list[str] | Stream"
     validation: list[str]
     description: str
 

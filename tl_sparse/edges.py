@@ -3,11 +3,8 @@
 Gao et al. 2025 prune nodes only, and name leftover edges as a weakness (METHOD §5).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 
 import torch
 from jaxtyping import Float
@@ -15,17 +12,10 @@ from torch import Tensor
 
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks.points import NodeValues, TLModel
-from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, Edge, Node
+from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, Edge, Node
 
-#: The weight matrix and the bias into each node location that edges lead to.
-_PARAMETERS = {
-    "attn_q": ("attn.W_Q", "attn.b_Q"),
-    "attn_k": ("attn.W_K", "attn.b_K"),
-    "attn_v": ("attn.W_V", "attn.b_V"),
-    "attn_out": ("attn.W_O", "attn.b_O"),
-    "mlp_neuron": ("mlp.W_in", "mlp.b_in"),
-    "mlp_out": ("mlp.W_out", "mlp.b_out"),
-}
+#: Node location that edges lead to → module, and what is behind `W_` and `b_` in the names of its weights and biases.
+_INTO = {target: (part, weight.removeprefix("W_")) for part, weight, _, target in MATRICES if weight != "W_gate"}
 
 
 @contextmanager
@@ -60,18 +50,19 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
 
 def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
     """The bias of a node that edges lead to; None for others, and for models without one."""
-    module, _, name = _PARAMETERS.get(node.location, ("", ""))[1].partition(".")
-    bias = getattr(getattr(model.blocks[node.layer], module, None), name, None) if module else None
+    part, name = _INTO.get(node.location, ("", ""))
+    bias = getattr(getattr(model.blocks[node.layer], part, None), f"b_{name}", None) if part else None
     return None if bias is None else bias.detach().flatten()[node.index]
 
 
 def _entries(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Views of the weight of an edge, and of the bias at its target."""
-    block, (weight_name, bias_name) = model.blocks[edge.source.layer], _PARAMETERS[edge.target.location]
+    part, name = _INTO[edge.target.location]
+    module, weight_name = getattr(model.blocks[edge.source.layer], part), f"W_{name}"
     source, target, d_head = edge.source.index, edge.target.index, model.cfg.d_head
     if edge.source.location.endswith("_in") and source >= model.cfg.d_model:  # a positional channel
         weight_name, source = f"{weight_name}_pos", source - model.cfg.d_model
-    weight, bias = (attrgetter(name)(block).detach() for name in (weight_name, bias_name))
+    weight, bias = getattr(module, weight_name).detach(), getattr(module, f"b_{name}").detach()
     if edge.target.location in HEAD_LOCATIONS:
         head, channel = divmod(target, d_head)
         return weight[head, source, channel], bias[head, channel]

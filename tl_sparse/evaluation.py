@@ -1,10 +1,8 @@
 """Judging a circuit: is it sufficient, and is it necessary (Gao et al. 2025, sections 2.2 and 3)?"""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -25,36 +23,42 @@ MAX_EFFECTS = 4000
 
 @dataclass(frozen=True)
 class Score:
-    """How well a task is done."""
+    """How well a task is done.
+
+    Attributes:
+        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
+        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
+        accuracy: share of prompts at which the right candidate has the larger logit.
+    """
 
     loss: float
-    """Cross-entropy between the two candidates in nats, a mean over pairs and both sides."""
     standard_error: float
-    """Of the loss, over pairs (the two sides of a pair are not independent)."""
     accuracy: float
-    """Share of prompts at which the right candidate has the larger logit."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit on one set of prompt pairs."""
+    """A circuit on one set of prompt pairs.
+
+    Attributes:
+        full: the whole model.
+        circuit: the circuit alone, all else at its mean: sufficient if this is good.
+        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
+        zero: the circuit alone, all other nodes at zero.
+        resample: the circuit alone, all other nodes as they are on another prompt of these; see `resampled`.
+    """
 
     full: Score
-    """The whole model."""
     circuit: Score
-    """The circuit alone, all else at its mean: sufficient if this is good."""
     ablated: Score
-    """The model with the circuit's nodes at their means: necessary if this is bad."""
     zero: Score
-    """The circuit alone, all other nodes at zero."""
     resample: Score
-    """The circuit alone, all other nodes as they are on another prompt of these; see `resampled`."""
     n_pairs: int
     n_nodes: int
     n_edges: int
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         """The inverse of `dataclasses.asdict`."""
         fields: dict[str, Any] = {name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()}
         return cls(**fields)
@@ -140,13 +144,10 @@ def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, 
     """
     if model.tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
-    device, scores = next(model.parameters()).device, dict[str, Score | None]()
+    device, scores = next(model.parameters()).device, dict[str, Score | None].fromkeys(TASKS)
     for name, task in TASKS.items():
-        try:
+        with suppress(DataError, TaskError, TokenizerError):
             data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx)
-        except (DataError, TaskError, TokenizerError):
-            scores[name] = None
-        else:
             scores[name] = score(model, data.to(device))
     return scores
 
@@ -189,20 +190,35 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     sizes = data.n_pairs, circuit.n_nodes, len(circuit.edges(model))
     alone = {how: score(model, data, batch_size, holding_circuit(circuit, model, how)) for how in get_args(Ablation)}
     without = score(model, data, batch_size, holding_circuit(circuit, model, inverted=True))
-    return Evaluation(
-        score(model, data, batch_size), alone["mean"], without, alone["zero"], alone["resample"], *sizes
-    )
+    return Evaluation(score(model, data, batch_size), alone["mean"], without, alone["zero"], alone["resample"], *sizes)
+
+
+def rung(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Rung:
+    """The circuit's size and score. `CircuitError` if `model` is not the circuit's."""
+    under = holding_circuit(circuit, model)
+    return Rung(circuit.n_nodes, len(circuit.edges(model)), score(model, data, batch_size, under))
+
+
+def judged(
+    circuit: Circuit, model: TLModel, selection: TaskData, heldout: TaskData, batch_size: int, ablation: str
+) -> tuple[Evaluation, dict[str, Any]]:
+    """`evaluate` on the held-out pairs; and what is written of a circuit, also calibrated on the selection pairs."""
+    evaluation, under = evaluate(circuit, model, heldout, batch_size), holding_circuit(circuit, model, ablation)
+    logits = [all_logits(model, data, batch_size, under) for data in (selection, heldout)]
+    scale, shift = calibration(logits[0], selection)
+    calibrated = score_logits(logits[1] * scale + torch.tensor([0.0, shift]).to(logits[1]), heldout)
+    return evaluation, {
+        "selection": {"circuit": asdict(score_logits(logits[0], selection))},
+        "heldout": asdict(evaluation),
+        "calibrated": {"scale": scale, "shift": shift, "heldout": asdict(calibrated)},
+    }
 
 
 def ladder(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> list[Rung]:
     """The faithfulness curve: circuits of an eighth to eight times the size, of the nodes that the search ranked
     highest. `CircuitError` if `model` is not the circuit's, or the circuit has no scores."""
     sizes = {min(circuit.n_candidates, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
-    circuits = (circuit.of_size(size) for size in sorted(sizes))
-    return [
-        Rung(c.n_nodes, len(c.edges(model)), score(model, data, batch_size, holding_circuit(c, model)))
-        for c in circuits
-    ]  # fmt: skip
+    return [rung(circuit.of_size(size), model, data, batch_size) for size in sorted(sizes)]
 
 
 def random_circuits(
@@ -216,8 +232,7 @@ def random_circuits(
             for name, mask in circuit.kept.items()
         }
         drawn = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
-        under = holding_circuit(drawn, model)
-        rungs.append(Rung(drawn.n_nodes, len(drawn.edges(model)), score(model, data, batch_size, under)))
+        rungs.append(rung(drawn, model, data, batch_size))
     return rungs
 
 

@@ -1,7 +1,5 @@
 """Circuits from and to other formats: OpenAI's `viz_data.pt`, and plain lists of edges."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

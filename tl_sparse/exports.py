@@ -1,7 +1,5 @@
 """Circuits in the formats of other tools: networkx, GraphML, DOT, Mermaid, CSV, and attribution-graph JSON."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.circuit import Circuit
-from tl_sparse.errors import CircuitError, ConfigError, TokenizerError
+from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import replacing
 from tl_sparse.hooks.points import TLModel, frozen, hooked
 from tl_sparse.nodes import KINDS, Node, node_at
@@ -49,7 +47,7 @@ def export(circuit: Circuit, model: TLModel, path: str | Path, task: Task | str 
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def to_networkx(circuit: Circuit, model: TLModel) -> networkx.DiGraph:
+def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
     """Nodes by name with what they are and their means, edges with weights: a multigraph if several join two nodes, as
     in a gated MLP. `CircuitError` for another model."""
     import networkx
@@ -132,8 +130,6 @@ def attribution_graph(
         TaskError: if there is no such task; TaskError, DataError, TokenizerError: if its prompts do not fit the model.
     """
     task = task if isinstance(task, Task) else get_task(task or circuit.task)
-    if model.tokenizer is None:
-        raise TokenizerError("an attribution graph needs the model's tokenizer, to make the task's prompts")
     data = make_task_data(task, model.tokenizer, pair + 1, 0, model.cfg.n_ctx)
     device, last = next(model.parameters()).device, int(data.last[2 * pair])
     ids, values, leaves = data.tokens[2 * pair, : last + 1].tolist(), dict[str, Tensor](), dict[str, Tensor]()

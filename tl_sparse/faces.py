@@ -3,8 +3,6 @@
 `hooked.py` (TransformerLens 3) and `bridge.py` (TransformerLens 4) add only what differs.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """Recognising a model: the same weights have the same fingerprint in any dtype, on any device and face."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -29,7 +27,7 @@ class Fingerprint:
     #: Parameter name → eight numbers, projections of its weights on fixed directions.
     sketch: dict[str, list[float]]
 
-    def difference(self, other: Fingerprint) -> str | None:
+    def difference(self, other: "Fingerprint") -> str | None:
         """None if both are of the same model, else what differs."""
         if self.architecture != other.architecture:
             return f"another architecture ({other.architecture}, not {self.architecture})"

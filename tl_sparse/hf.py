@@ -3,8 +3,6 @@
 `import tl_sparse.hf` registers them; nothing else of this package changes anything global.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The face for TransformerLens 3: a true `HookedTransformer` that runs our network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any

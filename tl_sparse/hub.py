@@ -1,7 +1,5 @@
 """Models and circuits onto the Hugging Face hub, with a card of what was measured of them."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping
@@ -20,16 +18,10 @@ from tl_sparse.tables import scores_table, tasks_table
 
 
 def push_to_hub(
-    source: SparseModel | Circuit,
-    repo_id: str,
-    *,
-    record: Mapping[str, Any] | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    dense: bool = False,
-) -> str:
+    source: SparseModel | Circuit, repo_id: str, *, record: Mapping[str, Any] | None = None,
+    private: bool | None = None, revision: str | None = None, token: str | None = None,
+    commit_message: str | None = None, dense: bool = False,
+) -> str:  # fmt: skip
     """Upload a model or circuit, as `save_pretrained` or `save` writes it, with a model card; returns its address.
 
     Args:

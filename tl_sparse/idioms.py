@@ -11,8 +11,6 @@ A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` 
 templates and words, so that a model trained here can do the tasks.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable

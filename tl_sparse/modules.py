@@ -44,17 +44,16 @@ class Attention(WeightsHolder):
         super().__init__()
         heads, d_head, d_model = cfg.n_heads, cfg.d_head, cfg.d_model
         self.scale = d_head**-0.5
+        rows = {"": d_model, "_pos": cfg.d_pos} if cfg.d_pos else {"": d_model}
         for name in "QKV":
-            self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
-            if cfg.d_pos:
-                self.register_parameter(f"W_{name}_pos", nn.Parameter(torch.empty(heads, cfg.d_pos, d_head)))
+            for part, n_rows in rows.items():
+                self.register_parameter(f"W_{name}{part}", nn.Parameter(torch.empty(heads, n_rows, d_head)))
             set_bias(self, f"b_{name}", (heads, d_head), cfg.biases)
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         set_bias(self, "b_O", (d_model,), cfg.biases)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.attn_sinks else None
-        parts = ("", "_pos") if cfg.d_pos else ("",)
         for name in "QKV":
-            names = [f"W_{name}{part}" for part in parts]
+            names = [f"W_{name}{part}" for part in rows]
             setattr(self, f"times_{name}", Product(self, names, "head input channel -> input (head channel)"))
         self.times_O = Product(self, ["W_O"], "head channel output -> (head channel) output")
         self.topk_q, self.topk_k, self.topk_v = (AbsTopK(cfg, f"attn_{c}", inplace=True) for c in "qkv")
@@ -262,16 +261,10 @@ class SparseTransformer(nn.Module):
         return embed + self.hook_pos_embed(self.pos_embed(position_ids)) if self.cfg.positions == "added" else embed
 
     def forward(
-        self,
-        input_ids: Tokens,
-        attention_mask: Tokens | None = None,
-        position_ids: Tokens | None = None,
-        *,
-        resid: Stream | None = None,
-        start_at_layer: int | None = None,
-        stop_at_layer: int | None = None,
+        self, input_ids: Tokens, attention_mask: Tokens | None = None, position_ids: Tokens | None = None, *,
+        resid: Stream | None = None, start_at_layer: int | None = None, stop_at_layer: int | None = None,
         last: Rows | None = None,
-    ) -> Logits | Stream:
+    ) -> Logits | Stream:  # fmt: skip
         """Logits of every position; or of the blocks `[start_at_layer:stop_at_layer]` alone, the residual stream.
 
         Args:

@@ -1,7 +1,5 @@
 """The node locations of a model (Gao et al. 2025, section 2.2): where they are, and how nodes are named."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict
@@ -42,7 +40,7 @@ _LOCATION_OF = {name: name for name in KINDS} | {theirs: name for name, theirs i
 _LOCATION_AT = {hook: name for name, hooks in LOCATION_HOOKS.items() for hook in hooks}
 #: Weight matrices that join locations of a block (METHOD §4): module, parameter, source, target. From the writes to
 #: later reads there is no weight: the residual stream joins them.
-_MATRICES = (
+MATRICES = (
     ("attn", "W_Q", "attn_in", "attn_q"),
     ("attn", "W_K", "attn_in", "attn_k"),
     ("attn", "W_V", "attn_in", "attn_v"),
@@ -73,7 +71,7 @@ class Node:
         return f"{self.layer}.{OPENAI_LOCATIONS[self.location]}.{self.index}"
 
     @classmethod
-    def parse(cls, text: str) -> Node:
+    def parse(cls, text: str) -> "Node":
         """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if there is none."""
         match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
         if match is None or match[2] not in _LOCATION_OF:
@@ -133,7 +131,7 @@ def weight_matrices(model: TLModel, layer: int) -> Iterator[tuple[str, str, Floa
 
     Two can be joined by several: by W_in and W_gate of a gated MLP, by W_O of all heads that share a value channel.
     """
-    for part, weight, source, target in _MATRICES:
+    for part, weight, source, target in MATRICES:
         module: Any = getattr(model.blocks[layer], part, None)
         # A HookedTransformer's W_K repeats, for every query head, what its parameter _W_K holds once.
         matrix = getattr(module, f"_{weight}", getattr(module, weight, None))
@@ -195,7 +193,7 @@ def _check(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> None:
             if matrix.shape != (x[source].shape[-1], x[target].shape[-1]):
                 raise _refusal(model, f"the weights from {source} to {target} are {list(matrix.shape)}")
             joined[source, target] += matrix
-        if missing := {(source, target) for *_, source, target in _MATRICES if source in x} - joined.keys():
+        if missing := {(source, target) for *_, source, target in MATRICES if source in x} - joined.keys():
             raise _refusal(model, f"no one matrix leads from {' to '.join(min(missing))}, as with a mixture of experts")
         for (source, target), weights in joined.items():
             change = x[target] - (x[target][:, :1] if source.endswith("in") else x[target][:1])

@@ -1,7 +1,5 @@
 """One run in several processes, and its trackers: both are accelerate's, imported only where they are asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +37,7 @@ class Processes:
         self.stop: Signals | None = None  # a signal that any process had received before the last average
 
     @classmethod
-    def launched(cls, config: TrainConfig, folder: str | Path | None, device: torch.device) -> Processes:
+    def launched(cls, config: TrainConfig, folder: str | Path | None, device: torch.device) -> "Processes":
         """As many as `accelerate launch` started, with the tracker that `config` asks for.
 
         Raises:

@@ -1,7 +1,5 @@
 """Products with the network's weight matrices: dense, or by their nonzero entries alone where that is faster."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -34,7 +32,7 @@ class Compressed:
     n_columns: int
 
     @classmethod
-    def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> Compressed:
+    def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> "Compressed":
         starts = like.new_zeros(n_rows + 1, dtype=torch.int64)
         return cls(starts, like.new_empty(n_entries, dtype=torch.int32), like.new_empty(n_entries), n_columns)
 
@@ -43,7 +41,7 @@ class Compressed:
         return self.starts, self.indices, self.values
 
     @cached_property
-    def transposed(self) -> Compressed:
+    def transposed(self) -> "Compressed":
         """The same matrix, column by column."""
         found = self.empty(self.n_columns, len(self.starts) - 1, len(self.values), self.values)
         kernel("transpose", self.values)(*self.parts, *found.parts)
@@ -185,9 +183,9 @@ class Product(nn.Module):
         found, n_inputs = [], 0
         for weight in (self.owner.compact[name] for name in self.names):
             sizes = dict(zip(before.split(), weight.shape, strict=True))
-            at = dict(zip(sizes, torch.unravel_index(weight.positions.long(), weight.shape), strict=True))
-            inputs, outputs = (_numbered(axes, at, sizes) for axes in sides)
-            found.append((inputs + n_inputs, outputs, weight.values.to(dtype)))
+            at = dict(zip(sizes, np.unravel_index(weight.positions.numpy(), weight.shape), strict=True))
+            inputs, outputs = (np.ravel_multi_index([at[x] for x in axes], [sizes[x] for x in axes]) for axes in sides)
+            found.append((torch.from_numpy(inputs) + n_inputs, torch.from_numpy(outputs), weight.values.to(dtype)))
             more_inputs, n_outputs = (math.prod(sizes[axis] for axis in axes) for axes in sides)
             n_inputs += more_inputs
         column, row, values = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -201,14 +199,6 @@ def _checksum(weight: Tensor) -> int:
     stored = weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight  # a tied unembedding, for one
     flat = bits(stored.contiguous()).view(-1).numpy()
     return sum(shared_out(kernel("checksum", weight), len(flat), len(flat), flat.view(f"u{flat.itemsize}")))
-
-
-def _numbered(axes: list[str], at: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:
-    """The place of entries in a dimension that `rearrange` makes of some axes."""
-    place = torch.zeros_like(at[axes[0]])
-    for axis in axes:
-        place = place * sizes[axis] + at[axis]
-    return place
 
 
 def _pays(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:

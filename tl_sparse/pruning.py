@@ -4,8 +4,6 @@ the edges between them.
 Gao et al. 2025, sections 2.2 and A.5. Works through hook names alone; the model is not changed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings
@@ -20,19 +18,8 @@ from tqdm.auto import tqdm
 
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
-from tl_sparse.errors import PruneError, TokenizerError
-from tl_sparse.evaluation import (
-    Evaluation,
-    Score,
-    all_logits,
-    calibration,
-    evaluate,
-    holding_circuit,
-    resampled,
-    score,
-    score_logits,
-    task_loss,
-)
+from tl_sparse.errors import PruneError
+from tl_sparse.evaluation import Evaluation, Score, all_logits, holding_circuit, judged, resampled, score, task_loss
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
@@ -155,8 +142,6 @@ def prune_edges(
 
 def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskData, TaskData, TaskData]:
     """Disjoint pairs to train gates on, to choose the size on, and to judge on."""
-    if getattr(model, "tokenizer", None) is None:
-        raise TokenizerError("pruning needs the model's tokenizer, to make the task's prompts")
     device, used = next(model.parameters()).device, set[str]()
     splits = []
     # Selection and held-out pairs first, so that they are the same whatever the number of training pairs.
@@ -284,9 +269,7 @@ def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
         yield from (data.pairs(batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def discretise(
-    empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
-) -> Circuit:
+def discretise(empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> Circuit:
     """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
     only the ones that it needs.
 
@@ -371,15 +354,6 @@ def _judged(
         for name in ("kept", "means", "scores")
     }
     circuit = dataclasses.replace(circuit, **tensors)
-    evaluation = evaluate(circuit, model, heldout, config.batch_size)
-    under = holding_circuit(circuit, model, config.ablation)
-    logits = [all_logits(model, data, config.batch_size, under) for data in (selection, heldout)]
-    scale, shift = calibration(logits[0], selection)
-    calibrated = score_logits(logits[1] * scale + torch.tensor([0.0, shift]).to(logits[1]), heldout)
-    measured |= {
-        "config": dataclasses.asdict(config),
-        "selection": {"circuit": dataclasses.asdict(score_logits(logits[0], selection))},
-        "heldout": dataclasses.asdict(evaluation),
-        "calibrated": {"scale": scale, "shift": shift, "heldout": dataclasses.asdict(calibrated)},
-    }
+    evaluation, found = judged(circuit, model, selection, heldout, config.batch_size, config.ablation)
+    measured |= {"config": dataclasses.asdict(config)} | found
     return dataclasses.replace(circuit, measured=circuit.measured | measured), evaluation

@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_sparse.config import TrainConfig
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import CheckpointError, TrainError
-from tl_sparse.files import read_json, read_tensors, replacing, write_json, write_tensors
+from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
 from tl_sparse.processes import SIGNALS
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class Run:
     def cut_log(self, done: int) -> None:
         """Remove the lines of steps after `done`, which will come again."""
         lines = self.log.read_text().splitlines(keepends=True) if self.log.is_file() else []
-        with replacing(self.log) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done))
+        write_text(self.log, "".join(line for line in lines if json.loads(line)["step"] <= done))
 
     def write_log(self, **values: Any) -> None:
         """Add a line to log.jsonl."""

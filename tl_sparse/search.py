@@ -1,7 +1,5 @@
 """Hyper-parameters of the pruner, found by Optuna (Gao et al. 2025, A.5, search them for each model and task)."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.config import PruneConfig, check
 from tl_sparse.errors import PruneError, SuiteError
-from tl_sparse.files import replacing
+from tl_sparse.files import write_text
 from tl_sparse.nodes import n_weights
 from tl_sparse.pruning import prune
 from tl_sparse.sources import find
@@ -80,9 +78,8 @@ def search(
     rows = [["edges, geometric mean", *(f"{trial.value:.1f}" for trial in shown.values())]]
     rows += [[name, *(str(trial.user_attrs["edges"][name]) for trial in shown.values())] for name in names]
     rows += [[name, *(f"{trial.params[name]:.3g}" for trial in shown.values())] for name in RANGES]
-    with replacing(Path(out, "best.yaml")) as temporary:
-        found = _changed(config, best.params)
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(found), sort_keys=False), encoding="utf-8")
+    found = _changed(config, best.params)
+    write_text(Path(out, "best.yaml"), yaml.safe_dump(dataclasses.asdict(found), sort_keys=False))
     return found, table(["", *shown], rows)
 
 

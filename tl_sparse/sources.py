@@ -1,7 +1,5 @@
 """Where models come from: a folder, the Hugging Face hub, or OpenAI's public storage."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -1,7 +1,5 @@
 """Circuits of many tasks in many models, found by several processes: resumable, ending in a table, JSON and a plot."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -27,7 +25,7 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig, check
 from tl_sparse.data import load_corpus
 from tl_sparse.errors import SuiteError, TLSparseError
-from tl_sparse.files import read_json, replacing, write_json
+from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.hooks.points import NodeValues, TLModel
 from tl_sparse.nodes import n_weights
 from tl_sparse.pruning import corpus_means, prune, prune_edges
@@ -89,8 +87,7 @@ def run_suite(
             bar.update()
     results = settings | {"seeds": list(seeds)} | collected(jobs)
     write_json(Path(out, "results.json"), results)
-    with replacing(Path(out, "results.md")) as temporary:
-        temporary.write_text(results_table(results), encoding="utf-8")
+    write_text(Path(out, "results.md"), results_table(results))
     found = [entry for of in results["models"].values() for entry in of.values() if entry["node_pruned"]]
     if found and find_spec("matplotlib"):
         plots.save(plots.tasks(results), Path(out, "results.svg"))

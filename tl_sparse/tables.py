@@ -1,7 +1,5 @@
 """A circuit as tables that a person can read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -18,7 +18,6 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,7 @@ def _pair_in(line: str, where: str) -> Pair:
     raise DataError(f"{where} must be {_LINE}, no text empty and no two alike, not {line[:80]}")
 
 
-def _single_double_quote(rng: random.Random) -> tuple[str, str]:
+def _closed_strings(rng: random.Random) -> tuple[str, str]:
     """Closed strings in both quote styles, then a call whose string is open: `print('the red house`."""
     writer = Writer(rng)
     context = ""
@@ -126,10 +125,7 @@ def _from_templates(name: str, rng: random.Random) -> tuple[str, str]:
 
 TASKS: dict[str, Task] = {
     "single_double_quote": Task(
-        name="single_double_quote",
-        description="close the string of a call with the quote that opened it",
-        candidates=("')", '")'),
-        sample=_single_double_quote,
+        "single_double_quote", "close the string of a call with the quote that opened it", ("')", '")'), _closed_strings
     )
 } | {
     name: Task(
@@ -200,13 +196,9 @@ class TaskData:
 
 
 def make_task_data(
-    task: Task,
-    tokenizer: PreTrainedTokenizerFast,
-    n_pairs: int,
-    seed: int,
-    n_ctx: int | None = None,
+    task: Task, tokenizer: PreTrainedTokenizerFast, n_pairs: int, seed: int, n_ctx: int | None = None,
     exclude: Collection[str] = (),
-) -> TaskData:
+) -> TaskData:  # fmt: skip
     """Draw `n_pairs` pairs of prompts, all different, and check that each is a fair pair for this tokenizer.
 
     Where an answer is not one token after its prompt, its longest beginning that is stands for it: `)` for `):\\n`.
@@ -226,13 +218,14 @@ def make_task_data(
     """
     if n_pairs < 1:
         raise TaskError(f"n_pairs is {n_pairs}; it must be at least 1")
-    if tokenizer.bos_token_id is None:
-        raise TokenizerError("the tokenizer has no beginning-of-text token (bos_token) to begin a prompt with")
+    if getattr(tokenizer, "bos_token_id", None) is None:
+        begin = "with a beginning-of-text token (bos_token) to begin prompts with"
+        raise TokenizerError(f"task {task.name} needs the model's tokenizer, {begin}")
     pairs = _distinct_pairs(task, n_pairs, random.Random(seed), exclude)
     prompts = tuple(prompt for pair in pairs for prompt in pair[:2])
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     candidates = [_candidates(task, tokenizer, pair, ids[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
-    width, longest = max(zip(map(len, ids), prompts, strict=True), key=itemgetter(0))
+    width, longest = max(zip(map(len, ids), prompts, strict=True))
     if n_ctx is not None and width > n_ctx:
         why = f"has {width} tokens, more than the context of {n_ctx}"
         raise DataError(f"a prompt of task {task.name} {why}: {longest!r}")

@@ -1,7 +1,5 @@
 """Weight-sparse training (Gao et al. 2025, sections 2.1, A.2; the authors' published update rule)."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import platform
@@ -190,12 +188,9 @@ def start_bigram_from_counts(model: TLModel, tokens: Int[Tensor, "seq pos"], pri
 
 
 def train(
-    config: TrainConfig,
-    out: str | Path | None = None,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-    resume: bool = False,
-) -> tuple[Any, dict[str, Any]]:
+    config: TrainConfig, out: str | Path | None = None, device: str | torch.device | None = None,
+    progress: bool = True, resume: bool = False,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Train a model from text to a saved folder.
 
     While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps), `checkpoints/`, and `data/`:

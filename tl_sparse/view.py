@@ -1,7 +1,5 @@
 """A circuit as one self-contained HTML page: what it shows as a plain dictionary, and the files of page/ around it."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
@@ -22,8 +20,8 @@ from tqdm.auto import tqdm
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CircuitError
-from tl_sparse.evaluation import evaluate, holding_circuit, score
-from tl_sparse.files import replacing
+from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
+from tl_sparse.files import write_text
 from tl_sparse.hooks.points import TLModel, recording
 from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Edge, Node
 from tl_sparse.tables import name_of, task_tokens
@@ -61,8 +59,7 @@ class Page:
 
     def save(self, path: str | Path) -> None:
         """Write the page; `CheckpointError` if that is not possible."""
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(self.html, encoding="utf-8")
+        write_text(Path(path), self.html)
 
     def _repr_html_(self) -> str:
         # In a sandbox of its own, the page can neither read the notebook nor be styled by it.
@@ -286,8 +283,8 @@ def _ladder(
     circuits = [circuit.without([nodes[i] for i in order[size:]], model) for size in sorted(sizes)]
     larger = {min(total, round(len(nodes) * 2 ** (i / 2))) for i in range(1, 7)} - {len(nodes)} if ranks else set()
     circuits += [circuit.of_size(size) for size in sorted(larger)]
-    scores = [score(model, pairs, under=holding_circuit(smaller, model)) for smaller in circuits]
-    return [[c.n_nodes, len(c.edges(model)), s.loss, s.accuracy] for c, s in zip(circuits, scores, strict=True)]
+    rungs = (rung(smaller, model, pairs) for smaller in circuits)
+    return [[r.n_nodes, r.n_edges, r.circuit.loss, r.circuit.accuracy] for r in rungs]
 
 
 def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: float) -> dict[str, Any]:

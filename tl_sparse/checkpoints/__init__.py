@@ -1,7 +1,5 @@
 """Models on disk, one format per file: read into the network whatever wrote them; ours written."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any, get_args

@@ -1,10 +1,7 @@
 """State dict → network, and what every format's reader shares."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,6 @@ from tl_sparse.modules import SparseTransformer
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: A configuration and what the file says of each tensor: views of the file, which only `build_network` copies.
 Checkpoint = tuple[SparseConfig, dict[str, Tensor | Compact]]
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors in the configuration that is read in this block name its file."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def take_flag(values: dict[str, Any], key: str, default: bool) -> bool:

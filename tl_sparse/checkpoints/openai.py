@@ -1,7 +1,5 @@
 """OpenAI's models: the folders on their public storage, and the one packaged for the Hugging Face hub."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -12,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tl_sparse.checkpoints.network import DTYPES, Checkpoint, check_keys, check_known, naming, take_flag, take_size
+from tl_sparse.checkpoints.network import DTYPES, Checkpoint, check_keys, check_known, take_flag, take_size
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
-from tl_sparse.files import read_json, read_state_dict, read_tensors
+from tl_sparse.files import naming, read_json, read_state_dict, read_tensors
 
 # Keys that do not change what the network computes: training settings and choices of kernel.
 _IGNORED = {

@@ -1,15 +1,13 @@
 """Models of the community's sparse_pretrain: `config.json` with a model_config, `pytorch_model.bin`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_sparse.checkpoints.network import Checkpoint, check_keys, check_known, naming, take_flag, take_size
+from tl_sparse.checkpoints.network import Checkpoint, check_keys, check_known, take_flag, take_size
 from tl_sparse.checkpoints.openai import convert
 from tl_sparse.config import PAPER_TOPK_LOCATIONS, SparseConfig, check
-from tl_sparse.files import read_state_dict, read_tensors
+from tl_sparse.files import naming, read_state_dict, read_tensors
 
 # Keys of the sparsity_config that act in training only.
 _TRAINING = {
