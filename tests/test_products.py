@@ -24,7 +24,7 @@ from tl_sparse.config import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import abs_topk, weight_groups
-from tl_sparse.products import Product
+from tl_sparse.products import Compressed, Product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 needs_numba = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
@@ -158,6 +158,17 @@ def test_threads_that_share_a_model():
         with torch.no_grad(), ThreadPoolExecutor(4) as pool:
             for result in pool.map(product, [x] * 4, [bias] * 4):
                 torch.testing.assert_close(result, x @ W, rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize("counted", [0, 3, 5000])
+def test_weights_that_change_while_they_are_taken_do_no_harm(counted):
+    W = sparse_matrix(30, 20, 0.3)
+    taken = Compressed.empty(30, 20, counted, W)
+    kernels.kernel("compress", W)(W, *taken.parts)
+    there = min(counted, int(W.count_nonzero()))
+    assert int(taken.starts[-1]) == int(taken.transposed.starts[-1]) == there
+    assert torch.equal(taken.transposed.values[:there].sort().values, taken.values[:there].sort().values)
 
 
 @needs_numba

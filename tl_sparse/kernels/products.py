@@ -48,7 +48,7 @@ def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> Non
         starts[row] = n
         for column in range(matrix.shape[1]):
             value = matrix[row, column]
-            if value != 0 and n < room:  # more than were counted: another thread is changing the weights
+            if value != 0 and n < room:  # room for what was counted; another thread may change it
                 indices[n], values[n] = column, value
                 n += _U(1)
     starts[len(matrix)] = n
@@ -59,7 +59,7 @@ def transpose(
     starts: Array, indices: Array, values: Array, to_starts: Array, to_indices: Array, to_values: Array
 ) -> None:
     """A compressed matrix → its transpose. `to_starts` is zero at first."""
-    for i in range(len(indices)):
+    for i in range(starts[len(starts) - 1]):
         to_starts[indices[i] + 1] += 1
     for row in range(1, len(to_starts)):
         to_starts[row] += to_starts[row - 1]
