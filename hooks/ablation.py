@@ -1,9 +1,8 @@
 """Ablation: nodes of a model held at given values, by hook name, on any TransformerLens model."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,12 @@ from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
 
 
+@contextmanager
 def ablating(
-    model: TLModel, nodes: NodeMasks, values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]]
-) -> AbstractContextManager[Any]:
+    model: TLModel,
+    nodes: NodeMasks,
+    values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
+) -> Iterator[None]:
     """Within the context, the chosen nodes have the given values at all positions.
 
     Args:
@@ -30,7 +32,8 @@ def ablating(
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
-    return hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()})
+    with hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()}):
+        yield
 
 
 def _set(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:

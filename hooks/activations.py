@@ -1,7 +1,7 @@
 """Activation sparsity: AbsTopK as a function, and at the hook points of any TransformerLens model."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,8 @@ def _largest_by_sorting(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Floa
     return torch.zeros_like(magnitudes).scatter(-1, kept, 1.0)
 
 
-def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> AbstractContextManager[Any]:
+@contextmanager
+def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterator[None]:
     """Within the context, AbsTopK acts at hook points of any TransformerLens model.
 
     Args:
@@ -104,4 +105,5 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Abstra
         flat = activation.flatten(2)
         return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
 
-    return hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()})
+    with hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()}):
+        yield

@@ -3,8 +3,8 @@
 Gao et al. 2025, section 2.2 and A.5.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,9 +51,15 @@ class NodeGates(nn.Module):
     """
 
     def __init__(
-        self, means: NodeValues, *, init_bias: float, init_scale: float, temperature: float = 1.0, seed: int,
+        self,
+        means: NodeValues,
+        *,
+        init_bias: float,
+        init_scale: float,
+        temperature: float = 1.0,
+        seed: int,
         tied: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.means = {name: mean.clone() for name, mean in means.items()}
         self.temperature, n_gates = temperature, 0
@@ -86,9 +92,10 @@ class NodeGates(nn.Module):
         """Keep τ in [-1, 1]; called after every optimizer step (A.5)."""
         self.tau.clamp_(-1, 1)
 
+    @contextmanager
     def attached(
         self, model: TLModel, inverted: bool = False, values: Mapping[str, Tensor] | None = None
-    ) -> AbstractContextManager[Any]:
+    ) -> Iterator[None]:
         """Within the context, the gates act on everything `model` runs.
 
         Inverted, they hold the open nodes at their means and keep the others: the model without the circuit instead
@@ -96,7 +103,8 @@ class NodeGates(nn.Module):
         `HookNameError` for a hook name that the model does not have.
         """
         values = self.means if values is None else values
-        return hooked(model, {name: partial(self._gate, name, inverted, values[name]) for name in self.index})
+        with hooked(model, {name: partial(self._gate, name, inverted, values[name]) for name in self.index}):
+            yield
 
     def _gate(self, name: str, inverted: bool, value: Tensor, activation: Tensor, hook: object) -> Tensor:
         gated: Tensor = _Gated.apply(activation, self.tau[self.index[name]], value, self.temperature, inverted)

@@ -1,7 +1,7 @@
 """Attaching functions to the hook points of a TransformerLens model, and taking them off again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -30,14 +30,16 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
             raise HookNameError(f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(near)}")
 
 
-def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> AbstractContextManager[Any]:
+@contextmanager
+def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
     """Within the context, each function acts at the hook point of its name, on either TransformerLens line.
 
     TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an exception
     too. Names are checked first, so that a wrong one leaves nothing attached.
     """
     check_hook_names(model, functions)
-    return model.hooks(fwd_hooks=list(functions.items()))
+    with model.hooks(fwd_hooks=list(functions.items())):
+        yield
 
 
 @contextmanager
