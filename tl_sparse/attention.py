@@ -36,7 +36,7 @@ class _WithSink(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sink: Tensor) -> Tensor:
         z, log_total = _fused(q, k, v, is_causal=True, scale=scale)
         with_sink = torch.logaddexp(log_total, sink[:, None])
-        z *= (log_total - with_sink).exp_().unsqueeze(-1)
+        z *= torch.sigmoid(log_total - sink[:, None]).unsqueeze(-1)  # e^log_total / (e^log_total + e^sink)
         ctx.save_for_backward(q, k, v, sink, z, with_sink)
         ctx.scale = scale
         return z
