@@ -35,9 +35,8 @@ class _WithSink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sink: Tensor) -> Tensor:
         z, log_total = _fused(q, k, v, is_causal=True, scale=scale)
-        with_sink = torch.logaddexp(log_total, sink[:, None])
         z *= torch.sigmoid(log_total - sink[:, None]).unsqueeze(-1)  # e^log_total / (e^log_total + e^sink)
-        ctx.save_for_backward(q, k, v, sink, z, with_sink)
+        ctx.save_for_backward(q, k, v, sink, z, log_total)
         ctx.scale = scale
         return z
 
@@ -45,9 +44,10 @@ class _WithSink(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink, z, log_total = ctx.saved_tensors
-        of_q, of_k, of_v = _fused_backward(grad, q, k, v, z, log_total, 0.0, True, scale=ctx.scale)
-        pattern_of_sink = (sink[:, None] - log_total).exp_()  # [batch, head, query_pos]
-        of_sink = -((grad * z).sum(-1) * pattern_of_sink).sum((0, 2)) if ctx.needs_input_grad[4] else None
+        with_sink, of_sink = torch.logaddexp(log_total, sink[:, None]), None  # [batch, head, query_pos]
+        of_q, of_k, of_v = _fused_backward(grad, q, k, v, z, with_sink, 0.0, True, scale=ctx.scale)
+        if ctx.needs_input_grad[4]:
+            of_sink = -((grad * z).sum(-1) * (sink[:, None] - with_sink).exp_()).sum((0, 2))
         return of_q, of_k, of_v, None, of_sink
 
 

@@ -69,7 +69,7 @@ class WeightsHolder(nn.Module):
         return ((name, getattr(self, name)) for name in self._held)
 
     def __getattr__(self, name: str) -> Any:
-        if (held := self.__dict__.get("compact", {}).get(name)) is not None:
+        if (held := self._held.get(name)) is not None:
             return held.dense(held.values.device, held.dtype)
         return super().__getattr__(name)
 
