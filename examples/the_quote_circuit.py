@@ -17,7 +17,7 @@ import torch
 import tl_sparse
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.exports import residual_joins
-from tl_sparse.hooks.points import recording
+from tl_sparse.hooks import recording
 from tl_sparse.nodes import KINDS
 from tl_sparse.tables import name_of, table
 from tl_sparse.tasks import Task, make_task_data

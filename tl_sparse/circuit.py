@@ -18,8 +18,7 @@ from tl_sparse.edges import bias_at, cutting
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
-from tl_sparse.hooks.ablation import ablating
-from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel
+from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.nodes import KINDS, Edge, Node, node_at, weight_matrices
 from tl_sparse.sources import find
 

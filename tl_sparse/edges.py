@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import PruneError
-from tl_sparse.hooks.points import NodeValues, TLModel
+from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, Edge, Node
 
 #: Node location that edges lead to → module, and what is behind `W_` and `b_` in the names of its weights and biases.

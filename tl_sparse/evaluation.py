@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.hooks.points import TLModel, recording
+from tl_sparse.hooks import TLModel, recording
 from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 

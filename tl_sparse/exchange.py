@@ -16,7 +16,7 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_torch
 from tl_sparse.fingerprint import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
-from tl_sparse.hooks.points import NodeValues, TLModel
+from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.nodes import HEAD_LOCATIONS, Node, node_hooks
 
 EDGES_FORMAT = "tl_sparse edges"

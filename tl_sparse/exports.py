@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import replacing
-from tl_sparse.hooks.points import TLModel, frozen, hooked
+from tl_sparse.hooks import TLModel, frozen, hooked
 from tl_sparse.nodes import KINDS, Node, node_at
 from tl_sparse.tables import name_of
 from tl_sparse.tasks import Task, get_task, make_task_data

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks import TLModel
 
 #: Two sketches that differ by less than this share of their length are of the same weights: rounding to bfloat16
 #: moves one by about 0.001, weights that changed by 5 % by about 0.05, and two different matrices differ by about 1.

@@ -10,7 +10,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.config import SparseConfig
 from tl_sparse.errors import DataError
-from tl_sparse.hooks.activations import abs_topk
+from tl_sparse.hooks import abs_topk
 from tl_sparse.products import Product
 from tl_sparse.shapes import Logits, Positions, Reads, Stream, Tokens
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import CircuitError, HookNameError
-from tl_sparse.hooks.points import TLModel, frozen, hooked
+from tl_sparse.hooks import TLModel, frozen, hooked
 
 #: Location, its hook point in a block, OpenAI's name for it after the layer, its nodes in words; in the order of the
 #: forward pass. Reads: on our models (after AbsTopK), a `TransformerBridge` (after the norm) and a `HookedTransformer`

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.files import replacing
-from tl_sparse.hooks.means import Means
-from tl_sparse.hooks.points import TLModel, frozen, hooked
+from tl_sparse.hooks import Means, TLModel, frozen, hooked
 from tl_sparse.nodes import node_hooks, weight_matrices
 
 if TYPE_CHECKING:

@@ -21,9 +21,7 @@ from tl_sparse.config import PruneConfig
 from tl_sparse.errors import PruneError
 from tl_sparse.evaluation import Evaluation, Score, all_logits, holding_circuit, judged, resampled, score, task_loss
 from tl_sparse.fingerprint import fingerprint
-from tl_sparse.hooks.gates import NodeGates
-from tl_sparse.hooks.means import mean_activations
-from tl_sparse.hooks.points import NodeValues, TLModel, frozen, hooked
+from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, hooked, mean_activations
 from tl_sparse.nodes import EMBED_HOOK, Edge, node_hooks
 from tl_sparse.tasks import Task, TaskData, make_task_data, task_loss_and_accuracy
 

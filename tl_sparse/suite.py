@@ -26,7 +26,7 @@ from tl_sparse.config import PruneConfig, check
 from tl_sparse.data import load_corpus
 from tl_sparse.errors import SuiteError, TLSparseError
 from tl_sparse.files import read_json, write_json, write_text
-from tl_sparse.hooks.points import NodeValues, TLModel
+from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.nodes import n_weights
 from tl_sparse.pruning import corpus_means, prune, prune_edges
 from tl_sparse.sources import find

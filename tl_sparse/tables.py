@@ -5,7 +5,7 @@ from typing import Any
 
 from tl_sparse.circuit import Circuit
 from tl_sparse.evaluation import Evaluation, Score
-from tl_sparse.hooks.points import TLModel
+from tl_sparse.hooks import TLModel
 from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
 from tl_sparse.tasks import Task, make_task_data
 

@@ -22,7 +22,7 @@ from tl_sparse.config import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
 from tl_sparse.files import write_text
-from tl_sparse.hooks.points import TLModel, recording
+from tl_sparse.hooks import TLModel, recording
 from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Edge, Node
 from tl_sparse.tables import name_of, task_tokens
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data

@@ -1,0 +1,17 @@
+from .ablation import ablating as ablating
+from .activations import abs_topk as abs_topk
+from .activations import sparse_activations as sparse_activations
+from .gates import NodeGates as NodeGates
+from .means import Means as Means
+from .means import mean_activations as mean_activations
+from .means import recording_means as recording_means
+from .points import NodeMasks as NodeMasks
+from .points import NodeValues as NodeValues
+from .points import TLModel as TLModel
+from .points import frozen as frozen
+from .points import hooked as hooked
+from .points import recording as recording
+from .weights import WeightGroup as WeightGroup
+from .weights import WeightSparsity as WeightSparsity
+from .weights import annealed as annealed
+from .weights import weight_groups as weight_groups
