@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
@@ -44,7 +45,7 @@ def check_types(config: Any) -> None:
             check(type(value) is annotation, f.name, value, f"of type {annotation.__name__}")
 
 
-def _check_keys(config: Any, values: Mapping[str, Any]) -> None:
+def check_known_keys(config: Any, values: Mapping[str, Any]) -> None:
     names = [f.name for f in fields(config)]
     for key in values:
         if key not in names:
@@ -59,7 +60,7 @@ def merged(config: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: for an unknown key (naming the nearest valid one) or a bad value.
     """
-    _check_keys(config, values)
+    check_known_keys(config, values)
     changes = {}
     for f in fields(config):
         if f.name in values:
@@ -74,16 +75,19 @@ def merged(config: Any, values: Mapping[str, Any]) -> Any:
     return replace(config, **changes)
 
 
-def short_repr(config: Any) -> str:
-    """The call that makes a config dataclass: without the fields that are at their defaults."""
+def short_repr(config: Any, written: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The call that makes a config dataclass, without the fields that are at their defaults.
+
+    Args:
+        config: the configuration.
+        written: field → how its value is written, where that is not its own repr.
+    """
     shown = []
     for f in fields(config):
         value = getattr(config, f.name)
         default = f.default if f.default_factory is MISSING else f.default_factory()
         if value != default:
-            fraction = next(iter(value.values()), None) if f.name == "abs_topk" else None
-            paper = fraction is not None and value == paper_topk(fraction)
-            shown.append(f"{f.name}=" + (f"paper_topk({fraction!r})" if paper else repr(value)))
+            shown.append(f"{f.name}={written.get(f.name, repr(value))}")
     return f"{type(config).__name__}({', '.join(shown)})"
 
 
@@ -133,7 +137,11 @@ class SparseConfig:
     biases: bool = True
     tied_unembed: bool = False
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        fraction = next(iter(self.abs_topk.values()), None)
+        if fraction is not None and self.abs_topk == paper_topk(fraction):
+            return short_repr(self, {"abs_topk": f"paper_topk({fraction!r})"})
+        return short_repr(self)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -192,7 +200,7 @@ class SparseConfig:
         Raises:
             ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad value.
         """
-        _check_keys(cls, values)
+        check_known_keys(cls, values)
         missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
         if missing:
             raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
