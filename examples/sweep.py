@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tl_sparse import DataConfig, TrainConfig
-from tl_sparse.config import RECIPES, laptop_model, merged
+from tl_sparse.config import merged
+from tl_sparse.configs import RECIPES, laptop_model
 from tl_sparse.files import write_json
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tl_sparse
-from tl_sparse.config import TrainConfig, merged, preset
+from tl_sparse.config import merged
+from tl_sparse.configs import TrainConfig, preset
 from tl_sparse.data import load_corpus
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import read_yaml

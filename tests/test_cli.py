@@ -16,7 +16,7 @@ from helpers import full_config, tiny_model
 from loopback import cache_snapshot
 from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.cli import _parser, main
-from tl_sparse.config import PruneConfig, TrainConfig
+from tl_sparse.configs import PruneConfig, TrainConfig
 from tl_sparse.data import load_documents, pack_tokens
 from tl_sparse.training import evaluate_loss
 
@@ -237,7 +237,7 @@ def test_readme_commands_are_commands():
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     """Scaled down: the same lines, with a model and a search of seconds."""
-    from tl_sparse.config import DataConfig, SparseConfig, paper_topk
+    from tl_sparse.configs import DataConfig, SparseConfig, paper_topk
 
     published(tmp_path, monkeypatch)
     model = SparseConfig(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from helpers import full_config, sparse_configs, tiny_config
-from tl_sparse.config import (
+from tl_sparse.config import merged
+from tl_sparse.configs import (
     PAPER_TOPK_LOCATIONS,
     PRESETS,
     DataConfig,
@@ -18,7 +19,6 @@ from tl_sparse.config import (
     SparseConfig,
     TrainConfig,
     laptop_model,
-    merged,
     paper_topk,
     preset,
 )

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import tl_sparse.data
 from helpers import tiny_config, word_tokenizer
 from tl_sparse import train
-from tl_sparse.config import DataConfig, TrainConfig
+from tl_sparse.configs import DataConfig, TrainConfig
 from tl_sparse.data import Stream, load_documents, pack_tokens, packed_corpus
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
 from tl_sparse.idioms import WORDS, Writer, idiom_documents

@@ -22,7 +22,7 @@ from micro import (
     micro_model,
 )
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.edges import cutting
 from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation import evaluate, score

@@ -8,7 +8,7 @@ import torch
 import tl_sparse
 from micro import EDGES, LOSS, MICRO_TASK, NODES, W_V, micro_corpus, micro_model
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.evaluation import evaluate
 from tl_sparse.fingerprint import fingerprint

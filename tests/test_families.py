@@ -10,7 +10,7 @@ import transformers
 
 from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, W_O, W_U, W_V, micro_corpus, micro_tokenizer
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation import evaluate
 from tl_sparse.faces import transformer_lens_line

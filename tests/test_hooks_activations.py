@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import ConfigError, DataError, HookNameError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.hooks import (

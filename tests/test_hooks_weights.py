@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
-from tl_sparse.config import SparseConfig, paper_topk
+from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups

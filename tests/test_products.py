@@ -19,7 +19,7 @@ from torch import nn
 import tl_sparse
 from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
 from tl_sparse.checkpoints import create
-from tl_sparse.config import SparseConfig, paper_topk
+from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import abs_topk, weight_groups

@@ -23,7 +23,7 @@ from micro import (
 )
 from tl_sparse import pruning
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
 from tl_sparse.evaluation import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_model
-from tl_sparse.config import RECIPES, TrainConfig, paper_topk, preset
+from tl_sparse.configs import RECIPES, TrainConfig, paper_topk, preset
 from tl_sparse.errors import ConfigError
 from tl_sparse.hooks import annealed, weight_groups
 from tl_sparse.layers import AbsTopK

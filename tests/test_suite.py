@@ -12,7 +12,7 @@ import tl_sparse
 from micro import LOSS, NODES, save_micro, save_pairs
 from tl_sparse import suite
 from tl_sparse.cli import main
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.suite import Job, collected, in_processes, results_table, run_suite
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
-from tl_sparse.config import PAPER_TOPK_LOCATIONS
+from tl_sparse.configs import PAPER_TOPK_LOCATIONS
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.tokenizer import load_tokenizer
 

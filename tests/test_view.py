@@ -19,7 +19,7 @@ from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, micro_circuit, mic
 from tl_sparse import view
 from tl_sparse.circuit import Circuit
 from tl_sparse.cli import _given, _parser, main
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.exports import attribution_graph, to_networkx
 from tl_sparse.faces import transformer_lens_line

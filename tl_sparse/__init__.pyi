@@ -1,11 +1,11 @@
 from .checkpoints import create as create
 from .checkpoints import load as load
 from .circuit import Circuit as Circuit
-from .config import DataConfig as DataConfig
-from .config import PruneConfig as PruneConfig
-from .config import SparseConfig as SparseConfig
-from .config import TrainConfig as TrainConfig
-from .config import paper_topk as paper_topk
+from .configs import DataConfig as DataConfig
+from .configs import PruneConfig as PruneConfig
+from .configs import SparseConfig as SparseConfig
+from .configs import TrainConfig as TrainConfig
+from .configs import paper_topk as paper_topk
 from .data import load_corpus as load_corpus
 from .errors import TLSparseError as TLSparseError
 from .evaluation import evaluate as evaluate

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tl_sparse
-from tl_sparse.config import PRESETS, RECIPES, DataConfig, PruneConfig, SparseConfig, TrainConfig, merged, preset
+from tl_sparse.config import merged
+from tl_sparse.configs import PRESETS, RECIPES, DataConfig, PruneConfig, SparseConfig, TrainConfig, preset
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
 
 CORPUS = "text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"

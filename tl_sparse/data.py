@@ -21,7 +21,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.config import DataConfig, TrainConfig
+from tl_sparse.configs import DataConfig, TrainConfig
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 from tl_sparse.files import read_tensors
 from tl_sparse.idioms import idiom_documents

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import Ablation
+from tl_sparse.configs import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.hooks import TLModel, recording
 from tl_sparse.nodes import Edge, Node

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import tl_sparse
 from tl_sparse.cache import SparseActivationCache
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.modules import SparseTransformer
 from tl_sparse.shapes import Stream, Tokens

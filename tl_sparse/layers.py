@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks import abs_topk
 from tl_sparse.products import Product

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.attention import fused_attention
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
 from tl_sparse.products import Product, WeightsHolder

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.config import TrainConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import TrainConfig
 
 #: What stops a run, in all of its processes after the same step.
 SIGNALS = (SIGINT, SIGTERM)

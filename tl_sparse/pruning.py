@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import PruneError
 from tl_sparse.evaluation import Evaluation, Score, all_logits, holding_circuit, judged, resampled, score, task_loss
 from tl_sparse.fingerprint import fingerprint

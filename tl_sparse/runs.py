@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_sparse.config import TrainConfig
+from tl_sparse.configs import TrainConfig
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text

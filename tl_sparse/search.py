@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from tl_sparse.config import PruneConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import PruneError, SuiteError
 from tl_sparse.files import write_text
 from tl_sparse.nodes import n_weights

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from tl_sparse import plots
 from tl_sparse.checkpoints import load
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import PruneConfig
 from tl_sparse.data import load_corpus
 from tl_sparse.errors import SuiteError, TLSparseError
 from tl_sparse.files import read_json, write_json, write_text

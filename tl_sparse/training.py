@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import create, resolve_device
-from tl_sparse.config import TrainConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import TrainConfig
 from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus, packed_corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.circuit import Circuit
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
 from tl_sparse.files import write_text

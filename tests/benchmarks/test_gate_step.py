@@ -5,7 +5,7 @@ import time
 import torch
 
 import tl_sparse
-from tl_sparse.config import PruneConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.evaluation import task_loss
 from tl_sparse.hooks import NodeGates
 from tl_sparse.hooks.points import frozen, hooked

@@ -13,7 +13,7 @@ from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from benchmarks.test_gate_step import plain_and_gated
 from tl_sparse import layers
 from tl_sparse.checkpoints import create
-from tl_sparse.config import SparseConfig, TrainConfig, paper_topk
+from tl_sparse.configs import SparseConfig, TrainConfig, paper_topk
 from tl_sparse.hooks import NodeGates, weight_groups
 from tl_sparse.hooks.activations import abs_topk
 from tl_sparse.hooks.points import frozen

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_config, tiny_model, word_tokenizer
-from tl_sparse.config import TOPK_LOCATIONS
+from tl_sparse.configs import TOPK_LOCATIONS
 from tl_sparse.faces import transformer_lens_line
 
 #: The paper's eight locations: all but the stream itself.

@@ -11,7 +11,8 @@ from tl_sparse.checkpoints.native import read_ours, save_model
 from tl_sparse.checkpoints.network import Checkpoint, build_network, resolve_device, resolve_dtype
 from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
 from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
-from tl_sparse.config import SparseConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError, TokenizerError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json

@@ -5,7 +5,7 @@ from typing import Any
 
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.compact import pack, unpack
-from tl_sparse.config import SparseConfig
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError
 from tl_sparse.faces import SparseModel
 from tl_sparse.files import naming, read_json, read_tensors, write_json, write_tensors

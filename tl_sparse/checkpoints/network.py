@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tl_sparse.compact import Compact
-from tl_sparse.config import SparseConfig, check
+from tl_sparse.config import check
+from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.modules import SparseTransformer
 

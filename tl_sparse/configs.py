@@ -1,0 +1,462 @@
+"""Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
+
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from tl_sparse.config import check, check_known_keys, check_types, short_repr
+from tl_sparse.errors import ConfigError
+
+#: Where AbsTopK can act, named as in the published configurations, in the order of the forward pass.
+TOPK_LOCATIONS = (
+    "resid_pre", "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "resid_post_attn",
+    "mlp_in", "mlp_neuron", "mlp_out", "resid_post_mlp",
+)  # fmt: skip
+#: The eight locations of the paper's models; the residual stream itself is rarely sparsified.
+PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
+
+#: No size of a network is larger; a damaged configuration is refused before anything is allocated.
+MAX_SIZE = 100_000_000
+
+
+def paper_topk(fraction: float) -> dict[str, float]:
+    """AbsTopK with one `fraction` at the paper's eight locations (A.1; usually 1/4)."""
+    return dict.fromkeys(PAPER_TOPK_LOCATIONS, fraction)
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Sizes and features of a network; every feature of Gao et al. 2025, A.1 is one field.
+
+    Attributes:
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, in TransformerLens' names. `d_head`
+            is free of `d_model`.
+        normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps 1e-5).
+        norm_bias: whether norms have a bias (LayerNorm only).
+        act_fn: the MLP's nonlinearity; "gelu" is the exact one.
+        resid_relu: apply ReLU to the residual stream after each addition to it.
+        abs_topk: AbsTopK location → fraction of the entries kept, k = int(fraction · dim).
+        attn_sinks: one learned logit per head in the softmax denominator.
+        bigram_table: a dense [d_vocab, d_vocab] table whose row of the current token is added to the logits.
+        logits_bias: a learned vector added to the logits.
+        positions: "none"; "added" to the token embedding; or "concatenated": `d_pos` read-only channels
+            beside what each block reads.
+        sinusoidal: positions are fixed sinusoids instead of learned.
+        biases: whether the linear maps of attention and MLP have biases.
+        tied_unembed: the unembedding is the transposed embedding.
+
+    Raises:
+        ConfigError: for a value of the wrong type or out of range.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    normalization: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    act_fn: Literal["gelu", "relu"] = "gelu"
+    resid_relu: bool = False
+    abs_topk: Mapping[str, float] = field(default_factory=dict)
+    attn_sinks: bool = False
+    bigram_table: bool = False
+    logits_bias: bool = False
+    positions: Literal["none", "added", "concatenated"] = "none"
+    d_pos: int = 0
+    sinusoidal: bool = False
+    biases: bool = True
+    tied_unembed: bool = False
+
+    def __repr__(self) -> str:
+        fraction = next(iter(self.abs_topk.values()), None)
+        if fraction is not None and self.abs_topk == paper_topk(fraction):
+            return short_repr(self, {"abs_topk": f"paper_topk({fraction!r})"})
+        return short_repr(self)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) <= MAX_SIZE, name, getattr(self, name), f"at most {MAX_SIZE:,}")
+        check(not (self.norm_bias and self.normalization == "rms"), "norm_bias", True, "false with RMSNorm")
+        concatenated = self.positions == "concatenated"
+        expected = "at least 1 with concatenated positions" if concatenated else "0 without concatenated positions"
+        check((self.d_pos >= 1) == concatenated and self.d_pos >= 0, "d_pos", self.d_pos, expected)
+        check(self.d_pos <= MAX_SIZE, "d_pos", self.d_pos, f"at most {MAX_SIZE:,}")
+        check(not (self.sinusoidal and self.positions == "none"), "sinusoidal", True, "false without positions")
+        check(isinstance(self.abs_topk, Mapping), "abs_topk", self.abs_topk, "a mapping of location to fraction")
+        object.__setattr__(self, "abs_topk", dict(self.abs_topk))
+        for location, fraction in self.abs_topk.items():
+            expected = f"one of {', '.join(TOPK_LOCATIONS)}"
+            check(location in TOPK_LOCATIONS, "abs_topk location", location, expected)
+            number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+            dim = self.location_size(location)
+            expected = f"a fraction of at most 1 that keeps at least one of the {dim} entries there"
+            valid = number and 0 < fraction <= 1 and int(fraction * dim) >= 1
+            check(valid, f"abs_topk[{location!r}]", fraction, expected)
+
+    @property
+    def d_read(self) -> int:
+        """Width of what a block reads: the residual stream and any concatenated positional channels."""
+        return self.d_model + self.d_pos
+
+    @property
+    def n_matrix_weights(self) -> int:
+        """How many weights the attention and MLP matrices of all layers have."""
+        heads = self.n_heads * self.d_head
+        return self.n_layers * (heads * (3 * self.d_read + self.d_model) + self.d_mlp * (self.d_read + self.d_model))
+
+    def location_size(self, location: str) -> int:
+        """Number of entries of the last dimension at an AbsTopK location (all heads together for q, k, v)."""
+        if location in ("attn_in", "mlp_in"):
+            return self.d_read
+        if location in ("attn_q", "attn_k", "attn_v"):
+            return self.n_heads * self.d_head
+        return self.d_mlp if location == "mlp_neuron" else self.d_model
+
+    def topk(self, location: str) -> int | None:
+        """How many entries AbsTopK keeps at `location`; None where it does not act."""
+        fraction = self.abs_topk.get(location)
+        return None if fraction is None else int(fraction * self.location_size(location))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-serialisable values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad value.
+        """
+        check_known_keys(cls, values)
+        missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
+        if missing:
+            raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text to train on.
+
+    Attributes:
+        source: "builtin" (the standard library of the running Python, and synthetic idioms), or the user's
+            own text: a folder (every *.py and *.txt below it), a glob pattern, or one file; or "hf:owner/name", or
+            "hf:" and a local folder or file, for what `datasets.load_dataset` reads, streamed and shuffled in a buffer.
+        subset, split, text_column: which part of an "hf:" dataset, and its column with a document in each row.
+        max_chars: no further document of an "hf:" dataset is taken after so many characters.
+        stdlib_chars: characters of the standard library, at most; for "builtin" only.
+        idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
+        validation_fraction: share of the documents kept for validation; of an "hf:" dataset until 2,000,000 characters.
+        seed: decides which standard library files are read, the idioms, the order of a stream, and the split.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    source: str = "builtin"
+    subset: str = ""
+    split: str = "train"
+    text_column: str = "text"
+    max_chars: int = 1_000_000_000
+    stdlib_chars: int = 500_000
+    idiom_chars: int = 6_000_000
+    validation_fraction: float = 0.05
+    seed: int = 0
+
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        expected = '"builtin", a folder, a glob pattern, a file or "hf:" and a dataset'
+        check(self.source not in ("", "hf:"), "source", self.source, expected)
+        check(self.max_chars >= 1, "max_chars", self.max_chars, "at least 1")
+        for name in ("stdlib_chars", "idiom_chars", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        empty = self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0
+        check(not empty, "stdlib_chars", 0, "above 0 when idiom_chars is 0")
+        check(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in (0, 1)")
+
+
+def laptop_model() -> SparseConfig:
+    """The architecture that trains in minutes on two cores."""
+    return SparseConfig(
+        n_layers=2, d_model=128, n_heads=8, d_head=16, d_mlp=512, d_vocab=1024, n_ctx=128,
+        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=16,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults make a small sparse model in about two minutes on two cores.
+
+    Attributes:
+        model: the architecture.
+        data: the text.
+        steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each, over all processes.
+        lr, eps, beta1, beta2: Adam's. The learning rate is further multiplied by the warm-up and decay.
+        warmup_fraction: share of the steps in which the learning rate rises; it then falls to 0.
+        sharkfin: multiply the learning rate by sqrt(l0_fraction / current fraction), too: 1/sqrt(L0), A.2.
+        gradient: "divide" it by its root mean square over all parameters (published script), or "clip" that to 1
+            (the paper's text).
+        weight_decay: λ. Matrices shrink by λ · lr · w.
+        decay: whether they do so "after" the top-k (published script), or before the step, as "adamw".
+        l0_fraction: share of each weight matrix that is nonzero in the end; 1 trains a dense model.
+        l0_count: the same as a number, of nonzero weights in the matrices of all layers; 0: by `l0_fraction`.
+        l0_fraction_embed: share of the embedding and the unembedding; 0: as of the matrices (the paper's text).
+        l0_groups: shares of groups of weights of their own, by name: {"blocks.*.mlp.W_in": 0.1}; see `WeightSparsity`.
+        fused_qkv: Q, K and V share one budget (published script); else each has its own.
+        sparse_biases: the biases of attention and MLPs become sparse, too (the paper's text).
+        anneal_start, anneal_stop: where in training, in shares of the steps, the fractions fall from 1.
+        anneal_shape: "linear" (A.2) or "exponential".
+        min_nonzero: entries kept at least per neuron and attention channel.
+        topk_anneal_start, topk_anneal_stop: where in training the fractions of AbsTopK fall from 1 to the model's;
+            both 0: they are the model's from the beginning.
+        bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
+        last_bigram_row: whether the last row of the bigram table is trained; the authors' code never does.
+        accumulation: parts of each batch that are in memory one after the other.
+        precision: "bfloat16" multiplies matrices in it; weights, moments and the loss are float32 always.
+        compile: run the model through torch.compile.
+        max_jump: training stops, its state saved, if the loss of a step is this many nats above the mean of the
+            hundred before.
+        checkpoint_steps, checkpoint_minutes: what there is to resume from is written every so many steps, and
+            minutes; 0: not by steps.
+        keep_checkpoints: how many of these are kept until training is done.
+        validate_steps: measure the validation loss every so many steps; 0: in the end only.
+        target_validation_loss: stop as soon as the validation loss is this low (a dense twin of a sparse model);
+            0: never.
+        track: also give every line of the log to this tracker; tensorboard's files are in the run's folder.
+        seed: of the weights, the tokenizer's text, the data and its order.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    model: SparseConfig = field(default_factory=laptop_model)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 1200
+    batch_size: int = 16
+    lr: float = 2e-2
+    eps: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_fraction: float = 0.01
+    sharkfin: bool = True
+    gradient: Literal["divide", "clip"] = "divide"
+    weight_decay: float = 0.1
+    decay: Literal["after", "adamw"] = "after"
+    l0_fraction: float = 1 / 32
+    l0_count: int = 0
+    l0_fraction_embed: float = 1 / 8
+    l0_groups: Mapping[str, float] = field(default_factory=dict)
+    fused_qkv: bool = True
+    sparse_biases: bool = False
+    anneal_start: float = 0.01
+    anneal_stop: float = 0.5
+    anneal_shape: Literal["linear", "exponential"] = "linear"
+    min_nonzero: int = 4
+    topk_anneal_start: float = 0.0
+    topk_anneal_stop: float = 0.0
+    bigram_from_counts: bool = True
+    last_bigram_row: bool = True
+    accumulation: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    max_jump: float = 5.0
+    checkpoint_steps: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    validate_steps: int = 0
+    target_validation_loss: float = 0.0
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    seed: int = 0
+
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lr", "eps", "max_jump", "checkpoint_minutes"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("beta1", "beta2", "warmup_fraction"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("min_nonzero", "checkpoint_steps", "validate_steps", "target_validation_loss", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        for window in ("anneal", "topk_anneal"):
+            start, stop = getattr(self, f"{window}_start"), getattr(self, f"{window}_stop")
+            check(0 <= start <= stop, f"{window}_start", start, f"in [0, {window}_stop]")
+            check(stop <= 1, f"{window}_stop", stop, f"in [{window}_start, 1]")
+        traced = self.compile and self.topk_anneal_stop > 0
+        check(not traced, "compile", True, "false while the fractions of AbsTopK change (topk_anneal_stop)")
+        measured = self.validate_steps > 0 or self.target_validation_loss == 0
+        check(measured, "validate_steps", 0, "at least 1 with a target_validation_loss")
+        weights, floor = self.model.n_matrix_weights, self.min_nonzero / self.model.d_model
+        why = f", since min_nonzero = {self.min_nonzero} of the {self.model.d_model} entries of each neuron stay"
+        least = math.ceil(floor * weights)
+        expected = f"0, or from {least:,} to the {weights:,} weights there are{why}"
+        check(self.l0_count == 0 or least <= self.l0_count <= weights, "l0_count", self.l0_count, expected)
+        check(0 <= self.l0_fraction_embed <= 1, "l0_fraction_embed", self.l0_fraction_embed, "a fraction in [0, 1]")
+        check(isinstance(self.l0_groups, Mapping), "l0_groups", self.l0_groups, "a mapping of names to fractions")
+        for name, value in {"l0_fraction": self.l0_fraction, **self.l0_groups}.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            check(number and 0 < value <= 1, name, value, "a fraction in (0, 1]")
+        feasible = self.l0_count > 0 or self.l0_fraction >= floor
+        check(feasible, "l0_fraction", self.l0_fraction, f"at least {floor:.6g}{why}")
+
+    @property
+    def matrix_fraction(self) -> float:
+        """The share of the weights of the matrices in all layers that is nonzero in the end."""
+        return self.l0_count / self.model.n_matrix_weights if self.l0_count else self.l0_fraction
+
+
+#: Fields of TrainConfig by recipe: where the published script and the paper's text differ (METHOD §2, §3).
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": dict(gradient="divide", decay="after", fused_qkv=True, sparse_biases=False, last_bigram_row=False),
+    "paper": dict(gradient="clip", decay="adamw", fused_qkv=False, sparse_biases=True, l0_fraction_embed=0.0),
+}
+
+
+def _paper(width: int) -> TrainConfig:
+    """The published sizes: d_model 256 · width; the number of nonzero weights is that of 4x with 1/64 (METHOD §3)."""
+    d_model, fraction = 256 * width, 1 / 64 * (4 / width) ** 2
+    model = SparseConfig(
+        n_layers=8, d_model=d_model, n_heads=d_model // 16, d_head=16, d_mlp=4 * d_model, d_vocab=2048, n_ctx=256,
+        abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
+    )  # fmt: skip
+    return TrainConfig(
+        model, steps=244_141, batch_size=512, lr=1.28e-2, l0_fraction=fraction, anneal_stop=0.8 if width == 8 else 0.5,
+        l0_fraction_embed=min(1.0, fraction * width), checkpoint_minutes=30.0, bigram_from_counts=False,
+    )  # fmt: skip
+
+
+_PRESETS = {
+    "laptop": TrainConfig(),
+    "small": TrainConfig(
+        replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024),
+        steps=6000, lr=8e-3, l0_fraction=1 / 64, l0_fraction_embed=1 / 16, min_nonzero=2,
+    ),
+    **{f"paper-{width}x": _paper(width) for width in (1, 2, 4, 8)},
+}  # fmt: skip
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str, recipe: str | None = None) -> TrainConfig:
+    """A training configuration by name: "laptop" (minutes on two cores), "small", "paper-1x" … "paper-8x".
+
+    Args:
+        name: of the preset.
+        recipe: "published" or "paper", to follow either to the letter; None: the published update rule, and the last
+            row of the bigram table is trained as the others are.
+
+    Raises:
+        ConfigError: for another name.
+    """
+    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    check(recipe is None or recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    return replace(_PRESETS[name], **RECIPES.get(recipe or "", {}))
+
+
+#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
+Ablation = Literal["mean", "zero", "resample"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune. The defaults suit small models (the paper tunes them for each model and task, A.5;
+    `tl-sparse search` does that).
+
+    Attributes:
+        target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
+        method: what ranks the nodes. `learned` masks; as baselines `attribution`, `integrated_gradients`, `random`.
+        steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
+        k_coef: weight of the number of open gates in the objective at the first step. From there it is steered, up
+            while the task loss is below `steer_to` · target_loss, down while it is above: its logarithm by at most
+            `steer_rate` more with each step (a factor of 100 in all) and by up to `steer_now` for the moment. One
+            setting then fits models and tasks that need different weights, and the gates do not all close at once.
+            With both at 0 it is constant (the paper).
+        lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to; the
+            learning rate falls linearly to 0.
+        warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs, from init_bias
+            down to 0 over the first that reach the target loss, the others just closed. This saves most of the steps.
+            Otherwise all start at init_bias (the paper).
+        init_bias, init_scale: the noise init_scale · N(0, 1) is added to each start. Without a warm start and with a
+            tiny scale all gates can close together.
+        temperature: of the surrogate gradient.
+        tied_qk: a query channel and its key channel share a gate.
+        embed_gates: the channels of the token embedding are nodes too.
+        ablation: what nodes outside the circuit are held at: their `mean` over the corpus, `zero`, or `resample`: what
+            they are on another prompt.
+        means_over: the means are those over the corpus (the paper), or for comparison over the task's training pairs.
+        necessity: weight of a further term in the objective, max(0, ln 2 - task loss of the model without the
+            circuit), on half of the pairs; it finds backup paths that the circuit alone does not need. 0 is
+            the paper's objective.
+        ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit may have;
+            1 asks for a sufficient circuit only, as the paper does.
+        restarts: searches with other initial gates and another order of pairs; the circuit with the fewest edges stays.
+        train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the size on,
+            and to judge on; all different.
+        cleanup_pairs: selection pairs on which sizes are tried, and nodes and edges that the circuit can do without
+            are taken away.
+        batch_size: prompts, or rows of the corpus, run at once without gradients.
+        seed: of the pairs, the initial gates and the order of training.
+
+    Raises:
+        ConfigError: for an impossible value, naming the field, the value and the valid range.
+    """
+
+    target_loss: float = 0.15
+    method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
+    steps: int = 140
+    pairs_per_step: int = 16
+    k_coef: float = 2e-3
+    steer_to: float = 0.8
+    steer_rate: float = 0.04
+    steer_now: float = 3.0
+    lr: float = 2e-2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 1e-3
+    grad_clip: float = 1.0
+    warm_start: bool = True
+    init_bias: float = 0.6
+    init_scale: float = 0.03
+    temperature: float = 1.0
+    tied_qk: bool = False
+    embed_gates: bool = False
+    ablation: Ablation = "mean"
+    means_over: Literal["corpus", "task"] = "corpus"
+    necessity: float = 0.0
+    ablated_accuracy: float = 1.0
+    restarts: int = 1
+    train_pairs: int = 2048
+    ranking_pairs: int = 64
+    selection_pairs: int = 512
+    cleanup_pairs: int = 96
+    heldout_pairs: int = 512
+    batch_size: int = 256
+    seed: int = 0
+
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        pairs = ("pairs_per_step", "train_pairs", "selection_pairs", "heldout_pairs", "ranking_pairs", "cleanup_pairs")
+        for name in ("steps", "restarts", "batch_size", *pairs):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("necessity", "steer_rate", "steer_now", "weight_decay", "init_scale", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0.5 <= self.ablated_accuracy <= 1, "ablated_accuracy", self.ablated_accuracy, "in [0.5, 1]")
+        check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")
