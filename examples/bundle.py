@@ -12,12 +12,12 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.compact import pack
 from tl_sparse.configs import DataConfig
 from tl_sparse.data import CORPUS_SAMPLE, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
 from tl_sparse.hub import model_card
+from tl_sparse.network import pack
 from tl_sparse.training import evaluate_loss
 
 MODELS = Path(tl_sparse.__file__).parent / "models"

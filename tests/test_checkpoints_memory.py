@@ -12,7 +12,7 @@ import torch
 
 from formats import write_circuitgpt, write_openai
 from tl_sparse.checkpoints import create, save_model
-from tl_sparse.configs import SparseConfig, paper_topk
+from tl_sparse.network.config import SparseConfig, paper_topk
 
 CONFIG = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), attn_sinks=True,
                       bigram_table=True, logits_bias=True)  # fmt: skip

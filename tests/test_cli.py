@@ -237,7 +237,8 @@ def test_readme_commands_are_commands():
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     """Scaled down: the same lines, with a model and a search of seconds."""
-    from tl_sparse.configs import DataConfig, SparseConfig, paper_topk
+    from tl_sparse.configs import DataConfig
+    from tl_sparse.network.config import SparseConfig, paper_topk
 
     published(tmp_path, monkeypatch)
     model = SparseConfig(

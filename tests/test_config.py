@@ -11,18 +11,9 @@ from hypothesis import given, settings
 
 from helpers import full_config, sparse_configs, tiny_config
 from tl_sparse.config import merged
-from tl_sparse.configs import (
-    PAPER_TOPK_LOCATIONS,
-    PRESETS,
-    DataConfig,
-    PruneConfig,
-    SparseConfig,
-    TrainConfig,
-    laptop_model,
-    paper_topk,
-    preset,
-)
+from tl_sparse.configs import PRESETS, DataConfig, PruneConfig, TrainConfig, laptop_model, preset
 from tl_sparse.errors import ConfigError, TLSparseError
+from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig, paper_topk
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import ConfigError, DataError, HookNameError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.hooks import (
@@ -21,6 +20,7 @@ from tl_sparse.hooks import (
     recording_means,
     sparse_activations,
 )
+from tl_sparse.network.config import SparseConfig
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
 

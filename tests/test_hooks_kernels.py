@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups, weights
 from tl_sparse.kernels import dispatch as kernels
+from tl_sparse.network.config import SparseConfig, paper_topk
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=150)
 INF, NAN = float("inf"), float("nan")

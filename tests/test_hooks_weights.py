@@ -13,11 +13,11 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
-from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.hooks.weights import top_mask
+from tl_sparse.network.config import SparseConfig, paper_topk
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=30)
 ON_LINE_3 = transformer_lens_line() == 3

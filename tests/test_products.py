@@ -19,12 +19,12 @@ from torch import nn
 import tl_sparse
 from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
 from tl_sparse.checkpoints import create
-from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.errors import ConfigError
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import abs_topk, weight_groups
 from tl_sparse.kernels import dispatch as kernels
-from tl_sparse.products import Compressed, Product
+from tl_sparse.network.config import SparseConfig, paper_topk
+from tl_sparse.network.products import Compressed, Product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 needs_numba = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")

@@ -38,8 +38,8 @@ from formats import (
 )
 from helpers import full_config, tiny_config, tiny_model
 from tl_sparse.checkpoints import build_network, read_checkpoint, save_model
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import TLSparseError
+from tl_sparse.network.config import SparseConfig
 
 SECONDS, BYTES = 20, 64 * 2**20  # for one folder
 

@@ -3,12 +3,12 @@ from .checkpoints import load as load
 from .circuit import Circuit as Circuit
 from .configs import DataConfig as DataConfig
 from .configs import PruneConfig as PruneConfig
-from .configs import SparseConfig as SparseConfig
 from .configs import TrainConfig as TrainConfig
-from .configs import paper_topk as paper_topk
 from .data import load_corpus as load_corpus
 from .errors import TLSparseError as TLSparseError
 from .evaluation import evaluate as evaluate
+from .network.config import SparseConfig as SparseConfig
+from .network.config import paper_topk as paper_topk
 from .nodes import Edge as Edge
 from .nodes import Node as Node
 from .pruning import prune as prune

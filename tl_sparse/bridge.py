@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
-from tl_sparse.modules import SparseTransformer
+from tl_sparse.network import SparseTransformer
 
 
 class SparseArchitectureAdapter(ArchitectureAdapter):

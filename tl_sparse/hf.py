@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype, save_model
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
-from tl_sparse.modules import SparseTransformer, init_weights
+from tl_sparse.network import SparseConfig, SparseTransformer, init_weights
 from tl_sparse.sources import find
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import SparseModel, tl_config_fields
-from tl_sparse.modules import SparseTransformer
+from tl_sparse.network import SparseTransformer
 
 
 class SparseHookedTransformer(SparseModel, HookedTransformer):

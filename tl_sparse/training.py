@@ -23,7 +23,7 @@ from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus, packed_corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks import TLModel, WeightSparsity, annealed, hooked, weight_groups
-from tl_sparse.layers import AbsTopK
+from tl_sparse.network import AbsTopK
 from tl_sparse.processes import Processes
 from tl_sparse.runs import Run, noticing_signals
 from tl_sparse.tasks import TASKS

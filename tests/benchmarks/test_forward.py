@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from tl_sparse.checkpoints import create
-from tl_sparse.configs import SparseConfig, paper_topk
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.hooks import abs_topk
+from tl_sparse.network.config import SparseConfig, paper_topk
 
 SIZES = {  # name: sizes, tokens [batch, pos], turns
     "laptop": (dict(n_layers=2, d_model=128, n_heads=8, d_mlp=512), (16, 128), 25),

@@ -11,13 +11,14 @@ import torch
 import tl_sparse
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from benchmarks.test_gate_step import plain_and_gated
-from tl_sparse import layers
 from tl_sparse.checkpoints import create
-from tl_sparse.configs import SparseConfig, TrainConfig, paper_topk
+from tl_sparse.configs import TrainConfig
 from tl_sparse.hooks import NodeGates, weight_groups
 from tl_sparse.hooks.activations import abs_topk
 from tl_sparse.hooks.points import frozen
-from tl_sparse.products import Product
+from tl_sparse.network import layers
+from tl_sparse.network.config import SparseConfig, paper_topk
+from tl_sparse.network.products import Product
 from tl_sparse.pruning import corpus_means
 from tl_sparse.training import Trainer
 

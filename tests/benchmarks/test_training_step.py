@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tl_sparse.checkpoints import create
-from tl_sparse.configs import SparseConfig, TrainConfig, paper_topk
+from tl_sparse.configs import TrainConfig
+from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.training import Trainer
 
 LARGER = SparseConfig(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_config, tiny_model, word_tokenizer
-from tl_sparse.configs import TOPK_LOCATIONS
 from tl_sparse.faces import transformer_lens_line
+from tl_sparse.network.config import TOPK_LOCATIONS
 
 #: The paper's eight locations: all but the stream itself.
 ADDITIVE_LOCATIONS = [name for name in TOPK_LOCATIONS if "resid" not in name]

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_sparse.checkpoints.network import Checkpoint
-from tl_sparse.compact import pack, unpack
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError
 from tl_sparse.faces import SparseModel
 from tl_sparse.files import naming, read_json, read_tensors, write_json, write_tensors
+from tl_sparse.network import SparseConfig, pack, unpack
 
 FORMAT_VERSION = 1
 _ABOUT = {"model_type": "tl_sparse", "architectures": ["SparseTransformer"], "format_version": FORMAT_VERSION}

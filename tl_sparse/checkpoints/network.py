@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_sparse.compact import Compact
 from tl_sparse.config import check
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
-from tl_sparse.modules import SparseTransformer
+from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

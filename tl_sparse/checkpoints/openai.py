@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tl_sparse.checkpoints.network import DTYPES, Checkpoint, check_keys, check_known, take_flag, take_size
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.files import naming, read_json, read_state_dict, read_tensors
+from tl_sparse.network import SparseConfig
 
 # Keys that do not change what the network computes: training settings and choices of kernel.
 _IGNORED = {

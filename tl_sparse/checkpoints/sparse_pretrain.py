@@ -7,8 +7,8 @@ from typing import Any
 from tl_sparse.checkpoints.network import Checkpoint, check_keys, check_known, take_flag, take_size
 from tl_sparse.checkpoints.openai import convert
 from tl_sparse.config import check
-from tl_sparse.configs import PAPER_TOPK_LOCATIONS, SparseConfig
 from tl_sparse.files import naming, read_state_dict, read_tensors
+from tl_sparse.network import PAPER_TOPK_LOCATIONS, SparseConfig
 
 # Keys of the sparsity_config that act in training only.
 _TRAINING = {

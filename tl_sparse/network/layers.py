@@ -1,5 +1,6 @@
 """The parts of the network around its blocks: AbsTopK, norms, embeddings, unembedding, bigram table."""
 
+
 import math
 
 import torch
@@ -8,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import DataError
 from tl_sparse.hooks import abs_topk
-from tl_sparse.products import Product
-from tl_sparse.shapes import Logits, Positions, Reads, Stream, Tokens
+from tl_sparse.network.config import SparseConfig
+from tl_sparse.network.products import Product
+from tl_sparse.network.shapes import Logits, Positions, Reads, Stream, Tokens
 
 
 class AbsTopK(nn.Module):

@@ -1,5 +1,6 @@
 """Products with the network's weight matrices: dense, or by their nonzero entries alone where that is faster."""
 
+
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.compact import Compact
 from tl_sparse.kernels import bits, kernel, n_threads, shared_out
+from tl_sparse.network.compact import Compact
 
 Kernels = Literal["auto", "dense", "sparse"]
 #: Of fewer tokens a product is dense.

@@ -1,5 +1,6 @@
 """Causal attention that never holds its pattern, with a sink for each head."""
 
+
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.shapes import Heads
+from tl_sparse.network.shapes import Heads
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -6,6 +6,7 @@ An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 % density a tensor 
 -0.0 is stored: what comes back is the same, bit by bit.
 """
 
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Both faces (`hooked.py` for TransformerLens 3, `bridge.py` for 4) run these modu
 before its standard hook fires, so a hook sees, and may replace, exactly what the next operation uses.
 """
 
+
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_sparse.attention import fused_attention
-from tl_sparse.configs import SparseConfig
 from tl_sparse.errors import DataError
-from tl_sparse.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
-from tl_sparse.products import Product, WeightsHolder
-from tl_sparse.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Tokens, at
+from tl_sparse.network.attention import fused_attention
+from tl_sparse.network.config import SparseConfig
+from tl_sparse.network.layers import AbsTopK, Bigram, Embed, Norm, PosEmbed, Read, Unembed, set_bias
+from tl_sparse.network.products import Product, WeightsHolder
+from tl_sparse.network.shapes import Heads, Logits, Positions, Reads, Rows, Stream, Tokens, at
 
 #: TransformerLens' flags for hook points that cost memory, all off. A face puts its own `cfg` in their place.
 _NO_FLAGS = SimpleNamespace(use_attn_result=False, use_split_qkv_input=False, use_attn_in=False, use_hook_mlp_in=False)

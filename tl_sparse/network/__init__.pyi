@@ -1,0 +1,13 @@
+from .compact import Compact as Compact
+from .compact import pack as pack
+from .compact import unpack as unpack
+from .config import PAPER_TOPK_LOCATIONS as PAPER_TOPK_LOCATIONS
+from .config import SparseConfig as SparseConfig
+from .config import paper_topk as paper_topk
+from .layers import AbsTopK as AbsTopK
+from .products import Kernels as Kernels
+from .products import Product as Product
+from .shapes import Stream as Stream
+from .shapes import Tokens as Tokens
+from .transformer import SparseTransformer as SparseTransformer
+from .transformer import init_weights as init_weights
