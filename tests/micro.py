@@ -25,7 +25,7 @@ from tl_sparse.files import write_tensors
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import node_hooks
-from tl_sparse.tasks import Task
+from tl_sparse.tasks.task import Task
 
 W_V, W_O, W_U = 1.5, 2.0, 3.0
 WRITTEN = 2 * W_V * W_O / 6

@@ -24,7 +24,7 @@ from tl_sparse import train
 from tl_sparse.configs import DataConfig, TrainConfig
 from tl_sparse.data import Stream, load_documents, pack_tokens, packed_corpus
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
-from tl_sparse.idioms import WORDS, Writer, idiom_documents
+from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.tokenizer import END_OF_TEXT, train_tokenizer
 
 

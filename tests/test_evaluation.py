@@ -43,7 +43,7 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.nodes import node_hooks
-from tl_sparse.tasks import TaskData, make_task_data
+from tl_sparse.tasks.task import TaskData, make_task_data
 
 
 def data_of(model, n_pairs=6, seed=0, lengths=None):

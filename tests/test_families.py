@@ -18,7 +18,7 @@ from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, node_hooks, weight_matrices
 from tl_sparse.pruning import prune
-from tl_sparse.tasks import make_task_data
+from tl_sparse.tasks.task import make_task_data
 
 on_3 = pytest.mark.skipif(transformer_lens_line() != 3, reason="HookedTransformer is of TransformerLens 3")
 on_4 = pytest.mark.skipif(transformer_lens_line() == 3, reason="bridges are of TransformerLens 4")

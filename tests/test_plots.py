@@ -12,7 +12,7 @@ from tl_sparse import plots
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, DataError
 from tl_sparse.evaluation import full_evaluation
-from tl_sparse.tasks import make_task_data
+from tl_sparse.tasks.task import make_task_data
 
 
 def score(loss, accuracy=0.9):

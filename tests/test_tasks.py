@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers import tiny_model, word_tokenizer
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.evaluation import score
-from tl_sparse.idioms import PAIRS, Writer, both_sides, idiom_documents
-from tl_sparse.tasks import TASKS, Task, candidate_logits, get_task, make_task_data, task_loss_and_accuracy
+from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides, idiom_documents
+from tl_sparse.tasks.task import TASKS, Task, candidate_logits, get_task, make_task_data, task_loss_and_accuracy
 from tl_sparse.tokenizer import train_tokenizer
 
 QUOTES = TASKS["single_double_quote"]

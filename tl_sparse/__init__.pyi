@@ -14,6 +14,6 @@ from .nodes import Node as Node
 from .pruning import prune as prune
 from .pruning import prune_edges as prune_edges
 from .tables import report as report
-from .tasks import get_task as get_task
-from .tasks import make_task_data as make_task_data
+from .tasks.task import get_task as get_task
+from .tasks.task import make_task_data as make_task_data
 from .training import train as train

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from tl_sparse.configs import DataConfig, TrainConfig
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 from tl_sparse.files import read_tensors
-from tl_sparse.idioms import idiom_documents
 from tl_sparse.sources import find
+from tl_sparse.tasks import idiom_documents
 from tl_sparse.tokenizer import load_tokenizer, train_tokenizer
 
 # Folders of the standard library that hold no ordinary code: tests, tables, data, and what pip installed.

@@ -11,6 +11,7 @@ A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` 
 templates and words, so that a model trained here can do the tasks.
 """
 
+
 import random
 import re
 from collections.abc import Callable

@@ -10,6 +10,7 @@ same in both prompts of a pair, so only what the task is about tells which candi
 the same token, except where that token is what the task is about.
 """
 
+
 from __future__ import annotations
 
 import difflib
@@ -26,10 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.idioms import PAIRS, Writer, both_sides
+from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 
 #: The two prompts of a pair, then the right answer to each.
 Pair = tuple[str, str, str, str]
