@@ -22,8 +22,9 @@ import tl_sparse.data
 from helpers import tiny_config, word_tokenizer
 from tl_sparse import train
 from tl_sparse.configs import DataConfig, TrainConfig
-from tl_sparse.data import Stream, load_documents, pack_tokens, packed_corpus
+from tl_sparse.data import Stream, load_documents, pack_tokens
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
+from tl_sparse.runs import packed_for
 from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -441,7 +442,7 @@ def streamed(tmp_path_factory):
 @pytest.mark.parametrize("where", ["folder", "temporary"])
 def test_a_corpus_is_what_its_documents_pack_to(where, tmp_path):
     folder = tmp_path / "run" / "data" if where == "folder" else None
-    corpus = packed_corpus(tiny(IDIOMS, seed=5), ["):\n"], folder)
+    corpus = packed_for(tiny(IDIOMS, seed=5), ["):\n"], folder)
     documents = load_documents(IDIOMS)
     tokenizer = train_tokenizer(documents.train, 384, ["):\n"])
     assert corpus.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -454,7 +455,7 @@ def test_a_corpus_is_what_its_documents_pack_to(where, tmp_path):
 
 
 def test_a_streamed_corpus_keeps_documents_and_order(streamed):
-    first, second = (packed_corpus(tiny(streamed), []) for _ in range(2))
+    first, second = (packed_for(tiny(streamed), []) for _ in range(2))
     assert first.about == second.about
     assert torch.equal(first.train.int(), second.train.int())
     text = first.tokenizer.decode(first.train.flatten().tolist())
@@ -469,7 +470,7 @@ def test_the_tokenizer_is_trained_on_the_beginning_of_a_stream(streamed, monkeyp
     monkeypatch.setattr(
         "tl_sparse.data.train_tokenizer", lambda sample, *rest: real(texts.extend(sample) or texts, *rest)
     )
-    corpus = packed_corpus(tiny(streamed), [])
+    corpus = packed_for(tiny(streamed), [])
     assert texts == list(Stream(streamed, load_documents(streamed).train.held_out))[: len(texts)]
     assert 10_000 < sum(map(len, texts)) < 21_000
     assert corpus.train.numel() > sum(len(corpus.tokenizer.encode(text)) for text in texts) + 1_000
@@ -477,11 +478,11 @@ def test_the_tokenizer_is_trained_on_the_beginning_of_a_stream(streamed, monkeyp
 
 def test_a_packed_corpus_is_found_again(tmp_path, monkeypatch):
     folder = tmp_path / "run" / "data"
-    made = packed_corpus(tiny(IDIOMS), [], folder)
+    made = packed_for(tiny(IDIOMS), [], folder)
     with monkeypatch.context() as patch:
         for name in ("train_tokenizer", "load_documents"):
             patch.setattr(f"tl_sparse.data.{name}", None)
-        found = packed_corpus(tiny(IDIOMS), [], folder, made.about)
+        found = packed_for(tiny(IDIOMS), [], folder, made.about)
     assert found.about == made.about
     assert found.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()
     assert torch.equal(found.train.int(), made.train.int())
@@ -491,7 +492,7 @@ def test_a_packed_corpus_is_found_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["truncated", "no validation", "no tokenizer", "no folder", "damaged tokenizer"])
 def test_a_packed_corpus_that_does_not_fit_is_made_again(damage, tmp_path):
     folder = tmp_path / "run" / "data"
-    made = packed_corpus(tiny(IDIOMS), [], folder)
+    made = packed_for(tiny(IDIOMS), [], folder)
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     gone = {"no validation": ["validation"], "no tokenizer": ["tokenizer.json"], "no folder": before}
     for name in gone.get(damage, []):
@@ -502,7 +503,7 @@ def test_a_packed_corpus_that_does_not_fit_is_made_again(damage, tmp_path):
         (folder / "tokenizer.json").write_bytes(before["tokenizer.json"][:-20])
     if damage == "no folder":
         folder.rmdir()
-    assert packed_corpus(tiny(IDIOMS), [], folder, made.about).about == made.about
+    assert packed_for(tiny(IDIOMS), [], folder, made.about).about == made.about
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
 
@@ -510,12 +511,12 @@ def test_other_text_is_refused_and_what_was_there_stays(tmp_path):
     source = write_files(tmp_path / "text", a_py="x = 1\n" * 99, b_py="print('the red house')\n" * 99)
     config = tiny(DataConfig(source), d_vocab=260)
     folder = tmp_path / "run" / "data"
-    made = packed_corpus(config, [], folder)
+    made = packed_for(config, [], folder)
     (folder / "validation").unlink()
     write_files(tmp_path / "text", a_py="y = 1\n" * 99)
     before = sorted(os.listdir(folder))
     with pytest.raises(TrainError, match=r"run was trained on other text: DataConfig\(.*\) does not give its tokens"):
-        packed_corpus(config, [], folder, made.about)
+        packed_for(config, [], folder, made.about)
     assert sorted(os.listdir(folder)) == before
     assert os.listdir(tmp_path / "run") == ["data"]
 
@@ -523,7 +524,7 @@ def test_other_text_is_refused_and_what_was_there_stays(tmp_path):
 def test_nothing_is_left_where_packing_fails(tmp_path, monkeypatch):
     folder = tmp_path / "run" / "data"
     with pytest.raises(TokenizerError, match="the text is too small for vocab_size 384"):
-        packed_corpus(tiny(DataConfig(write_files(tmp_path / "text", a_py="x = 1\n", b_py="x = 1\n"))), [], folder)
+        packed_for(tiny(DataConfig(write_files(tmp_path / "text", a_py="x = 1\n", b_py="x = 1\n"))), [], folder)
     assert not folder.parent.exists()
 
     def full(*_):
@@ -531,7 +532,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tl_sparse.data._write_rows", full)
     with pytest.raises(DataError, match=r"cannot write the packed tokens of .*run: .*No space left on device"):
-        packed_corpus(tiny(IDIOMS), [], folder)
+        packed_for(tiny(IDIOMS), [], folder)
     assert os.listdir(folder.parent) == []
 
 

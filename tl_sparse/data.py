@@ -21,7 +21,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.configs import DataConfig, TrainConfig
+from tl_sparse.configs import DataConfig
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 from tl_sparse.files import read_tensors
 from tl_sparse.sources import find
@@ -103,9 +103,17 @@ class Corpus:
 
 
 def packed_corpus(
-    config: TrainConfig, required: Sequence[str], folder: Path | None = None, about: dict[str, Any] | None = None
+    config: DataConfig,
+    *,
+    d_vocab: int,
+    n_ctx: int,
+    seed: int,
+    required: Sequence[str],
+    folder: Path | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Train a tokenizer on the text of `config`, in which the `required` strings are tokens, and pack the text.
+    """Train a tokenizer of `d_vocab` tokens on the text of `config`, in which the `required` strings are tokens, and
+    pack the text as rows of `n_ctx` tokens, in an order that `seed` decides.
 
     The files appear in `folder` all together or not at all; None makes temporary ones. With `about`, of a corpus
     that was there, it is taken from there if the sizes are right, and else made again.
@@ -114,14 +122,14 @@ def packed_corpus(
         DataError, TokenizerError: as `load_documents`, `train_tokenizer` and `pack_tokens`; the disk is full.
         TrainError: the text has become another than the one of `about`.
     """
-    if folder is not None and about is not None and (found := _read_corpus(folder, config, about)) is not None:
+    if folder is not None and about is not None and (found := _read_corpus(folder, n_ctx, about)) is not None:
         return found
-    documents = load_documents(config.data)
+    documents = load_documents(config)
     sample = documents.train
     if isinstance(sample, Stream):
-        max_chars = min(config.data.max_chars, STREAM_TOKENIZER_CHARS)
-        sample = replace(sample, config=replace(config.data, max_chars=max_chars))
-    tokenizer = train_tokenizer(sample, config.model.d_vocab, required)
+        max_chars = min(config.max_chars, STREAM_TOKENIZER_CHARS)
+        sample = replace(sample, config=replace(config, max_chars=max_chars))
+    tokenizer = train_tokenizer(sample, d_vocab, required)
     parent, rows, digest = None if folder is None else folder.parent, {}, hashlib.sha256()
     try:
         if parent is not None:
@@ -131,13 +139,13 @@ def packed_corpus(
             tokenizer.save_pretrained(packed)
             for name, part in (("train", documents.train), ("validation", documents.validation)):
                 with open(packed / name, "w+b") as file:
-                    rows[name] = _write_rows(file, part, tokenizer, config.model.n_ctx, config.seed)
+                    rows[name] = _write_rows(file, part, tokenizer, n_ctx, seed)
                 for some in rows[name].split(1024):
                     digest.update(some.numpy())
             sizes = {name: tensor.nbytes for name, tensor in rows.items()}
             made = {"description": documents.description, "sha256": digest.hexdigest(), "bytes": sizes}
             if about is not None and made["sha256"] != about.get("sha256"):
-                raise TrainError(f"{parent} was trained on other text: {config.data} does not give its tokens any more")
+                raise TrainError(f"{parent} was trained on other text: {config} does not give its tokens any more")
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 packed.replace(folder)
@@ -146,7 +154,7 @@ def packed_corpus(
     return Corpus(tokenizer, **rows, about=made)
 
 
-def _read_corpus(folder: Path, config: TrainConfig, about: dict[str, Any]) -> Corpus | None:
+def _read_corpus(folder: Path, n_ctx: int, about: dict[str, Any]) -> Corpus | None:
     """The corpus in `folder`, if it is whole."""
     try:
         if any((folder / name).stat().st_size != size for name, size in about["bytes"].items()):
@@ -154,7 +162,7 @@ def _read_corpus(folder: Path, config: TrainConfig, about: dict[str, Any]) -> Co
         tokenizer = load_tokenizer(folder)
     except (TokenizerError, OSError, KeyError):
         return None
-    rows = {name: _mapped(folder / name, tokenizer, config.model.n_ctx) for name in about["bytes"]}
+    rows = {name: _mapped(folder / name, tokenizer, n_ctx) for name in about["bytes"]}
     return Corpus(tokenizer, **rows, about=about)
 
 

@@ -30,6 +30,21 @@ if TYPE_CHECKING:
 _FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
 
 
+def packed_for(
+    config: TrainConfig, required: Sequence[str], folder: Path | None = None, about: dict[str, Any] | None = None
+) -> Corpus:
+    """The tokenizer and tokens that a run of `config` reads; see `packed_corpus`."""
+    return packed_corpus(
+        config.data,
+        d_vocab=config.model.d_vocab,
+        n_ctx=config.model.n_ctx,
+        seed=config.seed,
+        required=required,
+        folder=folder,
+        about=about,
+    )
+
+
 class Run:
     """What `train` writes while it trains; see its docstring.
 
@@ -54,7 +69,7 @@ class Run:
 
     def corpus(self, required: Sequence[str]) -> Corpus:
         """The run's tokens, packed in its folder; to resume, the same again: see `packed_corpus`."""
-        corpus = packed_corpus(self.config, required, self.data, self._about)
+        corpus = packed_for(self.config, required, self.data, self._about)
         if self._about is None:
             write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), "data": corpus.about})
         return corpus

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from tl_sparse.checkpoints import create, resolve_device
 from tl_sparse.config import check
 from tl_sparse.configs import TrainConfig
-from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus, packed_corpus
+from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks import TLModel, WeightSparsity, annealed, hooked, weight_groups
 from tl_sparse.network import AbsTopK
 from tl_sparse.processes import Processes
-from tl_sparse.runs import Run, noticing_signals
+from tl_sparse.runs import Run, noticing_signals, packed_for
 from tl_sparse.tasks import TASKS
 
 #: A line of the log, and a look at the bar, every so many steps; the share of dead neurons in every fifth of them.
@@ -226,7 +226,7 @@ def train(
     required = sorted({candidate for task in TASKS.values() for candidate in task.candidates or ()})
     with processes.main_first():  # the others read what it has packed
         run = None if out is None else Run(Path(out), config, resume or not processes.main)
-        corpus = packed_corpus(config, required) if run is None else run.corpus(required)
+        corpus = packed_for(config, required) if run is None else run.corpus(required)
     rows = corpus.train
     divisible = len(rows) >= config.batch_size or len(rows) % processes.count == 0
     check(divisible, "batch_size", config.batch_size, f"at most {len(rows)}, the sequences of this text")
