@@ -12,8 +12,8 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.configs import DataConfig
-from tl_sparse.data import CORPUS_SAMPLE, load_documents, pack_tokens
+from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
+from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
 from tl_sparse.hub import model_card

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
+from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.circuit import Circuit
-from tl_sparse.data import CORPUS_SAMPLE
 from tl_sparse.files import write_tensors
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations

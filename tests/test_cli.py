@@ -17,7 +17,8 @@ from loopback import cache_snapshot
 from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.cli import _parser, main
 from tl_sparse.configs import PruneConfig, TrainConfig
-from tl_sparse.data import load_documents, pack_tokens
+from tl_sparse.data.corpus import pack_tokens
+from tl_sparse.data.documents import load_documents
 from tl_sparse.training import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +238,7 @@ def test_readme_commands_are_commands():
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     """Scaled down: the same lines, with a model and a search of seconds."""
-    from tl_sparse.configs import DataConfig
+    from tl_sparse.data.config import DataConfig
     from tl_sparse.network.config import SparseConfig, paper_topk
 
     published(tmp_path, monkeypatch)

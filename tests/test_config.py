@@ -11,7 +11,8 @@ from hypothesis import given, settings
 
 from helpers import full_config, sparse_configs, tiny_config
 from tl_sparse.config import merged
-from tl_sparse.configs import PRESETS, DataConfig, PruneConfig, TrainConfig, laptop_model, preset
+from tl_sparse.configs import PRESETS, PruneConfig, TrainConfig, laptop_model, preset
+from tl_sparse.data.config import DataConfig
 from tl_sparse.errors import ConfigError, TLSparseError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig, paper_topk
 

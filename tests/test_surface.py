@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
+from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS
-from tl_sparse.tokenizer import load_tokenizer
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 ON_3 = version("transformer-lens").startswith("3.")

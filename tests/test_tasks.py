@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_model, word_tokenizer
+from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.evaluation import score
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides, idiom_documents
 from tl_sparse.tasks.task import TASKS, Task, candidate_logits, get_task, make_task_data, task_loss_and_accuracy
-from tl_sparse.tokenizer import train_tokenizer
 
 QUOTES = TASKS["single_double_quote"]
 CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.candidates})

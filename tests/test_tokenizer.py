@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from tl_sparse.data.tokenizer import END_OF_TEXT, PIECES, load_tokenizer, single_token, train_tokenizer
 from tl_sparse.errors import TokenizerError
 from tl_sparse.tasks.idioms import idiom_documents
-from tl_sparse.tokenizer import END_OF_TEXT, PIECES, load_tokenizer, single_token, train_tokenizer
 
 VOCAB_SIZE = 512
 CANDIDATES = ("')", '")', "=None", "):\n", ".add", " +=", "]]", " True:\n", " True\n", " ==")

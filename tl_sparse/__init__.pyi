@@ -1,10 +1,10 @@
 from .checkpoints import create as create
 from .checkpoints import load as load
+from .checkpoints.corpus_sample import load_corpus as load_corpus
 from .circuit import Circuit as Circuit
-from .configs import DataConfig as DataConfig
 from .configs import PruneConfig as PruneConfig
 from .configs import TrainConfig as TrainConfig
-from .data import load_corpus as load_corpus
+from .data.config import DataConfig as DataConfig
 from .errors import TLSparseError as TLSparseError
 from .evaluation import evaluate as evaluate
 from .network.config import SparseConfig as SparseConfig

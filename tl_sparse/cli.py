@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tl_sparse
 from tl_sparse.config import merged
-from tl_sparse.configs import PRESETS, RECIPES, DataConfig, PruneConfig, TrainConfig, preset
+from tl_sparse.configs import PRESETS, RECIPES, PruneConfig, TrainConfig, preset
+from tl_sparse.data import DataConfig
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
 from tl_sparse.network import SparseConfig
 

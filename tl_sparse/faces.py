@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 import tl_sparse
 from tl_sparse.cache import SparseActivationCache
+from tl_sparse.data import END_OF_TEXT
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
-from tl_sparse.tokenizer import END_OF_TEXT
 
 #: TransformerLens' options to change weights when a model is loaded.
 _PROCESSING = (

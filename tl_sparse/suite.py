@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from tl_sparse import plots
 from tl_sparse.checkpoints import load
+from tl_sparse.checkpoints.corpus_sample import load_corpus
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import check
 from tl_sparse.configs import PruneConfig
-from tl_sparse.data import load_corpus
 from tl_sparse.errors import SuiteError, TLSparseError
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import create, resolve_device
+from tl_sparse.checkpoints.corpus_sample import CORPUS_ROWS, CORPUS_SAMPLE
 from tl_sparse.config import check
 from tl_sparse.configs import TrainConfig
-from tl_sparse.data import CORPUS_ROWS, CORPUS_SAMPLE, Corpus
+from tl_sparse.data import Corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
 from tl_sparse.hooks import TLModel, WeightSparsity, annealed, hooked, weight_groups

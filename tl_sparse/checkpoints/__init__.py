@@ -12,13 +12,13 @@ from tl_sparse.checkpoints.network import Checkpoint, build_network, resolve_dev
 from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
 from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
 from tl_sparse.config import check
+from tl_sparse.data import find_tokenizer, load_tokenizer
 from tl_sparse.errors import CheckpointError, TokenizerError
 from tl_sparse.faces import wrap
 from tl_sparse.files import read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 from tl_sparse.sources import find, openai_tokenizer
-from tl_sparse.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = ["build_network", "create", "load", "read_checkpoint", "resolve_device", "resolve_dtype", "save_model"]
 

@@ -6,6 +6,7 @@ more than compression: a quote that opens a string is never in one token with a 
 quote that closes it is never in one token with the newline after it.
 """
 
+
 import base64
 import json
 from collections.abc import Iterable, Iterator, Sequence
