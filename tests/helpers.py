@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.checkpoints import create
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 
 GOLDEN = Path(__file__).parent / "golden"

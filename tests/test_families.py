@@ -13,7 +13,7 @@ from tl_sparse.circuit import Circuit
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation import evaluate
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, node_hooks, weight_matrices

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from tl_sparse.errors import ConfigError, DataError, HookNameError
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import (
     NodeGates,
     ablating,

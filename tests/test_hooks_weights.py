@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
 from tl_sparse.errors import ConfigError
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk

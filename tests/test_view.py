@@ -22,7 +22,7 @@ from tl_sparse.cli import _given, _parser, main
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.exports import attribution_graph, to_networkx
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.nodes import node_hooks

@@ -80,7 +80,7 @@ AutoModelForCausalLM.register(SparsePretrainedConfig, SparseTransformerForCausal
 if transformer_lens_line() == 4:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-    from tl_sparse.bridge import SparseArchitectureAdapter
+    from tl_sparse.faces import SparseArchitectureAdapter
 
     # The adapter itself comes by our entry point; but TransformerLens 4.3 looks at entry points only after it
     # has found the architecture in this table.

@@ -7,7 +7,7 @@ input, the logits) reads the sum of what the writers before it (embedding, heads
 from functools import partial
 from itertools import product
 
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 
 
 def with_edge_hooks(model):

@@ -12,7 +12,7 @@ from tool_models import dense_model, difference, prompts, sparse_model, stream_m
 from transformer_lens.tools import analysis
 
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 
 LINE = transformer_lens_line()
 line_4 = pytest.mark.skipif(LINE != 4, reason="TransformerLens 3.8 does not have it")

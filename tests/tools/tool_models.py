@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_config, tiny_model, word_tokenizer
-from tl_sparse.faces import transformer_lens_line
+from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.network.config import TOPK_LOCATIONS
 
 #: The paper's eight locations: all but the stream itself.

@@ -3,9 +3,9 @@
 `hooked.py` (TransformerLens 3) and `bridge.py` (TransformerLens 4) add only what differs.
 """
 
+
 import copy
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,15 @@ from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
 import tl_sparse
-from tl_sparse.cache import SparseActivationCache
 from tl_sparse.data import END_OF_TEXT
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
+from tl_sparse.faces.cache import SparseActivationCache
 from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
 
 #: TransformerLens' options to change weights when a model is loaded.
 _PROCESSING = (
     "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
 )  # fmt: skip
-
-
-def transformer_lens_line() -> int:
-    """The major version of the installed TransformerLens: 3 or 4."""
-    return int(version("transformer-lens").split(".")[0])
 
 
 class SparseModel(nn.Module):
@@ -286,12 +281,3 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> tuple
     tokenizer.add_special_tokens({role: end for role in roles if getattr(tokenizer, role) is None})
     ids = tokenizer.encode("a")
     return tokenizer, len(ids) > 1 and ids[0] == tokenizer.bos_token_id
-
-
-def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
-    """The network as a model of the installed TransformerLens line, in eval mode."""
-    if transformer_lens_line() == 3:
-        from tl_sparse.hooked import SparseHookedTransformer as Face
-    else:
-        from tl_sparse.bridge import SparseTransformerBridge as Face
-    return Face(network.eval(), tokenizer).eval()

@@ -1,5 +1,6 @@
 """The face for TransformerLens 3: a true `HookedTransformer` that runs our network."""
 
+
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -11,7 +12,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces import SparseModel, tl_config_fields
+from tl_sparse.faces.model import SparseModel, tl_config_fields
 from tl_sparse.network import SparseTransformer
 
 

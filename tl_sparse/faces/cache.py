@@ -1,5 +1,6 @@
 """The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what is written."""
 
+
 from typing import Any
 
 import torch

@@ -1,5 +1,6 @@
 """The face for TransformerLens 4: a true `TransformerBridge` that runs our network."""
 
+
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformer_lens.model_bridge import ArchitectureAdapter, TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces import SparseModel, prepare_tokenizer, tl_config_fields
+from tl_sparse.faces.model import SparseModel, prepare_tokenizer, tl_config_fields
 from tl_sparse.network import SparseTransformer
 
 

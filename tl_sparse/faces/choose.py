@@ -1,0 +1,18 @@
+"""The face for the installed TransformerLens line."""
+
+
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_sparse.faces.line import transformer_lens_line
+from tl_sparse.faces.model import SparseModel
+from tl_sparse.network import SparseTransformer
+
+
+def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
+    """The network as a model of the installed TransformerLens line, in eval mode."""
+    if transformer_lens_line() == 3:
+        from tl_sparse.faces.hooked import SparseHookedTransformer as Face
+    else:
+        from tl_sparse.faces.bridge import SparseTransformerBridge as Face
+    return Face(network.eval(), tokenizer).eval()

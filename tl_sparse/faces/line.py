@@ -1,0 +1,9 @@
+"""Which of the two TransformerLens lines is installed."""
+
+
+from importlib.metadata import version
+
+
+def transformer_lens_line() -> int:
+    """The major version of the installed TransformerLens: 3 or 4."""
+    return int(version("transformer-lens").split(".")[0])
