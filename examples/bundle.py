@@ -12,11 +12,10 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
+from tl_sparse.checkpoints import CORPUS_SAMPLE, model_card
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
-from tl_sparse.hub import model_card
 from tl_sparse.network import pack
 from tl_sparse.training import evaluate_loss
 

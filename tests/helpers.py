@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.checkpoints import create
+from tl_sparse.checkpoints.loading import create
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 

@@ -19,7 +19,8 @@ from formats import write_circuitgpt, write_openai, write_sparse_pretrain
 from helpers import GOLDEN, full_config, random_tokens, sparse_configs, tiny_config, tiny_model, word_tokenizer
 from test_checkpoints import as_openai_can_say_it, assert_same_model
 from tl_sparse import SparseConfig, create, load, paper_topk
-from tl_sparse.checkpoints import build_network, read_checkpoint, save_model
+from tl_sparse.checkpoints.formats import read_checkpoint
+from tl_sparse.checkpoints.loading import build_network, save_model
 from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
 from tl_sparse.files import read_torch

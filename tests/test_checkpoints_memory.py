@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from formats import write_circuitgpt, write_openai
-from tl_sparse.checkpoints import create, save_model
+from tl_sparse.checkpoints.loading import create, save_model
 from tl_sparse.network.config import SparseConfig, paper_topk
 
 CONFIG = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), attn_sinks=True,

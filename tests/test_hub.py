@@ -11,13 +11,13 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl, constants
 
 from helpers import tiny_model
 from loopback import Answer, cache_snapshot, point_hub_at, serving
-from tl_sparse.checkpoints import load
+from tl_sparse.checkpoints.hub import model_card, push_to_hub
+from tl_sparse.checkpoints.loading import load
+from tl_sparse.checkpoints.sources import find
 from tl_sparse.circuit import Circuit
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.fingerprint import fingerprint
-from tl_sparse.hub import model_card, push_to_hub
-from tl_sparse.sources import find
 
 RECORD = {
     "config": {"steps": 10, "lr": 0.01},

@@ -37,7 +37,8 @@ from formats import (
     sparse_pretrain_values,
 )
 from helpers import full_config, tiny_config, tiny_model
-from tl_sparse.checkpoints import build_network, read_checkpoint, save_model
+from tl_sparse.checkpoints.formats import read_checkpoint
+from tl_sparse.checkpoints.loading import build_network, save_model
 from tl_sparse.errors import TLSparseError
 from tl_sparse.network.config import SparseConfig
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from loopback import Answer, FakeHub, cache_snapshot, point_hub_at, serving
-from tl_sparse import sources
+from tl_sparse.checkpoints import sources
 from tl_sparse.errors import CheckpointError
 
 NAMES = (

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from helpers import GOLDEN
 from tl_sparse import TrainConfig, load
-from tl_sparse.checkpoints import read_openai
+from tl_sparse.checkpoints.loading import read_openai
 from tl_sparse.configs import RECIPES
 from tl_sparse.training import Trainer
 

@@ -1,6 +1,6 @@
-from .checkpoints import create as create
-from .checkpoints import load as load
 from .checkpoints.corpus_sample import load_corpus as load_corpus
+from .checkpoints.loading import create as create
+from .checkpoints.loading import load as load
 from .circuit import Circuit as Circuit
 from .configs import PruneConfig as PruneConfig
 from .configs import TrainConfig as TrainConfig

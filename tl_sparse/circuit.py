@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_sparse.checkpoints import find
 from tl_sparse.edges import bias_at, cutting
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.nodes import KINDS, Edge, Node, node_at, weight_matrices
-from tl_sparse.sources import find
 
 if TYPE_CHECKING:
     from tl_sparse.view import Page
@@ -274,7 +274,7 @@ class Circuit:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the circuit with a card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
-        from tl_sparse.hub import push_to_hub
+        from tl_sparse.checkpoints import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse import plots
-from tl_sparse.checkpoints import load
-from tl_sparse.checkpoints.corpus_sample import load_corpus
+from tl_sparse.checkpoints import find, load, load_corpus
 from tl_sparse.circuit import Circuit
 from tl_sparse.config import check
 from tl_sparse.configs import PruneConfig
@@ -30,7 +29,6 @@ from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.nodes import n_weights
 from tl_sparse.pruning import corpus_means, prune, prune_edges
-from tl_sparse.sources import find
 from tl_sparse.tasks import get_task
 
 T = TypeVar("T")

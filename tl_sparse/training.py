@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints import create, resolve_device
-from tl_sparse.checkpoints.corpus_sample import CORPUS_ROWS, CORPUS_SAMPLE
+from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, resolve_device
 from tl_sparse.config import check
 from tl_sparse.configs import TrainConfig
 from tl_sparse.data import Corpus

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
-from tl_sparse.checkpoints import create
+from tl_sparse.checkpoints.loading import create
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import abs_topk
 from tl_sparse.network.config import SparseConfig, paper_topk

@@ -11,7 +11,7 @@ import torch
 import tl_sparse
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from benchmarks.test_gate_step import plain_and_gated
-from tl_sparse.checkpoints import create
+from tl_sparse.checkpoints.loading import create
 from tl_sparse.configs import TrainConfig
 from tl_sparse.hooks import NodeGates, weight_groups
 from tl_sparse.hooks.activations import abs_topk

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tl_sparse.checkpoints import create
+from tl_sparse.checkpoints.loading import create
 from tl_sparse.configs import TrainConfig
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.training import Trainer

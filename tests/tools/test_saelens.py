@@ -18,7 +18,7 @@ from sae_lens import (  # noqa: E402
     StandardTrainingSAEConfig,
 )
 
-from tl_sparse.faces.hooked import SparseHookedTransformer
+from tl_sparse.faces.hooked import SparseHookedTransformer  # noqa: E402
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.1.ln2.hook_read"]
 

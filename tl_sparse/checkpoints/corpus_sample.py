@@ -7,10 +7,10 @@ from jaxtyping import Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tl_sparse.checkpoints.sources import find
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError
 from tl_sparse.files import read_tensors
-from tl_sparse.sources import find
 
 #: A sample of the training tokens, saved with a model; enough rows for stable means wherever it is pruned.
 CORPUS_SAMPLE = "corpus_sample.safetensors"

@@ -91,7 +91,7 @@ class SparseModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model with a model card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
-        from tl_sparse.hub import push_to_hub
+        from tl_sparse.checkpoints import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 

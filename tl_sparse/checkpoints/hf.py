@@ -3,6 +3,7 @@
 `import tl_sparse.hf` registers them; nothing else of this package changes anything global.
 """
 
+
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from tl_sparse.checkpoints import build_network, read_checkpoint, resolve_dtype, save_model
+from tl_sparse.checkpoints.formats import read_checkpoint
+from tl_sparse.checkpoints.loading import build_network, resolve_dtype, save_model
+from tl_sparse.checkpoints.sources import find
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.network import SparseConfig, SparseTransformer, init_weights
-from tl_sparse.sources import find
 
 
 class SparsePretrainedConfig(PretrainedConfig):

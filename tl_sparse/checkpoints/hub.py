@@ -1,5 +1,6 @@
 """Models and circuits onto the Hugging Face hub, with a card of what was measured of them."""
 
+
 import json
 import tempfile
 from collections.abc import Mapping

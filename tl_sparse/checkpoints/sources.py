@@ -1,5 +1,6 @@
 """Where models come from: a folder, the Hugging Face hub, or OpenAI's public storage."""
 
+
 import difflib
 import os
 import re
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from tl_sparse.errors import CheckpointError
 
 #: The models that come with the package.
-_BUNDLED = {name: Path(__file__).parent / "models" / name for name in ("tiny-python-sparse", "tiny-python-dense")}
+_BUNDLED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny-python-sparse", "tiny-python-dense")}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: Data alone: code in a repository is neither fetched nor run. Pickles only where there is no safetensors file.
 _DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
