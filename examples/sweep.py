@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.config import merged
-from tl_sparse.configs import RECIPES, laptop_model
 from tl_sparse.files import write_json
+from tl_sparse.training import RECIPES, laptop_model
 
 
 def size_grid(config: TrainConfig) -> dict[str, TrainConfig]:

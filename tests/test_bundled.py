@@ -10,10 +10,10 @@ import tl_sparse
 from tl_sparse.checkpoints.corpus_sample import load_corpus
 from tl_sparse.checkpoints.sources import find
 from tl_sparse.config import merged
-from tl_sparse.configs import TrainConfig, preset
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import read_yaml
-from tl_sparse.training import evaluate_loss
+from tl_sparse.training.config import TrainConfig, preset
+from tl_sparse.training.loop import evaluate_loss
 
 NAMES = ("tiny-python-sparse", "tiny-python-dense")
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,10 +16,11 @@ from helpers import full_config, tiny_model
 from loopback import cache_snapshot
 from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.cli import _parser, main
-from tl_sparse.configs import PruneConfig, TrainConfig
+from tl_sparse.configs import PruneConfig
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
-from tl_sparse.training import evaluate_loss
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.loop import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = {

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 import tl_sparse.data
 from helpers import tiny_config, word_tokenizer
 from tl_sparse import train
-from tl_sparse.configs import TrainConfig
 from tl_sparse.data.config import DataConfig
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import Stream, load_documents
 from tl_sparse.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
-from tl_sparse.runs import packed_for
 from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.runs import packed_for
 
 
 @pytest.fixture(scope="module")

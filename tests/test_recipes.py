@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_model
-from tl_sparse.configs import RECIPES, TrainConfig, preset
 from tl_sparse.errors import ConfigError
 from tl_sparse.hooks import annealed, weight_groups
 from tl_sparse.network.config import paper_topk
 from tl_sparse.network.layers import AbsTopK
-from tl_sparse.training import Trainer, next_token_loss
+from tl_sparse.training.config import RECIPES, TrainConfig, preset
+from tl_sparse.training.trainer import Trainer, next_token_loss
 
 STEPS = 10
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from helpers import GOLDEN
 from tl_sparse import TrainConfig, load
 from tl_sparse.checkpoints.loading import read_openai
-from tl_sparse.configs import RECIPES
-from tl_sparse.training import Trainer
+from tl_sparse.training.config import RECIPES
+from tl_sparse.training.trainer import Trainer
 
 FOLDER = GOLDEN / "training"
 #: Weights after so many steps.

@@ -3,7 +3,6 @@ from .checkpoints.loading import create as create
 from .checkpoints.loading import load as load
 from .circuit import Circuit as Circuit
 from .configs import PruneConfig as PruneConfig
-from .configs import TrainConfig as TrainConfig
 from .data.config import DataConfig as DataConfig
 from .errors import TLSparseError as TLSparseError
 from .evaluation import evaluate as evaluate
@@ -16,4 +15,5 @@ from .pruning import prune_edges as prune_edges
 from .tables import report as report
 from .tasks.task import get_task as get_task
 from .tasks.task import make_task_data as make_task_data
-from .training import train as train
+from .training.config import TrainConfig as TrainConfig
+from .training.loop import train as train

@@ -12,7 +12,6 @@ import tl_sparse
 from benchmarks.plain import PlainTransformer, copy_weights, topk_by_torch
 from benchmarks.test_gate_step import plain_and_gated
 from tl_sparse.checkpoints.loading import create
-from tl_sparse.configs import TrainConfig
 from tl_sparse.hooks import NodeGates, weight_groups
 from tl_sparse.hooks.activations import abs_topk
 from tl_sparse.hooks.points import frozen
@@ -20,7 +19,8 @@ from tl_sparse.network import layers
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.network.products import Product
 from tl_sparse.pruning import corpus_means
-from tl_sparse.training import Trainer
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.trainer import Trainer
 
 #: At d_model 2048 and 8 layers: 415 million parameters with these sizes.
 WIDTHS = {256: 16, 1024: 8, 2048: 8}  # d_model: batch

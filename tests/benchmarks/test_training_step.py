@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from tl_sparse.checkpoints.loading import create
-from tl_sparse.configs import TrainConfig
 from tl_sparse.network.config import SparseConfig, paper_topk
-from tl_sparse.training import Trainer
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.trainer import Trainer
 
 LARGER = SparseConfig(
     n_layers=8, d_model=256, n_heads=16, d_head=16, d_mlp=1024, d_vocab=2048, n_ctx=256,

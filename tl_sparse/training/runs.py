@@ -1,5 +1,6 @@
 """A training run in a folder: its log, and checkpoints from which it goes on exactly where it was."""
 
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_sparse.configs import TrainConfig
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
-from tl_sparse.processes import SIGNALS
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.processes import SIGNALS
 
 if TYPE_CHECKING:
-    from tl_sparse.training import Trainer
+    from tl_sparse.training.trainer import Trainer
+
 
 #: What may differ when a run goes on: it changes no weight.
 _FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}

@@ -1,5 +1,6 @@
 """One run in several processes, and its trackers: both are accelerate's, imported only where they are asked for."""
 
+
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.config import check
-from tl_sparse.configs import TrainConfig
+from tl_sparse.training.config import TrainConfig
 
 #: What stops a run, in all of its processes after the same step.
 SIGNALS = (SIGINT, SIGTERM)
