@@ -15,11 +15,10 @@ from itertools import islice
 import torch
 
 import tl_sparse
+from tl_sparse.circuits import KINDS, name_of, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
-from tl_sparse.exports import residual_joins
 from tl_sparse.hooks import recording
-from tl_sparse.nodes import KINDS
-from tl_sparse.tables import name_of, table
+from tl_sparse.tables import table
 from tl_sparse.tasks import Task, make_task_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.files import write_tensors
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
-from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks.task import Task
 
 W_V, W_O, W_U = 1.5, 2.0, 3.0

@@ -23,9 +23,9 @@ from helpers import (
     word_tokenizer,
 )
 from tl_sparse import SparseConfig, create, load
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
 from tl_sparse.files import replacing, write_json, write_tensors
-from tl_sparse.fingerprint import fingerprint
 
 # --- the original implementation ----------------------------------------------------------------------------
 

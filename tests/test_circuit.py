@@ -12,15 +12,16 @@ import tl_sparse
 from helpers import tiny_model
 from loopback import cache_snapshot, point_hub_at
 from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_circuit, micro_corpus, micro_model
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import Node
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation import evaluate, score
 from tl_sparse.files import read_tensors
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig, paper_topk
-from tl_sparse.nodes import Node, node_hooks
 from tl_sparse.pruning import prune
 from tl_sparse.tasks.task import make_task_data
 

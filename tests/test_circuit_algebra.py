@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from helpers import random_tokens, tiny_config, tiny_model
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.errors import CircuitError
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
-from tl_sparse.nodes import Edge, Node, node_hooks
 
 SIZES = dict(n_layers=2, d_model=3, n_heads=1, d_head=2, d_mlp=3)
 MODEL = tiny_model(**SIZES)

@@ -21,15 +21,16 @@ from micro import (
     micro_corpus,
     micro_model,
 )
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.edges import cutting
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.configs import PruneConfig
-from tl_sparse.edges import cutting
 from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation import evaluate, score
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.nodes import Edge, Node, node_hooks
 from tl_sparse.pruning import prune, prune_edges, task_splits
 from tl_sparse.tasks.task import make_task_data
 

@@ -23,7 +23,9 @@ from micro import (
     micro_model,
 )
 from tl_sparse import evaluation
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import (
     all_logits,
@@ -39,10 +41,8 @@ from tl_sparse.evaluation import (
     task_logits,
     task_loss,
 )
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks.task import TaskData, make_task_data
 
 

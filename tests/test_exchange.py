@@ -7,13 +7,13 @@ import torch
 
 import tl_sparse
 from micro import EDGES, LOSS, MICRO_TASK, NODES, W_V, micro_corpus, micro_model
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.evaluation import evaluate
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig
-from tl_sparse.nodes import node_hooks
 from tl_sparse.tasks.task import make_task_data
 
 NONE = torch.tensor([], dtype=torch.int64)

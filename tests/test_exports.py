@@ -13,9 +13,17 @@ import pytest
 import torch
 
 from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN, micro_circuit, micro_model
+from tl_sparse.circuits.exports import (
+    FORMATS,
+    attribution_graph,
+    export,
+    residual_joins,
+    to_dot,
+    to_mermaid,
+    to_networkx,
+)
+from tl_sparse.circuits.nodes import Node
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskError, TokenizerError
-from tl_sparse.exports import FORMATS, attribution_graph, export, residual_joins, to_dot, to_mermaid, to_networkx
-from tl_sparse.nodes import Node
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph.schema.json").read_text())
 

@@ -9,14 +9,15 @@ import torch
 import transformers
 
 from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, W_O, W_U, W_V, micro_corpus, micro_tokenizer
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation import evaluate
 from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import ablating, mean_activations
-from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, node_hooks, weight_matrices
 from tl_sparse.pruning import prune
 from tl_sparse.tasks.task import make_task_data
 

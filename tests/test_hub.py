@@ -14,10 +14,10 @@ from loopback import Answer, cache_snapshot, point_hub_at, serving
 from tl_sparse.checkpoints.hub import model_card, push_to_hub
 from tl_sparse.checkpoints.loading import load
 from tl_sparse.checkpoints.sources import find
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Evaluation, Score
-from tl_sparse.fingerprint import fingerprint
 
 RECORD = {
     "config": {"steps": 10, "lr": 0.01},

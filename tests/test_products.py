@@ -19,8 +19,8 @@ from torch import nn
 import tl_sparse
 from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
 from tl_sparse.checkpoints.loading import create
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import ConfigError
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import abs_topk, weight_groups
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk

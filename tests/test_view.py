@@ -17,15 +17,15 @@ import tl_sparse
 from helpers import word_tokenizer
 from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, micro_circuit, micro_corpus, micro_model, micro_tokenizer
 from tl_sparse import view
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.exports import attribution_graph, to_networkx
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import _given, _parser, main
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
-from tl_sparse.exports import attribution_graph, to_networkx
 from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.fingerprint import fingerprint
 from tl_sparse.hooks import mean_activations
-from tl_sparse.nodes import node_hooks
 from tl_sparse.view import Page, drawn, page_data
 
 HOSTILE = [

@@ -218,9 +218,9 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from tl_sparse.circuits import EMBED_HOOK
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
-    from tl_sparse.nodes import EMBED_HOOK
     from tl_sparse.pruning import corpus_means, task_splits
     from tl_sparse.tables import evaluation_tables
 
@@ -281,7 +281,7 @@ def _view(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from tl_sparse.exports import export
+    from tl_sparse.circuits import export
 
     export(*_circuit_and_model(args), args.out, args.task)
     print(f"Saved {args.out}")

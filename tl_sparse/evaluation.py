@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.configs import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.hooks import TLModel, recording
-from tl_sparse.nodes import Edge, Node
 from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 #: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_sparse.circuits import node_hooks, weight_matrices
 from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.files import replacing
 from tl_sparse.hooks import Means, TLModel, frozen, hooked
-from tl_sparse.nodes import node_hooks, weight_matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

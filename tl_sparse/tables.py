@@ -1,12 +1,12 @@
 """A circuit as tables that a person can read."""
 
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits import KINDS, Circuit, _short, name_of
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks import TLModel
-from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Node
 from tl_sparse.tasks import Task, make_task_data
 
 
@@ -107,18 +107,6 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
     different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
     answers = data.candidates[0].tolist()
     return list(dict.fromkeys(different + answers)), answers
-
-
-def name_of(model: TLModel, node: Node) -> str:
-    """`0.attn_v head 3, channel 5`: a node with its head where it has one."""
-    return f"{node.layer}.{node.location} {_short(model, node.location, node.index)}"
-
-
-def _short(model: TLModel, location: str, index: int) -> str:
-    if location in HEAD_LOCATIONS:
-        head, channel = divmod(index, model.cfg.d_head)
-        return f"h{head}.{channel}"
-    return str(index)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,14 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, name_of
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
 from tl_sparse.files import write_text
 from tl_sparse.hooks import TLModel, recording
-from tl_sparse.nodes import HEAD_LOCATIONS, KINDS, Edge, Node
-from tl_sparse.tables import name_of, task_tokens
+from tl_sparse.tables import task_tokens
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
 
 #: What a page holds at most; it states these itself.

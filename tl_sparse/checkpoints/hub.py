@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.faces import SparseModel

@@ -1,5 +1,6 @@
 """Recognising a model: the same weights have the same fingerprint in any dtype, on any device and face."""
 
+
 import hashlib
 import json
 import math

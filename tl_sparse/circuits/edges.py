@@ -3,6 +3,7 @@
 Gao et al. 2025 prune nodes only, and name leftover edges as a weakness (METHOD §5).
 """
 
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, Edge, Node
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks import NodeValues, TLModel
-from tl_sparse.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, Edge, Node
 
 #: Node location that edges lead to → module, and what is behind `W_` and `b_` in the names of its weights and biases.
 _INTO = {target: (part, weight.removeprefix("W_")) for part, weight, _, target in MATRICES if weight != "W_gate"}

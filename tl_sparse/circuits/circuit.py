@@ -1,5 +1,6 @@
 """A circuit: the nodes of a model that are kept, and the means at which all others are held."""
 
+
 from __future__ import annotations
 
 import itertools
@@ -15,15 +16,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.checkpoints import find
-from tl_sparse.edges import bias_at, cutting
+from tl_sparse.circuits.edges import bias_at, cutting
+from tl_sparse.circuits.fingerprints import Fingerprint, fingerprint
+from tl_sparse.circuits.nodes import KINDS, Edge, Node, node_at, weight_matrices
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
-from tl_sparse.fingerprint import Fingerprint, fingerprint
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
-from tl_sparse.nodes import KINDS, Edge, Node, node_at, weight_matrices
 
 if TYPE_CHECKING:
     from tl_sparse.view import Page
+
 
 FORMAT, FORMAT_VERSION = "tl_sparse circuit", 1
 
@@ -317,7 +319,7 @@ class Circuit:
     @classmethod
     def from_openai(cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = "") -> Circuit:
         """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.exchange.read_openai`."""
-        from tl_sparse.exchange import read_openai
+        from tl_sparse.circuits.exchange import read_openai
 
         return read_openai(Path(path), model, means, task)
 
@@ -329,7 +331,7 @@ class Circuit:
 
     def edge_list(self, model: TLModel) -> dict[str, Any]:
         """The circuit as a plain list of nodes and edges; see `tl_sparse.exchange.edge_list`."""
-        from tl_sparse.exchange import edge_list
+        from tl_sparse.circuits.exchange import edge_list
 
         return edge_list(self, model)
 
@@ -340,7 +342,7 @@ class Circuit:
     @classmethod
     def from_edge_list(cls, path: str | Path, model: TLModel, means: NodeValues | None = None) -> Circuit:
         """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.exchange.read_edge_list`."""
-        from tl_sparse.exchange import read_edge_list
+        from tl_sparse.circuits.exchange import read_edge_list
 
         return read_edge_list(Path(path), model, means)
 

@@ -1,5 +1,6 @@
 """Circuits in the formats of other tools: networkx, GraphML, DOT, Mermaid, CSV, and attribution-graph JSON."""
 
+
 import difflib
 import json
 import re
@@ -13,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.nodes import KINDS, Node, name_of, node_at
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import replacing
 from tl_sparse.hooks import TLModel, frozen, hooked
-from tl_sparse.nodes import KINDS, Node, node_at
-from tl_sparse.tables import name_of
 from tl_sparse.tasks import Task, get_task, make_task_data
 
 if TYPE_CHECKING:
     import networkx
+
 
 MERMAID_LINKS = 400  # its renderers stop at 500, and nobody can read as many
 LEAST_INFLUENCE = 0.005  # of a node of an attribution graph

@@ -1,5 +1,6 @@
 """Circuits from and to other formats: OpenAI's `viz_data.pt`, and plain lists of edges."""
 
+
 import json
 import math
 import warnings
@@ -12,12 +13,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_sparse.circuit import Circuit
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
+from tl_sparse.circuits.nodes import HEAD_LOCATIONS, Node
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_torch
-from tl_sparse.fingerprint import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
 from tl_sparse.hooks import NodeValues, TLModel
-from tl_sparse.nodes import HEAD_LOCATIONS, Node, node_hooks
 
 EDGES_FORMAT = "tl_sparse edges"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

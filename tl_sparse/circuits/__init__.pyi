@@ -1,0 +1,14 @@
+from .circuit import Circuit as Circuit
+from .exports import export as export
+from .exports import residual_joins as residual_joins
+from .families import node_hooks as node_hooks
+from .fingerprints import fingerprint as fingerprint
+from .nodes import EMBED_HOOK as EMBED_HOOK
+from .nodes import HEAD_LOCATIONS as HEAD_LOCATIONS
+from .nodes import KINDS as KINDS
+from .nodes import Edge as Edge
+from .nodes import Node as Node
+from .nodes import _short as _short
+from .nodes import n_weights as n_weights
+from .nodes import name_of as name_of
+from .nodes import weight_matrices as weight_matrices
