@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 
 import tl_sparse
-from tl_sparse.circuits import KINDS, name_of, residual_joins
+from tl_sparse.circuits import KINDS, node_label, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
 from tl_sparse.tables import table
@@ -69,7 +69,7 @@ for node in circuit.nodes:
     position_share, *positions = by_group(x, torch.arange(rows.shape[1]).repeat(len(rows)))
     named, ends = (text, tokens) if token_share >= position_share else ("@{}".format, positions)
     extremes = " … ".join(" ".join(map(named, end)) for end in ends)
-    lines.append([name_of(model, node), KINDS[node.location], f"{token_share:.0%}", f"{position_share:.0%}", extremes])
+    lines.append([node_label(model, node), KINDS[node.location], f"{token_share:.0%}", f"{position_share:.0%}", extremes])
 print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 
@@ -80,10 +80,10 @@ joins = residual_joins(circuit.nodes)
 for node in circuit.nodes:
     x = values(node, in_prompts)
     at_mark, at_end = (x[prompts, where].view(-1, 2).mean(0).tolist() for where in (opened, data.last))
-    sources = [f"{name_of(model, e.source)} ({e.weight:+.2f})" for e in edges if e.target == node]
-    sources += [f"{name_of(model, write)} (stream)" for write, read in joins if read == node]
+    sources = [f"{node_label(model, e.source)} ({e.weight:+.2f})" for e in edges if e.target == node]
+    sources += [f"{node_label(model, write)} (stream)" for write, read in joins if read == node]
     numbers = [f"{a:+.2f} / {b:+.2f}" for a, b in (at_mark, at_end)]
-    lines.append([name_of(model, node), *numbers, f"{cut[node]:+.3f}", ", ".join(sources) or "the stream"])
+    lines.append([node_label(model, node), *numbers, f"{cut[node]:+.3f}", ", ".join(sources) or "the stream"])
 print(f"\nWhat they do in the task: mean values after {marks[0]} / after {marks[1]}\n")
 print(table(["node", "where it opens", "at the end", "loss if cut", "reads"], lines))
 
@@ -112,7 +112,7 @@ for node in (node for node in circuit.nodes if node.location.endswith("_out")):
     row = readout[node.index]
     moved[node] = float((at_end[0] - at_end[1]) * (row[answers[0]] - row[answers[1]]))
     top = " ".join(text(int(token)) for token in row.abs().topk(3).indices)
-    lines.append([name_of(model, node), *(f"{float(row[a]):+.2f}" for a in answers), f"{moved[node]:+.2f}", top])
+    lines.append([node_label(model, node), *(f"{float(row[a]):+.2f}" for a in answers), f"{moved[node]:+.2f}", top])
 header = ["write", *map(repr, task.candidates), "moves the answers apart by", "strongest on"]
 print("\nEntries of the unembedding, and what they make of the values above\n")
 print(table(header, lines))
@@ -131,7 +131,7 @@ def paths(node):
 
 print("\nPaths from values to answers, with what the last node of each moves these apart\n")
 for path in islice((path for node in circuit.nodes if node.location == "attn_v" for path in paths(node)), 12):
-    print(f"  {' → '.join(name_of(model, node) for node in path)}: {moved[path[-1]]:+.2f}")
+    print(f"  {' → '.join(node_label(model, node) for node in path)}: {moved[path[-1]]:+.2f}")
 
 # %% A prediction. Python allows quotes of the other kind in a string: by which token that has some, put right behind
 # what opened the string, is the circuit led astray most?

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tl_sparse.circuits import KINDS, Circuit, _short, name_of
+from tl_sparse.circuits import KINDS, Circuit, index_label, node_label
 from tl_sparse.evaluation import Evaluation, Score
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task, make_task_data
@@ -67,7 +67,7 @@ def _scores_row(name: str, score: Score) -> list[str]:
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
     for (layer, location), indices in circuit.nodes_by_location().items():
-        which = " ".join(_short(model, location, index) for index in indices)
+        which = " ".join(index_label(model, location, index) for index in indices)
         rows.append([str(layer), location, KINDS[location], str(len(indices)), which])
     heading = f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
@@ -75,7 +75,7 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
 
 def _edges_table(circuit: Circuit, model: TLModel) -> str:
     edges = circuit.edges(model)
-    rows = [[name_of(model, e.source), "→", name_of(model, e.target), f"{e.weight:+.3f}"] for e in edges]
+    rows = [[node_label(model, e.source), "→", node_label(model, e.target), f"{e.weight:+.3f}"] for e in edges]
     heading = f"{len(edges)} edges: the nonzero weights between these nodes"
     return heading + ("\n" + table(["from", "", "to", "weight"], rows) if rows else "")
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, name_of
+from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, node_label
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
@@ -192,7 +192,7 @@ def _run(
 def _about(circuit: Circuit, model: TLModel, node: Node, hook: str, texts: _Texts) -> dict[str, Any]:
     """What is known of a node before anything is run. Reads and writes also have their channel and its tokens."""
     about: dict[str, Any] = {
-        "name": str(node), "openai": node.openai_name, "label": name_of(model, node), "kind": KINDS[node.location],
+        "name": str(node), "openai": node.openai_name, "label": node_label(model, node), "kind": KINDS[node.location],
         "layer": node.layer, "location": node.location, "index": node.index,
         "head": node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None,
         "mean": _short(circuit.means[hook].flatten()[node.index]) if circuit.means else None,

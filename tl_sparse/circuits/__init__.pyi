@@ -8,7 +8,7 @@ from .nodes import HEAD_LOCATIONS as HEAD_LOCATIONS
 from .nodes import KINDS as KINDS
 from .nodes import Edge as Edge
 from .nodes import Node as Node
-from .nodes import _short as _short
+from .nodes import index_label as index_label
 from .nodes import n_weights as n_weights
-from .nodes import name_of as name_of
+from .nodes import node_label as node_label
 from .nodes import weight_matrices as weight_matrices

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.nodes import KINDS, Node, name_of, node_at
+from tl_sparse.circuits.nodes import KINDS, Node, node_label, node_at
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import replacing
 from tl_sparse.hooks import TLModel, frozen, hooked
@@ -58,7 +58,7 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
     graph = (networkx.MultiDiGraph if several else networkx.DiGraph)(model=circuit.model_name, task=circuit.task)
     for node in circuit.nodes:
         about: dict[str, Any] = {"layer": node.layer, "location": node.location, "index": node.index}
-        about |= {"openai": node.openai_name, "kind": KINDS[node.location], "label": name_of(model, node)}
+        about |= {"openai": node.openai_name, "kind": KINDS[node.location], "label": node_label(model, node)}
         mean = circuit.means.get(hooks[node.layer, node.location])
         about |= {} if mean is None else {"mean": float(mean.flatten()[node.index])}
         graph.add_node(str(node), **about)
@@ -84,7 +84,7 @@ def to_dot(circuit: Circuit, model: TLModel) -> str:
     strongest = max((abs(edge.weight) for edge in edges), default=1.0)
     lines = ["digraph circuit {", "  rankdir=BT; node [shape=box, style=rounded, fontname=Courier, fontsize=10];"]
     for _, nodes in groupby(circuit.nodes, lambda node: (node.layer, node.location)):
-        boxes = (f'"{node}" [label="{name_of(model, node)}"];' for node in nodes)
+        boxes = (f'"{node}" [label="{node_label(model, node)}"];' for node in nodes)
         lines.append(f"  {{ rank=same; {' '.join(boxes)} }}")
     for e in edges:
         color, width = "#1b6cb5" if e.weight > 0 else "#cd4f22", 0.5 + 3.5 * abs(e.weight) / strongest
@@ -101,7 +101,7 @@ def to_mermaid(circuit: Circuit, model: TLModel) -> str:
     links += [f"  {names[write]} -.-> {names[read]}" for write, read in residual_joins(circuit.nodes)]
     if len(links) > MERMAID_LINKS:
         raise CircuitError(f"Mermaid is for circuits of at most {MERMAID_LINKS} links, not {len(links)}: use .dot")
-    boxes = [f'  {name}["{name_of(model, node)}"]' for node, name in names.items()]
+    boxes = [f'  {name}["{node_label(model, node)}"]' for node, name in names.items()]
     return "\n".join(["flowchart BT", *boxes, *links])
 
 
@@ -175,7 +175,7 @@ def attribution_graph(
             node = node_at(hooks[depth], index)
             feature = 1_000_000 * list(KINDS).index(node.location) + index
             # The only type that the viewers draw as an ordinary node.
-            layer, kind, label = str(node.layer), "cross layer transcoder", name_of(model, node)
+            layer, kind, label = str(node.layer), "cross layer transcoder", node_label(model, node)
         nodes[vertex] = {
             "node_id": f"{layer}_{feature}_{at}", "feature": feature, "layer": layer, "ctx_idx": at, "clerp": label,
             "feature_type": kind, "jsNodeId": f"{layer}_{feature}-{at}", "influence": influence[vertex],

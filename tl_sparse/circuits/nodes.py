@@ -11,7 +11,6 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.circuits.nodes import HEAD_LOCATIONS, KINDS, Node
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks import TLModel
 
@@ -128,12 +127,12 @@ def n_weights(model: TLModel) -> tuple[int, int]:
 
 
 
-def name_of(model: TLModel, node: Node) -> str:
+def node_label(model: TLModel, node: Node) -> str:
     """`0.attn_v head 3, channel 5`: a node with its head where it has one."""
-    return f"{node.layer}.{node.location} {_short(model, node.location, node.index)}"
+    return f"{node.layer}.{node.location} {index_label(model, node.location, node.index)}"
 
 
-def _short(model: TLModel, location: str, index: int) -> str:
+def index_label(model: TLModel, location: str, index: int) -> str:
     if location in HEAD_LOCATIONS:
         head, channel = divmod(index, model.cfg.d_head)
         return f"h{head}.{channel}"
