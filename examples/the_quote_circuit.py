@@ -69,7 +69,8 @@ for node in circuit.nodes:
     position_share, *positions = by_group(x, torch.arange(rows.shape[1]).repeat(len(rows)))
     named, ends = (text, tokens) if token_share >= position_share else ("@{}".format, positions)
     extremes = " … ".join(" ".join(map(named, end)) for end in ends)
-    lines.append([node_label(model, node), KINDS[node.location], f"{token_share:.0%}", f"{position_share:.0%}", extremes])
+    shares = [f"{token_share:.0%}", f"{position_share:.0%}"]
+    lines.append([node_label(model, node), KINDS[node.location], *shares, extremes])
 print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 

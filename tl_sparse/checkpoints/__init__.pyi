@@ -5,6 +5,6 @@ from .hub import model_card as model_card
 from .hub import push_to_hub as push_to_hub
 from .loading import create as create
 from .loading import load as load
-from .network import resolve_device as resolve_device
 from .native import save_model as save_model
+from .network import resolve_device as resolve_device
 from .sources import find as find

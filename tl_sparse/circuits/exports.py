@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.nodes import KINDS, Node, node_label, node_at
+from tl_sparse.circuits.nodes import KINDS, Node, node_at, node_label
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import replacing
 from tl_sparse.hooks import TLModel, frozen, hooked
