@@ -14,8 +14,8 @@ import torch
 from transformer_lens import patching
 
 import tl_sparse
-from tl_sparse.tables import table
 from tl_sparse.tasks import make_task_data
+from tl_sparse.text import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)")

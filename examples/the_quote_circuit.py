@@ -18,8 +18,8 @@ import tl_sparse
 from tl_sparse.circuits import KINDS, node_label, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
-from tl_sparse.tables import table
 from tl_sparse.tasks import Task, make_task_data
+from tl_sparse.text import table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)")

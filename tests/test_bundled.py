@@ -10,7 +10,7 @@ import tl_sparse
 from tl_sparse.checkpoints.corpus_sample import load_corpus
 from tl_sparse.checkpoints.sources import find
 from tl_sparse.config import merged
-from tl_sparse.evaluation import task_scores
+from tl_sparse.evaluation.judge import task_scores
 from tl_sparse.files import read_yaml
 from tl_sparse.training.config import TrainConfig, preset
 from tl_sparse.training.loop import evaluate_loss

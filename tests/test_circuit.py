@@ -18,7 +18,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
-from tl_sparse.evaluation import evaluate, score
+from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.files import read_tensors
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig, paper_topk

@@ -28,7 +28,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, PruneError
-from tl_sparse.evaluation import evaluate, score
+from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.pruning import prune, prune_edges, task_splits
@@ -367,7 +367,7 @@ def test_the_model_is_as_it_was_after_an_exception_in_edge_pruning(monkeypatch):
             raise ZeroDivisionError
         return real(*arguments)
 
-    from tl_sparse import evaluation
+    from tl_sparse.evaluation import judge as evaluation
 
     real = evaluation.task_logits
     monkeypatch.setattr(evaluation, "task_logits", failing)

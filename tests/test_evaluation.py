@@ -22,12 +22,12 @@ from micro import (
     micro_corpus,
     micro_model,
 )
-from tl_sparse import evaluation
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CircuitError
-from tl_sparse.evaluation import (
+from tl_sparse.evaluation import judge as evaluation
+from tl_sparse.evaluation.judge import (
     all_logits,
     calibration,
     effects,

@@ -11,7 +11,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, CircuitError
-from tl_sparse.evaluation import evaluate
+from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.tasks.task import make_task_data

@@ -15,7 +15,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, HookNameError
-from tl_sparse.evaluation import evaluate
+from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.pruning import prune

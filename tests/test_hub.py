@@ -17,7 +17,8 @@ from tl_sparse.checkpoints.sources import find
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError
-from tl_sparse.evaluation import Evaluation, Score
+from tl_sparse.evaluation.scores import Evaluation
+from tl_sparse.tasks.scores import Score
 
 RECORD = {
     "config": {"steps": 10, "lr": 0.01},

@@ -26,7 +26,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
-from tl_sparse.evaluation import score, task_loss
+from tl_sparse.evaluation.judge import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.pruning import attribution, corpus_means, discretise, eliminate, frozen, prune, task_splits

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers import tiny_model, word_tokenizer
 from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.evaluation import score
+from tl_sparse.evaluation.judge import score
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides, idiom_documents
 from tl_sparse.tasks.task import TASKS, Task, candidate_logits, get_task, make_task_data, task_loss_and_accuracy
 

@@ -7,7 +7,7 @@ from .circuits.nodes import Node as Node
 from .configs import PruneConfig as PruneConfig
 from .data.config import DataConfig as DataConfig
 from .errors import TLSparseError as TLSparseError
-from .evaluation import evaluate as evaluate
+from .evaluation.judge import evaluate as evaluate
 from .network.config import SparseConfig as SparseConfig
 from .network.config import paper_topk as paper_topk
 from .pruning import prune as prune

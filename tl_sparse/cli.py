@@ -246,7 +246,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _tasks(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import task_scores
-    from tl_sparse.tables import tasks_table
+    from tl_sparse.tasks import tasks_table
 
     print(tasks_table(task_scores(tl_sparse.load(args.model, args.device), args.pairs, args.seed)))
 

@@ -4,13 +4,12 @@
 
 
 
+
 from dataclasses import dataclass
 from typing import Literal
 
 from tl_sparse.config import check, check_types, short_repr
-
-#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
-Ablation = Literal["mean", "zero", "resample"]
+from tl_sparse.evaluation import Ablation
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from tl_sparse.circuits import EMBED_HOOK, Circuit, Edge, fingerprint, node_hooks
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import PruneError
-from tl_sparse.evaluation import Evaluation, Score, all_logits, holding_circuit, judged, resampled, score, task_loss
+from tl_sparse.evaluation import Evaluation, all_logits, holding_circuit, judged, resampled, score, task_loss
 from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, hooked, mean_activations
-from tl_sparse.tasks import Task, TaskData, make_task_data, task_loss_and_accuracy
+from tl_sparse.tasks import Score, Task, TaskData, make_task_data, task_loss_and_accuracy
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from tl_sparse.errors import PruneError, SuiteError
 from tl_sparse.files import write_text
 from tl_sparse.pruning import prune
 from tl_sparse.suite import in_processes, loaded, refuse_another
-from tl_sparse.tables import table
 from tl_sparse.tasks import get_task
+from tl_sparse.text import table
 
 #: Field, or 1 minus it → lowest and highest value, on a logarithmic scale around the paper's centres (A.5), as far as
 #: these fit gates that start from a ranking.

@@ -1,13 +1,15 @@
 """A circuit as tables that a person can read."""
 
 
-from collections.abc import Iterator, Mapping, Sequence
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tl_sparse.circuits import KINDS, Circuit, index_label, node_label
-from tl_sparse.evaluation import Evaluation, Score
+from tl_sparse.evaluation import Evaluation, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Task, make_task_data
+from tl_sparse.tasks import Score, Task, _scores_row, make_task_data
+from tl_sparse.text import table
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
@@ -21,19 +23,6 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
     title = f"Circuit of {task.name} in {circuit.model_name}{question}"
     tables = [_nodes_table(circuit, model), _edges_table(circuit, model), *_tokens_tables(circuit, model, task)]
     return "\n\n".join([title, "=" * len(title), *tables, scores_table(evaluation)])
-
-
-def scores_table(evaluation: Evaluation) -> str:
-    """The losses of the full model, the circuit alone, and the model without the circuit."""
-    rows = [
-        _scores_row("the full model", evaluation.full),
-        _scores_row("the circuit alone (sufficient?)", evaluation.circuit),
-        _scores_row("… the rest at zero, not at its mean", evaluation.zero),
-        _scores_row("… the rest resampled", evaluation.resample),
-        _scores_row("the model without the circuit (necessary?)", evaluation.ablated),
-    ]
-    heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
-    return heading + "\n" + table(["", "task loss", "accuracy"], rows)
 
 
 def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
@@ -50,18 +39,6 @@ def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
     rows = [[name, f"{effect:+.3f}"] for name, effect in found["effects"].items()]
     parts.append(table(["node held at its mean, or edge cut", "task loss"], rows[:most]))
     return "\n\n".join(parts)
-
-
-def tasks_table(scores: Mapping[str, Score | None]) -> str:
-    """Each task's loss and accuracy, best first; see `task_scores`."""
-    possible = sorted(((name, s) for name, s in scores.items() if s), key=lambda item: item[1].loss)
-    missing = ", ".join(name for name, s in scores.items() if s is None)
-    text = table(["task", "loss", "accuracy"], [_scores_row(name, s) for name, s in possible])
-    return text + f"\n\nNot possible with this tokenizer and context: {missing}" * bool(missing)
-
-
-def _scores_row(name: str, score: Score) -> list[str]:
-    return [name, f"{score.loss:.3f} ± {score.standard_error:.3f}", f"{score.accuracy:.1%}"]
 
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
@@ -107,13 +84,3 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
     different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
     answers = data.candidates[0].tolist()
     return list(dict.fromkeys(different + answers)), answers
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned on the left, under a rule."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, ["-" * width for width in widths], *rows)
-    ]
-    return "\n".join(lines)

@@ -6,7 +6,7 @@ import torch
 
 import tl_sparse
 from tl_sparse.configs import PruneConfig
-from tl_sparse.evaluation import task_loss
+from tl_sparse.evaluation.judge import task_loss
 from tl_sparse.hooks import NodeGates
 from tl_sparse.hooks.points import frozen, hooked
 from tl_sparse.pruning import corpus_means, task_splits

@@ -12,10 +12,10 @@ from huggingface_hub import HfApi, ModelCardData
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError
-from tl_sparse.evaluation import Evaluation, Score
+from tl_sparse.evaluation import Evaluation, scores_table
 from tl_sparse.faces import SparseModel
 from tl_sparse.files import write_json
-from tl_sparse.tables import scores_table, tasks_table
+from tl_sparse.tasks import Score, tasks_table
 
 
 def push_to_hub(

@@ -1,9 +1,10 @@
 """Judging a circuit: is it sufficient, and is it necessary (Gao et al. 2025, sections 2.2 and 3)?"""
 
+
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
@@ -11,65 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
-from tl_sparse.configs import Ablation
 from tl_sparse.errors import DataError, TaskError, TokenizerError
+from tl_sparse.evaluation.scores import Ablation, Evaluation, Rung
 from tl_sparse.hooks import TLModel, recording
-from tl_sparse.tasks import TASKS, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
+from tl_sparse.tasks import TASKS, Score, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
 #: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.
 MAX_EFFECTS = 4000
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a task is done.
-
-    Attributes:
-        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
-        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
-        accuracy: share of prompts at which the right candidate has the larger logit.
-    """
-
-    loss: float
-    standard_error: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A circuit on one set of prompt pairs.
-
-    Attributes:
-        full: the whole model.
-        circuit: the circuit alone, all else at its mean: sufficient if this is good.
-        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
-        zero: the circuit alone, all other nodes at zero.
-        resample: the circuit alone, all other nodes as they are on another prompt of these; see `resampled`.
-    """
-
-    full: Score
-    circuit: Score
-    ablated: Score
-    zero: Score
-    resample: Score
-    n_pairs: int
-    n_nodes: int
-    n_edges: int
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
-        """The inverse of `dataclasses.asdict`."""
-        fields: dict[str, Any] = {name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()}
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A circuit of some size, on a set of prompt pairs."""
-
-    n_nodes: int
-    n_edges: int
-    circuit: Score
 
 
 #: What puts a model into the state in which it is to be scored on some prompts.
