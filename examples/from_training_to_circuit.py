@@ -11,12 +11,11 @@ import math
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse import plots
 from tl_sparse.evaluation import full_evaluation, task_scores
 from tl_sparse.files import check_new_folder, write_json
 from tl_sparse.pruning import task_splits
-from tl_sparse.tables import evaluation_tables
 from tl_sparse.tasks import TASKS, tasks_table
+from tl_sparse.view import evaluation_tables, plots
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, default=Path("my-run"), help="new folder (default: %(default)s)")

@@ -6,11 +6,13 @@ import pytest
 
 import tl_sparse
 import tl_sparse.hooks
-from tl_sparse import errors, plots, view
+from tl_sparse import errors
 from tl_sparse.checkpoints import hub
 from tl_sparse.circuits import exchange, exports
 from tl_sparse.evaluation import judge as evaluation
 from tl_sparse.tasks import task as tasks
+from tl_sparse.view import contents as view
+from tl_sparse.view import plots
 
 MODULES = [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, exports, hub, plots, tasks, view]
 

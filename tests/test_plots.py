@@ -8,11 +8,11 @@ from matplotlib.colors import to_hex
 
 from helpers import stock_model
 from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro
-from tl_sparse import plots
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, DataError
 from tl_sparse.evaluation.judge import full_evaluation
 from tl_sparse.tasks.task import make_task_data
+from tl_sparse.view import plots
 
 
 def score(loss, accuracy=0.9):

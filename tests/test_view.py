@@ -16,7 +16,6 @@ import torch
 import tl_sparse
 from helpers import word_tokenizer
 from micro import EDGES, LOSS, MICRO_TASK, NODES, VOCABULARY, micro_circuit, micro_corpus, micro_model, micro_tokenizer
-from tl_sparse import view
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import attribution_graph, to_networkx
 from tl_sparse.circuits.families import node_hooks
@@ -26,7 +25,9 @@ from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import mean_activations
-from tl_sparse.view import Page, drawn, page_data
+from tl_sparse.view import contents as view
+from tl_sparse.view.contents import drawn, page_data
+from tl_sparse.view.page import Page
 
 HOSTILE = [
     "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", "\u202egnp.exe\u2067",

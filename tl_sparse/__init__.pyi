@@ -12,8 +12,8 @@ from .network.config import SparseConfig as SparseConfig
 from .network.config import paper_topk as paper_topk
 from .pruning import prune as prune
 from .pruning import prune_edges as prune_edges
-from .tables import report as report
 from .tasks.task import get_task as get_task
 from .tasks.task import make_task_data as make_task_data
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import train as train
+from .view.tables import report as report

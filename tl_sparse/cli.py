@@ -222,7 +222,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
     from tl_sparse.pruning import corpus_means, task_splits
-    from tl_sparse.tables import evaluation_tables
+    from tl_sparse.view import evaluation_tables
 
     circuit, model = _circuit_and_model(args)
     n_ctx = model.cfg.n_ctx
@@ -288,8 +288,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from tl_sparse import plots
     from tl_sparse.files import read_json
+    from tl_sparse.view import plots
 
     plots.check_drawing(args.out)
     first, *more = args.source

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse import plots
 from tl_sparse.checkpoints import find, load, load_corpus
 from tl_sparse.circuits import Circuit, n_weights
 from tl_sparse.config import check
@@ -29,6 +28,7 @@ from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import corpus_means, prune, prune_edges
 from tl_sparse.tasks import get_task
+from tl_sparse.view import plots
 
 T = TypeVar("T")
 SUMMARIES: tuple[Callable[[list[float]], float], ...] = (mean, median, min, max)

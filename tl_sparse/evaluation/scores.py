@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tl_sparse.evaluation.scores import Ablation, Evaluation
-from tl_sparse.tasks import Score, _scores_row
+from tl_sparse.tasks import Score, score_row
 from tl_sparse.text import table
+
+#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
+Ablation = Literal["mean", "zero", "resample"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,11 @@ class Rung:
 def scores_table(evaluation: Evaluation) -> str:
     """The losses of the full model, the circuit alone, and the model without the circuit."""
     rows = [
-        _scores_row("the full model", evaluation.full),
-        _scores_row("the circuit alone (sufficient?)", evaluation.circuit),
-        _scores_row("… the rest at zero, not at its mean", evaluation.zero),
-        _scores_row("… the rest resampled", evaluation.resample),
-        _scores_row("the model without the circuit (necessary?)", evaluation.ablated),
+        score_row("the full model", evaluation.full),
+        score_row("the circuit alone (sufficient?)", evaluation.circuit),
+        score_row("… the rest at zero, not at its mean", evaluation.zero),
+        score_row("… the rest resampled", evaluation.resample),
+        score_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
     heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)
-
-
-#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
-Ablation = Literal["mean", "zero", "resample"]

@@ -4,7 +4,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tl_sparse.tasks.scores import Score
 from tl_sparse.text import table
 
 
@@ -28,9 +27,9 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
     """Each task's loss and accuracy, best first; see `task_scores`."""
     possible = sorted(((name, s) for name, s in scores.items() if s), key=lambda item: item[1].loss)
     missing = ", ".join(name for name, s in scores.items() if s is None)
-    text = table(["task", "loss", "accuracy"], [_scores_row(name, s) for name, s in possible])
+    text = table(["task", "loss", "accuracy"], [score_row(name, s) for name, s in possible])
     return text + f"\n\nNot possible with this tokenizer and context: {missing}" * bool(missing)
 
 
-def _scores_row(name: str, score: Score) -> list[str]:
+def score_row(name: str, score: Score) -> list[str]:
     return [name, f"{score.loss:.3f} ± {score.standard_error:.3f}", f"{score.accuracy:.1%}"]

@@ -1,5 +1,6 @@
 """Pictures: how good a circuit is at each size, how large circuits are by task, how sparse a model is by layer."""
 
+
 from __future__ import annotations
 
 import itertools
@@ -24,6 +25,7 @@ from tl_sparse.hooks import Means, TLModel, frozen, hooked
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 #: Okabe and Ito's colours, which the colour-blind can tell apart; the marks differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -2,13 +2,14 @@
 
 
 
+
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tl_sparse.circuits import KINDS, Circuit, index_label, node_label
 from tl_sparse.evaluation import Evaluation, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Score, Task, _scores_row, make_task_data
+from tl_sparse.tasks import Score, Task, make_task_data, score_row
 from tl_sparse.text import table
 
 
@@ -30,7 +31,7 @@ def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
     parts = [scores_table(Evaluation.from_dict(found["evaluation"]))]
     parts.append(table(["kind of node or edge", "number"], [[kind, str(n)] for kind, n in found["kinds"].items()]))
     for heading, rungs in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
-        rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *_scores_row("", Score(**r["circuit"]))[1:]] for r in rungs]
+        rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *score_row("", Score(**r["circuit"]))[1:]] for r in rungs]
         parts.append(table([heading, "edges", "task loss", "accuracy"], rows))
     for what, digits in (("loss", ".3f"), ("accuracy", ".1%")):
         values = [rung["circuit"][what] for rung in found["random"]]

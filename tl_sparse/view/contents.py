@@ -1,15 +1,9 @@
 """A circuit as one self-contained HTML page: what it shows as a plain dictionary, and the files of page/ around it."""
 
-import base64
-import hashlib
-import html
-import json
-import re
+
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,10 +15,9 @@ from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, node_
 from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
-from tl_sparse.files import write_text
 from tl_sparse.hooks import TLModel, recording
-from tl_sparse.tables import task_tokens
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
+from tl_sparse.view.tables import task_tokens
 
 #: What a page holds at most; it states these itself.
 MAX_NODES, MAX_EDGES, MAX_BYTES = 1_500, 10_000, 5_000_000
@@ -33,37 +26,6 @@ PASSAGES, BEFORE, AFTER = 4, 20, 8  # passages of either sign for a node, tokens
 PROMPT_TOKENS, TOKEN_CHARS, TOP_TOKENS, BINS = 96, 40, 8, 24
 CORPUS_VALUES = 30_000_000  # activations held in memory: the more nodes, the fewer rows of the corpus
 LEVELS = 999  # activations are whole numbers of this many levels, times a scale for each node
-
-
-@dataclass(frozen=True, eq=False)
-class Page:
-    """A page, to be saved or to be the value of a notebook's cell; `data` is what `page_data` gathered."""
-
-    data: dict[str, Any]
-
-    @cached_property
-    def html(self) -> str:
-        """The whole page, without the last prompts and passages if it had more than `MAX_BYTES` with them."""
-        data, most = self.data, PASSAGES
-        while len(page := _fill(data)) > MAX_BYTES and most:
-            if len(data["prompts"]) > 1:
-                data = data | {"prompts": data["prompts"][:-1]}
-                continue
-            most -= 1
-            nodes = [node | {"passages": [side[:most] for side in node["passages"]]} for node in data["nodes"]]
-            data = data | {"nodes": nodes, "caps": data["caps"] | {"passages": most}}
-        if len(page) > MAX_BYTES:
-            raise CircuitError(f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight")
-        return page
-
-    def save(self, path: str | Path) -> None:
-        """Write the page; `CheckpointError` if that is not possible."""
-        write_text(Path(path), self.html)
-
-    def _repr_html_(self) -> str:
-        # In a sandbox of its own, the page can neither read the notebook nor be styled by it.
-        source, style = html.escape(self.html), "width:100%;height:900px;border:0"
-        return f'<iframe sandbox="allow-scripts" title="circuit" style="{style}" srcdoc="{source}"></iframe>'
 
 
 @torch.no_grad()
@@ -304,16 +266,3 @@ def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: fl
 
 def _short(value: float | Tensor) -> float:
     return float(f"{float(value):.4g}")
-
-
-def _fill(data: dict[str, Any]) -> str:
-    """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the element it is in."""
-    folder, names = Path(__file__).parent / "page", ("page.css", "d3.min.js", "page.js", "template.html")
-    parts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    # Only these two scripts may run, and nothing may be fetched: a second fence around the first.
-    digests = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()) for name in names if name.endswith("js"))
-    parts["scripts"] = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-    parts["title"] = html.escape(f"{data['summary']['task'] or 'A circuit'} in {data['summary']['model'] or 'a model'}")
-    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JSON has no NaN
-    parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
-    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])

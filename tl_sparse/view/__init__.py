@@ -1,0 +1,5 @@
+"""Circuits for people to look at: pages, tables and plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
