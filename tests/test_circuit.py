@@ -16,13 +16,13 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Node
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.files import read_tensors
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig, paper_topk
-from tl_sparse.pruning import prune
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.task import make_task_data
 
 CONFIG = SparseConfig(

@@ -16,9 +16,9 @@ from helpers import full_config, tiny_model
 from loopback import cache_snapshot
 from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.cli import _parser, main
-from tl_sparse.configs import PruneConfig
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.loop import evaluate_loss
 
@@ -180,7 +180,7 @@ def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("tl_sparse.evaluation.full_evaluation", lambda *given: seen.append(given[2]) or found)
         assert main([*command, "--pairs", "64", "--seed", "0"]) == 0
-    from tl_sparse.pruning import task_splits
+    from tl_sparse.pruning.pruner import task_splits
 
     config = PruneConfig(**tl_sparse.Circuit.load(out).measured["config"])
     used = task_splits(micro_model(), tl_sparse.get_task(task), config)[:2]

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 
 from helpers import full_config, sparse_configs, tiny_config
 from tl_sparse.config import merged
-from tl_sparse.configs import PruneConfig
 from tl_sparse.data.config import DataConfig
 from tl_sparse.errors import ConfigError, TLSparseError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig, paper_topk
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.training.config import PRESETS, TrainConfig, laptop_model, preset
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")

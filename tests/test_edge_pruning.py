@@ -26,12 +26,12 @@ from tl_sparse.circuits.edges import cutting
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Edge, Node
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.pruning import prune, prune_edges, task_splits
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune, prune_edges, task_splits
 from tl_sparse.tasks.task import make_task_data
 
 CONFIG = PruneConfig(target_loss=2 * LOSS, steps=30, train_pairs=32, selection_pairs=16, heldout_pairs=16)

@@ -13,12 +13,12 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import ablating, mean_activations
-from tl_sparse.pruning import prune
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.task import make_task_data
 
 on_3 = pytest.mark.skipif(transformer_lens_line() != 3, reason="HookedTransformer is of TransformerLens 3")

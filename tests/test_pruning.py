@@ -21,15 +21,17 @@ from micro import (
     micro_model,
     micro_tokenizer,
 )
-from tl_sparse import pruning
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
 from tl_sparse.evaluation.judge import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.pruning import attribution, corpus_means, discretise, eliminate, frozen, prune, task_splits
+from tl_sparse.pruning import pruner as pruning
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.gates import attribution
+from tl_sparse.pruning.pruner import corpus_means, frozen, prune, task_splits
+from tl_sparse.pruning.sizes import discretise, eliminate
 
 CONFIG = PruneConfig(
     target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16, pairs_per_step=8

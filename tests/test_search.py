@@ -12,8 +12,8 @@ from micro import LOSS, NODES, save_micro, save_pairs
 from tl_sparse import search as module
 from tl_sparse import suite
 from tl_sparse.cli import main
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.search import RANGES, search
 
 optuna = pytest.importorskip("optuna")

@@ -21,10 +21,10 @@ from tl_sparse.circuits.exports import attribution_graph, to_networkx
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import _given, _parser, main
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import mean_activations
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view import contents as view
 from tl_sparse.view.contents import drawn, page_data
 from tl_sparse.view.page import Page

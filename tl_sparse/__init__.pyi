@@ -4,14 +4,14 @@ from .checkpoints.loading import load as load
 from .circuits.circuit import Circuit as Circuit
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node
-from .configs import PruneConfig as PruneConfig
 from .data.config import DataConfig as DataConfig
 from .errors import TLSparseError as TLSparseError
 from .evaluation.judge import evaluate as evaluate
 from .network.config import SparseConfig as SparseConfig
 from .network.config import paper_topk as paper_topk
-from .pruning import prune as prune
-from .pruning import prune_edges as prune_edges
+from .pruning.config import PruneConfig as PruneConfig
+from .pruning.pruner import prune as prune
+from .pruning.pruner import prune_edges as prune_edges
 from .tasks.task import get_task as get_task
 from .tasks.task import make_task_data as make_task_data
 from .training.config import TrainConfig as TrainConfig

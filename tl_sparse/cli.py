@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tl_sparse
 from tl_sparse.config import merged
-from tl_sparse.configs import PruneConfig
 from tl_sparse.data import DataConfig
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, TLSparseError
 from tl_sparse.network import SparseConfig
+from tl_sparse.pruning import PruneConfig
 from tl_sparse.training import PRESETS, RECIPES, TrainConfig, preset
 
 CORPUS = "text for the means: a folder, a glob, a file or 'builtin' (default: the model's own sample)"

@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 from tl_sparse.checkpoints import find
 from tl_sparse.circuits import n_weights
 from tl_sparse.config import check
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import PruneError, SuiteError
 from tl_sparse.files import write_text
-from tl_sparse.pruning import prune
+from tl_sparse.pruning import PruneConfig, prune
 from tl_sparse.suite import in_processes, loaded, refuse_another
 from tl_sparse.tasks import get_task
 from tl_sparse.text import table

@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 from tl_sparse.checkpoints import find, load, load_corpus
 from tl_sparse.circuits import Circuit, n_weights
 from tl_sparse.config import check
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import SuiteError, TLSparseError
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
-from tl_sparse.pruning import corpus_means, prune, prune_edges
+from tl_sparse.pruning import PruneConfig, corpus_means, prune, prune_edges
 from tl_sparse.tasks import get_task
 from tl_sparse.view import plots
 

@@ -5,11 +5,11 @@ import time
 import torch
 
 import tl_sparse
-from tl_sparse.configs import PruneConfig
 from tl_sparse.evaluation.judge import task_loss
 from tl_sparse.hooks import NodeGates
 from tl_sparse.hooks.points import frozen, hooked
-from tl_sparse.pruning import corpus_means, task_splits
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import corpus_means, task_splits
 
 ROUNDS = 60
 

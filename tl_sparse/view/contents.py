@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, node_label
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
 from tl_sparse.hooks import TLModel, recording
+from tl_sparse.pruning import PruneConfig
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
 from tl_sparse.view.tables import task_tokens
 

@@ -4,26 +4,26 @@ the edges between them.
 Gao et al. 2025, sections 2.2 and A.5. Works through hook names alone; the model is not changed.
 """
 
+
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits import EMBED_HOOK, Circuit, Edge, fingerprint, node_hooks
-from tl_sparse.configs import PruneConfig
 from tl_sparse.errors import PruneError
-from tl_sparse.evaluation import Evaluation, all_logits, holding_circuit, judged, resampled, score, task_loss
-from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, hooked, mean_activations
-from tl_sparse.tasks import Score, Task, TaskData, make_task_data, task_loss_and_accuracy
-
-T = TypeVar("T")
+from tl_sparse.evaluation import Evaluation, judged, score
+from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, mean_activations
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.gates import attribution, learn_gates
+from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
+from tl_sparse.tasks import Task, TaskData, make_task_data
 
 
 def prune(
@@ -149,22 +149,6 @@ def task_splits(model: TLModel, task: Task, config: PruneConfig) -> tuple[TaskDa
     return train, selection, heldout
 
 
-def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
-    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
-    if circuit_score(circuit, model, data, config).loss > config.target_loss:
-        return False
-    if config.ablated_accuracy == 1:
-        return True
-    return circuit_score(circuit, model, data, config, inverted=True).accuracy <= config.ablated_accuracy
-
-
-def circuit_score(
-    circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig, inverted: bool = False
-) -> Score:
-    under = holding_circuit(circuit, model, config.ablation, inverted)
-    return score(model, data, config.batch_size, under)
-
-
 def _search(
     empty: Circuit, model: TLModel, train: TaskData, selection: TaskData, config: PruneConfig, progress: bool
 ) -> Circuit:
@@ -195,150 +179,6 @@ def _search(
     if config.method == "learned":
         learn_gates(model, gates, train, config, progress)
     return discretise(empty, model, gates, selection, config)
-
-
-def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> Float[Tensor, " gate"]:
-    """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation − mean).
-
-    For `attribution` the gradient is that of the model as it is, else (integrated gradients) a mean over points on the
-    way from the model with all nodes at their means, all of them going together. As rankings these are baselines:
-    learned masks find far smaller circuits (A.5). As a start of learning they save most of its steps.
-    """
-    data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
-    points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 8, 2) / 8
-    total = torch.zeros_like(gates.tau)
-    for point in points.tolist():
-        for pairs in torch.arange(data.n_pairs).split(max(1, config.batch_size // 2)):
-            strength = torch.full_like(gates.tau, point).requires_grad_()
-            parts = gates.at_nodes(strength)
-
-            def mixed(name: str, parts: dict[str, Tensor], activation: Tensor, hook: object) -> Tensor:
-                return torch.lerp(gates.means[name].expand_as(activation), activation, parts[name])
-
-            with hooked(model, {name: partial(mixed, name, parts) for name in parts}):
-                loss = task_loss(model, data.pairs(pairs)) * len(pairs)
-            total += torch.autograd.grad(loss, strength)[0]
-    return total / (len(points) * data.n_pairs)
-
-
-def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool) -> None:
-    """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
-    lowest, highest = log_k - math.log(100), log_k + math.log(100)
-    batches = _batches(data, config)
-    bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
-    for step in bar:
-        batch = next(batches)
-        values = resampled(model, batch, gates.index) if config.ablation == "resample" else None
-        with gates.attached(model, values=values):
-            loss = task_loss(model, batch)
-        smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
-        error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
-        log_k = max(lowest, min(highest, log_k + config.steer_rate * error))
-        objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
-        if config.necessity > 0:
-            half = batch.pairs(range(max(1, batch.n_pairs // 2)))
-            values = resampled(model, half, gates.index) if config.ablation == "resample" else None
-            with gates.attached(model, inverted=True, values=values):
-                without = task_loss(model, half)
-            objective = objective + config.necessity * (math.log(2) - without).clamp(min=0)
-        optimizer.zero_grad()
-        objective.backward()
-        nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
-        optimizer.step()
-        schedule.step()
-        gates.clamp()
-        if step % 20 == 19:
-            bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
-
-
-def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
-    """Random pairs, without end; those of like length together, so that little is computed for padding."""
-    generator, size = torch.Generator().manual_seed(config.seed), min(config.pairs_per_step, data.n_pairs)
-    lengths = data.last.view(-1, 2).amax(1).cpu()
-    while True:
-        drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
-        batches = drawn[lengths[drawn].argsort()].split(size)
-        yield from (data.pairs(batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
-
-
-def discretise(empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> Circuit:
-    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
-    only the ones that it needs.
-
-    Bisection between a size that is too small and one that is enough, both found by going outwards from the
-    learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
-
-    Raises:
-        PruneError: if not even all nodes make a circuit.
-    """
-    order = gates.tau.detach().argsort(descending=True, stable=True)
-    rank = order.argsort()
-
-    def circuit(kept: Bool[Tensor, " gate"]) -> Circuit:
-        return dataclasses.replace(empty, kept=gates.at_nodes(kept))
-
-    enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not is_circuit(circuit(rank < enough), model, selection, config):
-        if enough == len(order):
-            raise PruneError(
-                f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
-                f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
-            )
-        too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
-    part = representative(circuit(rank < enough), model, selection, config)
-    while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
-        size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
-        holds = is_circuit(circuit(rank < size), model, part, config)
-        enough, too_small = (size, too_small) if holds else (enough, size)
-    while enough < len(order) and not is_circuit(circuit(rank < enough), model, selection, config):
-        enough += math.ceil(enough / 20)  # the part was too kind
-    part = representative(circuit(rank < enough), model, selection, config)
-
-    def without(gone: list[int]) -> Circuit:
-        return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
-
-    # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
-    gone = eliminate(
-        order[:enough].flip(0).tolist() if config.method == "learned" else [],
-        lambda gone: is_circuit(without(gone), model, part, config),
-        lambda gone: is_circuit(without(gone), model, selection, config),
-    )
-    found = without(gone)
-    scores = {name: tau + 2 * found.kept[name] for name, tau in gates.at_nodes(gates.tau.detach()).items()}
-    return dataclasses.replace(found, scores=scores)
-
-
-def representative(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> TaskData:
-    """`cleanup_pairs` of the pairs, with which much is tried: evenly spaced in the order of the circuit's loss on them,
-    so that its mean over them is nearly that over all."""
-    logits = all_logits(model, data, config.batch_size, holding_circuit(circuit, model, config.ablation))
-    order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
-    size = min(config.cleanup_pairs, data.n_pairs)
-    return data.pairs(order[((torch.arange(size) + 0.5) * data.n_pairs / size).long()])
-
-
-def eliminate(candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]) -> list[T]:
-    """What can be taken away, tried in order by a quick test: more and more at once as long as that works, less and
-    less when not. If the last of them were too many by the test that decides, they come back."""
-    gone: list[T] = []
-    first, size = 0, 1
-    while first < len(candidates):
-        some = list(candidates[first : first + size])
-        if holds([*gone, *some]):
-            gone, first, size = [*gone, *some], first + len(some), 2 * size
-        elif len(some) > 1:
-            size = len(some) // 2
-        else:
-            first += 1
-    enough, too_many, size = 0, len(gone) + 1, len(gone)
-    while too_many - enough > 1:
-        enough, too_many = (size, too_many) if decides(gone[:size]) else (enough, size)
-        size = (enough + too_many) // 2
-    return gone[:enough]
 
 
 def _judged(

@@ -1,4 +1,5 @@
-"""Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
+"""How to prune."""
+
 
 
 
