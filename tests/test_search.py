@@ -9,12 +9,12 @@ import yaml
 
 import tl_sparse
 from micro import LOSS, NODES, save_micro, save_pairs
-from tl_sparse import search as module
-from tl_sparse import suite
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.search import RANGES, search
+from tl_sparse.suites import optuna_search as module
+from tl_sparse.suites import suite
+from tl_sparse.suites.optuna_search import RANGES, search
 
 optuna = pytest.importorskip("optuna")
 SIZES = {"target_loss": 2 * LOSS, "steps": 50, "train_pairs": 32, "selection_pairs": 8, "heldout_pairs": 8}

@@ -10,11 +10,11 @@ import pytest
 
 import tl_sparse
 from micro import LOSS, NODES, save_micro, save_pairs
-from tl_sparse import suite
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.suite import Job, collected, in_processes, results_table, run_suite
+from tl_sparse.suites import suite
+from tl_sparse.suites.suite import Job, collected, in_processes, results_table, run_suite
 
 SIZES = {"target_loss": 2 * LOSS, "steps": 30, "train_pairs": 32, "selection_pairs": 8, "heldout_pairs": 8}
 CONFIG = PruneConfig(**SIZES)

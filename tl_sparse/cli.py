@@ -200,7 +200,7 @@ def _suite(args: argparse.Namespace) -> None:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"seeds = {args.seeds!r} is not possible; it must be numbers with commas: 0,1,2") from None
-    from tl_sparse.suite import results_table, run_suite
+    from tl_sparse.suites import results_table, run_suite
     from tl_sparse.tasks import TASKS
 
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -210,7 +210,7 @@ def _suite(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     config = _prune_config(args)
-    from tl_sparse.search import search
+    from tl_sparse.suites import search
 
     corpus, device = args.corpus, args.device
     _, text = search(args.model, args.task, args.out, args.trials, args.workers, args.storage, config, corpus, device)

@@ -1,5 +1,6 @@
 """Circuits of many tasks in many models, found by several processes: resumable, ending in a table, JSON and a plot."""
 
+
 import dataclasses
 import functools
 import itertools

@@ -1,5 +1,6 @@
 """Hyper-parameters of the pruner, found by Optuna (Gao et al. 2025, A.5, search them for each model and task)."""
 
+
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from tl_sparse.config import check
 from tl_sparse.errors import PruneError, SuiteError
 from tl_sparse.files import write_text
 from tl_sparse.pruning import PruneConfig, prune
-from tl_sparse.suite import in_processes, loaded, refuse_another
+from tl_sparse.suites.suite import in_processes, loaded, refuse_another
 from tl_sparse.tasks import get_task
 from tl_sparse.text import table
 
