@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.checkpoints import CORPUS_SAMPLE, model_card
+from tl_sparse.checkpoints import CORPUS_SAMPLE
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
@@ -41,7 +41,7 @@ def bundle(run: Path, folder: Path) -> None:
     record["tasks"] = {name: s and dataclasses.asdict(s) for name, s in task_scores(model, 512, seed=1).items()}
     write_json(folder / "training.json", record)
     command = f"tl-sparse train examples/{folder.name}.yaml"
-    (folder / "README.md").write_text(model_card(model, folder.name, record | {"command": command}), encoding="utf-8")
+    (folder / "README.md").write_text(model.card(folder.name, record | {"command": command}), encoding="utf-8")
 
 
 def main() -> None:

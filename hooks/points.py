@@ -21,6 +21,11 @@ NodeValues = Mapping[str, Float[Tensor, " *node"]]
 NodeMasks = Mapping[str, Bool[Tensor, " *node"]]
 
 
+def is_sparse_model(model: TLModel) -> bool:
+    """Whether `model` runs the network of this package, and so has its `sparse_cfg`."""
+    return hasattr(model, "sparse_cfg")
+
+
 def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) -> None:
     """Raise `HookNameError` naming the nearest hook names of `model` if it lacks one of `names`."""
     existing = model.hook_dict

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import tl_sparse.hf
+import tl_sparse.checkpoints.hf
 from helpers import full_config, random_tokens, tiny_model, word_tokenizer
 from tl_sparse.errors import UnsupportedError
 

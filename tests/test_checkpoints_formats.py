@@ -20,7 +20,7 @@ from helpers import GOLDEN, full_config, random_tokens, sparse_configs, tiny_con
 from test_checkpoints import as_openai_can_say_it, assert_same_model
 from tl_sparse import SparseConfig, create, load, paper_topk
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.loading import build_network, save_model
+from tl_sparse.checkpoints.network import build_network
 from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
 from tl_sparse.files import read_torch
@@ -247,10 +247,10 @@ def sparse_model():
 
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 0.03), ("bfloat16", 0.05), ("float16", 0.05)])
 def test_zeros_take_no_space_and_no_bit_is_lost(dtype, share, sparse_model, tmp_path):
-    save_model(sparse_model, tmp_path / "float32")
+    sparse_model.save_pretrained(tmp_path / "float32")
     model = load(tmp_path / "float32", device="cpu", dtype=dtype)
-    save_model(model, tmp_path / "compact")
-    save_model(model, tmp_path / "dense", dense=True)
+    model.save_pretrained(tmp_path / "compact")
+    model.save_pretrained(tmp_path / "dense", dense=True)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("compact", "dense")]
     assert sizes[0] <= share * sizes[1]
     weights = model.state_dict()
@@ -275,7 +275,7 @@ def test_what_compact_storage_does_not_make_smaller_stays_dense(tmp_path):
 
 def test_folders_that_do_not_say_how_they_are_stored(tmp_path):
     model = tiny_model()
-    save_model(model, tmp_path, dense=True)
+    model.save_pretrained(tmp_path, dense=True)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["storage"]
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -315,7 +315,7 @@ def int32(*values):
 )
 def test_damaged_compact_tensors(part, value, message, tmp_path):
     config = tiny_config(d_model=256)
-    save_model(create(config, 0, device="cpu"), tmp_path)
+    create(config, 0, device="cpu").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
     del weights["ln_final.w"]
@@ -326,7 +326,7 @@ def test_damaged_compact_tensors(part, value, message, tmp_path):
 
 
 def test_a_tensor_both_dense_and_compact(tmp_path):
-    save_model(create(tiny_config(d_model=256), 0, device="cpu"), tmp_path)
+    create(tiny_config(d_model=256), 0, device="cpu").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     parts = {"values": torch.ones(1), "positions": int32(1), "shape": torch.tensor([256])}
     save_file(load_file(path) | {f"ln_final.w.{name}": x for name, x in parts.items()}, path)
@@ -349,7 +349,7 @@ def test_a_model_is_independent_of_its_file(tmp_path):
 
 
 def save_model_in(folder, model):
-    save_model(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -419,7 +419,7 @@ def test_one_value_seen_many_times_is_not_a_tensor(tmp_path):
 def test_a_tokenizer_can_be_given(tmp_path):
     words = ["<|endoftext|>", "a", "b", "c"]
     model, tokenizer = tiny_model(), word_tokenizer(words)
-    save_model(model, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "alone.json").write_bytes((tmp_path / "tokenizer" / "tokenizer.json").read_bytes())
     assert load(tmp_path / "model").tokenizer is None
@@ -486,7 +486,7 @@ def test_tiktoken_vocabularies(like_gpt2, tmp_path):
             assert ids == tiktoken_ids(text, ranks)
             assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     model = tiny_model(d_vocab=len(tokens) + 1)
-    save_model(model, tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = load(tmp_path, device="cpu")
     assert loaded.to_tokens(TEXT[:5]).tolist() == [[len(tokens), *tiktoken_ids(TEXT[:5], ranks)]]
 
@@ -531,7 +531,7 @@ def test_openais_folders_have_openais_tokenizer(tmp_path, monkeypatch):
         asked.append(local_only)
         return tmp_path / "tokenizer"
 
-    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", openai_tokenizer)
+    monkeypatch.setattr("tl_sparse.checkpoints.loading.openai_tokenizer", openai_tokenizer)
     model = tiny_model(d_vocab=2048)
     folder = write_openai(tmp_path / "model", model)
     assert load(folder).to_tokens("7 5", prepend_bos=False).tolist() == [[8, 6]]
@@ -540,21 +540,21 @@ def test_openais_folders_have_openais_tokenizer(tmp_path, monkeypatch):
     assert load(write_openai(tmp_path / "other", model, tokenizer_name="gpt2_2k")).tokenizer is None
     assert asked == [True]  # a folder here needs no network …
     assert load(write_openai(tmp_path / "other", model, drop=["tokenizer_name"])).tokenizer is not None
-    monkeypatch.setattr("tl_sparse.checkpoints.find", lambda source, revision: folder)
+    monkeypatch.setattr("tl_sparse.checkpoints.loading.find", lambda source, revision: folder)
     assert load("csp_yolo1").tokenizer is not None
     assert asked == [True, True, False]  # … which a published name may
-    monkeypatch.setattr("tl_sparse.checkpoints.openai_tokenizer", lambda local_only: None)
+    monkeypatch.setattr("tl_sparse.checkpoints.loading.openai_tokenizer", lambda local_only: None)
     assert load(folder).tokenizer is None
 
 
 def test_names(tmp_path, monkeypatch):
     model = tiny_model()
-    save_model(model, tmp_path / "mine")
+    model.save_pretrained(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     assert load("mine").cfg.model_name == load(tmp_path / "mine").cfg.model_name == "mine"
     monkeypatch.chdir(tmp_path / "mine")
     assert load(".").cfg.model_name == "mine"
-    monkeypatch.setattr("tl_sparse.checkpoints.find", lambda source, revision: tmp_path / "mine")
+    monkeypatch.setattr("tl_sparse.checkpoints.loading.find", lambda source, revision: tmp_path / "mine")
     loaded = load("user/repo", revision="v1")
     assert loaded.cfg.model_name == "user/repo"
     tokens = random_tokens(model)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from formats import write_circuitgpt, write_openai
-from tl_sparse.checkpoints.loading import create, save_model
+from tl_sparse.checkpoints.loading import create
 from tl_sparse.network.config import SparseConfig, paper_topk
 
 CONFIG = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), attn_sinks=True,
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 
 def saved(folder, model, dense):
-    save_model(model, folder, dense)
+    model.save_pretrained(folder, dense)
     return folder
 
 
@@ -78,7 +78,7 @@ def main(folder, dtype=None):
     import tl_sparse
 
     with tempfile.TemporaryDirectory() as small:  # so that everything is imported
-        save_model(create(SparseConfig(1, 8, 2, 4, 8, 8, 8), 0, device="cpu"), Path(small))
+        create(SparseConfig(1, 8, 2, 4, 8, 8, 8), 0, device="cpu").save_pretrained(small)
         tl_sparse.load(small, device="cpu")
     before = most_resident()
     model = tl_sparse.load(folder, device="cpu", dtype=dtype)

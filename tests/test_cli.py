@@ -167,10 +167,10 @@ def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
     # The pairs, and so the figures, that prune judged it by.
     assert found["evaluation"] == tl_sparse.Circuit.load(out).measured["heldout"]
     assert found["kinds"] == {"attn_in": 1, "attn_v": 1, "attn_out": 1, "attn_in → attn_v": 1, "attn_v → attn_out": 1}
-    by_size = {rung["n_nodes"]: rung["circuit"]["loss"] for rung in found["ladder"]}
+    by_size = {sized["n_nodes"]: sized["circuit"]["loss"] for sized in found["ladder"]}
     assert by_size[3] == pytest.approx(LOSS, rel=1e-3)
     assert by_size[2] == pytest.approx(math.log(2))
-    assert [rung["n_nodes"] for rung in found["random"]] == [3] * 8
+    assert [sized["n_nodes"] for sized in found["random"]] == [3] * 8
     edge = "{} → {}  {:+.3f}".format(*EDGES[0])
     assert found["effects"][edge] == pytest.approx(math.log(2) - LOSS, abs=1e-4)
     for line in ("On 8 held-out pairs", "… the rest resampled", "nodes ranked highest", "mean loss at random: ", edge):
@@ -248,16 +248,16 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     )
     data = DataConfig(stdlib_chars=20_000, idiom_chars=60_000)
     small = functools.partial(TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25)
-    monkeypatch.setattr("tl_sparse.config.TrainConfig", small)
+    monkeypatch.setattr("tl_sparse.TrainConfig", small)
     quick = functools.partial(PruneConfig, **PRUNE)
-    for module in ("config", "pruning"):
-        monkeypatch.setattr(f"tl_sparse.{module}.PruneConfig", quick)
+    for place in ("tl_sparse.PruneConfig", "tl_sparse.pruning.pruner.PruneConfig"):
+        monkeypatch.setattr(place, quick)
 
     # Nodes kept in any case, so that there is a first node and a first edge to print.
     def some(empty, model, gates, *_):
         return dataclasses.replace(empty, kept=gates.at_nodes(torch.arange(len(gates.tau)) % 3 == 0))
 
-    monkeypatch.setattr("tl_sparse.pruning.discretise", some)
+    monkeypatch.setattr("tl_sparse.pruning.pruner.discretise", some)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
     assert len(snippets) == 7
@@ -312,7 +312,7 @@ def test_unknown_flag_is_a_usage_error(capsys):
 def test_demo_at_small_size(tmp_path, monkeypatch, capsys):
     """Trained first; here the few steps teach the model nothing, and it says so."""
     less_text = load_documents(tl_sparse.DataConfig(stdlib_chars=20_000, idiom_chars=400_000))
-    monkeypatch.setattr("tl_sparse.data.load_documents", lambda config: less_text)
+    monkeypatch.setattr("tl_sparse.checkpoints.corpus_sample.load_documents", lambda config: less_text)
     assert main(["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]) == 1
     printed = capsys.readouterr()
     assert "Training a small transformer" in printed.out

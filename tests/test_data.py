@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tl_sparse.data
+import tl_sparse.data.corpus
 from helpers import tiny_config, word_tokenizer
 from tl_sparse import train
 from tl_sparse.data.config import DataConfig
@@ -313,7 +313,7 @@ def test_rows_from_a_file_are_those_from_memory(tokenizer, documents, n_ctx, see
 def test_sixteen_bits_where_the_vocabulary_fits(n_words, dtype, tmp_path):
     words = word_tokenizer(["<unk>", *(f"w{i}" for i in range(1, n_words))], eos_token="<unk>")
     with open(tmp_path / "rows", "w+b") as file:
-        rows = tl_sparse.data._write_rows(file, ["w1 w2", f"w{n_words - 1}"], words, 1, seed=0)
+        rows = tl_sparse.data.corpus._write_rows(file, ["w1 w2", f"w{n_words - 1}"], words, 1, seed=0)
     assert rows.dtype == dtype
     assert sorted(rows.flatten().tolist()) == [0, 0, 1, 2, n_words - 1]
     assert (tmp_path / "rows").stat().st_size == 5 * dtype.itemsize
@@ -327,7 +327,7 @@ def test_packing_takes_little_memory(tokenizer, tmp_path):
     for n_documents in (500, 2_500):
         tracemalloc.start()
         with open(tmp_path / "rows", "w+b") as file:
-            rows = tl_sparse.data._write_rows(
+            rows = tl_sparse.data.corpus._write_rows(
                 file, (f"n = {i}\n{lines}" for i in range(n_documents)), tokenizer, 64, 0
             )
         sizes[n_documents] = tracemalloc.get_traced_memory()[1]
@@ -378,7 +378,7 @@ def test_how_much_is_taken_of_a_stream(tmp_path, monkeypatch):
     documents = load_documents(DataConfig(source, max_chars=2_000, validation_fraction=0.5))
     assert len(list(documents.train)) + len(documents.validation) == 200
     # The whole is longer than what is held out of it may be.
-    monkeypatch.setattr("tl_sparse.data.STREAM_VALIDATION_CHARS", 300)
+    monkeypatch.setattr("tl_sparse.data.documents.STREAM_VALIDATION_CHARS", 300)
     documents = load_documents(DataConfig(source, validation_fraction=0.5))
     assert len(documents.validation) == 30
     assert len(set(documents.train) - set(documents.validation)) == 970
@@ -466,11 +466,11 @@ def test_a_streamed_corpus_keeps_documents_and_order(streamed):
 
 
 def test_the_tokenizer_is_trained_on_the_beginning_of_a_stream(streamed, monkeypatch):
-    monkeypatch.setattr("tl_sparse.data.STREAM_TOKENIZER_CHARS", 20_000)
+    monkeypatch.setattr("tl_sparse.data.corpus.STREAM_TOKENIZER_CHARS", 20_000)
     texts = []
     real = train_tokenizer
     monkeypatch.setattr(
-        "tl_sparse.data.train_tokenizer", lambda sample, *rest: real(texts.extend(sample) or texts, *rest)
+        "tl_sparse.data.corpus.train_tokenizer", lambda sample, *rest: real(texts.extend(sample) or texts, *rest)
     )
     corpus = packed_for(tiny(streamed), [])
     assert texts == list(Stream(streamed, load_documents(streamed).train.held_out))[: len(texts)]
@@ -483,7 +483,7 @@ def test_a_packed_corpus_is_found_again(tmp_path, monkeypatch):
     made = packed_for(tiny(IDIOMS), [], folder)
     with monkeypatch.context() as patch:
         for name in ("train_tokenizer", "load_documents"):
-            patch.setattr(f"tl_sparse.data.{name}", None)
+            patch.setattr(f"tl_sparse.data.corpus.{name}", None)
         found = packed_for(tiny(IDIOMS), [], folder, made.about)
     assert found.about == made.about
     assert found.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()
@@ -532,7 +532,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tl_sparse.data._write_rows", full)
+    monkeypatch.setattr("tl_sparse.data.corpus._write_rows", full)
     with pytest.raises(DataError, match=r"cannot write the packed tokens of .*run: .*No space left on device"):
         packed_for(tiny(IDIOMS), [], folder)
     assert os.listdir(folder.parent) == []

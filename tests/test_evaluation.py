@@ -32,8 +32,8 @@ from tl_sparse.evaluation.judge import (
     calibration,
     effects,
     evaluate,
+    faithfulness_curve,
     holding_circuit,
-    ladder,
     random_circuits,
     resampled,
     score,
@@ -160,7 +160,7 @@ def test_the_batch_size_makes_no_difference():
             assert results[0] == pytest.approx(results[1], rel=1e-6)
             assert results[0] == pytest.approx(results[2], rel=1e-6)
     assert task_loss(model, data).item() == pytest.approx(score(model, data, 2).loss, rel=1e-6)
-    curves = [[rung.circuit.loss for rung in ladder(circuit, model, data, size)] for size in (4, 100)]
+    curves = [[sized.circuit.loss for sized in faithfulness_curve(circuit, model, data, size)] for size in (4, 100)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
 
 
@@ -265,13 +265,13 @@ def test_the_three_ablations_on_paper():
 def test_another_model_is_refused():
     circuit, other = micro_circuit(micro_model()), tiny_model()
     data = data_of(other)
-    for judge in (evaluate, ladder, random_circuits, effects):
+    for judge in (evaluate, faithfulness_curve, random_circuits, effects):
         with pytest.raises(CircuitError, match="this circuit belongs to the model 'micro'"):
             judge(dataclasses.replace(circuit, scores=circuit.means), other, data)
     assert untouched(other)
 
 
-@pytest.mark.parametrize("judge", [evaluate, ladder, random_circuits, effects])
+@pytest.mark.parametrize("judge", [evaluate, faithfulness_curve, random_circuits, effects])
 def test_the_model_is_as_it_was_also_after_an_exception(judge, monkeypatch):
     micro = micro_model()
     circuit = dataclasses.replace(micro_circuit(micro), scores=micro_circuit(micro).means)
@@ -368,26 +368,26 @@ def test_the_ladder_on_paper():
               circuit.means.items()}  # fmt: skip
     for score_, (hook, at) in enumerate([("attn.hook_v", (0, 0)), ("ln1.hook_read", 0), ("hook_attn_out", 2)]):
         scores[f"blocks.0.{hook}"][at] = 3.0 - score_
-    rungs = ladder(dataclasses.replace(circuit, scores=scores), micro, micro_data(micro))
+    sized_scores = faithfulness_curve(dataclasses.replace(circuit, scores=scores), micro, micro_data(micro))
     # 3 · 2^(i/2) for i from -6 to 6; the model has 4 + 2 + 2 + 2 + 4 + 4 + 2 + 4 nodes.
-    assert [rung.n_nodes for rung in rungs] == [0, 1, 2, 3, 4, 6, 8, 12, 17, 24]
-    for rung in rungs:
-        expected = LOSS if rung.n_nodes >= 3 else math.log(2)
-        assert rung.circuit.loss == pytest.approx(expected, abs=1e-5)
-    assert [rung.n_edges for rung in rungs] == [0, 0, 1] + [2] * 7
+    assert [sized.n_nodes for sized in sized_scores] == [0, 1, 2, 3, 4, 6, 8, 12, 17, 24]
+    for sized in sized_scores:
+        expected = LOSS if sized.n_nodes >= 3 else math.log(2)
+        assert sized.circuit.loss == pytest.approx(expected, abs=1e-5)
+    assert [sized.n_edges for sized in sized_scores] == [0, 0, 1] + [2] * 7
 
 
 def test_the_ladder_goes_through_the_circuit_and_ends_at_the_model():
     model = tiny_model(full_config())
     circuit, data = circuit_of(model, share=0.3), data_of(model)
-    rungs = {rung.n_nodes: rung for rung in ladder(circuit, model, data)}
-    assert rungs[circuit.n_nodes].circuit == score(model, data, under=holding_circuit(circuit, model))
-    assert rungs[circuit.n_nodes].n_edges == len(circuit.edges(model))
+    sized_scores = {sized.n_nodes: sized for sized in faithfulness_curve(circuit, model, data)}
+    assert sized_scores[circuit.n_nodes].circuit == score(model, data, under=holding_circuit(circuit, model))
+    assert sized_scores[circuit.n_nodes].n_edges == len(circuit.edges(model))
     total = sum(mask.numel() for mask in circuit.kept.values())
-    assert max(rungs) == total
-    assert rungs[total].circuit == score(model, data)
+    assert max(sized_scores) == total
+    assert sized_scores[total].circuit == score(model, data)
     with pytest.raises(CircuitError, match="of a circuit that has scores"):
-        ladder(dataclasses.replace(circuit, scores={}), model, data)
+        faithfulness_curve(dataclasses.replace(circuit, scores={}), model, data)
 
 
 # Random circuits
@@ -399,24 +399,24 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
     circuit = dataclasses.replace(circuit, edge_set=frozenset())
     real = evaluation.holding_circuit
     monkeypatch.setattr(evaluation, "holding_circuit", lambda c, *rest: drawn.append(c) or real(c, *rest))
-    rungs = random_circuits(circuit, model, data, n_circuits=5, seed=3)
-    assert len(rungs) == len(drawn) == 5
-    for found, rung in zip(drawn, rungs, strict=True):
+    sized_scores = random_circuits(circuit, model, data, n_circuits=5, seed=3)
+    assert len(sized_scores) == len(drawn) == 5
+    for found, sized in zip(drawn, sized_scores, strict=True):
         sizes = {name: int(mask.sum()) for name, mask in found.kept.items()}
         assert sizes == {name: int(mask.sum()) for name, mask in circuit.kept.items()}
-        assert rung.n_nodes == circuit.n_nodes
-        assert rung.n_edges == len(found.edges(model)) > 0  # an edge set is not of these nodes
-        assert rung.circuit == score(model, data, under=real(found, model))
+        assert sized.n_nodes == circuit.n_nodes
+        assert sized.n_edges == len(found.edges(model)) > 0  # an edge set is not of these nodes
+        assert sized.circuit == score(model, data, under=real(found, model))
     assert len({tuple(found.nodes) for found in [circuit, *drawn]}) == 6
-    assert random_circuits(circuit, model, data, n_circuits=5, seed=3) == rungs
-    assert random_circuits(circuit, model, data, n_circuits=5, seed=4) != rungs
+    assert random_circuits(circuit, model, data, n_circuits=5, seed=3) == sized_scores
+    assert random_circuits(circuit, model, data, n_circuits=5, seed=4) != sized_scores
 
 
 def test_random_circuits_of_everything_are_the_model():
     model = tiny_model(full_config())
     data = data_of(model)
-    (rung,) = random_circuits(circuit_of(model, share=1.0), model, data, n_circuits=1)
-    assert rung.circuit == score(model, data)
+    (sized,) = random_circuits(circuit_of(model, share=1.0), model, data, n_circuits=1)
+    assert sized.circuit == score(model, data)
 
 
 # Effects

@@ -85,7 +85,7 @@ def test_mermaid_is_for_small_circuits(circuit, micro, monkeypatch):
         '  attn_in_0_0["0.attn_in 0"]', '  attn_v_0_0["0.attn_v h0.0"]', '  attn_out_0_2["0.attn_out 2"]',
         "  attn_in_0_0 -->|+1.50| attn_v_0_0", "  attn_v_0_0 -->|+2.00| attn_out_0_2",
     ]  # fmt: skip
-    monkeypatch.setattr("tl_sparse.exports.MERMAID_LINKS", 1)
+    monkeypatch.setattr("tl_sparse.circuits.exports.MERMAID_LINKS", 1)
     with pytest.raises(CircuitError, match=r"at most 1 links, not 2: use \.dot"):
         to_mermaid(circuit, micro)
 

@@ -11,7 +11,6 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl, constants
 
 from helpers import tiny_model
 from loopback import Answer, cache_snapshot, point_hub_at, serving
-from tl_sparse.checkpoints.hub import model_card, push_to_hub
 from tl_sparse.checkpoints.loading import load
 from tl_sparse.checkpoints.sources import find
 from tl_sparse.circuits.circuit import Circuit
@@ -91,14 +90,14 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_model_comes_back(model, hub):
-    assert push_to_hub(model, "user/repo") == "https://huggingface.co/user/repo"
+    assert model.push_to_hub("user/repo") == "https://huggingface.co/user/repo"
     assert hub == [
         ("create_repo", "user/repo", None, {"private": None, "exist_ok": True}),
         ("upload_folder", "user/repo", None, None),
     ]
     folder = find("user/repo")
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert (folder / "README.md").read_text() == model_card(model, "user/repo")
+    assert (folder / "README.md").read_text() == model.card("user/repo")
     again = load(folder, device="cpu")
     assert again.sparse_cfg == model.sparse_cfg
     ours, theirs = model.state_dict(), again.state_dict()
@@ -107,25 +106,25 @@ def test_a_model_comes_back(model, hub):
 
 
 def test_a_circuit_comes_back(circuit, hub):
-    push_to_hub(circuit, "user/repo")
+    circuit.push_to_hub("user/repo")
     folder = find("user/repo")
     assert {path.name for path in folder.iterdir()} == {"README.md", "circuit.json", "circuit.safetensors"}
-    assert (folder / "README.md").read_text() == model_card(circuit, "user/repo")
+    assert (folder / "README.md").read_text() == circuit.card("user/repo")
     again = Circuit.load(folder)
     assert again.nodes == circuit.nodes
     assert again.measured == circuit.measured
 
 
 def test_the_record_of_training_goes_along(model, hub):
-    push_to_hub(model, "user/repo", record=RECORD)
+    model.push_to_hub("user/repo", record=RECORD)
     folder = find("user/repo")
     assert json.loads((folder / "training.json").read_text()) == RECORD
-    assert (folder / "README.md").read_text() == model_card(model, "user/repo", RECORD)
+    assert (folder / "README.md").read_text() == model.card("user/repo", RECORD)
 
 
 def test_every_choice_reaches_the_hub(circuit, hub):
-    address = push_to_hub(
-        circuit, "user/repo", private=True, revision="v1", token="hf_secret", commit_message="A circuit"
+    address = circuit.push_to_hub(
+        "user/repo", private=True, revision="v1", token="hf_secret", commit_message="A circuit"
     )  # fmt: skip
     assert address == "https://huggingface.co/user/repo"
     assert hub == [
@@ -137,7 +136,7 @@ def test_every_choice_reaches_the_hub(circuit, hub):
 
 
 def test_a_name_without_a_user_is_the_users_own(circuit, hub):
-    assert push_to_hub(circuit, "repo") == "https://huggingface.co/user/repo"
+    assert circuit.push_to_hub("repo") == "https://huggingface.co/user/repo"
     assert 'Circuit.load("user/repo")' in (find("user/repo") / "README.md").read_text()
 
 
@@ -149,7 +148,7 @@ def test_dense_is_passed_on(model, hub, monkeypatch):
         save(self, folder)
 
     monkeypatch.setattr(type(model), "save_pretrained", save_pretrained)
-    push_to_hub(model, "user/repo", dense=True)
+    model.push_to_hub("user/repo", dense=True)
     assert asked == [True]
 
 
@@ -168,7 +167,7 @@ import tl_sparse
 model = tl_sparse.load("user/repo")
 ```
 """
-    assert model_card(model, "user/repo") == expected + FOOT
+    assert model.card("user/repo") == expected + FOOT
 
 
 def test_the_card_of_a_trained_model():
@@ -188,7 +187,7 @@ training: {{
 }}
 ```
 """
-    assert expected in model_card(model, "user/repo", RECORD)
+    assert expected in model.card("user/repo", RECORD)
 
 
 def test_the_card_of_a_circuit(circuit):
@@ -198,7 +197,7 @@ def test_the_card_of_a_circuit(circuit):
 
 On 40 held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)
 """
-    card = model_card(circuit, "user/repo")
+    card = circuit.card("user/repo")
     assert card.startswith(expected)
     rows = [line.split("  ") for line in card.splitlines() if "±" in line]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
@@ -214,14 +213,14 @@ On 40 held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)
 def test_the_card_of_a_circuit_that_nobody_measured(circuit):
     unmeasured = dataclasses.replace(circuit, measured={})
     expected = HEAD.format(more="", what="circuit of a ") + f"{unmeasured!r}\n```\n"
-    assert model_card(unmeasured, "user/repo").startswith(expected)
+    assert unmeasured.card("user/repo").startswith(expected)
 
 
 def test_huggingface_hub_reads_the_cards(model, circuit):
     tags = ["transformer-lens", "weight-sparse", "interpretability"]
     expected = {"library_name": "tl_sparse", "tags": tags, "pipeline_tag": "text-generation"}
-    assert ModelCard(model_card(model, "user/repo", RECORD)).data.to_dict() == expected
-    assert ModelCard(model_card(circuit, "user/repo")).data.to_dict() == {"library_name": "tl_sparse", "tags": tags}
+    assert ModelCard(model.card("user/repo", RECORD)).data.to_dict() == expected
+    assert ModelCard(circuit.card("user/repo")).data.to_dict() == {"library_name": "tl_sparse", "tags": tags}
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def test_without_the_right_to_write(circuit, status, tmp_path, monkeypatch):
     with serving(lambda method, path, headers: Answer(status=status)) as url:
         point_hub_at(monkeypatch, url, tmp_path)
         with pytest.raises(CheckpointError) as caught:
-            push_to_hub(circuit, "user/repo", token="hf_wrong")
+            circuit.push_to_hub("user/repo", token="hf_wrong")
     message = str(caught.value)
     assert message.startswith("cannot push to 'user/repo': ")
     assert message.endswith("; log in with a token that may write there: `hf auth login`")
@@ -243,7 +242,7 @@ def test_a_refusal_of_another_kind(circuit, tmp_path, monkeypatch):
     with serving(lambda method, path, headers: Answer(status=422)) as url:
         point_hub_at(monkeypatch, url, tmp_path)
         with pytest.raises(CheckpointError, match=r"(?s)cannot push to 'user/repo': .*422") as caught:
-            push_to_hub(circuit, "user/repo", token="hf_any")
+            circuit.push_to_hub("user/repo", token="hf_any")
     assert "log in" not in str(caught.value)
 
 
@@ -252,17 +251,17 @@ def test_without_a_network(circuit, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         point_hub_at(monkeypatch, f"http://127.0.0.1:{free.getsockname()[1]}", tmp_path)
         with pytest.raises(CheckpointError, match=r"cannot push to 'user/repo': .*Connection refused"):
-            push_to_hub(circuit, "user/repo")
+            circuit.push_to_hub("user/repo")
 
 
 def test_off_line(circuit, tmp_path, monkeypatch):
     point_hub_at(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"cannot push to 'user/repo': .*offline mode is enabled"):
-        push_to_hub(circuit, "user/repo")
+        circuit.push_to_hub("user/repo")
 
 
 def test_an_impossible_name(circuit, tmp_path, monkeypatch):
     point_hub_at(monkeypatch, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(CheckpointError, match="cannot push to 'a/b/c': "):
-        push_to_hub(circuit, "a/b/c")
+        circuit.push_to_hub("a/b/c")

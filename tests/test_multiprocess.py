@@ -121,13 +121,13 @@ def test_all_processes_have_the_same_weights_after_every_step(seen):
 
 def test_two_processes_train_what_one_would(seen, folder, monkeypatch):
     rows = []
-    real = tl_sparse.training.Trainer.step
+    real = tl_sparse.training.trainer.Trainer.step
 
     def recording(trainer, tokens):
         rows.append(tokens.tolist())
         return real(trainer, tokens)
 
-    monkeypatch.setattr("tl_sparse.training.Trainer.step", recording)
+    monkeypatch.setattr("tl_sparse.training.trainer.Trainer.step", recording)
     expected, record = train(SHORT, device="cpu", progress=False)
     assert rows == [a + b for a, b in zip(seen[0]["whole"]["rows"], seen[1]["whole"]["rows"], strict=True)]
     ours = tl_sparse.load(folder / "whole", device="cpu").state_dict()
@@ -227,12 +227,12 @@ def test_a_tracker_gets_what_is_logged(tracked, tmp_path):
 
 def test_a_tracker_ends_with_an_error_and_does_not_hinder_resuming(tracked, tmp_path, monkeypatch):
     tracking = dataclasses.replace(SHORT, track="wandb")
-    real = tl_sparse.training.next_token_loss
-    monkeypatch.setattr("tl_sparse.training.next_token_loss", lambda *args: real(*args) * float("nan"))
+    real = tl_sparse.training.trainer.next_token_loss
+    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", lambda *args: real(*args) * float("nan"))
     with pytest.raises(TrainError, match="to nan"):
         train(tracking, tmp_path / "run", device="cpu", progress=False)
     assert tracked.pop() == "finished"
-    monkeypatch.setattr("tl_sparse.training.next_token_loss", real)
+    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", real)
     seen = len(tracked)
     train(SHORT, tmp_path / "run", device="cpu", progress=False, resume=True)
     assert len(tracked) == seen

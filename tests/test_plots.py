@@ -19,12 +19,12 @@ def score(loss, accuracy=0.9):
     return {"loss": loss, "standard_error": 0.01, "accuracy": accuracy}
 
 
-def figures(circuit=(12, 0.15), ladder=((0, 0.7), (12, 0.15), (40, 0.2), (90, 0.02)), model="m", task="t"):
+def figures(circuit=(12, 0.15), faithfulness_curve=((0, 0.7), (12, 0.15), (40, 0.2), (90, 0.02)), model="m", task="t"):
     """What `evaluate` would write, with made-up numbers; there is one more node than edges."""
-    rungs = [{"n_nodes": n + 1, "n_edges": n, "circuit": score(loss, 1 - loss)} for n, loss in (*ladder, circuit)]
-    whole = rungs.pop() | {"full": score(0.001, 1.0)}
+    sized_scores = [{"n_nodes": n + 1, "n_edges": n, "circuit": score(loss, 1 - loss)} for n, loss in (*faithfulness_curve, circuit)]
+    whole = sized_scores.pop() | {"full": score(0.001, 1.0)}
     random = [{"n_nodes": 13, "n_edges": n, "circuit": score(0.7, 0.5)} for n in (0, 2)]
-    return {"model": model, "task": task, "evaluation": whole, "ladder": rungs, "random": random}
+    return {"model": model, "task": task, "evaluation": whole, "ladder": sized_scores, "random": random}
 
 
 def results():
@@ -52,16 +52,16 @@ def legend(figure):
 
 @pytest.mark.parametrize(("against", "more"), [("edges", 0), ("nodes", 1)])
 def test_a_curve_has_each_size_the_circuit_and_random_ones(against, more):
-    figure = plots.curve({"one": figures(), "two": figures((5, 0.3), ladder=())}, against)
+    figure = plots.curve({"one": figures(), "two": figures((5, 0.3), faithfulness_curve=())}, against)
     loss, accuracy = figure.axes
     points = drawn(loss)
-    ladder = [[0 + more, 0.7], [12 + more, 0.15], [40 + more, 0.2], [90 + more, 0.02]]
-    assert ladder in points
+    faithfulness_curve = [[0 + more, 0.7], [12 + more, 0.15], [40 + more, 0.2], [90 + more, 0.02]]
+    assert faithfulness_curve in points
     assert [[12 + more, 0.15]] in points
     assert [[5 + more, 0.3]] in points
     assert ([[0, 0.7], [2, 0.7]] if against == "edges" else [[13, 0.7], [13, 0.7]]) in points
     assert [[0, 0.001], [1, 0.001]] in points  # the full model, from side to side
-    assert [[x, 1 - y] for x, y in ladder] in drawn(accuracy)
+    assert [[x, 1 - y] for x, y in faithfulness_curve] in drawn(accuracy)
     assert legend(figure) == ["one", "two", "random circuits", "full model", "chance"]
     assert (loss.get_xlabel(), loss.get_ylabel()) == (f"{against} of the circuit", "held-out task loss (nats)")
     # Logarithmic, also where a circuit has no edges.
@@ -92,7 +92,7 @@ def test_tasks_have_a_mark_for_each_model(against, more):
 
 
 def test_a_frontier_is_the_least_loss_by_size():
-    sources = {"a": figures(), "b": figures((10, 0.1), ladder=[(30, 0.01)]), "c": figures(model="other")}
+    sources = {"a": figures(), "b": figures((10, 0.1), faithfulness_curve=[(30, 0.01)]), "c": figures(model="other")}
     figure = plots.frontier(sources)
     (axes,) = figure.axes
     best = [[0, 0.7], [10, 0.1], [12, 0.1], [12, 0.1], [30, 0.01], [40, 0.01], [90, 0.01]]

@@ -38,7 +38,7 @@ from formats import (
 )
 from helpers import full_config, tiny_config, tiny_model
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.loading import build_network, save_model
+from tl_sparse.checkpoints.loading import build_network
 from tl_sparse.errors import TLSparseError
 from tl_sparse.network.config import SparseConfig
 
@@ -88,7 +88,7 @@ class Folder:
         self.kind, model = kind, model_of(kind)
         self.config_name, self.weights_name, values, tensors = FORMATS[kind]
         with tempfile.TemporaryDirectory() as name:
-            save_model(model, Path(name), dense=kind != "compact")
+            model.save_pretrained(Path(name), dense=kind != "compact")
             weights = (Path(name) / "model.safetensors").read_bytes()
         cfg = model.sparse_cfg
         self.zip = self.weights_name != "model.safetensors"

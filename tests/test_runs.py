@@ -61,15 +61,15 @@ def test_a_finished_run_leaves_its_log_and_no_checkpoints(uninterrupted):
 
 def stop_at(monkeypatch, step):
     """Let the step with this number, from 0, raise."""
-    real = tl_sparse.training.Trainer.step
+    real = tl_sparse.training.trainer.Trainer.step
 
     def stopping(trainer, tokens):
         if trainer.sparsity.steps == step:
             raise RuntimeError("the machine is gone")
         return real(trainer, tokens)
 
-    monkeypatch.setattr("tl_sparse.training.Trainer.step", stopping)
-    return lambda: monkeypatch.setattr("tl_sparse.training.Trainer.step", real)
+    monkeypatch.setattr("tl_sparse.training.trainer.Trainer.step", stopping)
+    return lambda: monkeypatch.setattr("tl_sparse.training.trainer.Trainer.step", real)
 
 
 @pytest.mark.parametrize("step", [7, 20, 41, 59])
@@ -82,8 +82,8 @@ def test_resuming_changes_nothing(step, uninterrupted, tmp_path, monkeypatch):
     last = step // 7 * 7
     assert names == [f"step-{done:08}.safetensors" for done in (last - 7, last) if done]
     # The text is not read again, nor the tokenizer trained.
-    monkeypatch.setattr("tl_sparse.data.train_tokenizer", None)
-    monkeypatch.setattr("tl_sparse.data.load_documents", None)
+    monkeypatch.setattr("tl_sparse.data.corpus.train_tokenizer", None)
+    monkeypatch.setattr("tl_sparse.data.corpus.load_documents", None)
     # What may change: how often checkpoints are written.
     config = dataclasses.replace(CONFIG, checkpoint_steps=0, keep_checkpoints=5)
     _, record = train(config, tmp_path / "run", device="cpu", progress=False, resume=True)
@@ -172,17 +172,17 @@ def test_signals_are_as_they_were_afterwards(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_before_it_does_harm(tmp_path, monkeypatch):
-    real = tl_sparse.training.next_token_loss
+    real = tl_sparse.training.trainer.next_token_loss
     calls = []
 
     def spoiled(logits, tokens):
         calls.append(1)
         return real(logits, tokens) * (float("nan") if len(calls) == 10 else 1.0)
 
-    monkeypatch.setattr("tl_sparse.training.next_token_loss", spoiled)
+    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", spoiled)
     with pytest.raises(TrainError, match=r"training ended after step 9 of 60: the loss went from .* to nan; a smaller"):
         train(CONFIG, tmp_path / "run", device="cpu", progress=False)
-    monkeypatch.setattr("tl_sparse.training.next_token_loss", real)
+    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", real)
     train(CONFIG, tmp_path / "run", device="cpu", progress=False, resume=True)
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(damage, interrupted, uninter
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
-    real = tl_sparse.runs.write_tensors
+    real = tl_sparse.training.runs.write_tensors
     written = []
 
     def filling_up(path, tensors):
@@ -299,10 +299,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
         real(path, tensors)
         written.append(path)
 
-    monkeypatch.setattr("tl_sparse.runs.write_tensors", filling_up)
+    monkeypatch.setattr("tl_sparse.training.runs.write_tensors", filling_up)
     with pytest.raises(TrainError, match=r"cannot write .*step-00000021.*No space left on device.*as they were"):
         train(CONFIG, tmp_path / "run", device="cpu", progress=False)
-    monkeypatch.setattr("tl_sparse.runs.write_tensors", real)
+    monkeypatch.setattr("tl_sparse.training.runs.write_tensors", real)
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == written
     train(CONFIG, tmp_path / "run", device="cpu", progress=False, resume=True)
 

@@ -1,8 +1,8 @@
 from .corpus_sample import CORPUS_ROWS as CORPUS_ROWS
 from .corpus_sample import CORPUS_SAMPLE as CORPUS_SAMPLE
 from .corpus_sample import load_corpus as load_corpus
-from .hub import model_card as model_card
-from .hub import push_to_hub as push_to_hub
+from .hub import card_text as card_text
+from .hub import push_folder as push_folder
 from .loading import create as create
 from .loading import load as load
 from .native import save_model as save_model

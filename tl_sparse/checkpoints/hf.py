@@ -1,6 +1,6 @@
 """Our model folders for transformers' Auto classes, and so for TransformerLens 4's `boot_transformers`.
 
-`import tl_sparse.hf` registers them; nothing else of this package changes anything global.
+`import tl_sparse.checkpoints.hf` registers them; nothing else of this package changes anything global.
 """
 
 
@@ -68,7 +68,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Write our format, as `tl_sparse`'s own models do."""
-        save_model(self, Path(folder))
+        save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -37,13 +37,13 @@ def load(
     with a model is run.
 
     Args:
-        source: a folder, or a name that `tl_sparse.sources.find` knows.
+        source: a folder, or a name that `tl_sparse.checkpoints.find` knows.
         device: None is the GPU if there is one, else the CPU.
         dtype: None keeps the file's (the widest, if it has several).
         revision: of a hub repository: a branch, tag or commit.
         tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
             from their hub repository for their models, if it can be had; for a folder here only from the cache.
-        kernels: how weights multiply, see `tl_sparse.products.Product`: "sparse" by their nonzero entries, where that
+        kernels: how weights multiply, see `tl_sparse.network.Product`: "sparse" by their nonzero entries, where that
             can be (on a CPU with numba, in float32 and float64, from 32 tokens on, not under autocast or in
             `torch.compile`); "auto" where it is faster; "dense" never.
         dense_weights: False keeps of the weights of the blocks only what is not zero, to look at and to run: `W_in` and

@@ -1,11 +1,14 @@
 """Our own format: `config.json`, `model.safetensors` and, if there is one, the tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.errors import CheckpointError
-from tl_sparse.faces import SparseModel
 from tl_sparse.files import naming, read_json, read_tensors, write_json, write_tensors
 from tl_sparse.network import SparseConfig, pack, unpack
 
@@ -15,28 +18,34 @@ _OTHER_FORMATS = ("beeg_config.json", "final_model.pt", "pytorch_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def save_model(model: SparseModel, folder: Path, dense: bool = False) -> None:
-    """Write our format, zeros at no cost (`compact.py`) unless `dense`; the configuration comes last.
+def save_model(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: SparseConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dense: bool = False,
+) -> None:
+    """Write a model in our format, zeros at no cost (`network/compact.py`) unless `dense`; the configuration comes last.
 
     `CheckpointError` if the folder cannot be written to, or a model of another format is there, which would be what
     is read.
     """
-    config = folder / "config.json"
+    path = folder / "config.json"
     others = [name for name in _OTHER_FORMATS if (folder / name).exists()]
-    if config.exists() and read_json(config).get("model_type") != "tl_sparse":
-        others.append(config.name)
+    if path.exists() and read_json(path).get("model_type") != "tl_sparse":
+        others.append(path.name)
     if others:
         raise CheckpointError(f"cannot write {folder}: a model of another format is there, with {', '.join(others)}")
-    if model.tokenizer is not None:
+    if tokenizer is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            model.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         except OSError as error:
             raise CheckpointError(f"cannot write the tokenizer to {folder}: {error}") from error
-    state, about = model.state_dict(), _ABOUT | {"storage": "dense" if dense else "compact"}
-    write_tensors(folder / "model.safetensors", state if dense else pack(state))
-    write_json(config, about | model.sparse_cfg.to_dict())
-    if model.tokenizer is None:
+    about = _ABOUT | {"storage": "dense" if dense else "compact"}
+    write_tensors(folder / "model.safetensors", dict(state) if dense else pack(state))
+    write_json(path, about | config.to_dict())
+    if tokenizer is None:
         for name in _TOKENIZER:  # that of an earlier model
             (folder / name).unlink(missing_ok=True)
 

@@ -1,6 +1,8 @@
 from .circuit import Circuit as Circuit
+from .exports import attribution_graph as attribution_graph
 from .exports import export as export
 from .exports import residual_joins as residual_joins
+from .exports import to_networkx as to_networkx
 from .families import node_hooks as node_hooks
 from .fingerprints import fingerprint as fingerprint
 from .nodes import EMBED_HOOK as EMBED_HOOK

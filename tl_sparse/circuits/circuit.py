@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_sparse.checkpoints import find
+from tl_sparse.checkpoints import card_text, find, push_folder
 from tl_sparse.circuits.edges import bias_at, cutting
 from tl_sparse.circuits.fingerprints import Fingerprint, fingerprint
 from tl_sparse.circuits.nodes import KINDS, Edge, Node, node_at, weight_matrices
@@ -275,10 +275,27 @@ class Circuit:
         write_json(Path(folder, "circuit.json"), about)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the circuit with a card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
-        from tl_sparse.checkpoints import push_to_hub
+        """Upload the circuit, as `save` writes it, with a card; returns the repository's address.
 
-        return push_to_hub(self, repo_id, **options)
+        Args:
+            repo_id: `"user/repo"`, made if it does not exist; the card in it is replaced.
+            options: `private`, `revision`, `token` and `commit_message`; see `tl_sparse.checkpoints.push_folder`.
+
+        Raises:
+            CheckpointError: if the hub cannot be reached, or refuses.
+        """
+        return push_folder(repo_id, self.save, self.card, **options)
+
+    def card(self, repo_id: str) -> str:
+        """The README.md of the circuit's repository: what was measured of it, and how to load it."""
+        from tl_sparse.view import circuit_facts  # above this room: a marked exception, see tests/test_rooms.py
+
+        return card_text(
+            repo_id,
+            what="A circuit of a weight-sparse transformer",
+            facts=circuit_facts(self),
+            load=f'circuit = tl_sparse.Circuit.load("{repo_id}")',
+        )
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> Circuit:
@@ -318,19 +335,19 @@ class Circuit:
 
     @classmethod
     def from_openai(cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = "") -> Circuit:
-        """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.exchange.read_openai`."""
+        """A circuit that OpenAI published (`viz_data.pt`); see `tl_sparse.circuits.read_openai`."""
         from tl_sparse.circuits.exchange import read_openai
 
         return read_openai(Path(path), model, means, task)
 
     def view(self, model: TLModel, *args: Any, **options: Any) -> Page:
         """An interactive page, shown in notebooks, with a `save(path)`; see `tl_sparse.view.page_data`."""
-        from tl_sparse.view import Page, page_data
+        from tl_sparse.view import Page, page_data  # above this room, as in `card`
 
         return Page(page_data(self, model, *args, **options))
 
     def edge_list(self, model: TLModel) -> dict[str, Any]:
-        """The circuit as a plain list of nodes and edges; see `tl_sparse.exchange.edge_list`."""
+        """The circuit as a plain list of nodes and edges; see `tl_sparse.circuits.edge_list`."""
         from tl_sparse.circuits.exchange import edge_list
 
         return edge_list(self, model)
@@ -341,7 +358,7 @@ class Circuit:
 
     @classmethod
     def from_edge_list(cls, path: str | Path, model: TLModel, means: NodeValues | None = None) -> Circuit:
-        """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.exchange.read_edge_list`."""
+        """Read what `save_edge_list`, or another tool, wrote; see `tl_sparse.circuits.read_edge_list`."""
         from tl_sparse.circuits.exchange import read_edge_list
 
         return read_edge_list(Path(path), model, means)

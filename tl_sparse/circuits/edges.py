@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, Edge, Node
 from tl_sparse.errors import PruneError
-from tl_sparse.hooks import NodeValues, TLModel
+from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model
 
 #: Node location that edges lead to → module, and what is behind `W_` and `b_` in the names of its weights and biases.
 _INTO = {target: (part, weight.removeprefix("W_")) for part, weight, _, target in MATRICES if weight != "W_gate"}
@@ -29,7 +29,7 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
     a model that is not one of ours: others have their weights in other forms.
     """
     edges = list(edges)
-    if edges and not hasattr(model, "sparse_cfg"):
+    if edges and not is_sparse_model(model):
         raise PruneError(f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}")
     undo: list[tuple[Tensor, Tensor]] = []
     try:

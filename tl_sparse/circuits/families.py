@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, MATRICES, weight_matrices
 from tl_sparse.errors import HookNameError
-from tl_sparse.hooks import TLModel, frozen, hooked
+from tl_sparse.hooks import TLModel, frozen, hooked, is_sparse_model
 
 
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
@@ -37,7 +37,7 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
         if not (found := [name for name in names if name in existing]):
             raise _refusal(model, f"it has no hook point {' or '.join(names)}")
         hooks[layer, location] = found[0]
-    if not hasattr(model, "sparse_cfg"):
+    if not is_sparse_model(model):
         _check(model, hooks)
     return {place: hook for place, hook in hooks.items() if locations is None or place[1] in locations}
 

@@ -5,7 +5,6 @@ from .judge import full_evaluation as full_evaluation
 from .judge import holding_circuit as holding_circuit
 from .judge import judged as judged
 from .judge import resampled as resampled
-from .judge import rung as rung
 from .judge import score as score
 from .judge import task_loss as task_loss
 from .judge import task_scores as task_scores

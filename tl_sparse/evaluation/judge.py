@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.evaluation.scores import Ablation, Evaluation, Rung
+from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
 from tl_sparse.hooks import TLModel, recording
 from tl_sparse.tasks import TASKS, Score, TaskData, candidate_logits, make_task_data, task_loss_and_accuracy
 
@@ -141,10 +141,10 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     return Evaluation(score(model, data, batch_size), alone["mean"], without, alone["zero"], alone["resample"], *sizes)
 
 
-def rung(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Rung:
+def sized_score(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> SizedScore:
     """The circuit's size and score. `CircuitError` if `model` is not the circuit's."""
     under = holding_circuit(circuit, model)
-    return Rung(circuit.n_nodes, len(circuit.edges(model)), score(model, data, batch_size, under))
+    return SizedScore(circuit.n_nodes, len(circuit.edges(model)), score(model, data, batch_size, under))
 
 
 def judged(
@@ -162,26 +162,26 @@ def judged(
     }
 
 
-def ladder(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> list[Rung]:
+def faithfulness_curve(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> list[SizedScore]:
     """The faithfulness curve: circuits of an eighth to eight times the size, of the nodes that the search ranked
     highest. `CircuitError` if `model` is not the circuit's, or the circuit has no scores."""
     sizes = {min(circuit.n_candidates, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
-    return [rung(circuit.of_size(size), model, data, batch_size) for size in sorted(sizes)]
+    return [sized_score(circuit.of_size(size), model, data, batch_size) for size in sorted(sizes)]
 
 
 def random_circuits(
     circuit: Circuit, model: TLModel, data: TaskData, n_circuits: int = 8, seed: int = 0, batch_size: int = 256
-) -> list[Rung]:
+) -> list[SizedScore]:
     """Circuits of as many nodes at each hook point, drawn at random: what the circuit's size alone does."""
-    generator, rungs = torch.Generator().manual_seed(seed), []
+    generator, sized_scores = torch.Generator().manual_seed(seed), []
     for _ in range(n_circuits):
         kept = {
             name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
             for name, mask in circuit.kept.items()
         }
         drawn = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
-        rungs.append(rung(drawn, model, data, batch_size))
-    return rungs
+        sized_scores.append(sized_score(drawn, model, data, batch_size))
+    return sized_scores
 
 
 def effects(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> dict[Node | Edge, float]:
@@ -200,11 +200,11 @@ def full_evaluation(
     parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
     kinds = Counter(p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}" for p in parts)
     found = effects(circuit, model, data, batch_size) if len(parts) <= MAX_EFFECTS else {}
-    rungs = ladder(circuit, model, data, batch_size) if circuit.scores else []
+    sized_scores = faithfulness_curve(circuit, model, data, batch_size) if circuit.scores else []
     drawn = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
     return {
         "model": circuit.model_name, "task": data.task, "kinds": dict(kinds),
         "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
-        "ladder": [asdict(rung) for rung in rungs], "random": [asdict(rung) for rung in drawn],
+        "ladder": [asdict(sized) for sized in sized_scores], "random": [asdict(sized) for sized in drawn],
         "effects": {str(part): found[part] for part in sorted(found, key=found.__getitem__, reverse=True)},
     }  # fmt: skip

@@ -41,7 +41,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Rung:
+class SizedScore:
     """A circuit of some size, on a set of prompt pairs."""
 
     n_nodes: int

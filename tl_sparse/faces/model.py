@@ -5,7 +5,9 @@
 
 
 import copy
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
-import tl_sparse
 from tl_sparse.data import END_OF_TEXT
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.faces.cache import SparseActivationCache
+from tl_sparse.files import write_json
 from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
+from tl_sparse.tasks import Score, tasks_table
 
 #: TransformerLens' options to change weights when a model is loaded.
 _PROCESSING = (
@@ -60,7 +63,9 @@ class SparseModel(nn.Module):
         """The same call as `tl_sparse.load`; `UnsupportedError` if an option to process weights is on."""
         if any(kwargs.pop(name, False) for name in _PROCESSING):
             cls._refuse_processing()
-        return tl_sparse.load(source, *args, **kwargs)
+        from tl_sparse.checkpoints import load  # above this room: a marked exception, see tests/test_rooms.py
+
+        return load(source, *args, **kwargs)
 
     from_pretrained_no_processing = from_pretrained
 
@@ -85,15 +90,44 @@ class SparseModel(nn.Module):
 
         Zeros take no space in these files. Other readers of safetensors files understand those of `dense=True`.
         """
-        from tl_sparse.checkpoints import save_model
+        from tl_sparse.checkpoints import save_model  # above this room, as in `from_pretrained`
 
-        save_model(self, Path(folder), dense)
+        save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer, dense)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model with a model card; options and errors are `tl_sparse.hub.push_to_hub`'s."""
-        from tl_sparse.checkpoints import push_to_hub
+    def push_to_hub(
+        self, repo_id: str, *, record: Mapping[str, Any] | None = None, dense: bool = False, **options: Any
+    ) -> str:
+        """Upload the model, as `save_pretrained` writes it, with a card; returns the repository's address.
 
-        return push_to_hub(self, repo_id, **options)
+        Args:
+            repo_id: `"user/repo"`, made if it does not exist; the card in it is replaced.
+            record: how the model was trained, for the card: what `train` returned and wrote to `training.json`.
+            dense: as in `save_pretrained`.
+            options: `private`, `revision`, `token` and `commit_message`; see `tl_sparse.checkpoints.push_folder`.
+
+        Raises:
+            CheckpointError: if the hub cannot be reached, or refuses.
+        """
+        from tl_sparse.checkpoints import push_folder  # above this room, as in `from_pretrained`
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, dense)
+            if record is not None:
+                write_json(folder / "training.json", record)
+
+        return push_folder(repo_id, write, lambda name: self.card(name, record), **options)
+
+    def card(self, repo_id: str, record: Mapping[str, Any] | None = None) -> str:
+        """The README.md of the model's repository: what it is, how it was trained (`record`), and how to load it."""
+        from tl_sparse.checkpoints import card_text  # above this room, as in `from_pretrained`
+
+        return card_text(
+            repo_id,
+            what="A weight-sparse transformer",
+            facts=_model_facts(self, record or {}),
+            load=f'model = tl_sparse.load("{repo_id}")',
+            pipeline_tag="text-generation",
+        )
 
     def forward(
         self, input: str | list[str] | Tokens | Stream, return_type: str | None = "logits",
@@ -235,6 +269,17 @@ class SparseModel(nn.Module):
         )
 
     __str__ = __repr__
+
+
+def _model_facts(model: SparseModel, record: Mapping[str, Any]) -> str:
+    topk = ", ".join(f"{where} {fraction:g}" for where, fraction in model.sparse_cfg.abs_topk.items())
+    keys = "command", "data", "training_tokens_seen", "training_loss", "validation_loss", "config"
+    training = json.dumps({key: record[key] for key in keys if key in record}, indent=2, ensure_ascii=False)
+    facts = f"{model!r}\nAbsTopK, fraction kept: {topk or 'none'}" + (f"\ntraining: {training}" if record else "")
+    if "tasks" in record:
+        scores = {name: values and Score(**values) for name, values in record["tasks"].items()}
+        facts += f"\n\nTasks, a choice between two next tokens (a coin has loss 0.693):\n{tasks_table(scores)}"
+    return facts
 
 
 def tensor_config_fields(network: SparseTransformer) -> dict[str, Any]:

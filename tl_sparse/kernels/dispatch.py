@@ -24,7 +24,7 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 @functools.cache
 def _compiled() -> Any:
     try:
-        from tl_sparse.kernels.dispatch import products, topk
+        from tl_sparse.kernels import products, topk
 
         products.checksum(np.zeros(1, np.uint32), 0, 1)  # can it compile?
     except ImportError:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from tl_sparse.circuits import EMBED_HOOK, Circuit, Edge, fingerprint, node_hooks
 from tl_sparse.errors import PruneError
 from tl_sparse.evaluation import Evaluation, judged, score
-from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, mean_activations
+from tl_sparse.hooks import NodeGates, NodeValues, TLModel, frozen, is_sparse_model, mean_activations
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.gates import attribution, learn_gates
 from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
@@ -92,7 +92,7 @@ def corpus_means(
 
 def _means(model: TLModel, batches: Iterable[Int[Tensor, "batch pos"]], embed: bool) -> NodeValues:
     hooks = [EMBED_HOOK] * embed + list(node_hooks(model).values())
-    if hasattr(model, "sparse_cfg"):  # for edges that leave heads; those of other models cannot be cut
+    if is_sparse_model(model):  # for edges that leave heads; those of other models cannot be cut
         hooks += [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     with frozen(model):
         return mean_activations(model, hooks, batches)

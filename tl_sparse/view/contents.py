@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, node_label
 from tl_sparse.errors import CircuitError
-from tl_sparse.evaluation import evaluate, holding_circuit, rung, score
+from tl_sparse.evaluation import evaluate, holding_circuit, score, sized_score
 from tl_sparse.hooks import TLModel, recording
 from tl_sparse.pruning import PruneConfig
 from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
@@ -83,7 +83,7 @@ def page_data(
                 without = circuit.without([node], model)
                 entry["cut_loss"] = score(model, pairs, under=holding_circuit(without, model)).loss
             if len(nodes) == circuit.n_nodes:
-                data["ladder"] = _ladder(circuit, model, nodes, about, pairs)
+                data["ladder"] = _faithfulness_curve(circuit, model, nodes, about, pairs)
         _, values, patterns = runs[-1]
         scales = torch.maximum(scales, values.abs().amax((0, 1)))
     scales[scales == 0] = 1.0
@@ -226,7 +226,7 @@ def _side(
     }  # fmt: skip
 
 
-def _ladder(
+def _faithfulness_curve(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], about: Sequence[dict[str, Any]], pairs: TaskData
 ) -> list[list[float]]:
     """[nodes, edges, loss, accuracy] of circuits by size, up to eight times as large where the search ranked all nodes.
@@ -244,8 +244,8 @@ def _ladder(
     circuits = [circuit.without([nodes[i] for i in order[size:]], model) for size in sorted(sizes)]
     larger = {min(total, round(len(nodes) * 2 ** (i / 2))) for i in range(1, 7)} - {len(nodes)} if ranks else set()
     circuits += [circuit.of_size(size) for size in sorted(larger)]
-    rungs = (rung(smaller, model, pairs) for smaller in circuits)
-    return [[r.n_nodes, r.n_edges, r.circuit.loss, r.circuit.accuracy] for r in rungs]
+    sized_scores = (sized_score(smaller, model, pairs) for smaller in circuits)
+    return [[r.n_nodes, r.n_edges, r.circuit.loss, r.circuit.accuracy] for r in sized_scores]
 
 
 def _summary(circuit: Circuit, model: TLModel, task: Task | None, min_weight: float) -> dict[str, Any]:

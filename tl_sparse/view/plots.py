@@ -131,8 +131,8 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
                     groups[f"{model}, {words}"] += [(p[against]["median"], p["loss"]["median"]) for p in pruned]
             else:
                 lines.add(group := f"{found['model']}, {found['task']}")
-                rungs = [found["evaluation"], *found["ladder"]]
-                groups[group] += zip(*_points(rungs, against, "loss"), strict=True)
+                sized_scores = [found["evaluation"], *found["ladder"]]
+                groups[group] += zip(*_points(sized_scores, against, "loss"), strict=True)
     figure, (axes,) = _panels(1, (5.5, 4.2))
     shown = {group: sorted(points) for group, points in groups.items() if points}
     for i, (group, points) in enumerate(_some(shown, *sources).items()):
@@ -192,8 +192,8 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
 
 
-def _points(rungs: Sequence[Any], against: Size, what: str) -> tuple[list[float], list[float]]:
-    return [rung[f"n_{against}"] for rung in rungs], [rung["circuit"][what] for rung in rungs]
+def _points(sized_scores: Sequence[Any], against: Size, what: str) -> tuple[list[float], list[float]]:
+    return [sized[f"n_{against}"] for sized in sized_scores], [sized["circuit"][what] for sized in sized_scores]
 
 
 def _some(found: T, *names: str) -> T:

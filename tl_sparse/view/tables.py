@@ -30,11 +30,11 @@ def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
     """What `full_evaluation` gives, with the `most` largest effects."""
     parts = [scores_table(Evaluation.from_dict(found["evaluation"]))]
     parts.append(table(["kind of node or edge", "number"], [[kind, str(n)] for kind, n in found["kinds"].items()]))
-    for heading, rungs in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
-        rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *score_row("", Score(**r["circuit"]))[1:]] for r in rungs]
+    for heading, sized_scores in (("nodes ranked highest", found["ladder"]), ("nodes at random", found["random"])):
+        rows = [[f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *score_row("", Score(**r["circuit"]))[1:]] for r in sized_scores]
         parts.append(table([heading, "edges", "task loss", "accuracy"], rows))
     for what, digits in (("loss", ".3f"), ("accuracy", ".1%")):
-        values = [rung["circuit"][what] for rung in found["random"]]
+        values = [sized["circuit"][what] for sized in found["random"]]
         mean, low, high = (format(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
         parts[-1] += f"\n  mean {what} at random: {mean} ({low}–{high})"
     rows = [[name, f"{effect:+.3f}"] for name, effect in found["effects"].items()]
@@ -85,3 +85,12 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
     different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
     answers = data.candidates[0].tolist()
     return list(dict.fromkeys(different + answers)), answers
+
+
+def circuit_facts(circuit: Circuit) -> str:
+    """What is known of a circuit without its model: its nodes by location, and what `prune` measured of it."""
+    heldout = circuit.measured.get("heldout")  # as `prune` writes it
+    if heldout is None:
+        return repr(circuit)
+    evaluation = Evaluation.from_dict(heldout)
+    return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"
