@@ -36,22 +36,34 @@ def bundle(run: Path, folder: Path) -> None:
 
     model = tl_sparse.load(folder, device="cpu")
     data = load_documents(DataConfig(**record["config"]["data"]))
-    validation = pack_tokens(data.validation, model.tokenizer, model.cfg.n_ctx, record["config"]["seed"])
+    validation = pack_tokens(
+        data.validation, model.tokenizer, model.cfg.n_ctx, record["config"]["seed"]
+    )
     record["validation_loss"] = evaluate_loss(model, validation, 64)
-    record["tasks"] = {name: s and dataclasses.asdict(s) for name, s in task_scores(model, 512, seed=1).items()}
+    record["tasks"] = {
+        name: s and dataclasses.asdict(s) for name, s in task_scores(model, 512, seed=1).items()
+    }
     write_json(folder / "training.json", record)
     command = f"tl-sparse train examples/{folder.name}.yaml"
-    (folder / "README.md").write_text(model.card(folder.name, record | {"command": command}), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model.card(folder.name, record | {"command": command}), encoding="utf-8"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="finished runs; each is bundled under its folder's name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="finished runs; each is bundled under its folder's name"
+    )
     parser.add_argument("--out", type=Path, default=MODELS)
     args = parser.parse_args()
     for run in args.runs:
         bundle(run, args.out / run.name)
-        print(f"{args.out / run.name}: {sum(p.stat().st_size for p in (args.out / run.name).iterdir()):,} bytes")
+        print(
+            f"{args.out / run.name}: {sum(p.stat().st_size for p in (args.out / run.name).iterdir()):,} bytes"
+        )
 
 
 if __name__ == "__main__":

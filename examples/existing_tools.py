@@ -1,5 +1,6 @@
-"""TransformerLens' own tools on a sparse model, alone and under a circuit: logit differences, activation patching, and
-attribution by gradients. Nothing in here knows that the model is sparse; it runs on TransformerLens 3 and 4.
+"""TransformerLens' own tools on a sparse model, alone and under a circuit: logit differences,
+activation patching, and attribution by gradients. Nothing in here knows that the model is sparse;
+it runs on TransformerLens 3 and 4.
 
     python examples/existing_tools.py                        # prunes first, in about a minute
     python examples/existing_tools.py --circuit my-circuit
@@ -17,8 +18,12 @@ import tl_sparse
 from tl_sparse.tasks import make_task_data
 from tl_sparse.text import table
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument(
+    "--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)"
+)
 parser.add_argument("--circuit", help="a saved circuit of the task (default: prune one)")
 args = parser.parse_args()
 
@@ -30,7 +35,10 @@ else:
     corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx)
     circuit, _ = tl_sparse.prune(model, task, corpus)
 data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0, n_ctx=model.cfg.n_ctx).trimmed()
-clean, corrupt = data.tokens[:1], data.tokens[1:]  # of one length, and they differ in the quote that opens the string
+clean, corrupt = (
+    data.tokens[:1],
+    data.tokens[1:],
+)  # of one length, and they differ in the quote that opens the string
 right, wrong = data.candidates[0]
 print(f"{circuit!r}\nclean:   {data.prompts[0]!r}\ncorrupt: {data.prompts[1]!r}")
 
@@ -55,17 +63,21 @@ def runs():
 alone, cache = runs()
 with circuit.applied(model):
     under, circuit_cache = runs()
-lines = [[name, *(f"{float(of[name]):+.2f}" for of in (alone, under))] for name in ("clean", "corrupt")]
+lines = [
+    [name, *(f"{float(of[name]):+.2f}" for of in (alone, under))] for name in ("clean", "corrupt")
+]
 print(f"\nLogit of {task.candidates[0]!r} minus that of {task.candidates[1]!r}\n")
 print(table(["prompt", "the model", "under the circuit"], lines))
 
-# %% Activation patching, TransformerLens' own: heads, and the stream at each position, of the clean run put into the
-# corrupt one.
+# %% Activation patching, TransformerLens' own: heads, and the stream at each position, of the clean
+# run put into the corrupt one.
 metrics = [partial(recovered, of=of) for of in (alone, under)]
 heads = [patching.get_act_patch_attn_head_out_all_pos(model, corrupt, cache, metrics[0])]
 stream = [patching.get_act_patch_resid_pre(model, corrupt, cache, metrics[0])]
 with circuit.applied(model):
-    heads.append(patching.get_act_patch_attn_head_out_all_pos(model, corrupt, circuit_cache, metrics[1]))
+    heads.append(
+        patching.get_act_patch_attn_head_out_all_pos(model, corrupt, circuit_cache, metrics[1])
+    )
     stream.append(patching.get_act_patch_resid_pre(model, corrupt, circuit_cache, metrics[1]))
 for where, found in (("the model", 0), ("the circuit", 1)):
     layer, head = divmod(int(heads[found].argmax()), model.cfg.n_heads)
@@ -77,7 +89,8 @@ for where, found in (("the model", 0), ("the circuit", 1)):
         f"{float(first[at]):.0%}."
     )
 
-# %% Attribution by gradients, through backward hooks: (clean − corrupt) · gradient of every node, in the whole model.
+# %% Attribution by gradients, through backward hooks: (clean − corrupt) · gradient of every node,
+# in the whole model.
 gradients = {}
 
 
@@ -89,7 +102,9 @@ _, corrupt_cache = model.run_with_cache(corrupt)
 with model.hooks(bwd_hooks=[(name, partial(save, name)) for name in circuit.kept]):
     metrics[0](model(corrupt)).backward()
 changes = {name: (cache[name] - corrupt_cache[name]).detach() for name in circuit.kept}
-attributed = {name: (changes[name] * gradients[name]).sum((0, 1)) for name in circuit.kept}  # over positions
+attributed = {
+    name: (changes[name] * gradients[name]).sum((0, 1)) for name in circuit.kept
+}  # over positions
 nodes = [(name, index) for name, mask in circuit.kept.items() for index in range(mask.numel())]
 inside = [node for node in nodes if circuit.kept[node[0]].flatten()[node[1]]]
 ranked = sorted(nodes, key=lambda node: -attributed[node[0]].flatten()[node[1]].abs())
@@ -100,8 +115,8 @@ print(
 )
 
 
-# %% Patching nodes one by one: those of the circuit, and as many outside, drawn from those that differ between the two
-# prompts, since patching the others could do nothing.
+# %% Patching nodes one by one: those of the circuit, and as many outside, drawn from those that
+# differ between the two prompts, since patching the others could do nothing.
 @torch.no_grad()
 def patched(chosen, source, metric):
     """What is recovered when the chosen nodes are as in `source`, at all positions."""
@@ -116,14 +131,21 @@ def patched(chosen, source, metric):
 
 
 differ = {name: change.abs().amax((0, 1)).flatten() > 0 for name, change in changes.items()}
-outside = random.Random(0).sample([(n, i) for n, i in nodes if differ[n][i] and (n, i) not in inside], len(inside))
+outside = random.Random(0).sample(
+    [(n, i) for n, i in nodes if differ[n][i] and (n, i) not in inside], len(inside)
+)
 lines = []
 for where, chosen in (("inside the circuit", inside), ("outside, at random", outside)):
     effects = [abs(patched([node], cache, metrics[0])) for node in chosen]
     together = patched(chosen, cache, metrics[0])
     with circuit.applied(model):
         under_effects = [abs(patched([node], circuit_cache, metrics[1])) for node in chosen]
-    means = (sum(effects) / len(effects), max(effects), together, sum(under_effects) / len(under_effects))
+    means = (
+        sum(effects) / len(effects),
+        max(effects),
+        together,
+        sum(under_effects) / len(under_effects),
+    )
     lines.append([where, str(len(chosen)), *(f"{value:.1%}" for value in means)])
 print("\nWhat patching recovers: one node at a time (absolute values), and all of them at once\n")
 print(table(["nodes", "number", "mean", "largest", "at once", "mean, under the circuit"], lines))

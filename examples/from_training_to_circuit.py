@@ -1,7 +1,9 @@
-"""From nothing to a circuit: train a sparse model, see which tasks it solves, and cut out the circuit of one.
+"""From nothing to a circuit: train a sparse model, see which tasks it solves, and cut out the
+circuit of one.
 
-    python examples/from_training_to_circuit.py --out my-run             # minutes on two cores
-    python examples/from_training_to_circuit.py --out my-run --quick     # half a minute; the model knows little
+python examples/from_training_to_circuit.py --out my-run             # minutes on two cores
+python examples/from_training_to_circuit.py --out my-run --quick     # half a minute; the model
+knows little
 """
 
 # %% Where the results go.
@@ -17,28 +19,39 @@ from tl_sparse.pruning import task_splits
 from tl_sparse.tasks import TASKS, tasks_table
 from tl_sparse.view import evaluation_tables, plots
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--out", type=Path, default=Path("my-run"), help="new folder (default: %(default)s)")
-parser.add_argument("--quick", action="store_true", help="a smaller model, little training, few prompts")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument(
+    "--out", type=Path, default=Path("my-run"), help="new folder (default: %(default)s)"
+)
+parser.add_argument(
+    "--quick", action="store_true", help="a smaller model, little training, few prompts"
+)
 args = parser.parse_args()
 check_new_folder(args.out)
 
-# %% Train. A `TrainConfig` without arguments is the preset `laptop`: two layers, 4 % of the weights.
+# %% Train. A `TrainConfig` without arguments is the preset `laptop`: two layers, 4 % of the
+# weights.
 config, pruning = tl_sparse.TrainConfig(), tl_sparse.PruneConfig()
 if args.quick:
-    small = dataclasses.replace(config.model, n_layers=1, d_model=64, n_heads=4, d_mlp=128, d_vocab=512)
+    small = dataclasses.replace(
+        config.model, n_layers=1, d_model=64, n_heads=4, d_mlp=128, d_vocab=512
+    )
     text = tl_sparse.DataConfig(stdlib_chars=0, idiom_chars=400_000)
     config = tl_sparse.TrainConfig(small, text, steps=220, batch_size=16, l0_fraction=0.2)
     pruning = tl_sparse.PruneConfig(steps=60, train_pairs=128, selection_pairs=32, heldout_pairs=32)
 model, record = tl_sparse.train(config, args.out / "model")
-print(f"{record['nonzero_weights']:,} of {record['weights']:,} weights, loss {record['validation_loss']:.3f}")
+print(
+    f"{record['nonzero_weights']:,} of {record['weights']:,} weights, loss {record['validation_loss']:.3f}"
+)
 
 # %% Which of the paper's tasks does it solve?
 scores = task_scores(model, n_pairs=64 if args.quick else 256)
 print(tasks_table(scores))
 
-# %% Prune the one it does best, of those whose answer the last token does not give away: to the usual target loss, or
-# if the model itself misses that, halfway from its own loss to guessing.
+# %% Prune the one it does best, of those whose answer the last token does not give away: to the
+# usual target loss, or if the model itself misses that, halfway from its own loss to guessing.
 losses = {name: score.loss for name, score in scores.items() if score and TASKS[name].same_end}
 task = TASKS[min(losses, key=losses.__getitem__)]
 target = max(pruning.target_loss, (losses[task.name] + math.log(2)) / 2)
@@ -51,9 +64,12 @@ print(tl_sparse.report(circuit, model, task, evaluation))
 # %% Cut the edges that the task does not need.
 fewer, _ = tl_sparse.prune_edges(circuit, model, task, pruning)
 fewer.save(args.out / "fewer-edges")
-print(f"{len(fewer.edges(model))} of {len(circuit.edges(model))} edges are left, and {fewer.n_nodes} nodes")
+print(
+    f"{len(fewer.edges(model))} of {len(circuit.edges(model))} edges are left, and {fewer.n_nodes} nodes"
+)
 
-# %% Judge both on held-out pairs: at each size, beside random circuits, and each node and edge cut alone.
+# %% Judge both on held-out pairs: at each size, beside random circuits, and each node and edge cut
+# alone.
 *_, heldout = task_splits(model, task, pruning)
 figures = {"pruned by nodes": full_evaluation(circuit, model, heldout)}
 figures["by edges too"] = full_evaluation(fewer, model, heldout)

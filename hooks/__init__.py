@@ -1,4 +1,6 @@
-"""Everything that acts on activations or weights during a run, by hook name, on any TransformerLens model."""
+"""Everything that acts on activations or weights during a run, by hook name, on any TransformerLens
+model.
+"""
 
 import lazy_loader
 

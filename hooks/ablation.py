@@ -22,7 +22,8 @@ def ablating(
 
     Args:
         model: any TransformerLens model.
-        nodes: hook name → which nodes are ablated, in the shape of an activation without batch and position.
+        nodes: hook name → which nodes are ablated, in the shape of an activation without batch and
+            position.
         values: hook name → what they are set to: their means, zeros, or activations of another run.
 
     Raises:
@@ -32,7 +33,10 @@ def ablating(
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
-    with hooked(model, {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()}):
+    with hooked(
+        model,
+        {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()},
+    ):
         yield
 
 

@@ -16,14 +16,20 @@ from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 
 
 class _Gated(torch.autograd.Function):
-    """Forward: x where the gate is open, else the value. Backward to τ: as if it were sigmoid(τ / T) (A.5)."""
+    """Forward: x where the gate is open, else the value. Backward to τ: as if it were sigmoid(τ /
+    T) (A.5).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tau: Tensor, value: Tensor, temperature: float, inverted: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, tau: Tensor, value: Tensor, temperature: float, inverted: bool
+    ) -> Tensor:
         is_open = (tau > 0) != inverted
         ctx.save_for_backward(x, tau, value, is_open)
         ctx.temperature, ctx.sign = temperature, -1.0 if inverted else 1.0
-        share = is_open.to(x.dtype)  # 0 or 1: exact, and on a CPU several times faster than torch.where
+        share = is_open.to(
+            x.dtype
+        )  # 0 or 1: exact, and on a CPU several times faster than torch.where
         return torch.addcmul(value * (1 - share), x, share)
 
     @staticmethod
@@ -31,7 +37,8 @@ class _Gated(torch.autograd.Function):
         x, tau, value, is_open = ctx.saved_tensors
         open_share = torch.sigmoid(tau / ctx.temperature)
         if value.shape == tau.shape:
-            # Σ grad · (x − mean) over batch and position, without a tensor of the activation's size for x − mean.
+            # Σ grad · (x − mean) over batch and position, without a tensor of the activation's size
+            # for x − mean.
             towards_open = (grad * x).sum((0, 1)) - grad.sum((0, 1)) * value
         else:
             towards_open = (grad * (x - value)).sum((0, 1))
@@ -41,13 +48,16 @@ class _Gated(torch.autograd.Function):
 
 
 class NodeGates(nn.Module):
-    """Gates at hook points of a TransformerLens model: every entry of `means` (hook name → mean) is a gated node.
+    """Gates at hook points of a TransformerLens model: every entry of `means` (hook name → mean) is
+    a gated node.
 
-    τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1]; `temperature` is T of the backward pass.
+    τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1]; `temperature` is T of the
+    backward pass.
 
     Attributes:
         tau: one number a gate; a gate is open above 0.
-        index: hook name → which gate each node there has. Nodes at the hook points of a pair in `tied` share theirs.
+        index: hook name → which gate each node there has. Nodes at the hook points of a pair in
+            `tied` share theirs.
     """
 
     def __init__(
@@ -68,7 +78,9 @@ class NodeGates(nn.Module):
             if first := (tied or {}).get(name):
                 self.index[name] = self.index[first]
             else:
-                self.index[name] = n_gates + torch.arange(mean.numel(), device=mean.device).view(mean.shape)
+                self.index[name] = n_gates + torch.arange(mean.numel(), device=mean.device).view(
+                    mean.shape
+                )
                 n_gates += mean.numel()
         noise = torch.randn(n_gates, generator=torch.Generator().manual_seed(seed))
         # One flat parameter for all gates: one optimizer state, one ranking.
@@ -98,14 +110,21 @@ class NodeGates(nn.Module):
     ) -> Iterator[None]:
         """Within the context, the gates act on everything `model` runs.
 
-        Inverted, they hold the open nodes at their means and keep the others: the model without the circuit instead
-        of the circuit alone. `values` are held in place of the means, such as the activations of another run.
-        `HookNameError` for a hook name that the model does not have.
+        Inverted, they hold the open nodes at their means and keep the others: the model without the
+            circuit instead
+        of the circuit alone. `values` are held in place of the means, such as the activations of
+        another run. `HookNameError` for a hook name that the model does not have.
         """
         values = self.means if values is None else values
-        with hooked(model, {name: partial(self._gate, name, inverted, values[name]) for name in self.index}):
+        with hooked(
+            model, {name: partial(self._gate, name, inverted, values[name]) for name in self.index}
+        ):
             yield
 
-    def _gate(self, name: str, inverted: bool, value: Tensor, activation: Tensor, hook: object) -> Tensor:
-        gated: Tensor = _Gated.apply(activation, self.tau[self.index[name]], value, self.temperature, inverted)
+    def _gate(
+        self, name: str, inverted: bool, value: Tensor, activation: Tensor, hook: object
+    ) -> Tensor:
+        gated: Tensor = _Gated.apply(
+            activation, self.tau[self.index[name]], value, self.temperature, inverted
+        )
         return gated

@@ -19,7 +19,9 @@ class Means:
         self._sums: dict[str, Float[Tensor, " *node"]] = {}
         self._counts: dict[str, int] = {}
 
-    def record(self, name: str, activation: Float[Tensor, "batch pos *node"], hook: object = None) -> None:
+    def record(
+        self, name: str, activation: Float[Tensor, "batch pos *node"], hook: object = None
+    ) -> None:
         """Add an activation to the mean under `name`; of use as a function at a hook point, too."""
         # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
@@ -33,13 +35,15 @@ class Means:
 
 @contextmanager
 def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
-    """Within the context, whatever the model runs on is added to the means at the hook points `names`.
+    """Within the context, whatever the model runs on is added to the means at the hook points
+    `names`.
 
     Raises:
         HookNameError: for a hook name that the model does not have.
     """
     means = Means()
-    # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another one.
+    # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another
+    # one.
     with hooked(model, {name: partial(means.record, name) for name in names}):
         yield means
 

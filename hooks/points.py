@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tl_sparse.errors import HookNameError
 
-#: A model of TransformerLens: HookedTransformer or another HookedRootModule of its line 3, TransformerBridge of
-#: line 4. The classes of the two lines share no base, so a type checker cannot be told more.
+#: A model of TransformerLens: HookedTransformer or another HookedRootModule of its line 3,
+#: TransformerBridge of line 4. The classes of the two lines share no base, so a type checker cannot
+#: be told more.
 TLModel = Any
 #: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
 HookFn = Callable[[Tensor, Any], Tensor | None]
-#: Hook name → a number, or whether something holds, for each node there: as an activation without batch and position.
+#: Hook name → a number, or whether something holds, for each node there: as an activation without
+#: batch and position.
 NodeValues = Mapping[str, Float[Tensor, " *node"]]
 NodeMasks = Mapping[str, Bool[Tensor, " *node"]]
 
@@ -32,15 +34,18 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
     for name in names:
         if name not in existing:
             near = get_close_matches(name, list(existing), n=3) or list(existing)[:3]
-            raise HookNameError(f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(near)}")
+            raise HookNameError(
+                f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(near)}"
+            )
 
 
 @contextmanager
 def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
-    """Within the context, each function acts at the hook point of its name, on either TransformerLens line.
+    """Within the context, each function acts at the hook point of its name, on either
+    TransformerLens line.
 
-    TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an exception
-    too. Names are checked first, so that a wrong one leaves nothing attached.
+    TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an
+    exception too. Names are checked first, so that a wrong one leaves nothing attached.
     """
     check_hook_names(model, functions)
     with model.hooks(fwd_hooks=list(functions.items())):
@@ -49,7 +54,9 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
 
 @contextmanager
 def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the context, a copy of the last activation at each of these hook points is put into the dictionary."""
+    """Within the context, a copy of the last activation at each of these hook points is put into
+    the dictionary.
+    """
     found: dict[str, Tensor] = {}
 
     def record(name: str, activation: Tensor, hook: object) -> None:

@@ -38,17 +38,24 @@ def openai_tensors(cfg, w):
     for i in range(cfg.n_layers):
         block, h = f"blocks.{i}", f"transformer.h.{i}"
         for n in "12":
-            theirs[f"{h}.ln_{n}.weight"], theirs[f"{h}.ln_{n}.bias"] = w[f"{block}.ln{n}.w"], w.get(f"{block}.ln{n}.b")
+            theirs[f"{h}.ln_{n}.weight"], theirs[f"{h}.ln_{n}.bias"] = (
+                w[f"{block}.ln{n}.w"],
+                w.get(f"{block}.ln{n}.b"),
+            )
             theirs[f"{h}.ln_p{n}.weight"] = w.get(f"{block}.ln{n}.w_pos")
             theirs[f"{h}.ln_p{n}.bias"] = w.get(f"{block}.ln{n}.b_pos")
         heads = [with_positions(f"{block}.attn.W_{x}", 1) for x in "QKV"]
-        theirs[f"{h}.attn.c_attn.weight"] = torch.cat([matrix.T for part in heads for matrix in part])
+        theirs[f"{h}.attn.c_attn.weight"] = torch.cat(
+            [matrix.T for part in heads for matrix in part]
+        )
         theirs[f"{h}.attn.c_proj.weight"] = torch.cat(list(w[f"{block}.attn.W_O"])).T
         theirs[f"{h}.attn.attn_imp.sink_logit"] = w.get(f"{block}.attn.sink")
         theirs[f"{h}.mlp.c_fc.weight"] = with_positions(f"{block}.mlp.W_in", 0).T
         theirs[f"{h}.mlp.c_proj.weight"] = w[f"{block}.mlp.W_out"].T
         if cfg.biases:
-            theirs[f"{h}.attn.c_attn.bias"] = torch.cat([w[f"{block}.attn.b_{x}"].flatten() for x in "QKV"])
+            theirs[f"{h}.attn.c_attn.bias"] = torch.cat(
+                [w[f"{block}.attn.b_{x}"].flatten() for x in "QKV"]
+            )
             theirs[f"{h}.attn.c_proj.bias"] = w[f"{block}.attn.b_O"]
             theirs[f"{h}.mlp.c_fc.bias"] = w[f"{block}.mlp.b_in"]
             theirs[f"{h}.mlp.c_proj.bias"] = w[f"{block}.mlp.b_out"]
@@ -67,7 +74,9 @@ def write_openai(folder, model, drop=(), **changes):
 
 
 def circuitgpt_values(cfg):
-    """The config.json of the model that OpenAI packaged for the hub, for a configuration of ours."""
+    """The config.json of the model that OpenAI packaged for the hub, for a configuration of
+    ours.
+    """
     values = openai_values(cfg)
     return values | dict(
         model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32", use_cache=False,
@@ -82,11 +91,16 @@ def circuitgpt_values(cfg):
 
 def circuitgpt_tensors(cfg, w):
     """Its model.safetensors."""
-    return {f"circuit_model.{name}": x.contiguous().clone() for name, x in openai_tensors(cfg, w).items()}
+    return {
+        f"circuit_model.{name}": x.contiguous().clone()
+        for name, x in openai_tensors(cfg, w).items()
+    }
 
 
 def write_circuitgpt(folder, model, drop=(), **changes):
-    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of tensors."""
+    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of
+    tensors.
+    """
     cfg = model.sparse_cfg
     weights = circuitgpt_tensors(cfg, model.state_dict())
     for name in drop:
@@ -111,7 +125,11 @@ def sparse_pretrain_values(cfg):
         activation_topk_fraction=next(iter(cfg.abs_topk.values()), 0.25),
         activation_sparsity_locations=",".join(names.get(name, name) for name in cfg.abs_topk),
     )  # fmt: skip
-    return dict(model_config=model_config, sparsity_config=sparsity_config, training_config={"batch_size": 2})
+    return dict(
+        model_config=model_config,
+        sparsity_config=sparsity_config,
+        training_config={"batch_size": 2},
+    )
 
 
 def sparse_pretrain_tensors(cfg, w):
@@ -124,9 +142,11 @@ def sparse_pretrain_tensors(cfg, w):
     return theirs
 
 
-def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes):
-    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys `drop`,
-    `sparsity` to its sparsity_config, `extra` tensors."""
+def write_sparse_pretrain(
+    folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes
+):
+    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys
+    `drop`, `sparsity` to its sparsity_config, `extra` tensors."""
     values = sparse_pretrain_values(model.sparse_cfg)
     values["model_config"] |= changes
     values["sparsity_config"] |= dict(sparsity)
@@ -136,7 +156,10 @@ def write_sparse_pretrain(folder, model, drop=(), sparsity=(), safetensors=False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     if safetensors:
-        save_file({name: x.contiguous().clone() for name, x in weights.items()}, folder / "model.safetensors")
+        save_file(
+            {name: x.contiguous().clone() for name, x in weights.items()},
+            folder / "model.safetensors",
+        )
     else:
         torch.save(weights, folder / "pytorch_model.bin")
     return folder

@@ -1,5 +1,6 @@
 """Small models, configurations and tokenizers for the tests."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def script_environment():
+    """The environment of a test file that is run as a script: it can import these helpers."""
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def tiny_config(**changes):
@@ -46,7 +53,9 @@ def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
 
 def stock_model(**changes):
     """A small dense model of TransformerLens' own, on either line."""
-    sizes = dict(n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=12, d_vocab=24, n_ctx=10, act_fn="gelu")
+    sizes = dict(
+        n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=12, d_vocab=24, n_ctx=10, act_fn="gelu"
+    )
     sizes |= dict(normalization_type="LN", seed=0, device="cpu") | changes
     if transformer_lens_line() == 3:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -67,7 +76,9 @@ def random_tokens(model_or_config, batch=2, length=None, seed=0):
 
 
 def cancels(model, tokens):
-    """Whether a residual stream is nothing but rounding noise somewhere, which the norms would make large."""
+    """Whether a residual stream is nothing but rounding noise somewhere, which the norms would make
+    large.
+    """
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
     largest = torch.stack([resid.abs().amax(-1) for resid in cache.values()])
     return bool(((largest > 0) & (largest < 1e-9)).any())
@@ -108,7 +119,11 @@ def sparse_configs(draw):
 
 
 def word_tokenizer(words, **special):
-    """A tokenizer whose tokens are the given words, with ids in their order; the first is the unknown one."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    """A tokenizer whose tokens are the given words, with ids in their order; the first is the
+    unknown one.
+    """
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=words[0], **special)

@@ -1,4 +1,6 @@
-"""A web server on 127.0.0.1, for the tests of everything that is fetched; what it answers is a function."""
+"""A web server on 127.0.0.1, for the tests of everything that is fetched; what it answers is a
+function.
+"""
 
 import json
 import threading
@@ -11,7 +13,9 @@ from huggingface_hub import constants
 
 @dataclass
 class Answer:
-    """Content-Length is the body's unless `headers` have another, or None; after `cut` bytes the connection ends."""
+    """Content-Length is the body's unless `headers` have another, or None; after `cut` bytes the
+    connection ends.
+    """
 
     body: bytes = b""
     status: int = 200
@@ -21,7 +25,9 @@ class Answer:
 
 @contextmanager
 def serving(respond):
-    """The address of a server that answers a request (method, path, headers) with `respond(…)`, an `Answer`."""
+    """The address of a server that answers a request (method, path, headers) with `respond(…)`, an
+    `Answer`.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -52,7 +58,8 @@ def serving(respond):
 
 
 class FakeHub:
-    """The part of the hub's HTTP interface that `snapshot_download` uses, for one repository with one commit.
+    """The part of the hub's HTTP interface that `snapshot_download` uses, for one repository with
+    one commit.
 
     Attributes:
         files: path → content.
@@ -111,4 +118,6 @@ def point_hub_at(monkeypatch, url, cache):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )

@@ -1,12 +1,14 @@
 """A model small enough to work out on paper, and its task.
 
-One layer, one head, four residual channels. The token A embeds to +1 in channel 0, B to -1; `end` embeds to 1
-in channel 1; fillers and the first token to nothing. RMSNorm turns ±1 in one of four channels into ±2. Queries
-and keys are zero, so attention is uniform. One value channel reads channel 0 with weight W_V, and W_O writes
-it to channel 2, which the unembedding turns into the logits of the answers.
+One layer, one head, four residual channels. The token A embeds to +1 in channel 0, B to -1; `end`
+embeds to 1 in channel 1; fillers and the first token to nothing. RMSNorm turns ±1 in one of four
+channels into ±2. Queries and keys are zero, so attention is uniform. One value channel reads
+channel 0 with weight W_V, and W_O writes it to channel 2, which the unembedding turns into the
+logits of the answers.
 
-After `<s> f f A f end` the last position has (0, 1, a, 0) with a = 2 · W_V · W_O / 6 (after B: -a), which the
-final RMSNorm divides by sqrt((1 + a²) / 4), so logit(yes) - logit(no) = 2 · W_U · a / that.
+After `<s> f f A f end` the last position has (0, 1, a, 0) with a = 2 · W_V · W_O / 6 (after B: -a),
+which the final RMSNorm divides by sqrt((1 + a²) / 4), so logit(yes) - logit(no) = 2 · W_U · a /
+that.
 """
 
 import json
@@ -42,12 +44,21 @@ EDGES = [("0.attn_in.0", "0.attn_v.0", W_V), ("0.attn_v.0", "0.attn_out.2", W_O)
 def micro_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
 
 
 def micro_model(tokenizer=None):
     config = tl_sparse.SparseConfig(
-        n_layers=1, d_model=4, n_heads=1, d_head=2, d_mlp=2, d_vocab=len(VOCABULARY), n_ctx=8, act_fn="relu"
+        n_layers=1,
+        d_model=4,
+        n_heads=1,
+        d_head=2,
+        d_mlp=2,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        act_fn="relu",
     )
     model = tl_sparse.create(config, seed=0, tokenizer=tokenizer or micro_tokenizer(), device="cpu")
     with torch.no_grad():

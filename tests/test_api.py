@@ -14,12 +14,27 @@ from tl_sparse.tasks import task as tasks
 from tl_sparse.view import contents as view
 from tl_sparse.view import plots
 
-MODULES = [tl_sparse, tl_sparse.hooks, errors, evaluation, exchange, exports, hub, plots, tasks, view]
+MODULES = [
+    tl_sparse,
+    tl_sparse.hooks,
+    errors,
+    evaluation,
+    exchange,
+    exports,
+    hub,
+    plots,
+    tasks,
+    view,
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_has_a_docstring(module):
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    own = [
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__
+    ]
     names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
     assert names
     for name in names:

@@ -1,4 +1,6 @@
-"""The command line end to end at small size, the README's snippets, and what a user sees after a mistake."""
+"""The command line end to end at small size, the README's snippets, and what a user sees after a
+mistake.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +16,16 @@ import tl_sparse
 from formats import write_circuitgpt, write_openai
 from helpers import full_config, tiny_model
 from loopback import cache_snapshot
-from micro import EDGES, LOSS, MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro, save_pairs
+from micro import (
+    EDGES,
+    LOSS,
+    MICRO_TASK,
+    micro_circuit,
+    micro_corpus,
+    micro_model,
+    save_micro,
+    save_pairs,
+)
 from tl_sparse.cli import _parser, main
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
@@ -28,10 +39,20 @@ TINY = {
     "l0_fraction": 0.25,
     "stdlib_chars": 20_000, "idiom_chars": 60_000, "device": "cpu",
 }  # fmt: skip
-TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+TINY_FLAGS = [
+    text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+]
 # A model of four steps knows nothing: any loss is good enough to see the pruner run.
-PRUNE = {"target_loss": 5.0, "steps": 3, "train_pairs": 16, "selection_pairs": 8, "heldout_pairs": 8}
-PRUNE_FLAGS = [text for name, value in PRUNE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+PRUNE = {
+    "target_loss": 5.0,
+    "steps": 3,
+    "train_pairs": 16,
+    "selection_pairs": 8,
+    "heldout_pairs": 8,
+}
+PRUNE_FLAGS = [
+    text for name, value in PRUNE.items() for text in (f"--{name.replace('_', '-')}", str(value))
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +66,10 @@ def test_train_writes_a_model_that_opens_with_its_tokenizer_and_record(trained):
     model = tl_sparse.load(trained, device="cpu")
     record = json.loads((trained / "training.json").read_text())
     assert model.sparse_cfg.d_model == 16
-    assert model.to_string(model.to_tokens("print('the red house')")[0, 1:]) == "print('the red house')"
+    assert (
+        model.to_string(model.to_tokens("print('the red house')")[0, 1:])
+        == "print('the red house')"
+    )
     assert len(model.tokenizer) == 512
     assert record["config"]["seed"] == record["config"]["data"]["seed"] == 3
     assert record["config"]["model"]["d_mlp"] == 32
@@ -55,12 +79,16 @@ def test_train_writes_a_model_that_opens_with_its_tokenizer_and_record(trained):
     # The record is enough to make the same text again, and its loss is of the model that was saved.
     documents = load_documents(tl_sparse.DataConfig(**record["config"]["data"]))
     validation = pack_tokens(documents.validation, model.tokenizer, 128, seed=3)
-    assert evaluate_loss(model, validation, batch_size=7) == pytest.approx(record["validation_loss"], abs=1e-5)
+    assert evaluate_loss(model, validation, batch_size=7) == pytest.approx(
+        record["validation_loss"], abs=1e-5
+    )
 
 
 def test_trained_weights_are_sparse_and_a_seed_repeats_them(trained, tmp_path):
     assert main(["train", "--out", str(tmp_path / "again"), "--seed", "3", *TINY_FLAGS]) == 0
-    first, second = (tl_sparse.load(folder, device="cpu") for folder in (trained, tmp_path / "again"))
+    first, second = (
+        tl_sparse.load(folder, device="cpu") for folder in (trained, tmp_path / "again")
+    )
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
     assert int(first.blocks[0].mlp.W_out.count_nonzero()) == 16 * 32 / 4
@@ -70,7 +98,13 @@ def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):
     from tl_sparse.cli import _parser, _train_config
 
     path = tmp_path / "config.yaml"
-    lines = "steps: 7", "lr: 1e-3", "seed: 5", "model: {d_mlp: 64, abs_topk: {attn_in: 0.5}}", "data: {source: text}"
+    lines = (
+        "steps: 7",
+        "lr: 1e-3",
+        "seed: 5",
+        "model: {d_mlp: 64, abs_topk: {attn_in: 0.5}}",
+        "data: {source: text}",
+    )
     path.write_text("\n".join(lines))
 
     def read(*arguments):
@@ -78,8 +112,23 @@ def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):
 
     config = read(str(path))
     assert (config.steps, config.lr, config.seed, config.data.source) == (7, 1e-3, 5, "text")
-    assert (config.model.d_mlp, config.model.d_model, config.model.abs_topk) == (64, 128, {"attn_in": 0.5})
-    flagged = read(str(path), "--steps", "9", "--d-mlp", "32", "--abs-topk", "0.25", "--seed", "6", "--no-attn-sinks")
+    assert (config.model.d_mlp, config.model.d_model, config.model.abs_topk) == (
+        64,
+        128,
+        {"attn_in": 0.5},
+    )
+    flagged = read(
+        str(path),
+        "--steps",
+        "9",
+        "--d-mlp",
+        "32",
+        "--abs-topk",
+        "0.25",
+        "--seed",
+        "6",
+        "--no-attn-sinks",
+    )
     assert (flagged.steps, flagged.model.d_mlp, flagged.lr) == (9, 32, 1e-3)
     assert (flagged.seed, flagged.data.seed, flagged.model.attn_sinks) == (6, 6, False)
     assert flagged.model.abs_topk == tl_sparse.paper_topk(0.25)
@@ -104,7 +153,21 @@ def test_mistakes_in_a_configuration_file(text, message, tmp_path, capsys):
 
 def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys):
     out = tmp_path / "circuit"
-    assert main(["prune", str(trained), "single_double_quote", "--out", str(out), "--device", "cpu", *PRUNE_FLAGS]) == 0
+    assert (
+        main(
+            [
+                "prune",
+                str(trained),
+                "single_double_quote",
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+                *PRUNE_FLAGS,
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     circuit, model = tl_sparse.Circuit.load(out), tl_sparse.load(trained, device="cpu")
     assert circuit.task == "single_double_quote"
@@ -123,15 +186,30 @@ def test_prune_takes_means_over_other_text(trained, tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n" * 200)
     (tmp_path / "b.py").write_text("y = 2\n" * 200)
     arguments = ["--corpus", str(tmp_path / "*.py"), "--device", "cpu", *PRUNE_FLAGS]
-    assert main(["prune", str(trained), "single_double_quote", "--out", str(tmp_path / "c"), *arguments]) == 0
+    assert (
+        main(
+            ["prune", str(trained), "single_double_quote", "--out", str(tmp_path / "c"), *arguments]
+        )
+        == 0
+    )
     own = tl_sparse.load_corpus(trained, None, 128)
     assert tl_sparse.Circuit.load(tmp_path / "c").measured["corpus_tokens"] != own.numel()
 
 
 def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
-    pairs = [{"prompts": [f"print([{n}", f"print(({n}"], "answers": ["])", "))"]} for n in range(32)]
+    pairs = [
+        {"prompts": [f"print([{n}", f"print(({n}"], "answers": ["])", "))"]} for n in range(32)
+    ]
     (tmp_path / "brackets.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    arguments = ["--out", str(tmp_path / "circuit"), "--device", "cpu", *PRUNE_FLAGS, "--init-bias", "1"]
+    arguments = [
+        "--out",
+        str(tmp_path / "circuit"),
+        "--device",
+        "cpu",
+        *PRUNE_FLAGS,
+        "--init-bias",
+        "1",
+    ]
     assert main(["prune", str(trained), str(tmp_path / "brackets.jsonl"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "\nCircuit of brackets in model\n\n====" in printed
@@ -139,25 +217,41 @@ def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
 
 
 def test_report_of_a_task_in_which_each_pair_has_its_answers():
-    """The embedding's and unembedding's entries are those of one pair, whose answers are shown as their tokens."""
+    """The embedding's and unembedding's entries are those of one pair, whose answers are shown as
+    their tokens.
+    """
+
     def sample(rng):
         return *MICRO_TASK.sample(rng), " yes", " no"
 
     model, each = micro_model(), dataclasses.replace(MICRO_TASK, candidates=None, sample=sample)
-    config = PruneConfig(target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16)
+    config = PruneConfig(
+        target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16
+    )
     circuit, evaluation = tl_sparse.prune(model, each, micro_corpus(), config, progress=False)
     texts = [tl_sparse.report(circuit, model, one, evaluation) for one in (MICRO_TASK, each)]
     assert texts[1].startswith("Circuit of micro in ")
     assert "?" not in texts[1].splitlines()[0]
     assert "What one pair's tokens bring" in texts[1]
-    rest = [text.replace("one pair's tokens", "the task's tokens").split("\n")[3:] for text in texts]
+    rest = [
+        text.replace("one pair's tokens", "the task's tokens").split("\n")[3:] for text in texts
+    ]
     assert rest[0] == rest[1]
     assert "2  +3.000  -3.000" in re.sub(" +", "  ", texts[1])
 
 
 def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
     model, task = save_micro(tmp_path / "model"), save_pairs(tmp_path / "micro.jsonl")
-    sizes = ["--target-loss", str(2 * LOSS), "--steps", "30", "--train-pairs", "32", "--selection-pairs", "8"]
+    sizes = [
+        "--target-loss",
+        str(2 * LOSS),
+        "--steps",
+        "30",
+        "--train-pairs",
+        "32",
+        "--selection-pairs",
+        "8",
+    ]
     out = str(tmp_path / "circuit")
     assert main(["prune", model, task, "--out", out, "--heldout-pairs", "8", *sizes]) == 0
     capsys.readouterr()
@@ -166,19 +260,33 @@ def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
     found, printed = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
     # The pairs, and so the figures, that prune judged it by.
     assert found["evaluation"] == tl_sparse.Circuit.load(out).measured["heldout"]
-    assert found["kinds"] == {"attn_in": 1, "attn_v": 1, "attn_out": 1, "attn_in → attn_v": 1, "attn_v → attn_out": 1}
+    assert found["kinds"] == {
+        "attn_in": 1,
+        "attn_v": 1,
+        "attn_out": 1,
+        "attn_in → attn_v": 1,
+        "attn_v → attn_out": 1,
+    }
     by_size = {sized["n_nodes"]: sized["circuit"]["loss"] for sized in found["ladder"]}
     assert by_size[3] == pytest.approx(LOSS, rel=1e-3)
     assert by_size[2] == pytest.approx(math.log(2))
     assert [sized["n_nodes"] for sized in found["random"]] == [3] * 8
     edge = "{} → {}  {:+.3f}".format(*EDGES[0])
     assert found["effects"][edge] == pytest.approx(math.log(2) - LOSS, abs=1e-4)
-    for line in ("On 8 held-out pairs", "… the rest resampled", "nodes ranked highest", "mean loss at random: ", edge):
+    for line in (
+        "On 8 held-out pairs",
+        "… the rest resampled",
+        "nodes ranked highest",
+        "mean loss at random: ",
+        edge,
+    ):
         assert line in printed
     # Others, which are none of those it was found with.
     seen = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("tl_sparse.evaluation.full_evaluation", lambda *given: seen.append(given[2]) or found)
+        patched.setattr(
+            "tl_sparse.evaluation.full_evaluation", lambda *given: seen.append(given[2]) or found
+        )
         assert main([*command, "--pairs", "64", "--seed", "0"]) == 0
     from tl_sparse.pruning.pruner import task_splits
 
@@ -211,7 +319,11 @@ def published(tmp_path, monkeypatch):
     """Small models in the caches, where the real ones of these names would be after a download."""
     model = tiny_model(full_config())
     packaged = write_circuitgpt(tmp_path / "packaged", model)
-    cache_snapshot(tmp_path / "hub", "openai/circuit-sparsity", {p.name: p.read_bytes() for p in packaged.iterdir()})
+    cache_snapshot(
+        tmp_path / "hub",
+        "openai/circuit-sparsity",
+        {p.name: p.read_bytes() for p in packaged.iterdir()},
+    )
     write_openai(tmp_path / "assets" / "tl_sparse" / "openai" / "csp_yolo1", model)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
@@ -222,7 +334,9 @@ def test_fractions_of_groups_are_json(capsys):
     from tl_sparse.cli import _train_config
 
     flags = ["train", "--out", "x", "--l0-groups"]
-    assert _train_config(_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {"*.W_O": 0.5}
+    assert _train_config(_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {
+        "*.W_O": 0.5
+    }
     with pytest.raises(SystemExit):
         _parser().parse_args([*flags, "*.W_O=0.5"])
     assert "argument --l0-groups: invalid" in capsys.readouterr().err
@@ -244,10 +358,19 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
 
     published(tmp_path, monkeypatch)
     model = SparseConfig(
-        n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=512, n_ctx=128, abs_topk=paper_topk(0.25)
+        n_layers=2,
+        d_model=16,
+        n_heads=2,
+        d_head=4,
+        d_mlp=32,
+        d_vocab=512,
+        n_ctx=128,
+        abs_topk=paper_topk(0.25),
     )
     data = DataConfig(stdlib_chars=20_000, idiom_chars=60_000)
-    small = functools.partial(TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25)
+    small = functools.partial(
+        TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25
+    )
     monkeypatch.setattr("tl_sparse.TrainConfig", small)
     quick = functools.partial(PruneConfig, **PRUNE)
     for place in ("tl_sparse.PruneConfig", "tl_sparse.pruning.pruner.PruneConfig"):
@@ -255,13 +378,17 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
 
     # Nodes kept in any case, so that there is a first node and a first edge to print.
     def some(empty, model, gates, *_):
-        return dataclasses.replace(empty, kept=gates.at_nodes(torch.arange(len(gates.tau)) % 3 == 0))
+        return dataclasses.replace(
+            empty, kept=gates.at_nodes(torch.arange(len(gates.tau)) % 3 == 0)
+        )
 
     monkeypatch.setattr("tl_sparse.pruning.pruner.discretise", some)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
     assert len(snippets) == 7
-    (tmp_path / "names.jsonl").write_text(re.search(r"`({.prompts.*})`", (ROOT / "README.md").read_text())[1])
+    (tmp_path / "names.jsonl").write_text(
+        re.search(r"`({.prompts.*})`", (ROOT / "README.md").read_text())[1]
+    )
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
     namespace: dict = {}
@@ -274,16 +401,31 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--out", "OUT", "--steps", "0"], "steps = 0 is not possible; it must be at least 1"),
+        (
+            ["train", "--out", "OUT", "--steps", "0"],
+            "steps = 0 is not possible; it must be at least 1",
+        ),
         (["train", "--out", "OUT", "--n-heads", "0"], "n_heads = 0"),
         (["train", "--out", "OUT", "--abs-topk", "0.001"], "abs_topk['attn_in'] = 0.001"),
         (["train", "--out", "OUT", "--source", "nowhere/*.py"], "nowhere"),
         (["train", "--out", "OUT", "--device", "tpu9"], "device = 'tpu9'"),
         (["train", "--out", "FULL"], "must be a new or an empty folder"),
-        (["prune", "MODEL", "single_double_qoute", "--out", "OUT"], "did you mean 'single_double_quote'?"),
-        (["prune", "MODEL", "nowhere.jsonl", "--out", "OUT"], "cannot read nowhere.jsonl as UTF-8 text"),
-        (["prune", "nowhere", "single_double_quote", "--out", "OUT"], "'nowhere' is not a folder, nor 'user/repo'"),
-        (["prune", "MODEL", "single_double_quote", "--out", "FULL"], "must be a new or an empty folder"),
+        (
+            ["prune", "MODEL", "single_double_qoute", "--out", "OUT"],
+            "did you mean 'single_double_quote'?",
+        ),
+        (
+            ["prune", "MODEL", "nowhere.jsonl", "--out", "OUT"],
+            "cannot read nowhere.jsonl as UTF-8 text",
+        ),
+        (
+            ["prune", "nowhere", "single_double_quote", "--out", "OUT"],
+            "'nowhere' is not a folder, nor 'user/repo'",
+        ),
+        (
+            ["prune", "MODEL", "single_double_quote", "--out", "FULL"],
+            "must be a new or an empty folder",
+        ),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT"], "above the target loss 0.15"),
         (["demo", "--out", "FULL"], "holds other files than an earlier demo's"),
@@ -312,8 +454,15 @@ def test_unknown_flag_is_a_usage_error(capsys):
 def test_demo_at_small_size(tmp_path, monkeypatch, capsys):
     """Trained first; here the few steps teach the model nothing, and it says so."""
     less_text = load_documents(tl_sparse.DataConfig(stdlib_chars=20_000, idiom_chars=400_000))
-    monkeypatch.setattr("tl_sparse.checkpoints.corpus_sample.load_documents", lambda config: less_text)
-    assert main(["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]) == 1
+    monkeypatch.setattr(
+        "tl_sparse.checkpoints.corpus_sample.load_documents", lambda config: less_text
+    )
+    assert (
+        main(
+            ["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]
+        )
+        == 1
+    )
     printed = capsys.readouterr()
     assert "Training a small transformer" in printed.out
     assert "full model's loss on single_double_quote" in printed.err

@@ -1,4 +1,6 @@
-"""Configurations: what is refused and how, that nothing is lost as JSON, and that they are light to import."""
+"""Configurations: what is refused and how, that nothing is lost as JSON, and that they are light to
+import.
+"""
 
 import dataclasses
 import json
@@ -22,11 +24,20 @@ SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"
 
 @pytest.mark.parametrize("size", SIZES)
 def test_impossible_sizes(size):
-    for value, expected in ((0, "at least 1"), (-3, "at least 1"), (10**12, "at most"), (10**400, "at most")):
-        with pytest.raises(ConfigError, match=f"^{size} = {value} is not possible; it must be {expected}"):
+    for value, expected in (
+        (0, "at least 1"),
+        (-3, "at least 1"),
+        (10**12, "at most"),
+        (10**400, "at most"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^{size} = {value} is not possible; it must be {expected}"
+        ):
             tiny_config(**{size: value})
     for value in (True, "4", 4.0, None, [4]):
-        with pytest.raises(ConfigError, match=rf"^{size} = .* is not possible; it must be of type int"):
+        with pytest.raises(
+            ConfigError, match=rf"^{size} = .* is not possible; it must be of type int"
+        ):
             tiny_config(**{size: value})
 
 
@@ -45,13 +56,25 @@ def test_impossible_sizes(size):
         (dict(d_pos=4), "d_pos = 4 .* 0 without concatenated positions"),
         (dict(positions="added", d_pos=4), "d_pos = 4 .* 0 without concatenated positions"),
         (dict(positions="concatenated"), "d_pos = 0 .* at least 1 with concatenated positions"),
-        (dict(positions="concatenated", d_pos=-1), "d_pos = -1 .* at least 1 with concatenated positions"),
+        (
+            dict(positions="concatenated", d_pos=-1),
+            "d_pos = -1 .* at least 1 with concatenated positions",
+        ),
         (dict(positions="concatenated", d_pos=10**12), "d_pos = 1000000000000 .* at most"),
         (dict(positions="concatenated", d_pos=True), "d_pos = True .* of type int"),
         (dict(abs_topk=0.25), "abs_topk = 0.25 .* a mapping of location to fraction"),
-        (dict(abs_topk={"attn": 0.25}), "abs_topk location = 'attn' .* one of resid_pre, attn_in, .*, resid_post_mlp"),
-        (dict(abs_topk={"attn_in": 0}), r"abs_topk\['attn_in'\] = 0 .* keeps at least one of the 6 entries"),
-        (dict(abs_topk={"attn_in": 0.16}), r"abs_topk\['attn_in'\] = 0.16 .* keeps at least one of the 6 entries"),
+        (
+            dict(abs_topk={"attn": 0.25}),
+            "abs_topk location = 'attn' .* one of resid_pre, attn_in, .*, resid_post_mlp",
+        ),
+        (
+            dict(abs_topk={"attn_in": 0}),
+            r"abs_topk\['attn_in'\] = 0 .* keeps at least one of the 6 entries",
+        ),
+        (
+            dict(abs_topk={"attn_in": 0.16}),
+            r"abs_topk\['attn_in'\] = 0.16 .* keeps at least one of the 6 entries",
+        ),
         (dict(abs_topk={"attn_q": 1.5}), r"abs_topk\['attn_q'\] = 1.5 .* a fraction of at most 1"),
         (dict(abs_topk={"mlp_in": float("nan")}), r"abs_topk\['mlp_in'\] = nan .* a fraction"),
         (dict(abs_topk={"mlp_in": float("-inf")}), r"abs_topk\['mlp_in'\] = -inf .* a fraction"),
@@ -72,9 +95,14 @@ def test_a_configuration_error_is_a_value_error_of_this_package():
 
 def test_unknown_and_missing_keys_name_the_valid_ones():
     values = tiny_config().to_dict()
-    with pytest.raises(ConfigError, match="unknown configuration key 'n_layer'; did you mean 'n_layers'"):
+    with pytest.raises(
+        ConfigError, match="unknown configuration key 'n_layer'; did you mean 'n_layers'"
+    ):
         SparseConfig.from_dict(values | {"n_layer": 2})
-    with pytest.raises(ConfigError, match=r"unknown configuration key 'xyz'; valid keys are n_layers, .*tied_unembed"):
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown configuration key 'xyz'; valid keys are n_layers, .*tied_unembed",
+    ):
         SparseConfig.from_dict(values | {"xyz": 2})
     del values["d_mlp"], values["n_ctx"]
     with pytest.raises(ConfigError, match="missing configuration keys: d_mlp, n_ctx"):
@@ -83,16 +111,23 @@ def test_unknown_and_missing_keys_name_the_valid_ones():
 
 def test_how_many_entries_abs_topk_keeps():
     concatenated = dict(positions="concatenated", d_pos=4)
-    config = tiny_config(abs_topk=dict.fromkeys(("attn_in", "attn_q", "mlp_neuron", "mlp_out"), 0.5), **concatenated)
+    config = tiny_config(
+        abs_topk=dict.fromkeys(("attn_in", "attn_q", "mlp_neuron", "mlp_out"), 0.5), **concatenated
+    )
     assert config.d_read == 10
-    # Of 6 + 4 channels read, 3 heads of 5, 10 neurons and 6 channels of the stream; half, rounded down.
-    kept = {location: config.topk(location) for location in ("attn_in", "attn_q", "mlp_neuron", "mlp_out", "attn_v")}
+    # Of 6 + 4 channels read, 3 heads of 5, 10 neurons and 6 channels of the stream; half, rounded
+    # down.
+    kept = {
+        location: config.topk(location)
+        for location in ("attn_in", "attn_q", "mlp_neuron", "mlp_out", "attn_v")
+    }
     assert kept == {"attn_in": 5, "attn_q": 7, "mlp_neuron": 5, "mlp_out": 3, "attn_v": None}
 
 
 def test_the_papers_locations():
     assert paper_topk(0.25) == dict.fromkeys(
-        ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"), 0.25
+        ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"),
+        0.25,
     )
     assert set(paper_topk(1)) == set(PAPER_TOPK_LOCATIONS)
 
@@ -115,10 +150,18 @@ def test_a_configuration_cannot_change_after_its_checks():
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (DataConfig, dict(source=""), "source = '' .* a folder, a glob pattern, a file or .hf:. and a dataset"),
+        (
+            DataConfig,
+            dict(source=""),
+            "source = '' .* a folder, a glob pattern, a file or .hf:. and a dataset",
+        ),
         (DataConfig, dict(source=3), "source = 3 .* of type str"),
         (DataConfig, dict(stdlib_chars=-1), "stdlib_chars = -1 .* at least 0"),
-        (DataConfig, dict(stdlib_chars=0, idiom_chars=0), "stdlib_chars = 0 .* above 0 when idiom_chars is 0"),
+        (
+            DataConfig,
+            dict(stdlib_chars=0, idiom_chars=0),
+            "stdlib_chars = 0 .* above 0 when idiom_chars is 0",
+        ),
         (DataConfig, dict(validation_fraction=1.0), r"validation_fraction = 1.0 .* in \(0, 1\)"),
         (TrainConfig, dict(steps=0), "steps = 0 .* at least 1"),
         (TrainConfig, dict(steps="100"), "steps = '100' .* of type int"),
@@ -127,14 +170,42 @@ def test_a_configuration_cannot_change_after_its_checks():
         (TrainConfig, dict(beta2=1.0), r"beta2 = 1.0 .* in \[0, 1\)"),
         (TrainConfig, dict(warmup_fraction=1), r"warmup_fraction = 1 .* in \[0, 1\)"),
         (TrainConfig, dict(l0_fraction=0), r"l0_fraction = 0 .* a fraction in \(0, 1\]"),
-        (TrainConfig, dict(l0_fraction_embed=1.1), r"l0_fraction_embed = 1.1 .* a fraction in \[0, 1\]"),
-        (TrainConfig, dict(l0_groups=[0.5]), r"l0_groups = \[0.5\] .* a mapping of names to fractions"),
+        (
+            TrainConfig,
+            dict(l0_fraction_embed=1.1),
+            r"l0_fraction_embed = 1.1 .* a fraction in \[0, 1\]",
+        ),
+        (
+            TrainConfig,
+            dict(l0_groups=[0.5]),
+            r"l0_groups = \[0.5\] .* a mapping of names to fractions",
+        ),
         (TrainConfig, dict(l0_groups={"*.W_O": 2}), r"\*.W_O = 2 .* a fraction in \(0, 1\]"),
-        (TrainConfig, dict(l0_fraction=0.01), "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4"),
-        (TrainConfig, dict(l0_count=13183), "l0_count = 13183 .* 0, or from 13,184 to the 421,888 weights"),
-        (TrainConfig, dict(l0_count=430000), "l0_count = 430000 .* 0, or from 13,184 to the 421,888"),
-        (TrainConfig, dict(topk_anneal_start=0.2), r"topk_anneal_start = 0.2 .* in \[0, topk_anneal_stop\]"),
-        (TrainConfig, dict(topk_anneal_stop=0.2, compile=True), "compile = True .* false while the fractions of"),
+        (
+            TrainConfig,
+            dict(l0_fraction=0.01),
+            "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4",
+        ),
+        (
+            TrainConfig,
+            dict(l0_count=13183),
+            "l0_count = 13183 .* 0, or from 13,184 to the 421,888 weights",
+        ),
+        (
+            TrainConfig,
+            dict(l0_count=430000),
+            "l0_count = 430000 .* 0, or from 13,184 to the 421,888",
+        ),
+        (
+            TrainConfig,
+            dict(topk_anneal_start=0.2),
+            r"topk_anneal_start = 0.2 .* in \[0, topk_anneal_stop\]",
+        ),
+        (
+            TrainConfig,
+            dict(topk_anneal_stop=0.2, compile=True),
+            "compile = True .* false while the fractions of",
+        ),
         (TrainConfig, dict(gradient="none"), "gradient = 'none' .* one of divide, clip"),
         (TrainConfig, dict(anneal_start=0.6), r"anneal_start = 0.6 .* in \[0, anneal_stop\]"),
         (TrainConfig, dict(anneal_stop=1.5), r"anneal_stop = 1.5 .* in \[anneal_start, 1\]"),
@@ -161,7 +232,8 @@ def test_defaults_are_possible():
     assert full_config().d_read == 10
 
 
-# --- light to import ----------------------------------------------------------------------------------------
+# --- light to import
+# ----------------------------------------------------------------------------------------
 
 
 def seconds(code):
@@ -169,7 +241,9 @@ def seconds(code):
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
         best = min(best, time.perf_counter() - started)
         assert result.returncode == 0, result.stderr
     return best, result.stdout
@@ -202,7 +276,8 @@ def test_repr_is_the_shortest_call():
     assert "abs_topk=paper_topk(0.25)" in repr(laptop_model())
 
 
-# --- presets, files, flags ------------------------------------------------------------------------------------
+# --- presets, files, flags
+# ------------------------------------------------------------------------------------
 
 
 def test_presets_are_possible_and_of_the_published_sizes():
@@ -211,9 +286,16 @@ def test_presets_are_possible_and_of_the_published_sizes():
     widths = {name: preset(name).model.d_model for name in PRESETS}
     assert [widths[f"paper-{x}x"] for x in (1, 2, 4, 8)] == [256, 512, 1024, 2048]
     published = preset("paper-4x")
-    assert (published.l0_fraction, published.l0_fraction_embed, published.batch_size) == (1 / 64, 1 / 16, 512)
+    assert (published.l0_fraction, published.l0_fraction_embed, published.batch_size) == (
+        1 / 64,
+        1 / 16,
+        512,
+    )
     assert published.steps * 512 * 256 == pytest.approx(32e9, rel=1e-5)
-    matrices = {x: preset(f"paper-{x}x").l0_fraction * preset(f"paper-{x}x").model.d_model ** 2 for x in (1, 2, 4, 8)}
+    matrices = {
+        x: preset(f"paper-{x}x").l0_fraction * preset(f"paper-{x}x").model.d_model ** 2
+        for x in (1, 2, 4, 8)
+    }
     assert len(set(matrices.values())) == 1  # as many nonzero weights at every width
     with pytest.raises(ConfigError, match=r"preset = 'laptoq' .* one of laptop, small, paper-1x"):
         preset("laptoq")
@@ -222,7 +304,10 @@ def test_presets_are_possible_and_of_the_published_sizes():
 def test_merged_changes_what_is_named_and_no_more():
     changed = merged(TrainConfig(), {"lr": "1e-3", "model": {"d_mlp": 64}, "data": {"source": "x"}})
     expected = dataclasses.replace(
-        TrainConfig(), lr=1e-3, model=dataclasses.replace(laptop_model(), d_mlp=64), data=DataConfig(source="x")
+        TrainConfig(),
+        lr=1e-3,
+        model=dataclasses.replace(laptop_model(), d_mlp=64),
+        data=DataConfig(source="x"),
     )
     assert changed == expected
     assert merged(TrainConfig(), {}) == TrainConfig()

@@ -27,7 +27,9 @@ def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
     assert len(table) == 3
     assert "<svg" in (tmp_path / "size.svg").read_text()
     results = [json.loads(path.read_text()) for path in sorted((tmp_path / "size").glob("*.json"))]
-    assert [f"{r['validation_loss']:.3f}" for r in results] == [line.split(" | ")[1] for line in table[2:]]
+    assert [f"{r['validation_loss']:.3f}" for r in results] == [
+        line.split(" | ")[1] for line in table[2:]
+    ]
     again = run("sweep.py", *arguments)
     assert "done" in printed
     assert "done" not in again
@@ -47,9 +49,13 @@ def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
     run("bundle.py", a_run, "--out", tmp_path / "models")
     folder = tmp_path / "models" / "my-run"
     model, original = tl_sparse.load(folder, device="cpu"), tl_sparse.load(a_run, device="cpu")
-    for (name, ours), theirs in zip(model.state_dict().items(), original.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), original.state_dict().values(), strict=True
+    ):
         assert ours.dtype == theirs.dtype
-        assert (ours - theirs).abs().max() <= 2**-11 * theirs.abs().max(), name  # float16 has 11 bits
+        assert (ours - theirs).abs().max() <= 2**-11 * theirs.abs().max(), (
+            name
+        )  # float16 has 11 bits
         assert ours.count_nonzero() >= theirs.count_nonzero() * 0.999
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, a_run)]
     assert sizes[0] < 0.6 * sizes[1]
@@ -65,11 +71,22 @@ def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
 @pytest.fixture(scope="module")
 def quote_circuit(tmp_path_factory):
     """A circuit of the bundled model, found in seconds and so larger than need be."""
-    folder, model = tmp_path_factory.mktemp("circuit"), tl_sparse.load("tiny-python-sparse", device="cpu")
+    folder, model = (
+        tmp_path_factory.mktemp("circuit"),
+        tl_sparse.load("tiny-python-sparse", device="cpu"),
+    )
     corpus = tl_sparse.load_corpus("tiny-python-sparse", model.tokenizer, model.cfg.n_ctx)
-    sizes = {"steps": 60, "train_pairs": 128, "selection_pairs": 32, "heldout_pairs": 16, "cleanup_pairs": 16}
+    sizes = {
+        "steps": 60,
+        "train_pairs": 128,
+        "selection_pairs": 32,
+        "heldout_pairs": 16,
+        "cleanup_pairs": 16,
+    }
     config = tl_sparse.PruneConfig(target_loss=0.3, **sizes)
-    circuit, _ = tl_sparse.prune(model, tl_sparse.get_task("single_double_quote"), corpus[:128], config, False)
+    circuit, _ = tl_sparse.prune(
+        model, tl_sparse.get_task("single_double_quote"), corpus[:128], config, False
+    )
     circuit.save(folder)
     return folder
 
@@ -80,8 +97,13 @@ def test_from_training_to_circuit(tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "model", "circuit", "fewer-edges", "figures.json", "curve.png", "page.html"
     }  # fmt: skip
-    model, circuit = (tl_sparse.load(out / "model", device="cpu"), tl_sparse.Circuit.load(out / "fewer-edges"))
-    assert 0 < len(circuit.edges(model)) <= len(tl_sparse.Circuit.load(out / "circuit").edges(model))
+    model, circuit = (
+        tl_sparse.load(out / "model", device="cpu"),
+        tl_sparse.Circuit.load(out / "fewer-edges"),
+    )
+    assert (
+        0 < len(circuit.edges(model)) <= len(tl_sparse.Circuit.load(out / "circuit").edges(model))
+    )
     figures = json.loads((out / "figures.json").read_text())
     assert figures["evaluation"]["n_edges"] == len(circuit.edges(model))
     assert f"Circuit of {figures['task']} in model" in printed
@@ -90,8 +112,12 @@ def test_from_training_to_circuit(tmp_path):
 def test_existing_tools_tell_the_circuit_from_the_rest(quote_circuit):
     printed = run("existing_tools.py", "--circuit", quote_circuit)
     assert "Logit of" in printed
-    rows = [line.split("  ") for line in printed.splitlines() if "side" in line and line.count("%") == 4]
-    inside, outside = ([float(cell.strip(" %")) for cell in row if cell.strip().endswith("%")] for row in rows)
+    rows = [
+        line.split("  ") for line in printed.splitlines() if "side" in line and line.count("%") == 4
+    ]
+    inside, outside = (
+        [float(cell.strip(" %")) for cell in row if cell.strip().endswith("%")] for row in rows
+    )
     assert inside[0] > 3 * outside[0]
     assert inside[2] > 50 > outside[2]
     assert outside[3] == 0

@@ -1,7 +1,7 @@
 """Weight-sparse transformers as TransformerLens models: load, train, prune to circuits.
 
-What users may import is listed in `__init__.pyi`, here and in every folder. It is imported when it is first used, so
-that `import tl_sparse` is fast and changes nothing.
+What users may import is listed in `__init__.pyi`, here and in every folder. It is imported when it
+is first used, so that `import tl_sparse` is fast and changes nothing.
 """
 
 import lazy_loader

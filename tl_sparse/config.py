@@ -1,5 +1,6 @@
-"""Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked, light to import."""
-
+"""Every configuration: the architecture, the data, how to train and how to prune. Frozen, checked,
+light to import.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,13 +19,25 @@ def check(valid: bool, name: str, value: object, expected: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Reject values of another type than a config dataclass says: JSON easily has `"4"` or `true` for a number."""
+    """Reject values of another type than a config dataclass says: JSON easily has `"4"` or `true`
+    for a number.
+    """
     for f in fields(config):
         value, annotation = getattr(config, f.name), f.type
         if get_origin(annotation) is Literal:
-            check(value in get_args(annotation), f.name, value, f"one of {', '.join(get_args(annotation))}")
+            check(
+                value in get_args(annotation),
+                f.name,
+                value,
+                f"one of {', '.join(get_args(annotation))}",
+            )
         elif annotation is float:
-            check(isinstance(value, int | float) and not isinstance(value, bool), f.name, value, "a number")
+            check(
+                isinstance(value, int | float) and not isinstance(value, bool),
+                f.name,
+                value,
+                "a number",
+            )
         elif annotation in (int, bool, str):
             check(type(value) is annotation, f.name, value, f"of type {annotation.__name__}")
 
@@ -39,7 +52,8 @@ def check_known_keys(config: Any, values: Mapping[str, Any]) -> None:
 
 
 def merged(config: Any, values: Mapping[str, Any]) -> Any:
-    """A config dataclass with the fields in `values` changed; mappings change the configurations inside it.
+    """A config dataclass with the fields in `values` changed; mappings change the configurations
+    inside it.
 
     Raises:
         ConfigError: for an unknown key (naming the nearest valid one) or a bad value.

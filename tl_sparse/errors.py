@@ -9,7 +9,9 @@ class TLSparseError(Exception):
 
 
 class ConfigError(TLSparseError, ValueError):
-    """A configuration value is impossible; the message has the field, the value and the valid range."""
+    """A configuration value is impossible; the message has the field, the value and the valid
+    range.
+    """
 
 
 class CheckpointError(TLSparseError, ValueError):
@@ -17,11 +19,15 @@ class CheckpointError(TLSparseError, ValueError):
 
 
 class DataError(TLSparseError, ValueError):
-    """Text or tokens cannot be used: no files, nothing in them, or a sequence longer than the context."""
+    """Text or tokens cannot be used: no files, nothing in them, or a sequence longer than the
+    context.
+    """
 
 
 class TokenizerError(TLSparseError, ValueError):
-    """A tokenizer is missing or does not fit: a candidate is not a single token, the sizes differ, …"""
+    """A tokenizer is missing or does not fit: a candidate is not a single token, the sizes differ,
+    …
+    """
 
 
 class TaskError(TLSparseError, ValueError):
@@ -39,11 +45,15 @@ class CircuitError(TLSparseError, ValueError):
 
 
 class PruneError(TLSparseError, RuntimeError):
-    """No circuit can be found: the model itself does not reach the target loss, or no set of nodes does."""
+    """No circuit can be found: the model itself does not reach the target loss, or no set of nodes
+    does.
+    """
 
 
 class UnsupportedError(TLSparseError, NotImplementedError):
-    """What was asked for cannot be right on such a model; the message says why and what to do instead."""
+    """What was asked for cannot be right on such a model; the message says why and what to do
+    instead.
+    """
 
 
 class TrainError(TLSparseError, RuntimeError):
@@ -51,4 +61,6 @@ class TrainError(TLSparseError, RuntimeError):
 
 
 class SuiteError(TLSparseError, RuntimeError):
-    """A suite or a search cannot start or go on: its folder or storage is another's, or it was interrupted."""
+    """A suite or a search cannot start or go on: its folder or storage is another's, or it was
+    interrupted.
+    """

@@ -21,7 +21,9 @@ def check_new_folder(folder: str | Path) -> None:
     """Raise `ConfigError` unless `folder` is new or empty: results never overwrite others."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"out = {str(folder)!r} is not possible; it must be a new or an empty folder")
+        raise ConfigError(
+            f"out = {str(folder)!r} is not possible; it must be a new or an empty folder"
+        )
 
 
 @contextmanager
@@ -35,7 +37,8 @@ def naming(path: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that becomes `path` when the block ends without an exception.
+    """Yield a temporary path in the same folder that becomes `path` when the block ends without an
+    exception.
 
     `CheckpointError` if the folder cannot be written to, or `path` is itself a folder.
     """
@@ -87,7 +90,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of fields to values, not a {type(values).__name__}")
+        raise ConfigError(
+            f"{path} must hold a mapping of fields to values, not a {type(values).__name__}"
+        )
     return values
 
 
@@ -99,7 +104,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or damaged."""
+    """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or
+    damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
@@ -109,7 +116,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """The dictionary in a `torch.save` file, read without running any code in it (`weights_only=True`).
+    """The dictionary in a `torch.save` file, read without running any code in it
+    (`weights_only=True`).
 
     `CheckpointError` if the file is missing, damaged, holds code, or is not a dictionary.
     """
@@ -127,21 +135,34 @@ def read_torch(path: Path) -> dict[str, Any]:
         # Read, not mapped: a mapped tensor is whatever is in the file where its record begins.
         values = torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it holds more than tensors, which could run code") from error
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors, which could run code"
+        ) from error
     except Exception as error:  # torch.load raises nearly anything on a damaged archive
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a dictionary of tensors, not a {type(values).__name__}")
+        raise CheckpointError(
+            f"{path} must hold a dictionary of tensors, not a {type(values).__name__}"
+        )
     return values
 
 
 def _record_sizes(path: Path) -> set[int]:
-    """The sizes of an archive's records, after checking what torch believes unseen: places, sizes, checksums."""
+    """The sizes of an archive's records, after checking what torch believes unseen: places, sizes,
+    checksums.
+    """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        sizes, names = [record.file_size for record in records], {record.filename for record in records}
+        sizes, names = (
+            [record.file_size for record in records],
+            {record.filename for record in records},
+        )
         # No record twice, nor two in one place: else a small file could stand for a large one.
-        if any(r.compress_type for r in records) or len(names) < len(records) or sum(sizes) > path.stat().st_size:
+        if (
+            any(r.compress_type for r in records)
+            or len(names) < len(records)
+            or sum(sizes) > path.stat().st_size
+        ):
             raise zipfile.BadZipFile("its records overlap or are compressed")
         if (name := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
@@ -149,12 +170,18 @@ def _record_sizes(path: Path) -> set[int]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but dense tensors."""
+    """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but
+    dense tensors.
+    """
     values = read_torch(path)
     for name, tensor in values.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors")
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors"
+            )
         dense = tensor.layout == torch.strided and not tensor.is_meta
-        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():  # larger: one value seen many times
+        if (
+            not dense or tensor.nbytes > tensor.untyped_storage().nbytes()
+        ):  # larger: one value seen many times
             raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
     return values

@@ -1,4 +1,6 @@
-"""The same network as a plain torch program, without hooks: what the faces' speed is measured against."""
+"""The same network as a plain torch program, without hooks: what the faces' speed is measured
+against.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,14 @@ class PlainBlock(nn.Module):
         self.cfg, self.topk = cfg, topk
         inner = cfg.n_heads * cfg.d_head
         self.ln_1, self.ln_2 = nn.RMSNorm(cfg.d_model), nn.RMSNorm(cfg.d_model)
-        self.c_attn, self.attn_proj = nn.Linear(cfg.d_model, 3 * inner), nn.Linear(inner, cfg.d_model)
-        self.c_fc, self.mlp_proj = nn.Linear(cfg.d_model, cfg.d_mlp), nn.Linear(cfg.d_mlp, cfg.d_model)
+        self.c_attn, self.attn_proj = (
+            nn.Linear(cfg.d_model, 3 * inner),
+            nn.Linear(inner, cfg.d_model),
+        )
+        self.c_fc, self.mlp_proj = (
+            nn.Linear(cfg.d_model, cfg.d_mlp),
+            nn.Linear(cfg.d_mlp, cfg.d_model),
+        )
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if cfg.attn_sinks else None
 
     def sparse(self, x, location):
@@ -28,7 +36,8 @@ class PlainBlock(nn.Module):
     def attention(self, q, k, v):
         if self.sink is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        # As the community's implementation has it: a key of zeros in front, its logit in an additive mask.
+        # As the community's implementation has it: a key of zeros in front, its logit in an
+        # additive mask.
         batch, heads, length, d_head = q.shape
         nothing = q.new_zeros(batch, heads, 1, d_head)
         mask = q.new_full((length, length), float("-inf")).triu(1)
@@ -41,7 +50,9 @@ class PlainBlock(nn.Module):
         read = self.sparse(self.ln_1(x), "attn_in")
         parts = self.c_attn(read).split(self.cfg.n_heads * self.cfg.d_head, dim=-1)
         heads = [
-            self.sparse(part, f"attn_{name}").unflatten(-1, (self.cfg.n_heads, self.cfg.d_head)).transpose(1, 2)
+            self.sparse(part, f"attn_{name}")
+            .unflatten(-1, (self.cfg.n_heads, self.cfg.d_head))
+            .transpose(1, 2)
             for part, name in zip(parts, "qkv", strict=True)
         ]
         z = self.attention(*heads).transpose(1, 2).flatten(2)
@@ -51,7 +62,9 @@ class PlainBlock(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """`SparseConfig`'s network with RMSNorm, GELU, biases and no positions; weights are set by `copy_weights`."""
+    """`SparseConfig`'s network with RMSNorm, GELU, biases and no positions; weights are set by
+    `copy_weights`.
+    """
 
     def __init__(self, cfg, topk):
         super().__init__()
@@ -79,7 +92,9 @@ def copy_weights(plain, model):
     for theirs, ours in zip(plain.blocks, model.blocks, strict=True):
         qkv = [getattr(ours.attn, f"W_{name}").transpose(1, 2).flatten(0, 1) for name in "QKV"]
         theirs.c_attn.weight.copy_(torch.cat(qkv))
-        theirs.c_attn.bias.copy_(torch.cat([getattr(ours.attn, f"b_{name}").flatten() for name in "QKV"]))
+        theirs.c_attn.bias.copy_(
+            torch.cat([getattr(ours.attn, f"b_{name}").flatten() for name in "QKV"])
+        )
         theirs.attn_proj.weight.copy_(ours.attn.W_O.flatten(0, 1).T)
         theirs.attn_proj.bias.copy_(ours.attn.b_O)
         theirs.c_fc.weight.copy_(ours.mlp.W_in.T)

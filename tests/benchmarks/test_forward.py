@@ -1,6 +1,8 @@
-"""README: a face takes at most 1.10 times the time of the same network in plain torch without hooks.
+"""README: a face takes at most 1.10 times the time of the same network in plain torch without
+hooks.
 
-Ratios of the shortest times of each, all sides taking turns in one process: these machines are noisy.
+Ratios of the shortest times of each, all sides taking turns in one process: these machines are
+noisy.
 """
 
 import time
@@ -43,13 +45,17 @@ def forward_and_backward(model, tokens):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_face_costs_no_more_than_a_tenth(size, features):
     sizes, shape, turns = SIZES[size]
-    cfg = SparseConfig(**sizes, d_head=16, d_vocab=2048, n_ctx=256, bigram_table=True, **FEATURES[features])
+    cfg = SparseConfig(
+        **sizes, d_head=16, d_vocab=2048, n_ctx=256, bigram_table=True, **FEATURES[features]
+    )
     face = create(cfg, seed=0, device="cpu")
     plain = PlainTransformer(cfg, abs_topk)
     copy_weights(plain, face)
     tokens = torch.randint(cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0))
     # In float64, where rounding does not decide which entries AbsTopK keeps.
-    torch.testing.assert_close(face.double()(tokens[:1]), plain.double()(tokens[:1]), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        face.double()(tokens[:1]), plain.double()(tokens[:1]), rtol=0, atol=1e-8
+    )
     face.float(), plain.float()
     by_torch = PlainTransformer(cfg, topk_by_torch)
     by_torch.load_state_dict(plain.state_dict())

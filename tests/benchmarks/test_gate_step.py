@@ -1,4 +1,6 @@
-"""A gate step of the pruner against a plain forward and backward of the same model on the same batch."""
+"""A gate step of the pruner against a plain forward and backward of the same model on the same
+batch.
+"""
 
 import time
 
@@ -21,10 +23,16 @@ def seconds(run):
 
 
 def plain_and_gated(model, n_pairs):
-    """A forward and backward of the frozen model to its embedding, and a gate step, of the same pairs."""
+    """A forward and backward of the frozen model to its embedding, and a gate step, of the same
+    pairs.
+    """
     corpus = tl_sparse.load_corpus("tiny-python-sparse", model.tokenizer, model.cfg.n_ctx)
     train, _, _ = task_splits(model, tl_sparse.get_task("single_double_quote"), PruneConfig())
-    means = {name: mean for name, mean in corpus_means(model, corpus[:64]).items() if not name.endswith("hook_z")}
+    means = {
+        name: mean
+        for name, mean in corpus_means(model, corpus[:64]).items()
+        if not name.endswith("hook_z")
+    }
     gates = NodeGates(means, init_bias=0.5, init_scale=0.0, seed=0)
     optimizer = torch.optim.AdamW([gates.tau], lr=0.0, weight_decay=0.0)
     batch = train.pairs(range(n_pairs)).trimmed()
@@ -58,5 +66,7 @@ def test_gate_step_against_forward_and_backward_to_the_embedding():
         times = [(seconds(plain), seconds(step)) for _ in range(ROUNDS)]
         of_plain, of_step = (min(column) for column in zip(*times, strict=True))
         ratio = of_step / of_plain
-        print(f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, {ratio:.2f} of a plain forward and backward")
+        print(
+            f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, {ratio:.2f} of a plain forward and backward"
+        )
         assert ratio <= 1.15

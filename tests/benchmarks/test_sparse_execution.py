@@ -1,6 +1,7 @@
 """README: what a network gains when its weights multiply by their nonzero entries alone, as ratios.
 
-Ratios of the shortest times of each, all sides taking turns in one process: these machines are noisy.
+Ratios of the shortest times of each, all sides taking turns in one process: these machines are
+noisy.
 """
 
 import time
@@ -62,11 +63,16 @@ def best_times(runs, turns):
 @torch.no_grad()
 def test_forward_against_plain_torch(d_model, one_in):
     model = network(d_model, 1 / one_in)
-    plain, by_torch = (PlainTransformer(model.sparse_cfg, topk) for topk in (abs_topk, topk_by_torch))
+    plain, by_torch = (
+        PlainTransformer(model.sparse_cfg, topk) for topk in (abs_topk, topk_by_torch)
+    )
     copy_weights(plain, model), copy_weights(by_torch, model)
     tokens = torch.randint(2048, (WIDTHS[d_model], 256), generator=torch.Generator().manual_seed(0))
     programs = {"ours": model, "plain": plain, "plain, torch.topk": by_torch}
-    took = best_times({name: lambda run=run: run(tokens) for name, run in programs.items()}, 3 if d_model < 2048 else 1)
+    took = best_times(
+        {name: lambda run=run: run(tokens) for name, run in programs.items()},
+        3 if d_model < 2048 else 1,
+    )
     ratio = took["plain, torch.topk"] / took["ours"]
     print(
         f"forward, d_model {d_model}, 1/{one_in}: {tokens.numel() / took['ours']:,.0f} tokens/s, {ratio:.1f} times "
@@ -76,10 +82,14 @@ def test_forward_against_plain_torch(d_model, one_in):
 
 
 def test_growth():
-    """Of a training step after annealing, and of a forward: with the nonzero weights, and with the width."""
+    """Of a training step after annealing, and of a forward: with the nonzero weights, and with the
+    width.
+    """
     tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
     series = {
-        "d_model 1024, nonzero weights x 1, 4, 16, 64": [(1024, 1 / one_in) for one_in in (1024, 256, 64, 16)],
+        "d_model 1024, nonzero weights x 1, 4, 16, 64": [
+            (1024, 1 / one_in) for one_in in (1024, 256, 64, 16)
+        ],
         "fixed nonzero weights, d_model x 1, 2, 4": [(256, 1 / 16), (512, 1 / 64), (1024, 1 / 256)],
     }
     largest = {}
@@ -129,7 +139,11 @@ def as_in_plain_torch(run):
 
     def patched():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "abs_topk", lambda x, k, inplace: topk_by_torch(x, k) if k < x.shape[-1] else x)
+            patch.setattr(
+                layers,
+                "abs_topk",
+                lambda x, k, inplace: topk_by_torch(x, k) if k < x.shape[-1] else x,
+            )
             run()
 
     return patched
@@ -157,7 +171,11 @@ def test_a_gate_step_of_the_bundled_model():
 def test_a_gate_step_at_2048():
     model = network(2048, 1 / 100)
     tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
-    means = {name: mean for name, mean in corpus_means(model, tokens).items() if not name.endswith("hook_z")}
+    means = {
+        name: mean
+        for name, mean in corpus_means(model, tokens).items()
+        if not name.endswith("hook_z")
+    }
     gates = NodeGates(means, init_bias=0.5, init_scale=0.5, seed=0)
 
     def step(kernels):

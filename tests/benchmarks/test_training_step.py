@@ -1,6 +1,7 @@
 """README: what sparsity costs a training step, as ratios to the same network's dense step.
 
-Ratios of the shortest times of each, all sides taking turns in one process: these machines are noisy.
+Ratios of the shortest times of each, all sides taking turns in one process: these machines are
+noisy.
 """
 
 import dataclasses
@@ -27,7 +28,9 @@ MODELS = {"laptop": (TrainConfig().model, 25), "256": (LARGER, 4)}  # name: mode
 
 
 def trainer(model, abs_topk=True, weight_topk=True):
-    """In the middle of a training that projects after every step, to the final fraction from the first one on."""
+    """In the middle of a training that projects after every step, to the final fraction from the
+    first one on.
+    """
     model = model if abs_topk else dataclasses.replace(model, abs_topk={})
     config = TrainConfig(model=model, anneal_start=0.0, anneal_stop=0.0)
     made = Trainer(create(model, seed=0, device="cpu").train(), config)
@@ -60,7 +63,9 @@ class Timed:
 
 
 def peak_memory(name, sparse):
-    """Bytes that training adds to a process that has imported everything: in a process of its own."""
+    """Bytes that training adds to a process that has imported everything: in a process of its
+    own.
+    """
     code = f"from benchmarks.test_training_step import *; print(added_memory({name!r}, {sparse}))"
     command = [sys.executable, "-c", f"import sys; sys.path = {sys.path!r}; {code}"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -105,7 +110,9 @@ def test_a_sparse_step_against_a_dense_one(name):
         "forward": (forwards["sparse"].ms / forwards["dense"].ms, 1.2),
         "peak memory": (peak_memory(name, True) / peak_memory(name, False), 1.1),
     }
-    print(f"\n{name}: dense step {dense:.0f} ms, {1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:")
+    print(
+        f"\n{name}: dense step {dense:.0f} ms, {1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:"
+    )
     for measure, (value, limit) in ratios.items():
         print(f"  {measure} {value:.3f}" + (f" (at most {limit})" if limit else ""))
     assert all(limit is None or value <= limit for value, limit in ratios.values())

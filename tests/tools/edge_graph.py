@@ -1,7 +1,8 @@
 """A small EAP-style evaluator of circuits of edges, for the tests.
 
-EAP-IG itself is not on the package index. Its graph: every reader (each head's q, k and v input, each MLP's
-input, the logits) reads the sum of what the writers before it (embedding, heads, MLPs) write to the stream.
+EAP-IG itself is not on the package index. Its graph: every reader (each head's q, k and v input,
+each MLP's input, the logits) reads the sum of what the writers before it (embedding, heads, MLPs)
+write to the stream.
 """
 
 from functools import partial
@@ -28,9 +29,12 @@ class Graph:
     def __init__(self, model):
         self.model, cfg = model, model.cfg
         heads = range(cfg.n_heads)
-        self.embed = [("hook_embed", None)] + [("hook_pos_embed", None)] * ("hook_pos_embed" in model.hook_dict)
+        self.embed = [("hook_embed", None)] + [("hook_pos_embed", None)] * (
+            "hook_pos_embed" in model.hook_dict
+        )
         self.writers, self.edges = list(self.embed), []
-        self.n_biases = {}  # reader: how many attention layers, whose biases b_O it reads, are before it
+        # reader: how many attention layers, whose biases b_O it reads, are before it
+        self.n_biases = {}
         for layer in range(cfg.n_layers):
             for letter, head in product("qkv", heads):
                 self._add_reader((fork(layer, letter), head), layer)
@@ -74,10 +78,17 @@ class Graph:
             return x
 
         def replace_table(x, hook):
-            return x if (("hook_bigram", None), ("logits", None)) in kept else corrupt_outputs["hook_bigram"]
+            return (
+                x
+                if (("hook_bigram", None), ("logits", None)) in kept
+                else corrupt_outputs["hook_bigram"]
+            )
 
         hooks += [(name, remember) for name in {name for name, _ in self.writers}]
-        hooks += [(name, partial(replace_input, name=name)) for name in {name for name, _ in self.n_biases}]
+        hooks += [
+            (name, partial(replace_input, name=name))
+            for name in {name for name, _ in self.n_biases}
+        ]
         if self.model.sparse_cfg.bigram_table:
             hooks.append(("hook_bigram", replace_table))
         return self.model.run_with_hooks(clean, fwd_hooks=hooks)

@@ -1,4 +1,6 @@
-"""TransformerLens' ActivationCache on our models: its parts sum to what they are parts of; on both lines."""
+"""TransformerLens' ActivationCache on our models: its parts sum to what they are parts of; on both
+lines.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from tool_models import dense_model, prompts, sparse_model, stream_model
 MODELS = {
     "dense": dense_model,
     "sparse": sparse_model,
-    "added positions": lambda: sparse_model(positions="added", d_pos=0, normalization="layer", norm_bias=True),
+    "added positions": lambda: sparse_model(
+        positions="added", d_pos=0, normalization="layer", norm_bias=True
+    ),
     "no biases": lambda: sparse_model(biases=False, logits_bias=False, positions="none", d_pos=0),
 }
 EXACT = dict(atol=1e-12, rtol=0)  # in float64
@@ -32,8 +36,12 @@ def test_decompose_resid(run):
     positions = ["pos_embed"] * (model.sparse_cfg.positions == "added")
     assert labels == ["embed", *positions, "0_attn_out", "0_mlp_out", "1_attn_out", "1_mlp_out"]
     torch.testing.assert_close(parts.sum(0), cache["resid_post", 1], **EXACT)
-    torch.testing.assert_close(cache.decompose_resid(layer=1).sum(0), cache["resid_pre", 1], **EXACT)
-    torch.testing.assert_close(cache.decompose_resid(layer=1, mlp_input=True).sum(0), cache["resid_mid", 1], **EXACT)
+    torch.testing.assert_close(
+        cache.decompose_resid(layer=1).sum(0), cache["resid_pre", 1], **EXACT
+    )
+    torch.testing.assert_close(
+        cache.decompose_resid(layer=1, mlp_input=True).sum(0), cache["resid_mid", 1], **EXACT
+    )
     assert cache.decompose_resid(mode="attn", incl_embeds=False).shape[0] == 2
 
 
@@ -54,7 +62,9 @@ def test_accumulated_resid(run):
     torch.testing.assert_close(stack[1], cache["resid_mid", 0], **EXACT)
     read = model.unembed(cache.accumulated_resid(apply_ln=True))
     torch.testing.assert_close(read[-1], logits, **EXACT)
-    torch.testing.assert_close(read[1], model.unembed(model.ln_final(cache["resid_pre", 1])), **EXACT)
+    torch.testing.assert_close(
+        read[1], model.unembed(model.ln_final(cache["resid_pre", 1])), **EXACT
+    )
 
 
 def test_heads_sum_to_what_attention_writes(run):
@@ -89,7 +99,9 @@ def test_neurons_sum_to_what_the_mlp_writes(run):
 def test_neurons_projected(run):
     """Projecting before the neurons are expanded, as TransformerLens can, is projecting after."""
     model, _, cache = run
-    directions = torch.randn(model.cfg.d_model, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(
+        model.cfg.d_model, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     for options in ({}, {"apply_ln": True}):
         after = cache.stack_neuron_results(2, **options) @ directions
         before = cache.stack_neuron_results(2, project_output_onto=directions, **options)
@@ -117,9 +129,16 @@ def test_logit_attributions_sum_to_logits(run):
     by_hand = cache["attn_out", 1]
     if model.sparse_cfg.normalization == "layer":
         by_hand = by_hand - by_hand.mean(-1, keepdim=True)
-    by_hand = by_hand / cache["ln_final.hook_scale"] * model.ln_final.w @ model.W_U[:, model.to_single_token("d")]
+    by_hand = (
+        by_hand
+        / cache["ln_final.hook_scale"]
+        * model.ln_final.w
+        @ model.W_U[:, model.to_single_token("d")]
+    )
     position = 3 + (model.sparse_cfg.positions == "added")
-    torch.testing.assert_close(cache.logit_attrs(cache.decompose_resid(), tokens="d")[position], by_hand, **EXACT)
+    torch.testing.assert_close(
+        cache.logit_attrs(cache.decompose_resid(), tokens="d")[position], by_hand, **EXACT
+    )
 
 
 def test_logit_attributions_beside_a_bigram_table_warn():
@@ -137,9 +156,13 @@ def test_the_batch_dimension_removed(run):
         one = model.run_with_cache(prompts(model)[0][:1])[1].remove_batch_dim()
     torch.testing.assert_close(one.decompose_resid(), cache.decompose_resid()[:, 0], **EXACT)
     torch.testing.assert_close(one.stack_head_results(), cache.stack_head_results()[:, 0], **EXACT)
-    torch.testing.assert_close(one.stack_neuron_results(2), cache.stack_neuron_results(2)[:, 0], **EXACT)
+    torch.testing.assert_close(
+        one.stack_neuron_results(2), cache.stack_neuron_results(2)[:, 0], **EXACT
+    )
     attributions = one.logit_attrs(one.decompose_resid(), tokens=3, has_batch_dim=False)
-    torch.testing.assert_close(attributions, cache.logit_attrs(cache.decompose_resid(), tokens=3)[:, 0], **EXACT)
+    torch.testing.assert_close(
+        attributions, cache.logit_attrs(cache.decompose_resid(), tokens=3)[:, 0], **EXACT
+    )
 
 
 def test_heads_of_a_run_already_without_batch(run):
@@ -149,7 +172,9 @@ def test_heads_of_a_run_already_without_batch(run):
         with torch.no_grad():
             one = model.run_with_cache(prompts(model)[0][:1], remove_batch_dim=True)[1]
         model.set_use_attn_result(False)
-        torch.testing.assert_close(one.stack_head_results(), cache.stack_head_results()[:, 0], **EXACT)
+        torch.testing.assert_close(
+            one.stack_head_results(), cache.stack_head_results()[:, 0], **EXACT
+        )
 
 
 def test_stack_activation(run):
@@ -163,9 +188,13 @@ def test_a_slice_of_the_batch(run):
     _, _, cache = run
     one = cache.apply_slice_to_batch_dim(1)
     torch.testing.assert_close(one.stack_head_results(), cache.stack_head_results()[:, 1], **EXACT)
-    torch.testing.assert_close(one.stack_neuron_results(2), cache.stack_neuron_results(2)[:, 1], **EXACT)
+    torch.testing.assert_close(
+        one.stack_neuron_results(2), cache.stack_neuron_results(2)[:, 1], **EXACT
+    )
     attributions = one.logit_attrs(one.decompose_resid(), tokens=3, has_batch_dim=False)
-    torch.testing.assert_close(attributions, cache.logit_attrs(cache.decompose_resid(), tokens=3)[:, 1], **EXACT)
+    torch.testing.assert_close(
+        attributions, cache.logit_attrs(cache.decompose_resid(), tokens=3)[:, 1], **EXACT
+    )
 
 
 def test_a_stream_that_is_no_sum_warns():
@@ -176,5 +205,7 @@ def test_a_stream_that_is_no_sum_warns():
         assert (cache.decompose_resid().sum(0) - cache["resid_post", 1]).abs().max() > 0.1
     with pytest.warns(UserWarning, match="not a sum"):
         cache.get_full_resid_decomposition()
-    with_rest = cache.stack_head_results(incl_remainder=True)  # the rest is what is left, so this is right
+    with_rest = cache.stack_head_results(
+        incl_remainder=True
+    )  # the rest is what is left, so this is right
     torch.testing.assert_close(with_rest.sum(0), cache["resid_post", 1], **EXACT)

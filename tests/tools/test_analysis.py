@@ -1,6 +1,8 @@
-"""TransformerLens' `tools.analysis` on our models: what it computes is what it says, or it refuses and says why.
+"""TransformerLens' `tools.analysis` on our models: what it computes is what it says, or it refuses
+and says why.
 
-TransformerLens 3.8 has direct logit attribution and its own direct path patching; `line_4` marks the others.
+TransformerLens 3.8 has direct logit attribution and its own direct path patching; `line_4` marks
+the others.
 """
 
 import random
@@ -21,7 +23,9 @@ line_3 = pytest.mark.skipif(LINE != 3, reason="TransformerLens 4 does it otherwi
 MODELS = {
     "dense": dense_model,
     "sparse": sparse_model,
-    "layer norm": lambda: sparse_model(normalization="layer", norm_bias=True, positions="added", d_pos=0),
+    "layer norm": lambda: sparse_model(
+        normalization="layer", norm_bias=True, positions="added", d_pos=0
+    ),
 }
 EXACT = dict(atol=1e-10, rtol=0)  # in float64
 
@@ -36,7 +40,8 @@ def pair(model):
     return prompts(model, batch=1)
 
 
-# --- attribution patching ------------------------------------------------------------------------------------
+# --- attribution patching
+# ------------------------------------------------------------------------------------
 
 
 def changed(model, name, where, change):
@@ -83,13 +88,16 @@ def test_edge_scores_are_derivatives_and_sum_to_node_scores(model, pair):
     by_node = analysis.attribution_patch(model, clean, corrupt, difference).node_scores
     config = analysis.EdgeAttributionConfig(granularity="edge")
     result = analysis.attribution_patch(model, clean, corrupt, difference, config)
-    # At each position: 9 head inputs × 1 writer, an MLP × 4, 9 head inputs × 5, an MLP × 8, the logits × 9.
+    # At each position: 9 head inputs × 1 writer, an MLP × 4, 9 head inputs × 5, an MLP × 8, the
+    # logits × 9.
     assert len(result.edge_scores) == 5 * (9 + 4 + 45 + 8 + 9)
     with_edge_hooks(model)
     good, bad = (model.run_with_cache(tokens)[1] for tokens in pair)
 
     def written(writer):
-        """Where a writer's output is, and how far it is from the corrupt run's to the clean one's."""
+        """Where a writer's output is, and how far it is from the corrupt run's to the clean
+        one's.
+        """
         name = writer.hook_name.replace("hook_z", "hook_result")
         return name, (good[name] - bad[name])[place(writer)].detach()
 
@@ -98,8 +106,11 @@ def test_edge_scores_are_derivatives_and_sum_to_node_scores(model, pair):
         assert score == pytest.approx(expected, abs=1e-6, rel=1e-5), (writer, reader)
     for writer, score in result.node_scores.items():
         name, change = written(writer)
-        assert score == pytest.approx(slope(model, corrupt, name, place(writer), change), abs=1e-6, rel=1e-5), writer
-        # A head's node score is taken at z; what it writes is linear in z but for AbsTopK on attn_out.
+        assert score == pytest.approx(
+            slope(model, corrupt, name, place(writer), change), abs=1e-6, rel=1e-5
+        ), writer
+        # A head's node score is taken at z; what it writes is linear in z but for AbsTopK on
+        # attn_out.
         if writer.head is None or not model.sparse_cfg.abs_topk:
             assert score == pytest.approx(by_node[writer], abs=1e-10)
 
@@ -109,13 +120,18 @@ def test_edge_attribution_leaves_the_flags_as_they_were(model, pair):
     config = analysis.EdgeAttributionConfig(granularity="edge")
     model.set_use_attn_in(True)
     analysis.attribution_patch(model, *pair, difference, config)
-    flags = [getattr(model.cfg, f"use_{name}") for name in ("attn_result", "split_qkv_input", "hook_mlp_in", "attn_in")]
+    flags = [
+        getattr(model.cfg, f"use_{name}")
+        for name in ("attn_result", "split_qkv_input", "hook_mlp_in", "attn_in")
+    ]
     assert flags == [False, False, False, True]
 
 
 @line_4
 def test_faithfulness_is_exact(model, pair):
-    """The empty circuit recovers nothing, the full one all, and any other what the evaluator of ours says."""
+    """The empty circuit recovers nothing, the full one all, and any other what the evaluator of
+    ours says.
+    """
     clean, corrupt = pair
     config = analysis.EdgeAttributionConfig(granularity="edge")
     scores = analysis.attribution_patch(model, clean, corrupt, difference, config).edge_scores
@@ -134,26 +150,36 @@ def test_faithfulness_is_exact(model, pair):
         ends = [difference(model(tokens)).item() for tokens in (corrupt, clean)]
         for seed in range(3):
             kept = {edge for edge in graph.edges if random.Random(f"{seed} {edge}").random() < 0.5}
-            kept |= {edge for edge in graph.edges if edge[0][0] == "hook_pos_embed"}  # equal in both runs
+            kept |= {
+                edge for edge in graph.edges if edge[0][0] == "hook_pos_embed"
+            }  # equal in both runs
 
             def in_graph(edge):
                 writer, reader = edge
                 name = writer.hook_name.replace("hook_z", "hook_result")
-                return ((name, writer.head), (reader.hook_name, reader.head)) in kept  # noqa: B023
+                return ((name, writer.head), (reader.hook_name, reader.head)) in kept
 
             metric = difference(graph.logits(clean, outputs, kept)).item()
             expected = (metric - ends[0]) / (ends[1] - ends[0])
-            assert recovered([edge for edge in edges if in_graph(edge)]) == pytest.approx(expected, abs=1e-9)
+            assert recovered([edge for edge in edges if in_graph(edge)]) == pytest.approx(
+                expected, abs=1e-9
+            )
 
 
 @line_4
 def test_faithfulness_beside_a_bigram_table_needs_the_same_last_token():
-    """The table is off the graph and reads the clean tokens; with the metric's token in common it is the same."""
+    """The table is off the graph and reads the clean tokens; with the metric's token in common it
+    is the same.
+    """
     model = sparse_model(bigram_table=True)
     clean, corrupt = prompts(model, batch=1)
-    assert analysis.faithfulness(model, clean, corrupt, difference, []).recovered != pytest.approx(0, abs=0.01)
+    assert analysis.faithfulness(model, clean, corrupt, difference, []).recovered != pytest.approx(
+        0, abs=0.01
+    )
     corrupt[:, -1] = clean[:, -1]
-    assert analysis.faithfulness(model, clean, corrupt, difference, []).recovered == pytest.approx(0, abs=1e-10)
+    assert analysis.faithfulness(model, clean, corrupt, difference, []).recovered == pytest.approx(
+        0, abs=1e-10
+    )
 
 
 @line_4
@@ -164,13 +190,16 @@ def test_edge_tools_warn_where_the_stream_is_no_sum():
         analysis.attribution_patch(model, *prompts(model, batch=1), difference, config)
 
 
-# --- direct path patching --------------------------------------------------------------------------------------
+# --- direct path patching
+# --------------------------------------------------------------------------------------
 
 
 @line_4
 @pytest.mark.parametrize("component", "qkv")
 def test_direct_path_patching_is_exact_without_abs_topk_on_attn_out(component):
-    locations = dict.fromkeys(("attn_in", "attn_q", "attn_k", "attn_v", "mlp_in", "mlp_neuron", "mlp_out"), 0.6)
+    locations = dict.fromkeys(
+        ("attn_in", "attn_q", "attn_k", "attn_v", "mlp_in", "mlp_neuron", "mlp_out"), 0.6
+    )
     model = sparse_model(abs_topk=locations)
     results, expected = direct_paths(model, component)
     torch.testing.assert_close(results, expected, atol=1e-5, rtol=0)
@@ -185,39 +214,64 @@ def test_direct_path_patching_past_abs_topk_on_attn_out_warns():
 
 
 def direct_paths(model, component):
-    """From head 1 of the first block into each head of the second: TransformerLens' answer, and ours by edges."""
+    """From head 1 of the first block into each head of the second: TransformerLens' answer, and
+    ours by edges.
+    """
     clean, corrupt = prompts(model)
     with torch.no_grad():
         caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupt)]
         results = analysis.get_act_patch_direct_path(
-            model, corrupt, *caches, difference, src_layer=0, src_head=1, component=component, verbose=False
+            model,
+            corrupt,
+            *caches,
+            difference,
+            src_layer=0,
+            src_head=1,
+            component=component,
+            verbose=False,
         )
         graph = Graph(with_edge_hooks(model))
         outputs = graph.outputs(clean)
         expected = torch.zeros(2, 3)
         for head in range(3):
-            cut = (("blocks.0.attn.hook_result", 1), (f"blocks.1.attn.hook_{component}_input", head))
+            cut = (
+                ("blocks.0.attn.hook_result", 1),
+                (f"blocks.1.attn.hook_{component}_input", head),
+            )
             assert cut in graph.edges
-            expected[1, head] = difference(graph.logits(corrupt, outputs, kept=set(graph.edges) - {cut}))
+            expected[1, head] = difference(
+                graph.logits(corrupt, outputs, kept=set(graph.edges) - {cut})
+            )
     return results, expected
 
 
 @line_3
 def test_direct_path_patching_of_transformer_lens_3_warns_that_it_approximates():
-    """It freezes the norm's scale and leaves its weight out, on every model; here it also passes AbsTopK by."""
+    """It freezes the norm's scale and leaves its weight out, on every model; here it also passes
+    AbsTopK by.
+    """
     model = sparse_model()
     clean, corrupt = prompts(model)
     caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupt)]
-    with pytest.warns(UserWarning, match="may be inaccurate with unfolded LayerNorm"), torch.no_grad():
-        results = analysis.get_act_patch_direct_path(model, corrupt, *caches, difference, 0, 1, verbose=False)
+    with (
+        pytest.warns(UserWarning, match="may be inaccurate with unfolded LayerNorm"),
+        torch.no_grad(),
+    ):
+        results = analysis.get_act_patch_direct_path(
+            model, corrupt, *caches, difference, 0, 1, verbose=False
+        )
     change = (caches[0]["z", 0] - caches[1]["z", 0])[:, :, 1] @ model.blocks[0].attn.W_O[1]
     change = change / caches[1]["blocks.1.ln1.hook_scale"] @ model.blocks[1].attn.W_Q[2]
-    with torch.no_grad(), changed(model, "blocks.1.attn.hook_q", (slice(None), slice(None), 2), change):
+    with (
+        torch.no_grad(),
+        changed(model, "blocks.1.attn.hook_q", (slice(None), slice(None), 2), change),
+    ):
         expected = difference(model(corrupt)).item()
     assert results[1, 2].item() == pytest.approx(expected, abs=1e-5)
 
 
-# --- reading logits off the stream -----------------------------------------------------------------------------
+# --- reading logits off the stream
+# -----------------------------------------------------------------------------
 
 
 def attributed(model, tokens, unit):
@@ -242,7 +296,9 @@ def test_direct_logit_attribution_by_layer_ends_at_the_logits(model, pair):
 
 
 def test_direct_logit_attribution_beside_a_bigram_table():
-    """TransformerLens 4 refuses to run the model for it; on 3, and of a cache, a warning says what is left out."""
+    """TransformerLens 4 refuses to run the model for it; on 3, and of a cache, a warning says what
+    is left out.
+    """
     model = sparse_model(bigram_table=True)
     tokens, _ = prompts(model, batch=1)
     logits, cache = model.run_with_cache(tokens)
@@ -261,9 +317,13 @@ def test_logit_lens(model, pair):
     assert result.labels == ["0_pre", "0_mid", "1_pre", "1_mid", "final_post"]
     logits, cache = model.run_with_cache(pair[0])
     torch.testing.assert_close(result.values[-1], logits, **EXACT)
-    torch.testing.assert_close(result.values[1], model.unembed(model.ln_final(cache["resid_mid", 0])), **EXACT)
+    torch.testing.assert_close(
+        result.values[1], model.unembed(model.ln_final(cache["resid_mid", 0])), **EXACT
+    )
     of_cache = cache.logit_lens(targets="d", positions=None)
-    torch.testing.assert_close(of_cache.values[-1, ..., 0], logits[..., model.to_single_token("d")], **EXACT)
+    torch.testing.assert_close(
+        of_cache.values[-1, ..., 0], logits[..., model.to_single_token("d")], **EXACT
+    )
     rank = (logits[0, -1] > logits[0, -1, model.to_single_token("d")]).sum()
     assert of_cache.rank_trajectory("d")[-1, 0, -1] == rank
 
@@ -292,12 +352,17 @@ def test_lenses_refuse_a_bigram_table():
 
 def test_the_jacobian_lens_refuses():
     """It reads and patches components of TransformerLens' own classes, by their names."""
-    error = (ValueError, "missing.*blocks") if LINE == 4 else (TypeError, "supports TransformerBridge only")
+    error = (
+        (ValueError, "missing.*blocks")
+        if LINE == 4
+        else (TypeError, "supports TransformerBridge only")
+    )
     with pytest.raises(error[0], match=error[1]):
         analysis.JacobianLens.fit(sparse_model(), ["a b c d"], corpus="test")
 
 
-# --- subspaces, weights, probes --------------------------------------------------------------------------------
+# --- subspaces, weights, probes
+# --------------------------------------------------------------------------------
 
 
 @line_4
@@ -314,7 +379,9 @@ def test_interchange_interventions(model):
     torch.testing.assert_close(found, expected, **EXACT)
     basis = analysis.random_basis(model.cfg.d_model, rank=2, seed=0).double()
     intervention = analysis.SubspaceInterchange(basis)
-    logits = analysis.intervened_logits(model, hook, intervention, base, found, last, positions=positions)
+    logits = analysis.intervened_logits(
+        model, hook, intervention, base, found, last, positions=positions
+    )
 
     def by_hand(x, hook):
         x = x.clone()
@@ -328,7 +395,9 @@ def test_interchange_interventions(model):
 
 @line_4
 def test_distributed_alignment_search(model):
-    """It learns directions of the stream that carry the source's prediction; the model stays as it was."""
+    """It learns directions of the stream that carry the source's prediction; the model stays as it
+    was.
+    """
     base, source = prompts(model, batch=16)
     source[:, -1] = base[:, -1]
     last_position = torch.full((16,), 4)
@@ -364,7 +433,9 @@ def test_subspaces_of_heads(model, role):
 
 @line_4
 def test_sparse_probes_find_the_neuron():
-    """Labels that one neuron alone decides: the probe of one feature is on that neuron, and right."""
+    """Labels that one neuron alone decides: the probe of one feature is on that neuron, and
+    right.
+    """
     model = sparse_model(dtype=torch.float32)
     tokens, _ = prompts(model, batch=100, length=8)
     with torch.no_grad():

@@ -9,27 +9,33 @@ from tool_models import dense_model, prompts, requires, sparse_model
 
 requires("auto_circuit", line=3)
 
-import auto_circuit_shim  # noqa: E402, F401
-from auto_circuit.data import PromptDataLoader, PromptDataset  # noqa: E402
-from auto_circuit.prune import run_circuits  # noqa: E402
-from auto_circuit.prune_algos.edge_attribution_patching import edge_attribution_patching_prune_scores  # noqa: E402
-from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores  # noqa: E402
-from auto_circuit.types import PatchType  # noqa: E402
-from auto_circuit.utils.graph_utils import patchable_model  # noqa: E402
-from transformer_lens import TransformerLensKeyValueCache  # noqa: E402
+import auto_circuit_shim
+from auto_circuit.data import PromptDataLoader, PromptDataset
+from auto_circuit.prune import run_circuits
+from auto_circuit.prune_algos.edge_attribution_patching import (
+    edge_attribution_patching_prune_scores,
+)
+from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+from auto_circuit.types import PatchType
+from auto_circuit.utils.graph_utils import patchable_model
+from transformer_lens import TransformerLensKeyValueCache
 
-from tl_sparse.errors import UnsupportedError  # noqa: E402
+from tl_sparse.errors import UnsupportedError
 
 MODELS = {
     "dense": dense_model,
     "sparse": sparse_model,
-    "layer norm": lambda **changes: sparse_model(normalization="layer", norm_bias=True, act_fn="relu", **changes),
+    "layer norm": lambda **changes: sparse_model(
+        normalization="layer", norm_bias=True, act_fn="relu", **changes
+    ),
 }
 LENGTH = 5
 
 
 def wrapped(make, separate_qkv=True, seq_len=LENGTH, dtype=torch.float32):
-    """The model as auto-circuit sees it, its prompts, and the answers of the model before it was wrapped."""
+    """The model as auto-circuit sees it, its prompts, and the answers of the model before it was
+    wrapped.
+    """
     model = make(dtype=dtype)
     model.set_use_attn_result(True)
     model.set_use_hook_mlp_in(True)
@@ -37,7 +43,9 @@ def wrapped(make, separate_qkv=True, seq_len=LENGTH, dtype=torch.float32):
     model.set_use_attn_in(not separate_qkv)
     clean, corrupt = prompts(model, batch=2, length=LENGTH)
     answers = [torch.tensor([3])] * 2, [torch.tensor([4])] * 2
-    loader = PromptDataLoader(PromptDataset(clean, corrupt, *answers), seq_len=seq_len, diverge_idx=0, batch_size=2)
+    loader = PromptDataLoader(
+        PromptDataset(clean, corrupt, *answers), seq_len=seq_len, diverge_idx=0, batch_size=2
+    )
     with torch.no_grad():
         ends = model(clean)[:, -1], model(corrupt)[:, -1]
     patchable = patchable_model(
@@ -48,7 +56,12 @@ def wrapped(make, separate_qkv=True, seq_len=LENGTH, dtype=torch.float32):
 
 def scores_of(patchable, loader):
     return mask_gradient_prune_scores(
-        patchable, loader, official_edges=None, grad_function="logit", answer_function="avg_diff", mask_val=0.0
+        patchable,
+        loader,
+        official_edges=None,
+        grad_function="logit",
+        answer_function="avg_diff",
+        mask_val=0.0,
     )
 
 
@@ -64,7 +77,9 @@ def circuit_logits(patchable, loader, scores, count):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_empty_circuit_is_the_corrupt_run_the_full_one_the_clean_run(make, separate_qkv):
     patchable, loader, clean_logits, corrupt_logits = wrapped(make, separate_qkv)
-    scores = {name: torch.rand_like(mask) + 0.1 for name, mask in patchable.new_prune_scores().items()}
+    scores = {
+        name: torch.rand_like(mask) + 0.1 for name, mask in patchable.new_prune_scores().items()
+    }
     assert (clean_logits - corrupt_logits).abs().max() > 0.1
     empty = circuit_logits(patchable, loader, scores, 0)
     torch.testing.assert_close(empty, corrupt_logits, atol=1e-5, rtol=0)
@@ -73,7 +88,9 @@ def test_the_empty_circuit_is_the_corrupt_run_the_full_one_the_clean_run(make, s
 
 
 def test_scores_are_the_derivatives_of_interpolating_edges_to_the_corrupt_run():
-    """… of minus the answer difference, by difference quotients on the model outside auto-circuit."""
+    """… of minus the answer difference, by difference quotients on the model outside
+    auto-circuit.
+    """
     patchable, loader, *_ = wrapped(sparse_model, seq_len=None, dtype=torch.float64)
     scores = scores_of(patchable, loader)
     model = with_edge_hooks(sparse_model())
@@ -117,11 +134,15 @@ def test_a_circuit_answers_what_its_edges_compute(count):
     assert len(graph.edges) == patchable.n_edges
     with torch.no_grad():
         expected = graph.logits(clean, graph.outputs(corrupt), kept)[:, -1]
-    torch.testing.assert_close(circuit_logits(patchable, loader, scores, count), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        circuit_logits(patchable, loader, scores, count), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_the_two_ways_to_edge_attribution_agree():
-    """auto-circuit's fast way, gradients of masks, and its slow one, hooks and caches of the model."""
+    """auto-circuit's fast way, gradients of masks, and its slow one, hooks and caches of the
+    model.
+    """
     patchable, loader, *_ = wrapped(sparse_model, seq_len=None)
     fast = scores_of(patchable, loader)
     slow = edge_attribution_patching_prune_scores(patchable, loader, official_edges=None)
@@ -132,7 +153,9 @@ def test_the_two_ways_to_edge_attribution_agree():
 
 
 def test_a_key_value_cache_is_refused():
-    """auto-circuit would run the rest of each prompt on the cache of a common prefix; our forward pass has none."""
+    """auto-circuit would run the rest of each prompt on the cache of a common prefix; our forward
+    pass has none.
+    """
     patchable, loader, *_ = wrapped(sparse_model)
     cache = TransformerLensKeyValueCache.init_cache(patchable.cfg, "cpu", batch_size=2)
     patchable.kv_caches = {2: cache}

@@ -9,7 +9,7 @@ from tool_models import requires, sparse_model
 
 requires("circuitsvis")
 
-import circuitsvis  # noqa: E402
+import circuitsvis
 
 TEXT = "a b c a b"
 TOKENS = ["<|endoftext|>", "a", "b", "c", "a", "b"]
@@ -39,7 +39,9 @@ def test_attention(view):
 
 def test_activations_of_neurons():
     _, tokens, _, cache = run()
-    neurons = torch.stack([cache["post", layer][0] for layer in (0, 1)], dim=1)  # [token, layer, neuron]
+    neurons = torch.stack(
+        [cache["post", layer][0] for layer in (0, 1)], dim=1
+    )  # [token, layer, neuron]
     (shown,) = properties(circuitsvis.activations.text_neuron_activations(tokens, neurons))
     assert shown["tokens"] == TOKENS
     torch.testing.assert_close(torch.tensor(shown["activations"]), neurons, atol=1e-6, rtol=0)
@@ -49,7 +51,9 @@ def test_tokens_coloured_by_a_neuron():
     _, tokens, _, cache = run()
     (shown,) = properties(circuitsvis.tokens.colored_tokens(tokens, cache["post", 1][0, :, 2]))
     assert shown["tokens"] == TOKENS
-    torch.testing.assert_close(torch.tensor(shown["values"]), cache["post", 1][0, :, 2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(shown["values"]), cache["post", 1][0, :, 2], atol=1e-6, rtol=0
+    )
 
 
 def test_log_probabilities_of_tokens():
@@ -59,4 +63,6 @@ def test_log_probabilities_of_tokens():
     assert shown["prompt"] == TOKENS
     assert shown["topKTokens"][0][0] == model.to_string(log_probs[0].argmax())
     correct = log_probs[range(5), ids[1:]]
-    torch.testing.assert_close(torch.tensor(shown["correctTokenLogProb"]), correct, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(shown["correctTokenLogProb"]), correct, atol=1e-6, rtol=0
+    )

@@ -64,7 +64,9 @@ def test_no_edges_is_the_corrupt_run_all_edges_the_clean_one(model):
     graph = Graph(model)
     outputs = graph.outputs(corrupt)
     torch.testing.assert_close(graph.logits(clean, outputs, kept=set()), model(corrupt), **EXACT)
-    torch.testing.assert_close(graph.logits(clean, outputs, kept=set(graph.edges)), model(clean), **EXACT)
+    torch.testing.assert_close(
+        graph.logits(clean, outputs, kept=set(graph.edges)), model(clean), **EXACT
+    )
     assert (model(clean) - model(corrupt)).abs().max() > 0.1
 
 
@@ -75,8 +77,12 @@ def test_the_same_in_float32(make):
     clean, corrupt = prompts(model)
     graph = Graph(model)
     outputs = graph.outputs(corrupt)
-    torch.testing.assert_close(graph.logits(clean, outputs, kept=set()), model(corrupt), atol=1e-5, rtol=0)
-    torch.testing.assert_close(graph.logits(clean, outputs, kept=set(graph.edges)), model(clean), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        graph.logits(clean, outputs, kept=set()), model(corrupt), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        graph.logits(clean, outputs, kept=set(graph.edges)), model(clean), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -100,17 +106,23 @@ def test_cutting_all_edges_of_a_writer_patches_its_output(model):
 
 @torch.no_grad()
 def test_a_bigram_table_left_out_of_the_graph_still_reads_the_clean_tokens():
-    """The limit of tools that know the stream only: their empty graph is the corrupt run but for the table."""
+    """The limit of tools that know the stream only: their empty graph is the corrupt run but for
+    the table.
+    """
     model = with_edge_hooks(MODELS["bigram"]())
     clean, corrupt = prompts(model)
     graph = Graph(model)
     table = (("hook_bigram", None), ("logits", None))
     expected = model(corrupt) - model.bigram(corrupt) + model.bigram(clean)
-    torch.testing.assert_close(graph.logits(clean, graph.outputs(corrupt), kept={table}), expected, **EXACT)
+    torch.testing.assert_close(
+        graph.logits(clean, graph.outputs(corrupt), kept={table}), expected, **EXACT
+    )
 
 
 def test_eap_scores_are_the_derivatives_along_edges():
-    """EAP: (corrupt − clean output of the writer) · gradient at the reader's input; by difference quotients."""
+    """EAP: (corrupt − clean output of the writer) · gradient at the reader's input; by difference
+    quotients.
+    """
     model = with_edge_hooks(sparse_model())
     clean, corrupt = prompts(model, batch=1)
     graph = Graph(model)
@@ -151,11 +163,15 @@ def test_eap_scores_are_the_derivatives_along_edges():
 @pytest.mark.parametrize("flag", ["use_attn_result", "use_split_qkv_input"])
 def test_a_stream_that_is_no_sum_warns(flag):
     for changes in (dict(resid_relu=True), dict(abs_topk={"resid_post_mlp": 0.5})):
-        with pytest.warns(UserWarning, match=f"{flag}.*not a sum.*(a ReLU|AbsTopK at resid_post_mlp)"):
+        with pytest.warns(
+            UserWarning, match=f"{flag}.*not a sum.*(a ReLU|AbsTopK at resid_post_mlp)"
+        ):
             getattr(tool_model(**changes), f"set_{flag}")(True)
 
 
 def test_a_stream_that_is_a_sum_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with_edge_hooks(sparse_model(abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6), bigram_table=True))
+        with_edge_hooks(
+            sparse_model(abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6), bigram_table=True)
+        )

@@ -1,5 +1,5 @@
-"""Smaller tools of TransformerLens on our models, on both lines: head_detector, SVDInterpreter, compositions of
-heads, test_prompt, evals."""
+"""Smaller tools of TransformerLens on our models, on both lines: head_detector, SVDInterpreter,
+compositions of heads, test_prompt, evals."""
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def model(request):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_detect_head(model, name):
-    """The share of each head's attention that is as the pattern says; a sink's share counts on neither side."""
+    """The share of each head's attention that is as the pattern says; a sink's share counts on
+    neither side.
+    """
     with torch.no_grad():
         scores = detect_head(model, TEXT, name)
         cache = model.run_with_cache(TEXT)[1]
@@ -38,8 +40,12 @@ def test_detect_head(model, name):
 
 
 def test_detect_a_head_that_is_there():
-    """A previous-token head by hand: added positions, and q and k that match each position to the one before."""
-    model = dense_model(dtype=torch.float32, d_model=10, normalization="rms", norm_bias=False, biases=False)
+    """A previous-token head by hand: added positions, and q and k that match each position to the
+    one before.
+    """
+    model = dense_model(
+        dtype=torch.float32, d_model=10, normalization="rms", norm_bias=False, biases=False
+    )
     with torch.no_grad():
         model.embed.W_E.zero_()
         model.pos_embed.W_pos.copy_(torch.eye(8, 10))
@@ -74,12 +80,18 @@ def test_svd_interpreter(tied):
 
 
 def test_compositions_of_heads(model):
-    """Weights of the stream alone: what the concatenated positions add to a read is no composition."""
+    """Weights of the stream alone: what the concatenated positions add to a read is no
+    composition.
+    """
     w_q, w_k, w_v, w_o = model.W_Q, model.W_K, model.W_V, model.W_O
     torch.testing.assert_close(model.QK.AB[1, 2], w_q[1, 2] @ w_k[1, 2].T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.OV.AB[0, 1], w_v[0, 1] @ w_o[0, 1], atol=1e-5, rtol=1e-5)
     ov = w_v[0, 1] @ w_o[0, 1]
-    reads = {"Q": w_q[1, 2] @ w_k[1, 2].T, "K": (w_q[1, 2] @ w_k[1, 2].T).T, "V": w_v[1, 2] @ w_o[1, 2]}
+    reads = {
+        "Q": w_q[1, 2] @ w_k[1, 2].T,
+        "K": (w_q[1, 2] @ w_k[1, 2].T).T,
+        "V": w_v[1, 2] @ w_o[1, 2],
+    }
     for kind, read in reads.items():
         scores = model.all_composition_scores(kind)
         scores = getattr(scores, "scores", scores)
@@ -101,7 +113,9 @@ def test_test_prompt(model, capsys):
 def test_evals(model):
     tokens, _ = prompts(model, batch=4)
     with torch.no_grad():
-        found = evals.evaluate_on_dataset(model, [{"tokens": tokens[:2]}, {"tokens": tokens[2:]}], device="cpu")
+        found = evals.evaluate_on_dataset(
+            model, [{"tokens": tokens[:2]}, {"tokens": tokens[2:]}], device="cpu"
+        )
         assert float(found) == pytest.approx(model(tokens, return_type="loss").item(), abs=1e-5)
         # It draws token ids up to 20000.
         with pytest.raises(DataError, match=r"token ids must be in \[0, 11\)"):

@@ -8,7 +8,10 @@ from tool_models import dense_model, difference, prompts, stream_model
 from transformer_lens import patching
 from transformer_lens.utilities import get_act_name
 
-MODELS = {"dense": dense_model, "sparse": stream_model}  # patching is exact also where the stream is no sum
+MODELS = {
+    "dense": dense_model,
+    "sparse": stream_model,
+}  # patching is exact also where the stream is no sum
 ALL = slice(None)
 
 # patch: (activation, its axes, index → what of the activation [batch, …] is patched)
@@ -33,8 +36,12 @@ PATCHES = {
 # patches that are stacks of those
 STACKS = {
     "block_every": ["resid_pre", "attn_out", "mlp_out"],
-    "attn_head_all_pos_every": [f"attn_head_{part}_all_pos" for part in ("out", "q", "k", "v", "pattern")],
-    "attn_head_by_pos_every": [f"attn_head_{part}_by_pos" for part in ("out", "q", "k", "v", "pattern")],
+    "attn_head_all_pos_every": [
+        f"attn_head_{part}_all_pos" for part in ("out", "q", "k", "v", "pattern")
+    ],
+    "attn_head_by_pos_every": [
+        f"attn_head_{part}_by_pos" for part in ("out", "q", "k", "v", "pattern")
+    ],
 }
 
 
@@ -44,7 +51,12 @@ def run(request):
     clean, corrupt = prompts(model, length=3)
     with torch.no_grad():
         cache = model.run_with_cache(clean)[1]
-        return model, corrupt, cache, {patch: by_hand(model, corrupt, cache, patch) for patch in PATCHES}
+        return (
+            model,
+            corrupt,
+            cache,
+            {patch: by_hand(model, corrupt, cache, patch) for patch in PATCHES},
+        )
 
 
 def by_hand(model, corrupt, clean_cache, patch):
@@ -87,7 +99,11 @@ def test_stacked_patches(run, stack):
 
 
 def test_every_ready_made_patch_is_tested():
-    names = {name.removeprefix("get_act_patch_") for name in dir(patching) if name.startswith("get_act_patch_")}
+    names = {
+        name.removeprefix("get_act_patch_")
+        for name in dir(patching)
+        if name.startswith("get_act_patch_")
+    }
     assert {name for name in names if "direct_path" not in name} == PATCHES.keys() | STACKS.keys()
 
 

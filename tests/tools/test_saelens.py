@@ -1,4 +1,6 @@
-"""SAELens, on TransformerLens 3: train a small SAE on a hook of our model, save it, splice it in."""
+"""SAELens, on TransformerLens 3: train a small SAE on a hook of our model, save it, splice it
+in.
+"""
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from helpers import random_tokens
 
 requires("sae_lens", line=3)
 
-from datasets import Dataset  # noqa: E402
-from sae_lens import (  # noqa: E402
+from datasets import Dataset
+from sae_lens import (
     SAE,
     HookedSAETransformer,
     LanguageModelSAERunnerConfig,
@@ -18,20 +20,29 @@ from sae_lens import (  # noqa: E402
     StandardTrainingSAEConfig,
 )
 
-from tl_sparse.faces.hooked import SparseHookedTransformer  # noqa: E402
+from tl_sparse.faces.hooked import SparseHookedTransformer
 
-HOOKS = ["blocks.0.hook_resid_post", "blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.1.ln2.hook_read"]
+HOOKS = [
+    "blocks.0.hook_resid_post",
+    "blocks.0.attn.hook_z",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.ln2.hook_read",
+]
 
 
 class SparseHookedSAETransformer(HookedSAETransformer, SparseHookedTransformer):
-    """All that `run_with_saes` takes on our model: `SparseHookedSAETransformer(model.network, model.tokenizer)`.
+    """All that `run_with_saes` takes on our model: `SparseHookedSAETransformer(model.network,
+    model.tokenizer)`.
 
-    It takes the model's place: SAELens puts modules of its own where the network's hook points were.
+    It takes the model's place: SAELens puts modules of its own where the network's hook points
+    were.
     """
 
 
 def train(hook, tmp_path):
-    """A model, tokens, and the SAE that 80 steps of SAELens' own training give, as it is loaded from its folder."""
+    """A model, tokens, and the SAE that 80 steps of SAELens' own training give, as it is loaded
+    from its folder.
+    """
     model = sparse_model(dtype=torch.float32)
     tokens = random_tokens(model, batch=200, seed=5)
     width = model.run_with_cache(tokens[:1])[1][hook].shape[2:].numel()
@@ -99,7 +110,9 @@ def test_an_sae_is_trained_and_spliced_in(hook, tmp_path):
 
         spliced = SparseHookedSAETransformer(model.network, model.tokenizer).eval()
         torch.testing.assert_close(spliced(tokens), logits, atol=1e-6, rtol=0)
-        torch.testing.assert_close(spliced.run_with_saes(tokens, saes=[sae]), by_hand, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            spliced.run_with_saes(tokens, saes=[sae]), by_hand, atol=1e-5, rtol=0
+        )
         with_error = spliced.run_with_saes(tokens, saes=[sae], use_error_term=True)
         torch.testing.assert_close(with_error, logits, atol=1e-5, rtol=0)
 
@@ -113,5 +126,9 @@ def test_an_sae_is_trained_and_spliced_in(hook, tmp_path):
         torch.testing.assert_close(ablated, ablated_by_hand, atol=1e-5, rtol=0)
 
         _, sae_cache = spliced.run_with_cache_with_saes(tokens, saes=[sae])
-        torch.testing.assert_close(sae_cache[f"{hook}.hook_sae_acts_post"], sae.encode(x), atol=1e-6, rtol=0)
-        torch.testing.assert_close(spliced(tokens), logits, atol=1e-6, rtol=0)  # the SAE is gone again
+        torch.testing.assert_close(
+            sae_cache[f"{hook}.hook_sae_acts_post"], sae.encode(x), atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            spliced(tokens), logits, atol=1e-6, rtol=0
+        )  # the SAE is gone again

@@ -18,7 +18,11 @@ WORDS = ["<unk>", "<|endoftext|>", "a", "b", "c", "d", "e", "f", "g", "h", "i"]
 def tool_model(dtype=torch.float64, tokenizer=True, seed=0, **changes):
     """Two layers, in which every parameter is random; further features by keyword."""
     config = tiny_config(n_layers=2, **changes)
-    words = word_tokenizer(WORDS, bos_token=WORDS[1], eos_token=WORDS[1], pad_token=WORDS[1]) if tokenizer else None
+    words = (
+        word_tokenizer(WORDS, bos_token=WORDS[1], eos_token=WORDS[1], pad_token=WORDS[1])
+        if tokenizer
+        else None
+    )
     return tiny_model(config, seed=seed, dtype=dtype, tokenizer=words)
 
 
@@ -29,7 +33,9 @@ def dense_model(**changes):
 
 
 def sparse_model(**changes):
-    """What published models have: AbsTopK at the eight locations, sinks, concatenated positions, RMSNorm, biases."""
+    """What published models have: AbsTopK at the eight locations, sinks, concatenated positions,
+    RMSNorm, biases.
+    """
     features = dict(
         abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6), attn_sinks=True, positions="concatenated", d_pos=4,
         biases=True, logits_bias=True,
@@ -39,7 +45,9 @@ def sparse_model(**changes):
 
 def stream_model(**changes):
     """A residual ReLU and AbsTopK on the stream itself: no sum of what its components write."""
-    return sparse_model(abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7), resid_relu=True, bigram_table=True, **changes)
+    return sparse_model(
+        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7), resid_relu=True, bigram_table=True, **changes
+    )
 
 
 def prompts(model, batch=2, length=5):
@@ -53,7 +61,9 @@ def difference(logits):
 
 
 def requires(module, line=None):
-    """Skip a test module without this tool, or on the TransformerLens line that the tool does not support."""
+    """Skip a test module without this tool, or on the TransformerLens line that the tool does not
+    support.
+    """
     if line is not None and transformer_lens_line() != line:
         pytest.skip(f"{module} needs TransformerLens {line}", allow_module_level=True)
     if find_spec(module) is None:

@@ -1,4 +1,6 @@
-"""Models on disk, on the Hugging Face hub and on OpenAI's storage: read whatever wrote them, and written."""
+"""Models on disk, on the Hugging Face hub and on OpenAI's storage: read whatever wrote them, and
+written.
+"""
 
 import lazy_loader
 

@@ -1,6 +1,5 @@
 """The formats of model folders, and the reader of each."""
 
-
 from pathlib import Path
 
 from tl_sparse.checkpoints.native import read_ours
@@ -15,17 +14,25 @@ _READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The configuration and the network's tensors in a folder of any known format, for `build_network`.
+    """The configuration and the network's tensors in a folder of any known format, for
+    `build_network`.
 
-    `CheckpointError` if the format is unknown, or a file missing or damaged; `ConfigError` for a bad value.
+    `CheckpointError` if the format is unknown, or a file missing or damaged; `ConfigError` for a
+    bad value.
     """
     if (folder / "beeg_config.json").is_file():
         return read_openai(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)")
+        raise CheckpointError(
+            f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)"
+        )
     values = read_json(path)
-    reader = read_sparse_pretrain if "model_config" in values else _READERS.get(str(values.get("model_type")))
+    reader = (
+        read_sparse_pretrain
+        if "model_config" in values
+        else _READERS.get(str(values.get("model_type")))
+    )
     if reader is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(

@@ -1,8 +1,9 @@
-"""Our model folders for transformers' Auto classes, and so for TransformerLens 4's `boot_transformers`.
+"""Our model folders for transformers' Auto classes, and so for TransformerLens 4's
+`boot_transformers`.
 
-`import tl_sparse.checkpoints.hf` registers them; nothing else of this package changes anything global.
+`import tl_sparse.checkpoints.hf` registers them; nothing else of this package changes anything
+global.
 """
-
 
 from dataclasses import fields
 from pathlib import Path
@@ -29,21 +30,29 @@ class SparsePretrainedConfig(PretrainedConfig):
     @property
     def sparse_cfg(self) -> SparseConfig:
         """The architecture."""
-        ours = {f.name: getattr(self, f.name) for f in fields(SparseConfig) if hasattr(self, f.name)}
+        ours = {
+            f.name: getattr(self, f.name) for f in fields(SparseConfig) if hasattr(self, f.name)
+        }
         return SparseConfig.from_dict(ours)
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
-    """The network as a transformers model: token ids in, logits out. For anything more, `tl_sparse.load`."""
+    """The network as a transformers model: token ids in, logits out. For anything more,
+    `tl_sparse.load`.
+    """
 
     config_class = SparsePretrainedConfig
     tokenizer = None
 
-    def __init__(self, config: SparsePretrainedConfig, network: SparseTransformer | None = None) -> None:
+    def __init__(
+        self, config: SparsePretrainedConfig, network: SparseTransformer | None = None
+    ) -> None:
         super().__init__(config)
         if network is None:
             network = SparseTransformer(config.sparse_cfg)
-            init_weights(network, int(torch.randint(2**31, ())))  # as transformers does: by torch's own seed
+            init_weights(
+                network, int(torch.randint(2**31, ()))
+            )  # as transformers does: by torch's own seed
         # Its modules are this model's own, so that parameters have their usual names.
         self.__dict__["network"] = network
         for name, child in network.named_children():
@@ -51,11 +60,21 @@ class SparseTransformerForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, *, config: Any = None, revision: str | None = None, device_map: Any = None, **options: Any
+        cls,
+        source: str,
+        *,
+        config: Any = None,
+        revision: str | None = None,
+        device_map: Any = None,
+        **options: Any,
     ) -> Any:
-        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one device."""
+        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one
+        device.
+        """
         if device_map is not None:
-            raise UnsupportedError("device_map is not possible: the model is on one device; move it with .to(device)")
+            raise UnsupportedError(
+                "device_map is not possible: the model is on one device; move it with .to(device)"
+            )
         asked = options.get("dtype", options.get("torch_dtype"))
         folder, dtype = find(source, revision), resolve_dtype(None if asked == "auto" else asked)
         network = build_network(*read_checkpoint(folder), folder, dtype=dtype)
@@ -71,7 +90,10 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> CausalLMOutput:
         """Logits [batch, pos, d_vocab]."""
         return CausalLMOutput(logits=self.network(input_ids, attention_mask, position_ids))
@@ -84,6 +106,6 @@ if transformer_lens_line() == 4:
 
     from tl_sparse.faces import SparseArchitectureAdapter
 
-    # The adapter itself comes by our entry point; but TransformerLens 4.3 looks at entry points only after it
-    # has found the architecture in this table.
+    # The adapter itself comes by our entry point; but TransformerLens 4.3 looks at entry points
+    # only after it has found the architecture in this table.
     SUPPORTED_ARCHITECTURES.setdefault("SparseTransformer", SparseArchitectureAdapter)

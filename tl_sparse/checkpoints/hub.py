@@ -43,25 +43,41 @@ def push_folder(
             if revision is not None:
                 api.create_branch(url.repo_id, branch=revision, exist_ok=True)
             (folder / "README.md").write_text(card(url.repo_id), encoding="utf-8")
-            api.upload_folder(repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
-        except Exception as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
+            api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+            )
+        except (
+            Exception
+        ) as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
             status = getattr(getattr(error, "response", None), "status_code", None)
-            hint = "; log in with a token that may write there: `hf auth login`" if status in (401, 403) else ""
+            hint = (
+                "; log in with a token that may write there: `hf auth login`"
+                if status in (401, 403)
+                else ""
+            )
             raise CheckpointError(f"cannot push to {repo_id!r}: {error}{hint}") from error
     return str(url)
 
 
-def card_text(repo_id: str, what: str, facts: str, load: str, pipeline_tag: str | None = None) -> str:
+def card_text(
+    repo_id: str, what: str, facts: str, load: str, pipeline_tag: str | None = None
+) -> str:
     """The README.md of a repository.
 
     Args:
         repo_id: `"user/repo"`, or a name.
-        what: what the repository holds, as the first words of a sentence: "A weight-sparse transformer".
+        what: what the repository holds, as the first words of a sentence: "A weight-sparse
+            transformer".
         facts: what was measured of it; several lines.
         load: the line of Python that loads it.
         pipeline_tag: what the hub lists it under.
     """
-    data = ModelCardData(library_name="tl_sparse", tags=["transformer-lens", "weight-sparse", "interpretability"])
+    data = ModelCardData(
+        library_name="tl_sparse", tags=["transformer-lens", "weight-sparse", "interpretability"]
+    )
     data.pipeline_tag = pipeline_tag
     return f"""---
 {data.to_yaml()}

@@ -1,6 +1,5 @@
 """Models on disk, one format per file: read into the network whatever wrote them; ours written."""
 
-
 import warnings
 from pathlib import Path
 from typing import Any, get_args
@@ -20,34 +19,52 @@ from tl_sparse.files import read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 
-__all__ = ["build_network", "create", "load", "read_checkpoint", "resolve_device", "resolve_dtype", "save_model"]
-#: The tokenizer of the models in OpenAI's folders, which is in none of them; and its number of entries.
+__all__ = [
+    "build_network",
+    "create",
+    "load",
+    "read_checkpoint",
+    "resolve_device",
+    "resolve_dtype",
+    "save_model",
+]
+#: The tokenizer of the models in OpenAI's folders, which is in none of them; and its number of
+#: entries.
 _OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
 
 
 def load(
-    source: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *,
-    revision: str | None = None, tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-    kernels: Kernels = "auto", dense_weights: bool = True,
-) -> Any:  # fmt: skip
-    """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4: `TransformerBridge`), in eval mode.
+    source: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    kernels: Kernels = "auto",
+    dense_weights: bool = True,
+) -> Any:
+    """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4:
+    `TransformerBridge`), in eval mode.
 
-    The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders (`beeg_config.json` and
-    `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code that comes
-    with a model is run.
+    The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders
+        (`beeg_config.json` and
+    `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code
+    that comes with a model is run.
 
     Args:
         source: a folder, or a name that `tl_sparse.checkpoints.find` knows.
         device: None is the GPU if there is one, else the CPU.
         dtype: None keeps the file's (the widest, if it has several).
         revision: of a hub repository: a branch, tag or commit.
-        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model, or OpenAI's
-            from their hub repository for their models, if it can be had; for a folder here only from the cache.
-        kernels: how weights multiply, see `tl_sparse.network.Product`: "sparse" by their nonzero entries, where that
-            can be (on a CPU with numba, in float32 and float64, from 32 tokens on, not under autocast or in
-            `torch.compile`); "auto" where it is faster; "dense" never.
-        dense_weights: False keeps of the weights of the blocks only what is not zero, to look at and to run: `W_in` and
-            the others are then no parameters but dense copies, made when they are asked for. Without numba, that is
+        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model,
+            or OpenAI's from their hub repository for their models, if it can be had; for a folder
+            here only from the cache.
+        kernels: how weights multiply, see `tl_sparse.network.Product`: "sparse" by their nonzero
+            entries, where that can be (on a CPU with numba, in float32 and float64, from 32 tokens
+            on, not under autocast or in `torch.compile`); "auto" where it is faster; "dense" never.
+        dense_weights: False keeps of the weights of the blocks only what is not zero, to look at
+            and to run: `W_in` and the others are then no parameters but dense copies, made when
+                they are asked for. Without numba, that is
             whenever they multiply.
 
     Raises:
@@ -57,7 +74,9 @@ def load(
     """
     _check_tokenizer(tokenizer, str | Path | PreTrainedTokenizerBase)
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    check(kernels in get_args(Kernels), "kernels", kernels, f"one of {', '.join(get_args(Kernels))}")
+    check(
+        kernels in get_args(Kernels), "kernels", kernels, f"one of {', '.join(get_args(Kernels))}"
+    )
     folder = find(source, revision)
     cfg, state = read_checkpoint(folder)
     tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
@@ -81,9 +100,12 @@ def load(
 
 
 def create(
-    config: SparseConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-) -> Any:  # fmt: skip
+    config: SparseConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
     """A fresh model from its architecture and a seed; otherwise as `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
     check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "an integer of 64 bits")
@@ -95,4 +117,6 @@ def create(
 
 def _check_tokenizer(tokenizer: object, kinds: Any) -> None:
     if tokenizer is not None and not isinstance(tokenizer, kinds):
-        raise TokenizerError(f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor a place of one")
+        raise TokenizerError(
+            f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor a place of one"
+        )

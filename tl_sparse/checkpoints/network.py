@@ -15,7 +15,8 @@ from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: A configuration and what the file says of each tensor: views of the file, which only `build_network` copies.
+#: A configuration and what the file says of each tensor: views of the file, which only
+#: `build_network` copies.
 Checkpoint = tuple[SparseConfig, dict[str, Tensor | Compact]]
 
 
@@ -42,28 +43,39 @@ def check_keys(values: Mapping[str, Any], required: Collection[str]) -> None:
 def check_known(unknown: Collection[str]) -> None:
     """`ConfigError` if keys are left over that no reader knows."""
     if unknown:
-        raise ConfigError(f"unknown keys {', '.join(sorted(unknown))}; they may change what the model computes")
+        raise ConfigError(
+            f"unknown keys {', '.join(sorted(unknown))}; they may change what the model computes"
+        )
 
 
 def build_network(
-    cfg: SparseConfig, state: dict[str, Tensor | Compact], source: Path,
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, dense_weights: bool = True,
-) -> SparseTransformer:  # fmt: skip
-    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes; without
-    `dense_weights` the weights of the blocks as `WeightsHolder.hold_compact` has them.
+    cfg: SparseConfig,
+    state: dict[str, Tensor | Compact],
+    source: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    dense_weights: bool = True,
+) -> SparseTransformer:
+    """The network holding exactly the tensors of `state`, by default in the widest of their dtypes;
+    without `dense_weights` the weights of the blocks as `WeightsHolder.hold_compact` has them.
 
-    `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn. `CheckpointError`,
-    naming `source`, for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
+    `state` is emptied on the way, so that no tensor is in memory twice for longer than its turn.
+    `CheckpointError`, naming `source`, for missing, unexpected, mis-shaped, non-floating or
+    non-finite tensors.
     """
     # Counted first: a wrong n_layers must not make the machine build a billion blocks.
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if cfg.n_layers > 100_000 or layers != set(range(cfg.n_layers)):
-        raise CheckpointError(f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}")
+        raise CheckpointError(
+            f"{source}: the configuration has {cfg.n_layers} layers, the file {len(layers)}"
+        )
     try:
         with torch.device("meta"):
             network = SparseTransformer(cfg)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: the sizes in the configuration are impossibly large: {error}") from error
+        raise CheckpointError(
+            f"{source}: the sizes in the configuration are impossibly large: {error}"
+        ) from error
     expected = network.state_dict()
     wrong = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
     wrong += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
@@ -71,19 +83,26 @@ def build_network(
         raise CheckpointError(f"{source}: tensors do not fit the configuration: {', '.join(wrong)}")
     for name, tensor in state.items():
         if (found := list(tensor.shape)) != (needed := list(expected[name].shape)):
-            raise CheckpointError(f"{source}: {name} has shape {found}, the configuration needs {needed}")
+            raise CheckpointError(
+                f"{source}: {name} has shape {found}, the configuration needs {needed}"
+            )
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point")
+            raise CheckpointError(
+                f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point"
+            )
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     owned, compact = dict[str, Tensor](), dict[str, Compact]()
     for name in list(state):
         stored = state.pop(name)
         values = stored.values if isinstance(stored, Compact) else stored
-        # A sum could overflow, isfinite() takes as much memory again; NaN is its own minimum and maximum.
+        # A sum could overflow, isfinite() takes as much memory again; NaN is its own minimum and
+        # maximum.
         if values.numel() and not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
             raise CheckpointError(f"{source}: {name} has entries that are NaN or infinite")
         if not dense_weights and re.match(r"blocks\.\d+\.(attn|mlp)\.W_", name):
-            compact[name] = (stored if isinstance(stored, Compact) else Compact.of(stored)).to(device, dtype)
+            compact[name] = (stored if isinstance(stored, Compact) else Compact.of(stored)).to(
+                device, dtype
+            )
         elif isinstance(stored, Compact):
             owned[name] = stored.dense(device, dtype)
         else:  # a copy, whatever it is: the file behind a view may be overwritten while the model is in use
@@ -101,19 +120,25 @@ def build_network(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """A device that is there: None is the GPU if there is one, else the CPU. `ConfigError` for one that is not."""
+    """A device that is there: None is the GPU if there is one, else the CPU. `ConfigError` for one
+    that is not.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r} is not possible here; use 'cpu', 'cuda', 'cuda:1', …") from error
+        raise ConfigError(
+            f"device = {device!r} is not possible here; use 'cpu', 'cuda', 'cuda:1', …"
+        ) from error
     return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype, from its name too ("float32", …); None stays None. `ConfigError` for anything else."""
+    """A floating-point dtype, from its name too ("float32", …); None stays None. `ConfigError` for
+    anything else.
+    """
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and resolved not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)

@@ -1,6 +1,5 @@
 """Where models come from: a folder, the Hugging Face hub, or OpenAI's public storage."""
 
-
 import difflib
 import os
 import re
@@ -19,9 +18,13 @@ from tqdm.auto import tqdm
 from tl_sparse.errors import CheckpointError
 
 #: The models that come with the package.
-_BUNDLED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny-python-sparse", "tiny-python-dense")}
+_BUNDLED = {
+    name: Path(__file__).parents[1] / "models" / name
+    for name in ("tiny-python-sparse", "tiny-python-dense")
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-#: Data alone: code in a repository is neither fetched nor run. Pickles only where there is no safetensors file.
+#: Data alone: code in a repository is neither fetched nor run. Pickles only where there is no
+#: safetensors file.
 _DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
 _PICKLES = ["pytorch_model*.bin", "final_model.pt"]
 _DESCRIBED_BY = ("config.json", "beeg_config.json", "circuit.json")
@@ -29,12 +32,21 @@ _DESCRIBED_BY = ("config.json", "beeg_config.json", "circuit.json")
 STORAGE = "https://openaipublic.blob.core.windows.net/circuit-sparsity/models"
 _STORED = ("beeg_config.json", "final_model.pt")
 _OPENAI_NAME = re.compile(
-    r"csp_(yolo|bridges?)[12]|csp_sweep1_Nx_N[kM]?nonzero_afracN|dense\d_Nx".replace("N", r"\d+(\.\d+)?"), re.ASCII
+    r"csp_(yolo|bridges?)[12]|csp_sweep1_Nx_N[kM]?nonzero_afracN|dense\d_Nx".replace(
+        "N", r"\d+(\.\d+)?"
+    ),
+    re.ASCII,
 )
 _OPENAI_NAMES = (
-    "csp_yolo1", "csp_yolo2", "csp_bridges1", "csp_bridges2", "dense1_1x", "dense1_2x", "dense1_4x",
+    "csp_yolo1",
+    "csp_yolo2",
+    "csp_bridges1",
+    "csp_bridges2",
+    "dense1_1x",
+    "dense1_2x",
+    "dense1_4x",
     "csp_sweep1_1x_3.7Mnonzero_afrac0.250",  # one of many
-)  # fmt: skip
+)
 _ATTEMPTS = 5
 _PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 _TIMEOUT = 30.0  # seconds without a byte
@@ -46,12 +58,13 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     The cache is Hugging Face's, below `HF_HOME`; with `HF_HUB_OFFLINE=1` nothing is fetched.
 
     Args:
-        source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package; `"user/repo"` on
-            the Hugging Face hub; or the name of a model that OpenAI published.
+        source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
+            `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
         revision: of a hub repository: a branch, a tag or a commit; default: its main branch.
 
     Raises:
-        CheckpointError: if there is no such thing, it may not be read, or the network or the disk fails.
+        CheckpointError: if there is no such thing, it may not be read, or the network or the disk
+            fails.
     """
     if isinstance(source, str) and not os.path.exists(source):
         if _HUB_NAME.fullmatch(source):
@@ -61,7 +74,9 @@ def find(source: str | Path, revision: str | None = None) -> Path:
         if source in _BUNDLED and revision is None:
             return _BUNDLED[source]
     if revision is not None:
-        raise CheckpointError(f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository")
+        raise CheckpointError(
+            f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository"
+        )
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         raise CheckpointError(
             f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of "
@@ -72,10 +87,15 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 
 
 def openai_tokenizer(local_only: bool = False) -> Path | None:
-    """A folder with OpenAI's tokenizer `tinypython_2k`, from their hub repository, or with `local_only` from the
-    cache; None if it cannot be had."""
+    """A folder with OpenAI's tokenizer `tinypython_2k`, from their hub repository, or with
+    `local_only` from the cache; None if it cannot be had."""
     try:
-        folder = _snapshot("openai/circuit-sparsity", None, ["tokenizer*.json", "special_tokens_map.json"], local_only)
+        folder = _snapshot(
+            "openai/circuit-sparsity",
+            None,
+            ["tokenizer*.json", "special_tokens_map.json"],
+            local_only,
+        )
     except CheckpointError:
         return None
     return folder if (folder / "tokenizer.json").is_file() else None
@@ -86,17 +106,27 @@ def _hub_folder(repo: str, revision: str | None) -> Path:
     if not any((folder / f"{kind}.safetensors").is_file() for kind in ("model", "circuit")):
         folder = _snapshot(repo, folder.name, _PICKLES)  # of the same commit
     if not any((folder / name).is_file() for name in _DESCRIBED_BY):
-        raise CheckpointError(f"{repo!r} on the hub is no model or circuit: it has none of {', '.join(_DESCRIBED_BY)}")
+        raise CheckpointError(
+            f"{repo!r} on the hub is no model or circuit: it has none of {', '.join(_DESCRIBED_BY)}"
+        )
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str], local_only: bool = False) -> Path:
+def _snapshot(
+    repo: str, revision: str | None, patterns: list[str], local_only: bool = False
+) -> Path:
     """The files of a repository that fit `patterns`, without those in folders inside it."""
     try:
         path = snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=local_only
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            local_files_only=local_only,
         )
-    except Exception as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
+    except (
+        Exception
+    ) as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
         raise CheckpointError(f"{repo!r} {_hub_problem(error, repo, revision)}") from error
     return Path(path)
 
@@ -126,7 +156,9 @@ def _openai_folder(name: str) -> Path:
     folder = Path(constants.HF_ASSETS_CACHE) / "tl_sparse" / "openai" / name
     missing = [file for file in _STORED if not (folder / file).is_file()]
     if missing and constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"{name!r} is not in the cache {folder}; to fetch it, unset HF_HUB_OFFLINE")
+        raise CheckpointError(
+            f"{name!r} is not in the cache {folder}; to fetch it, unset HF_HUB_OFFLINE"
+        )
     if missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,12 +170,16 @@ def _openai_folder(name: str) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)  # there is no such model
             raise
         except OSError as error:
-            raise CheckpointError(f"{name!r} cannot be kept in the cache; HF_HOME is its place: {error}") from error
+            raise CheckpointError(
+                f"{name!r} cannot be kept in the cache; HF_HOME is its place: {error}"
+            ) from error
     return folder
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch a file, which is complete or not there; a broken download goes on, in this call or in a later one."""
+    """Fetch a file, which is complete or not there; a broken download goes on, in this call or in a
+    later one.
+    """
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE * 2 ** (attempt - 1))
@@ -151,10 +187,18 @@ def _download(url: str, path: Path) -> None:
             return _continue(url, path)
         except (OSError, HTTPException) as error:
             problem = error
-            if isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 416, 429):
+            if (
+                isinstance(error, HTTPError)
+                and error.code < 500
+                and error.code not in (408, 416, 429)
+            ):
                 names = _openai_names(path.parent.name)
-                raise CheckpointError(f"{url} cannot be fetched: {error}; OpenAI's models are {names}") from error
-    raise CheckpointError(f"{url} cannot be fetched to {path}: {problem}; call again to go on") from problem
+                raise CheckpointError(
+                    f"{url} cannot be fetched: {error}; OpenAI's models are {names}"
+                ) from error
+    raise CheckpointError(
+        f"{url} cannot be fetched to {path}: {problem}; call again to go on"
+    ) from problem
 
 
 def _continue(url: str, path: Path) -> None:
@@ -165,18 +209,29 @@ def _continue(url: str, path: Path) -> None:
         length, etag = head.headers.get("Content-Length", ""), head.headers.get("ETag", "")
     if not length.isdecimal() or (total := int(length)) == 0:
         raise CheckpointError(f"{url} cannot be fetched: the server does not say how long it is")
-    # The name says of which file this is the beginning. A weak ETag (W/"…") does not promise the same bytes.
+    # The name says of which file this is the beginning. A weak ETag (W/"…") does not promise the
+    # same bytes.
     partial = path.with_name(f"{path.name}.{quote(etag, safe='')}.partial")
     start = partial.stat().st_size if partial.is_file() and etag.startswith('"') else 0
     if start != total:
         asked = {"Range": f"bytes={start}-", "If-Range": etag} if 0 < start < total else {}
-        with urlopen(Request(url, headers=asked), timeout=_TIMEOUT) as response, open(partial, "ab") as file:
+        with (
+            urlopen(Request(url, headers=asked), timeout=_TIMEOUT) as response,
+            open(partial, "ab") as file,
+        ):
             start = start if response.status == 206 else 0
             expected = f"bytes {start}-{total - 1}/{total}" if start else None
-            if (response.headers.get("ETag", ""), response.headers.get("Content-Range")) != (etag, expected):
-                raise ConnectionError("the file changed meanwhile, or another part of it came than asked for")
+            if (response.headers.get("ETag", ""), response.headers.get("Content-Range")) != (
+                etag,
+                expected,
+            ):
+                raise ConnectionError(
+                    "the file changed meanwhile, or another part of it came than asked for"
+                )
             file.truncate(start)
-            with tqdm(desc=path.parent.name, total=total, initial=start, unit="B", unit_scale=True) as bar:
+            with tqdm(
+                desc=path.parent.name, total=total, initial=start, unit="B", unit_scale=True
+            ) as bar:
                 while chunk := response.read(1 << 20):
                     bar.update(file.write(chunk))
     if (size := partial.stat().st_size) != total:

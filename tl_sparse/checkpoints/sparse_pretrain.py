@@ -1,4 +1,6 @@
-"""Models of the community's sparse_pretrain: `config.json` with a model_config, `pytorch_model.bin`."""
+"""Models of the community's sparse_pretrain: `config.json` with a model_config,
+`pytorch_model.bin`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +14,17 @@ from tl_sparse.network import PAPER_TOPK_LOCATIONS, SparseConfig
 
 # Keys of the sparsity_config that act in training only.
 _TRAINING = {
-    "anneal_type", "enable_weight_sparsity", "min_weights_per_neuron", "sparsity_anneal_end_fraction",
-    "sparsity_anneal_start_fraction", "target_l0_fraction",
-}  # fmt: skip
+    "anneal_type",
+    "enable_weight_sparsity",
+    "min_weights_per_neuron",
+    "sparsity_anneal_end_fraction",
+    "sparsity_anneal_start_fraction",
+    "target_l0_fraction",
+}
 #: Its AbsTopK locations → ours.
-_LOCATIONS = {name: name for name in ("resid_pre", *PAPER_TOPK_LOCATIONS)} | {"resid_mid": "resid_post_attn"}
+_LOCATIONS = {name: name for name in ("resid_pre", *PAPER_TOPK_LOCATIONS)} | {
+    "resid_mid": "resid_post_attn"
+}
 
 
 def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
@@ -26,8 +34,14 @@ def read_sparse_pretrain(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
         cfg, flash = sparse_pretrain_config(values)
     weights = weights if weights.is_file() else folder / "pytorch_model.bin"
     raw = read_tensors(weights) if weights.suffix == ".safetensors" else read_state_dict(weights)
-    if not flash:  # the original then keeps its causal mask in the file, and sinks that nothing reads
-        raw = {name: x for name, x in raw.items() if not name.endswith(("attn.causal_mask", "attn_fn.sink_logit"))}
+    if (
+        not flash
+    ):  # the original then keeps its causal mask in the file, and sinks that nothing reads
+        raw = {
+            name: x
+            for name, x in raw.items()
+            if not name.endswith(("attn.causal_mask", "attn_fn.sink_logit"))
+        }
     return cfg, {**convert(cfg, raw, weights)}
 
 
@@ -38,15 +52,27 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> tuple[SparseConfig, boo
     d_model, d_head = take_size(model, "d_model"), take_size(model, "d_head")
     check(d_model % d_head == 0, "d_model", d_model, f"a multiple of d_head = {d_head}")
     d_mlp, sinks = model.pop("d_mlp", None), take_flag(model, "use_attention_sinks", True)
-    rms, flash = take_flag(model, "use_rms_norm", True), take_flag(model, "use_flash_attention", True)
+    rms, flash = (
+        take_flag(model, "use_rms_norm", True),
+        take_flag(model, "use_flash_attention", True),
+    )
     fields = dict(
-        n_layers=model.pop("n_layer"), d_model=d_model, n_heads=d_model // d_head, d_head=d_head,
-        n_ctx=model.pop("n_ctx"), d_vocab=model.pop("vocab_size"), d_mlp=4 * d_model if d_mlp is None else d_mlp,
-        normalization="rms" if rms else "layer", norm_bias=not rms, act_fn=model.pop("activation", "gelu"),
-        attn_sinks=sinks and flash, bigram_table=take_flag(model, "use_bigram_table", True),
+        n_layers=model.pop("n_layer"),
+        d_model=d_model,
+        n_heads=d_model // d_head,
+        d_head=d_head,
+        n_ctx=model.pop("n_ctx"),
+        d_vocab=model.pop("vocab_size"),
+        d_mlp=4 * d_model if d_mlp is None else d_mlp,
+        normalization="rms" if rms else "layer",
+        norm_bias=not rms,
+        act_fn=model.pop("activation", "gelu"),
+        attn_sinks=sinks and flash,
+        bigram_table=take_flag(model, "use_bigram_table", True),
         positions="added" if take_flag(model, "use_positional_embeddings", False) else "none",
-        biases=take_flag(model, "use_bias", True), tied_unembed=take_flag(model, "tie_embeddings", False),
-    )  # fmt: skip
+        biases=take_flag(model, "use_bias", True),
+        tied_unembed=take_flag(model, "tie_embeddings", False),
+    )
     cfg = SparseConfig.from_dict(fields)
     # The defaults are those of its sparsity_config; without one there is no AbsTopK.
     enabled = take_flag(sparsity, "enable_activation_sparsity", "sparsity_config" in values)
@@ -54,13 +80,18 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> tuple[SparseConfig, boo
     locations = sparsity.pop("activation_sparsity_locations", ",".join(PAPER_TOPK_LOCATIONS))
     check_known(model.keys() - {"dropout"} | sparsity.keys() - _TRAINING)
     number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
-    check(number and 0 <= fraction <= 1, "activation_topk_fraction", fraction, "a fraction in [0, 1]")
+    check(
+        number and 0 <= fraction <= 1, "activation_topk_fraction", fraction, "a fraction in [0, 1]"
+    )
     names = list(filter(None, str(locations).split(",")))
     expected = f"of {', '.join(_LOCATIONS)}, separated by commas"
     check(_LOCATIONS.keys() >= set(names), "activation_sparsity_locations", locations, expected)
     sizes = {_LOCATIONS[name]: cfg.location_size(_LOCATIONS[name]) for name in names if enabled}
     # At least one entry is kept.
-    topk = {where: fraction if int(fraction * size) else min(1.0, 1.5 / size) for where, size in sizes.items()}
+    topk = {
+        where: fraction if int(fraction * size) else min(1.0, 1.5 / size)
+        for where, size in sizes.items()
+    }
     return SparseConfig.from_dict(fields | {"abs_topk": topk}), flash
 
 

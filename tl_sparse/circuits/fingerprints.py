@@ -1,5 +1,6 @@
-"""Recognising a model: the same weights have the same fingerprint in any dtype, on any device and face."""
-
+"""Recognising a model: the same weights have the same fingerprint in any dtype, on any device and
+face.
+"""
 
 import hashlib
 import json
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from tl_sparse.hooks import TLModel
 
-#: Two sketches that differ by less than this share of their length are of the same weights: rounding to bfloat16
-#: moves one by about 0.001, weights that changed by 5 % by about 0.05, and two different matrices differ by about 1.
+#: Two sketches that differ by less than this share of their length are of the same weights:
+#: rounding to bfloat16 moves one by about 0.001, weights that changed by 5 % by about 0.05, and two
+#: different matrices differ by about 1.
 TOLERANCE = 0.01
 #: What rounding to float16 can do to weights of any size.
 ABSOLUTE_TOLERANCE = 1e-6
@@ -46,7 +48,12 @@ def fingerprint(model: TLModel) -> Fingerprint:
         described = cfg.to_dict()
     else:
         names = ["n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn"]
-        names += ["n_key_value_heads", "parallel_attn_mlp", "positional_embedding_type", "rotary_dim"]
+        names += [
+            "n_key_value_heads",
+            "parallel_attn_mlp",
+            "positional_embedding_type",
+            "rotary_dim",
+        ]
         described = {name: getattr(model.cfg, name, None) for name in names}
     text = json.dumps(described, sort_keys=True)
     named = model.named_parameters() if cfg is None else model.network.weights()
@@ -56,9 +63,12 @@ def fingerprint(model: TLModel) -> Fingerprint:
 
 @torch.no_grad()
 def _project(weights: Tensor) -> list[float]:
-    """Sums of the weights with fixed signs, of every eighth entry each, about as large as a weight."""
+    """Sums of the weights with fixed signs, of every eighth entry each, about as large as a
+    weight.
+    """
     flat = weights.detach().flatten().to("cpu", torch.float64)
-    # The sign of a cosine of incommensurable angles: as good as random here, and the same on every platform.
+    # The sign of a cosine of incommensurable angles: as good as random here, and the same on every
+    # platform.
     angles = torch.arange(1, flat.numel() + 1, dtype=torch.float64) * 1.8393972058572117
     signed = torch.where(angles.cos() >= 0, flat, -flat)
     sums = F.pad(signed, (0, -len(flat) % 8)).view(-1, 8).sum(0)

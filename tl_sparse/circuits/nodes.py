@@ -1,5 +1,6 @@
-"""The node locations of a model (Gao et al. 2025, section 2.2): where they are, and how nodes are named."""
-
+"""The node locations of a model (Gao et al. 2025, section 2.2): where they are, and how nodes are
+named.
+"""
 
 import re
 from collections.abc import Iterator
@@ -14,29 +15,43 @@ from torch import Tensor
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks import TLModel
 
-#: Location, its hook point in a block, OpenAI's name for it after the layer, its nodes in words; in the order of the
-#: forward pass. Reads: on our models (after AbsTopK), a `TransformerBridge` (after the norm) and a `HookedTransformer`
-#: (before the norm's weight, where holding an entry at its mean is the same).
+#: Location, its hook point in a block, OpenAI's name for it after the layer, its nodes in words; in
+#: the order of the forward pass. Reads: on our models (after AbsTopK), a `TransformerBridge` (after
+#: the norm) and a `HookedTransformer` (before the norm's weight, where holding an entry at its mean
+#: is the same).
 _LOCATIONS = (
-    ("attn_in", ("ln1.hook_read", "attn.hook_in", "ln1.hook_normalized"), "attn.act_in", "read by attention"),
+    (
+        "attn_in",
+        ("ln1.hook_read", "attn.hook_in", "ln1.hook_normalized"),
+        "attn.act_in",
+        "read by attention",
+    ),
     ("attn_q", ("attn.hook_q",), "attn.q", "query channels"),
     ("attn_k", ("attn.hook_k",), "attn.k", "key channels"),
     ("attn_v", ("attn.hook_v",), "attn.v", "value channels"),
     ("attn_out", ("hook_attn_out",), "attn.resid_delta", "written by attention"),
-    ("mlp_in", ("ln2.hook_read", "mlp.hook_in", "ln2.hook_normalized"), "mlp.act_in", "read by MLP"),
+    (
+        "mlp_in",
+        ("ln2.hook_read", "mlp.hook_in", "ln2.hook_normalized"),
+        "mlp.act_in",
+        "read by MLP",
+    ),
     ("mlp_neuron", ("mlp.hook_post",), "mlp.post_act", "MLP neurons"),
     ("mlp_out", ("hook_mlp_out",), "mlp.resid_delta", "written by MLP"),
 )
 LOCATION_HOOKS = {name: hooks for name, hooks, _, _ in _LOCATIONS}
-#: Not in a block, and nodes only where `PruneConfig.embed_gates` asks for it: what the tokens write.
+#: Not in a block, and nodes only where `PruneConfig.embed_gates` asks for it: what the tokens
+#: write.
 EMBED_LOCATION, EMBED_HOOK = "embed_out", "hook_embed"
 OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS} | {EMBED_LOCATION: "embed"}
 KINDS = {name: kind for name, _, _, kind in _LOCATIONS} | {EMBED_LOCATION: "written by tokens"}
 HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
-_LOCATION_OF = {name: name for name in KINDS} | {theirs: name for name, theirs in OPENAI_LOCATIONS.items()}
+_LOCATION_OF = {name: name for name in KINDS} | {
+    theirs: name for name, theirs in OPENAI_LOCATIONS.items()
+}
 _LOCATION_AT = {hook: name for name, hooks in LOCATION_HOOKS.items() for hook in hooks}
-#: Weight matrices that join locations of a block (METHOD §4): module, parameter, source, target. From the writes to
-#: later reads there is no weight: the residual stream joins them.
+#: Weight matrices that join locations of a block (METHOD §4): module, parameter, source, target.
+#: From the writes to later reads there is no weight: the residual stream joins them.
 MATRICES = (
     ("attn", "W_Q", "attn_in", "attn_q"),
     ("attn", "W_K", "attn_in", "attn_k"),
@@ -52,7 +67,8 @@ MATRICES = (
 class Node:
     """One node: an entry of the activation at a location of a layer.
 
-    `index` counts over all heads at attn_q, attn_k and attn_v (head = index // d_head), as in OpenAI's files.
+    `index` counts over all heads at attn_q, attn_k and attn_v (head = index // d_head), as in
+    OpenAI's files.
     """
 
     layer: int
@@ -69,10 +85,14 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> "Node":
-        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if there is none."""
+        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if
+        there is none.
+        """
         match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
         if match is None or match[2] not in _LOCATION_OF:
-            raise CircuitError(f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}")
+            raise CircuitError(
+                f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}"
+            )
         return cls(int(match[1]), _LOCATION_OF[match[2]], int(match[3]))
 
 
@@ -94,18 +114,25 @@ def node_at(hook_name: str, index: int) -> Node:
         return Node(0, EMBED_LOCATION, index)
     _, layer, point = hook_name.split(".", 2)
     if point not in _LOCATION_AT:
-        raise HookNameError(f"{hook_name!r} is not a node location; they are, in blocks.i, {', '.join(_LOCATION_AT)}")
+        raise HookNameError(
+            f"{hook_name!r} is not a node location; they are, in blocks.i, {', '.join(_LOCATION_AT)}"
+        )
     return Node(int(layer), _LOCATION_AT[point], index)
 
 
-def weight_matrices(model: TLModel, layer: int) -> Iterator[tuple[str, str, Float[Tensor, "source target"]]]:
-    """Source, target and weights of each matrix that joins two locations of a layer, in the order of the forward pass.
+def weight_matrices(
+    model: TLModel, layer: int
+) -> Iterator[tuple[str, str, Float[Tensor, "source target"]]]:
+    """Source, target and weights of each matrix that joins two locations of a layer, in the order
+    of the forward pass.
 
-    Two can be joined by several: by W_in and W_gate of a gated MLP, by W_O of all heads that share a value channel.
+    Two can be joined by several: by W_in and W_gate of a gated MLP, by W_O of all heads that share
+        a value channel.
     """
     for part, weight, source, target in MATRICES:
         module: Any = getattr(model.blocks[layer], part, None)
-        # A HookedTransformer's W_K repeats, for every query head, what its parameter _W_K holds once.
+        # A HookedTransformer's W_K repeats, for every query head, what its parameter _W_K holds
+        # once.
         matrix = getattr(module, f"_{weight}", getattr(module, weight, None))
         if matrix is None:
             continue
@@ -114,17 +141,28 @@ def weight_matrices(model: TLModel, layer: int) -> Iterator[tuple[str, str, Floa
         matrix = (matrix if rows is None else torch.cat([matrix, rows], dim=-2)).detach()
         if source == "attn_v":
             n_values = len(getattr(module, "_W_V", module.W_V))
-            for of_one in rearrange(matrix, "(head shared) s t -> shared (head s) t", head=n_values):
+            for of_one in rearrange(
+                matrix, "(head shared) s t -> shared (head s) t", head=n_values
+            ):
                 yield source, target, of_one
         else:
-            yield source, target, rearrange(matrix, "h s t -> s (h t)") if matrix.ndim == 3 else matrix
+            yield (
+                source,
+                target,
+                rearrange(matrix, "h s t -> s (h t)") if matrix.ndim == 3 else matrix,
+            )
 
 
 def n_weights(model: TLModel) -> tuple[int, int]:
     """How many weights between nodes are not zero, and how many there are."""
-    matrices = [matrix for layer in range(model.cfg.n_layers) for *_, matrix in weight_matrices(model, layer)]
-    return sum(int(matrix.count_nonzero()) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
-
+    matrices = [
+        matrix
+        for layer in range(model.cfg.n_layers)
+        for *_, matrix in weight_matrices(model, layer)
+    ]
+    return sum(int(matrix.count_nonzero()) for matrix in matrices), sum(
+        matrix.numel() for matrix in matrices
+    )
 
 
 def node_label(model: TLModel, node: Node) -> str:

@@ -1,11 +1,11 @@
-"""Byte-level BPE tokenizers for Python code, in which the candidates of the tasks are single tokens.
+"""Byte-level BPE tokenizers for Python code, in which the candidates of the tasks are single
+tokens.
 
-The usual byte-level pre-tokenizer never lets `):` take its newline or `=` its `None`, so the tasks of the
-paper (Table 1: `):\\n`, `=None`, `True:\\n`, …) need one of their own: `PIECES` below. Two properties matter
-more than compression: a quote that opens a string is never in one token with a letter of that string, and the
-quote that closes it is never in one token with the newline after it.
+The usual byte-level pre-tokenizer never lets `):` take its newline or `=` its `None`, so the tasks
+of the paper (Table 1: `):\\n`, `=None`, `True:\\n`, …) need one of their own: `PIECES` below. Two
+properties matter more than compression: a quote that opens a string is never in one token with a
+letter of that string, and the quote that closes it is never in one token with the newline after it.
 """
-
 
 import base64
 import json
@@ -21,15 +21,16 @@ from tl_sparse.errors import TokenizerError
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
 
-# What text is cut into before BPE; merges happen inside a piece, never across two. The first alternative that
-# matches wins, and together they match any text, so nothing is lost.
+# What text is cut into before BPE; merges happen inside a piece, never across two. The first
+# alternative that matches wins, and together they match any text, so nothing is lost.
 PIECES = "|".join(
     (
         r" {2,}",  # indentation, whole: an indented word has no space of its own
         r"\n+",  # newlines by themselves: `')` is the same token before a newline and elsewhere …
         r" ?True:?\n",  # … but `True` takes its newline (tasks var_if and while_return_true)
         r"=None(?![\p{L}\p{N}_])",  # a keyword argument without a value
-        r"[ .]?[\p{L}_][\p{L}\p{N}_]*",  # a word with its space, or with the dot that makes it an attribute
+        # a word with its space, or with the dot that makes it an attribute
+        r"[ .]?[\p{L}_][\p{L}\p{N}_]*",
         r" ?\p{N}+",
         # Punctuation runs together, up to the dot of an attribute; a final colon takes its newline.
         r" ?(?:(?!\.[\p{L}_])[^\s\p{L}\p{N}_])+(?:(?<=:)\n)?",
@@ -37,43 +38,58 @@ PIECES = "|".join(
     )
 )
 
-# A required string is added to the training text once per this many characters: far more often than the rarest merges
-# of any useful vocabulary occur, so that it is merged before the vocabulary is full.
+# A required string is added to the training text once per this many characters: far more often than
+# the rarest merges of any useful vocabulary occur, so that it is merged before the vocabulary is
+# full.
 _REQUIRED_EVERY = 200
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts, read once, give the same one.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts, read once,
+    give the same one.
 
-    `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and unknown token.
-    Decoding the ids of a text gives back that text, whatever it holds. Each of the `required` strings is one token,
-    even when it is rare in `texts`.
+    `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and
+    unknown token. Decoding the ids of a text gives back that text, whatever it holds. Each of the
+    `required` strings is one token, even when it is rare in `texts`.
 
     Raises:
-        TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required string cannot
-            be one token, because the pre-tokenizer cuts it (`PIECES`) or the vocabulary has no room for it.
+        TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required
+            string cannot be one token, because the pre-tokenizer cuts it (`PIECES`) or the
+            vocabulary has no room for it.
     """
     if vocab_size < 257:
-        raise TokenizerError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257")
+        raise TokenizerError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257"
+        )
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
     for text in required:
-        parts = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+        parts = [
+            text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)
+        ]
         if len(parts) != 1:
-            raise TokenizerError(f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}")
+            raise TokenizerError(
+                f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}"
+            )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(_with_required(texts, required), trainer)
     if (size := backend.get_vocab_size() + 1) != vocab_size:
         problem = f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries"
         raise TokenizerError(f"{problem}; give more text, or a vocab_size of at most {size}")
-    # The trainer puts special tokens first, and one added afterwards is not counted in `vocab_size`; only in the
-    # vocabulary itself is `<|endoftext|>` both last and counted.
+    # The trainer puts special tokens first, and one added afterwards is not counted in
+    # `vocab_size`; only in the vocabulary itself is `<|endoftext|>` both last and counted.
     state = json.loads(backend.to_str())
     state["model"]["vocab"][END_OF_TEXT] = vocab_size - 1
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), clean_up_tokenization_spaces=False, **_SPECIAL_TOKENS
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        clean_up_tokenization_spaces=False,
+        **_SPECIAL_TOKENS,
     )
     for text in required:
         single_token(tokenizer, text)
@@ -81,26 +97,40 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, required: Sequence[st
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside transformers'
-    own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`. `TokenizerError` if there is none.
+    """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside
+    transformers' own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
+    `TokenizerError` if there is none.
 
-    Nothing is downloaded and no code from the folder is run. The latter two files do not say how text is cut
-    before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either: `<|endoftext|>` gets the id
-    after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`, as OpenAI's
-    `tinypython_2k`, that becomes all four of them.
+    Nothing is downloaded and no code from the folder is run. The latter two files do not say how
+    text is cut before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either:
+        `<|endoftext|>` gets the id
+    after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`,
+    as OpenAI's `tinypython_2k`, that becomes all four of them.
     """
     if (path := find_tokenizer(source)) is None:
-        raise TokenizerError(f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)")
+        raise TokenizerError(
+            f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)"
+        )
     try:
         if path.suffix == ".tiktoken" or path.name == "vocab.json":
             merges = path.with_name("merges.txt")
-            model = models.BPE.from_file(str(path), str(merges)) if path.suffix == ".json" else _tiktoken_model(path)
+            model = (
+                models.BPE.from_file(str(path), str(merges))
+                if path.suffix == ".json"
+                else _tiktoken_model(path)
+            )
             backend = _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=backend, clean_up_tokenization_spaces=False
+            )
         elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(path.parent), local_files_only=True
+            )
         else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=str(path), clean_up_tokenization_spaces=False
+            )
     except Exception as error:  # the Rust library raises a bare Exception on a damaged file
         raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
     if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():
@@ -117,10 +147,15 @@ def find_tokenizer(source: str | Path) -> Path | None:
 
 
 def _tiktoken_model(path: Path) -> models.BPE:
-    """The model of a file with base64 token and rank in each line; two tokens merge if that makes a third."""
+    """The model of a file with base64 token and rank in each line; two tokens merge if that makes a
+    third.
+    """
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if len(set(ranks.values())) < len(lines) or not {bytes([i]) for i in range(256)} <= ranks.keys():
+    if (
+        len(set(ranks.values())) < len(lines)
+        or not {bytes([i]) for i in range(256)} <= ranks.keys()
+    ):
         raise ValueError("a token or rank is there twice, or one of the 256 bytes is not")
     letter = bytes_to_unicode()
     vocab = {"".join(letter[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -129,7 +164,9 @@ def _tiktoken_model(path: Path) -> models.BPE:
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of the one token that `text` is; `TokenizerError` with the tokens it splits into if it is not one."""
+    """The id of the one token that `text` is; `TokenizerError` with the tokens it splits into if it
+    is not one.
+    """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
@@ -146,7 +183,9 @@ def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer)
 
 
 def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
-    """`texts`, then the required strings, often enough to be merged before the vocabulary is full."""
+    """`texts`, then the required strings, often enough to be merged before the vocabulary is
+    full.
+    """
     length = 0
     for text in texts:
         length += len(text)

@@ -1,6 +1,5 @@
 """What is measured of a circuit, as numbers and as a table."""
 
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +7,8 @@ from typing import Any, Literal
 from tl_sparse.tasks import Score, score_row
 from tl_sparse.text import table
 
-#: What the nodes outside a circuit are held at: their means, zero, or what they are on another prompt.
+#: What the nodes outside a circuit are held at: their means, zero, or what they are on another
+#: prompt.
 Ablation = Literal["mean", "zero", "resample"]
 
 
@@ -21,7 +21,8 @@ class Evaluation:
         circuit: the circuit alone, all else at its mean: sufficient if this is good.
         ablated: the model with the circuit's nodes at their means: necessary if this is bad.
         zero: the circuit alone, all other nodes at zero.
-        resample: the circuit alone, all other nodes as they are on another prompt of these; see `resampled`.
+        resample: the circuit alone, all other nodes as they are on another prompt of these; see
+            `resampled`.
     """
 
     full: Score
@@ -36,7 +37,9 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         """The inverse of `dataclasses.asdict`."""
-        fields: dict[str, Any] = {name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()}
+        fields: dict[str, Any] = {
+            name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()
+        }
         return cls(**fields)
 
 
@@ -49,7 +52,6 @@ class SizedScore:
     circuit: Score
 
 
-
 def scores_table(evaluation: Evaluation) -> str:
     """The losses of the full model, the circuit alone, and the model without the circuit."""
     rows = [
@@ -59,5 +61,7 @@ def scores_table(evaluation: Evaluation) -> str:
         score_row("… the rest resampled", evaluation.resample),
         score_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
-    heading = f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
+    heading = (
+        f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
+    )
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)

@@ -1,6 +1,5 @@
 """The face for TransformerLens 4: a true `TransformerBridge` that runs our network."""
 
-
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,9 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         self.reads_bigram_table = False
 
     def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
-        """TransformerLens' logit lenses pass the logits they read off the residual stream through here."""
+        """TransformerLens' logit lenses pass the logits they read off the residual stream through
+        here.
+        """
         if self.reads_bigram_table:
             raise UnsupportedError(
                 "a part of this model's logits comes from its bigram table, off the residual stream, so the stream "
@@ -39,14 +40,18 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         self.apply_output_logits_transform(torch.zeros(1))
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
-        """Give the bridge the network's modules. TransformerBridge calls this while it is being set up."""
-        # `boot_transformers` builds the stock class, whose forward knows neither padding nor the bigram table.
+        """Give the bridge the network's modules. TransformerBridge calls this while it is being set
+        up.
+        """
+        # `boot_transformers` builds the stock class, whose forward knows neither padding nor the
+        # bigram table.
         bridge.__class__ = SparseTransformerBridge
         for name, value in tl_config_fields(bridge.network).items():
             if name != "model_name":
                 object.__setattr__(bridge.cfg, name, value)
         self.reads_bigram_table = bridge.network.cfg.bigram_table
-        # The bridge's fallback for parameters that no component owns; now the modules themselves own them.
+        # The bridge's fallback for parameters that no component owns; now the modules themselves
+        # own them.
         bridge._modules.pop("_container_state_owners", None)
         bridge.adopt_network(bridge.cfg)
         for block in bridge.blocks:  # as on TransformerLens 4's own models, under both names
@@ -59,10 +64,13 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 class SparseTransformerBridge(SparseModel, TransformerBridge):
     """Inherits everything but `forward` and its set-up from `TransformerBridge`."""
 
-    # The stock aliases point at components of the stock bridge; here the names are the hook points' own.
+    # The stock aliases point at components of the stock bridge; here the names are the hook points'
+    # own.
     hook_aliases: dict[str, str | list[str]] = {}
 
-    def __init__(self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         cfg = TransformerBridgeConfig(architecture="SparseTransformer", **tl_config_fields(network))
         if tokenizer is not None:
             tokenizer, cfg.tokenizer_prepends_bos = prepare_tokenizer(tokenizer, cfg.d_vocab)
@@ -75,7 +83,9 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
         return getattr(model, "network", model)
 
     def run_with_cache(self, *args: Any, stop_at_layer: int | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.run_with_cache`, which itself can stop only at a hook point of its own blocks."""
+        """`TransformerBridge.run_with_cache`, which itself can stop only at a hook point of its own
+        blocks.
+        """
         if stop_at_layer is None:
             return super().run_with_cache(*args, **kwargs)
         self.__dict__["forward"] = partial(self.forward, stop_at_layer=stop_at_layer)
@@ -85,7 +95,9 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
             del self.__dict__["forward"]
 
     def generate(self, *args: Any, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.generate`, which masks padding by `cfg.default_prepend_bos`, not by `prepend_bos`."""
+        """`TransformerBridge.generate`, which masks padding by `cfg.default_prepend_bos`, not by
+        `prepend_bos`.
+        """
         default = self.cfg.default_prepend_bos
         self.cfg.default_prepend_bos = default if prepend_bos is None else prepend_bos
         try:
@@ -96,7 +108,9 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any
     ) -> None:
-        """Names and shapes are HookedTransformer's in any mode; processing the weights is refused."""
+        """Names and shapes are HookedTransformer's in any mode; processing the weights is
+        refused.
+        """
         if not no_processing:
             self._refuse_processing()
         self.compatibility_mode = True

@@ -1,5 +1,6 @@
-"""The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what is written."""
-
+"""The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what
+is written.
+"""
 
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformer_lens.utilities.slice import Slice
 
 
 class SparseActivationCache(ActivationCache):
-    """What heads and neurons write, as TransformerLens' cache gives it, always sums to what their layer writes.
+    """What heads and neurons write, as TransformerLens' cache gives it, always sums to what their
+    layer writes.
 
-    Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels the bias.
+    Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels
+    the bias.
     """
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "SparseActivationCache":
@@ -22,12 +25,16 @@ class SparseActivationCache(ActivationCache):
         return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' method; warns where the residual stream is not a sum of its components."""
+        """TransformerLens' method; warns where the residual stream is not a sum of its
+        components.
+        """
         self.model.warn_if_not_additive("decompose_resid")
         return super().decompose_resid(*args, **kwargs)
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' method; warns where the residual stream is not a sum of its components."""
+        """TransformerLens' method; warns where the residual stream is not a sum of its
+        components.
+        """
         self.model.warn_if_not_additive("get_full_resid_decomposition")
         return super().get_full_resid_decomposition(*args, **kwargs)
 
@@ -44,7 +51,11 @@ class SparseActivationCache(ActivationCache):
         return not missing
 
     def get_neuron_results(
-        self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
+        self,
+        layer: int,
+        neuron_slice: Any = None,
+        pos_slice: Any = None,
+        project_output_onto: Tensor | None = None,
     ) -> Float[Tensor, "*batch pos neuron d_model"]:
         """What each neuron writes: mlp_out = Σ results + b_out."""
         mlp = self.model.blocks[layer].mlp
@@ -56,8 +67,14 @@ class SparseActivationCache(ActivationCache):
         return results if project_output_onto is None else results @ project_output_onto
 
     def _stack_neuron_results_apply_ln_projected(
-        self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, **mlp_input: bool
+        self,
+        layer: int,
+        pos_slice: Slice,
+        neuron_slice: Slice,
+        project_2d: Tensor,
+        **mlp_input: bool,
     ) -> Float[Tensor, "neuron *batch pos output"]:
-        # TransformerLens folds norm and projection into W_out, which has no place for what AbsTopK drops.
+        # TransformerLens folds norm and projection into W_out, which has no place for what AbsTopK
+        # drops.
         stacked = self.stack_neuron_results(layer, pos_slice=pos_slice, neuron_slice=neuron_slice)
         return self.apply_ln_to_stack(stacked, layer, pos_slice=pos_slice, **mlp_input) @ project_2d

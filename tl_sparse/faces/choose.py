@@ -1,7 +1,5 @@
 """The face for the installed TransformerLens line."""
 
-
-
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.faces.line import transformer_lens_line
@@ -9,7 +7,9 @@ from tl_sparse.faces.model import SparseModel
 from tl_sparse.network import SparseTransformer
 
 
-def wrap(network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> SparseModel:
+def wrap(
+    network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None
+) -> SparseModel:
     """The network as a model of the installed TransformerLens line, in eval mode."""
     if transformer_lens_line() == 3:
         from tl_sparse.faces.hooked import SparseHookedTransformer as Face

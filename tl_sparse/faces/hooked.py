@@ -1,6 +1,5 @@
 """The face for TransformerLens 3: a true `HookedTransformer` that runs our network."""
 
-
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -19,7 +18,9 @@ from tl_sparse.network import SparseTransformer
 class SparseHookedTransformer(SparseModel, HookedTransformer):
     """Inherits everything but the network and its set-up from `HookedTransformer`."""
 
-    def __init__(self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         # Not HookedTransformer.__init__, which would build components of its own.
         HookedRootModule.__init__(self)
         self.cfg = HookedTransformerConfig(**tl_config_fields(network))
@@ -40,10 +41,15 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return torch.nn.Module.to(self, *args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`HookedTransformer.generate`; each step reads the whole sequence, whatever `use_past_kv_cache` says."""
-        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs the tokens.
+        """`HookedTransformer.generate`; each step reads the whole sequence, whatever
+        `use_past_kv_cache` says.
+        """
+        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs
+        # the tokens.
         self._embedded: list[Tensor] = []
-        handle = self.embed.register_forward_pre_hook(lambda module, args: self._embedded.append(args[0]))
+        handle = self.embed.register_forward_pre_hook(
+            lambda module, args: self._embedded.append(args[0])
+        )
         try:
             return super().generate(**_without_cache(super().generate, *args, **kwargs))
         finally:
@@ -52,22 +58,34 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
-        yield from super().generate_stream(**_without_cache(super().generate_stream, *args, **kwargs))
+        yield from super().generate_stream(
+            **_without_cache(super().generate_stream, *args, **kwargs)
+        )
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""
         kwargs.pop("shortformer_pos_embed", None)
         if kwargs.pop("past_kv_cache", None) is not None:
-            raise UnsupportedError("this model reads whole sequences: it has no past_kv_cache; pass all tokens")
+            raise UnsupportedError(
+                "this model reads whole sequences: it has no past_kv_cache; pass all tokens"
+            )
         if kwargs.get("start_at_layer") == 0 and getattr(self, "_embedded", None):
             kwargs.setdefault("tokens", torch.cat(self._embedded, dim=1))
         return super().forward(input, *args, **kwargs)
 
     def get_residual(
-        self, embed: Tensor, pos_offset: int = 0, prepend_bos: bool | None = None, attention_mask: Tensor | None = None,
-        tokens: Tensor | None = None, return_shortformer_pos_embed: bool = True, device: torch.device | None = None,
-    ) -> Any:  # fmt: skip
-        """HookedTransformer's method: embeddings with added positions, the stream entering the first block."""
+        self,
+        embed: Tensor,
+        pos_offset: int = 0,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: torch.device | None = None,
+    ) -> Any:
+        """HookedTransformer's method: embeddings with added positions, the stream entering the
+        first block.
+        """
         resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
         return (resid, None) if return_shortformer_pos_embed else resid
 

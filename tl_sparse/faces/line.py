@@ -1,6 +1,5 @@
 """Which of the two TransformerLens lines is installed."""
 
-
 from importlib.metadata import version
 
 

@@ -1,9 +1,8 @@
 """Access to compiled code, on CPUs where numba is installed (`pip install tl-sparse[fast]`).
 
-Activations stay as torch has them, a row for each token; the work is shared out by rows among as many threads as torch
-uses (`torch.set_num_threads`).
+Activations stay as torch has them, a row for each token; the work is shared out by rows among as
+many threads as torch uses (`torch.set_num_threads`).
 """
-
 
 import functools
 import itertools
@@ -29,18 +28,26 @@ def _compiled() -> Any:
         products.checksum(np.zeros(1, np.uint32), 0, 1)  # can it compile?
     except ImportError:
         return None
-    except Exception as error:  # for one, there is no folder where numba could keep what it compiles
-        warnings.warn(f"numba does not work here, so everything runs in plain torch: {error}", stacklevel=2)
+    except (
+        Exception
+    ) as error:  # for one, there is no folder where numba could keep what it compiles
+        warnings.warn(
+            f"numba does not work here, so everything runs in plain torch: {error}", stacklevel=2
+        )
         return None
     return SimpleNamespace(**vars(products) | vars(topk))
 
 
 def kernel(name: str, x: Tensor) -> Any:
-    """The compiled function of this name, taking tensors; None if there is none for tensors like `x`."""
+    """The compiled function of this name, taking tensors; None if there is none for tensors like
+    `x`.
+    """
     if x.device.type != "cpu" or x.dtype not in _BITS or (compiled := _compiled()) is None:
         return None
     function = getattr(compiled, name)
-    return lambda *arguments: function(*(a.numpy() if isinstance(a, Tensor) else a for a in arguments))
+    return lambda *arguments: function(
+        *(a.numpy() if isinstance(a, Tensor) else a for a in arguments)
+    )
 
 
 def bits(x: Tensor) -> Tensor:
@@ -48,7 +55,8 @@ def bits(x: Tensor) -> Tensor:
     return x.view(_BITS[x.dtype])
 
 
-#: Numbers to read or write that are worth a second thread: to wake it takes as long as a few hundred thousand.
+#: Numbers to read or write that are worth a second thread: to wake it takes as long as a few
+#: hundred thousand.
 _WORTH_SHARING = 2_000_000
 
 
@@ -58,7 +66,9 @@ def n_threads(size: int) -> int:
 
 
 def shared_out(run: Callable[..., Any], n: int, size: int, *arguments: Any) -> list[Any]:
-    """`run(*arguments, first, last)` for ranges that make up [0, n), one for each of `n_threads(size)`."""
+    """`run(*arguments, first, last)` for ranges that make up [0, n), one for each of
+    `n_threads(size)`.
+    """
     threads = max(1, min(n, n_threads(size)))
     bounds = [n * i // threads for i in range(threads + 1)]
     ranges = list(itertools.pairwise(bounds))

@@ -1,8 +1,8 @@
 """Products with sparse matrices, compiled by numba.
 
-out[token] = x[token] · W takes a tile of tokens at a time and transposes it in the cache, so that the inner loop
-multiplies one weight by neighbouring numbers. Indices are unsigned: numba would look whether signed ones count from
-the end.
+out[token] = x[token] · W takes a tile of tokens at a time and transposes it in the cache, so that
+the inner loop multiplies one weight by neighbouring numbers. Indices are unsigned: numba would look
+whether signed ones count from the end.
 """
 
 from typing import Any
@@ -24,10 +24,11 @@ _compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
 @njit(cache=True, nogil=True)
 def checksum(bits: Array, first: int, last: int) -> int:
-    """The share of the entries [first, last) in a number that any change of a single entry changes, and others but for
-    a chance of about 2^-32; `bits` are unsigned.
+    """The share of the entries [first, last) in a number that any change of a single entry changes,
+    and others but for a chance of about 2^-32; `bits` are unsigned.
 
-    Each entry is mixed with its place, by steps that can all be undone (as in MurmurHash3), before it is added.
+    Each entry is mixed with its place, by steps that can all be undone (as in MurmurHash3), before
+    it is added.
     """
     T = bits.dtype.type
     part, total, half = bits[first:last], T(0), T(4 * bits.itemsize - 1)
@@ -56,7 +57,12 @@ def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> Non
 
 @njit(cache=True, nogil=True)
 def transpose(
-    starts: Array, indices: Array, values: Array, to_starts: Array, to_indices: Array, to_values: Array
+    starts: Array,
+    indices: Array,
+    values: Array,
+    to_starts: Array,
+    to_indices: Array,
+    to_values: Array,
 ) -> None:
     """A compressed matrix → its transpose. `to_starts` is zero at first."""
     for i in range(starts[len(starts) - 1]):
@@ -90,9 +96,18 @@ def _load(x: Array, first: int, n: int, tile: Array) -> None:
 
 @_compile
 def multiply(
-    x: Array, starts: Array, indices: Array, values: Array, bias: Array, out: Array, first: int, last: int
+    x: Array,
+    starts: Array,
+    indices: Array,
+    values: Array,
+    bias: Array,
+    out: Array,
+    first: int,
+    last: int,
 ) -> None:
-    """out = x · Wᵀ + bias for the tokens [first, last), W in compressed rows; an empty bias is none."""
+    """out = x · Wᵀ + bias for the tokens [first, last), W in compressed rows; an empty bias is
+    none.
+    """
     tile, block = np.empty((x.shape[1], TILE), x.dtype), np.empty((COLUMNS, TILE), x.dtype)
     flat_out, flat_block = out.reshape(-1), block.reshape(-1)
     for start in range(first, last, TILE):

@@ -1,8 +1,8 @@
 """The k largest magnitudes, compiled by numba.
 
-Floats are compared by their bits without the sign: as integers these have the order of the magnitudes, NaN above
-infinity. Every result of integer arithmetic is cast to the type of the bits, since numba would widen it, and the
-loops would run several times slower.
+Floats are compared by their bits without the sign: as integers these have the order of the
+magnitudes, NaN above infinity. Every result of integer arithmetic is cast to the type of the bits,
+since numba would widen it, and the loops would run several times slower.
 """
 
 from typing import Any
@@ -24,15 +24,20 @@ def _count(bits: Array, row: int, t: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _threshold(bits: Array, first: int, last: int, k: int, minimum: int, guess: int) -> tuple[int, int]:
-    """Where to cut off for `k` entries of some rows to stay when each row keeps `minimum` in any case.
+def _threshold(
+    bits: Array, first: int, last: int, k: int, minimum: int, guess: int
+) -> tuple[int, int]:
+    """Where to cut off for `k` entries of some rows to stay when each row keeps `minimum` in any
+    case.
 
-    Returns t and n: n ≤ k entries stay if those of at least t do, and if n < k the others have the bits t - 1.
+    Returns t and n: n ≤ k entries stay if those of at least t do, and if n < k the others have the
+        bits t - 1.
     """
     rows = last - first
     low, high = 0, (1 << (8 * bits.itemsize - 1)) - 1  # too many stay at low, too few at high
     n_low, n_high = rows * bits.shape[1], rows * minimum
-    # About the distance in bits at which one more entry stays, where the magnitudes are those of a normal variable.
+    # About the distance in bits at which one more entry stays, where the magnitudes are those of a
+    # normal variable.
     step = int((3 << (23 if bits.itemsize == 4 else 52)) * (1.0 / n_low))
     t, probes = guess, 0
     while high - low > 1:
@@ -48,7 +53,9 @@ def _threshold(bits: Array, first: int, last: int, k: int, minimum: int, guess: 
         else:
             high, n_high = t, n
         probes += 1
-        if probes % 4 == 0:  # halve now and then: interpolation alone can take as many probes as there are bits
+        if (
+            probes % 4 == 0
+        ):  # halve now and then: interpolation alone can take as many probes as there are bits
             t = low + (high - low) // 2
         elif low == 0 or n_high == rows * minimum:
             t += (n - k) * step
@@ -60,7 +67,9 @@ def _threshold(bits: Array, first: int, last: int, k: int, minimum: int, guess: 
 
 @njit(cache=True, nogil=True)
 def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
-    """Zero the entries of a row with bits below `t` > 0, but for their sign; mark the others, if there is a mask."""
+    """Zero the entries of a row with bits below `t` > 0, but for their sign; mark the others, if
+    there is a mask.
+    """
     T, byte, shift = bits.dtype.type, row // 8, np.uint8(row % 8)
     unsigned, bound = T((1 << (8 * bits.itemsize - 1)) - 1), T(t)
     for i in range(bits.shape[1]):
@@ -74,17 +83,21 @@ def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: int) -> bool:
-    """Zero all but the `k` largest entries of each row; these are marked in the mask, which may be empty.
+    """Zero all but the `k` largest entries of each row; these are marked in the mask, which may be
+    empty.
 
     Of the rows, the eights [first, last).
 
-    The mask has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a tie would have to be
-    broken are left as they are, and are marked in `tied`; returns whether there are any. Without a mask it makes no
-    difference which zeros are kept.
+    The mask has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a
+        tie would have to be
+    broken are left as they are, and are marked in `tied`; returns whether there are any. Without a
+    mask it makes no difference which zeros are kept.
     """
     t, any_tied = 0, False
     for row in range(8 * first, min(8 * last, len(bits))):
-        t, n = _threshold(bits, row, row + 1, k, 0, t)  # a row's threshold is a good guess for the next
+        t, n = _threshold(
+            bits, row, row + 1, k, 0, t
+        )  # a row's threshold is a good guess for the next
         tied[row] = n != k and (t > 1 or len(mask) > 0)
         any_tied = any_tied or tied[row]
         if not tied[row]:
@@ -109,7 +122,8 @@ def keep(bits: Array, rows: Array, columns: Array, mask: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
-    """Zero a matrix but for its `k` largest entries, of which the `minimum` largest of each row come first.
+    """Zero a matrix but for its `k` largest entries, of which the `minimum` largest of each row
+    come first.
 
     Returns False, with nothing done, if a tie would have to be broken.
     """

@@ -1,11 +1,11 @@
 """Tensors that are mostly zero, stored as what is not.
 
-In a `model.safetensors` of storage "compact", such a tensor `name` is three: `name.values`, its entries that are
-not zero, in row-major order; `name.positions`, int32, where each is in the flattened tensor; and `name.shape`.
-An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 % density a tensor takes 1/50 and 1/33 of its bytes.
--0.0 is stored: what comes back is the same, bit by bit.
+In a `model.safetensors` of storage "compact", such a tensor `name` is three: `name.values`, its
+entries that are not zero, in row-major order; `name.positions`, int32, where each is in the
+flattened tensor; and `name.shape`. An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 %
+density a tensor takes 1/50 and 1/33 of its bytes. -0.0 is stored: what comes back is the same, bit
+by bit.
 """
-
 
 import math
 from collections.abc import Callable, Mapping
@@ -48,7 +48,11 @@ class Compact:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Compact":
         """A copy elsewhere, or of another dtype."""
-        return Compact(self.values.to(device, dtype, copy=True), self.positions.to(device, copy=True), self.shape)
+        return Compact(
+            self.values.to(device, dtype, copy=True),
+            self.positions.to(device, copy=True),
+            self.shape,
+        )
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Compact":
         """With what a function makes of its tensors, such as those elsewhere."""
@@ -62,7 +66,9 @@ class Compact:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What storage "compact" writes of floating-point `tensors`; those that would not be smaller stay as they are."""
+    """What storage "compact" writes of floating-point `tensors`; those that would not be smaller
+    stay as they are.
+    """
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().flatten()
@@ -77,7 +83,9 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compact]:
-    """The inverse of `pack`; nothing is expanded yet. `CheckpointError` for parts of `path` that do not fit."""
+    """The inverse of `pack`; nothing is expanded yet. `CheckpointError` for parts of `path` that do
+    not fit.
+    """
     tensors: dict[str, Tensor | Compact] = {}
     for key, tensor in packed.items():
         name, _, part = key.rpartition(".")
@@ -93,13 +101,21 @@ def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compa
 def _checked(name: str, packed: Mapping[str, Tensor], path: Path) -> Compact:
     values, positions, shape = (packed.get(f"{name}.{part}") for part in _PARTS)
     if values is None or positions is None or shape is None:
-        raise CheckpointError(f"{path}: {name} needs all of {', '.join(f'{name}.{part}' for part in _PARTS)}")
+        raise CheckpointError(
+            f"{path}: {name} needs all of {', '.join(f'{name}.{part}' for part in _PARTS)}"
+        )
     if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8 or bool((shape < 0).any()):
         raise CheckpointError(f"{path}: {name}.shape is no list of sizes")
     if positions.dtype != torch.int32 or positions.ndim != 1 or positions.shape != values.shape:
-        raise CheckpointError(f"{path}: {name}.positions must be one int32 for each of {name}.values")
+        raise CheckpointError(
+            f"{path}: {name}.positions must be one int32 for each of {name}.values"
+        )
     size = torch.Size(shape.tolist())
-    inside = len(positions) == 0 or (int(positions[0]) >= 0 and int(positions[-1]) < math.prod(size))
+    inside = len(positions) == 0 or (
+        int(positions[0]) >= 0 and int(positions[-1]) < math.prod(size)
+    )
     if not inside or not bool((positions[1:] > positions[:-1]).all()):
-        raise CheckpointError(f"{path}: {name}.positions must increase and be in a tensor of shape {list(size)}")
+        raise CheckpointError(
+            f"{path}: {name}.positions must increase and be in a tensor of shape {list(size)}"
+        )
     return Compact(values, positions, size)

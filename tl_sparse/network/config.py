@@ -1,7 +1,5 @@
 """The architecture of a network, as a frozen, checked configuration."""
 
-
-
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -9,11 +7,21 @@ from typing import Any, Literal
 from tl_sparse.config import check, check_known_keys, check_types, short_repr
 from tl_sparse.errors import ConfigError
 
-#: Where AbsTopK can act, named as in the published configurations, in the order of the forward pass.
+#: Where AbsTopK can act, named as in the published configurations, in the order of the forward
+#: pass.
 TOPK_LOCATIONS = (
-    "resid_pre", "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "resid_post_attn",
-    "mlp_in", "mlp_neuron", "mlp_out", "resid_post_mlp",
-)  # fmt: skip
+    "resid_pre",
+    "attn_in",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_out",
+    "resid_post_attn",
+    "mlp_in",
+    "mlp_neuron",
+    "mlp_out",
+    "resid_post_mlp",
+)
 #: The eight locations of the paper's models; the residual stream itself is rarely sparsified.
 PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
 
@@ -31,18 +39,19 @@ class SparseConfig:
     """Sizes and features of a network; every feature of Gao et al. 2025, A.1 is one field.
 
     Attributes:
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, in TransformerLens' names. `d_head`
-            is free of `d_model`.
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, in TransformerLens' names.
+            `d_head` is free of `d_model`.
         normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps 1e-5).
         norm_bias: whether norms have a bias (LayerNorm only).
         act_fn: the MLP's nonlinearity; "gelu" is the exact one.
         resid_relu: apply ReLU to the residual stream after each addition to it.
         abs_topk: AbsTopK location → fraction of the entries kept, k = int(fraction · dim).
         attn_sinks: one learned logit per head in the softmax denominator.
-        bigram_table: a dense [d_vocab, d_vocab] table whose row of the current token is added to the logits.
+        bigram_table: a dense [d_vocab, d_vocab] table whose row of the current token is added to
+            the logits.
         logits_bias: a learned vector added to the logits.
-        positions: "none"; "added" to the token embedding; or "concatenated": `d_pos` read-only channels
-            beside what each block reads.
+        positions: "none"; "added" to the token embedding; or "concatenated": `d_pos` read-only
+            channels beside what each block reads.
         sinusoidal: positions are fixed sinusoids instead of learned.
         biases: whether the linear maps of attention and MLP have biases.
         tied_unembed: the unembedding is the transposed embedding.
@@ -82,14 +91,35 @@ class SparseConfig:
         check_types(self)
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-            check(getattr(self, name) <= MAX_SIZE, name, getattr(self, name), f"at most {MAX_SIZE:,}")
-        check(not (self.norm_bias and self.normalization == "rms"), "norm_bias", True, "false with RMSNorm")
+            check(
+                getattr(self, name) <= MAX_SIZE, name, getattr(self, name), f"at most {MAX_SIZE:,}"
+            )
+        check(
+            not (self.norm_bias and self.normalization == "rms"),
+            "norm_bias",
+            True,
+            "false with RMSNorm",
+        )
         concatenated = self.positions == "concatenated"
-        expected = "at least 1 with concatenated positions" if concatenated else "0 without concatenated positions"
+        expected = (
+            "at least 1 with concatenated positions"
+            if concatenated
+            else "0 without concatenated positions"
+        )
         check((self.d_pos >= 1) == concatenated and self.d_pos >= 0, "d_pos", self.d_pos, expected)
         check(self.d_pos <= MAX_SIZE, "d_pos", self.d_pos, f"at most {MAX_SIZE:,}")
-        check(not (self.sinusoidal and self.positions == "none"), "sinusoidal", True, "false without positions")
-        check(isinstance(self.abs_topk, Mapping), "abs_topk", self.abs_topk, "a mapping of location to fraction")
+        check(
+            not (self.sinusoidal and self.positions == "none"),
+            "sinusoidal",
+            True,
+            "false without positions",
+        )
+        check(
+            isinstance(self.abs_topk, Mapping),
+            "abs_topk",
+            self.abs_topk,
+            "a mapping of location to fraction",
+        )
         object.__setattr__(self, "abs_topk", dict(self.abs_topk))
         for location, fraction in self.abs_topk.items():
             expected = f"one of {', '.join(TOPK_LOCATIONS)}"
@@ -102,17 +132,23 @@ class SparseConfig:
 
     @property
     def d_read(self) -> int:
-        """Width of what a block reads: the residual stream and any concatenated positional channels."""
+        """Width of what a block reads: the residual stream and any concatenated positional
+        channels.
+        """
         return self.d_model + self.d_pos
 
     @property
     def n_matrix_weights(self) -> int:
         """How many weights the attention and MLP matrices of all layers have."""
         heads = self.n_heads * self.d_head
-        return self.n_layers * (heads * (3 * self.d_read + self.d_model) + self.d_mlp * (self.d_read + self.d_model))
+        return self.n_layers * (
+            heads * (3 * self.d_read + self.d_model) + self.d_mlp * (self.d_read + self.d_model)
+        )
 
     def location_size(self, location: str) -> int:
-        """Number of entries of the last dimension at an AbsTopK location (all heads together for q, k, v)."""
+        """Number of entries of the last dimension at an AbsTopK location (all heads together for q,
+        k, v).
+        """
         if location in ("attn_in", "mlp_in"):
             return self.d_read
         if location in ("attn_q", "attn_k", "attn_v"):
@@ -133,10 +169,15 @@ class SparseConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad value.
+            ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad
+                value.
         """
         check_known_keys(cls, values)
-        missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
+        missing = [
+            f.name
+            for f in fields(cls)
+            if f.default is f.default_factory is MISSING and f.name not in values
+        ]
         if missing:
             raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
         return cls(**values)

@@ -1,5 +1,6 @@
-"""The parts of the network around its blocks: AbsTopK, norms, embeddings, unembedding, bigram table."""
-
+"""The parts of the network around its blocks: AbsTopK, norms, embeddings, unembedding, bigram
+table.
+"""
 
 import math
 
@@ -34,7 +35,9 @@ class AbsTopK(nn.Module):
 
 
 def set_bias(module: nn.Module, name: str, shape: tuple[int, ...], learned: bool) -> None:
-    """A bias; where the network has none, the zeros that TransformerLens' tools expect to find there."""
+    """A bias; where the network has none, the zeros that TransformerLens' tools expect to find
+    there.
+    """
     if learned:
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     else:
@@ -55,7 +58,8 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
 
     def _scale(self, x: Tensor) -> Tensor:
-        # RMSNorm adds the dtype's machine epsilon, so that zero keeps its meaning in the stream (A.1).
+        # RMSNorm adds the dtype's machine epsilon, so that zero keeps its meaning in the stream
+        # (A.1).
         eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
         return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
@@ -69,7 +73,9 @@ class Norm(nn.Module):
 
 
 class Read(Norm):
-    """What a block reads: the normalised stream, beside it any positional channels, then AbsTopK."""
+    """What a block reads: the normalised stream, beside it any positional channels, then
+    AbsTopK.
+    """
 
     b_pos: Tensor
 
@@ -92,7 +98,9 @@ class Read(Norm):
 
 
 class Embed(nn.Module):
-    """Token embedding; `DataError` for ids outside the vocabulary (on a GPU torch itself stops there)."""
+    """Token embedding; `DataError` for ids outside the vocabulary (on a GPU torch itself stops
+    there).
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
@@ -102,7 +110,9 @@ class Embed(nn.Module):
         try:  # not W_E[tokens]: its backward differs from run to run on several threads
             return F.embedding(tokens, self.W_E)
         except IndexError as error:
-            raise DataError(f"token ids must be in [0, {len(self.W_E)}), the model's vocabulary") from error
+            raise DataError(
+                f"token ids must be in [0, {len(self.W_E)}), the model's vocabulary"
+            ) from error
 
 
 class PosEmbed(nn.Module):
@@ -133,7 +143,8 @@ class Unembed(nn.Module):
 
     def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
         super().__init__()
-        # Tied: a reference that is no submodule, so that the weight stays one parameter with one name.
+        # Tied: a reference that is no submodule, so that the weight stays one parameter with one
+        # name.
         self.__dict__["tied_to"] = embed if cfg.tied_unembed else None
         if not cfg.tied_unembed:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
@@ -150,7 +161,9 @@ class Unembed(nn.Module):
 
 
 class Bigram(nn.Module):
-    """The dense table whose row of the current token is added to the logits, off the residual path."""
+    """The dense table whose row of the current token is added to the logits, off the residual
+    path.
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()

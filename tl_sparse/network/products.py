@@ -1,5 +1,6 @@
-"""Products with the network's weight matrices: dense, or by their nonzero entries alone where that is faster."""
-
+"""Products with the network's weight matrices: dense, or by their nonzero entries alone where that
+is faster.
+"""
 
 import math
 import re
@@ -25,7 +26,9 @@ MIN_TOKENS = 32
 
 @dataclass(frozen=True)
 class Compressed:
-    """The nonzero entries of a matrix, row by row: those of row r are [starts[r], starts[r + 1])."""
+    """The nonzero entries of a matrix, row by row: those of row r are [starts[r], starts[r +
+    1]).
+    """
 
     starts: Int[Tensor, "row_1"]
     indices: Int[Tensor, " entry"]
@@ -35,7 +38,12 @@ class Compressed:
     @classmethod
     def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> "Compressed":
         starts = like.new_zeros(n_rows + 1, dtype=torch.int64)
-        return cls(starts, like.new_empty(n_entries, dtype=torch.int32), like.new_empty(n_entries), n_columns)
+        return cls(
+            starts,
+            like.new_empty(n_entries, dtype=torch.int32),
+            like.new_empty(n_entries),
+            n_columns,
+        )
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +60,8 @@ class Compressed:
 class WeightsHolder(nn.Module):
     """A part of the network whose weights can be held compact, not as parameters.
 
-    Then a dense copy of one is made each time it is asked for, and what is done to that copy is lost. A weight that is
-    assigned, or loaded from a state_dict, is held compact again.
+    Then a dense copy of one is made each time it is asked for, and what is done to that copy is
+    lost. A weight that is assigned, or loaded from a state_dict, is held compact again.
     """
 
     def hold_compact(self, name: str, weight: Compact) -> None:
@@ -90,7 +98,14 @@ class WeightsHolder(nn.Module):
         destination.update((prefix + name, weight) for name, weight in self.compact_weights())
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         state_dict = dict(state_dict)
         for name, held in self._held.items():
@@ -98,19 +113,25 @@ class WeightsHolder(nn.Module):
             if value is None:
                 missing.append(prefix + name)
             elif value.shape != held.shape:
-                errors.append(f"size mismatch for {prefix + name}: {list(value.shape)}, not {list(held.shape)}")
+                errors.append(
+                    f"size mismatch for {prefix + name}: {list(value.shape)}, not {list(held.shape)}"
+                )
             else:
                 self.hold_compact(name, Compact.of(value.to(held.values)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
 
 
 class Product(nn.Module):
-    """x · W + bias for a matrix W, in whose rows are the weights `names` of `owner`, each rearranged by `pattern`.
+    """x · W + bias for a matrix W, in whose rows are the weights `names` of `owner`, each
+    rearranged by `pattern`.
 
-    On a CPU with numba its nonzero entries are taken out once, and again after any change of the weights, which is
-    noticed by a checksum. `kernels` = "auto" uses them alone where the measured times of both ways say so; gradients
-    are those of the dense product. Products of fewer than 32 tokens are dense, unless the weights are held compact;
-    so are all under autocast and in `torch.compile`. `torch.func` needs "dense".
+    On a CPU with numba its nonzero entries are taken out once, and again after any change of the
+    weights, which is noticed by a checksum. `kernels` = "auto" uses them alone where the measured
+    times of both ways say so; gradients are those of the dense product. Products of fewer than 32
+    tokens are dense, unless the weights are held compact; so are all under autocast and in
+    `torch.compile`. `torch.func` needs "dense".
     """
 
     def __init__(self, owner: nn.Module, names: Sequence[str], pattern: str) -> None:
@@ -119,7 +140,8 @@ class Product(nn.Module):
         self.__dict__["owner"] = owner  # not a part of this
         self.names, self.pattern = names, pattern
         self.kernels: Kernels = "auto"
-        # Of which weights, how many entries are not zero, and these once needed. Replaced whole: threads may share it.
+        # Of which weights, how many entries are not zero, and these once needed. Replaced whole:
+        # threads may share it.
         self._taken: tuple[tuple[Any, ...], int, Compressed | None] = (), 0, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,18 +152,26 @@ class Product(nn.Module):
         parts = [rearrange(getattr(self.owner, name), self.pattern) for name in self.names]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], bias: Tensor) -> Float[Tensor, "*batch d_out"]:
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], bias: Tensor
+    ) -> Float[Tensor, "*batch d_out"]:
         entries = self._compressed(x)
         if entries is None:
             return F.linear(x, self.matrix().T, bias)
-        learns = not self._is_compact and any(getattr(self.owner, name).requires_grad for name in self.names)
+        learns = not self._is_compact and any(
+            getattr(self.owner, name).requires_grad for name in self.names
+        )
         matrix = self.matrix() if learns and torch.is_grad_enabled() else None
         return _SparseProduct.apply(x, matrix, bias, entries)
 
     @torch.no_grad()
     def _compressed(self, x: Tensor) -> Compressed | None:
         """Wᵀ compressed; None if the product is better done densely, or has to be."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernel("multiply", x) is None:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or kernel("multiply", x) is None
+        ):
             return None
         if self._is_compact:
             weights = x.dtype, *(self.owner.compact[name] for name in self.names)
@@ -184,9 +214,20 @@ class Product(nn.Module):
         found, n_inputs = [], 0
         for weight in (self.owner.compact[name] for name in self.names):
             sizes = dict(zip(before.split(), weight.shape, strict=True))
-            at = dict(zip(sizes, np.unravel_index(weight.positions.numpy(), weight.shape), strict=True))
-            inputs, outputs = (np.ravel_multi_index([at[x] for x in axes], [sizes[x] for x in axes]) for axes in sides)
-            found.append((torch.from_numpy(inputs) + n_inputs, torch.from_numpy(outputs), weight.values.to(dtype)))
+            at = dict(
+                zip(sizes, np.unravel_index(weight.positions.numpy(), weight.shape), strict=True)
+            )
+            inputs, outputs = (
+                np.ravel_multi_index([at[x] for x in axes], [sizes[x] for x in axes])
+                for axes in sides
+            )
+            found.append(
+                (
+                    torch.from_numpy(inputs) + n_inputs,
+                    torch.from_numpy(outputs),
+                    weight.values.to(dtype),
+                )
+            )
             more_inputs, n_outputs = (math.prod(sizes[axis] for axis in axes) for axes in sides)
             n_inputs += more_inputs
         column, row, values = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -197,16 +238,20 @@ class Product(nn.Module):
 
 def _checksum(weight: Tensor) -> int:
     """A number that changes with the weight."""
-    stored = weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight  # a tied unembedding, for one
+    stored = (
+        weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight
+    )  # a tied unembedding, for one
     flat = bits(stored.contiguous()).view(-1).numpy()
-    return sum(shared_out(kernel("checksum", weight), len(flat), len(flat), flat.view(f"u{flat.itemsize}")))
+    return sum(
+        shared_out(kernel("checksum", weight), len(flat), len(flat), flat.view(f"u{flat.itemsize}"))
+    )
 
 
 def _pays(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:
     """Whether a product takes less time by the nonzero entries alone.
 
-    Measured with AVX-512, in units of a dense multiplication on one thread: an entry takes 5, a number of the input 15,
-    of the output 60, and everything around it 6 million.
+    Measured with AVX-512, in units of a dense multiplication on one thread: an entry takes 5, a
+    number of the input 15, of the output 60, and everything around it 6 million.
     """
     entries = (5 * n_nonzero + 15 * d_in + 60 * d_out) / n_threads(n_tokens * (d_in + d_out))
     return n_tokens * (d_in * d_out / torch.get_num_threads() - entries) > 6e6
@@ -221,8 +266,9 @@ class _SparseProduct(torch.autograd.Function):
     ) -> Float[Tensor, "*batch d_out"]:
         rows, d_out = x.detach().reshape(-1, x.shape[-1]).contiguous(), len(compressed.starts) - 1
         offsets = rows.new_empty(0) if bias is None else bias.detach().contiguous()
-        # NumPy's memory is of huge pages where the system has them: it comes several times sooner than torch's.
-        # All of it, not a view of it: what works in place on a view makes autograd copy the gradient.
+        # NumPy's memory is of huge pages where the system has them: it comes several times sooner
+        # than torch's. All of it, not a view of it: what works in place on a view makes autograd
+        # copy the gradient.
         out = torch.from_numpy(np.empty((*x.shape[:-1], d_out), rows.numpy().dtype))
         arguments = rows, *compressed.parts, offsets, out.view(len(rows), d_out)
         shared_out(kernel("multiply", rows), len(rows), rows.numel() + out.numel(), *arguments)
@@ -235,6 +281,10 @@ class _SparseProduct(torch.autograd.Function):
         x, matrix = ctx.saved_tensors
         needs_x, needs_matrix, needs_bias = ctx.needs_input_grad[:3]
         transposed = None if matrix is None else matrix.T
-        of_x = _SparseProduct.apply(grad, transposed, None, ctx.compressed.transposed) if needs_x else None
+        of_x = (
+            _SparseProduct.apply(grad, transposed, None, ctx.compressed.transposed)
+            if needs_x
+            else None
+        )
         of_matrix = x.flatten(0, -2).T @ grad.flatten(0, -2) if needs_matrix else None
         return of_x, of_matrix, grad.flatten(0, -2).sum(0) if needs_bias else None, None

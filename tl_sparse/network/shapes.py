@@ -1,6 +1,5 @@
 """The shapes of what flows through the network, and one position of each row of it."""
 
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -1,6 +1,5 @@
 """Ranking nodes: by gates that are learned, or by attribution."""
 
-
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -16,12 +15,16 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
 
-def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> Float[Tensor, " gate"]:
-    """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation − mean).
+def attribution(
+    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
+) -> Float[Tensor, " gate"]:
+    """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation
+    − mean).
 
-    For `attribution` the gradient is that of the model as it is, else (integrated gradients) a mean over points on the
-    way from the model with all nodes at their means, all of them going together. As rankings these are baselines:
-    learned masks find far smaller circuits (A.5). As a start of learning they save most of its steps.
+    For `attribution` the gradient is that of the model as it is, else (integrated gradients) a mean
+    over points on the way from the model with all nodes at their means, all of them going together.
+    As rankings these are baselines: learned masks find far smaller circuits (A.5). As a start of
+        learning they save most of its steps.
     """
     data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
     points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 8, 2) / 8
@@ -31,7 +34,9 @@ def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
             strength = torch.full_like(gates.tau, point).requires_grad_()
             parts = gates.at_nodes(strength)
 
-            def mixed(name: str, parts: dict[str, Tensor], activation: Tensor, hook: object) -> Tensor:
+            def mixed(
+                name: str, parts: dict[str, Tensor], activation: Tensor, hook: object
+            ) -> Tensor:
                 return torch.lerp(gates.means[name].expand_as(activation), activation, parts[name])
 
             with hooked(model, {name: partial(mixed, name, parts) for name in parts}):
@@ -40,10 +45,16 @@ def attribution(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
     return total / (len(points) * data.n_pairs)
 
 
-def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool) -> None:
-    """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the task loss."""
+def learn_gates(
+    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool
+) -> None:
+    """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the
+    task loss.
+    """
     betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW([gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
     lowest, highest = log_k - math.log(100), log_k + math.log(100)
@@ -75,10 +86,18 @@ def learn_gates(model: TLModel, gates: NodeGates, data: TaskData, config: PruneC
 
 
 def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
-    """Random pairs, without end; those of like length together, so that little is computed for padding."""
-    generator, size = torch.Generator().manual_seed(config.seed), min(config.pairs_per_step, data.n_pairs)
+    """Random pairs, without end; those of like length together, so that little is computed for
+    padding.
+    """
+    generator, size = (
+        torch.Generator().manual_seed(config.seed),
+        min(config.pairs_per_step, data.n_pairs),
+    )
     lengths = data.last.view(-1, 2).amax(1).cpu()
     while True:
         drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
         batches = drawn[lengths[drawn].argsort()].split(size)
-        yield from (data.pairs(batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
+        yield from (
+            data.pairs(batches[i])
+            for i in torch.randperm(len(batches), generator=generator).tolist()
+        )

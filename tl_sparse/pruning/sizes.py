@@ -1,6 +1,5 @@
 """Choosing a size: from a ranking of the nodes to the smallest circuit that reaches the target."""
 
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -21,12 +20,17 @@ T = TypeVar("T")
 
 
 def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
-    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the task."""
+    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the
+    task.
+    """
     if circuit_score(circuit, model, data, config).loss > config.target_loss:
         return False
     if config.ablated_accuracy == 1:
         return True
-    return circuit_score(circuit, model, data, config, inverted=True).accuracy <= config.ablated_accuracy
+    return (
+        circuit_score(circuit, model, data, config, inverted=True).accuracy
+        <= config.ablated_accuracy
+    )
 
 
 def circuit_score(
@@ -36,12 +40,15 @@ def circuit_score(
     return score(model, data, config.batch_size, under)
 
 
-def discretise(empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig) -> Circuit:
-    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and of these
-    only the ones that it needs.
+def discretise(
+    empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
+) -> Circuit:
+    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and
+    of these only the ones that it needs.
 
-    Bisection between a size that is too small and one that is enough, both found by going outwards from the
-    learned size: the loss is not monotonic over the whole ranking, but nearly so around there.
+    Bisection between a size that is too small and one that is enough, both found by going outwards
+    from the learned size: the loss is not monotonic over the whole ranking, but nearly so around
+        there.
 
     Raises:
         PruneError: if not even all nodes make a circuit.
@@ -61,7 +68,9 @@ def discretise(empty: Circuit, model: TLModel, gates: NodeGates, selection: Task
             )
         too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
     part = representative(circuit(rank < enough), model, selection, config)
-    while enough - too_small > 1:  # down from the learned size until it is too small, then bisection
+    while (
+        enough - too_small > 1
+    ):  # down from the learned size until it is too small, then bisection
         size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
         holds = is_circuit(circuit(rank < size), model, part, config)
         enough, too_small = (size, too_small) if holds else (enough, size)
@@ -72,29 +81,40 @@ def discretise(empty: Circuit, model: TLModel, gates: NodeGates, selection: Task
     def without(gone: list[int]) -> Circuit:
         return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
 
-    # Gates learn all at once: some stay open that nothing kept reads, or whose part another node took over.
+    # Gates learn all at once: some stay open that nothing kept reads, or whose part another node
+    # took over.
     gone = eliminate(
         order[:enough].flip(0).tolist() if config.method == "learned" else [],
         lambda gone: is_circuit(without(gone), model, part, config),
         lambda gone: is_circuit(without(gone), model, selection, config),
     )
     found = without(gone)
-    scores = {name: tau + 2 * found.kept[name] for name, tau in gates.at_nodes(gates.tau.detach()).items()}
+    scores = {
+        name: tau + 2 * found.kept[name] for name, tau in gates.at_nodes(gates.tau.detach()).items()
+    }
     return dataclasses.replace(found, scores=scores)
 
 
-def representative(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> TaskData:
-    """`cleanup_pairs` of the pairs, with which much is tried: evenly spaced in the order of the circuit's loss on them,
-    so that its mean over them is nearly that over all."""
-    logits = all_logits(model, data, config.batch_size, holding_circuit(circuit, model, config.ablation))
+def representative(
+    circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig
+) -> TaskData:
+    """`cleanup_pairs` of the pairs, with which much is tried: evenly spaced in the order of the
+    circuit's loss on them, so that its mean over them is nearly that over all."""
+    logits = all_logits(
+        model, data, config.batch_size, holding_circuit(circuit, model, config.ablation)
+    )
     order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
     size = min(config.cleanup_pairs, data.n_pairs)
     return data.pairs(order[((torch.arange(size) + 0.5) * data.n_pairs / size).long()])
 
 
-def eliminate(candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]) -> list[T]:
-    """What can be taken away, tried in order by a quick test: more and more at once as long as that works, less and
-    less when not. If the last of them were too many by the test that decides, they come back."""
+def eliminate(
+    candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]
+) -> list[T]:
+    """What can be taken away, tried in order by a quick test: more and more at once as long as that
+    works, less and less when not. If the last of them were too many by the test that decides, they
+    come back.
+    """
     gone: list[T] = []
     first, size = 0, 1
     while first < len(candidates):

@@ -1,16 +1,17 @@
 """Seeded synthetic Python files made of the simple idioms that the tasks ask about.
 
-The standard library alone is too varied for a small model to learn from a few million characters, say, which quote
-closes a string. These files hold every construct of the tasks (paper, Table 1) many times, in simple code.
+The standard library alone is too varied for a small model to learn from a few million characters,
+say, which quote closes a string. These files hold every construct of the tasks (paper, Table 1)
+many times, in simple code.
 
-A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh draw of that kind, and
-`<kind1>`, `<kind2>` … for draws that differ from each other and stay the same throughout the template.
-The name of a group of templates is a kind as well: one of them, filled in.
+A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh
+draw of that kind, and `<kind1>`, `<kind2>` … for draws that differ from each other and stay the
+same throughout the template. The name of a group of templates is a kind as well: one of them,
+filled in.
 
-A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` makes its prompts of the same
-templates and words, so that a model trained here can do the tasks.
+A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` makes its prompts of
+the same templates and words, so that a model trained here can do the tasks.
 """
-
 
 import random
 import re
@@ -22,17 +23,29 @@ from typing import Any
 import yaml
 
 _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-#: Names and words by kind, none a keyword. A word given twice is drawn twice as often. `var` and `vars` have no
-#: word in common, so both can be parameters of one function.
-WORDS: dict[str, tuple[str, ...]] = {kind: tuple(words.split()) for kind, words in _DATA.pop("words").items()}
+#: Names and words by kind, none a keyword. A word given twice is drawn twice as often. `var` and
+#: `vars` have no word in common, so both can be parameters of one function.
+WORDS: dict[str, tuple[str, ...]] = {
+    kind: tuple(words.split()) for kind, words in _DATA.pop("words").items()
+}
 #: Templates by what they are; one given twice is drawn twice as often.
-TEMPLATES: dict[str, tuple[str, ...]] = {group: tuple(templates) for group, templates in _DATA.items()}
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    group: tuple(templates) for group, templates in _DATA.items()
+}
 #: What tasks.yaml says of each task.
-PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")
+)
 _SHARES = [task.get("share", 1) for task in PAIRS.values()]
 # How many words of a kind a document uses: names come back within a document, as in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
-_PHRASES = ("<noun>", "<adj> <noun>", "the <adj> <noun>", "<verb> the <noun>", "<verb> the <adj> <noun>")
+_PHRASES = (
+    "<noun>",
+    "<adj> <noun>",
+    "the <adj> <noun>",
+    "<verb> the <noun>",
+    "<verb> the <adj> <noun>",
+)
 
 _CHOICE = re.compile(r"«([^«|»]*)\|([^«|»]*)»")
 _PLACE = re.compile(r"( *)<body>|<([a-z]+)(\d?)>")
@@ -40,7 +53,9 @@ _PLACE = re.compile(r"( *)<body>|<([a-z]+)(\d?)>")
 
 @cache
 def _prepare(template: str) -> tuple[str, list[tuple[str, int]]]:
-    """A template as text for `str.format`, and what goes in its places: kind, and number or 0 for a fresh draw."""
+    """A template as text for `str.format`, and what goes in its places: kind, and number or 0 for a
+    fresh draw.
+    """
     slots: list[tuple[str, int]] = []
 
     def place(match: re.Match[str]) -> str:
@@ -63,7 +78,9 @@ class Writer:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self._names = WORDS | {k: tuple(rng.sample(WORDS[k], n)) for k, n in _NAMES_PER_DOCUMENT.items()}
+        self._names = WORDS | {
+            k: tuple(rng.sample(WORDS[k], n)) for k, n in _NAMES_PER_DOCUMENT.items()
+        }
         self._composed: dict[str, Callable[[], str]] = {
             "phrase": self.phrase,
             "str": lambda: self._quoted(self.phrase()),
@@ -99,7 +116,11 @@ class Writer:
     def line(self) -> str:
         """A statement of one line."""
         pick = self.rng.random()
-        return self.fill(self.choose("call_lines" if pick < 0.45 else "string_lines" if pick < 0.6 else "other_lines"))
+        return self.fill(
+            self.choose(
+                "call_lines" if pick < 0.45 else "string_lines" if pick < 0.6 else "other_lines"
+            )
+        )
 
     def choose(self, group: str) -> str:
         """One of a group of templates (several times faster than `rng.choice`)."""
@@ -111,20 +132,27 @@ class Writer:
         return self.line() if self.rng.random() < 0.5 else self.fill(self.choose("statements"))
 
     def pair(self, task: str) -> str:
-        """Three other templates, two of one side and one of the other, then both sides of a pair of that task.
+        """Three other templates, two of one side and one of the other, then both sides of a pair of
+        that task.
 
-        So the cues of both answers have come before, and which came more often does not tell the answer.
+        So the cues of both answers have come before, and which came more often does not tell the
+        answer.
         """
         templates = PAIRS[task]["templates"]
         text = ""
         for side in self.rng.sample((0, 1, self.rng.randrange(2)), 3):
-            text += both_sides(self.fill(self.rng.choice(PAIRS[task].get("context", templates))))[side] + "\n"
+            text += (
+                both_sides(self.fill(self.rng.choice(PAIRS[task].get("context", templates))))[side]
+                + "\n"
+            )
         return text + self.fill(self.rng.choice(templates)) + "\n"
 
     def document(self) -> str:
         """A whole file of about 5 to 40 lines."""
         lines_wanted = 5 + int(self.rng.random() * 18)
-        blocks = [self.fill("import <module1>\nimport <module2>")] if self.rng.random() < 0.3 else []
+        blocks = (
+            [self.fill("import <module1>\nimport <module2>")] if self.rng.random() < 0.3 else []
+        )
         text = ""
         while text.count("\n") < lines_wanted:
             pick = self.rng.random()
@@ -132,7 +160,9 @@ class Writer:
                 (task,) = self.rng.choices(tuple(PAIRS), _SHARES)
                 blocks.append(self.rng.choice(both_sides(self.pair(task))).rstrip("\n"))
             elif pick < 0.72:
-                blocks.append("\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4))))
+                blocks.append(
+                    "\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4)))
+                )
             else:
                 blocks.append(self.fill(self.choose("functions" if pick < 0.93 else "classes")))
             text = "\n\n".join(blocks) + "\n"
@@ -152,7 +182,8 @@ class Writer:
 def idiom_documents(n_chars: int, seed: int) -> list[str]:
     """Synthetic Python files of together at least `n_chars` characters and less than one file more.
 
-    The same arguments give the same files; a larger `n_chars` gives the same files and more of them.
+    The same arguments give the same files; a larger `n_chars` gives the same files and more of
+    them.
     """
     rng, documents, length = random.Random(seed), list[str](), 0
     while length < n_chars:

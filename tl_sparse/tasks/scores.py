@@ -1,6 +1,5 @@
 """How well a task is done, as numbers and as a table."""
 
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ class Score:
     loss: float
     standard_error: float
     accuracy: float
-
 
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:

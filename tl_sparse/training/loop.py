@@ -1,6 +1,5 @@
 """A whole training run, from text to a saved folder."""
 
-
 import dataclasses
 import math
 import platform
@@ -28,17 +27,25 @@ from tl_sparse.training.processes import Processes
 from tl_sparse.training.runs import Run, noticing_signals, packed_for
 from tl_sparse.training.trainer import Trainer
 
-#: A line of the log, and a look at the bar, every so many steps; the share of dead neurons in every fifth of them.
+#: A line of the log, and a look at the bar, every so many steps; the share of dead neurons in every
+#: fifth of them.
 LOG_STEPS = 20
 
 
 def batches(
     tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
 ) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Endless batches from number `start`, every row once per epoch, in an order that depends on the seed alone."""
+    """Endless batches from number `start`, every row once per epoch, in an order that depends on
+    the seed alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     epochs = (torch.randperm(len(tokens), generator=generator) for _ in count())
-    chosen = (rows for order in epochs for rows in order.split(batch_size) if len(rows) == min(batch_size, len(tokens)))
+    chosen = (
+        rows
+        for order in epochs
+        for rows in order.split(batch_size)
+        if len(rows) == min(batch_size, len(tokens))
+    )
     for rows in islice(chosen, start, None):
         yield tokens[rows].long()
 
@@ -47,7 +54,10 @@ def batches(
 def evaluate_loss(model: TLModel, tokens: Int[Tensor, "seq pos"], batch_size: int) -> float:
     """Mean next-token loss over the rows of `tokens`, in nats per token."""
     device = next(model.parameters()).device
-    losses = [model(rows.long().to(device), return_type="loss") * len(rows) for rows in tokens.split(batch_size)]
+    losses = [
+        model(rows.long().to(device), return_type="loss") * len(rows)
+        for rows in tokens.split(batch_size)
+    ]
     return float(torch.stack(losses).sum() / len(tokens))
 
 
@@ -65,8 +75,12 @@ def dead_neurons(model: TLModel, tokens: Int[Tensor, "seq pos"]) -> float:
 
 
 @torch.no_grad()
-def start_bigram_from_counts(model: TLModel, tokens: Int[Tensor, "seq pos"], prior: float = 10.0) -> None:
-    """Set the bigram table to log p(next | current) over `tokens`, smoothed by `prior` counts of the unigram."""
+def start_bigram_from_counts(
+    model: TLModel, tokens: Int[Tensor, "seq pos"], prior: float = 10.0
+) -> None:
+    """Set the bigram table to log p(next | current) over `tokens`, smoothed by `prior` counts of
+    the unigram.
+    """
     table = model.network.bigram.W_bigram
     d_vocab = len(table)
     counts = torch.zeros(d_vocab**2, dtype=torch.long)
@@ -80,27 +94,32 @@ def start_bigram_from_counts(model: TLModel, tokens: Int[Tensor, "seq pos"], pri
 
 
 def train(
-    config: TrainConfig, out: str | Path | None = None, device: str | torch.device | None = None,
-    progress: bool = True, resume: bool = False,
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    config: TrainConfig,
+    out: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    resume: bool = False,
+) -> tuple[Any, dict[str, Any]]:
     """Train a model from text to a saved folder.
 
-    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps), `checkpoints/`, and `data/`:
-    the tokens, which are read from there and not again from the text when the run is resumed. Ctrl-C
-    and SIGTERM write a checkpoint and stop; so do a loss that is not a number, and one that jumps.
+    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps),
+    `checkpoints/`, and `data/`: the tokens, which are read from there and not again from the text
+    when the run is resumed. Ctrl-C and SIGTERM write a checkpoint and stop; so do a loss that is
+    not a number, and one that jumps.
 
-    Under `accelerate launch` all processes train one model, each on its part of every batch. They stop together;
-    only the main one writes, and shows the bar. All read `out` to resume.
+    Under `accelerate launch` all processes train one model, each on its part of every batch. They
+    stop together; only the main one writes, and shows the bar. All read `out` to resume.
 
     Args:
-        config: architecture, data and hyper-parameters; `d_vocab` is also the size of the tokenizer, which is
-            trained on the same text.
-        out: folder for the model, its tokenizer, `training.json` (the record) and a sample of the training
-            tokens, from which the pruner takes means; None saves nothing.
-        device: None is the GPU if there is one, else the CPU; of several processes each takes its own GPU.
+        config: architecture, data and hyper-parameters; `d_vocab` is also the size of the
+            tokenizer, which is trained on the same text.
+        out: folder for the model, its tokenizer, `training.json` (the record) and a sample of the
+            training tokens, from which the pruner takes means; None saves nothing.
+        device: None is the GPU if there is one, else the CPU; of several processes each takes its
+            own GPU.
         progress: show a bar with loss, L0 and tokens per second.
-        resume: go on with the unfinished run in `out`; on the same device what follows is what would have
-            followed without the interruption, bit for bit.
+        resume: go on with the unfinished run in `out`; on the same device what follows is what
+            would have followed without the interruption, bit for bit.
 
     Returns:
         The model, in eval mode, and the record of how it was made.
@@ -110,7 +129,9 @@ def train(
         TrainError: if training stops early, or there is nothing to resume.
     """
     if resume and (out is None or not (Path(out) / "run.json").is_file()):
-        raise TrainError(f"there is no unfinished run in {out}; a run that ended has a training.json instead")
+        raise TrainError(
+            f"there is no unfinished run in {out}; a run that ended has a training.json instead"
+        )
     if out is not None and not resume:
         check_new_folder(out)
     processes = Processes.launched(config, out, resolve_device(device))
@@ -121,7 +142,12 @@ def train(
         corpus = packed_for(config, required) if run is None else run.corpus(required)
     rows = corpus.train
     divisible = len(rows) >= config.batch_size or len(rows) % processes.count == 0
-    check(divisible, "batch_size", config.batch_size, f"at most {len(rows)}, the sequences of this text")
+    check(
+        divisible,
+        "batch_size",
+        config.batch_size,
+        f"at most {len(rows)}, the sequences of this text",
+    )
     prepared = time.perf_counter()
 
     model = create(config.model, config.seed, corpus.tokenizer, device)
@@ -143,14 +169,20 @@ def train(
     model.eval()
     trained = time.perf_counter()
 
-    done, seconds = trainer.sparsity.steps, {"data": prepared - started, "training": trained - prepared}
+    done, seconds = (
+        trainer.sparsity.steps,
+        {"data": prepared - started, "training": trained - prepared},
+    )
     record = _record(trainer, corpus, losses[:done]) | {
         "seconds": seconds,
         "tokens_per_second": (done - first) * _tokens_per_step(config, rows) / seconds["training"],
     }
     if run is not None:
         model.save_pretrained(run.folder)
-        write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": next(batches(rows, CORPUS_ROWS, config.seed)).int()})
+        write_tensors(
+            run.folder / CORPUS_SAMPLE,
+            {"tokens": next(batches(rows, CORPUS_ROWS, config.seed)).int()},
+        )
         write_json(run.folder / "training.json", record)
         model.cfg.model_name = run.folder.resolve().name
         run.finish()
@@ -176,17 +208,32 @@ def _record(trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) ->
         "weights": sum(p.numel() for p in trainer.matrices),
         "device": str(next(model.parameters()).device),
         "processes": trainer.processes.count,
-        "versions": {name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")}
+        "versions": {
+            name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")
+        }
         | {"python": platform.python_version()},
     }
 
 
-def _steps(trainer: Trainer, losses: Float[Tensor, " step"], corpus: Corpus, run: Run | None, progress: bool) -> None:
+def _steps(
+    trainer: Trainer,
+    losses: Float[Tensor, " step"],
+    corpus: Corpus,
+    run: Run | None,
+    progress: bool,
+) -> None:
     """The steps that are left, until the target is reached; `losses` is filled in."""
     config, first, processes = trainer.config, trainer.sparsity.steps, trainer.processes
     device, validation = next(trainer.model.parameters()).device, corpus.validation
     stream, dead = batches(corpus.train, config.batch_size, config.seed, first), math.nan
-    bar = tqdm(range(first, config.steps), "training", config.steps, initial=first, disable=not progress, unit="step")
+    bar = tqdm(
+        range(first, config.steps),
+        "training",
+        config.steps,
+        initial=first,
+        disable=not progress,
+        unit="step",
+    )
     with noticing_signals() as processes.received:
         for step, tokens in zip(bar, stream, strict=False):
             losses[step] = loss = float(trainer.step(processes.part(tokens).to(device)))
@@ -199,23 +246,34 @@ def _steps(trainer: Trainer, losses: Float[Tensor, " step"], corpus: Corpus, run
             if run is not None and done < config.steps and (stop or run.is_due(done)):
                 run.save(trainer, losses[:done])
             if stop and done < config.steps:
-                processes.wait()  # a process that ends takes the others with it, even one that writes
-                where = f"; its state is in {run.folder}, and resume goes on" if run is not None else ""
-                raise TrainError(f"training ended after step {done} of {config.steps}: {stop}{where}")
+                # a process that ends takes the others with it, even one that writes
+                processes.wait()
+                where = (
+                    f"; its state is in {run.folder}, and resume goes on" if run is not None else ""
+                )
+                raise TrainError(
+                    f"training ended after step {done} of {config.steps}: {stop}{where}"
+                )
             if done % LOG_STEPS == 0 or done == config.steps:
                 recent = float(losses[max(0, done - LOG_STEPS) : done].mean())
                 kept = trainer.sparsity.fraction_at(step)
                 measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
                 if done % (5 * LOG_STEPS) == 0 or done == config.steps:
-                    measured["dead_neurons"] = dead = dead_neurons(trainer.model, validation[: config.batch_size])
+                    measured["dead_neurons"] = dead = dead_neurons(
+                        trainer.model, validation[: config.batch_size]
+                    )
                 if config.validate_steps and done % config.validate_steps < LOG_STEPS:
-                    agreed = torch.tensor(evaluate_loss(trainer.model, validation, config.batch_size), device=device)
+                    agreed = torch.tensor(
+                        evaluate_loss(trainer.model, validation, config.batch_size), device=device
+                    )
                     measured["validation_loss"] = float(processes.average(agreed))
                 if run is not None:
                     run.write_log(**measured)
                 processes.track(done, measured)
                 rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
                 shown = "" if math.isnan(dead) else f", {dead:.0%} of neurons dead"
-                bar.set_postfix_str(f"loss {recent:.3f}, L0 {kept:.1%}{shown}, {rate:,.0f} tokens/s")
+                bar.set_postfix_str(
+                    f"loss {recent:.3f}, L0 {kept:.1%}{shown}, {rate:,.0f} tokens/s"
+                )
                 if measured.get("validation_loss", math.inf) <= config.target_validation_loss:
                     return

@@ -1,5 +1,6 @@
-"""One run in several processes, and its trackers: both are accelerate's, imported only where they are asked for."""
-
+"""One run in several processes, and its trackers: both are accelerate's, imported only where they
+are asked for.
+"""
 
 import dataclasses
 import os
@@ -23,8 +24,8 @@ SIGNALS = (SIGINT, SIGTERM)
 class Processes:
     """The processes of a run, each with the whole model; without arguments, this one alone.
 
-    The model is not wrapped. Every process takes the gradients of its part of the batch; once these are averaged,
-    all do the same step on the same weights.
+    The model is not wrapped. Every process takes the gradients of its part of the batch; once these
+    are averaged, all do the same step on the same weights.
 
     Args:
         accelerator: accelerate's, if there are several processes or a tracker.
@@ -36,19 +37,37 @@ class Processes:
         self.count: int = 1 if accelerator is None else accelerator.num_processes
         self.main: bool = accelerator is None or accelerator.is_main_process
         self.received: list[int] = []  # signals, by this process
-        self.stop: Signals | None = None  # a signal that any process had received before the last average
+        self.stop: Signals | None = (
+            None  # a signal that any process had received before the last average
+        )
 
     @classmethod
-    def launched(cls, config: TrainConfig, folder: str | Path | None, device: torch.device) -> "Processes":
+    def launched(
+        cls, config: TrainConfig, folder: str | Path | None, device: torch.device
+    ) -> "Processes":
         """As many as `accelerate launch` started, with the tracker that `config` asks for.
 
         Raises:
-            ConfigError: if the batch cannot be divided, `device` is one for all, or the tracker is not installed.
+            ConfigError: if the batch cannot be divided, `device` is one for all, or the tracker is
+                not installed.
         """
-        count, tracker = int(os.environ.get("WORLD_SIZE", "1")), None if config.track == "none" else config.track
-        check(config.batch_size % count == 0, "batch_size", config.batch_size, f"a multiple of the {count} processes")
+        count, tracker = (
+            int(os.environ.get("WORLD_SIZE", "1")),
+            None if config.track == "none" else config.track,
+        )
+        check(
+            config.batch_size % count == 0,
+            "batch_size",
+            config.batch_size,
+            f"a multiple of the {count} processes",
+        )
         numbered = count > 1 and device.index is not None
-        check(not numbered, "device", str(device), "without a number: each of several processes takes its own")
+        check(
+            not numbered,
+            "device",
+            str(device),
+            "without a number: each of several processes takes its own",
+        )
         if count == 1 and tracker is None:
             return cls(device=device)
         from accelerate import Accelerator
@@ -67,17 +86,25 @@ class Processes:
         return batch if self.count == 1 else batch.chunk(self.count)[self.accelerator.process_index]
 
     @torch.no_grad()
-    def average(self, loss: Float[Tensor, ""], parameters: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
-        """The mean loss; gradients become their mean, and `stop` is agreed upon, all in one exchange."""
+    def average(
+        self, loss: Float[Tensor, ""], parameters: Sequence[Tensor] = ()
+    ) -> Float[Tensor, ""]:
+        """The mean loss; gradients become their mean, and `stop` is agreed upon, all in one
+        exchange.
+        """
         noticed = [float(number in self.received) for number in SIGNALS]
         if self.count > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
             ours = [g.flatten() for g in gradients] + [loss.view(1), loss.new_tensor(noticed)]
-            means = self.accelerator.reduce(torch.cat(ours), "mean").split([len(values) for values in ours])
+            means = self.accelerator.reduce(torch.cat(ours), "mean").split(
+                [len(values) for values in ours]
+            )
             for gradient, mean in zip(gradients, means, strict=False):
                 gradient.copy_(mean.view_as(gradient))
             loss, noticed = means[-2][0], means[-1].tolist()
-        self.stop = next((number for number, share in zip(SIGNALS, noticed, strict=True) if share), None)
+        self.stop = next(
+            (number for number, share in zip(SIGNALS, noticed, strict=True) if share), None
+        )
         return loss
 
     def main_first(self) -> AbstractContextManager[None]:
@@ -101,11 +128,17 @@ class Processes:
 
     def end_tracker(self) -> None:
         """End what `start_tracker` began."""
-        if self.accelerator is not None:  # its own `end_training` would also end the processes' connection
+        if (
+            self.accelerator is not None
+        ):  # its own `end_training` would also end the processes' connection
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        yield from (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )

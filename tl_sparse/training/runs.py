@@ -1,5 +1,6 @@
-"""A training run in a folder: its log, and checkpoints from which it goes on exactly where it was."""
-
+"""A training run in a folder: its log, and checkpoints from which it goes on exactly where it
+was.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ _FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
 
 
 def packed_for(
-    config: TrainConfig, required: Sequence[str], folder: Path | None = None, about: dict[str, Any] | None = None
+    config: TrainConfig,
+    required: Sequence[str],
+    folder: Path | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Corpus:
     """The tokenizer and tokens that a run of `config` reads; see `packed_corpus`."""
     return packed_corpus(
@@ -61,7 +65,11 @@ class Run:
 
     def __init__(self, folder: Path, config: TrainConfig, resume: bool) -> None:
         self.folder, self.config = folder, config
-        self.checkpoints, self.log, self.data = folder / "checkpoints", folder / "log.jsonl", folder / "data"
+        self.checkpoints, self.log, self.data = (
+            folder / "checkpoints",
+            folder / "log.jsonl",
+            folder / "data",
+        )
         self._about = None
         if resume:
             stored = read_json(folder / "run.json")
@@ -70,10 +78,15 @@ class Run:
         self._saved = time.monotonic()
 
     def corpus(self, required: Sequence[str]) -> Corpus:
-        """The run's tokens, packed in its folder; to resume, the same again: see `packed_corpus`."""
+        """The run's tokens, packed in its folder; to resume, the same again: see
+        `packed_corpus`.
+        """
         corpus = packed_for(self.config, required, self.data, self._about)
         if self._about is None:
-            write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), "data": corpus.about})
+            write_json(
+                self.folder / "run.json",
+                {"config": dataclasses.asdict(self.config), "data": corpus.about},
+            )
         return corpus
 
     def is_due(self, step: int) -> bool:
@@ -88,33 +101,44 @@ class Run:
         Raises:
             TrainError: if it cannot be written; those before it are as they were.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(trainer).items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in _state(trainer).items()
+        }
         tensors["losses"] = losses.cpu()
         tensors["checksum"] = torch.tensor(_checksum(tensors))
         path = self.checkpoints / f"step-{len(losses):08}.safetensors"
         try:
             write_tensors(path, tensors)
         except Exception as error:  # safetensors has errors of its own for a full disk
-            raise TrainError(f"cannot write {path}: {error}; the checkpoints before it are as they were") from error
+            raise TrainError(
+                f"cannot write {path}: {error}; the checkpoints before it are as they were"
+            ) from error
         for old in self._paths()[: -self.config.keep_checkpoints]:
             old.unlink()
         self._saved = time.monotonic()
 
     def restore(self, trainer: Trainer) -> Tensor:
-        """Put the trainer into the state of the last checkpoint; returns the losses of all steps until then.
+        """Put the trainer into the state of the last checkpoint; returns the losses of all steps
+        until then.
 
         Raises:
             TrainError: if there is none, or it is damaged.
         """
         paths = self._paths()
         if not paths:
-            raise TrainError(f"there is no checkpoint in {self.checkpoints}; train into a new folder without resume")
+            raise TrainError(
+                f"there is no checkpoint in {self.checkpoints}; train into a new folder without resume"
+            )
         try:
             stored = read_tensors(paths[-1])
             if int(stored.pop("checksum")) != _checksum(stored):
                 raise CheckpointError(f"{paths[-1]} is damaged: its checksum is wrong")
         except (CheckpointError, KeyError) as error:
-            before = f"remove it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
+            before = (
+                f"remove it to go on from {paths[-2].name}"
+                if len(paths) > 1
+                else "there is none before it"
+            )
             raise TrainError(f"{error}; {before}") from error
         losses = stored.pop("losses")
         trainer.sparsity.steps = len(losses)
@@ -169,8 +193,12 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 
 
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
-    """Raise `TrainError` naming what differs between a run's configuration and the one it is to go on with."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # what is compared has been through JSON on both sides
+    """Raise `TrainError` naming what differs between a run's configuration and the one it is to go
+    on with.
+    """
+    now = json.loads(
+        json.dumps(dataclasses.asdict(config))
+    )  # what is compared has been through JSON on both sides
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
             differ = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
@@ -179,7 +207,9 @@ def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> No
 
 @contextmanager
 def noticing_signals() -> Iterator[list[int]]:
-    """Within the context, SIGINT (Ctrl-C) and SIGTERM only put their number into the list; a second one acts."""
+    """Within the context, SIGINT (Ctrl-C) and SIGTERM only put their number into the list; a second
+    one acts.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

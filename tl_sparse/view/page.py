@@ -1,6 +1,5 @@
 """A circuit as one self-contained HTML page."""
 
-
 import base64
 import hashlib
 import html
@@ -18,23 +17,32 @@ from tl_sparse.view.contents import MAX_BYTES, PASSAGES
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page, to be saved or to be the value of a notebook's cell; `data` is what `page_data` gathered."""
+    """A page, to be saved or to be the value of a notebook's cell; `data` is what `page_data`
+    gathered.
+    """
 
     data: dict[str, Any]
 
     @cached_property
     def html(self) -> str:
-        """The whole page, without the last prompts and passages if it had more than `MAX_BYTES` with them."""
+        """The whole page, without the last prompts and passages if it had more than `MAX_BYTES`
+        with them.
+        """
         data, most = self.data, PASSAGES
         while len(page := _fill(data)) > MAX_BYTES and most:
             if len(data["prompts"]) > 1:
                 data = data | {"prompts": data["prompts"][:-1]}
                 continue
             most -= 1
-            nodes = [node | {"passages": [side[:most] for side in node["passages"]]} for node in data["nodes"]]
+            nodes = [
+                node | {"passages": [side[:most] for side in node["passages"]]}
+                for node in data["nodes"]
+            ]
             data = data | {"nodes": nodes, "caps": data["caps"] | {"passages": most}}
         if len(page) > MAX_BYTES:
-            raise CircuitError(f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight")
+            raise CircuitError(
+                f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight"
+            )
         return page
 
     def save(self, path: str | Path) -> None:
@@ -48,13 +56,21 @@ class Page:
 
 
 def _fill(data: dict[str, Any]) -> str:
-    """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the element it is in."""
+    """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the
+    element it is in.
+    """
     folder, names = Path(__file__).parent, ("page.css", "d3.min.js", "page.js", "template.html")
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     # Only these two scripts may run, and nothing may be fetched: a second fence around the first.
-    digests = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()) for name in names if name.endswith("js"))
+    digests = (
+        base64.b64encode(hashlib.sha256(parts[name].encode()).digest())
+        for name in names
+        if name.endswith("js")
+    )
     parts["scripts"] = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-    parts["title"] = html.escape(f"{data['summary']['task'] or 'A circuit'} in {data['summary']['model'] or 'a model'}")
+    parts["title"] = html.escape(
+        f"{data['summary']['task'] or 'A circuit'} in {data['summary']['model'] or 'a model'}"
+    )
     finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JSON has no NaN
     parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])

@@ -1,0 +1,525 @@
+"""Node pruning on stock models of both TransformerLens lines, family by family."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from micro import (
+    EDGES,
+    LOSS,
+    MICRO_TASK,
+    NODES,
+    VOCABULARY,
+    W_O,
+    W_U,
+    W_V,
+    micro_corpus,
+    micro_tokenizer,
+)
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
+from tl_sparse.errors import CircuitError, HookNameError
+from tl_sparse.evaluation.judge import evaluate
+from tl_sparse.faces.line import transformer_lens_line
+from tl_sparse.hooks import ablating, mean_activations
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune
+from tl_sparse.tasks.task import make_task_data
+
+on_3 = pytest.mark.skipif(
+    transformer_lens_line() != 3, reason="HookedTransformer is of TransformerLens 3"
+)
+on_4 = pytest.mark.skipif(transformer_lens_line() == 3, reason="bridges are of TransformerLens 4")
+TOKENS = torch.randint(1, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+LAYERS, D, HEADS, D_HEAD, D_MLP = 2, 16, 4, 4, 24
+
+# TransformerLens 3: the options of HookedTransformerConfig that make a family.
+SIZES = dict(
+    n_layers=LAYERS, d_model=D, n_heads=HEADS, d_head=D_HEAD, d_mlp=D_MLP, d_vocab=40, n_ctx=16, act_fn="gelu",
+    normalization_type="LN", seed=0, device="cpu",
+)  # fmt: skip
+ROTARY = dict(positional_embedding_type="rotary", rotary_dim=4)
+LLAMA = ROTARY | dict(
+    normalization_type="RMS", final_rms=True, act_fn="silu", gated_mlp=True, n_key_value_heads=2
+)
+HOOKED = {
+    "gpt2": {},
+    "folded": dict(normalization_type="LNPre"),
+    "llama": LLAMA,
+    "parallel": ROTARY | dict(parallel_attn_mlp=True),
+    "attn_only": dict(attn_only=True),
+}
+HOOKED_REFUSED = {
+    "several experts": LLAMA | dict(num_experts=2, experts_per_token=1),
+    "norms before and after": LLAMA | dict(use_normalization_before_and_after=True),
+    "norms after": LLAMA | dict(original_architecture="Olmo2ForCausalLM"),
+    "neurons that mix": dict(act_fn="solu_ln"),
+    "no norm": dict(normalization_type=None),
+    "positions beside the read": dict(positional_embedding_type="shortformer"),
+    "reads split by head": dict(use_split_qkv_input=True),
+    "keys copied for each head": LLAMA | dict(ungroup_grouped_query_attention=True),
+}
+
+# TransformerLens 4: transformers' own small models.
+BASE = dict(
+    vocab_size=40, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=D_MLP,
+    max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+GROUPED = BASE | dict(num_key_value_heads=2)
+GPT = dict(
+    vocab_size=40, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=D_MLP, n_positions=16
+) | dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+BRIDGED = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", BASE),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT | dict(rotary_dim=4)),
+}
+ONE = BASE | dict(num_hidden_layers=1)
+BRIDGED_ALSO = {
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", ONE | dict(num_key_value_heads=2, head_dim=4)),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", ONE | dict(num_key_value_heads=2, head_dim=4)),
+    "phi": ("PhiForCausalLM", "PhiConfig", ONE),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {n: ONE[n] for n in list(ONE)[:4]}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", ONE | dict(residual_multiplier=0.5)),
+}
+BRIDGED_REFUSED = {
+    "MixtralForCausalLM": ("MixtralConfig", GROUPED | dict(num_local_experts=2), "mixture of experts"),
+    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | dict(head_dim=4), "attn_out is not what the weights alone"),
+    "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
+    "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
+    "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
+    "OpenAIGPTLMHeadModel": (
+        "OpenAIGPTConfig", dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16), "nothing passes",
+    ),
+    "MambaForCausalLM": ("MambaConfig", dict(vocab_size=40, hidden_size=D, num_hidden_layers=2), "has no hook point"),
+    "T5ForConditionalGeneration": (
+        "T5Config", dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4), "has no hook point",
+    ),
+}  # fmt: skip
+FAMILIES = list(HOOKED if transformer_lens_line() == 3 else BRIDGED)
+
+
+def scramble(model):
+    """Every weight random, biases and norms too, and a third of the entries of matrices zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if parameter.ndim > 1:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) > 0.3)
+    return model.eval()
+
+
+def hooked(**options):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return scramble(HookedTransformer(HookedTransformerConfig(**(SIZES | options))))
+
+
+def of_transformers(architecture, config, options):
+    torch.manual_seed(0)
+    return scramble(getattr(transformers, architecture)(getattr(transformers, config)(**options)))
+
+
+def bridge(model):
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    return build_bridge_from_module(
+        model, type(model).__name__, hf_config=model.config, device="cpu"
+    )
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    """Name, model, the one to edit its weights in (on TransformerLens 4 transformers' own), hook
+    points and means.
+    """
+    if transformer_lens_line() == 3:
+        model = plain = hooked(**HOOKED[request.param])
+    else:
+        plain = of_transformers(*BRIDGED[request.param])
+        model = bridge(copy.deepcopy(plain))
+    hooks = node_hooks(model)
+    return (
+        request.param,
+        model,
+        plain,
+        hooks,
+        mean_activations(model, list(hooks.values()), [TOKENS]),
+    )
+
+
+def logits(model):
+    out = model(TOKENS)
+    return (out if isinstance(out, torch.Tensor) else out.logits).detach()
+
+
+def with_nodes(model, kept, means=None):
+    """The circuit that keeps all nodes or none."""
+    means = means or mean_activations(model, list(node_hooks(model).values()), [TOKENS])
+    return Circuit(
+        {n: torch.full(m.shape, kept) for n, m in means.items()}, means, fingerprint(model)
+    )
+
+
+def views(name, model):
+    """Weights [in, out] and biases of layer 1 as views into `model`, out of q, k, v being [head,
+    d_head].
+    """
+    if transformer_lens_line() == 3:
+        attn, mlp = model.blocks[1].attn, getattr(model.blocks[1], "mlp", None)
+        own = {"Q": "", "K": "_" * (name == "llama"), "V": "_" * (name == "llama")}
+        found = {
+            c: (getattr(attn, f"{p}W_{c}").permute(1, 0, 2), getattr(attn, f"{p}b_{c}"))
+            for c, p in own.items()
+        }
+        found["O"] = (attn.W_O.view(D, D), attn.b_O)
+        if mlp is not None:
+            found |= {"gate": (mlp.W_gate, None)} if name == "llama" else {}
+            found |= {"in": (mlp.W_in, mlp.b_in), "out": (mlp.W_out, mlp.b_out)}
+        return found
+    if name == "neox":
+        attn, mlp = model.gpt_neox.layers[1].attention, model.gpt_neox.layers[1].mlp
+        weight = attn.query_key_value.weight.view(HEADS, 3, D_HEAD, D).permute(1, 3, 0, 2)
+        bias = attn.query_key_value.bias.view(HEADS, 3, D_HEAD).transpose(0, 1)
+        found, linear = (
+            dict(zip("QKV", zip(weight, bias, strict=True), strict=True)),
+            {"O": attn.dense},
+        )
+        linear |= {"in": mlp.dense_h_to_4h, "out": mlp.dense_4h_to_h}
+    elif name == "gpt2":
+        block = model.transformer.h[1]
+        weights, biases = block.attn.c_attn.weight.split(D, 1), block.attn.c_attn.bias.split(D)
+        found = dict(zip("QKV", zip(weights, biases, strict=True), strict=True))
+        plain = {"O": block.attn.c_proj, "in": block.mlp.c_fc, "out": block.mlp.c_proj}
+        found, linear = found | {c: (part.weight, part.bias) for c, part in plain.items()}, {}
+    elif name == "gptj":
+        attn, mlp = model.transformer.h[1].attn, model.transformer.h[1].mlp
+        found, linear = (
+            {},
+            {"Q": attn.q_proj, "K": attn.k_proj, "V": attn.v_proj, "O": attn.out_proj},
+        )
+        linear |= {"in": mlp.fc_in, "out": mlp.fc_out}
+    else:
+        attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+        found, linear = {}, {"Q": attn.q_proj, "K": attn.k_proj, "V": attn.v_proj, "O": attn.o_proj}
+        linear |= {"in": mlp.up_proj, "gate": mlp.gate_proj, "out": mlp.down_proj}
+    found |= {c: (part.weight.T, part.bias) for c, part in linear.items()}
+    for c in "QKV":
+        weight, bias = found[c]
+        if weight.ndim == 2:
+            heads = (weight.shape[1] // D_HEAD, D_HEAD)
+            found[c] = (weight.unflatten(1, heads), None if bias is None else bias.view(heads))
+    return found
+
+
+@torch.no_grad()
+def cut(parts, location, index):
+    """Take a node out of the weights: nothing reads it, or nothing writes it."""
+    out = (..., index)
+    if location in HEAD_LOCATIONS:
+        out = (..., *divmod(index, D_HEAD))
+    rows = {"attn_in": "QKV", "mlp_in": ("in", "gate"), "mlp_neuron": ("out",)}.get(location, ())
+    columns = {"attn_out": "O", "mlp_out": ("out",)}.get(
+        location, location[-1].upper() if out[1:] != (index,) else ()
+    )
+    for part in rows:
+        if part in parts:
+            parts[part][0][index] = 0
+    for part in columns:
+        weight, bias = parts[part]
+        weight[out] = 0
+        if bias is not None:
+            bias[out[1:]] = 0
+
+
+def read_as_zero(model, name, location, index):
+    """The value at a node for which what reads it gets 0: the norm's weight and bias may still
+    follow.
+    """
+    norm = getattr(model.blocks[1], "ln1" if location == "attn_in" else "ln2", None)
+    if (
+        transformer_lens_line() == 3
+        and location.endswith("_in")
+        and name in ("gpt2", "parallel", "attn_only")
+    ):
+        return -(norm.b[index] / norm.w[index]).item()
+    return 0.0
+
+
+def test_locations_of_a_family(family):
+    name, model, _, hooks, means = family
+    locations = [
+        where for where in LOCATION_HOOKS if name != "attn_only" or where.startswith("attn")
+    ]
+    assert list(hooks) == [(layer, where) for layer in range(LAYERS) for where in locations]
+    assert all(
+        str(node_at(hook, 3)) == f"{layer}.{where}.3" for (layer, where), hook in hooks.items()
+    )
+    assert node_hooks(model, ["attn_q"]) == {
+        (i, "attn_q"): f"blocks.{i}.attn.hook_q" for i in range(LAYERS)
+    }
+    sizes = {where: m.shape for (_, where), m in zip(hooks, means.values(), strict=True)}
+    groups = 2 if name == "llama" else HEADS
+    assert sizes["attn_q"] == (HEADS, D_HEAD)
+    assert sizes["attn_k"] == sizes["attn_v"] == (groups, D_HEAD)
+    assert all(sizes[where] == (D,) for where in locations if where.endswith(("_in", "_out")))
+
+
+def test_all_nodes_are_the_model_and_every_nonzero_weight_an_edge(family, tmp_path):
+    name, model, plain, _, means = family
+    circuit, before = with_nodes(model, True, means), logits(model)
+    with circuit.applied(model):
+        assert torch.equal(logits(model), before)
+    last = [edge for edge in circuit.edges(model) if edge.source.layer == 1]
+    assert len(last) == sum(
+        int(weight.count_nonzero()) for weight, _ in views(name, plain).values()
+    )
+    circuit.save(tmp_path)
+    again = Circuit.load(tmp_path)
+    assert again.nodes == circuit.nodes
+    assert again.edges(model) == circuit.edges(model)
+    assert circuit.edge_list(model)["edges"][0]["source"] == "0.attn_in.0"
+
+
+def test_edges_are_the_weights_between_their_nodes(family):
+    name, model, plain, *_ = family
+    parts = views(name, plain)
+    found = {}
+    for source, target, matrix in weight_matrices(model, 1):
+        found.setdefault((source, target), []).append(matrix)
+    for c in "QKV":
+        assert torch.equal(found["attn_in", f"attn_{c.lower()}"][0], parts[c][0].flatten(1))
+    by_head = parts["O"][0].view(HEADS, D_HEAD, D)
+    shared = HEADS // len(parts["V"][0][0])
+    for i, matrix in enumerate(
+        found["attn_v", "attn_out"]
+    ):  # heads i, shared + i, … read the value heads 0, 1, …
+        assert torch.equal(matrix, by_head[i::shared].flatten(0, 1))
+    assert len(found["attn_v", "attn_out"]) == shared
+    if "in" in parts:
+        expected = [parts[c][0] for c in ("in", "gate") if c in parts]
+        assert all(map(torch.equal, found["mlp_in", "mlp_neuron"], expected))
+        assert torch.equal(found["mlp_neuron", "mlp_out"][0], parts["out"][0])
+
+
+@pytest.mark.parametrize("location", LOCATION_HOOKS)
+def test_an_ablated_node_is_one_taken_out_of_the_weights(family, location):
+    name, model, plain, hooks, means = family
+    if (1, location) not in hooks:
+        pytest.skip("no MLPs")
+    hook = hooks[1, location]
+    mean = means[hook]
+    index = mean.numel() - 3
+    node = torch.arange(mean.numel()).view(mean.shape) == index
+    edited = copy.deepcopy(plain)
+    cut(views(name, edited), location, index)
+    value = torch.full(mean.shape, read_as_zero(model, name, location, index))
+    with ablating(model, {hook: node}, {hook: value}):
+        ablated = logits(model)
+    torch.testing.assert_close(ablated, logits(edited), rtol=1e-4, atol=1e-5)
+    assert (ablated - logits(model)).abs().max() > 1e-4
+
+
+def test_every_node_can_be_held_at_its_mean(family):
+    _, model, _, _, means = family
+    circuit = with_nodes(model, False, means)
+    with circuit.applied(model):
+        _, cache = model.run_with_cache(TOKENS)
+    for name, mean in circuit.means.items():
+        torch.testing.assert_close(cache[name], mean.expand_as(cache[name]), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(
+    transformer_lens_line() == 3, reason="GPT-J's one norm is two in a HookedTransformer"
+)
+def test_parallel_reads_of_one_norm_are_apart():
+    model = bridge(of_transformers(*BRIDGED["gptj"]))
+    hooks = node_hooks(model)
+    _, whole = model.run_with_cache(TOKENS)
+    for gated, other in (("attn_in", "mlp_neuron"), ("mlp_in", "attn_q")):
+        name = hooks[0, gated]
+        with ablating(model, {name: torch.ones(D, dtype=torch.bool)}, {name: torch.zeros(D)}):
+            _, cache = model.run_with_cache(TOKENS)
+        assert torch.equal(cache[hooks[0, other]], whole[hooks[0, other]])
+
+
+@on_3
+@pytest.mark.parametrize("name", HOOKED_REFUSED)
+def test_hooked_transformers_whose_nodes_are_something_else(name):
+    model = hooked(**HOOKED_REFUSED[name])
+    with pytest.raises(
+        HookNameError, match=r"^nodes of \w+ \(HookedTransformer\) cannot be gated: "
+    ):
+        node_hooks(model)
+    assert all(not point.has_hooks() for point in model.hook_dict.values())
+
+
+@on_3
+def test_encoders_are_refused():
+    from transformer_lens import HookedEncoder, HookedTransformerConfig
+
+    model = HookedEncoder(HookedTransformerConfig(**SIZES, attention_dir="bidirectional"))
+    with torch.no_grad():
+        for parameter in model.parameters():  # it leaves them as memory was
+            parameter.zero_()
+    with pytest.raises(
+        HookNameError, match=r"\(HookedEncoder\) cannot be gated: in layer 0, attn_q is not what"
+    ):
+        node_hooks(scramble(model))
+
+
+@on_4
+@pytest.mark.parametrize("architecture", BRIDGED_REFUSED)
+def test_bridges_whose_nodes_are_something_else(architecture):
+    config, options, why = BRIDGED_REFUSED[architecture]
+    model = bridge(of_transformers(architecture, config, options))
+    with pytest.raises(
+        HookNameError, match=rf"^nodes of {architecture} \(\w+\) cannot be gated: .*{why}"
+    ):
+        node_hooks(model)
+
+
+@on_4
+@pytest.mark.parametrize("name", BRIDGED_ALSO)
+def test_further_bridges(name):
+    model = bridge(of_transformers(*BRIDGED_ALSO[name]))
+    circuit, before = with_nodes(model, True), logits(model)
+    with circuit.applied(model):
+        assert torch.equal(logits(model), before)
+    for hook, mask in circuit.kept.items():  # what is set at any of them has a part in the logits
+        with ablating(model, {hook: mask}, circuit.means):
+            assert not torch.equal(logits(model), before), hook
+
+
+@on_4
+@pytest.mark.parametrize("name", BRIDGED)
+def test_folded_bridges(name):
+    model = bridge(of_transformers(*BRIDGED[name]))
+    circuit = with_nodes(model, True)
+    n_edges = len(circuit.edges(model))
+    model.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(CircuitError, match="other weights"):
+        circuit.edges(model)
+    folded = with_nodes(model, True)
+    assert folded.nodes == circuit.nodes
+    assert len(folded.edges(model)) >= n_edges  # centring fills zeros of what writes to the stream
+
+
+@pytest.mark.parametrize(
+    ("point", "change", "why"),
+    [
+        (
+            "mlp.hook_pre",
+            lambda x, hook: x + torch.arange(x.shape[1])[:, None],
+            "mlp_neuron is not what the weights",
+        ),
+        (
+            "attn.hook_z",
+            lambda x, hook: x / (x.norm(dim=(2, 3), keepdim=True) + 1e-6),
+            "attn_out is not what",
+        ),
+        ("hook_resid_post", lambda x, hook: x + 1, "the residual stream gets more"),
+    ],
+)
+def test_whatever_comes_between_nodes_is_noticed(point, change, why):
+    model = hooked() if transformer_lens_line() == 3 else bridge(of_transformers(*BRIDGED["gpt2"]))
+    model.add_hook(f"blocks.1.{point}", change)
+    with pytest.raises(HookNameError, match=f"in layer 1, {why}"):
+        node_hooks(model)
+    model.reset_hooks()
+    assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
+
+
+def test_models_in_lower_precision():
+    model = (
+        hooked(**LLAMA)
+        if transformer_lens_line() == 3
+        else bridge(of_transformers(*BRIDGED["llama"]))
+    )
+    model = model.to(torch.bfloat16)
+    model.train()
+    assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
+    assert model.training
+
+
+def micro_dense():
+    """micro.py's model as a stock one of the Llama kind, whose MLP does nothing."""
+    options = dict(
+        n_layers=1,
+        d_model=4,
+        n_heads=1,
+        d_head=2,
+        d_mlp=2,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        eps=1e-12,
+    )
+    if transformer_lens_line() == 3:
+        model = hooked(**(LLAMA | options | dict(rotary_dim=2, n_key_value_heads=1)))
+        norms = (model.blocks[0].ln1.w, model.blocks[0].ln2.w, model.ln_final.w)
+        attn = model.blocks[0].attn
+        parts = (model.embed.W_E, attn._W_V[0], attn.W_O[0], model.unembed.W_U)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=len(VOCABULARY), hidden_size=4, num_hidden_layers=1, num_attention_heads=1, head_dim=2,
+            intermediate_size=2, max_position_embeddings=8, rms_norm_eps=1e-12, tie_word_embeddings=False,
+        )  # fmt: skip
+        plain = transformers.LlamaForCausalLM(config).eval()
+        model, layer = bridge(plain), plain.model.layers[0]
+        norms = [p for name, p in plain.named_parameters() if "norm" in name]
+        attn = [
+            next(part.parameters()).T for part in (layer.self_attn.v_proj, layer.self_attn.o_proj)
+        ]
+        parts = (
+            next(plain.model.embed_tokens.parameters()),
+            *attn,
+            next(plain.lm_head.parameters()).T,
+        )
+    model.tokenizer = micro_tokenizer()
+    embed, value, write, unembed = parts
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in norms:
+            norm.fill_(1.0)
+        embed[VOCABULARY["A"], 0], embed[VOCABULARY["B"], 0], embed[VOCABULARY["end"], 1] = (
+            1.0,
+            -1.0,
+            1.0,
+        )
+        value[0, 0], write[0, 2] = W_V, W_O
+        unembed[2, VOCABULARY["yes"]], unembed[2, VOCABULARY["no"]] = W_U, -W_U
+    return model
+
+
+def test_pruning_a_dense_model_finds_the_circuit_on_paper(tmp_path):
+    model = micro_dense()
+    config = PruneConfig(
+        target_loss=2 * LOSS,
+        steps=60,
+        train_pairs=32,
+        selection_pairs=8,
+        heldout_pairs=8,
+        pairs_per_step=8,
+    )
+    circuit, measured = prune(model, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert [str(node) for node in circuit.nodes] == NODES
+    assert [(str(e.source), str(e.target), e.weight) for e in circuit.edges(model)] == EDGES
+    assert measured.circuit.loss == pytest.approx(LOSS, abs=1e-5)
+    assert measured.ablated.loss == pytest.approx(0.6931, abs=1e-4)
+    circuit.save(tmp_path)
+    data = make_task_data(MICRO_TASK, model.tokenizer, 8, seed=9)
+    assert evaluate(Circuit.load(tmp_path), model, data) == evaluate(circuit, model, data)
+    other = dataclasses.replace(circuit, model=fingerprint(micro_dense()))
+    assert other.model == circuit.model
+    assert all(not point.has_hooks() for point in model.hook_dict.values())

@@ -1,0 +1,427 @@
+"""Products by the nonzero weights alone: those of the dense network, to rounding, whatever is done
+to the weights.
+"""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tl_sparse
+from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
+from tl_sparse.checkpoints.loading import create
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.errors import ConfigError
+from tl_sparse.hooks import abs_topk, weight_groups
+from tl_sparse.kernels import dispatch as kernels
+from tl_sparse.network.config import SparseConfig, paper_topk
+from tl_sparse.network.products import Compressed, Product
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+needs_numba = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
+
+
+def sparse_matrix(d_in, d_out, density, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(d_in, d_out, generator=generator) < density
+    return torch.randn(d_in, d_out, generator=generator, dtype=torch.float64).to(dtype) * kept
+
+
+def all_sparse(model, mode="sparse"):
+    for module in model.modules():
+        if isinstance(module, Product):
+            module.kernels = mode
+    return model
+
+
+def product_of(W, kernels="auto"):
+    """x → x · W + bias, with W a parameter."""
+    owner = nn.Module()
+    owner.W = W if isinstance(W, nn.Parameter) else nn.Parameter(W)
+    product = Product(owner, ["W"], "input output -> input output")
+    product.kernels = kernels
+    return product
+
+
+@contextmanager
+def threads(n):
+    """So many threads, also for work that is not worth it."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_WORTH_SHARING", 100)
+        torch.set_num_threads(n)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def entries(product):
+    return product._taken[2]
+
+
+def close(a, b, dtype):
+    a, b = a.detach(), b.detach()
+    torch.testing.assert_close(
+        a, b, rtol=0, atol=TOLERANCE[dtype] * max([1.0, *b.abs().flatten().tolist()])
+    )
+
+
+@needs_numba
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.data())
+def test_value_and_gradients_are_those_of_the_dense_product(data):
+    dtype, frozen = (
+        data.draw(st.sampled_from([torch.float32, torch.float64])),
+        data.draw(st.booleans()),
+    )
+    n, d_in, d_out = (data.draw(st.integers(low, 70)) for low in (32, 1, 1))
+    W = sparse_matrix(d_in, d_out, data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])), dtype)
+    x, bias = (
+        torch.randn(2 * n, 2, d_in, dtype=dtype)[::2],
+        torch.randn(d_out, dtype=dtype),
+    )  # not contiguous
+    found = []
+    with threads(data.draw(st.integers(1, 3))):
+        for mode in ("sparse", "dense"):
+            product, inputs = product_of(W, mode), [t.clone().requires_grad_() for t in (x, bias)]
+            product.owner.W.requires_grad_(not frozen)
+            out = product(*inputs)
+            of = inputs if frozen else [*inputs, product.owner.W]
+            found.append([out, *torch.autograd.grad(out.square().sum(), of)])
+            assert (entries(product) is not None) == (mode == "sparse")
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected, dtype)
+
+
+@needs_numba
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(sparse_configs())
+def test_networks_of_every_architecture(config):
+    dtype = torch.float64  # in float32 rounding may make AbsTopK choose another entry
+    model = tiny_model(config, dtype=dtype)
+    tokens = random_tokens(model, batch=32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= sparse_matrix(weight.numel(), 1, 0.3, dtype).ne(0).view_as(weight)
+    assume(not cancels(all_sparse(model, "dense"), tokens))
+    logits, gradients = {}, {}
+    for mode in ("dense", "sparse"):
+        loss = all_sparse(model, mode)(tokens, return_type="loss")
+        logits[mode] = model(tokens).detach()
+        parts = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        gradients[mode] = torch.cat([part.flatten() for part in parts])
+    # Norms make a rounding error larger where the stream is small.
+    for found in (logits, gradients):
+        scale = max(1.0, float(found["dense"].abs().max()))
+        torch.testing.assert_close(found["sparse"], found["dense"], rtol=0, atol=1e-9 * scale)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda W: W.data.mul_(2),
+        lambda W: W.data.__setitem__((0, 0), W.data[0, 0] + 1),
+        lambda W: W.data.copy_(W.data.flip(1)),
+        lambda W: W.detach().numpy().__setitem__((0, 0), 5.0),
+        lambda W: setattr(W, "data", torch.ones_like(W)),
+        lambda W: W.neg_(),
+        lambda W: W[3].neg_(),
+        lambda W: W[:, 4:8].mul_(0.5),
+        lambda W: W.copy_(W[torch.arange(40).roll(2)]),
+        lambda W: W.__setitem__(slice(0, 2), W[[1, 0]].clone()),
+    ],
+    ids=[
+        "data",
+        "entry",
+        "permutation",
+        "numpy",
+        "other memory",
+        "sign",
+        "sign of a row",
+        "scale",
+        "moved",
+        "swap",
+    ],
+)
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_change_of_the_weights_is_noticed(edit, density, dtype):
+    W = sparse_matrix(40, 30, density, dtype).bfloat16().to(dtype)  # many low bits are zero
+    W, x = nn.Parameter(W), torch.randn(64, 40, dtype=dtype)
+    product = product_of(W, "sparse")
+    with torch.no_grad():
+        bias = torch.zeros(30, dtype=dtype)
+        product(x, bias)
+        assert entries(product) is not None
+        edit(W)
+        torch.testing.assert_close(product(x, bias), x @ W, rtol=1e-5, atol=1e-5)
+
+
+@needs_numba
+def test_threads_that_share_a_model():
+    W, x, bias = sparse_matrix(300, 200, 0.3), torch.randn(64, 300), torch.zeros(200)
+    for _ in range(20):
+        product = product_of(W, "sparse")
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            for result in pool.map(product, [x] * 4, [bias] * 4):
+                torch.testing.assert_close(result, x @ W, rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize("counted", [0, 3, 5000])
+def test_weights_that_change_while_they_are_taken_do_no_harm(counted):
+    W = sparse_matrix(30, 20, 0.3)
+    taken = Compressed.empty(30, 20, counted, W)
+    kernels.kernel("compress", W)(W, *taken.parts)
+    there = min(counted, int(W.count_nonzero()))
+    assert int(taken.starts[-1]) == int(taken.transposed.starts[-1]) == there
+    assert torch.equal(
+        taken.transposed.values[:there].sort().values, taken.values[:there].sort().values
+    )
+
+
+@needs_numba
+def test_a_tied_unembedding_is_not_copied_to_be_looked_at(monkeypatch):
+    embed, x, bias, free = sparse_matrix(50, 40, 0.2), torch.ones(32, 40), torch.zeros(50), []
+    contiguous = torch.Tensor.contiguous
+    owner = nn.Module()
+    owner.W = embed.T
+    product = Product(owner, ["W"], "input token -> input token")
+    product.kernels = "sparse"
+    first = product(x, bias)
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x: free.append(x.is_contiguous()) or contiguous(x)
+    )
+    assert torch.equal(product(x, bias), first)
+    torch.testing.assert_close(first, x @ embed.T)
+    assert free
+    assert all(free)
+
+
+@needs_numba
+def test_another_default_device_is_no_hindrance():
+    W, x = sparse_matrix(40, 30, 0.2), torch.randn(64, 40)
+    expected = x @ W
+    product, bias = product_of(W, "sparse"), torch.zeros(30)
+    with torch.device("meta"):
+        torch.testing.assert_close(product(x, bias), expected, rtol=1e-5, atol=1e-5)
+        assert int(abs_topk(x, 7).count_nonzero()) == 64 * 7
+
+
+@needs_numba
+def test_second_derivatives():
+    x, bias = (torch.randn(*size, 5, dtype=torch.float64).requires_grad_() for size in ((32,), ()))
+    product = product_of(sparse_matrix(5, 5, 0.5, torch.float64), "sparse")
+    assert torch.autograd.gradgradcheck(
+        lambda x, bias, W: product(x, bias).sin(), (x, bias, product.owner.W)
+    )
+
+
+@needs_numba
+def test_auto_takes_the_nonzero_entries_where_they_are_few():
+    x = torch.randn(512, 512)
+    for density, sparse in ((0.01, True), (0.05, True), (0.5, False), (1.0, False)):
+        W = sparse_matrix(512, 512, density)
+        product = product_of(W)
+        torch.testing.assert_close(product(x, torch.zeros(512)), x @ W, rtol=1e-5, atol=1e-4)
+        assert (entries(product) is not None) == sparse, density
+    few = product_of(sparse_matrix(256, 256, 0.01))
+    few(x[:64, :256], torch.zeros(256))
+    assert entries(few) is None  # so little is done sooner than begun
+    small = product_of(sparse_matrix(32, 32, 0.01))
+    small(x[:, :32], torch.zeros(32))
+    assert entries(small) is None
+
+
+@needs_numba
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_few_tokens_and_matrices_of_nothing_but_zeros(n, density):
+    W, x = sparse_matrix(20, 17, density), torch.randn(n, 3, 20)
+    out = product_of(W, "sparse")(x, torch.ones(17))
+    torch.testing.assert_close(out, F.linear(x, W.T, torch.ones(17)))
+
+
+@needs_numba
+def test_what_can_be_done_with_a_model_stays_possible(tmp_path):
+    model = all_sparse(tiny_model(full_config(), seed=1))
+    tokens = random_tokens(model, batch=32)
+    expected, names = model(tokens), set(model.state_dict())
+    assert not any("times" in name for name in names)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.blocks[0].mlp.W_in.zero_()
+    assert not torch.equal(model(tokens), expected)
+    torch.testing.assert_close(twin(tokens), expected)
+    torch.testing.assert_close(
+        twin.to(torch.float64)(tokens).float(), expected, rtol=1e-4, atol=1e-5
+    )
+    assert twin.to(torch.bfloat16)(tokens).dtype == torch.bfloat16  # dense: numba has no bfloat16
+    buffer = io.BytesIO()
+    torch.save(model.network.state_dict(), buffer)
+    model.save_pretrained(tmp_path / "saved")
+    reopened = tl_sparse.load(tmp_path / "saved", device="cpu", kernels="sparse")
+    torch.testing.assert_close(reopened(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_is_one_of_three(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    for kernels_ in ("dense", "sparse", "auto"):
+        model = tl_sparse.load(tmp_path / "model", device="cpu", kernels=kernels_)
+        assert {m.kernels for m in model.modules() if isinstance(m, Product)} == {kernels_}
+    with pytest.warns(
+        UserWarning,
+        match=r"kernels = 'sparse' needs numba .* in torch.bfloat16, products are dense",
+    ):
+        tl_sparse.load(tmp_path / "model", device="cpu", kernels="sparse", dtype="bfloat16")
+    with pytest.raises(
+        ConfigError, match="kernels = 'fast' is not possible; it must be one of auto, dense, sparse"
+    ):
+        tl_sparse.load(tmp_path / "model", kernels="fast")
+
+
+def test_without_numba_all_is_dense(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    model = tiny_model(full_config())
+    tokens = random_tokens(model, batch=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(all_sparse(model)(tokens), all_sparse(model, "dense")(tokens))
+    assert all(entries(m) is None for m in model.modules() if isinstance(m, Product))
+
+
+@pytest.mark.parametrize("act_fn", ["gelu", "relu"])
+def test_a_nonlinearity_in_place_is_not_seen(act_fn):
+    model = tiny_model(tiny_config(act_fn=act_fn)).requires_grad_(False)
+    tokens = random_tokens(model)
+    plain, cached = (
+        model(tokens),
+        model.run_with_cache(tokens, names_filter=lambda name: ".mlp." in name),
+    )
+    torch.testing.assert_close(cached[0], plain, rtol=0, atol=0)
+    pre, post = (cached[1][f"blocks.0.mlp.hook_{name}"] for name in ("pre", "post"))
+    torch.testing.assert_close(getattr(F, act_fn)(pre), post, rtol=0, atol=0)
+    assert bool((pre < 0).any())
+    assert pickle.loads(pickle.dumps(model.network.blocks[0].mlp)).act_fn == act_fn
+
+
+# Weights that are not there densely
+
+
+@pytest.mark.parametrize(
+    "numba", [pytest.param(True, marks=needs_numba), False], ids=["numba", "torch"]
+)
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_without_dense_weights_everything_is_as_with_them(tmp_path, monkeypatch, storage, numba):
+    model = tiny_model(full_config())
+    with torch.no_grad():
+        for group in weight_groups(model):
+            group.project(0.2, min_nonzero=1)
+    model.save_pretrained(tmp_path / "model", dense=storage == "dense")
+    if not numba:
+        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    model, without = (
+        tl_sparse.load(tmp_path / "model", device="cpu", dense_weights=dense)
+        for dense in (True, False)
+    )
+    names = {name for name, _ in without.named_parameters()}
+    assert not [name for name in names if ".attn.W_" in name or ".mlp.W_" in name]
+    for tokens in (random_tokens(model, batch=32), random_tokens(model, batch=1, length=2)):
+        close(without(tokens), model(tokens), torch.float32)
+        (_, ours), (_, theirs) = without.run_with_cache(tokens), model.run_with_cache(tokens)
+        for name in theirs:
+            close(ours[name], theirs[name], torch.float32)
+    assert torch.equal(without.W_Q, model.W_Q)
+    assert torch.equal(without.blocks[1].mlp.W_in, model.blocks[1].mlp.W_in)
+    assert repr(without) == repr(model)
+    assert fingerprint(without) == fingerprint(model)
+    state = without.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    without.save_pretrained(tmp_path / "again")
+    assert torch.equal(tl_sparse.load(tmp_path / "again", device="cpu")(tokens), model(tokens))
+    moved = copy.deepcopy(without).to(torch.float64)
+    assert moved.blocks[0].attn.W_O.dtype == moved(tokens).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "numba", [pytest.param(True, marks=needs_numba), False], ids=["numba", "torch"]
+)
+def test_compact_weights_can_be_set_loaded_and_moved(tmp_path, monkeypatch, numba):
+    dense = tiny_model(biases=False)  # nothing else is in an MLP
+    dense.save_pretrained(tmp_path / "model")
+    if not numba:
+        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    model = tl_sparse.load(tmp_path / "model", device="cpu", dense_weights=False)
+    tokens, other = random_tokens(dense, batch=32), tiny_model(biases=False, seed=1)
+    close(model(tokens), dense(tokens), torch.float32)
+    assert repr(model) == repr(dense)
+    with torch.no_grad():
+        for W_in in (2 * dense.blocks[0].mlp.W_in, nn.Parameter(3 * dense.blocks[0].mlp.W_in)):
+            model.network.blocks[0].mlp.W_in = W_in
+            dense.blocks[0].mlp.W_in.copy_(W_in)
+            close(model(tokens), dense(tokens), torch.float32)
+    model.network.load_state_dict(other.network.state_dict())
+    close(model(tokens), other(tokens), torch.float32)
+    state = other.network.state_dict()
+    wrong = state | {"blocks.0.mlp.W_in": torch.zeros(2, 3)}
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for blocks.0.mlp.W_in: \[2, 3\], not \[6, 10\]"
+    ):
+        model.network.load_state_dict(wrong)
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.mlp\.W_in"):
+        model.network.load_state_dict(
+            {name: value for name, value in state.items() if name != "blocks.0.mlp.W_in"}
+        )
+    for module in (model, other):
+        module.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(model.W_in, other.W_in)
+    close(model(tokens), other(tokens), torch.float32)
+
+
+@needs_numba
+@pytest.mark.slow
+def test_415_million_weights_in_a_tenth_of_their_memory(tmp_path):
+    """At 1/100, loaded and run on 64 tokens: in a process of its own, beside one with a tiny
+    model.
+    """
+    config = SparseConfig(
+        8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), bigram_table=True
+    )
+    model = create(config, seed=0, device="cpu")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.numel() > 1_000_000 and "bigram" not in name:
+                weight.view(-1)[
+                    torch.rand(weight.numel()) > (1 / 16 if "embed" in name else 1 / 100)
+                ] = 0.0
+    n_bytes = sum(4 * p.numel() for p in model.parameters())
+    assert n_bytes > 4 * 410_000_000
+    model.save_pretrained(tmp_path / "large")
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    code = """if True:
+        import re, sys, torch, tl_sparse
+        model = tl_sparse.load(sys.argv[1], device="cpu", dense_weights=False)
+        with torch.no_grad():
+            model(torch.zeros(1, min(64, model.cfg.n_ctx), dtype=torch.long))
+        print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+    """
+    peak = {}
+    for name in ("tiny", "large"):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        peak[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak["large"] - peak["tiny"] < n_bytes / 10

@@ -1,0 +1,568 @@
+"""Edges cut with temporary weights and biases, edge pruning, and circuits that are pruned by
+edges.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import random_tokens, stock_model, tiny_model
+from micro import (
+    EDGES,
+    LOSS,
+    MICRO_TASK,
+    NODES,
+    W_O,
+    W_U,
+    W_V,
+    micro_circuit,
+    micro_corpus,
+    micro_model,
+)
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.edges import cutting
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.nodes import Edge, Node
+from tl_sparse.errors import CircuitError, PruneError
+from tl_sparse.evaluation.judge import evaluate, score
+from tl_sparse.hooks import ablating, mean_activations
+from tl_sparse.hooks.points import hooked
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune, prune_edges, task_splits
+from tl_sparse.tasks.task import make_task_data
+
+CONFIG = PruneConfig(
+    target_loss=2 * LOSS, steps=30, train_pairs=32, selection_pairs=16, heldout_pairs=16
+)
+D_MODEL, D_HEAD = 6, 5
+POSITIONAL = dict(n_layers=2, positions="concatenated", d_pos=4)
+
+#: Edges of every matrix kind, also from positional channels (6 to 9) of the reads, with what they
+#: are in the model: the weight, its entry; the bias, its entry; the hook point at which the change
+#: shows.
+KINDS = {
+    ("attn_in", 4, "attn_q", 7): ("attn.W_Q", (1, 4, 2), "attn.b_Q", (1, 2), "attn.hook_q"),
+    ("attn_in", 8, "attn_q", 7): ("attn.W_Q_pos", (1, 2, 2), "attn.b_Q", (1, 2), "attn.hook_q"),
+    ("attn_in", 0, "attn_k", 14): ("attn.W_K", (2, 0, 4), "attn.b_K", (2, 4), "attn.hook_k"),
+    ("attn_in", 6, "attn_k", 14): ("attn.W_K_pos", (2, 0, 4), "attn.b_K", (2, 4), "attn.hook_k"),
+    ("attn_in", 5, "attn_v", 3): ("attn.W_V", (0, 5, 3), "attn.b_V", (0, 3), "attn.hook_v"),
+    ("attn_in", 9, "attn_v", 3): ("attn.W_V_pos", (0, 3, 3), "attn.b_V", (0, 3), "attn.hook_v"),
+    ("attn_v", 11, "attn_out", 5): ("attn.W_O", (2, 1, 5), "attn.b_O", (5,), "hook_attn_out"),
+    ("mlp_in", 2, "mlp_neuron", 9): ("mlp.W_in", (2, 9), "mlp.b_in", (9,), "mlp.hook_pre"),
+    ("mlp_in", 7, "mlp_neuron", 9): ("mlp.W_in_pos", (1, 9), "mlp.b_in", (9,), "mlp.hook_pre"),
+    ("mlp_neuron", 8, "mlp_out", 1): ("mlp.W_out", (8, 1), "mlp.b_out", (1,), "hook_mlp_out"),
+}  # fmt: skip
+kinds = pytest.mark.parametrize(
+    "kind", KINDS, ids=lambda kind: f"{kind[0]}.{kind[1]}-{kind[2]}.{kind[3]}"
+)
+
+
+def edge(kind, layer=1, weight=0.0):
+    source, i, target, j = kind
+    return Edge(Node(layer, source, i), Node(layer, target, j), weight)
+
+
+def entry(block, path):
+    for part in path.split("."):
+        block = getattr(block, part)
+    return block.data
+
+
+def means_of(model, batches=3):
+    tokens = [random_tokens(model, seed=seed) for seed in range(batches)]
+    return mean_activations(model, list(node_hooks(model).values()), tokens)
+
+
+def state(model):
+    """Every parameter and buffer, also biases that a model does not have and that are zeros
+    then.
+    """
+    tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def same(model, before):
+    now = state(model)
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(random_tokens(model, batch=3, seed=9))
+
+
+# cutting
+
+
+@kinds
+@pytest.mark.parametrize("biases", [True, False])
+def test_cutting_is_the_model_with_that_weight_and_bias(kind, biases):
+    model, by_hand = (tiny_model(biases=biases, **POSITIONAL) for _ in range(2))
+    means, before = means_of(model), state(model)
+    weight, at, bias, of, _ = KINDS[kind]
+    block = by_hand.blocks[1]
+    hook = {
+        "attn_in": "ln1.hook_read",
+        "mlp_in": "ln2.hook_read",
+        "mlp_neuron": "mlp.hook_post",
+    }.get(kind[0])
+    mean = means[f"blocks.1.{hook}"][kind[1]] if hook else means["blocks.1.attn.hook_v"][2, 1]
+    entry(block, bias)[of] += entry(block, weight)[at] * mean
+    entry(block, weight)[at] = 0.0
+    with cutting(model, [edge(kind)], means):
+        assert same(model, state(by_hand))
+        assert torch.equal(logits(model), logits(by_hand))
+    assert not torch.equal(logits(model), logits(by_hand))
+    assert same(model, before)
+
+
+@kinds
+def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
+    """The same, with no weight touched: the contribution is taken off, and its mean added, at the
+    edge's target.
+    """
+    model = tiny_model(dtype=torch.float64, **POSITIONAL)
+    means = means_of(model)
+    weight, at, _, of, point = KINDS[kind]
+    value = entry(model.blocks[1], weight)[at]
+    source = {
+        "attn_in": "ln1.hook_read",
+        "mlp_in": "ln2.hook_read",
+        "mlp_neuron": "mlp.hook_post",
+    }.get(kind[0])
+    mean = means[f"blocks.1.{source}"][kind[1]] if source else means["blocks.1.attn.hook_v"][2, 1]
+    seen = {}
+
+    def look(activation, hook):  # attention's rows sum to 1, so a mean of z is a mean of v
+        seen["source"] = activation[..., kind[1]] if source else activation[..., 2, 1]
+
+    def change(activation, hook):
+        activation = activation.clone()
+        activation[(..., *of)] -= value * (seen["source"] - mean)
+        return activation
+
+    with hooked(model, {f"blocks.1.{source or 'attn.hook_z'}": look, f"blocks.1.{point}": change}):
+        expected = logits(model)
+    with cutting(model, [edge(kind)], means):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
+    assert (logits(model) - expected).abs().max() > 1e-6
+
+
+def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
+    """A sink takes a part of the attention, so the mean of what a head passes on is less than that
+    of its values.
+    """
+    model = tiny_model(dtype=torch.float64, n_layers=2, attn_sinks=True)
+    with torch.no_grad():
+        model.blocks[1].attn.sink.fill_(1.0)
+    hook, tokens = "blocks.1.attn.hook_z", torch.arange(12).view(2, 6) % 11
+    means = mean_activations(model, [*node_hooks(model).values(), hook], [tokens])
+    with cutting(model, [edge(("attn_v", 11, "attn_out", 5))], means):
+        _, cache = model.run_with_cache(tokens)
+    z, weight = cache[hook].flatten(2)[..., 11], model.blocks[1].attn.W_O.flatten(0, 1)[11, 5]
+    full = model.run_with_cache(tokens)[1]["blocks.1.hook_attn_out"][..., 5]
+    expected = full - weight * (z - z.mean())
+    torch.testing.assert_close(
+        cache["blocks.1.hook_attn_out"][..., 5], expected, rtol=1e-10, atol=1e-12
+    )
+
+
+def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
+    """All edges into a value channel cut is its sources at their means, for this channel."""
+    model = tiny_model(dtype=torch.float64, **POSITIONAL)
+    means = means_of(model)
+    into = [edge(("attn_in", i, "attn_v", 3)) for i in range(D_MODEL + 4)]
+    attn = model.blocks[1].attn
+    rows = torch.cat([attn.W_V[0, :, 3], attn.W_V_pos[0, :, 3]])
+    value = means["blocks.1.ln1.hook_read"] @ rows + attn.b_V[0, 3]
+    only = torch.zeros(3, D_HEAD, dtype=torch.bool)
+    only[0, 3] = True
+    with ablating(
+        model, {"blocks.1.attn.hook_v": only}, {"blocks.1.attn.hook_v": value.expand(3, D_HEAD)}
+    ):
+        expected = logits(model)
+    with cutting(model, into, means):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_cuts_are_undone_bit_for_bit(data):
+    """In any order and number, several at one bias and one of them twice, in small and in large
+    numbers.
+    """
+    model = tiny_model(biases=data.draw(st.booleans()), **POSITIONAL)
+    means = {
+        name: mean * data.draw(st.sampled_from([1.0, 1e6]))
+        for name, mean in means_of(model, 1).items()
+    }
+    chosen = data.draw(st.lists(st.sampled_from(list(KINDS)), max_size=12))
+    edges = [edge(kind, layer=data.draw(st.integers(0, 1))) for kind in chosen]
+    before = state(model)
+    expected = state(model)
+    for cut in edges:
+        weight, at, bias, of, _ = KINDS[
+            cut.source.location, cut.source.index, cut.target.location, cut.target.index
+        ]
+        names = [f"blocks.{cut.source.layer}.{name}" for name in (weight, bias)]
+        flat = means[node_hooks(model)[cut.source.layer, cut.source.location]].flatten()
+        expected[names[1]][of] += expected[names[0]][at] * flat[cut.source.index]
+        expected[names[0]][at] = 0.0
+    with cutting(model, edges, means):
+        assert same(model, expected)
+    assert same(model, before)
+
+
+def test_cutting_is_undone_after_an_exception():
+    model = tiny_model(**POSITIONAL)
+    means, before, all_kinds = means_of(model), state(model), [edge(kind) for kind in KINDS]
+    with pytest.raises(ZeroDivisionError), cutting(model, all_kinds, means):
+        _ = 1 / int(same(model, before))
+    assert same(model, before)
+    nowhere = Edge(
+        Node(1, "mlp_in", 2), Node(1, "mlp_neuron", 99), 1.0
+    )  # the others are cut before it
+    with pytest.raises(IndexError), cutting(model, [*all_kinds, nowhere], means):
+        pytest.fail("the context opened")
+    assert same(model, before)
+
+
+def test_gradients_flow_under_cut_edges():
+    model = tiny_model(**POSITIONAL)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with cutting(model, [edge(kind) for kind in KINDS], means_of(model)):
+        assert torch.is_grad_enabled()
+        model(random_tokens(model)).sum().backward()
+    assert model.blocks[0].attn.W_V.grad.abs().max() > 0
+
+
+def test_stock_models_are_refused_when_there_is_something_to_cut():
+    model = stock_model()
+    with cutting(model, [], {}):
+        pass
+    message = f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}"
+    with pytest.raises(PruneError, match=message), cutting(model, [edge(next(iter(KINDS)), 0)], {}):
+        pytest.fail("the context opened")
+
+
+# Circuits that are pruned by edges
+
+
+def wide_micro():
+    """The micro model with edges that do next to nothing: they copy a bit of `end`, and of A or B,
+    to a channel that only the final norm reads."""
+    micro = micro_model()
+    attn, mlp = micro.blocks[0].attn, micro.blocks[0].mlp
+    with torch.no_grad():
+        attn.W_V[0, 1, 1], attn.W_O[0, 1, 3] = 0.25, 0.125
+        attn.W_V[0, 0, 1] = 0.01
+        mlp.W_in[1, 0], mlp.W_out[0, 3] = 0.125, 0.25
+    return micro
+
+
+def wide_circuit(micro):
+    """All nodes that have a weight, and one that has none."""
+    circuit = micro_circuit(micro)
+    kept = {name: mask.clone() for name, mask in circuit.kept.items()}
+    kept["blocks.0.ln1.hook_read"][1] = kept["blocks.0.attn.hook_v"][0, 1] = kept[
+        "blocks.0.hook_attn_out"
+    ][3] = True
+    kept["blocks.0.ln2.hook_read"][1] = kept["blocks.0.mlp.hook_post"][0] = kept[
+        "blocks.0.hook_mlp_out"
+    ][3] = True
+    kept["blocks.0.attn.hook_q"][0, 0] = True
+    return dataclasses.replace(circuit, kept=kept)
+
+
+WIDE = [
+    ("0.attn_in.0", "0.attn_v.0"), ("0.attn_in.0", "0.attn_v.1"), ("0.attn_in.1", "0.attn_v.1"),
+    ("0.attn_v.0", "0.attn_out.2"), ("0.attn_v.1", "0.attn_out.3"),
+    ("0.mlp_in.1", "0.mlp_neuron.0"), ("0.mlp_neuron.0", "0.mlp_out.3"),
+]  # fmt: skip
+
+
+def names(edges):
+    return [(str(e.source), str(e.target)) for e in edges]
+
+
+def test_useless_edges_and_the_nodes_left_idle_go():
+    micro = wide_micro()
+    circuit, before = wide_circuit(micro), state(micro)
+    assert names(circuit.edges(micro)) == WIDE
+    found, evaluation = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
+    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    # What never had an edge was kept for another reason than its edges, and stays.
+    assert [str(node) for node in found.nodes] == [NODES[0], "0.attn_q.0", *NODES[1:]]
+    assert found.edge_set == {(e.source, e.target) for e in found.edges(micro)}
+    assert found.cut_edges(micro) == []
+    assert (evaluation.n_nodes, evaluation.n_edges, evaluation.n_pairs) == (4, 2, 16)
+    assert evaluation.circuit.loss <= 2 * LOSS
+    assert same(micro, before)
+
+
+def test_an_edge_between_needed_nodes_is_cut_too():
+    """Node pruning cannot: both of its nodes are needed for other edges."""
+    micro = micro_model()
+    with torch.no_grad():
+        micro.blocks[0].attn.W_V[0, 0, 1] = W_V
+        micro.blocks[0].attn.W_O[0, 1, 2] = W_O / 64  # far too little to matter
+        micro.blocks[0].attn.W_O[0, 1, 3] = 0.0
+    circuit = micro_circuit(micro)
+    circuit.kept["blocks.0.attn.hook_v"][0, 1] = True
+    found, _ = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
+    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert [str(node) for node in found.nodes] == NODES
+
+
+def test_all_edges_stay_that_the_target_needs():
+    micro = micro_model()
+    found, evaluation = prune_edges(micro_circuit(micro), micro, MICRO_TASK, CONFIG, progress=False)
+    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert [str(node) for node in found.nodes] == NODES
+    assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
+    assert evaluation.ablated.loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_with_a_target_that_a_coin_reaches_nothing_is_left():
+    micro = micro_model()
+    config = dataclasses.replace(CONFIG, target_loss=1.0)
+    found, evaluation = prune_edges(micro_circuit(micro), micro, MICRO_TASK, config, progress=False)
+    assert (found.nodes, found.edge_set, found.edges(micro)) == ([], frozenset(), [])
+    assert evaluation.circuit.loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def two_paths():
+    """The micro model with a second path, of other nodes, as good as the first; and the circuit of
+    both.
+    """
+    micro = micro_model()
+    attn = micro.blocks[0].attn
+    with torch.no_grad():
+        micro.embed.W_E[1, 3], micro.embed.W_E[2, 3] = 1.0, -1.0
+        attn.W_V[0, 3, 1], attn.W_O[0, 1, 0] = W_V, W_O
+        micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
+    circuit = micro_circuit(micro)
+    for name, index in (("ln1.hook_read", 3), ("attn.hook_v", (0, 1)), ("hook_attn_out", 0)):
+        circuit.kept[f"blocks.0.{name}"][index] = True
+    return micro, circuit
+
+
+@pytest.mark.parametrize(("accuracy", "n_edges", "n_nodes"), [(1.0, 2, 3), (0.5, 3, 5)])
+def test_edges_stay_that_a_necessary_circuit_needs(accuracy, n_edges, n_nodes):
+    """Either path is enough; but the model without one still does the task with the other. For that
+    not to be, two nodes of the other, and so an edge between them, are in the circuit."""
+    micro, circuit = two_paths()
+    config = dataclasses.replace(CONFIG, target_loss=0.05, ablated_accuracy=accuracy)
+    found, evaluation = prune_edges(circuit, micro, MICRO_TASK, config, progress=False)
+    assert (len(found.edges(micro)), found.n_nodes) == (n_edges, n_nodes)
+    assert evaluation.ablated.accuracy == (1.0 if n_edges == 2 else 0.0)  # a tie is not right
+
+
+def test_what_is_measured_of_an_edge_pruned_circuit():
+    micro = wide_micro()
+    earlier = dataclasses.replace(
+        wide_circuit(micro), measured={"heldout": {"n_nodes": 7}, "corpus_tokens": 7}
+    )
+    found, evaluation = prune_edges(earlier, micro, MICRO_TASK, CONFIG, progress=False)
+    assert found.measured.keys() == {
+        "config",
+        "selection",
+        "heldout",
+        "calibrated",
+    }  # none of the nodes' figures
+    assert found.measured["heldout"] == dataclasses.asdict(evaluation)
+    assert found.measured["config"] == dataclasses.asdict(CONFIG)
+    _, selection, heldout = task_splits(micro, MICRO_TASK, CONFIG)
+    with found.applied(micro):
+        alone = (
+            dataclasses.asdict(score(micro, selection)),
+            dataclasses.asdict(score(micro, heldout)),
+        )
+    assert found.measured["selection"]["circuit"] == pytest.approx(alone[0])
+    assert found.measured["heldout"]["circuit"] == pytest.approx(alone[1])
+    assert evaluate(found, micro, heldout) == evaluation
+
+
+def test_a_circuit_that_misses_the_target_is_refused():
+    micro = micro_model()
+    circuit = micro_circuit(micro)
+    circuit = circuit.without([Node(0, "attn_v", 0)], micro)
+    before = state(micro)
+    with pytest.raises(
+        PruneError, match=r"the circuit misses the target loss 0\.\d+ before an edge is cut"
+    ):
+        prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
+    assert same(micro, before)
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_another_model_and_a_stock_model_are_refused():
+    micro = micro_model()
+    circuit = micro_circuit(micro)
+    with pytest.raises(CircuitError, match="this circuit belongs to the model 'micro'"):
+        prune_edges(circuit, wide_micro(), MICRO_TASK, CONFIG, progress=False)
+
+
+def test_the_model_is_as_it_was_after_an_exception_in_edge_pruning(monkeypatch):
+    micro = wide_micro()
+    circuit, before, calls = wide_circuit(micro), state(micro), []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 40:
+            raise ZeroDivisionError
+        return real(*arguments)
+
+    from tl_sparse.evaluation import judge as evaluation
+
+    real = evaluation.task_logits
+    monkeypatch.setattr(evaluation, "task_logits", failing)
+    micro.train()
+    micro.blocks[0].attn.W_V.requires_grad_(False)
+    config = dataclasses.replace(CONFIG, batch_size=8)
+    with pytest.raises(ZeroDivisionError):
+        prune_edges(circuit, micro, MICRO_TASK, config, progress=False)
+    assert same(micro, before)
+    assert micro.training
+    assert [name for name, p in micro.named_parameters() if not p.requires_grad] == [
+        "blocks.0.attn.W_V"
+    ]
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_edge_pruning_of_what_node_pruning_found():
+    micro = wide_micro()
+    circuit, _ = prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
+    found, _ = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
+    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert found.of_size(found.n_nodes).nodes == found.nodes
+
+
+# Circuits with an edge set
+
+
+def random_circuit(model, share=0.5, edges=None, seed=0):
+    """Random nodes, with random ones of their edges."""
+    generator = torch.Generator().manual_seed(seed)
+    means = means_of(model)
+    kept = {
+        name: torch.rand(mean.shape, generator=generator) < share for name, mean in means.items()
+    }
+    circuit = Circuit(kept, means, fingerprint(model), "model", "task")
+    if edges is None:
+        return circuit
+    ends = [(e.source, e.target) for e in circuit.edges(model)]
+    left = [
+        pair
+        for pair, x in zip(ends, torch.rand(len(ends), generator=generator), strict=True)
+        if x < edges
+    ]
+    return dataclasses.replace(circuit, edge_set=frozenset(left))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(
+        abs_topk=dict.fromkeys(["attn_in", "attn_v", "mlp_neuron"], 0.7),
+        attn_sinks=True,
+        **POSITIONAL,
+    )
+
+
+def test_edges_and_cut_edges_are_all_weights_between_kept_nodes(model):
+    circuit = random_circuit(model, edges=0.5)
+    whole = dataclasses.replace(circuit, edge_set=None)
+    left, cut = circuit.edges(model), circuit.cut_edges(model)
+    assert sorted([*left, *cut]) == sorted(whole.edges(model))
+    assert {(e.source, e.target) for e in left} == circuit.edge_set
+    assert len(left) > 100
+    assert len(cut) > 100
+    assert whole.cut_edges(model) == []
+    positions = {e.source.index for e in cut if e.source.location == "attn_in"}
+    assert max(positions) >= D_MODEL  # also of positional channels
+
+
+def test_applied_is_nodes_at_means_in_a_model_with_weights_cut(model):
+    circuit, before = random_circuit(model, edges=0.5), state(model)
+    with circuit.applied(model):
+        under = logits(model)
+    with (
+        cutting(model, circuit.cut_edges(model), circuit.means),
+        ablating(model, circuit.dropped, circuit.means),
+    ):
+        assert torch.equal(logits(model), under)
+    with dataclasses.replace(circuit, edge_set=None).applied(model):
+        assert not torch.allclose(logits(model), under, atol=1e-3)
+    assert same(model, before)
+    with pytest.raises(ZeroDivisionError), circuit.applied(model):
+        _ = 1 / 0
+    assert same(model, before)
+    assert all(not point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_ablated_cuts_no_edge(model):
+    circuit = random_circuit(model, edges=0.5)
+    before = state(model)
+    with circuit.ablated(model):
+        assert same(model, before)
+        under = logits(model)
+    with dataclasses.replace(circuit, edge_set=None).ablated(model):
+        assert torch.equal(logits(model), under)
+
+
+@pytest.mark.parametrize("edges", [0.5, 0.0, 1.0, None])
+def test_save_and_load(model, edges, tmp_path):
+    circuit = random_circuit(model, edges=edges)
+    scores = {name: torch.randn(mean.shape) for name, mean in circuit.means.items()}
+    circuit = dataclasses.replace(circuit, scores=scores, measured={"x": 1})
+    circuit.save(tmp_path)
+    again = Circuit.load(tmp_path)
+    assert again.edge_set == circuit.edge_set
+    assert again.edges(model) == circuit.edges(model)
+    assert again.cut_edges(model) == circuit.cut_edges(model)
+    assert all(torch.equal(again.scores[name], score) for name, score in scores.items())
+    assert again.of_size(9).nodes == circuit.of_size(9).nodes
+    with circuit.applied(model):
+        expected = logits(model)
+    with again.applied(model):
+        assert torch.equal(logits(model), expected)
+    assert repr(again) == repr(circuit)
+    assert ("pruned to" in repr(again)) == (edges is not None)
+
+
+def test_the_number_of_edges_is_in_the_repr():
+    micro = micro_model()
+    circuit = micro_circuit(micro)
+    first, second = circuit.edges(micro)
+    assert "pruned to" not in repr(circuit)
+    assert repr(circuit.without([first], micro)).endswith(
+        "1 attn_in, 1 attn_v, 1 attn_out\n  pruned to 1 edges)"
+    )
+    assert repr(circuit.without([first, second.source], micro)).endswith("pruned to 0 edges)")
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_a_cut_edge_of_the_micro_circuit_on_paper(kept):
+    """The value channel's mean is 0, so without its first edge nothing is written; with a mean of 1
+    a constant is.
+    """
+    micro = micro_model()
+    circuit = micro_circuit(micro)
+    circuit = circuit.with_means(
+        dict(circuit.means) | {"blocks.0.ln1.hook_read": torch.tensor([kept, 0, 0, 0])}
+    )
+    cut = circuit.without(circuit.edges(micro)[:1], micro)
+    a = kept * W_V * W_O  # at every position, so attention does not dilute it
+    difference = 2 * W_U * a / math.sqrt((1 + a * a) / 4)
+    expected = (math.log1p(math.exp(-difference)) + math.log1p(math.exp(difference))) / 2
+    data = make_task_data(MICRO_TASK, micro.tokenizer, 8, seed=0)
+    for context in (cut.applied(micro), cutting(micro, circuit.edges(micro)[:1], circuit.means)):
+        with context:
+            assert score(micro, data).loss == pytest.approx(expected, abs=1e-5)
+    assert score(micro, data).loss == pytest.approx(LOSS, abs=1e-6)

@@ -1,0 +1,619 @@
+"""The pruner: what it leaves unchanged, its splits, and what it refuses. Found circuits are in
+test_circuit.py.
+"""
+
+import dataclasses
+import math
+import random
+import warnings
+
+import pytest
+import torch
+
+from helpers import full_config, stock_model, tiny_model
+from micro import (
+    FILLERS,
+    LOSS,
+    MICRO_TASK,
+    NODES,
+    W_U,
+    WRITTEN,
+    micro_circuit,
+    micro_corpus,
+    micro_model,
+    micro_tokenizer,
+)
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
+from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
+from tl_sparse.evaluation.judge import score, task_loss
+from tl_sparse.hooks import NodeGates, mean_activations
+from tl_sparse.hooks.points import hooked
+from tl_sparse.pruning import pruner as pruning
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.gates import attribution
+from tl_sparse.pruning.pruner import corpus_means, frozen, prune, task_splits
+from tl_sparse.pruning.sizes import discretise, eliminate
+
+CONFIG = PruneConfig(
+    target_loss=2 * LOSS,
+    steps=60,
+    train_pairs=64,
+    selection_pairs=16,
+    heldout_pairs=16,
+    pairs_per_step=8,
+)
+
+
+@pytest.fixture
+def micro():
+    return micro_model()
+
+
+def empty(micro):
+    circuit = micro_circuit(micro)
+    return dataclasses.replace(
+        circuit, kept={name: mask & False for name, mask in circuit.kept.items()}
+    )
+
+
+def test_model_comes_back_as_it_was(micro):
+    micro.train()
+    micro.blocks[0].attn.W_V.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in micro.named_parameters()}
+    prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
+    assert micro.training
+    assert micro.blocks[0].attn.training
+    assert [name for name, p in micro.named_parameters() if not p.requires_grad] == [
+        "blocks.0.attn.W_V"
+    ]
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in micro.named_parameters()
+    )
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_frozen_restores_after_an_exception(micro):
+    micro.train()
+    with pytest.raises(ZeroDivisionError), frozen(micro):
+        _ = 1 / 0
+    with frozen(micro):
+        assert not micro.training
+        assert not any(p.requires_grad for p in micro.parameters())
+    assert micro.training
+    assert all(p.requires_grad for p in micro.parameters())
+
+
+def test_splits_are_disjoint_and_repeatable(micro):
+    splits = task_splits(micro, MICRO_TASK, CONFIG)
+    prompts = [set(data.prompts) for data in splits]
+    assert [data.n_pairs for data in splits] == [64, 16, 16]
+    assert len(set.union(*prompts)) == sum(map(len, prompts))
+    again = task_splits(micro, MICRO_TASK, dataclasses.replace(CONFIG, train_pairs=8))
+    assert (
+        again[1].prompts == splits[1].prompts
+    )  # the judges do not depend on how much is trained on
+    assert again[2].prompts == splits[2].prompts
+
+
+def test_a_seed_makes_pruning_repeatable(micro):
+    circuits = [
+        prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)[0] for _ in range(2)
+    ]
+    assert circuits[0].nodes == circuits[1].nodes
+    assert circuits[0].measured == circuits[1].measured
+
+
+@pytest.mark.parametrize("learned", [1, 3, 20])
+def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, learned):
+    """With τ ranking the three nodes first, every start must end at exactly these three."""
+    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    gates = NodeGates(means, init_bias=0.0, init_scale=0.0, seed=0)
+    flat = torch.linspace(0.0, -0.5, gates.tau.numel())
+    read, value, written = (
+        gates.index[f"blocks.0.{n}"] for n in ("ln1.hook_read", "attn.hook_v", "hook_attn_out")
+    )
+    flat[torch.stack([read[0], value[0, 0], written[2]])] = torch.tensor([1.0, 0.9, 0.8])
+    ranked = flat.sort(descending=True).values
+    with torch.no_grad():
+        gates.tau.copy_(flat - (ranked[learned - 1] + ranked[learned]) / 2)
+    assert int((gates.tau > 0).sum()) == learned
+    _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
+    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    assert [str(node) for node in found.nodes] == NODES
+    assert found.of_size(3).nodes == found.nodes
+
+
+def test_leftover_nodes_are_dropped(micro):
+    """Ten useless nodes ranked above the circuit's own must not survive."""
+    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    gates = NodeGates(means, init_bias=-0.5, init_scale=0.0, seed=0)
+    with torch.no_grad():
+        gates.tau[gates.index["blocks.0.hook_mlp_out"]] = 1.0
+        gates.tau[gates.index["blocks.0.mlp.hook_post"]] = 1.0
+        gates.tau[gates.index["blocks.0.ln1.hook_read"][0]] = gates.tau[
+            gates.index["blocks.0.attn.hook_v"][0, 0]
+        ] = 0.5
+        gates.tau[gates.index["blocks.0.hook_attn_out"][2]] = 0.5
+    _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
+    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    assert [str(node) for node in found.nodes] == NODES
+    # In the ranking the kept nodes are before all others, and within each group the order is that
+    # of the gates.
+    parts = [
+        torch.cat([found.scores[n][mask == kept] for n, mask in found.kept.items()])
+        for kept in (True, False)
+    ]
+    assert parts[0].min() > parts[1].max()
+    locations = {node.location for node in found.of_size(9).nodes}
+    assert locations == {"attn_in", "attn_v", "attn_out", "mlp_neuron", "mlp_out"}
+
+
+# What ranks the nodes
+
+
+def loss_of(strength):
+    """The loss of the micro model with all three nodes of its circuit at this share of what they
+    are.
+    """
+    a = WRITTEN * strength**3
+    return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
+
+
+def slope(strength):
+    """The derivative of `loss_of` by one of the three shares alone."""
+    a = WRITTEN * strength**3
+    by_a = 4 * W_U / (1 + a * a) ** 1.5  # of the difference of the logits, 4 W_U a / sqrt(1 + a²)
+    return -by_a * (a / strength) / (1 + math.exp(4 * W_U * a / math.sqrt(1 + a * a)))
+
+
+def test_the_slope_on_paper_is_a_derivative():
+    for strength in (0.2, 0.7, 1.0):
+        rise = (loss_of(strength + 1e-5) - loss_of(strength - 1e-5)) / 2e-5
+        assert 3 * slope(strength) == pytest.approx(rise, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 6, 256])
+@pytest.mark.parametrize(
+    ("method", "points"),
+    [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])],
+)
+def test_attribution_on_paper(micro, method, points, batch_size):
+    """All three nodes of the circuit are of the same importance, and all others of none: Σ gradient
+    · (x - mean).
+    """
+    config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
+    circuit, (train, _, _) = micro_circuit(micro), task_splits(micro, MICRO_TASK, CONFIG)
+    gates = NodeGates(circuit.means, init_bias=0.1, init_scale=0.0, seed=0)
+    with frozen(micro):
+        found = gates.at_nodes(attribution(micro, gates, train, config))
+    expected = sum(map(slope, points)) / len(points)
+    for name, kept in circuit.kept.items():
+        torch.testing.assert_close(found[name], kept * expected, rtol=1e-4, atol=1e-8)
+    assert gates.tau.grad is None
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_attribution_against_differences():
+    """On a random model: the loss with one node opened a bit further, by hand."""
+    smooth = full_config(d_vocab=36, resid_relu=False, abs_topk={"attn_v": 0.7, "mlp_neuron": 0.7})
+    model = tiny_model(smooth, dtype=torch.float64, tokenizer=micro_tokenizer())
+    _, data, _ = task_splits(model, MICRO_TASK, CONFIG)
+    names = list(node_hooks(model).values())
+    means = mean_activations(model, names, [micro_corpus()])
+    gates = NodeGates(means, init_bias=0.1, init_scale=0.0, seed=0)
+
+    def loss(name, at, strength):
+        def mixed(activation, hook):
+            mean = means[name].expand_as(activation)
+            share = torch.ones_like(means[name])
+            share[at] = strength
+            return mean + share * (activation - mean)
+
+        with hooked(model, {name: mixed}), torch.no_grad():
+            return task_loss(model, data).item()
+
+    with frozen(model):
+        found = gates.at_nodes(
+            attribution(model, gates, data, dataclasses.replace(CONFIG, method="attribution"))
+        )
+    checked = 0
+    for name in names:
+        at = tuple(size // 2 for size in means[name].shape)
+        near = loss(name, at, 1 + 1e-5) - loss(name, at, 1 - 1e-5)
+        assert found[name][at].item() == pytest.approx(near / 2e-5, rel=1e-3, abs=1e-8), name
+        checked += abs(near) > 1e-9
+    assert checked >= 8
+
+
+def ranked(micro, monkeypatch, **changes):
+    """The gates with which learning starts, hook name → τ."""
+    start = []
+    monkeypatch.setattr(
+        pruning,
+        "learn_gates",
+        lambda model, gates, *_: start.append(gates.at_nodes(gates.tau.data)),
+    )
+    prune(
+        micro,
+        MICRO_TASK,
+        micro_corpus(),
+        dataclasses.replace(CONFIG, init_scale=0.0, **changes),
+        progress=False,
+    )
+    return start[0]
+
+
+def test_a_warm_start_ranks_the_nodes_before_they_are_learned(micro, monkeypatch):
+    start, kept = ranked(micro, monkeypatch), micro_circuit(micro).kept
+    ours = torch.cat([start[name][kept[name]] for name in kept])
+    others = torch.cat([start[name][~kept[name]] for name in kept])
+    assert len(ours) == 3
+    assert ours.min() > others.max()
+    assert ours.min() > 0
+
+
+def test_a_cold_start_is_where_the_settings_say(micro, monkeypatch):
+    start = ranked(micro, monkeypatch, warm_start=False, init_bias=0.25)
+    assert all((tau == 0.25).all() for tau in start.values())
+
+
+@pytest.mark.parametrize("method", ["learned", "attribution", "integrated_gradients", "random"])
+def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, monkeypatch):
+    learned = []
+    real = pruning.learn_gates
+    monkeypatch.setattr(
+        pruning, "learn_gates", lambda *arguments: learned.append(1) or real(*arguments)
+    )
+    config = dataclasses.replace(CONFIG, method=method)
+    circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert len(learned) == (method == "learned")
+    assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
+    assert set(NODES) <= {str(node) for node in circuit.nodes}
+    assert (circuit.n_nodes == 3) == (method != "random")  # 1 in 2,024 rankings would do it
+    assert circuit.measured["config"]["method"] == method
+    assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
+    if method == "random":
+        others = [prune(micro, MICRO_TASK, micro_corpus(), dataclasses.replace(config, seed=s), progress=False)[0]
+                  for s in (0, 1)]  # fmt: skip
+        assert others[0].nodes == circuit.nodes
+        assert others[1].of_size(9).nodes != circuit.of_size(9).nodes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(warm_start=False, steps=100), dict(tied_qk=True), dict(ablation="zero"), dict(ablation="resample"),
+        dict(necessity=1.0, ablated_accuracy=0.5), dict(necessity=1.0, ablated_accuracy=0.5, ablation="resample"),
+        dict(init_bias=-0.5), dict(restarts=2), dict(steer_rate=0.0, steer_now=0.0), dict(batch_size=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert [str(node) for node in circuit.nodes] == NODES
+    assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
+    assert circuit.measured["config"] == dataclasses.asdict(config)
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
+    """Of the four that tokens write, the first tells A from B; of the answers nothing is in the
+    others.
+    """
+    config = dataclasses.replace(CONFIG, embed_gates=True)
+    circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
+    assert evaluation.circuit.loss < CONFIG.target_loss
+    tokens = micro_corpus()[:5]
+    nothing = Circuit(
+        {"hook_embed": torch.zeros(4, dtype=torch.bool)}, circuit.means, circuit.model
+    )
+    with nothing.applied(micro):
+        _, cache = micro.run_with_cache(tokens)
+    torch.testing.assert_close(
+        cache["hook_embed"], circuit.means["hook_embed"].expand(*tokens.shape, 4)
+    )
+    circuit.save(tmp_path / "circuit")
+    reopened = Circuit.load(tmp_path / "circuit")
+    assert reopened.nodes == circuit.nodes
+    assert "1 embed_out" in repr(reopened)
+
+
+# What dropped nodes are held at
+
+
+def with_constant(micro):
+    """The answer depends on a constant that the MLP writes: its mean is all of it, and zero ruins
+    the task.
+    """
+    with torch.no_grad():
+        micro.blocks[0].mlp.b_out[3] = 1.0
+        micro.unembed.W_U[3, 4], micro.unembed.W_U[3, 5] = 10.0, -10.0
+        micro.unembed.W_U[1, 4], micro.unembed.W_U[1, 5] = -10.0, 10.0
+    return micro
+
+
+@pytest.mark.parametrize(
+    ("ablation", "more"), [("mean", []), ("zero", ["0.mlp_out.3"]), ("resample", [])]
+)
+def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
+    held = []
+
+    class Spy(NodeGates):
+        def attached(self, model, inverted=False, values=None):
+            held.append(values or self.means)
+            return super().attached(model, inverted, values)
+
+    monkeypatch.setattr(pruning, "NodeGates", Spy)
+    config = dataclasses.replace(CONFIG, target_loss=0.01, ablation=ablation, necessity=0.5)
+    circuit, evaluation = prune(
+        with_constant(micro), MICRO_TASK, micro_corpus(), config, progress=False
+    )
+    assert [str(node) for node in circuit.nodes] == [*NODES, *more]
+    chosen = {"mean": evaluation.circuit, "zero": evaluation.zero, "resample": evaluation.resample}
+    expected = math.log1p(math.exp(-2 * W_U * WRITTEN / math.sqrt((2 + WRITTEN**2) / 4)))
+    assert chosen[ablation].loss == pytest.approx(expected, rel=1e-3)
+    assert (evaluation.zero.loss > 1) == (ablation != "zero")
+    selection = circuit.measured["selection"]["circuit"]["loss"]
+    assert selection == pytest.approx(expected, rel=1e-3)  # under the ablation it was found with
+    means = mean_activations(micro, list(circuit.kept), [micro_corpus()])
+    assert all(torch.allclose(circuit.means[name], mean) for name, mean in means.items())
+    # Gates were learned with what the circuit is judged with, the circuit alone and the model
+    # without it.
+    assert len(held) == 2 * config.steps
+    for values in held:
+        assert values.keys() == means.keys()
+        for name, value in values.items():
+            if ablation == "resample":
+                assert value.shape[0] in (8, 16)
+                assert value.shape[2:] == means[name].shape
+            else:
+                assert torch.equal(value, circuit.means[name] * (ablation == "mean"))
+
+
+# Restarts, tied gates
+
+
+def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
+    """Each with a seed of its own; the first of two that are equal."""
+    micro.blocks[0].attn.W_V.data[0, 1, 1] = 0.1
+    best = micro_circuit(micro)
+
+    def wider(*nodes):
+        kept = {name: mask.clone() for name, mask in best.kept.items()}
+        for name, at in nodes:
+            kept[f"blocks.0.{name}"][at] = True
+        return dataclasses.replace(best, kept=kept)
+
+    found = [
+        wider(("ln1.hook_read", 1), ("attn.hook_v", (0, 1))),  # an edge more
+        wider(*(("hook_mlp_out", i) for i in range(4))),  # four nodes more
+        wider(*(("hook_mlp_out", i) for i in range(3))),  # three nodes more, but no edge
+        wider(*(("ln2.hook_read", i) for i in range(3))),
+    ]
+    seeds = []
+
+    def search(empty, model, train, selection, config, progress):
+        seeds.append(config.seed)
+        return found[len(seeds) - 1]
+
+    monkeypatch.setattr(pruning, "_search", search)
+    config = dataclasses.replace(CONFIG, restarts=4, seed=7)
+    circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert seeds == [7, 8, 9, 10]
+    assert circuit.nodes == found[2].nodes
+    assert (evaluation.n_nodes, evaluation.n_edges) == (6, 2)
+    assert circuit.measured["config"]["restarts"] == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_queries_and_keys_are_kept_together(tied):
+    """And have the same rank; on a random model."""
+    model = tiny_model(n_layers=2, n_heads=2, d_head=3, d_vocab=36, tokenizer=micro_tokenizer())
+    _, selection, _ = task_splits(model, MICRO_TASK, CONFIG)
+    full = score(model, selection).loss
+    config = dataclasses.replace(CONFIG, target_loss=1.02 * full, tied_qk=tied, steps=10)
+    circuit, _ = prune(model, MICRO_TASK, micro_corpus(), config, progress=False)
+    for i in range(2):
+        for of in (circuit.scores, circuit.kept) if tied else (circuit.scores,):
+            assert torch.equal(of[f"blocks.{i}.attn.hook_q"], of[f"blocks.{i}.attn.hook_k"]) == tied
+    assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
+
+
+def test_queries_that_share_keys_cannot_be_tied_to_them(micro):
+    model = stock_model(d_vocab=36, n_key_value_heads=1)
+    model.tokenizer = micro.tokenizer
+    config = dataclasses.replace(CONFIG, target_loss=100.0, steps=1)
+    prune(model, MICRO_TASK, micro_corpus(), config, progress=False)
+    tied = dataclasses.replace(config, tied_qk=True)
+    with pytest.raises(
+        PruneError,
+        match=r"tied_qk needs a key channel for each query channel; .*\[2, 4\].*\[1, 4\]",
+    ):
+        prune(model, MICRO_TASK, micro_corpus(), tied, progress=False)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "step", ["learn_gates", "discretise", "mean_activations", "_judged", "attribution"]
+)
+def test_the_model_is_as_it_was_after_an_exception(micro, step, monkeypatch):
+    def failing(*arguments, **options):
+        raise ZeroDivisionError
+
+    micro.train()
+    micro.blocks[0].attn.W_V.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in micro.named_parameters()}
+    monkeypatch.setattr(pruning, step, failing)
+    with pytest.raises(ZeroDivisionError):
+        prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
+    assert micro.training
+    assert [name for name, p in micro.named_parameters() if not p.requires_grad] == [
+        "blocks.0.attn.W_V"
+    ]
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in micro.named_parameters()
+    )
+    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+
+
+def test_no_set_of_nodes_is_necessary(micro):
+    """Where the prompts end in the token that the task is about, it reaches the answer past all
+    nodes.
+    """
+    with torch.no_grad():
+        micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
+    task = dataclasses.replace(MICRO_TASK, sample=_ends_in, same_end=False)
+    config = dataclasses.replace(CONFIG, target_loss=0.1, ablated_accuracy=0.6, steps=5)
+    message = (
+        r"no set of nodes reaches the target loss 0\.1 such .* at most 0\.6, not even all 24 nodes"
+    )
+    with pytest.raises(PruneError, match=message):
+        prune(micro, task, micro_corpus(), config, progress=False)
+    circuit, _ = prune(
+        micro,
+        task,
+        micro_corpus(),
+        dataclasses.replace(config, ablated_accuracy=1.0),
+        progress=False,
+    )
+    assert circuit.n_nodes <= 1  # nothing is needed, and one is what the search begins with
+
+
+def _ends_in(rng):
+    fillers = " ".join(rng.choice(FILLERS) for _ in range(3))
+    return f"{fillers} A", f"{fillers} B"
+
+
+def test_target_below_what_the_model_reaches(micro):
+    config = dataclasses.replace(CONFIG, target_loss=LOSS / 2)
+    with pytest.raises(
+        PruneError, match=f"full model's loss on micro is {LOSS:.3f}.*above the target loss"
+    ):
+        prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+
+
+def test_too_few_distinct_prompts(micro):
+    few = dataclasses.replace(
+        MICRO_TASK, sample=lambda rng: MICRO_TASK.sample(random.Random(rng.randrange(80)))
+    )
+    with pytest.raises(
+        TaskError, match=r"gave only 4\d of 64 pairs of distinct prompts, 64 prompts excluded"
+    ):
+        prune(micro, few, micro_corpus(), CONFIG, progress=False)
+
+
+def test_model_without_tokenizer(micro):
+    micro._tokenizer = None  # TransformerBridge
+    micro.__dict__["tokenizer"] = None  # HookedTransformer
+    with pytest.raises(TokenizerError, match="needs the model's tokenizer"):
+        prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
+
+
+def test_candidate_that_is_not_a_single_token(micro):
+    task = dataclasses.replace(MICRO_TASK, candidates=(" yes", " yes no"))
+    # ` yes ` (to this tokenizer the same as ` yes`) stands for the longer answer, and that is the
+    # other one.
+    with pytest.raises(
+        TokenizerError,
+        match=r"answers ' yes' and ' yes no' of task micro .* are ' yes' and ' yes '$",
+    ):
+        prune(micro, task, micro_corpus(), CONFIG, progress=False)
+
+
+def test_unknown_location(micro):
+    with pytest.raises(HookNameError, match="attn_x"):
+        node_hooks(micro, ["attn_x"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "valid"),
+    [
+        ("target_loss", 0.0, "above 0"),
+        ("steps", 0, "at least 1"),
+        ("lr", "fast", "a number"),
+        ("beta2", 1.0, r"in \[0, 1\)"),
+        ("init_bias", 2.0, r"in \[-1, 1\]"),
+        ("k_coef", 0.0, "above 0"),
+        ("cleanup_pairs", 0, "at least 1"),
+        ("ablated_accuracy", 0.4, r"in \[0.5, 1\]"),
+        ("seed", -1, "at least 0"),
+        ("train_pairs", 0, "at least 1"),
+        ("selection_pairs", 0, "at least 1"),
+        ("heldout_pairs", 0, "at least 1"),
+        ("pairs_per_step", 0, "at least 1"),
+        ("ranking_pairs", 0, "at least 1"),
+        ("restarts", 0, "at least 1"),
+        ("restarts", 1.5, "of type int"),
+        ("batch_size", 0, "at least 1"),
+        ("steer_to", 0.0, "above 0"),
+        ("steer_rate", -0.1, "at least 0"),
+        ("steer_now", -0.1, "at least 0"),
+        ("steer_now", float("nan"), "at least 0"),
+        ("grad_clip", 0.0, "above 0"),
+        ("temperature", 0.0, "above 0"),
+        ("beta1", -0.1, r"in \[0, 1\)"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("init_scale", -0.1, "at least 0"),
+        ("necessity", -0.1, "at least 0"),
+        ("warm_start", 1, "of type bool"),
+        ("tied_qk", "yes", "of type bool"),
+        ("method", "gradient", "one of"),
+        ("ablation", "median", "one of"),
+    ],
+)
+def test_impossible_settings(field, value, valid):
+    with pytest.raises(ConfigError, match=f"{field} = .*must be {valid}"):
+        PruneConfig(**{field: value})
+
+
+def test_a_corpus_too_small_for_stable_means_is_warned_of(micro):
+    rows = micro_corpus()
+    with pytest.warns(
+        UserWarning,
+        match=r"the means over 12 tokens have a standard error of about \d+% of their size",
+    ):
+        corpus_means(micro, rows[[0, 3]])  # one has an A, the other a B
+    with pytest.warns(UserWarning, match="about inf% of their size"):
+        corpus_means(micro, rows[:1])
+
+
+def test_means_over_the_corpus_are_those_of_all_rows(micro):
+    rows = micro_corpus()[:7]
+    whole = mean_activations(micro, list(node_hooks(micro).values()), [rows])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        means = corpus_means(micro, rows, batch_size=8)
+    for name, mean in whole.items():
+        torch.testing.assert_close(means[name], mean, rtol=1e-6, atol=1e-6)
+
+
+def test_means_over_the_task_leave_padding_out(micro):
+    config = dataclasses.replace(CONFIG, means_over="task")
+    circuit, _ = prune(micro, MICRO_TASK, micro_corpus()[:1], config, progress=False)
+    train, _, _ = task_splits(micro, MICRO_TASK, config)
+    expected = mean_activations(
+        micro, list(circuit.kept), [train.trimmed().tokens]
+    )  # all prompts have the same length
+    for name, mean in expected.items():
+        torch.testing.assert_close(circuit.means[name], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kept", "final", "tests"), [(set(), 40, 6), ({0, 7, 8, 30}, 25, 28), (set(range(40)), 0, 40)]
+)
+def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, final, tests):
+    """In strides of 1, 2, 4, 8, 16 and 9 where all of 40 can go, one by one where none can."""
+    tried = []
+
+    def holds(gone):
+        tried.append(gone)
+        return kept.isdisjoint(gone)
+
+    gone = eliminate(range(40), holds, lambda gone: len(gone) <= final)
+    assert gone == sorted(set(range(40)) - kept)[:final]
+    assert len(tried) == tests

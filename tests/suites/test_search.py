@@ -1,0 +1,214 @@
+"""The search for settings: what it minimises, how it goes on, what it refuses. Most of it with a
+made-up pruner.
+"""
+
+import sqlite3
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import tl_sparse
+from micro import LOSS, NODES, save_micro, save_pairs
+from tl_sparse.cli import main
+from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.suites import optuna_search as module
+from tl_sparse.suites import suite
+from tl_sparse.suites.optuna_search import RANGES, search
+
+optuna = pytest.importorskip("optuna")
+SIZES = {
+    "target_loss": 2 * LOSS,
+    "steps": 50,
+    "train_pairs": 32,
+    "selection_pairs": 8,
+    "heldout_pairs": 8,
+}
+CONFIG = PruneConfig(**SIZES)
+FLAGS = [
+    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
+]
+
+
+@pytest.fixture
+def place(tmp_path):
+    suite.loaded.cache_clear()
+    tasks = [save_pairs(tmp_path / f"{name}.jsonl") for name in ("easy", "hard")]
+    return save_micro(tmp_path / "one"), tasks, tmp_path / "out"
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The settings that a made-up pruner is called with: of the hard task it finds no circuit if lr
+    is below 1e-3.
+    """
+    configs = []
+
+    def prune(model, task, tokens, config, progress, means):
+        configs.append(config)
+        if task.name == "hard" and config.lr < 1e-3:
+            raise PruneError("no set of nodes")
+        edges = round(1e6 * config.k_coef) if task.name == "easy" else 4
+        return None, SimpleNamespace(n_edges=edges)
+
+    monkeypatch.setattr(module, "prune", prune)
+    monkeypatch.setattr(module, "n_weights", lambda model: (300, 1000))
+    return configs
+
+
+def values(configs):
+    """What is searched, of every second call: each trial prunes two tasks."""
+    return [(c.k_coef, c.lr, c.beta2, c.steps) for c in configs[::2]]
+
+
+def test_the_settings_with_the_fewest_edges_are_found(place, tried):
+    model, tasks, out = place
+    best, text = search(model, tasks, out, 12, config=CONFIG)
+    assert tried[0] == CONFIG
+    assert tried[0::2] == tried[1::2]
+    assert len(tried) == 24
+    for name, (low, high) in RANGES.items():
+        tries = [1 - c.beta2 if name == "1 - beta2" else getattr(c, name) for c in tried]
+        assert all(low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9) for value in tries)
+        assert len(set(tries)) >= 10
+    # No circuit counts as all weights of the model, and is never the best.
+    costs = [
+        (max(1, round(1e6 * c.k_coef)) * (4 if c.lr >= 1e-3 else 300)) ** 0.5 for c in tried[::2]
+    ]
+    least = min(cost for cost, c in zip(costs, tried[::2], strict=True) if c.lr >= 1e-3)
+    assert best == tried[2 * costs.index(least)]
+    with module._study(str(out / "study.journal")) as study:
+        assert [trial.value for trial in study.trials] == pytest.approx(costs)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["edges,", "geometric", "mean", f"{costs[0]:.1f}", f"{least:.1f}"] in lines
+    assert ["easy", "2000", str(round(1e6 * best.k_coef))] in lines
+    assert ["lr", "0.02", f"{best.lr:.3g}"] in lines
+    assert yaml.safe_load((out / "best.yaml").read_text()) == best.__dict__
+
+
+def test_an_interrupted_search_goes_on_as_if_nothing_had_been(place, tried, monkeypatch, tmp_path):
+    model, tasks, out = place
+    whole, _ = search(model, tasks, out / "whole", 12, config=CONFIG)
+    expected, found = values(tried), []
+    search(model, tasks, out / "parts", 5, config=CONFIG)
+    search(model, tasks, out / "parts", 12, config=CONFIG)
+    assert values(tried[24:]) == expected
+    assert (out / "parts" / "best.yaml").read_text() == (out / "whole" / "best.yaml").read_text()
+    assert search(model, tasks, out / "parts", 12, config=CONFIG)[0] == whole
+    assert len(tried) == 48
+
+    def interrupted(*args):
+        found.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "prune", interrupted)
+        with pytest.raises(SuiteError, match="interrupted; what is finished is kept"):
+            search(model, tasks, out / "new", 2, config=CONFIG)
+    assert "as given" in search(model, tasks, out / "new", 2, config=CONFIG)[1]
+    assert len(found) == 1
+    assert len(tried) == 52
+
+
+def test_it_finds_a_circuit_and_prune_takes_its_settings(place, tmp_path, capsys):
+    model, tasks, out = place
+    assert main(["search", model, tasks[0], "--out", str(out), "--trials", "2", *FLAGS]) == 0
+    printed = capsys.readouterr().out
+    assert f"Saved {out / 'best.yaml'}" in printed
+    assert "easy" in printed
+    circuit, config = str(tmp_path / "circuit"), ["--config", str(out / "best.yaml")]
+    assert (
+        main(
+            ["prune", model, tasks[0], "--out", circuit, "--edges", *config, "--train-pairs", "33"]
+        )
+        == 0
+    )
+    settings = tl_sparse.Circuit.load(circuit).measured["config"]
+    assert settings == yaml.safe_load((out / "best.yaml").read_text()) | {"train_pairs": 33}
+    assert "Pruned by edges\n\nCircuit of easy" in capsys.readouterr().out
+    assert [str(node) for node in tl_sparse.Circuit.load(f"{circuit}/edges").nodes] == NODES
+
+
+def test_no_circuit_at_all_is_an_error(place, monkeypatch):
+    model, tasks, out = place
+
+    def prune(*args):
+        raise PruneError("no set of nodes")
+
+    monkeypatch.setattr(module, "prune", prune)
+    with pytest.raises(PruneError, match="none of 2 trials found a circuit of every task"):
+        search(model, tasks, out, 2, config=CONFIG)
+    assert not (out / "best.yaml").exists()
+
+
+def test_a_study_of_something_else_is_refused(place, tried, tmp_path, monkeypatch):
+    model, tasks, out = place
+    search(model, tasks, out, 1, config=CONFIG)
+    with pytest.raises(
+        SuiteError,
+        match=r"journal was made with tasks = \['easy', 'hard'\], now \['easy'\]\. Go on",
+    ):
+        search(model, tasks[:1], out, 2, config=CONFIG)
+    with pytest.raises(SuiteError, match="model = 'one', now 'two'"):
+        search(save_micro(tmp_path / "two"), tasks, out, 2, config=CONFIG)
+    with pytest.raises(SuiteError, match="train_pairs = 32, now 2048"):
+        search(model, tasks, out, 2, config=PruneConfig(**SIZES | {"train_pairs": 2048}))
+    monkeypatch.setitem(module.RANGES, "lr", [1e-3, 1e-2])
+    with pytest.raises(SuiteError, match=r"ranges = .*0.0003, 0.05.*, now .*0.001, 0.01"):
+        search(model, tasks, out, 2, config=CONFIG)
+    assert len(tried) == 2
+
+
+def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
+    model, tasks, out = place
+    (tmp_path / "text").write_text("no journal\n")
+    with pytest.raises(
+        SuiteError, match=r"cannot use the storage .*text: .*is it locked, or no study of Optuna\?"
+    ):
+        search(model, tasks, out, 1, storage=str(tmp_path / "text"), config=CONFIG)
+    with pytest.raises(SuiteError, match=r"cannot use the storage .*text/study"):
+        search(model, tasks, out, 1, storage=str(tmp_path / "text" / "study"), config=CONFIG)
+    with pytest.raises(
+        SuiteError, match=r"pip install 'tl-sparse\[search\]', or what the storage needs"
+    ):
+        search(model, tasks, out, 1, storage="postgresql+psycopg2://nowhere/study", config=CONFIG)
+    database = tmp_path / "study.db"
+    search(model, tasks, out, 1, storage=f"sqlite:///{database}", config=CONFIG)
+    with sqlite3.connect(database, isolation_level=None) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SuiteError, match="database is locked"):
+            search(model, tasks, out, 2, storage=f"sqlite:///{database}?timeout=0.1", config=CONFIG)
+        connection.execute("ROLLBACK")
+    search(model, tasks, out, 2, storage=f"sqlite:///{database}", config=CONFIG)
+    assert len(tried) == 4
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SuiteError, match=r"pip install 'tl-sparse\[search\]'"):
+        search(model, tasks, out, 1, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "nowhere"}, CheckpointError, "'nowhere' is not a folder"),
+        ({"tasks": ["nothing"]}, TaskError, "no task 'nothing'"),
+        ({"tasks": []}, ConfigError, "number of tasks = 0 is not possible"),
+        ({"n_trials": 0}, ConfigError, "trials = 0 is not possible; it must be at least 1"),
+        ({"workers": 0}, ConfigError, "workers = 0 is not possible; it must be at least 1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_done(change, error, message, place):
+    model, tasks, out = place
+    with pytest.raises(error, match=message):
+        search(**{"model": model, "tasks": tasks, "out": out, **change})
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_processes_share_a_study(place):
+    model, tasks, out = place
+    search(model, tasks[:1], out, 6, workers=2, config=CONFIG)
+    with module._study(str(out / "study.journal")) as study:
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+        assert len({trial.params["lr"] for trial in study.trials}) == 6

@@ -1,0 +1,240 @@
+"""Whole suites on the micro model: what they find, how they go on, and the figures they report."""
+
+import dataclasses
+import json
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+
+import tl_sparse
+from micro import LOSS, NODES, save_micro, save_pairs
+from tl_sparse.cli import main
+from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.suites import suite
+from tl_sparse.suites.suite import Job, collected, in_processes, results_table, run_suite
+
+SIZES = {
+    "target_loss": 2 * LOSS,
+    "steps": 30,
+    "train_pairs": 32,
+    "selection_pairs": 8,
+    "heldout_pairs": 8,
+}
+CONFIG = PruneConfig(**SIZES)
+FLAGS = [
+    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
+]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Two models of other names, a task that they solve and one that they do not."""
+    models = [save_micro(tmp_path / name) for name in ("one", "two")]
+    tasks = [
+        save_pairs(tmp_path / "micro.jsonl"),
+        save_pairs(tmp_path / "wrong.jsonl", (" no", " yes")),
+    ]
+    suite.loaded.cache_clear()
+    return models, tasks, tmp_path / "out"
+
+
+def counting(monkeypatch, stop_at=None):
+    """The calls of `prune`, the real one; one of them is interrupted."""
+    calls, real = [], suite.prune
+
+    def prune(model, task, tokens, config, *rest):
+        calls.append((task.name, config.seed))
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return real(model, task, tokens, config, *rest)
+
+    monkeypatch.setattr(suite, "prune", prune)
+    return calls
+
+
+def test_a_suite_saves_circuits_and_says_what_has_none(place, monkeypatch):
+    models, tasks, out = place
+    calls = counting(monkeypatch)
+    results = run_suite(models, tasks, out, (0, 1), CONFIG)
+    assert calls == [(task, seed) for _ in models for task in ("micro", "wrong") for seed in (0, 1)]
+    for model in ("one", "two"):
+        for folder in (out / model / "micro" / "1", out / model / "micro" / "1" / "edges"):
+            circuit = tl_sparse.Circuit.load(folder)
+            assert [str(node) for node in circuit.nodes] == NODES
+            assert circuit.measured["config"]["seed"] == 1
+        found = results["models"][model]
+        assert found["micro"]["problems"] == {}
+        for kind in ("node_pruned", "edge_pruned"):
+            assert found["micro"][kind]["edges"] == {"mean": 2, "median": 2, "min": 2, "max": 2}
+            assert found["micro"][kind]["loss"]["median"] == pytest.approx(LOSS, rel=1e-3)
+        assert found["micro"]["node_pruned"]["overlap"]["mean"] == 1
+        assert found["wrong"]["node_pruned"] == found["wrong"]["edge_pruned"] == {}
+        assert "full model's loss on wrong" in found["wrong"]["problems"]["0"]
+        assert sorted(path.name for path in (out / model / "wrong" / "0").iterdir()) == ["job.json"]
+    assert results["solved_by_all"] == ["micro"]
+    assert results["geometric_mean_edges"]["node_pruned"] == {
+        "one": pytest.approx(2),
+        "two": pytest.approx(2),
+    }
+    assert results["ratio"] == {"one": 1, "two": 1}
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    table = (out / "results.md").read_text()
+    assert "| one | micro | 3 | 2 |" in table
+    assert "- two, wrong, seed 1: the full model's loss" in table
+    assert "wrong" not in (out / "results.svg").read_text()
+    # All is there: nothing is searched again. Another seed is.
+    assert run_suite(models, tasks, out, (0, 1), CONFIG) == results
+    assert len(calls) == 8
+    assert (
+        main(["suite", *models, "--out", str(out), "--tasks", tasks[0], "--seeds", "0,2", *FLAGS])
+        == 0
+    )
+    assert calls[8:] == [("micro", 2)] * 2
+
+
+def test_an_interrupted_suite_keeps_what_is_finished_and_goes_on(place, monkeypatch, capsys):
+    models, tasks, out = place
+    calls = counting(monkeypatch, stop_at=3)
+    command = ["suite", *models, "--out", str(out), "--tasks", tasks[0], "--seeds", "0,1", *FLAGS]
+    assert main(command) == 1
+    assert "interrupted; what is finished is kept" in capsys.readouterr().err
+    assert sorted(path.parent.name for path in out.glob("*/micro/*/job.json")) == ["0", "1"]
+    assert not list(out.rglob(".*"))
+    assert not (out / "results.json").exists()
+    assert main(command) == 0
+    assert calls == [("micro", 0), ("micro", 1), ("micro", 0), ("micro", 0), ("micro", 1)]
+    assert f"Saved in {out}" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_settings_is_refused(place, tmp_path, monkeypatch):
+    models, tasks, out = place
+    run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        SuiteError, match=r"one/micro/0 was made with steps = 30, now 31\. Go on with those"
+    ):
+        run_suite(models[:1], tasks[1:], out, (1,), dataclasses.replace(CONFIG, steps=31))
+    with pytest.raises(SuiteError, match="corpus = None, now 'builtin'"):
+        run_suite(models[1:], tasks[:1], out, (0,), CONFIG, corpus="builtin")
+    other = save_micro(tmp_path / "elsewhere" / "one")
+    with pytest.raises(SuiteError, match=f"model = '{models[0]}', now '{other}'"):
+        run_suite([other], tasks[:1], out, (0,), CONFIG)
+    assert sorted(out.rglob("*")) == before
+    # The seed is not a setting; its circuits have it.
+    monkeypatch.setattr(suite, "prune", None)
+    run_suite(models[:1], tasks[:1], out, (0,), dataclasses.replace(CONFIG, seed=7))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"models": ["nowhere"]}, CheckpointError, "'nowhere' is not a folder"),
+        ({"models": []}, ConfigError, r"models = \[\] is not possible; it must be one or more"),
+        ({"tasks": ["single_quote"]}, TaskError, "did you mean 'single_double_quote'"),
+        (
+            {"tasks": ["var_if", "var_if"]},
+            ConfigError,
+            r"tasks = \['var_if', 'var_if'\] is not possible",
+        ),
+        ({"seeds": []}, ConfigError, "seeds"),
+        ({"workers": 0}, ConfigError, "workers = 0 is not possible; it must be at least 1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_done(change, error, message, place):
+    models, tasks, out = place
+    with pytest.raises(error, match=message):
+        run_suite(**{"models": models, "tasks": tasks, "out": out, "config": CONFIG, **change})
+    assert not out.exists()
+
+
+def test_seeds_are_numbers(place, capsys):
+    models, _, out = place
+    assert main(["suite", *models, "--out", str(out), "--seeds", "0,a"]) == 1
+    assert (
+        "seeds = '0,a' is not possible; it must be numbers with commas" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_circuits(place):
+    models, tasks, out = place
+    run_suite(models[:1], tasks[:1], out / "a", (0, 1), CONFIG)
+    run_suite(models[:1], tasks[:1], out / "b", (0, 1), CONFIG, workers=2)
+    for seed in (0, 1):
+        ours, theirs = (
+            (out / of / "one" / "micro" / str(seed) / "circuit.safetensors") for of in ("a", "b")
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(SuiteError, match="a process died, perhaps for lack of memory"):
+        list(in_processes(os._exit, [3], 2))
+
+
+def write_job(
+    out: Path,
+    model: str,
+    task: str,
+    seed: int,
+    edges: int | None,
+    kept: str = "a",
+    cut: int | None = None,
+):
+    """A finished job with made-up figures."""
+    job, found = Job(model, task, seed, out / model / task / str(seed)), {}
+    for kind, n in (("node_pruned", edges), ("edge_pruned", cut)):
+        if n is not None:
+            about = {
+                "nodes": n + 1,
+                "edges": n,
+                "loss": n / 100,
+                "standard_error": 0.01,
+                "accuracy_without": 0.5,
+            }
+            found[kind] = about | {"seconds": 10 * n, "kept": list(kept)}
+    job.folder.mkdir(parents=True)
+    (job.folder / "job.json").write_text(json.dumps({"problem": None if found else "no", **found}))
+    return job
+
+
+def test_figures_are_those_computed_by_hand(tmp_path):
+    jobs = [
+        write_job(tmp_path, "sparse", "p", 0, 2, "ab", cut=1), write_job(tmp_path, "sparse", "p", 1, 8, "bc", cut=3),
+        write_job(tmp_path, "sparse", "p", 2, 4, "ab", cut=2),
+        *(write_job(tmp_path, "sparse", "q", seed, 0, "a", cut=0) for seed in range(3)),
+        *(write_job(tmp_path, "sparse", "r", seed, 5, "a", cut=0) for seed in range(3)),
+        *(write_job(tmp_path, "dense", "p", seed, 100 * seed + 100) for seed in range(3)),
+        *(write_job(tmp_path, "dense", "q", seed, 50) for seed in range(3)),
+        write_job(tmp_path, "dense", "r", 0, 9), write_job(tmp_path, "dense", "r", 1, None),
+        write_job(tmp_path, "dense", "r", 2, 7),
+    ]  # fmt: skip
+    results = collected(jobs)
+    of = results["models"]["sparse"]["p"]
+    assert of["node_pruned"]["edges"] == {
+        "mean": pytest.approx(14 / 3),
+        "median": 4,
+        "min": 2,
+        "max": 8,
+    }
+    assert of["node_pruned"]["nodes"]["median"] == 5
+    assert of["edge_pruned"]["edges"] == {"mean": 2, "median": 2, "min": 1, "max": 3}
+    assert of["node_pruned"]["loss"]["median"] == 0.04
+    assert of["node_pruned"]["overlap"]["mean"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
+    assert results["models"]["dense"]["r"]["problems"] == {"1": "no"}
+    assert results["models"]["dense"]["r"]["node_pruned"]["edges"]["median"] == 8
+    assert results["models"]["dense"]["p"]["edge_pruned"] == {}
+    # Task r is not solved by the dense model with every seed; no edges count as one.
+    assert results["solved_by_all"] == ["p", "q"]
+    means = results["geometric_mean_edges"]
+    assert means["node_pruned"] == {"sparse": pytest.approx(2), "dense": pytest.approx(100)}
+    assert means["edge_pruned"] == {"sparse": pytest.approx(statistics.geometric_mean([2, 1]))}
+    assert results["ratio"] == {"sparse": 1, "dense": pytest.approx(50)}
+    table = results_table(results)
+    assert "| sparse | p | 5 (3–9) | 4 (2–8) | 0.040 (0.020–0.080) |" in table
+    assert "| dense | **geometric mean**, × 50.0 |  | 100.0 |" in table
+    assert "| 0.56 (0.33–1.00) | 3 (2–4) | 2 (1–3) |" in table
+    assert "- dense, r, seed 1: no" in table
