@@ -13,6 +13,7 @@ from tl_sparse.checkpoints.loading import create
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 
+ON_3 = transformer_lens_line() == 3
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -157,7 +157,7 @@ def test_faithfulness_is_exact(model, pair):
             def in_graph(edge):
                 writer, reader = edge
                 name = writer.hook_name.replace("hook_z", "hook_result")
-                return ((name, writer.head), (reader.hook_name, reader.head)) in kept
+                return ((name, writer.head), (reader.hook_name, reader.head)) in kept  # noqa: B023
 
             metric = difference(graph.logits(clean, outputs, kept)).item()
             expected = (metric - ends[0]) / (ends[1] - ends[0])

@@ -9,7 +9,7 @@ from tool_models import dense_model, prompts, requires, sparse_model
 
 requires("auto_circuit", line=3)
 
-import auto_circuit_shim
+import auto_circuit_shim  # noqa: F401
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.edge_attribution_patching import (
