@@ -1,13 +1,16 @@
 from .judge import all_logits as all_logits
 from .judge import effects as effects
 from .judge import evaluate as evaluate
+from .judge import faithfulness_curve as faithfulness_curve
 from .judge import full_evaluation as full_evaluation
 from .judge import holding_circuit as holding_circuit
 from .judge import judged as judged
 from .judge import resampled as resampled
 from .judge import score as score
+from .judge import sized_score as sized_score
 from .judge import task_loss as task_loss
 from .judge import task_scores as task_scores
 from .scores import Ablation as Ablation
 from .scores import Evaluation as Evaluation
+from .scores import SizedScore as SizedScore
 from .scores import scores_table as scores_table
