@@ -617,3 +617,14 @@ def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, 
     gone = eliminate(range(40), holds, lambda gone: len(gone) <= final)
     assert gone == sorted(set(range(40)) - kept)[:final]
     assert len(tried) == tests
+
+
+def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
+    """Pruning on a GPU failed in this step: a tensor was made on the default device, the CPU."""
+    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    gates = NodeGates(means, init_bias=0.5, init_scale=0.0, seed=0)
+    _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
+    candidates = empty(micro)
+    with torch.device("meta"):  # whatever does not name its device ends there, and fails
+        found = discretise(candidates, micro, gates, selection, CONFIG)
+    assert [str(node) for node in found.nodes] == NODES

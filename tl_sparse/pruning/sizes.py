@@ -79,7 +79,8 @@ def discretise(
     part = representative(circuit(rank < enough), model, selection, config)
 
     def without(gone: list[int]) -> Circuit:
-        return circuit((rank < enough).index_fill(0, torch.tensor(gone, dtype=torch.long), False))
+        dropped = torch.tensor(gone, dtype=torch.long, device=rank.device)
+        return circuit((rank < enough).index_fill(0, dropped, False))
 
     # Gates learn all at once: some stay open that nothing kept reads, or whose part another node
     # took over.
@@ -105,7 +106,7 @@ def representative(
     )
     order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
     size = min(config.cleanup_pairs, data.n_pairs)
-    return data.pairs(order[((torch.arange(size) + 0.5) * data.n_pairs / size).long()])
+    return data.pairs(order[((torch.arange(size, device=order.device) + 0.5) * data.n_pairs / size).long()])
 
 
 def eliminate(
