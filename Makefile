@@ -39,8 +39,9 @@ bench: $(TL4)/.tools $(TL3)/.tools  ## measure again what the README claims (tes
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
 	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
 
-lint: $(TL4)/.tools  ## ruff
+lint: $(TL4)/.tools  ## ruff: lint and format
 	$(TL4)/bin/ruff check .
+	$(TL4)/bin/ruff format --check .
 
 types: $(TL4)/.tools  ## mypy, on a build of the package
 	@# A build, since mypy cannot see in the source tree that hooks/ is tl_sparse.hooks; no isolation:
@@ -55,15 +56,12 @@ types: $(TL4)/.tools  ## mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
-API := hooks evaluation suite search tasks faces exchange view plots exports hub errors
+ROOMS := hooks network tasks data faces checkpoints training circuits evaluation pruning view suites
 
 api: $(TL4)/.tools  ## pages of the docstrings, in api/
-	@# pdoc shows what a module holds, so it first gets the names that it would import when they are used.
+	@# EAGER_IMPORT: pdoc shows what a module holds, and here names are imported when they are used.
 	@rm -rf api
-	@$(TL4)/bin/python -c "import pathlib, pdoc, tl_sparse as t; \
-	vars(t).update({n: getattr(t, n) for n in t.__all__}, __all__=t.__all__ + '$(API)'.split()); \
-	pdoc.render.configure(docformat='google'); \
-	pdoc.pdoc('tl_sparse', output_directory=pathlib.Path('api'))"
+	@EAGER_IMPORT=1 $(TL4)/bin/python -m pdoc -d google -o api tl_sparse tl_sparse.errors $(ROOMS:%=tl_sparse.%)
 	@echo "open api/index.html"
 
 wheel: $(TL4)/.tools  ## sdist and wheel, in dist/
