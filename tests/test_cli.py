@@ -31,7 +31,7 @@ from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.loop import evaluate_loss
+from tl_sparse.training.measures import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = {
