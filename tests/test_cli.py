@@ -26,12 +26,14 @@ from micro import (
     save_micro,
     save_pairs,
 )
-from tl_sparse.cli import _parser, main
+from tl_sparse.cli import main
+from tl_sparse.cli.parser import build_parser
+from tl_sparse.cli.training import train_config
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.loop import evaluate_loss
+from tl_sparse.training.measures import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -95,8 +97,6 @@ def test_trained_weights_are_sparse_and_a_seed_repeats_them(trained, tmp_path):
 
 
 def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):
-    from tl_sparse.cli import _parser, _train_config
-
     path = tmp_path / "config.yaml"
     lines = (
         "steps: 7",
@@ -108,7 +108,7 @@ def test_a_file_changes_the_preset_and_flags_change_the_file(tmp_path):
     path.write_text("\n".join(lines))
 
     def read(*arguments):
-        return _train_config(_parser().parse_args(["train", "--out", "x", *arguments]))
+        return train_config(build_parser().parse_args(["train", "--out", "x", *arguments]))
 
     config = read(str(path))
     assert (config.steps, config.lr, config.seed, config.data.source) == (7, 1e-3, 5, "text")
@@ -331,14 +331,12 @@ def published(tmp_path, monkeypatch):
 
 
 def test_fractions_of_groups_are_json(capsys):
-    from tl_sparse.cli import _train_config
-
     flags = ["train", "--out", "x", "--l0-groups"]
-    assert _train_config(_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {
+    assert train_config(build_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {
         "*.W_O": 0.5
     }
     with pytest.raises(SystemExit):
-        _parser().parse_args([*flags, "*.W_O=0.5"])
+        build_parser().parse_args([*flags, "*.W_O=0.5"])
     assert "argument --l0-groups: invalid" in capsys.readouterr().err
 
 
@@ -348,7 +346,7 @@ def test_readme_commands_are_commands():
     ours = [words[1:] for words in commands if words[:1] == ["tl-sparse"]]
     assert len(ours) >= 6
     for words in ours:
-        assert _parser().parse_args(words).run.__name__ == f"_{words[0]}"
+        assert build_parser().parse_args(words).run.__name__ == f"_run_{words[0]}"
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):

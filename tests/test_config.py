@@ -17,7 +17,8 @@ from tl_sparse.data.config import DataConfig
 from tl_sparse.errors import ConfigError, TLSparseError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig, paper_topk
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.training.config import PRESETS, TrainConfig, laptop_model, preset
+from tl_sparse.training.config import TrainConfig, laptop_model
+from tl_sparse.training.presets import PRESETS, preset
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 

@@ -14,8 +14,9 @@ from tl_sparse.checkpoints.sources import find
 from tl_sparse.config import merged
 from tl_sparse.evaluation.judge import task_scores
 from tl_sparse.files import read_yaml
-from tl_sparse.training.config import TrainConfig, preset
-from tl_sparse.training.loop import evaluate_loss
+from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.measures import evaluate_loss
+from tl_sparse.training.presets import preset
 
 NAMES = ("tiny-python-sparse", "tiny-python-dense")
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -30,7 +30,7 @@ from tl_sparse.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
 from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.runs import packed_for
+from tl_sparse.training.tokens import packed_for
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,13 @@ PROGRAM = """
 import dataclasses, functools, hashlib, json, os, signal, sys
 from pathlib import Path
 import torch
-import tl_sparse.training as training
 from test_multiprocess import LONG, SHORT
+from tl_sparse import train
 from tl_sparse.errors import TLSparseError
+from tl_sparse.training.trainer import Trainer
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-step, backward, seen = training.Trainer.step, training.Trainer._backward, {}
+step, backward, seen = Trainer.step, Trainer._backward, {}
 # quick, and asks for no C++ compiler
 torch.compile = functools.partial(torch.compile, backend="eager")
 
@@ -48,10 +49,10 @@ def run(name, config, out=None, resume=False, before=lambda done: None, factor=l
         hashes.append((hashlib.sha256(weights).hexdigest(), trainer.sparsity.l0(), float(loss)))
         rows.append(tokens.tolist())
         return loss
-    training.Trainer.step = recording
-    training.Trainer._backward = lambda self, tokens: backward(self, tokens) * factor(self.sparsity.steps)
+    Trainer.step = recording
+    Trainer._backward = lambda self, tokens: backward(self, tokens) * factor(self.sparsity.steps)
     try:
-        _, record = training.train(config, out, "cpu", progress=False, resume=resume)
+        _, record = train(config, out, "cpu", progress=False, resume=resume)
         end = {"error": None, "record": record}
     except TLSparseError as error:
         end = {"error": f"{type(error).__name__}: {error}"}

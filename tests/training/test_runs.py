@@ -18,7 +18,8 @@ import torch
 import tl_sparse
 from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import ConfigError, TrainError
-from tl_sparse.training.loop import batches, dead_neurons
+from tl_sparse.training.measures import dead_neurons
+from tl_sparse.training.tokens import batches
 
 MODEL = SparseConfig(
     n_layers=1, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=384, n_ctx=32, abs_topk=paper_topk(0.25),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from helpers import GOLDEN
 from tl_sparse import TrainConfig, load
 from tl_sparse.checkpoints.openai import read_openai
-from tl_sparse.training.config import RECIPES
+from tl_sparse.training.presets import RECIPES
 from tl_sparse.training.trainer import Trainer
 
 FOLDER = GOLDEN / "training"

@@ -30,7 +30,9 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import attribution_graph, to_networkx
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
-from tl_sparse.cli import _given, _parser, main
+from tl_sparse.cli import main
+from tl_sparse.cli.arguments import given_fields
+from tl_sparse.cli.parser import build_parser
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import mean_activations
@@ -195,8 +197,8 @@ def test_the_command_makes_the_circuit_again(micro):
         command
         == "tl-sparse prune micro micro --out circuit --method=integrated_gradients --steps=7 --tied-qk"
     )
-    args = _parser().parse_args(shlex.split(command)[1:])
-    assert PruneConfig(**_given(args, PruneConfig)) == config
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    assert PruneConfig(**given_fields(args, PruneConfig)) == config
 
 
 def test_a_task_whose_pairs_have_their_own_answers(micro):

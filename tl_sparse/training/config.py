@@ -1,9 +1,9 @@
-"""How to train: hyper-parameters, recipes and presets."""
+"""How to train: the hyper-parameters and their checks."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from tl_sparse.config import check, check_types, short_repr
 from tl_sparse.data import DataConfig
@@ -32,54 +32,59 @@ def laptop_model() -> SparseConfig:
 class TrainConfig:
     """How to train. The defaults make a small sparse model in about two minutes on two cores.
 
+    "Published script" and "paper's text" are the two recipes of `RECIPES`: the authors' training
+    script, and Gao et al. 2025 (arXiv 2511.13653), to whose sections the numbers refer.
+
     Attributes:
         model: the architecture.
         data: the text.
         steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each, over all
             processes.
-        lr, eps, beta1, beta2: Adam's. The learning rate is further multiplied by the warm-up and
+        lr, eps, beta1, beta2: of Adam. The learning rate is further multiplied by the warm-up and
             decay.
         warmup_fraction: share of the steps in which the learning rate rises; it then falls to 0.
-        sharkfin: multiply the learning rate by sqrt(l0_fraction / current fraction), too:
-            1/sqrt(L0), A.2.
+        sharkfin: also multiply the learning rate by sqrt(l0_fraction / current fraction), which is
+            the factor 1/sqrt(L0) of A.2.
         gradient: "divide" it by its root mean square over all parameters (published script), or
             "clip" that to 1 (the paper's text).
         weight_decay: λ. Matrices shrink by λ · lr · w.
         decay: whether they do so "after" the top-k (published script), or before the step, as
-            "adamw".
+            "adamw" does.
         l0_fraction: share of each weight matrix that is nonzero in the end; 1 trains a dense model.
-        l0_count: the same as a number, of nonzero weights in the matrices of all layers; 0: by
+        l0_count: the same as a number of nonzero weights in the matrices of all layers; 0: use
             `l0_fraction`.
-        l0_fraction_embed: share of the embedding and the unembedding; 0: as of the matrices (the
-            paper's text).
-        l0_groups: shares of groups of weights of their own, by name: {"blocks.*.mlp.W_in": 0.1};
-            see `WeightSparsity`.
+        l0_fraction_embed: the same share for the embedding and the unembedding; 0: the matrices'
+            (the paper's text).
+        l0_groups: the same share for groups of weights by name: {"blocks.*.mlp.W_in": 0.1}; see
+            `WeightSparsity`.
         fused_qkv: Q, K and V share one budget (published script); else each has its own.
         sparse_biases: the biases of attention and MLPs become sparse, too (the paper's text).
-        anneal_start, anneal_stop: where in training, in shares of the steps, the fractions fall
-            from 1.
+        anneal_start, anneal_stop: where in training, as shares of the steps, the fractions begin
+            and end to fall from 1 to their final values.
         anneal_shape: "linear" (A.2) or "exponential".
         min_nonzero: entries kept at least per neuron and attention channel.
-        topk_anneal_start, topk_anneal_stop: where in training the fractions of AbsTopK fall from 1
-            to the model's; both 0: they are the model's from the beginning.
+        topk_anneal_start, topk_anneal_stop: where in training the fractions of AbsTopK begin and
+            end to fall from 1 to the model's; both 0: they are the model's from the beginning.
         bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
-        last_bigram_row: whether the last row of the bigram table is trained; the authors' code
-            never does.
-        accumulation: parts of each batch that are in memory one after the other.
-        precision: "bfloat16" multiplies matrices in it; weights, moments and the loss are float32
-            always.
+        last_bigram_row: whether the last row of the bigram table is trained; the published script
+            never trains it.
+        accumulation: number of parts into which each batch is split; they are in memory one after
+            the other.
+        precision: "bfloat16" multiplies matrices in bfloat16; weights, moments and the loss are
+            always float32.
         compile: run the model through torch.compile.
         max_jump: training stops, its state saved, if the loss of a step is this many nats above the
-            mean of the hundred before.
-        checkpoint_steps, checkpoint_minutes: what there is to resume from is written every so many
-            steps, and minutes; 0: not by steps.
-        keep_checkpoints: how many of these are kept until training is done.
-        validate_steps: measure the validation loss every so many steps; 0: in the end only.
-        target_validation_loss: stop as soon as the validation loss is this low (a dense twin of a
-            sparse model); 0: never.
-        track: also give every line of the log to this tracker; tensorboard's files are in the run's
+            mean of the hundred steps before.
+        checkpoint_steps, checkpoint_minutes: a checkpoint to resume from is written every so many
+            steps, and also every so many minutes; 0 steps: by minutes only.
+        keep_checkpoints: how many of the latest checkpoints are kept until training is done.
+        validate_steps: measure the validation loss every so many steps; 0: only in the end.
+        target_validation_loss: stop as soon as the validation loss is this low (to train a dense
+            twin of a sparse model); 0: never.
+        track: also send every line of the log to this tracker; tensorboard's files are in the run's
             folder.
-        seed: of the weights, the tokenizer's text, the data and its order.
+        seed: of the weights and of the order of the data; --seed of the command line is also
+            `data.seed`, which chooses the text.
 
     Raises:
         ConfigError: for an impossible value, naming the field, the value and the valid range.
@@ -128,137 +133,81 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_ranges()
+        _check_window("anneal", self.anneal_start, self.anneal_stop)
+        _check_window("topk_anneal", self.topk_anneal_start, self.topk_anneal_stop)
+        self._check_compile()
+        self._check_validation()
+        self._check_l0()
+
+    def _check_ranges(self) -> None:
         for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            check(value >= 1, name, value, "at least 1")
         for name in ("lr", "eps", "max_jump", "checkpoint_minutes"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            value = getattr(self, name)
+            check(value > 0, name, value, "above 0")
         for name in ("beta1", "beta2", "warmup_fraction"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+            value = getattr(self, name)
+            check(0 <= value < 1, name, value, "in [0, 1)")
         for name in (
             "min_nonzero",
             "checkpoint_steps",
             "validate_steps",
             "target_validation_loss",
             "seed",
+            "weight_decay",
         ):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        for window in ("anneal", "topk_anneal"):
-            start, stop = getattr(self, f"{window}_start"), getattr(self, f"{window}_stop")
-            check(0 <= start <= stop, f"{window}_start", start, f"in [0, {window}_stop]")
-            check(stop <= 1, f"{window}_stop", stop, f"in [{window}_start, 1]")
-        traced = self.compile and self.topk_anneal_stop > 0
-        check(
-            not traced,
-            "compile",
-            True,
-            "false while the fractions of AbsTopK change (topk_anneal_stop)",
-        )
-        measured = self.validate_steps > 0 or self.target_validation_loss == 0
-        check(measured, "validate_steps", 0, "at least 1 with a target_validation_loss")
-        weights, floor = self.model.n_matrix_weights, self.min_nonzero / self.model.d_model
-        why = f", since min_nonzero = {self.min_nonzero} of the {self.model.d_model} entries of each neuron stay"
-        least = math.ceil(floor * weights)
-        expected = f"0, or from {least:,} to the {weights:,} weights there are{why}"
-        check(
-            self.l0_count == 0 or least <= self.l0_count <= weights,
-            "l0_count",
-            self.l0_count,
-            expected,
-        )
-        check(
-            0 <= self.l0_fraction_embed <= 1,
-            "l0_fraction_embed",
-            self.l0_fraction_embed,
-            "a fraction in [0, 1]",
-        )
-        check(
-            isinstance(self.l0_groups, Mapping),
-            "l0_groups",
-            self.l0_groups,
-            "a mapping of names to fractions",
-        )
-        for name, value in {"l0_fraction": self.l0_fraction, **self.l0_groups}.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(number and 0 < value <= 1, name, value, "a fraction in (0, 1]")
-        feasible = self.l0_count > 0 or self.l0_fraction >= floor
-        check(feasible, "l0_fraction", self.l0_fraction, f"at least {floor:.6g}{why}")
+            value = getattr(self, name)
+            check(value >= 0, name, value, "at least 0")
+
+    def _check_compile(self) -> None:
+        """A compiled model has the k of each AbsTopK built in, so k may not change."""
+        k_changes = self.topk_anneal_stop > 0
+        expected = "false while the fractions of AbsTopK change (topk_anneal_stop)"
+        check(not (self.compile and k_changes), "compile", True, expected)
+
+    def _check_validation(self) -> None:
+        has_target = self.target_validation_loss != 0
+        is_measured = self.validate_steps > 0
+        expected = "at least 1 with a target_validation_loss"
+        check(is_measured or not has_target, "validate_steps", 0, expected)
+
+    def _check_l0(self) -> None:
+        """Check the numbers and shares of nonzero weights, also against `min_nonzero`."""
+        d_model = self.model.d_model
+        least_fraction = self.min_nonzero / d_model
+        why = f"since min_nonzero = {self.min_nonzero} of the {d_model} entries of each neuron stay"
+
+        n_weights = self.model.n_matrix_weights
+        least_count = math.ceil(least_fraction * n_weights)
+        is_possible = self.l0_count == 0 or least_count <= self.l0_count <= n_weights
+        expected = f"0, or from {least_count:,} to the {n_weights:,} weights there are, {why}"
+        check(is_possible, "l0_count", self.l0_count, expected)
+
+        embed = self.l0_fraction_embed
+        check(0 <= embed <= 1, "l0_fraction_embed", embed, "a fraction in [0, 1]")
+
+        groups = self.l0_groups
+        is_mapping = isinstance(groups, Mapping)
+        check(is_mapping, "l0_groups", groups, "a mapping of names to fractions")
+        for name, fraction in {"l0_fraction": self.l0_fraction, **groups}.items():
+            is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+            check(is_number and 0 < fraction <= 1, name, fraction, "a fraction in (0, 1]")
+
+        is_enough = self.l0_count > 0 or self.l0_fraction >= least_fraction
+        expected = f"at least {least_fraction:.6g}, {why}"
+        check(is_enough, "l0_fraction", self.l0_fraction, expected)
 
     @property
     def matrix_fraction(self) -> float:
         """The share of the weights of the matrices in all layers that is nonzero in the end."""
-        return self.l0_count / self.model.n_matrix_weights if self.l0_count else self.l0_fraction
+        if self.l0_count:
+            return self.l0_count / self.model.n_matrix_weights
+        return self.l0_fraction
 
 
-#: Fields of TrainConfig by recipe: where the published script and the paper's text differ (METHOD
-#: §2, §3).
-RECIPES: dict[str, dict[str, Any]] = {
-    "published": dict(
-        gradient="divide", decay="after", fused_qkv=True, sparse_biases=False, last_bigram_row=False
-    ),
-    "paper": dict(
-        gradient="clip", decay="adamw", fused_qkv=False, sparse_biases=True, l0_fraction_embed=0.0
-    ),
-}
-
-
-def _paper(width: int) -> TrainConfig:
-    """The published sizes: d_model 256 · width; the number of nonzero weights is that of 4x with
-    1/64 (METHOD §3).
-    """
-    d_model, fraction = 256 * width, 1 / 64 * (4 / width) ** 2
-    model = SparseConfig(
-        n_layers=8,
-        d_model=d_model,
-        n_heads=d_model // 16,
-        d_head=16,
-        d_mlp=4 * d_model,
-        d_vocab=2048,
-        n_ctx=256,
-        abs_topk=paper_topk(0.25),
-        attn_sinks=True,
-        bigram_table=True,
-    )
-    return TrainConfig(
-        model,
-        steps=244_141,
-        batch_size=512,
-        lr=1.28e-2,
-        l0_fraction=fraction,
-        anneal_stop=0.8 if width == 8 else 0.5,
-        l0_fraction_embed=min(1.0, fraction * width),
-        checkpoint_minutes=30.0,
-        bigram_from_counts=False,
-    )
-
-
-_PRESETS = {
-    "laptop": TrainConfig(),
-    "small": TrainConfig(
-        replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024),
-        steps=6000,
-        lr=8e-3,
-        l0_fraction=1 / 64,
-        l0_fraction_embed=1 / 16,
-        min_nonzero=2,
-    ),
-    **{f"paper-{width}x": _paper(width) for width in (1, 2, 4, 8)},
-}
-PRESETS = tuple(_PRESETS)
-
-
-def preset(name: str, recipe: str | None = None) -> TrainConfig:
-    """A training configuration by name: "laptop" (minutes on two cores), "small", "paper-1x" …
-    "paper-8x".
-
-    Args:
-        name: of the preset.
-        recipe: "published" or "paper", to follow either to the letter; None: the published update
-            rule, and the last row of the bigram table is trained as the others are.
-
-    Raises:
-        ConfigError: for another name.
-    """
-    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    check(recipe is None or recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
-    return replace(_PRESETS[name], **RECIPES.get(recipe or "", {}))
+def _check_window(prefix: str, start: float, stop: float) -> None:
+    """Check the fields prefix_start and prefix_stop, shares of the steps."""
+    check(0 <= start <= stop, f"{prefix}_start", start, f"in [0, {prefix}_stop]")
+    check(stop <= 1, f"{prefix}_stop", stop, f"in [{prefix}_start, 1]")

@@ -4,93 +4,30 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, resolve_device
 from tl_sparse.config import check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import TrainError
 from tl_sparse.files import check_new_folder, write_json, write_tensors
-from tl_sparse.hooks import TLModel, hooked
+from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TASKS
+from tl_sparse.training.bigram import start_bigram_from_counts
 from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.measures import evaluate_loss
+from tl_sparse.training.monitor import Monitor
 from tl_sparse.training.processes import Processes
-from tl_sparse.training.runs import Run, noticing_signals, packed_for
+from tl_sparse.training.runs import Run
+from tl_sparse.training.signals import noticing_signals
+from tl_sparse.training.tokens import batches, packed_for, tokens_per_step
 from tl_sparse.training.trainer import Trainer
-
-#: A line of the log, and a look at the bar, every so many steps; the share of dead neurons in every
-#: fifth of them.
-LOG_STEPS = 20
-
-
-def batches(
-    tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
-) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Endless batches from number `start`, every row once per epoch, in an order that depends on
-    the seed alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    epochs = (torch.randperm(len(tokens), generator=generator) for _ in count())
-    chosen = (
-        rows
-        for order in epochs
-        for rows in order.split(batch_size)
-        if len(rows) == min(batch_size, len(tokens))
-    )
-    for rows in islice(chosen, start, None):
-        yield tokens[rows].long()
-
-
-@torch.no_grad()
-def evaluate_loss(model: TLModel, tokens: Int[Tensor, "seq pos"], batch_size: int) -> float:
-    """Mean next-token loss over the rows of `tokens`, in nats per token."""
-    device = next(model.parameters()).device
-    losses = [
-        model(rows.long().to(device), return_type="loss") * len(rows)
-        for rows in tokens.split(batch_size)
-    ]
-    return float(torch.stack(losses).sum() / len(tokens))
-
-
-@torch.no_grad()
-def dead_neurons(model: TLModel, tokens: Int[Tensor, "seq pos"]) -> float:
-    """The share of MLP neurons that are zero, after AbsTopK, at every one of the tokens."""
-    used: dict[str, Tensor] = {}
-
-    def record(post: Tensor, hook: Any) -> None:
-        used[hook.name] = post.detach().ne(0).flatten(0, 1).any(0)
-
-    with hooked(model, {f"blocks.{i}.mlp.hook_post": record for i in range(model.cfg.n_layers)}):
-        model(tokens.long().to(next(model.parameters()).device), return_type=None)
-    return 1 - float(torch.cat(list(used.values())).float().mean())
-
-
-@torch.no_grad()
-def start_bigram_from_counts(
-    model: TLModel, tokens: Int[Tensor, "seq pos"], prior: float = 10.0
-) -> None:
-    """Set the bigram table to log p(next | current) over `tokens`, smoothed by `prior` counts of
-    the unigram.
-    """
-    table = model.network.bigram.W_bigram
-    d_vocab = len(table)
-    counts = torch.zeros(d_vocab**2, dtype=torch.long)
-    for rows in tokens.split(4096):
-        pairs = rows[:, :-1].long() * d_vocab + rows[:, 1:].long()
-        counts += torch.bincount(pairs.flatten(), minlength=d_vocab**2)
-    counts = counts.view(d_vocab, d_vocab).double()
-    unigram = counts.sum(0) + 1
-    smoothed = counts + prior * unigram / unigram.sum()
-    table.copy_((smoothed / smoothed.sum(1, keepdim=True)).log())
 
 
 def train(
@@ -128,152 +65,176 @@ def train(
         ConfigError, DataError, TokenizerError: before anything is trained or written.
         TrainError: if training stops early, or there is nothing to resume.
     """
-    if resume and (out is None or not (Path(out) / "run.json").is_file()):
-        raise TrainError(
-            f"there is no unfinished run in {out}; a run that ended has a training.json instead"
-        )
-    if out is not None and not resume:
-        check_new_folder(out)
-    processes = Processes.launched(config, out, resolve_device(device))
-    started, device = time.perf_counter(), processes.device
-    required = sorted({candidate for task in TASKS.values() for candidate in task.candidates or ()})
-    with processes.main_first():  # the others read what it has packed
-        run = None if out is None else Run(Path(out), config, resume or not processes.main)
-        corpus = packed_for(config, required) if run is None else run.corpus(required)
-    rows = corpus.train
-    divisible = len(rows) >= config.batch_size or len(rows) % processes.count == 0
-    check(
-        divisible,
-        "batch_size",
-        config.batch_size,
-        f"at most {len(rows)}, the sequences of this text",
-    )
+    folder = None if out is None else Path(out)
+    _check_folder(folder, resume)
+    processes = Processes.launched(config, folder, resolve_device(device))
+    started = time.perf_counter()
+    run, corpus = _open(config, folder, resume, processes)
     prepared = time.perf_counter()
+    trainer = _new_trainer(config, corpus, processes)
+    losses, first = _take_steps(trainer, corpus, run, resume, progress)
+    trained = time.perf_counter()
+    seconds = {"data": prepared - started, "training": trained - prepared}
+    record = _record(trainer, corpus, losses, first, seconds)
+    if run is not None and processes.main:
+        _save(run, trainer.model, corpus, record)
+    processes.wait()
+    return trainer.model, record
 
-    model = create(config.model, config.seed, corpus.tokenizer, device)
+
+def _check_folder(folder: Path | None, resume: bool) -> None:
+    if resume and (folder is None or not Run.is_unfinished(folder)):
+        raise TrainError(
+            f"there is no unfinished run in {folder}; a run that ended has a training.json instead"
+        )
+    if folder is not None and not resume:
+        check_new_folder(folder)
+
+
+def _open(
+    config: TrainConfig, folder: Path | None, resume: bool, processes: Processes
+) -> tuple[Run | None, Corpus]:
+    """The run in `folder`, if there is one, and the text as tokens."""
+    required = _candidates()
+    # The main process packs the text; then the others read it, as one reads it to resume.
+    with processes.main_first():
+        if folder is None:
+            run = None
+            corpus = packed_for(config, required)
+        else:
+            run = Run(folder, config, resume or not processes.main)
+            corpus = run.corpus(required)
+    n_rows = len(corpus.train)
+    # A text of fewer sequences than a batch is one batch, which all processes must share equally.
+    is_possible = n_rows >= config.batch_size or n_rows % processes.count == 0
+    expected = f"at most {n_rows}, the sequences of this text"
+    check(is_possible, "batch_size", config.batch_size, expected)
+    return run, corpus
+
+
+def _candidates() -> list[str]:
+    """The answers that the tasks choose between; each must be one token of the tokenizer."""
+    candidates: set[str] = set()
+    for task in TASKS.values():
+        candidates.update(task.candidates or ())
+    return sorted(candidates)
+
+
+def _new_trainer(config: TrainConfig, corpus: Corpus, processes: Processes) -> Trainer:
+    """The trainer of a new model, before its first step."""
+    model = create(config.model, config.seed, corpus.tokenizer, processes.device)
     if config.model.bigram_table and config.bigram_from_counts:
-        start_bigram_from_counts(model, rows)
-    trainer = Trainer(model.train(), config, processes)
-    processes.start_tracker(config)
-    losses = torch.zeros(config.steps)
+        start_bigram_from_counts(model, corpus.train)
+    return Trainer(model.train(), config, processes)
+
+
+def _take_steps(
+    trainer: Trainer, corpus: Corpus, run: Run | None, resume: bool, progress: bool
+) -> tuple[Float[Tensor, " step"], int]:
+    """Take the steps that remain: all, or those after the last checkpoint.
+
+    Returns:
+        The losses of all steps of the run, and the number of the first step that was taken here.
+    """
+    processes = trainer.processes
+    processes.start_tracker(trainer.config)
+    losses = torch.zeros(trainer.config.steps)
     if run is not None and resume:
-        past = run.restore(trainer)
-        losses[: len(past)] = past
-        if processes.main:
-            run.cut_log(len(past))
-    run, first = run if processes.main else None, trainer.sparsity.steps
+        _restore(trainer, losses, run)
+    first = trainer.steps_done
+    if not processes.main:  # only the main process writes, and shows the bar
+        run = None
+        progress = False
+    monitor = Monitor(trainer, losses, corpus, run, progress)
     try:
-        _steps(trainer, losses, corpus, run, progress and processes.main)
+        _loop(trainer, corpus, run, monitor)
     finally:
         processes.end_tracker()
-    model.eval()
-    trained = time.perf_counter()
+    trainer.model.eval()
+    return losses[: trainer.steps_done], first
 
-    done, seconds = (
-        trainer.sparsity.steps,
-        {"data": prepared - started, "training": trained - prepared},
-    )
-    record = _record(trainer, corpus, losses[:done]) | {
-        "seconds": seconds,
-        "tokens_per_second": (done - first) * _tokens_per_step(config, rows) / seconds["training"],
-    }
+
+def _restore(trainer: Trainer, losses: Float[Tensor, " step"], run: Run) -> None:
+    """Put the trainer, the losses and the log into the state of the last checkpoint."""
+    state, past_losses = run.restore()
+    done = len(past_losses)
+    trainer.load_state(state, steps_done=done)
+    losses[:done] = past_losses
+    if trainer.processes.main:
+        run.cut_log(done)
+
+
+def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -> None:
+    """Step until the last step, the target loss, or a reason to stop."""
+    config = trainer.config
+    processes = trainer.processes
+    device = next(trainer.model.parameters()).device
+    stream = batches(corpus.train, config.batch_size, config.seed, start=trainer.steps_done)
+    with noticing_signals() as processes.received:
+        for step, tokens in zip(monitor.bar, stream, strict=False):
+            loss = trainer.step(processes.part(tokens).to(device))
+            monitor.losses[step] = float(loss)
+            done = trainer.steps_done
+            if done < config.steps:
+                reason = monitor.reason_to_stop(step)
+                if run is not None and (reason or run.is_due(done)):
+                    run.save(trainer.state(), monitor.losses[:done])
+                if reason:
+                    _stop(trainer, run, reason)
+            if monitor.is_due(done):
+                measured = monitor.log(done)
+                validation_loss = measured.get("validation_loss", math.inf)
+                if validation_loss <= config.target_validation_loss:
+                    return
+
+
+def _stop(trainer: Trainer, run: Run | None, reason: str) -> NoReturn:
+    """Raise `TrainError`, once all processes are here."""
+    # A process that ends takes the others with it, even one that writes.
+    trainer.processes.wait()
+    message = f"training ended after step {trainer.steps_done} of {trainer.config.steps}: {reason}"
     if run is not None:
-        model.save_pretrained(run.folder)
-        write_tensors(
-            run.folder / CORPUS_SAMPLE,
-            {"tokens": next(batches(rows, CORPUS_ROWS, config.seed)).int()},
-        )
-        write_json(run.folder / "training.json", record)
-        model.cfg.model_name = run.folder.resolve().name
-        run.finish()
-    processes.wait()
-    return model, record
+        message += f"; its state is in {run.folder}, and resume goes on"
+    raise TrainError(message)
 
 
-def _tokens_per_step(config: TrainConfig, rows: Int[Tensor, "seq pos"]) -> int:
-    return min(config.batch_size, len(rows)) * config.model.n_ctx
-
-
-def _record(trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) -> dict[str, Any]:
-    """How a model was made, and how good it is."""
-    config, model = trainer.config, trainer.model
+def _record(
+    trainer: Trainer,
+    corpus: Corpus,
+    losses: Float[Tensor, " step"],
+    first: int,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """How a model was made, and how good it is: what training.json holds."""
+    config = trainer.config
+    model = trainer.model
+    step_tokens = tokens_per_step(config, corpus.train)
+    versions = {
+        name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")
+    }
+    versions["python"] = platform.python_version()
     return {
         "config": dataclasses.asdict(config),
         "data": corpus.about["description"],
         "training_tokens_available": corpus.train.numel(),
-        "training_tokens_seen": len(losses) * _tokens_per_step(config, corpus.train),
+        "training_tokens_seen": len(losses) * step_tokens,
         "training_loss": float(losses[-50:].mean()),
         "validation_loss": evaluate_loss(model, corpus.validation, config.batch_size),
         "nonzero_weights": trainer.sparsity.l0(),
         "weights": sum(p.numel() for p in trainer.matrices),
         "device": str(next(model.parameters()).device),
         "processes": trainer.processes.count,
-        "versions": {
-            name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")
-        }
-        | {"python": platform.python_version()},
+        "versions": versions,
+        "seconds": seconds,
+        "tokens_per_second": (len(losses) - first) * step_tokens / seconds["training"],
     }
 
 
-def _steps(
-    trainer: Trainer,
-    losses: Float[Tensor, " step"],
-    corpus: Corpus,
-    run: Run | None,
-    progress: bool,
-) -> None:
-    """The steps that are left, until the target is reached; `losses` is filled in."""
-    config, first, processes = trainer.config, trainer.sparsity.steps, trainer.processes
-    device, validation = next(trainer.model.parameters()).device, corpus.validation
-    stream, dead = batches(corpus.train, config.batch_size, config.seed, first), math.nan
-    bar = tqdm(
-        range(first, config.steps),
-        "training",
-        config.steps,
-        initial=first,
-        disable=not progress,
-        unit="step",
-    )
-    with noticing_signals() as processes.received:
-        for step, tokens in zip(bar, stream, strict=False):
-            losses[step] = loss = float(trainer.step(processes.part(tokens).to(device)))
-            usual = float(losses[max(0, step - 100) : step].mean()) if step else loss
-            stop, done = "", trainer.sparsity.steps
-            if not loss - usual < config.max_jump:  # also if it is not a number
-                stop = f"the loss went from {usual:.3f} to {loss:.3f}; a smaller lr than {config.lr} may help"
-            elif processes.stop:
-                stop = f"stopped by {processes.stop.name}"
-            if run is not None and done < config.steps and (stop or run.is_due(done)):
-                run.save(trainer, losses[:done])
-            if stop and done < config.steps:
-                # a process that ends takes the others with it, even one that writes
-                processes.wait()
-                where = (
-                    f"; its state is in {run.folder}, and resume goes on" if run is not None else ""
-                )
-                raise TrainError(
-                    f"training ended after step {done} of {config.steps}: {stop}{where}"
-                )
-            if done % LOG_STEPS == 0 or done == config.steps:
-                recent = float(losses[max(0, done - LOG_STEPS) : done].mean())
-                kept = trainer.sparsity.fraction_at(step)
-                measured = {"step": done, "loss": recent, "lr": trainer.lr(step), "l0": kept}
-                if done % (5 * LOG_STEPS) == 0 or done == config.steps:
-                    measured["dead_neurons"] = dead = dead_neurons(
-                        trainer.model, validation[: config.batch_size]
-                    )
-                if config.validate_steps and done % config.validate_steps < LOG_STEPS:
-                    agreed = torch.tensor(
-                        evaluate_loss(trainer.model, validation, config.batch_size), device=device
-                    )
-                    measured["validation_loss"] = float(processes.average(agreed))
-                if run is not None:
-                    run.write_log(**measured)
-                processes.track(done, measured)
-                rate = (done - first) * tokens.numel() / (bar.format_dict["elapsed"] or 1e-9)
-                shown = "" if math.isnan(dead) else f", {dead:.0%} of neurons dead"
-                bar.set_postfix_str(
-                    f"loss {recent:.3f}, L0 {kept:.1%}{shown}, {rate:,.0f} tokens/s"
-                )
-                if measured.get("validation_loss", math.inf) <= config.target_validation_loss:
-                    return
+def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> None:
+    """Write the model, a sample of its text and its record; end the run."""
+    model.save_pretrained(run.folder)
+    sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
+    write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
+    write_json(run.folder / "training.json", record)
+    model.cfg.model_name = run.folder.resolve().name
+    run.finish()

@@ -1,13 +1,14 @@
-"""One run in several processes, and its trackers: both are accelerate's, imported only where they
-are asked for.
+"""One run in several processes, and its trackers.
+
+Both are accelerate's, which is imported only where it is needed.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from signal import SIGINT, SIGTERM, Signals
+from signal import Signals
 from typing import Any
 
 import torch
@@ -16,9 +17,7 @@ from torch import Tensor
 
 from tl_sparse.config import check
 from tl_sparse.training.config import TrainConfig
-
-#: What stops a run, in all of its processes after the same step.
-SIGNALS = (SIGINT, SIGTERM)
+from tl_sparse.training.signals import SIGNALS
 
 
 class Processes:
@@ -29,17 +28,25 @@ class Processes:
 
     Args:
         accelerator: accelerate's, if there are several processes or a tracker.
-        device: of this process.
+        device: the device of this process.
+
+    Attributes:
+        count: how many processes there are.
+        main: whether this is the process that writes.
+        received: the signals that this process has received.
+        stop: a signal that any process had received before the last `average`; None: no process.
     """
 
     def __init__(self, accelerator: Any = None, device: torch.device | None = None) -> None:
-        self.accelerator, self.device = accelerator, device
-        self.count: int = 1 if accelerator is None else accelerator.num_processes
-        self.main: bool = accelerator is None or accelerator.is_main_process
-        self.received: list[int] = []  # signals, by this process
-        self.stop: Signals | None = (
-            None  # a signal that any process had received before the last average
-        )
+        self.accelerator = accelerator
+        self.device = device
+        self.count: int = 1
+        self.main: bool = True
+        if accelerator is not None:
+            self.count = accelerator.num_processes
+            self.main = accelerator.is_main_process
+        self.received: list[int] = []
+        self.stop: Signals | None = None
 
     @classmethod
     def launched(
@@ -51,65 +58,73 @@ class Processes:
             ConfigError: if the batch cannot be divided, `device` is one for all, or the tracker is
                 not installed.
         """
-        count, tracker = (
-            int(os.environ.get("WORLD_SIZE", "1")),
-            None if config.track == "none" else config.track,
-        )
-        check(
-            config.batch_size % count == 0,
-            "batch_size",
-            config.batch_size,
-            f"a multiple of the {count} processes",
-        )
-        numbered = count > 1 and device.index is not None
-        check(
-            not numbered,
-            "device",
-            str(device),
-            "without a number: each of several processes takes its own",
-        )
-        if count == 1 and tracker is None:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        can_divide = config.batch_size % count == 0
+        expected = f"a multiple of the {count} processes"
+        check(can_divide, "batch_size", config.batch_size, expected)
+        is_shared = count > 1 and device.index is not None
+        expected = "without a number: each of several processes takes its own"
+        check(not is_shared, "device", str(device), expected)
+        if count == 1 and config.track == "none":
             return cls(device=device)
-        from accelerate import Accelerator
-        from accelerate.tracking import get_available_trackers
 
-        installed = tracker is None or tracker in [str(name) for name in get_available_trackers()]
-        check(installed, "track", tracker, f"'none' until it is installed: pip install {tracker}")
+        from accelerate import Accelerator
+
+        tracker = None if config.track == "none" else config.track
+        if tracker is not None:
+            _check_installed(tracker)
         on_cpu = count > 1 and device.type == "cpu"
         accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder or ".")
-        processes = cls(accelerator, accelerator.device if count > 1 else device)
+        if count > 1:
+            device = accelerator.device
+        processes = cls(accelerator, device)
         processes.wait()  # nobody writes before all have seen what the folder holds
         return processes
 
     def part(self, batch: Int[Tensor, "batch pos"]) -> Int[Tensor, "part pos"]:
         """The rows of a batch that are this process's."""
-        return batch if self.count == 1 else batch.chunk(self.count)[self.accelerator.process_index]
+        if self.count == 1:
+            return batch
+        return batch.chunk(self.count)[self.accelerator.process_index]
 
     @torch.no_grad()
     def average(
         self, loss: Float[Tensor, ""], parameters: Sequence[Tensor] = ()
     ) -> Float[Tensor, ""]:
-        """The mean loss; gradients become their mean, and `stop` is agreed upon, all in one
-        exchange.
+        """Average over the processes what a step needs from all of them, in one exchange.
+
+        The gradients of `parameters` become their mean, and `stop` is set in all processes or in
+        none.
+
+        Returns:
+            The mean loss.
         """
         noticed = [float(number in self.received) for number in SIGNALS]
         if self.count > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            ours = [g.flatten() for g in gradients] + [loss.view(1), loss.new_tensor(noticed)]
-            means = self.accelerator.reduce(torch.cat(ours), "mean").split(
-                [len(values) for values in ours]
+            *means, loss_mean, noticed_mean = self._means(
+                [*gradients, loss.view(1), loss.new_tensor(noticed)]
             )
-            for gradient, mean in zip(gradients, means, strict=False):
+            for gradient, mean in zip(gradients, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))
-            loss, noticed = means[-2][0], means[-1].tolist()
-        self.stop = next(
-            (number for number, share in zip(SIGNALS, noticed, strict=True) if share), None
-        )
+            loss = loss_mean[0]
+            noticed = noticed_mean.tolist()
+        stops = [number for number, share in zip(SIGNALS, noticed, strict=True) if share > 0]
+        self.stop = stops[0] if stops else None
         return loss
+
+    def _means(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The mean of each tensor over the processes, flat."""
+        flat = [tensor.flatten() for tensor in tensors]
+        mean: Tensor = self.accelerator.reduce(torch.cat(flat), "mean")
+        return mean.split([len(part) for part in flat])
 
     def main_first(self) -> AbstractContextManager[None]:
         """A context that the main process goes through before the others enter it."""
-        return nullcontext() if self.count == 1 else self.accelerator.main_process_first()
+        if self.count == 1:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.main_process_first()
+        return context
 
     def wait(self) -> None:
         """Go on when all processes are here."""
@@ -119,26 +134,37 @@ class Processes:
     def start_tracker(self, config: TrainConfig) -> None:
         """Begin a run of the tracker, if there is one."""
         if self.accelerator is not None:
-            self.accelerator.init_trackers("tl_sparse", dict(_flat(dataclasses.asdict(config))))
+            settings = _flat(dataclasses.asdict(config))
+            self.accelerator.init_trackers("tl_sparse", settings)
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
-        """Give a line of the log to the tracker."""
+        """Give a line of the log to the tracker, if there is one."""
         if self.accelerator is not None:
             self.accelerator.log(values, step)
 
     def end_tracker(self) -> None:
         """End what `start_tracker` began."""
-        if (
-            self.accelerator is not None
-        ):  # its own `end_training` would also end the processes' connection
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+        if self.accelerator is None:
+            return
+        # Not accelerate's `end_training`, which would also end the connection of the processes.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        yield from (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else [(prefix + name, value)]
-        )
+def _check_installed(tracker: str) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(name) for name in get_available_trackers()]
+    expected = f"'none' until it is installed: pip install {tracker}"
+    check(tracker in installed, "track", tracker, expected)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings, their keys joined by dots: a tracker takes no others."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,109 +1,91 @@
-"""A training run in a folder: its log, and checkpoints from which it goes on exactly where it
-was.
-"""
-
-from __future__ import annotations
+"""A training run in a folder: its log, and the checkpoints from which it can be resumed exactly."""
 
 import dataclasses
 import json
 import shutil
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.data import Corpus, packed_corpus
+from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.processes import SIGNALS
+from tl_sparse.training.tokens import packed_for
 
-if TYPE_CHECKING:
-    from tl_sparse.training.trainer import Trainer
-
-
-#: What may differ when a run goes on: it changes no weight.
+#: Fields of TrainConfig that may differ when a run is resumed: they change no weight.
 _FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
-
-
-def packed_for(
-    config: TrainConfig,
-    required: Sequence[str],
-    folder: Path | None = None,
-    about: dict[str, Any] | None = None,
-) -> Corpus:
-    """The tokenizer and tokens that a run of `config` reads; see `packed_corpus`."""
-    return packed_corpus(
-        config.data,
-        d_vocab=config.model.d_vocab,
-        n_ctx=config.model.n_ctx,
-        seed=config.seed,
-        required=required,
-        folder=folder,
-        about=about,
-    )
 
 
 class Run:
     """What `train` writes while it trains; see its docstring.
 
+    A checkpoint is a safetensors file step-NUMBER with the tensors of the trainer's state, the
+    losses of all steps so far as "losses", and "checksum" over all of these.
+
     Args:
-        folder: of the run.
-        config: how it trains.
-        resume: go on from the last checkpoint in `folder`.
+        folder: the run's folder.
+        config: how the run trains.
+        resume: whether to go on from the last checkpoint in `folder`.
 
     Raises:
-        TrainError: to resume: if it was another configuration.
+        TrainError: to resume, if the run in `folder` had another configuration.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, resume: bool) -> None:
-        self.folder, self.config = folder, config
-        self.checkpoints, self.log, self.data = (
-            folder / "checkpoints",
-            folder / "log.jsonl",
-            folder / "data",
-        )
-        self._about = None
+        self.folder = folder
+        self.config = config
+        self.checkpoints = folder / "checkpoints"
+        self.log = folder / "log.jsonl"
+        self.data = folder / "data"
+        self._settings = folder / "run.json"
+        self._about_data: dict[str, Any] | None = None  # of the data that is there to resume
         if resume:
-            stored = read_json(folder / "run.json")
+            stored = read_json(self._settings)
             _check_same(stored.get("config", {}), config, folder)
-            self._about = stored.get("data", {})
+            self._about_data = stored.get("data", {})
         self._saved = time.monotonic()
 
+    @staticmethod
+    def is_unfinished(folder: Path) -> bool:
+        """Whether there is a run in `folder` that can be resumed."""
+        return (folder / "run.json").is_file()
+
     def corpus(self, required: Sequence[str]) -> Corpus:
-        """The run's tokens, packed in its folder; to resume, the same again: see
-        `packed_corpus`.
+        """The run's tokens, packed in its folder.
+
+        To resume, they are the same again: see `packed_corpus`.
         """
-        corpus = packed_for(self.config, required, self.data, self._about)
-        if self._about is None:
-            write_json(
-                self.folder / "run.json",
-                {"config": dataclasses.asdict(self.config), "data": corpus.about},
-            )
+        corpus = packed_for(self.config, required, self.data, self._about_data)
+        if self._about_data is None:
+            settings = {"config": dataclasses.asdict(self.config), "data": corpus.about}
+            write_json(self._settings, settings)
         return corpus
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step` steps."""
-        config = self.config
-        by_step = config.checkpoint_steps and step % config.checkpoint_steps == 0
-        return bool(by_step) or time.monotonic() - self._saved > 60 * config.checkpoint_minutes
+        interval = self.config.checkpoint_steps
+        if interval and step % interval == 0:
+            return True
+        return time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
 
-    def save(self, trainer: Trainer, losses: Tensor) -> None:
-        """Write a checkpoint of the trainer after len(losses) steps, and drop the oldest.
+    def save(self, state: Mapping[str, Tensor], losses: Float[Tensor, " step"]) -> None:
+        """Write a checkpoint after len(losses) steps, and drop the oldest ones.
+
+        Args:
+            state: the trainer's.
+            losses: of all steps so far.
 
         Raises:
             TrainError: if it cannot be written; those before it are as they were.
         """
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in _state(trainer).items()
-        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         tensors["losses"] = losses.cpu()
         tensors["checksum"] = torch.tensor(_checksum(tensors))
         path = self.checkpoints / f"step-{len(losses):08}.safetensors"
@@ -117,113 +99,72 @@ class Run:
             old.unlink()
         self._saved = time.monotonic()
 
-    def restore(self, trainer: Trainer) -> Tensor:
-        """Put the trainer into the state of the last checkpoint; returns the losses of all steps
-        until then.
+    def restore(self) -> tuple[dict[str, Tensor], Float[Tensor, " step"]]:
+        """Read the last checkpoint: the trainer's state, and the losses of all steps until then.
 
         Raises:
-            TrainError: if there is none, or it is damaged.
+            TrainError: if there is no checkpoint, or it is damaged.
         """
         paths = self._paths()
         if not paths:
-            raise TrainError(
-                f"there is no checkpoint in {self.checkpoints}; train into a new folder without resume"
-            )
+            advice = "train into a new folder without resume"
+            raise TrainError(f"there is no checkpoint in {self.checkpoints}; {advice}")
+        *earlier, last = paths
         try:
-            stored = read_tensors(paths[-1])
+            stored = read_tensors(last)
             if int(stored.pop("checksum")) != _checksum(stored):
-                raise CheckpointError(f"{paths[-1]} is damaged: its checksum is wrong")
+                raise CheckpointError(f"{last} is damaged: its checksum is wrong")
         except (CheckpointError, KeyError) as error:
-            before = (
-                f"remove it to go on from {paths[-2].name}"
-                if len(paths) > 1
-                else "there is none before it"
-            )
-            raise TrainError(f"{error}; {before}") from error
+            if earlier:
+                advice = f"remove it to go on from {earlier[-1].name}"
+            else:
+                advice = "there is none before it"
+            raise TrainError(f"{error}; {advice}") from error
         losses = stored.pop("losses")
-        trainer.sparsity.steps = len(losses)
-        _restore(trainer, stored)
-        return losses
+        return stored, losses
 
     def cut_log(self, done: int) -> None:
-        """Remove the lines of steps after `done`, which will come again."""
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.is_file() else []
-        write_text(self.log, "".join(line for line in lines if json.loads(line)["step"] <= done))
+        """Remove the lines of steps after `done`, which will be written again."""
+        if self.log.is_file():
+            lines = self.log.read_text().splitlines(keepends=True)
+        else:
+            lines = []
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
+        write_text(self.log, "".join(kept))
 
-    def write_log(self, **values: Any) -> None:
+    def write_log(self, values: Mapping[str, Any]) -> None:
         """Add a line to log.jsonl."""
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def finish(self) -> None:
         """Remove what is of use only while the run goes on."""
-        for path in (self.checkpoints, self.data, *self.folder.glob(f".{self.data.name}.*")):
+        # Packing that was interrupted leaves temporary folders beside `data`.
+        temporary = self.folder.glob(f".{self.data.name}.*")
+        for path in (self.checkpoints, self.data, *temporary):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / "run.json").unlink()
+        self._settings.unlink()
 
     def _paths(self) -> list[Path]:
+        """The checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("step-*.safetensors"))
 
 
-def _state(trainer: Trainer) -> dict[str, Tensor]:
-    """All that a step depends on, besides the configuration and the data: weights and moments."""
-    state = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            state[f"{key}/{name}"] = value
-    return state
-
-
-@torch.no_grad()
-def _restore(trainer: Trainer, stored: dict[str, Tensor]) -> None:
-    for name, tensor in trainer.model.state_dict().items():
-        tensor.copy_(stored.pop(f"model/{name}"))
-    parameters = dict(trainer.model.named_parameters())
-    for entry, value in stored.items():
-        key, _, name = entry.partition("/")
-        parameter = parameters[name]
-        trainer.optimizer.state[parameter][key] = value.to(parameter.device)
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+        checksum = zlib.crc32(content, checksum)
     return checksum
 
 
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
-    """Raise `TrainError` naming what differs between a run's configuration and the one it is to go
-    on with.
+    """Raise `TrainError` that names the first difference between a run's configuration as stored
+    and the one it is to go on with.
     """
-    now = json.loads(
-        json.dumps(dataclasses.asdict(config))
-    )  # what is compared has been through JSON on both sides
+    # Through JSON, as `before` was: it makes lists of tuples.
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
-            differ = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
-            raise TrainError(f"{folder} was trained with {differ}; to resume, ask for the same")
-
-
-@contextmanager
-def noticing_signals() -> Iterator[list[int]]:
-    """Within the context, SIGINT (Ctrl-C) and SIGTERM only put their number into the list; a second
-    one acts.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def notice(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, notice)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
+            raise TrainError(f"{folder} was trained with {difference}; to resume, ask for the same")

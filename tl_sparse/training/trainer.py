@@ -1,7 +1,11 @@
-"""Weight-sparse training (Gao et al. 2025, sections 2.1, A.2; the authors' published update
-rule).
+"""Weight-sparse training a step at a time.
+
+The update rule is that of Gao et al. 2025 (arXiv 2511.13653), sections 2.1 and A.2, and of the
+authors' published training script; where the two differ, the configuration chooses.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +20,16 @@ from tl_sparse.training.processes import Processes
 
 
 class Trainer:
-    """The update rule, a step at a time (METHOD §3): gradients divided by their RMS, one Adam step
-    without decay, the top-k of every weight matrix, then decay of the matrices; or the variants
-    that the configuration has of these.
+    """The update rule, a step at a time.
+
+    By default, a step divides the gradients by their root mean square, takes one Adam step without
+    decay, keeps only the largest entries of every weight matrix, and then decays the matrices.
 
     Args:
-        model: a model of ours; its parameters without `requires_grad` stay as they are.
+        model: one of this package's models; its parameters without `requires_grad` stay as they
+            are.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
-        processes: those that train together; None: this one alone.
+        processes: the processes that train together; None: this one alone.
 
     Raises:
         ConfigError: for a pattern in `config.l0_groups` that fits no weights.
@@ -32,96 +38,99 @@ class Trainer:
     def __init__(
         self, model: TLModel, config: TrainConfig, processes: Processes | None = None
     ) -> None:
-        self.model, self.config, self.processes = model, config, processes or Processes()
+        self.model = model
+        self.config = config
+        self.processes = processes or Processes()
         self.forward = torch.compile(model) if config.compile else model
-        window = config.anneal_start * config.steps, config.anneal_stop * config.steps
-        fractions = {
-            "": config.matrix_fraction,
-            "embed": config.l0_fraction_embed or config.matrix_fraction,
-        }
-        fractions |= config.l0_groups
-        schedules = {
-            name: annealed(target, *window, config.anneal_shape)
-            for name, target in fractions.items()
-        }
-        self.sparsity = WeightSparsity(
-            model,
-            schedules.pop(""),
-            embed_fraction=schedules.pop("embed"),
-            group_fractions=schedules,
-            min_nonzero=config.min_nonzero,
-            groups=weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases),
-        )
-        self.matrices = [p for group in self.sparsity.groups for p in group.parameters]
+        self.sparsity = _weight_sparsity(model, config)
+        self.matrices: list[Tensor] = []
+        for group in self.sparsity.groups:
+            self.matrices += group.parameters
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer()
-        topk = config.topk_anneal_start * config.steps, config.topk_anneal_stop * config.steps
-        self._abs_topk = [
-            (module, module.k, annealed(module.k / module.dim, *topk))
-            for module in model.network.modules()
-            if isinstance(module, AbsTopK) and module.k is not None
-        ]
+        self.optimizer = self._adam()
+        self._annealed_topks = _annealed_topks(model, config)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config, ours = self.config, {id(p) for p in self.matrices}
-        fused = all(
+    def _adam(self) -> torch.optim.Optimizer:
+        """Adam over all parameters; decay before the step is AdamW's, only of the matrices."""
+        config = self.config
+        can_fuse = all(
             p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters
         )
-        options: dict[str, Any] = dict(
-            lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
-        )
+        options: dict[str, Any] = {
+            "lr": 0.0,  # every step sets its own
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+            "fused": can_fuse,
+        }
         if config.decay == "after":
             return torch.optim.Adam(self.parameters, **options)
-        matrices = {
-            "params": [p for p in self.parameters if id(p) in ours],
-            "weight_decay": config.weight_decay,
-        }
-        others = {"params": [p for p in self.parameters if id(p) not in ours], "weight_decay": 0.0}
-        return torch.optim.AdamW([matrices, others], **options)
+        matrix_ids = {id(p) for p in self.matrices}
+        matrices = [p for p in self.parameters if id(p) in matrix_ids]
+        others = [p for p in self.parameters if id(p) not in matrix_ids]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, **options)
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps have changed the model; also the number of the next step, from 0."""
+        return self.sparsity.steps
 
     def lr(self, step: int) -> float:
-        """lr · (warm-up, then linear decay to 0) · with sharkfin, sqrt(final fraction / fraction at
-        this step).
+        """The learning rate of step number `step`, from 0.
+
+        It rises linearly during the warm-up, then falls linearly to 0. Sharkfin also multiplies it
+        by sqrt(final fraction / fraction at this step), where the fraction is that of nonzero
+        weights: the factor 1/sqrt(L0) of section A.2.
         """
-        config, warmup = self.config, int(self.config.warmup_fraction * self.config.steps)
-        shape = step / warmup if step < warmup else 1 - (step - warmup) / (config.steps - warmup)
+        config = self.config
+        warmup = int(config.warmup_fraction * config.steps)
+        if step < warmup:
+            shape = step / warmup
+        else:
+            shape = 1 - (step - warmup) / (config.steps - warmup)
         if config.sharkfin:
             shape *= (config.matrix_fraction / self.sparsity.fraction_at(step)) ** 0.5
         return config.lr * shape
 
     def step(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """One optimizer step on a batch, of which `tokens` are this process's part; returns its
-        mean next-token loss. If that is no number, nothing changes."""
-        lr = self.lr(self.sparsity.steps)
+        """Take one step on a batch.
+
+        Args:
+            tokens: this process's part of the batch.
+
+        Returns:
+            The mean next-token loss of the whole batch, in nats, before the step. If it is not a
+            finite number, nothing has changed.
+        """
+        lr = self.lr(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for module, k, schedule in self._abs_topk:
-            module.k = max(k, int(schedule(self.sparsity.steps) * module.dim))
-        loss = self.processes.average(self._backward(tokens), self.parameters)
+        for topk in self._annealed_topks:
+            topk.set_k(self.steps_done)
+
+        loss = self._backward(tokens)
+        loss = self.processes.average(loss, self.parameters)
         if not bool(loss.isfinite()):
             self.optimizer.zero_grad()
             return loss
+
         self._normalize_gradients()
-        with self.sparsity.attached(self.optimizer):
+        with self.sparsity.attached(self.optimizer):  # the top-k, after the optimizer's step
             self.optimizer.step()
         self.optimizer.zero_grad()
         if self.config.decay == "after":
-            # As published, w -= λ·lr·w. To multiply by 1 - λ·lr rounds otherwise: after 36 steps of
-            # the authors' trajectory that decides a weight's place in the top-k differently.
-            with torch.no_grad():
-                torch._foreach_add_(
-                    self.matrices, self.matrices, alpha=-self.config.weight_decay * lr
-                )
+            self._decay_matrices(lr)
         return loss
 
     def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Gradients of the batch's mean loss, which is returned; part by part with
-        `accumulation`.
-        """
+        """Add up the gradients of the batch's mean loss, part by part; returns that loss."""
         total = torch.zeros((), device=tokens.device)
-        low = self.config.precision == "bfloat16"
+        in_bfloat16 = self.config.precision == "bfloat16"
         for part in tokens.chunk(self.config.accumulation):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=in_bfloat16):
                 logits = self.forward(part)
             loss = next_token_loss(logits.float(), part) * (len(part) / len(tokens))
             loss.backward()
@@ -130,22 +139,111 @@ class Trainer:
 
     @torch.no_grad()
     def _normalize_gradients(self) -> None:
-        """Divide by the root mean square over all entries of all parameters (published script), or
-        clip that to 1.
+        """Divide all gradients by their root mean square over all entries of all parameters, as the
+        published script does, or clip that root mean square to 1, as the paper's text says.
         """
-        if not self.config.last_bigram_row and self.config.model.bigram_table:
-            self.model.network.bigram.W_bigram.grad[-1] = 0  # it counts in the mean
+        config = self.config
+        if config.model.bigram_table and not config.last_bigram_row:
+            # Zero, not left out: its entries count in the mean.
+            self.model.network.bigram.W_bigram.grad[-1] = 0
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        entries = sum(gradient.numel() for gradient in gradients)
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        rms = (squares / sum(g.numel() for g in gradients)).sqrt()
-        torch._foreach_mul_(
-            gradients, 1 / (rms + 1e-5 if self.config.gradient == "divide" else rms.clamp(min=1))
-        )
+        rms = (squares / entries).sqrt()
+        if config.gradient == "divide":
+            divisor = rms + 1e-5  # of the published script
+        else:
+            divisor = rms.clamp(min=1)
+        torch._foreach_mul_(gradients, 1 / divisor)
+
+    @torch.no_grad()
+    def _decay_matrices(self, lr: float) -> None:
+        """Decay as published, w -= λ · lr · w.
+
+        To multiply by 1 - λ · lr rounds otherwise: after 36 steps of the authors' trajectory that
+        decides a weight's place in the top-k differently.
+        """
+        alpha = -self.config.weight_decay * lr
+        torch._foreach_add_(self.matrices, self.matrices, alpha=alpha)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides configuration, data, and `steps_done`.
+
+        Returns:
+            The model's weights as "model/NAME", and Adam's state of every parameter as
+            "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME". These are the tensors themselves, not
+            copies.
+        """
+        state = {}
+        for name, weight in self.model.state_dict().items():
+            state[f"model/{name}"] = weight
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            for kind, moment in moments.items():
+                state[f"{kind}/{name}"] = moment
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        """Continue from what `state` returned after `steps_done` steps."""
+        for name, weight in self.model.state_dict().items():
+            weight.copy_(state[f"model/{name}"])
+        parameters = dict(self.model.named_parameters())
+        for key, moment in state.items():
+            kind, _, name = key.partition("/")
+            if kind != "model":
+                parameter = parameters[name]
+                self.optimizer.state[parameter][kind] = moment.to(parameter.device)
+        self.sparsity.steps = steps_done
 
 
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
-    """The mean of what `return_type="loss"` gives, without its copies of the logits."""
+    """The mean next-token loss, which is the model's `return_type="loss"` without its copies of the
+    logits.
+    """
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last token
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
+    """The top-k of the weights, with one schedule for the fraction of every group."""
+    start = config.anneal_start * config.steps
+    stop = config.anneal_stop * config.steps
+
+    def schedule(final_fraction: float) -> Callable[[int], float]:
+        return annealed(final_fraction, start, stop, config.anneal_shape)
+
+    return WeightSparsity(
+        model,
+        schedule(config.matrix_fraction),
+        embed_fraction=schedule(config.l0_fraction_embed or config.matrix_fraction),
+        group_fractions={name: schedule(value) for name, value in config.l0_groups.items()},
+        min_nonzero=config.min_nonzero,
+        groups=weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases),
+    )
+
+
+@dataclass(frozen=True)
+class _AnnealedTopK:
+    """An AbsTopK of the model, the k that it ends with, and the fraction it keeps at each step."""
+
+    module: AbsTopK
+    final_k: int
+    fraction: Callable[[int], float]
+
+    def set_k(self, step: int) -> None:
+        k = int(self.fraction(step) * self.module.dim)
+        self.module.k = max(self.final_k, k)
+
+
+def _annealed_topks(model: TLModel, config: TrainConfig) -> list[_AnnealedTopK]:
+    start = config.topk_anneal_start * config.steps
+    stop = config.topk_anneal_stop * config.steps
+    topks = []
+    for module in model.network.modules():
+        if isinstance(module, AbsTopK) and module.k is not None:
+            fraction = annealed(module.k / module.dim, start, stop)
+            topks.append(_AnnealedTopK(module, module.k, fraction))
+    return topks

@@ -1,0 +1,109 @@
+"""What commands share: their parsers, and configurations from flags and files."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tl_sparse.config import merged
+
+#: What `parser.add_subparsers` returns; argparse has no public name for it.
+Commands = Any
+
+MODEL_HELP = "The model: a folder, or a name that tl_sparse.load knows."
+CORPUS_HELP = (
+    "Text to take the means over: a folder, a glob, a file or 'builtin' (default: the sample that "
+    "is stored with the model)."
+)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    help: str,
+    run: Callable[[argparse.Namespace], None],
+    *configs: type,
+) -> argparse.ArgumentParser:
+    """Add a command, which `run` does, with the flag --device.
+
+    The docstrings of `configs`, config dataclasses, stand below the list of flags.
+    """
+    docstrings = []
+    for config in configs:
+        docstrings.append(f"{config.__name__}: {inspect.cleandoc(config.__doc__ or '')}")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog="\n\n".join(docstrings),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--device",
+        help="The device: cpu, cuda, … (default: the GPU if there is one, else the CPU).",
+    )
+    return parser
+
+
+def add_config_flags(
+    parser: argparse.ArgumentParser, defaults: Any, skip: Sequence[str] = ()
+) -> None:
+    """Add a flag for each field of a config dataclass, but for those in `skip`.
+
+    What the fields mean stands below the list of flags. A flag that is not given leaves no
+    attribute in the parsed arguments, and so changes nothing: see `given_fields`.
+    """
+    types = get_type_hints(type(defaults))
+    for field in dataclasses.fields(defaults):
+        if field.name in skip:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        options = _flag_options(field.name, types[field.name], getattr(defaults, field.name))
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
+    """What argparse needs to know of a field's flag."""
+    if name == "abs_topk":
+        # A mapping of locations to fractions; one number stands for those of the paper.
+        return {
+            "type": float,
+            "help": "The fraction that AbsTopK keeps at the paper's eight locations; 1: no AbsTopK "
+            "(default: 0.25).",
+        }
+    options: dict[str, Any] = {"help": f"(default: {default})"}
+    if declared is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(declared) is Literal:
+        options["choices"] = get_args(declared)
+    elif get_origin(declared) is Mapping:
+        options["type"] = json.loads
+        options["metavar"] = "JSON"
+    else:
+        options["type"] = declared
+        options["metavar"] = declared.__name__
+    return options
+
+
+def given_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a config dataclass whose flags were given."""
+    values = {}
+    for field in dataclasses.fields(config):
+        if hasattr(args, field.name):
+            values[field.name] = getattr(args, field.name)
+    return values
+
+
+def changed_by_file(config: Any, path: str | None) -> Any:
+    """The configuration, changed by a YAML file if there is one."""
+    if path is None:
+        return config
+
+    from tl_sparse.files import naming, read_yaml
+
+    with naming(path):
+        return merged(config, read_yaml(Path(path)))

@@ -1,0 +1,180 @@
+"""`tl-sparse view`, `export` and `evaluate`: what is done with a circuit that was found."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import tl_sparse
+from tl_sparse.cli.arguments import Commands, add_command
+from tl_sparse.errors import CheckpointError, CircuitError, DataError
+from tl_sparse.pruning import PruneConfig
+
+
+def _add_circuit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("circuit", help="The circuit: a folder, or a repository of the hub.")
+    parser.add_argument(
+        "--model",
+        help="The model: a folder, or a name that tl_sparse.load knows (default: the circuit's).",
+    )
+    parser.add_argument("--task", help="The task of the prompts (default: the circuit's).")
+
+
+def _open(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The circuit, its model, and the source of the model: a folder or a name."""
+    circuit = tl_sparse.Circuit.load(args.circuit)
+    source = args.model or circuit.model_name
+    if not source:
+        raise CircuitError(f"{args.circuit} does not name its model; give it with --model")
+    try:
+        model = tl_sparse.load(source, args.device)
+    except CheckpointError as error:
+        if args.model:
+            raise
+        raise CheckpointError(f"{error}; give the circuit's model with --model") from error
+    return circuit, model, source
+
+
+def add_view(commands: Commands) -> None:
+    parser = add_command(
+        commands, "view", "Write an interactive page of a circuit, one HTML file.", _run_view
+    )
+    _add_circuit(parser)
+    parser.add_argument("-o", "--out", required=True, help="The page, an HTML file.")
+    parser.add_argument(
+        "--corpus",
+        help="The text of the passages, as in prune (default: the sample that is stored with the "
+        "model).",
+    )
+    parser.add_argument(
+        "--min-weight",
+        type=float,
+        default=0.0,
+        help="Leave out edges of a smaller absolute weight.",
+    )
+
+
+def _run_view(args: argparse.Namespace) -> None:
+    from tl_sparse.files import replacing
+
+    circuit, model, source = _open(args)
+    # The file is opened first, since what follows takes a while.
+    with replacing(Path(args.out)) as temporary:
+        corpus = _passages(model, source, args.corpus)
+        page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
+        temporary.write_text(page.html, encoding="utf-8")
+    print(f"Saved {args.out} ({len(page.html):,} bytes); any browser opens it")
+
+
+def _passages(model: Any, source: str, corpus: str | None) -> Any:
+    """The tokens of the page's passages; None if the model has no text and none was asked for."""
+    try:
+        return tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+    except DataError as error:
+        if corpus is not None:
+            raise
+        print(f"tl-sparse: the page has no passages: {error} (--corpus)", file=sys.stderr)
+        return None
+
+
+def add_export(commands: Commands) -> None:
+    parser = add_command(commands, "export", "Write a circuit for other tools.", _run_export)
+    _add_circuit(parser)
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        help="The file, whose ending names the format: .graphml, .dot, .mmd (Mermaid), .csv, .json "
+        "(attribution graph).",
+    )
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    from tl_sparse.circuits import export
+
+    circuit, model, _ = _open(args)
+    export(circuit, model, args.out, args.task)
+    print(f"Saved {args.out}")
+
+
+def add_evaluate(commands: Commands) -> None:
+    parser = add_command(
+        commands, "evaluate", "Measure a circuit on held-out pairs.", _run_evaluate
+    )
+    _add_circuit(parser)
+    parser.add_argument("-o", "--out", help="A JSON file for all figures.")
+    parser.add_argument(
+        "--corpus",
+        help="Text to take the means over: a folder, a glob, a file or 'builtin' (default: the "
+        "means that are stored with the circuit).",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        help="The number of pairs (default: as many as when the circuit was found).",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="The seed of the pairs and of random circuits (default: the pairs with which the "
+        "circuit was judged when it was found).",
+    )
+
+
+def _run_evaluate(args: argparse.Namespace) -> None:
+    from tl_sparse.evaluation import full_evaluation
+    from tl_sparse.files import write_json
+    from tl_sparse.view import evaluation_tables
+
+    circuit, model, source = _open(args)
+    if args.corpus is not None or not circuit.means:
+        circuit = _with_means(circuit, model, source, args.corpus)
+    task = tl_sparse.get_task(args.task or circuit.task)
+    config = _config_of(circuit)
+    data = _heldout_pairs(circuit, model, task, config, args)
+    results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
+    print(evaluation_tables(results))
+    if args.out:
+        write_json(Path(args.out), results)
+
+
+def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:
+    """The circuit, with the means over a corpus."""
+    from tl_sparse.circuits import EMBED_HOOK
+    from tl_sparse.pruning import corpus_means
+
+    tokens = tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+    return circuit.with_means(corpus_means(model, tokens, embed=EMBED_HOOK in circuit.kept))
+
+
+def _config_of(circuit: Any) -> PruneConfig:
+    """The configuration that the circuit was found with, as far as it is recorded.
+
+    Fields that this version does not know are ignored, and those that are missing have their
+    defaults: the circuit may be another version's.
+    """
+    recorded = circuit.measured.get("config", {})
+    known = [field.name for field in dataclasses.fields(PruneConfig)]
+    return PruneConfig(**{name: recorded[name] for name in known if name in recorded})
+
+
+def _heldout_pairs(
+    circuit: Any, model: Any, task: Any, config: PruneConfig, args: argparse.Namespace
+) -> Any:
+    """The pairs on which pruning judged the circuit, or new ones if it was not pruned here or
+    --pairs or --seed asks for others; these are none of those that the circuit was found with.
+    """
+    from tl_sparse.pruning import task_splits
+
+    seen = []
+    if circuit.measured.get("config"):
+        training, selection, heldout = task_splits(model, task, config)
+        if args.pairs is None and args.seed is None:
+            return heldout
+        seen = [*training.prompts, *selection.prompts]
+    n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
+    data = tl_sparse.make_task_data(
+        task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen
+    )
+    return data.to(next(model.parameters()).device)

@@ -1,0 +1,128 @@
+"""What is watched while a model trains: the losses, the log, and the progress bar."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_sparse.data import Corpus
+from tl_sparse.training.measures import dead_neurons, evaluate_loss
+from tl_sparse.training.runs import Run
+from tl_sparse.training.tokens import tokens_per_step
+from tl_sparse.training.trainer import Trainer
+
+#: A line of the log is written, and the bar's text renewed, every so many steps.
+LOG_STEPS = 20
+#: The share of dead neurons is measured every so many steps; a multiple of LOG_STEPS.
+DEAD_NEURONS_STEPS = 100
+#: A loss has jumped if it is far above the mean of so many losses before it.
+USUAL_STEPS = 100
+
+
+class Monitor:
+    """Watches a trainer from one step to the next.
+
+    Args:
+        trainer: the trainer, before the first step that is watched.
+        losses: the losses of all steps of the run; this fills in those that are watched.
+        corpus: the tokens of the run; its validation rows are measured.
+        run: where the log is written; None: nowhere.
+        show_bar: whether to show the progress bar.
+
+    Attributes:
+        bar: the progress bar; to iterate over it gives the numbers of the steps that remain.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        losses: Float[Tensor, " step"],
+        corpus: Corpus,
+        run: Run | None,
+        show_bar: bool,
+    ) -> None:
+        self.trainer = trainer
+        self.losses = losses
+        self.validation = corpus.validation
+        self.run = run
+        self.first_step = trainer.steps_done
+        self.tokens_per_step = tokens_per_step(trainer.config, corpus.train)
+        self.dead_neurons: float | None = None  # as last measured
+        n_steps = trainer.config.steps
+        self.bar = tqdm(
+            range(self.first_step, n_steps),
+            desc="training",
+            total=n_steps,
+            initial=self.first_step,
+            disable=not show_bar,
+            unit="step",
+        )
+
+    def reason_to_stop(self, step: int) -> str:
+        """Why training has to stop after step number `step`; empty if it can go on."""
+        config = self.trainer.config
+        loss = float(self.losses[step])
+        usual = loss
+        if step > 0:
+            usual = float(self.losses[max(0, step - USUAL_STEPS) : step].mean())
+        is_usual = loss - usual < config.max_jump  # False also if it is not a number
+        if not is_usual:
+            advice = f"a smaller lr than {config.lr} may help"
+            return f"the loss went from {usual:.3f} to {loss:.3f}; {advice}"
+        signal = self.trainer.processes.stop
+        if signal is not None:
+            return f"stopped by {signal.name}"
+        return ""
+
+    def is_due(self, done: int, interval: int = LOG_STEPS) -> bool:
+        """Whether something is due after `done` steps: at every `interval`, and in the end."""
+        return done % interval == 0 or done == self.trainer.config.steps
+
+    def log(self, done: int) -> dict[str, float]:
+        """Measure the model after `done` steps; write that to the log, the tracker and the bar.
+
+        Returns:
+            What was measured, as the log has it.
+        """
+        measured = self._measure(done)
+        if self.run is not None:
+            self.run.write_log(measured)
+        self.trainer.processes.track(done, measured)
+        self._show(measured)
+        return measured
+
+    def _measure(self, done: int) -> dict[str, float]:
+        trainer = self.trainer
+        config = trainer.config
+        last_step = done - 1
+        recent = self.losses[max(0, done - LOG_STEPS) : done]
+        measured = {
+            "step": done,
+            "loss": float(recent.mean()),
+            "lr": trainer.lr(last_step),
+            "l0": trainer.sparsity.fraction_at(last_step),
+        }
+        if self.is_due(done, DEAD_NEURONS_STEPS):
+            rows = self.validation[: config.batch_size]
+            self.dead_neurons = dead_neurons(trainer.model, rows)
+            measured["dead_neurons"] = self.dead_neurons
+        # At the first line of the log after each multiple of validate_steps.
+        if config.validate_steps and done % config.validate_steps < LOG_STEPS:
+            measured["validation_loss"] = self._validation_loss()
+        return measured
+
+    def _validation_loss(self) -> float:
+        """The loss on the validation rows, on whose mean all processes agree."""
+        model = self.trainer.model
+        loss = evaluate_loss(model, self.validation, self.trainer.config.batch_size)
+        device = next(model.parameters()).device
+        return float(self.trainer.processes.average(torch.tensor(loss, device=device)))
+
+    def _show(self, measured: dict[str, float]) -> None:
+        seconds = self.bar.format_dict["elapsed"] or 1e-9
+        tokens = (measured["step"] - self.first_step) * self.tokens_per_step
+        parts = [f"loss {measured['loss']:.3f}", f"L0 {measured['l0']:.1%}"]
+        if self.dead_neurons is not None:
+            parts.append(f"{self.dead_neurons:.0%} of neurons dead")
+        parts.append(f"{tokens / seconds:,.0f} tokens/s")
+        self.bar.set_postfix_str(", ".join(parts))

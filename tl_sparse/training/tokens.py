@@ -1,0 +1,65 @@
+"""The tokens that a run reads, and the order in which its batches take them."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_sparse.data import Corpus, packed_corpus
+from tl_sparse.training.config import TrainConfig
+
+
+def packed_for(
+    config: TrainConfig,
+    required: Sequence[str],
+    folder: Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> Corpus:
+    """The tokenizer and tokens that a run of `config` reads; see `packed_corpus`."""
+    return packed_corpus(
+        config.data,
+        d_vocab=config.model.d_vocab,
+        n_ctx=config.model.n_ctx,
+        seed=config.seed,
+        required=required,
+        folder=folder,
+        about=about,
+    )
+
+
+def batches(
+    tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """Endless batches of rows, in an order that depends on the seed alone.
+
+    Each epoch takes every row at most once: the rows left over at its end, fewer than a batch, are
+    skipped.
+
+    Args:
+        tokens: the rows.
+        batch_size: rows in each batch; if there are fewer, every batch has all of them.
+        seed: of the order.
+        start: number of the first batch to give, from 0; a run that is resumed skips those before.
+    """
+    for rows in islice(_batch_indices(len(tokens), batch_size, seed), start, None):
+        yield tokens[rows].long()
+
+
+def _batch_indices(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
+    """The row numbers of every batch, drawn anew for each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    full = min(batch_size, n_rows)
+    while True:
+        order = torch.randperm(n_rows, generator=generator)
+        for rows in order.split(batch_size):
+            if len(rows) == full:
+                yield rows
+
+
+def tokens_per_step(config: TrainConfig, rows: Int[Tensor, "seq pos"]) -> int:
+    """The tokens in a batch of `rows`, over all processes."""
+    return min(config.batch_size, len(rows)) * config.model.n_ctx
