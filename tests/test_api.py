@@ -11,6 +11,7 @@ from tl_sparse.checkpoints import hub
 from tl_sparse.circuits import exchange, exports
 from tl_sparse.evaluation import judge as evaluation
 from tl_sparse.tasks import task as tasks
+from tl_sparse.tasks import task_data
 from tl_sparse.view import contents as view
 from tl_sparse.view import plots
 
@@ -24,6 +25,7 @@ MODULES = [
     hub,
     plots,
     tasks,
+    task_data,
     view,
 ]
 
