@@ -96,7 +96,7 @@ def _held_out(documents: Sequence[str], fraction: float, seed: int) -> set[int]:
     n_documents = len(documents)
     if n_documents < 2:
         return set()
-    lengths = [len(document) for document in documents]
+    lengths = list(map(len, documents))
     room = fraction * sum(lengths)
     held_out: set[int] = set()
     for number in random.Random(seed).sample(range(n_documents), n_documents):

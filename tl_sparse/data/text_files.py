@@ -61,8 +61,7 @@ def user_documents(source: str) -> list[str]:
             f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern '
             "or a file"
         )
-    texts = [_read(path) for path in paths]
-    documents = [text for text in texts if text.strip()]
+    documents = [text for text in map(_read, paths) if text.strip()]
     if not documents:
         raise DataError(f"nothing but white space in the {len(paths)} files of {source}")
     return documents
@@ -84,7 +83,7 @@ def _user_paths(source: str) -> list[Path]:
     elif path.is_file():
         matches = [path]
     else:
-        matches = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        matches = list(map(Path, glob.glob(str(path), recursive=True)))
     return sorted(match for match in matches if not match.is_dir())
 
 

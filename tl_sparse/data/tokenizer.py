@@ -213,16 +213,17 @@ def _tiktoken_model(path: Path) -> models.BPE:
     """The model of a file with a token in base64 and its rank on each line; two tokens merge if
     they make a third.
     """
-    lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    single_bytes = {bytes([i]) for i in range(256)}
-    if len(set(ranks.values())) < len(lines) or not single_bytes <= ranks.keys():
-        raise ValueError("a token or rank appears twice, or one of the 256 bytes is missing")
     letters = bytes_to_unicode()
     vocab: dict[str, int] = {}
-    for token, rank in ranks.items():
-        spelling = "".join(letters[byte] for byte in token)
-        vocab[spelling] = rank
+    n_lines = 0
+    for line in path.read_bytes().splitlines():
+        if line.strip():
+            token, rank = line.split()
+            spelling = "".join(letters[byte] for byte in base64.b64decode(token, validate=True))
+            vocab[spelling] = int(rank)
+            n_lines += 1
+    if len(set(vocab.values())) < n_lines or not set(letters.values()) <= vocab.keys():
+        raise ValueError("a token or rank appears twice, or one of the 256 bytes is missing")
     merges = generate_merges(vocab, None)
-    vocab[END_OF_TEXT] = max(ranks.values()) + 1
+    vocab[END_OF_TEXT] = max(vocab.values()) + 1
     return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)

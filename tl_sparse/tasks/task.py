@@ -196,6 +196,5 @@ _QUOTE_TASK = Task(
     candidates=("')", '")'),
     sample=_closed_strings,
 )
-_YAML_TASKS = [_task_from_yaml(name) for name in PAIRS]
 #: The tasks of the paper by name.
-TASKS: dict[str, Task] = {task.name: task for task in (_QUOTE_TASK, *_YAML_TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (_QUOTE_TASK, *map(_task_from_yaml, PAIRS))}

@@ -115,7 +115,7 @@ def make_task_data(
         prompts += pair.prompts
         rows += pair_rows
         candidates.append(_candidates(task, tokenizer, pair, *pair_rows))
-    lengths = [len(row) for row in rows]
+    lengths = list(map(len, rows))
     if n_ctx is not None:
         _check_context(task, prompts, lengths, n_ctx)
     return TaskData(
