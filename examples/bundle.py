@@ -24,30 +24,35 @@ MODELS = Path(tl_sparse.__file__).parent / "models"
 
 def bundle(run: Path, folder: Path) -> None:
     check_new_folder(folder)
-    record, model = read_json(run / "training.json"), tl_sparse.load(run, device="cpu")
+    record = read_json(run / "training.json")
+    write_rounded(run, folder)
+
+    model = tl_sparse.load(folder, device="cpu")
+    documents = load_documents(DataConfig(**record["config"]["data"]))
+    validation = pack_tokens(
+        documents.validation, model.tokenizer, model.cfg.n_ctx, record["config"]["seed"]
+    )
+    record["validation_loss"] = evaluate_loss(model, validation, 64)
+    record["tasks"] = {}
+    for name, score in task_scores(model, 512, seed=1).items():
+        record["tasks"][name] = None if score is None else dataclasses.asdict(score)
+    write_json(folder / "training.json", record)
+    record["command"] = f"tl-sparse train examples/{folder.name}.yaml"
+    (folder / "README.md").write_text(model.card(folder.name, record), encoding="utf-8")
+
+
+def write_rounded(run: Path, folder: Path) -> None:
+    """Save the run's model and corpus sample in fewer bytes."""
+    model = tl_sparse.load(run, device="cpu")
     model.save_pretrained(folder)
     state = model.state_dict()
     for name, tensor in state.items():
-        if ".W_" in name and tensor.count_nonzero() > tensor.numel() / 2:
+        is_dense = tensor.count_nonzero() > tensor.numel() / 2
+        if ".W_" in name and is_dense:
             state[name] = tensor.half()
     write_tensors(folder / "model.safetensors", pack(state))
     sample = read_tensors(run / CORPUS_SAMPLE)["tokens"]
     write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample.short()})
-
-    model = tl_sparse.load(folder, device="cpu")
-    data = load_documents(DataConfig(**record["config"]["data"]))
-    validation = pack_tokens(
-        data.validation, model.tokenizer, model.cfg.n_ctx, record["config"]["seed"]
-    )
-    record["validation_loss"] = evaluate_loss(model, validation, 64)
-    record["tasks"] = {
-        name: s and dataclasses.asdict(s) for name, s in task_scores(model, 512, seed=1).items()
-    }
-    write_json(folder / "training.json", record)
-    command = f"tl-sparse train examples/{folder.name}.yaml"
-    (folder / "README.md").write_text(
-        model.card(folder.name, record | {"command": command}), encoding="utf-8"
-    )
 
 
 def main() -> None:
@@ -60,10 +65,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODELS)
     args = parser.parse_args()
     for run in args.runs:
-        bundle(run, args.out / run.name)
-        print(
-            f"{args.out / run.name}: {sum(p.stat().st_size for p in (args.out / run.name).iterdir()):,} bytes"
-        )
+        folder = args.out / run.name
+        bundle(run, folder)
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{folder}: {n_bytes:,} bytes")
 
 
 if __name__ == "__main__":

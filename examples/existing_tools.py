@@ -9,10 +9,12 @@ it runs on TransformerLens 3 and 4.
 # %% A sparse model, the circuit of a task, and a pair of prompts with two answers.
 import argparse
 import random
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformer_lens import patching
+from transformer_lens import ActivationCache, patching
 
 import tl_sparse
 from tl_sparse.tasks import make_task_data
@@ -35,119 +37,165 @@ else:
     corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx)
     circuit, _ = tl_sparse.prune(model, task, corpus)
 data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0, n_ctx=model.cfg.n_ctx).trimmed()
-clean, corrupt = (
-    data.tokens[:1],
-    data.tokens[1:],
-)  # of one length, and they differ in the quote that opens the string
+# Two prompts of one length, which differ in the quote that opens the string.
+clean = data.tokens[:1]
+corrupt = data.tokens[1:]
 right, wrong = data.candidates[0]
 print(f"{circuit!r}\nclean:   {data.prompts[0]!r}\ncorrupt: {data.prompts[1]!r}")
 
 
 # %% Logit differences.
-def difference(logits):
+def logit_difference(logits):
     return logits[0, -1, right] - logits[0, -1, wrong]
 
 
-def recovered(logits, of):
-    """0: as on the corrupt prompt; 1: as on the clean one."""
-    return (difference(logits) - of["corrupt"]) / (of["clean"] - of["corrupt"])
+@dataclass
+class Baseline:
+    """Logit differences on both prompts, and all activations on the clean one."""
+
+    clean: torch.Tensor
+    corrupt: torch.Tensor
+    clean_cache: ActivationCache
+
+    def recovered(self, logits):
+        """0: as on the corrupt prompt; 1: as on the clean one."""
+        return (logit_difference(logits) - self.corrupt) / (self.clean - self.corrupt)
 
 
 @torch.no_grad()
-def runs():
-    logits, cache = model.run_with_cache(clean)
-    of = {"clean": difference(logits), "corrupt": difference(model(corrupt))}
-    return of, cache
+def run_both():
+    clean_logits, clean_cache = model.run_with_cache(clean)
+    corrupt_logits = model(corrupt)
+    return Baseline(logit_difference(clean_logits), logit_difference(corrupt_logits), clean_cache)
 
 
-alone, cache = runs()
+alone = run_both()
 with circuit.applied(model):
-    under, circuit_cache = runs()
-lines = [
-    [name, *(f"{float(of[name]):+.2f}" for of in (alone, under))] for name in ("clean", "corrupt")
+    under_circuit = run_both()
+rows = [
+    ["clean", f"{alone.clean:+.2f}", f"{under_circuit.clean:+.2f}"],
+    ["corrupt", f"{alone.corrupt:+.2f}", f"{under_circuit.corrupt:+.2f}"],
 ]
 print(f"\nLogit of {task.candidates[0]!r} minus that of {task.candidates[1]!r}\n")
-print(table(["prompt", "the model", "under the circuit"], lines))
+print(table(["prompt", "the model", "under the circuit"], rows))
+
 
 # %% Activation patching, TransformerLens' own: heads, and the stream at each position, of the clean
 # run put into the corrupt one.
-metrics = [partial(recovered, of=of) for of in (alone, under)]
-heads = [patching.get_act_patch_attn_head_out_all_pos(model, corrupt, cache, metrics[0])]
-stream = [patching.get_act_patch_resid_pre(model, corrupt, cache, metrics[0])]
-with circuit.applied(model):
-    heads.append(
-        patching.get_act_patch_attn_head_out_all_pos(model, corrupt, circuit_cache, metrics[1])
-    )
-    stream.append(patching.get_act_patch_resid_pre(model, corrupt, circuit_cache, metrics[1]))
-for where, found in (("the model", 0), ("the circuit", 1)):
-    layer, head = divmod(int(heads[found].argmax()), model.cfg.n_heads)
-    first, at = stream[found][0], int(stream[found][0].argmax())
-    token = model.tokenizer.decode([int(clean[0, at])])
+def patch_heads_and_stream(baseline):
+    inputs = (model, corrupt, baseline.clean_cache, baseline.recovered)
+    heads = patching.get_act_patch_attn_head_out_all_pos(*inputs)
+    stream = patching.get_act_patch_resid_pre(*inputs)
+    return heads, stream
+
+
+def print_best(place, heads, stream):
+    layer, head = divmod(int(heads.argmax()), model.cfg.n_heads)
+    before_first_layer = stream[0]
+    position = int(before_first_layer.argmax())
+    token = model.tokenizer.decode([int(clean[0, position])])
     print(
-        f"\nIn {where}, head {layer}.{head} recovers most, {float(heads[found].max()):.0%}; the median head "
-        f"{float(heads[found].median()):.0%}. Of the positions before the first layer it is {at}, {token!r}, with "
-        f"{float(first[at]):.0%}."
+        f"\nIn {place}, head {layer}.{head} recovers most, {heads.max():.0%}; "
+        f"the median head {heads.median():.0%}. "
+        f"Of the positions before the first layer it is {position}, {token!r}, "
+        f"with {before_first_layer[position]:.0%}."
     )
 
+
+patched_alone = patch_heads_and_stream(alone)
+with circuit.applied(model):
+    patched_under_circuit = patch_heads_and_stream(under_circuit)
+print_best("the model", *patched_alone)
+print_best("the circuit", *patched_under_circuit)
+
 # %% Attribution by gradients, through backward hooks: (clean − corrupt) · gradient of every node,
-# in the whole model.
+# in the whole model, summed over positions.
 gradients = {}
 
 
-def save(name, gradient, hook):
+def save_gradient(name, gradient, hook):
     gradients[name] = gradient.detach().clone()
 
 
 _, corrupt_cache = model.run_with_cache(corrupt)
-with model.hooks(bwd_hooks=[(name, partial(save, name)) for name in circuit.kept]):
-    metrics[0](model(corrupt)).backward()
-changes = {name: (cache[name] - corrupt_cache[name]).detach() for name in circuit.kept}
-attributed = {
-    name: (changes[name] * gradients[name]).sum((0, 1)) for name in circuit.kept
-}  # over positions
-nodes = [(name, index) for name, mask in circuit.kept.items() for index in range(mask.numel())]
-inside = [node for node in nodes if circuit.kept[node[0]].flatten()[node[1]]]
-ranked = sorted(nodes, key=lambda node: -attributed[node[0]].flatten()[node[1]].abs())
-found = len(set(ranked[: len(inside)]) & set(inside))
+with model.hooks(bwd_hooks=[(name, partial(save_gradient, name)) for name in circuit.kept]):
+    alone.recovered(model(corrupt)).backward()
+changes = {}
+attributions = {}
+for name in circuit.kept:
+    changes[name] = (alone.clean_cache[name] - corrupt_cache[name]).detach()
+    attributions[name] = (changes[name] * gradients[name]).sum((0, 1)).flatten()
+
+# A node is a hook and an index into its activation.
+nodes = []
+inside = []
+for name, mask in circuit.kept.items():
+    for index, is_kept in enumerate(mask.flatten().tolist()):
+        nodes.append((name, index))
+        if is_kept:
+            inside.append((name, index))
+
+
+def attribution_size(node):
+    name, index = node
+    return float(attributions[name][index].abs())
+
+
+ranked = sorted(nodes, key=attribution_size, reverse=True)
+n_shared = len(set(ranked[: len(inside)]) & set(inside))
 print(
-    f"\nOf the {len(inside)} nodes with the largest attribution, {found} are among the {len(inside)} of the circuit. "
+    f"\nOf the {len(inside)} nodes with the largest attribution, "
+    f"{n_shared} are among the {len(inside)} of the circuit. "
     f"Of as many drawn from all {len(nodes):,} it would be {len(inside) ** 2 / len(nodes):.1f}."
 )
 
 
 # %% Patching nodes one by one: those of the circuit, and as many outside, drawn from those that
 # differ between the two prompts, since patching the others could do nothing.
+def put_clean(indices, clean_activation, activation, hook):
+    activation.flatten(2)[:, :, indices] = clean_activation.flatten(2)[:, :, indices]
+    return activation
+
+
 @torch.no_grad()
-def patched(chosen, source, metric):
-    """What is recovered when the chosen nodes are as in `source`, at all positions."""
+def patched(chosen, baseline):
+    """What is recovered when the chosen nodes are as on the clean prompt, at all positions."""
+    indices = defaultdict(list)
+    for name, index in chosen:
+        indices[name].append(index)
+    hooks = []
+    for name in indices:
+        hooks.append((name, partial(put_clean, indices[name], baseline.clean_cache[name])))
+    return float(baseline.recovered(model.run_with_hooks(corrupt, fwd_hooks=hooks)))
 
-    def put(indices, name, activation, hook):
-        activation.flatten(2)[:, :, indices] = source[name].flatten(2)[:, :, indices]
-        return activation
 
-    at = {name: [index for hook, index in chosen if hook == name] for name, _ in chosen}
-    hooks = [(name, partial(put, indices, name)) for name, indices in at.items()]
-    return float(metric(model.run_with_hooks(corrupt, fwd_hooks=hooks)))
+def patched_one_by_one(chosen, baseline):
+    return [abs(patched([node], baseline)) for node in chosen]
 
 
-differ = {name: change.abs().amax((0, 1)).flatten() > 0 for name, change in changes.items()}
-outside = random.Random(0).sample(
-    [(n, i) for n, i in nodes if differ[n][i] and (n, i) not in inside], len(inside)
-)
-lines = []
-for where, chosen in (("inside the circuit", inside), ("outside, at random", outside)):
-    effects = [abs(patched([node], cache, metrics[0])) for node in chosen]
-    together = patched(chosen, cache, metrics[0])
+outside = [node for node in nodes if node not in inside]
+changed_outside = []
+for name, index in outside:
+    if changes[name].flatten(2)[..., index].abs().max() > 0:
+        changed_outside.append((name, index))
+drawn_outside = random.Random(0).sample(changed_outside, len(inside))
+
+rows = []
+for place, chosen in (("inside the circuit", inside), ("outside, at random", drawn_outside)):
+    effects = patched_one_by_one(chosen, alone)
+    at_once = patched(chosen, alone)
     with circuit.applied(model):
-        under_effects = [abs(patched([node], circuit_cache, metrics[1])) for node in chosen]
-    means = (
-        sum(effects) / len(effects),
-        max(effects),
-        together,
-        sum(under_effects) / len(under_effects),
+        circuit_effects = patched_one_by_one(chosen, under_circuit)
+    rows.append(
+        [
+            place,
+            str(len(chosen)),
+            f"{sum(effects) / len(effects):.1%}",
+            f"{max(effects):.1%}",
+            f"{at_once:.1%}",
+            f"{sum(circuit_effects) / len(circuit_effects):.1%}",
+        ]
     )
-    lines.append([where, str(len(chosen)), *(f"{value:.1%}" for value in means)])
 print("\nWhat patching recovers: one node at a time (absolute values), and all of them at once\n")
-print(table(["nodes", "number", "mean", "largest", "at once", "mean, under the circuit"], lines))
-rest = patched([node for node in nodes if node not in set(inside)], cache, metrics[0])
-print(f"\nAll {len(nodes) - len(inside):,} nodes outside at once recover {rest:.1%}.")
+print(table(["nodes", "number", "mean", "largest", "at once", "mean, under the circuit"], rows))
+print(f"\nAll {len(outside):,} nodes outside at once recover {patched(outside, alone):.1%}.")

@@ -2,8 +2,7 @@
 numbers.
 
     python examples/sweep.py size --out results        # L0 against width
-    python examples/sweep.py recipe --out results      # learning rate, ε, recipe, minimum nonzeros,
-    …
+    python examples/sweep.py recipe --out results      # learning rate, ε, minimum nonzeros, …
 
 Every finished model's numbers are kept in a file of its own, so that an interrupted sweep goes on
 where it was.
@@ -24,41 +23,49 @@ from tl_sparse.training import RECIPES, laptop_model
 
 def size_grid(config: TrainConfig) -> dict[str, TrainConfig]:
     """Three widths with three numbers of nonzero weights each."""
-    return {
-        f"width {width}, L0 {l0}": dataclasses.replace(
-            config,
-            model=dataclasses.replace(
-                laptop_model(), d_model=width, n_heads=width // 16, d_mlp=4 * width
-            ),
-            l0_count=l0,
-            min_nonzero=2,
+    grid = {}
+    for width in (64, 128, 256):
+        model = dataclasses.replace(
+            laptop_model(), d_model=width, n_heads=width // 16, d_mlp=4 * width
         )
-        for width in (64, 128, 256)
-        for l0 in (12_800, 25_600, 51_200)
-    }
+        for l0 in (12_800, 25_600, 51_200):
+            grid[f"width {width}, L0 {l0}"] = dataclasses.replace(
+                config, model=model, l0_count=l0, min_nonzero=2
+            )
+    return grid
+
+
+# What the recipe grid changes of the preset: one setting, or those that go together.
+CHANGES: list[dict[str, object]] = [
+    {},
+    {"lr": 5e-3},
+    {"lr": 1e-2},
+    {"lr": 4e-2},
+    {"eps": 1e-8, "lr": 3e-3},
+    {"eps": 1e-8, "lr": 1e-2},
+    {"eps": 1e-2},
+    {"min_nonzero": 0},
+    {"min_nonzero": 1},
+    {"min_nonzero": 2},
+    {"sharkfin": False},
+    {"anneal_shape": "exponential"},
+    {"anneal_stop": 0.8},
+    {"weight_decay": 0.0},
+    {"gradient": "clip"},
+    {"gradient": "clip", "eps": 1e-8, "lr": 3e-3},
+]
 
 
 def recipe_grid(config: TrainConfig) -> dict[str, TrainConfig]:
     """The settings of the preset, changed in one respect at a time."""
-    changes: list[dict[str, object]] = [{}]
-    changes += [{"lr": lr} for lr in (5e-3, 1e-2, 4e-2)]
-    changes += [{"eps": 1e-8, "lr": lr} for lr in (3e-3, 1e-2)] + [{"eps": 1e-2}]
-    changes += [{"min_nonzero": minimum} for minimum in (0, 1, 2)]
-    changes += [
-        {"sharkfin": False},
-        {"anneal_shape": "exponential"},
-        {"anneal_stop": 0.8},
-        {"weight_decay": 0.0},
-    ]
-    changes += [{"gradient": "clip"}, {"gradient": "clip", "eps": 1e-8, "lr": 3e-3}]
-    grid = {
-        ", ".join(f"{k} {v}" for k, v in change.items()) or "preset": merged(config, change)
-        for change in changes
-    }
+    grid = {}
+    for change in CHANGES:
+        name = ", ".join(f"{key} {value}" for key, value in change.items())
+        grid[name or "preset"] = merged(config, change)
     grid["no positions"] = merged(config, {"model": {"positions": "none", "d_pos": 0}})
-    return grid | {
-        f"recipe {name}": dataclasses.replace(config, **values) for name, values in RECIPES.items()
-    }
+    for recipe, values in RECIPES.items():
+        grid[f"recipe {recipe}"] = dataclasses.replace(config, **values)
+    return grid
 
 
 GRIDS = {"size": size_grid, "recipe": recipe_grid}
@@ -92,9 +99,10 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for total in sorted({values["weights"] for values in results.values()}):
-        points = [v for v in results.values() if v["weights"] == total]
-        x, y = [v["nonzero_weights"] for v in points], [v["validation_loss"] for v in points]
-        axes.plot(x, y, marker="o", label=f"{total:,} weights in all")
+        points = [values for values in results.values() if values["weights"] == total]
+        nonzero = [point["nonzero_weights"] for point in points]
+        losses = [point["validation_loss"] for point in points]
+        axes.plot(nonzero, losses, marker="o", label=f"{total:,} weights in all")
     axes.set(xscale="log", xlabel="nonzero weights", ylabel="validation loss (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(path)
@@ -116,14 +124,15 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="of the grid only the first so many")
     args = parser.parse_args()
     config = TrainConfig(steps=args.steps, data=DataConfig(idiom_chars=args.idiom_chars))
-    grid = dict(list(GRIDS[args.grid](config).items())[: args.only])
-    paths = {name: args.out / args.grid / f"{name}.json" for name in grid}
-    (args.out / args.grid).mkdir(parents=True, exist_ok=True)
+    grid = GRIDS[args.grid](config)
+    names = list(grid)[: args.only]
+    folder = args.out / args.grid
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.json" for name in names}
+    missing = [name for name in names if not paths[name].is_file()]
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        left = [name for name in grid if not paths[name].is_file()]
-        for name, _ in zip(
-            left, pool.map(train_one, map(grid.get, left), map(paths.get, left)), strict=True
-        ):
+        finished = pool.map(train_one, map(grid.get, missing), map(paths.get, missing))
+        for name, _ in zip(missing, finished, strict=True):
             print(f"{name}: done", flush=True)
     results = {name: json.loads(path.read_text()) for name, path in paths.items()}
     (args.out / f"{args.grid}.md").write_text(table(results))

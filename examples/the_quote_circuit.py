@@ -11,8 +11,9 @@ circuit.
 # %% The model, its task, and the circuit: found here, or opened.
 import argparse
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -36,130 +37,178 @@ parser.add_argument(
 args = parser.parse_args()
 
 model = tl_sparse.load(args.model, device="cpu").requires_grad_(False)
+vocabulary = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
 task = tl_sparse.get_task("single_double_quote")
 corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx).long()
-circuit = (
-    tl_sparse.Circuit.load(args.circuit)
-    if args.circuit
-    else tl_sparse.prune(model, task, corpus)[0]
-)
-data = make_task_data(
-    task, model.tokenizer, args.pairs, seed=1, n_ctx=model.cfg.n_ctx - 1
-)  # room for a token
-marks = [
-    f"({answer[0]}" for answer in task.candidates
-]  # what opens the string that ends in `answer`
+if args.circuit:
+    circuit = tl_sparse.Circuit.load(args.circuit)
+else:
+    circuit, _ = tl_sparse.prune(model, task, corpus)
+edges = circuit.edges(model)
+n_ctx = model.cfg.n_ctx - 1  # room for one more token
+data = make_task_data(task, model.tokenizer, args.pairs, seed=1, n_ctx=n_ctx)
 answers = data.candidates[0]
-edges, text = circuit.edges(model), lambda token: repr(model.tokenizer.decode([token]))
+# What opens the string that each answer closes.
+marks = [f"({answer[0]}" for answer in task.candidates]
+print(circuit)
 print(
-    f"{circuit!r}\n{len(edges)} edges. After {data.prompts[0]!r}: {' or '.join(map(repr, task.candidates))}?"
+    f"{len(edges)} edges. After {data.prompts[0]!r}: "
+    f"{task.candidates[0]!r} or {task.candidates[1]!r}?"
 )
 
 # %% What each node's value depends on: over the corpus, how much of its variance the token at that
 # position explains, how much the position, and at which of them the values are highest and lowest.
-hooks, rows = circuit.hooks, corpus[:64]
+rows = corpus[:64]
+positions = torch.arange(rows.shape[1]).repeat(len(rows))
 with recording(model, circuit.kept) as in_corpus:
     model(rows)
-with recording(model, circuit.kept) as in_prompts:
-    model(data.tokens)
-opened = (
-    (data.tokens[::2] != data.tokens[1::2]).int().argmax(1).repeat_interleave(2)
-)  # where the two prompts differ
-prompts = torch.arange(len(data.tokens))
 
 
-def values(node, found):
-    return found[hooks[node.layer, node.location]].flatten(2)[..., node.index]
+def values(node, activations):
+    hook = circuit.hooks[node.layer, node.location]
+    return activations[hook].flatten(2)[..., node.index]
 
 
-def by_group(x, groups):
-    """What share of the variance the groups explain, and the three of at least five members with
-    the highest means, and with the lowest."""
+@dataclass
+class Dependence:
+    """What share of the variance the groups explain, and those of at least five members with the
+    three highest and the three lowest means."""
+
+    explained: float
+    highest: list[int]
+    lowest: list[int]
+
+
+def dependence(x, groups):
     counts = torch.bincount(groups)
     means = torch.bincount(groups, x.double()) / counts
-    explained = ((means[groups] - x.mean()) ** 2).sum() / ((x - x.mean()) ** 2).sum().clamp(
-        min=1e-12
-    )
-    order = (
-        means.where(counts >= 5, -torch.inf)
-        .argsort(descending=True)[: int((counts >= 5).sum())]
-        .tolist()
-    )
-    return float(explained), order[:3], order[-3:]
+    between_groups = ((means[groups] - x.mean()) ** 2).sum()
+    total = ((x - x.mean()) ** 2).sum().clamp(min=1e-12)
+    frequent = counts >= 5
+    order = means.where(frequent, -torch.inf).argsort(descending=True)
+    order = order[: int(frequent.sum())].tolist()
+    return Dependence(float(between_groups / total), order[:3], order[-3:])
+
+
+def token_label(token):
+    return repr(vocabulary[token])
+
+
+def position_label(position):
+    return f"@{position}"
 
 
 lines = []
 for node in circuit.nodes:
     x = values(node, in_corpus).flatten()
-    token_share, *tokens = by_group(x, rows.flatten())
-    position_share, *positions = by_group(x, torch.arange(rows.shape[1]).repeat(len(rows)))
-    named, ends = (text, tokens) if token_share >= position_share else ("@{}".format, positions)
-    extremes = " … ".join(" ".join(map(named, end)) for end in ends)
-    shares = [f"{token_share:.0%}", f"{position_share:.0%}"]
-    lines.append([node_label(model, node), KINDS[node.location], *shares, extremes])
+    on_token = dependence(x, rows.flatten())
+    on_position = dependence(x, positions)
+    if on_token.explained >= on_position.explained:
+        highest = map(token_label, on_token.highest)
+        lowest = map(token_label, on_token.lowest)
+    else:
+        highest = map(position_label, on_position.highest)
+        lowest = map(position_label, on_position.lowest)
+    lines.append(
+        [
+            node_label(model, node),
+            KINDS[node.location],
+            f"{on_token.explained:.0%}",
+            f"{on_position.explained:.0%}",
+            f"{' '.join(highest)} … {' '.join(lowest)}",
+        ]
+    )
 print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 
 # %% What each node does in the task: its value in the two kinds of prompts, where the string opens
 # and at the end; its edges; and what becomes of the loss when it alone is held at its mean.
-cut, lines = effects(circuit, model, data), []
+prompts = torch.arange(len(data.tokens))
+differs = data.tokens[::2] != data.tokens[1::2]
+opened = differs.int().argmax(1).repeat_interleave(2)  # the first position at which a pair differs
+with recording(model, circuit.kept) as in_prompts:
+    model(data.tokens)
+
+
+def means_by_side(node, position_of_prompt):
+    """The node's mean value in the prompts of each answer, at one position of each prompt."""
+    x = values(node, in_prompts)[prompts, position_of_prompt]
+    return x.view(-1, 2).mean(0)
+
+
+loss_if_cut = effects(circuit, model, data)
 joins = residual_joins(circuit.nodes)
+lines = []
 for node in circuit.nodes:
-    x = values(node, in_prompts)
-    at_mark, at_end = (
-        x[prompts, where].view(-1, 2).mean(0).tolist() for where in (opened, data.last)
-    )
-    sources = [
-        f"{node_label(model, e.source)} ({e.weight:+.2f})" for e in edges if e.target == node
-    ]
-    sources += [f"{node_label(model, write)} (stream)" for write, read in joins if read == node]
-    numbers = [f"{a:+.2f} / {b:+.2f}" for a, b in (at_mark, at_end)]
+    at_mark = means_by_side(node, opened).tolist()
+    at_end = means_by_side(node, data.last).tolist()
+    sources = []
+    for edge in edges:
+        if edge.target == node:
+            sources.append(f"{node_label(model, edge.source)} ({edge.weight:+.2f})")
+    for write, read in joins:
+        if read == node:
+            sources.append(f"{node_label(model, write)} (stream)")
     lines.append(
-        [node_label(model, node), *numbers, f"{cut[node]:+.3f}", ", ".join(sources) or "the stream"]
+        [
+            node_label(model, node),
+            f"{at_mark[0]:+.2f} / {at_mark[1]:+.2f}",
+            f"{at_end[0]:+.2f} / {at_end[1]:+.2f}",
+            f"{loss_if_cut[node]:+.3f}",
+            ", ".join(sources) or "the stream",
+        ]
     )
 print(f"\nWhat they do in the task: mean values after {marks[0]} / after {marks[1]}\n")
 print(table(["node", "where it opens", "at the end", "loss if cut", "reads"], lines))
 
+
 # %% Which head moves what: where the last token attends in the heads that carry values of the
 # circuit.
-heads = sorted(
-    {(n.layer, n.index // model.cfg.d_head) for n in circuit.nodes if n.location == "attn_v"}
-)
-with recording(model, {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}) as patterns:
+def pattern_hook(layer):
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+value_nodes = [node for node in circuit.nodes if node.location == "attn_v"]
+heads = sorted({(node.layer, node.index // model.cfg.d_head) for node in value_nodes})
+with recording(model, {pattern_hook(layer) for layer, _ in heads}) as patterns:
     model(data.tokens)
-quotes = torch.tensor(
-    [token for token in range(model.cfg.d_vocab) if set(text(token)[1:-1]) & set("'\"")]
-)
-quoted = torch.isin(data.tokens, quotes)
+quotes = [token for token, text in enumerate(vocabulary) if "'" in text or '"' in text]
+has_quote = torch.isin(data.tokens, torch.tensor(quotes))
 for layer, head in heads:
-    attention = patterns[f"blocks.{layer}.attn.hook_pattern"][prompts, head, data.last]
-    on_mark, on_quotes = attention[prompts, opened], (attention * quoted).sum(1)
-    everywhere, evenly = (
-        attention.sum(1),
-        1 / (data.last + 1),
-    )  # the rest is the sink's, if there is one
-    parts = (on_mark, on_quotes - on_mark, everywhere - on_quotes, 1 - everywhere, evenly)
-    mark, others, rest, sink, even = (float(part.mean()) for part in parts)
+    attention = patterns[pattern_hook(layer)][prompts, head, data.last]
+    on_mark = attention[prompts, opened]
+    on_quotes = (attention * has_quote).sum(1)
+    on_tokens = attention.sum(1)  # what is missing to 1 is on the sink, if there is one
+    evenly = 1 / (data.last + 1)
     print(
-        f"\nHead {layer}.{head}: the last token attends {mark:.0%} to what opened the string, {others:.0%} to other "
-        f"tokens with a quote, {rest:.0%} to the rest, {abs(sink):.0%} to none; evenly it would be {even:.0%} each."
+        f"\nHead {layer}.{head}: the last token attends {on_mark.mean():.0%} to what opened the "
+        f"string, {(on_quotes - on_mark).mean():.0%} to other tokens with a quote, "
+        f"{(on_tokens - on_quotes).mean():.0%} to the rest, "
+        f"{(1 - on_tokens).mean().abs():.0%} to none; evenly it would be {evenly.mean():.0%} each."
     )
 
 # %% Which logits each write raises, the final norm's scale aside: of the two answers, and of all
 # tokens.
-norm = getattr(model.ln_final, "w", None)
-readout, lines, moved = model.W_U if norm is None else norm[:, None] * model.W_U, [], {}
-for node in (node for node in circuit.nodes if node.location.endswith("_out")):
-    at_end = values(node, in_prompts)[prompts, data.last].view(-1, 2).mean(0)
-    row = readout[node.index]
-    moved[node] = float((at_end[0] - at_end[1]) * (row[answers[0]] - row[answers[1]]))
-    top = " ".join(text(int(token)) for token in row.abs().topk(3).indices)
+readout = model.W_U
+if getattr(model.ln_final, "w", None) is not None:
+    readout = model.ln_final.w[:, None] * model.W_U
+moved_apart = {}
+lines = []
+for node in circuit.nodes:
+    if not node.location.endswith("_out"):
+        continue
+    at_end = means_by_side(node, data.last)
+    logits = readout[node.index]
+    of_answers = logits[answers]
+    moved_apart[node] = float((at_end[0] - at_end[1]) * (of_answers[0] - of_answers[1]))
+    strongest = logits.abs().topk(3).indices.tolist()
     lines.append(
         [
             node_label(model, node),
-            *(f"{float(row[a]):+.2f}" for a in answers),
-            f"{moved[node]:+.2f}",
-            top,
+            f"{of_answers[0]:+.2f}",
+            f"{of_answers[1]:+.2f}",
+            f"{moved_apart[node]:+.2f}",
+            " ".join(map(token_label, strongest)),
         ]
     )
 header = ["write", *map(repr, task.candidates), "moves the answers apart by", "strongest on"]
@@ -167,84 +216,111 @@ print("\nEntries of the unembedding, and what they make of the values above\n")
 print(table(header, lines))
 
 # %% So the paths from the values that heads move to the answers.
-steps = defaultdict(list)
-for source, target in [*((edge.source, edge.target) for edge in edges), *joins]:
-    steps[source].append(target)
+targets = defaultdict(list)
+for edge in edges:
+    targets[edge.source].append(edge.target)
+for write, read in joins:
+    targets[write].append(read)
 
 
 def paths(node):
-    if abs(moved.get(node, 0)) >= 0.01:
+    """All paths from a node to a write that moves the answers apart."""
+    if abs(moved_apart.get(node, 0)) >= 0.01:
         yield [node]
-    yield from ([node, *rest] for following in steps[node] for rest in paths(following))
+    for target in targets[node]:
+        for rest in paths(target):
+            yield [node, *rest]
 
 
 print("\nPaths from values to answers, with what the last node of each moves these apart\n")
-for path in islice(
-    (path for node in circuit.nodes if node.location == "attn_v" for path in paths(node)), 12
-):
-    print(f"  {' → '.join(node_label(model, node) for node in path)}: {moved[path[-1]]:+.2f}")
+for path in islice(chain.from_iterable(map(paths, value_nodes)), 12):
+    labels = [node_label(model, node) for node in path]
+    print(f"  {' → '.join(labels)}: {moved_apart[path[-1]]:+.2f}")
+
 
 # %% A prediction. Python allows quotes of the other kind in a string: by which token that has some,
 # put right behind what opened the string, is the circuit led astray most?
-worst, vocabulary = [], [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
-for side in (0, 1):
-    own, other = marks[side][-1], marks[1 - side][-1]
-    tokens = torch.tensor(
-        [i for i, token in enumerate(vocabulary) if other in token and own not in token]
-    )
-    margins = []
+def last_logits(row, tokens):
+    """Under the circuit, after a prompt as it is, and with each of the tokens in its string."""
+    prompt = data.tokens[row, : data.last[row] + 1]
+    start = int(opened[row]) + 1
+    changed = [torch.cat([prompt[:start], token, prompt[start:]]) for token in tokens.view(-1, 1)]
     with circuit.applied(model):
-        for row in range(side, min(32, len(data.tokens)), 2):
-            prompt, at = data.tokens[row, : data.last[row] + 1], int(opened[row]) + 1
-            inserted = torch.stack(
-                [torch.cat([prompt[:at], token, prompt[at:]]) for token in tokens.view(-1, 1)]
-            )
-            logits = torch.cat([model(prompt[None])[:, -1], model(inserted)[:, -1]])
-            margins.append(logits[:, answers[side]] - logits[:, answers[1 - side]])
-    without, *found = torch.stack(margins).mean(0).tolist()
-    worst.append(vocabulary[tokens[found.index(min(found))]])
+        return torch.cat([model(prompt[None])[:, -1], model(torch.stack(changed))[:, -1]])
+
+
+worst = []
+for side in (0, 1):
+    own_quote = marks[side][-1]
+    other_quote = marks[1 - side][-1]
+    tokens = []
+    for token, text in enumerate(vocabulary):
+        if other_quote in text and own_quote not in text:
+            tokens.append(token)
+    leads = []
+    for row in range(side, min(32, len(data.tokens)), 2):
+        logits = last_logits(row, torch.tensor(tokens))
+        leads.append(logits[:, answers[side]] - logits[:, answers[1 - side]])
+    without, *with_token = torch.stack(leads).mean(0).tolist()
+    smallest = min(with_token)
+    worst.append(vocabulary[tokens[with_token.index(smallest)]])
     print(
-        f"\nIn a string that {marks[side]} opens, of {len(tokens)} tokens {worst[side]!r} is worst: the right answer's "
-        f"logit is {min(found):+.2f} ahead with it, {without:+.2f} without, {sum(found) / len(found):+.2f} on average"
+        f"\nIn a string that {marks[side]} opens, of {len(tokens)} tokens {worst[side]!r} is "
+        f"worst: the right answer's logit is {smallest:+.2f} ahead with it, "
+        f"{without:+.2f} without, "
+        f"{sum(with_token) / len(with_token):+.2f} on average"
     )
+
 
 # %% The check, on the full model: prompts in whose string that token stands, in a call that is
 # closed again, beside ordinary ones, and some with the same words but no quotes. The right answer
 # stays: the outer string is still open.
+def first_difference(first, second):
+    index = 0
+    while first[index] == second[index]:
+        index += 1
+    return index
 
 
-def sample(inserts, rng):
+def sample_with(inserts, rng):
+    """A pair of the task with a text inserted into the open string of each prompt."""
     pair = task.sample(rng)
-    at = 1 + next(
-        i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b
-    )  # after the quote that opens
-    return tuple(
-        prompt[:at] + insert + prompt[at:] for prompt, insert in zip(pair, inserts, strict=True)
-    )
+    start = first_difference(*pair) + 1  # after the quote that opens
+    changed = []
+    for prompt, insert in zip(pair, inserts, strict=True):
+        changed.append(prompt[:start] + insert + prompt[start:])
+    return tuple(changed)
 
 
-inserts = {"ordinary": ("", ""), "with a call without quotes": ("see(it) ", "see(it) ")}
-for times in (1, 2):
-    calls = (f"see{mark}it{end} " for mark, end in zip(worst, task.candidates[::-1], strict=True))
-    inserts[f"with {times} in the other quotes"] = tuple(call * times for call in calls)
-lines, wrong = [], {}
+# Each call opens with the worst token and closes with the other answer.
+calls = (f"see{worst[0]}it{task.candidates[1]} ", f"see{worst[1]}it{task.candidates[0]} ")
+inserts = {
+    "ordinary": ("", ""),
+    "with a call without quotes": ("see(it) ", "see(it) "),
+    "with 1 in the other quotes": calls,
+    "with 2 in the other quotes": (2 * calls[0], 2 * calls[1]),
+}
+lines = []
+by_circuit = {}
+by_model = {}
 for kind, texts in inserts.items():
-    changed = Task(kind, "", task.candidates, partial(sample, texts))
-    found = make_task_data(changed, model.tokenizer, args.pairs, seed=2, n_ctx=model.cfg.n_ctx)
-    wrong[kind] = [
-        1 - score(model, found, under=state).accuracy
-        for state in (holding_circuit(circuit, model), None)
-    ]
-    lines.append(
-        [kind, *(f"{share:.0%}" for share in wrong[kind]), repr(found.prompts[0].splitlines()[-1])]
+    changed_task = Task(kind, "", task.candidates, partial(sample_with, texts))
+    prompts_of_kind = make_task_data(
+        changed_task, model.tokenizer, args.pairs, seed=2, n_ctx=model.cfg.n_ctx
     )
+    circuit_score = score(model, prompts_of_kind, under=holding_circuit(circuit, model))
+    by_circuit[kind] = 1 - circuit_score.accuracy
+    by_model[kind] = 1 - score(model, prompts_of_kind).accuracy
+    last_line = prompts_of_kind.prompts[0].splitlines()[-1]
+    lines.append([kind, f"{by_circuit[kind]:.0%}", f"{by_model[kind]:.0%}", repr(last_line)])
+header = ["prompts", "by the circuit", "by the full model", "for example, the last line"]
 print(f"\nHow often the wrong quote is chosen, of {2 * args.pairs} prompts\n")
-print(
-    table(["prompts", "by the circuit", "by the full model", "for example, the last line"], lines)
-)
-(_, ordinary), *_, (predicted, fooled) = wrong.values()
+print(table(header, lines))
+predicted = by_circuit["with 2 in the other quotes"]
+fooled = by_model["with 2 in the other quotes"]
+ordinary = by_model["ordinary"]
 verdict = "holds" if min(predicted, fooled) > 0.5 > ordinary else "does not hold"
 print(
-    f"\nThe circuit is wrong on {predicted:.0%} of the last, and the full model on {fooled:.0%} of them, beside "
-    f"{ordinary:.0%} of ordinary prompts: the prediction {verdict}."
+    f"\nThe circuit is wrong on {predicted:.0%} of the last, and the full model on {fooled:.0%} of "
+    f"them, beside {ordinary:.0%} of ordinary prompts: the prediction {verdict}."
 )

@@ -13,7 +13,7 @@ from .pruning.config import PruneConfig as PruneConfig
 from .pruning.pruner import prune as prune
 from .pruning.pruner import prune_edges as prune_edges
 from .tasks.task import get_task as get_task
-from .tasks.task import make_task_data as make_task_data
+from .tasks.task_data import make_task_data as make_task_data
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import train as train
 from .view.tables import report as report

@@ -23,7 +23,7 @@ from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune
-from tl_sparse.tasks.task import make_task_data
+from tl_sparse.tasks.task_data import make_task_data
 
 CONFIG = SparseConfig(
     n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=24, d_vocab=30, n_ctx=12, abs_topk=paper_topk(0.5),

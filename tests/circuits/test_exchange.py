@@ -16,7 +16,7 @@ from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig
-from tl_sparse.tasks.task import make_task_data
+from tl_sparse.tasks.task_data import make_task_data
 
 NONE = torch.tensor([], dtype=torch.int64)
 #: The circuit of the model on paper, as OpenAI would have stored it.

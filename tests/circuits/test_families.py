@@ -30,7 +30,7 @@ from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune
-from tl_sparse.tasks.task import make_task_data
+from tl_sparse.tasks.task_data import make_task_data
 
 on_3 = pytest.mark.skipif(
     transformer_lens_line() != 3, reason="HookedTransformer is of TransformerLens 3"

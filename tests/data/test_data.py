@@ -25,7 +25,8 @@ from helpers import tiny_config, word_tokenizer
 from tl_sparse import train
 from tl_sparse.data.config import DataConfig
 from tl_sparse.data.corpus import pack_tokens
-from tl_sparse.data.documents import Stream, load_documents
+from tl_sparse.data.documents import load_documents
+from tl_sparse.data.stream import Stream
 from tl_sparse.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
 from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
@@ -409,7 +410,7 @@ def test_how_much_is_taken_of_a_stream(tmp_path, monkeypatch):
     documents = load_documents(DataConfig(source, max_chars=2_000, validation_fraction=0.5))
     assert len(list(documents.train)) + len(documents.validation) == 200
     # The whole is longer than what is held out of it may be.
-    monkeypatch.setattr("tl_sparse.data.documents.STREAM_VALIDATION_CHARS", 300)
+    monkeypatch.setattr("tl_sparse.data.stream.STREAM_VALIDATION_CHARS", 300)
     documents = load_documents(DataConfig(source, validation_fraction=0.5))
     assert len(documents.validation) == 30
     assert len(set(documents.train) - set(documents.validation)) == 970

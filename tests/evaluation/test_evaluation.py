@@ -45,7 +45,7 @@ from tl_sparse.evaluation.judge import (
 )
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.tasks.task import TaskData, make_task_data
+from tl_sparse.tasks.task_data import TaskData, make_task_data
 
 
 def data_of(model, n_pairs=6, seed=0, lengths=None):

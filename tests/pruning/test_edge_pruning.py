@@ -34,7 +34,7 @@ from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune, prune_edges, task_splits
-from tl_sparse.tasks.task import make_task_data
+from tl_sparse.tasks.task_data import make_task_data
 
 CONFIG = PruneConfig(
     target_loss=2 * LOSS, steps=30, train_pairs=32, selection_pairs=16, heldout_pairs=16

@@ -21,14 +21,8 @@ from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.evaluation.judge import score
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides, idiom_documents
-from tl_sparse.tasks.task import (
-    TASKS,
-    Task,
-    candidate_logits,
-    get_task,
-    make_task_data,
-    task_loss_and_accuracy,
-)
+from tl_sparse.tasks.task import TASKS, Task, get_task
+from tl_sparse.tasks.task_data import candidate_logits, make_task_data, task_loss_and_accuracy
 
 QUOTES = TASKS["single_double_quote"]
 CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.candidates})

@@ -11,7 +11,7 @@ from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_mic
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, DataError
 from tl_sparse.evaluation.judge import full_evaluation
-from tl_sparse.tasks.task import make_task_data
+from tl_sparse.tasks.task_data import make_task_data
 from tl_sparse.view import plots
 
 

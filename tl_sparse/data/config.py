@@ -14,13 +14,14 @@ class DataConfig:
             user's own text: a folder (every *.py and *.txt below it), a glob pattern, or one file;
             or "hf:owner/name", or "hf:" and a local folder or file, for what
             `datasets.load_dataset` reads, streamed and shuffled in a buffer.
-        subset, split, text_column: which part of an "hf:" dataset, and its column with a document
-            in each row.
+        subset: the part of an "hf:" dataset that is read; "" for its only one.
+        split: the split of an "hf:" dataset that is read.
+        text_column: the column of an "hf:" dataset that holds a document in each row.
         max_chars: no further document of an "hf:" dataset is taken after so many characters.
         stdlib_chars: characters of the standard library, at most; for "builtin" only.
         idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
-        validation_fraction: share of the documents kept for validation; of an "hf:" dataset until
-            2,000,000 characters.
+        validation_fraction: share of the text kept for validation; of an "hf:" dataset, a share of
+            the documents, until they have 2,000,000 characters.
         seed: decides which standard library files are read, the idioms, the order of a stream, and
             the split.
 
@@ -49,9 +50,5 @@ class DataConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         empty = self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0
         check(not empty, "stdlib_chars", 0, "above 0 when idiom_chars is 0")
-        check(
-            0 < self.validation_fraction < 1,
-            "validation_fraction",
-            self.validation_fraction,
-            "in (0, 1)",
-        )
+        fraction = self.validation_fraction
+        check(0 < fraction < 1, "validation_fraction", fraction, "in (0, 1)")

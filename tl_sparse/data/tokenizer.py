@@ -2,9 +2,10 @@
 tokens.
 
 The usual byte-level pre-tokenizer never lets `):` take its newline or `=` its `None`, so the tasks
-of the paper (Table 1: `):\\n`, `=None`, `True:\\n`, …) need one of their own: `PIECES` below. Two
-properties matter more than compression: a quote that opens a string is never in one token with a
-letter of that string, and the quote that closes it is never in one token with the newline after it.
+of the paper (Gao et al. 2025, arXiv 2511.13653, Table 1: `):\\n`, `=None`, `True:\\n`, …) need one
+of their own: `PIECES` below. Two properties matter more than compression: a quote that opens a
+string is never in one token with a letter of that string, and the quote that closes it is never in
+one token with the newline after it.
 """
 
 import base64
@@ -28,8 +29,8 @@ PIECES = "|".join(
         r" {2,}",  # indentation, whole: an indented word has no space of its own
         r"\n+",  # newlines by themselves: `')` is the same token before a newline and elsewhere …
         r" ?True:?\n",  # … but `True` takes its newline (tasks var_if and while_return_true)
-        r"=None(?![\p{L}\p{N}_])",  # a keyword argument without a value
-        # a word with its space, or with the dot that makes it an attribute
+        r"=None(?![\p{L}\p{N}_])",  # the default of a parameter
+        # A word with its space, or with the dot that makes it an attribute.
         r"[ .]?[\p{L}_][\p{L}\p{N}_]*",
         r" ?\p{N}+",
         # Punctuation runs together, up to the dot of an attribute; a final colon takes its newline.
@@ -47,8 +48,8 @@ _REQUIRED_EVERY = 200
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, required: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries; the same texts, read once,
-    give the same one.
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries. The texts are read once;
+    the same texts give the same tokenizer.
 
     `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and
     unknown token. Decoding the ids of a text gives back that text, whatever it holds. Each of the
@@ -63,74 +64,115 @@ def train_tokenizer(
         raise TokenizerError(
             f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257"
         )
-    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend = _byte_level(models.BPE(), pre_tokenizers.Sequence([pieces, as_bytes]))
+    backend = _byte_level_bpe(models.BPE(), _code_pre_tokenizer())
     for text in required:
-        parts = [
-            text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)
-        ]
-        if len(parts) != 1:
-            raise TokenizerError(
-                f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}"
-            )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+        _check_one_piece(backend, text)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - 1,  # without `<|endoftext|>`
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(_with_required(texts, required), trainer)
-    if (size := backend.get_vocab_size() + 1) != vocab_size:
-        problem = f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries"
-        raise TokenizerError(f"{problem}; give more text, or a vocab_size of at most {size}")
-    # The trainer puts special tokens first, and one added afterwards is not counted in
-    # `vocab_size`; only in the vocabulary itself is `<|endoftext|>` both last and counted.
-    state = json.loads(backend.to_str())
-    state["model"]["vocab"][END_OF_TEXT] = vocab_size - 1
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        clean_up_tokenization_spaces=False,
-        **_SPECIAL_TOKENS,
-    )
+    size = backend.get_vocab_size() + 1
+    if size != vocab_size:
+        raise TokenizerError(
+            f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries; "
+            f"give more text, or a vocab_size of at most {size}"
+        )
+    tokenizer = _for_transformers(_with_end_of_text(backend), **_SPECIAL_TOKENS)
     for text in required:
         single_token(tokenizer, text)
     return tokenizer
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a file, or from the folder with it: a `tokenizer.json`, alone or beside
-    transformers' own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
-    `TokenizerError` if there is none.
+def _code_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Cuts text into `PIECES`, and writes each as bytes."""
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pieces, as_bytes])
 
-    Nothing is downloaded and no code from the folder is run. The latter two files do not say how
-    text is cut before BPE: it is as in GPT-2. A `.tiktoken` file has no special tokens either:
-        `<|endoftext|>` gets the id
-    after the last. Where the files name no special tokens and the vocabulary has `<|endoftext|>`,
-    as OpenAI's `tinypython_2k`, that becomes all four of them.
+
+def _byte_level_bpe(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _check_one_piece(backend: Tokenizer, text: str) -> None:
+    pieces = backend.pre_tokenizer.pre_tokenize_str(text)
+    if len(pieces) != 1:
+        parts = [text[start:end] for _, (start, end) in pieces]
+        raise TokenizerError(
+            f"{text!r} cannot be one token: the pre-tokenizer cuts it into {parts}"
+        )
+
+
+def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
+    """`texts`, then the required strings, often enough to be merged before the vocabulary is
+    full.
     """
-    if (path := find_tokenizer(source)) is None:
+    n_chars = 0
+    for text in texts:
+        n_chars += len(text)
+        yield text
+    for _ in range(1 + n_chars // _REQUIRED_EVERY):
+        yield from required
+
+
+def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
+    """The trained tokenizer with `<|endoftext|>` as its last entry.
+
+    The trainer puts special tokens first, and one added afterwards is not counted in the size of
+    the vocabulary; only in the vocabulary itself is `<|endoftext|>` both last and counted.
+    """
+    state = json.loads(backend.to_str())
+    state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _for_transformers(backend: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens
+    )
+
+
+def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """The id of the one token that `text` is.
+
+    Raises:
+        TokenizerError: it is not one token; the message has those that it is split into.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+        raise TokenizerError(
+            f"{text!r} is not one token but {len(ids)}: {parts}; "
+            f"train a tokenizer with required=({text!r},), or a larger vocab_size"
+        )
+    return ids[0]
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a file, or from the folder that holds it: a `tokenizer.json`, alone or
+    beside transformers' own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
+
+    Nothing is downloaded and no code from the folder is run. The latter two kinds of file do not
+    say how text is cut before BPE: it is cut as in GPT-2. A `.tiktoken` file has no special tokens
+    either: `<|endoftext|>` gets the id after the last. Where the files name no special tokens and
+    the vocabulary has `<|endoftext|>`, as in OpenAI's `tinypython_2k`, that becomes all four of
+    them.
+
+    Raises:
+        TokenizerError: there is no tokenizer, or it cannot be read.
+    """
+    path = find_tokenizer(source)
+    if path is None:
         raise TokenizerError(
             f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)"
         )
     try:
-        if path.suffix == ".tiktoken" or path.name == "vocab.json":
-            merges = path.with_name("merges.txt")
-            model = (
-                models.BPE.from_file(str(path), str(merges))
-                if path.suffix == ".json"
-                else _tiktoken_model(path)
-            )
-            backend = _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=backend, clean_up_tokenization_spaces=False
-            )
-        elif path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                str(path.parent), local_files_only=True
-            )
-        else:
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_file=str(path), clean_up_tokenization_spaces=False
-            )
+        tokenizer = _read_tokenizer(path)
     except Exception as error:  # the Rust library raises a bare Exception on a damaged file
         raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
     if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():
@@ -140,55 +182,48 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 def find_tokenizer(source: str | Path) -> Path | None:
     """The file that `load_tokenizer` reads, if there is one."""
-    files = [Path(source), Path(source, "tokenizer.json"), *sorted(Path(source).glob("*.tiktoken"))]
-    if Path(source, "merges.txt").is_file():
-        files.append(Path(source, "vocab.json"))
-    return next((path for path in files if path.is_file()), None)
+    folder = Path(source)
+    paths = [folder, folder / "tokenizer.json", *sorted(folder.glob("*.tiktoken"))]
+    if (folder / "merges.txt").is_file():
+        paths.append(folder / "vocab.json")
+    for path in paths:
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    if path.suffix == ".tiktoken":
+        return _like_gpt2(_tiktoken_model(path))
+    if path.name == "vocab.json":
+        return _like_gpt2(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
+    if path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
+
+
+def _like_gpt2(model: models.BPE) -> PreTrainedTokenizerFast:
+    """A tokenizer that cuts text as GPT-2's does before this model merges it."""
+    return _for_transformers(
+        _byte_level_bpe(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    )
 
 
 def _tiktoken_model(path: Path) -> models.BPE:
-    """The model of a file with base64 token and rank in each line; two tokens merge if that makes a
-    third.
+    """The model of a file with a token in base64 and its rank on each line; two tokens merge if
+    they make a third.
     """
-    lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if (
-        len(set(ranks.values())) < len(lines)
-        or not {bytes([i]) for i in range(256)} <= ranks.keys()
-    ):
-        raise ValueError("a token or rank is there twice, or one of the 256 bytes is not")
-    letter = bytes_to_unicode()
-    vocab = {"".join(letter[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges, vocab[END_OF_TEXT] = generate_merges(vocab, None), max(ranks.values()) + 1
+    letters = bytes_to_unicode()
+    vocab: dict[str, int] = {}
+    n_lines = 0
+    for line in path.read_bytes().splitlines():
+        if line.strip():
+            token, rank = line.split()
+            spelling = "".join(letters[byte] for byte in base64.b64decode(token, validate=True))
+            vocab[spelling] = int(rank)
+            n_lines += 1
+    if len(set(vocab.values())) < n_lines or not set(letters.values()) <= vocab.keys():
+        raise ValueError("a token or rank appears twice, or one of the 256 bytes is missing")
+    merges = generate_merges(vocab, None)
+    vocab[END_OF_TEXT] = max(vocab.values()) + 1
     return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
-
-
-def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of the one token that `text` is; `TokenizerError` with the tokens it splits into if it
-    is not one.
-    """
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-        advice = f"train a tokenizer with required=({text!r},), or a larger vocab_size"
-        raise TokenizerError(f"{text!r} is not one token but {len(ids)}: {parts}; {advice}")
-    return ids[0]
-
-
-def _byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
-    """`texts`, then the required strings, often enough to be merged before the vocabulary is
-    full.
-    """
-    length = 0
-    for text in texts:
-        length += len(text)
-        yield text
-    for _ in range(1 + length // _REQUIRED_EVERY):
-        yield from required

@@ -1,42 +1,50 @@
 """Seeded synthetic Python files made of the simple idioms that the tasks ask about.
 
 The standard library alone is too varied for a small model to learn from a few million characters,
-say, which quote closes a string. These files hold every construct of the tasks (paper, Table 1)
-many times, in simple code.
+say, which quote closes a string. These files hold every construct of the tasks (Gao et al. 2025,
+arXiv 2511.13653, Table 1) many times, in simple code.
 
 A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh
 draw of that kind, and `<kind1>`, `<kind2>` … for draws that differ from each other and stay the
 same throughout the template. The name of a group of templates is a kind as well: one of them,
 filled in.
 
-A good half of a file are the pairs in tasks.yaml, one side of each. `tasks.py` makes its prompts of
-the same templates and words, so that a model trained here can do the tasks.
+A good half of each file consists of pairs from tasks.yaml, one side of each. `task.py` makes its
+prompts from the same templates and words, so that a model trained on these files can do the tasks.
+
+For a given seed the text must never change: bundled models and stored runs depend on it. So every
+call of a random generator in this file has to stay where it is, in the same order.
 """
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-_DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+_IDIOMS = _read_yaml("idioms.yaml")
 #: Names and words by kind, none a keyword. A word given twice is drawn twice as often. `var` and
 #: `vars` have no word in common, so both can be parameters of one function.
 WORDS: dict[str, tuple[str, ...]] = {
-    kind: tuple(words.split()) for kind, words in _DATA.pop("words").items()
+    kind: tuple(words.split()) for kind, words in _IDIOMS.pop("words").items()
 }
-#: Templates by what they are; one given twice is drawn twice as often.
+#: Templates by group; one given twice is drawn twice as often.
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    group: tuple(templates) for group, templates in _DATA.items()
+    group: tuple(templates) for group, templates in _IDIOMS.items()
 }
 #: What tasks.yaml says of each task.
-PAIRS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")
-)
-_SHARES = [task.get("share", 1) for task in PAIRS.values()]
+PAIRS: dict[str, dict[str, Any]] = _read_yaml("tasks.yaml")
+
+_TASK_NAMES = tuple(PAIRS)
+_TASK_SHARES = tuple(task.get("share", 1) for task in PAIRS.values())
 # How many words of a kind a document uses: names come back within a document, as in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
 _PHRASES = (
@@ -46,26 +54,37 @@ _PHRASES = (
     "<verb> the <noun>",
     "<verb> the <adj> <noun>",
 )
+_PHRASE_CUMULATIVE_WEIGHTS = (0.2, 0.5, 0.7, 0.85, 1)
 
 _CHOICE = re.compile(r"«([^«|»]*)\|([^«|»]*)»")
-_PLACE = re.compile(r"( *)<body>|<([a-z]+)(\d?)>")
+_PLACE = re.compile(r"<([a-z]+)(\d?)>")
+
+
+class _Place(NamedTuple):
+    """A place in a template.
+
+    Attributes:
+        kind: what goes there; "body" is one to three statements.
+        number: 0 for a fresh draw; places of one kind and number hold the same text.
+        indent: how many spaces stand before it, which the later lines of a body need as well.
+    """
+
+    kind: str
+    number: int
+    indent: int
 
 
 @cache
-def _prepare(template: str) -> tuple[str, list[tuple[str, int]]]:
-    """A template as text for `str.format`, and what goes in its places: kind, and number or 0 for a
-    fresh draw.
-    """
-    slots: list[tuple[str, int]] = []
-
-    def place(match: re.Match[str]) -> str:
-        if match[2] is None:
-            slots.append(("body", len(match[1])))  # for a body the number is its indentation
-            return match[1] + "{}"
-        slots.append((match[2], int(match[3] or 0)))
-        return "{}"
-
-    return _PLACE.sub(place, template.replace("{", "{{").replace("}", "}}")), slots
+def _parsed(template: str) -> tuple[str, list[_Place]]:
+    """A template as text for `str.format`, and its places."""
+    places = []
+    for match in _PLACE.finditer(template):
+        kind, digit = match.groups()
+        before = template[: match.start()]
+        indent = len(before) - len(before.rstrip(" ")) if kind == "body" else 0
+        places.append(_Place(kind, int(digit or 0), indent))
+    escaped = template.replace("{", "{{").replace("}", "}}")
+    return _PLACE.sub("{}", escaped), places
 
 
 def both_sides(text: str) -> tuple[str, str]:
@@ -78,49 +97,50 @@ class Writer:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self._names = WORDS | {
-            k: tuple(rng.sample(WORDS[k], n)) for k, n in _NAMES_PER_DOCUMENT.items()
-        }
+        self._names = dict(WORDS)
+        for kind, n_names in _NAMES_PER_DOCUMENT.items():
+            self._names[kind] = tuple(rng.sample(WORDS[kind], n_names))
         self._composed: dict[str, Callable[[], str]] = {
             "phrase": self.phrase,
-            "str": lambda: self._quoted(self.phrase()),
-            "word": lambda: self._quoted(self._draw("noun")),
-            "q": lambda: "'" if rng.random() < 0.5 else '"',
-            "num": lambda: str(int(rng.random() ** 3 * 100)),  # mostly small
+            "str": self._string,
+            "word": self._quoted_noun,
+            "q": self._quote,
+            "num": self._number,
             "line": self.line,
         }
 
     def fill(self, template: str) -> str:
         """The template with its places filled in."""
-        text, slots = _prepare(template)
-        bound, values = dict[tuple[str, int], str](), list[str]()
-        for slot in slots:
-            kind, number = slot
-            if kind == "body":
-                body = "\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 2.5)))
-                values.append(body.replace("\n", "\n" + " " * number))
-            elif number == 0:
-                values.append(self._draw(kind))
+        text, places = _parsed(template)
+        numbered: dict[_Place, str] = {}
+        values = []
+        for place in places:
+            if place.kind == "body":
+                body = self._statements(2.5)
+                values.append(body.replace("\n", "\n" + " " * place.indent))
+            elif place.number == 0:
+                values.append(self._draw(place.kind))
             else:
-                while slot not in bound:
-                    if (drawn := self._draw(kind)) not in bound.values():
-                        bound[slot] = drawn
-                values.append(bound[slot])
+                if place not in numbered:
+                    numbered[place] = self._draw_another(place.kind, numbered.values())
+                values.append(numbered[place])
         return text.format(*values)
 
     def phrase(self) -> str:
         """One to four words, as a string in code would have them."""
-        (pattern,) = self.rng.choices(_PHRASES, cum_weights=(0.2, 0.5, 0.7, 0.85, 1))
+        (pattern,) = self.rng.choices(_PHRASES, cum_weights=_PHRASE_CUMULATIVE_WEIGHTS)
         return self.fill(pattern)
 
     def line(self) -> str:
         """A statement of one line."""
         pick = self.rng.random()
-        return self.fill(
-            self.choose(
-                "call_lines" if pick < 0.45 else "string_lines" if pick < 0.6 else "other_lines"
-            )
-        )
+        if pick < 0.45:
+            group = "call_lines"
+        elif pick < 0.6:
+            group = "string_lines"
+        else:
+            group = "other_lines"
+        return self.fill(self.choose(group))
 
     def choose(self, group: str) -> str:
         """One of a group of templates (several times faster than `rng.choice`)."""
@@ -129,7 +149,9 @@ class Writer:
 
     def statement(self) -> str:
         """A statement of one line or several."""
-        return self.line() if self.rng.random() < 0.5 else self.fill(self.choose("statements"))
+        if self.rng.random() < 0.5:
+            return self.line()
+        return self.fill(self.choose("statements"))
 
     def pair(self, task: str) -> str:
         """Three other templates, two of one side and one of the other, then both sides of a pair of
@@ -139,54 +161,86 @@ class Writer:
         answer.
         """
         templates = PAIRS[task]["templates"]
+        context_templates = PAIRS[task].get("context", templates)
         text = ""
         for side in self.rng.sample((0, 1, self.rng.randrange(2)), 3):
-            text += (
-                both_sides(self.fill(self.rng.choice(PAIRS[task].get("context", templates))))[side]
-                + "\n"
-            )
+            context = self.fill(self.rng.choice(context_templates))
+            text += both_sides(context)[side] + "\n"
         return text + self.fill(self.rng.choice(templates)) + "\n"
 
     def document(self) -> str:
         """A whole file of about 5 to 40 lines."""
         lines_wanted = 5 + int(self.rng.random() * 18)
-        blocks = (
-            [self.fill("import <module1>\nimport <module2>")] if self.rng.random() < 0.3 else []
-        )
+        blocks = []
+        if self.rng.random() < 0.3:
+            blocks.append(self.fill("import <module1>\nimport <module2>"))
         text = ""
         while text.count("\n") < lines_wanted:
-            pick = self.rng.random()
-            if pick < 0.5:
-                (task,) = self.rng.choices(tuple(PAIRS), _SHARES)
-                blocks.append(self.rng.choice(both_sides(self.pair(task))).rstrip("\n"))
-            elif pick < 0.72:
-                blocks.append(
-                    "\n".join(self.statement() for _ in range(1 + int(self.rng.random() * 4)))
-                )
-            else:
-                blocks.append(self.fill(self.choose("functions" if pick < 0.93 else "classes")))
+            blocks.append(self._block())
             text = "\n\n".join(blocks) + "\n"
         return text
 
+    def _block(self) -> str:
+        """What stands between two blank lines of a document."""
+        pick = self.rng.random()
+        if pick < 0.5:
+            (task,) = self.rng.choices(_TASK_NAMES, _TASK_SHARES)
+            return self.rng.choice(both_sides(self.pair(task))).rstrip("\n")
+        if pick < 0.72:
+            return self._statements(4)
+        if pick < 0.93:
+            return self.fill(self.choose("functions"))
+        return self.fill(self.choose("classes"))
+
+    def _statements(self, spread: float) -> str:
+        """At least one statement and fewer than `spread` more."""
+        n_statements = 1 + int(self.rng.random() * spread)
+        return "\n".join(self.statement() for _ in range(n_statements))
+
     def _draw(self, kind: str) -> str:
-        if (names := self._names.get(kind)) is not None:
+        names = self._names.get(kind)
+        if names is not None:
             return names[int(self.rng.random() * len(names))]
         if kind in TEMPLATES:
             return self.fill(self.choose(kind))
         return self._composed[kind]()
 
+    def _draw_another(self, kind: str, taken: Collection[str]) -> str:
+        """A draw that is not one of `taken`."""
+        drawn = self._draw(kind)
+        while drawn in taken:
+            drawn = self._draw(kind)
+        return drawn
+
+    def _string(self) -> str:
+        return self._quoted(self.phrase())
+
+    def _quoted_noun(self) -> str:
+        return self._quoted(self._draw("noun"))
+
     def _quoted(self, text: str) -> str:
-        return f"'{text}'" if self.rng.random() < 0.5 else f'"{text}"'
+        quote = self._quote()
+        return quote + text + quote
+
+    def _quote(self) -> str:
+        return "'" if self.rng.random() < 0.5 else '"'
+
+    def _number(self) -> str:
+        return str(int(self.rng.random() ** 3 * 100))  # mostly small
 
 
 def idiom_documents(n_chars: int, seed: int) -> list[str]:
-    """Synthetic Python files of together at least `n_chars` characters and less than one file more.
+    """Synthetic Python files of at least `n_chars` characters together, and less than one file
+    more.
 
     The same arguments give the same files; a larger `n_chars` gives the same files and more of
     them.
     """
-    rng, documents, length = random.Random(seed), list[str](), 0
+    rng = random.Random(seed)
+    documents: list[str] = []
+    length = 0
     while length < n_chars:
-        documents.append(Writer(rng).document())
-        length += len(documents[-1])
+        document = Writer(rng).document()
+        documents.append(document)
+        length += len(document)
     return documents

@@ -11,7 +11,7 @@ class Score:
     """How well a task is done.
 
     Attributes:
-        loss: cross-entropy between the two candidates in nats, a mean over pairs and both sides.
+        loss: cross-entropy between the two candidates in nats, averaged over pairs and both sides.
         standard_error: of the loss, over pairs (the two sides of a pair are not independent).
         accuracy: share of prompts at which the right candidate has the larger logit.
     """
@@ -22,12 +22,23 @@ class Score:
 
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
-    """Each task's loss and accuracy, best first; see `task_scores`."""
-    possible = sorted(((name, s) for name, s in scores.items() if s), key=lambda item: item[1].loss)
-    missing = ", ".join(name for name, s in scores.items() if s is None)
-    text = table(["task", "loss", "accuracy"], [score_row(name, s) for name, s in possible])
-    return text + f"\n\nNot possible with this tokenizer and context: {missing}" * bool(missing)
+    """A table of each task's loss and accuracy, best first, from what `task_scores` returns."""
+    scored: dict[str, Score] = {}
+    missing: list[str] = []
+    for name, score in scores.items():
+        if score is None:
+            missing.append(name)
+        else:
+            scored[name] = score
+    by_loss = sorted(scored, key=lambda name: scored[name].loss)
+    rows = [score_row(name, scored[name]) for name in by_loss]
+    text = table(["task", "loss", "accuracy"], rows)
+    if missing:
+        text += f"\n\nNot possible with this tokenizer and context: {', '.join(missing)}"
+    return text
 
 
 def score_row(name: str, score: Score) -> list[str]:
-    return [name, f"{score.loss:.3f} ± {score.standard_error:.3f}", f"{score.accuracy:.1%}"]
+    """The cells of one row: name, loss with its standard error, and accuracy."""
+    loss = f"{score.loss:.3f} ± {score.standard_error:.3f}"
+    return [name, loss, f"{score.accuracy:.1%}"]

@@ -1,0 +1,102 @@
+"""Documents read from files: the standard library's, or the user's own."""
+
+import glob
+import os
+import random
+import sysconfig
+from pathlib import Path
+
+from tl_sparse.errors import DataError
+
+# Folders of the standard library that hold no ordinary code: tests, tables, data, and what pip
+# installed.
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+
+
+def stdlib_documents(n_chars: int, seed: int) -> list[str]:
+    """Files of the running Python's standard library, in an order that `seed` decides, with
+    `n_chars` characters in all; the last file is cut at the end of a line.
+    """
+    paths = _stdlib_paths()
+    random.Random(seed).shuffle(paths)
+    documents = []
+    room = n_chars
+    for path in paths:
+        if room <= 0:
+            break
+        text = _read(path)
+        if len(text) > room:
+            text = text[: text.rfind("\n", 0, room) + 1]
+            room = 0
+        else:
+            room -= len(text)
+        if text.strip():
+            documents.append(text)
+    return documents
+
+
+def user_documents(source: str) -> list[str]:
+    """The text of each file that `source`, a folder, a glob pattern or a file, stands for, without
+    those of nothing but white space.
+
+    Raises:
+        DataError: there are no files, or none with text, or one cannot be read or is not text.
+    """
+    paths = _user_paths(source)
+    if not paths:
+        raise DataError(
+            f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern '
+            "or a file"
+        )
+    documents = [text for text in map(_read, paths) if text.strip()]
+    if not documents:
+        raise DataError(f"nothing but white space in the {len(paths)} files of {source}")
+    return documents
+
+
+def _stdlib_paths() -> list[Path]:
+    paths = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        # What is not in this list is not walked into.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
+
+
+def _user_paths(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        matches = [inside for inside in path.rglob("*") if inside.suffix in (".py", ".txt")]
+    elif path.is_file():
+        matches = [path]
+    else:
+        matches = list(map(Path, glob.glob(str(path), recursive=True)))
+    return sorted(match for match in matches if not match.is_dir())
+
+
+def _read(path: Path) -> str:
+    """The text of a file, with every line end as one newline."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{path} is not text: it has a NUL byte")
+    return text

@@ -1,0 +1,256 @@
+"""The pairs of a task as tokens, checked to be fair, and the loss on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_sparse.errors import DataError, TaskError, TokenizerError
+from tl_sparse.tasks.task import Pair, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value
+class TaskData:
+    """The pairs of a task as tokens; pair i is the prompts 2i and 2i + 1.
+
+    Attributes:
+        task: the name of the task.
+        prompts: the text of each prompt.
+        tokens: each prompt's tokens after the beginning-of-text token, padded on the right. A
+            causal model needs no mask for that: no position up to `last` sees the padding.
+        last: the position of each prompt's last token, where the answer is predicted.
+        candidates: the ids of each prompt's two candidates, the same for both prompts of a pair.
+        correct: which candidate is right for each prompt, 0 or 1.
+    """
+
+    task: str
+    prompts: tuple[str, ...]
+    tokens: Int[Tensor, "prompt pos"]
+    last: Int[Tensor, " prompt"]
+    candidates: Int[Tensor, "prompt 2"]
+    correct: Int[Tensor, " prompt"]
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.prompts) // 2
+
+    def to(self, device: torch.device | str) -> TaskData:
+        """The same data with its tensors on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            last=self.last.to(device),
+            candidates=self.candidates.to(device),
+            correct=self.correct.to(device),
+        )
+
+    def trimmed(self) -> TaskData:
+        """The same data without the padding that no prompt needs."""
+        return replace(self, tokens=self.tokens[:, : int(self.last.max()) + 1])
+
+    def pairs(self, indices: Sequence[int] | Int[Tensor, " chosen"]) -> TaskData:
+        """The pairs at `indices`, in that order; the padding keeps its width."""
+        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
+        rows = torch.stack((2 * chosen, 2 * chosen + 1), dim=1).flatten()
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in rows.tolist()),
+            tokens=self.tokens[rows],
+            last=self.last[rows],
+            candidates=self.candidates[rows],
+            correct=self.correct[rows],
+        )
+
+
+def make_task_data(
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    n_pairs: int,
+    seed: int,
+    n_ctx: int | None = None,
+    exclude: Collection[str] = (),
+) -> TaskData:
+    """Draw `n_pairs` pairs of prompts, all different, and check that each is a fair pair for this
+    tokenizer.
+
+    Where an answer is not one token after its prompt, the longest beginning of it that is one token
+    stands for it: `)` for `):\\n`.
+
+    Args:
+        seed: the same arguments give the same pairs.
+        n_ctx: the model's context; a prompt must fit it together with the beginning-of-text token.
+        exclude: prompts not to draw. With `exclude=selection.prompts` the pairs to judge a circuit
+            by are disjoint from those it was selected with.
+
+    Raises:
+        TaskError: `n_pairs` is below 1; the task cannot give so many pairs; the two prompts of a
+            pair have the same tokens; or they end in different tokens although the task is not
+            about that, or although they begin with different tokens, too.
+        TokenizerError: the answers to a pair, whole or shortened, are not two different tokens that
+            leave those of the prompts as they are, or the tokenizer has no beginning-of-text token.
+        DataError: a prompt is longer than `n_ctx`.
+    """
+    if n_pairs < 1:
+        raise TaskError(f"n_pairs is {n_pairs}; it must be at least 1")
+    if getattr(tokenizer, "bos_token_id", None) is None:
+        raise TokenizerError(
+            f"task {task.name} needs the model's tokenizer, "
+            "with a beginning-of-text token (bos_token) to begin prompts with"
+        )
+    prompts: list[str] = []
+    rows: list[list[int]] = []
+    candidates: list[list[int]] = []
+    for pair in _distinct_pairs(task, n_pairs, random.Random(seed), exclude):
+        pair_rows = [_encode(tokenizer, prompt) for prompt in pair.prompts]
+        _check_fair(task, pair, *pair_rows)
+        prompts += pair.prompts
+        rows += pair_rows
+        candidates.append(_candidates(task, tokenizer, pair, *pair_rows))
+    lengths = list(map(len, rows))
+    if n_ctx is not None:
+        _check_context(task, prompts, lengths, n_ctx)
+    return TaskData(
+        task=task.name,
+        prompts=tuple(prompts),
+        tokens=_padded(rows, max(lengths), tokenizer),
+        last=torch.tensor(lengths) - 1,
+        candidates=torch.tensor(candidates).repeat_interleave(2, dim=0),
+        correct=torch.arange(2).repeat(n_pairs),
+    )
+
+
+def candidate_logits(
+    logits: Float[Tensor, "prompt pos vocab"], data: TaskData
+) -> Float[Tensor, "prompt 2"]:
+    """The logits of the two candidates after each prompt's last token."""
+    data = data.to(logits.device)
+    rows = torch.arange(len(data.last), device=logits.device)
+    return logits[rows[:, None], data.last[:, None], data.candidates]
+
+
+def task_loss_and_accuracy(
+    logits: Float[Tensor, "prompt 2"], correct: Int[Tensor, " prompt"]
+) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
+    """The cross-entropy between the two candidates, and whether the right one is ahead, for each
+    prompt.
+
+    The loss of the task is the mean of the first, its accuracy the mean of the second. A tie is not
+    ahead.
+    """
+    losses = torch.nn.functional.cross_entropy(logits, correct, reduction="none")
+    right, wrong = logits.gather(1, torch.stack((correct, 1 - correct), dim=1)).unbind(1)
+    return losses, right > wrong
+
+
+def _distinct_pairs(
+    task: Task, n_pairs: int, rng: random.Random, exclude: Collection[str]
+) -> list[Pair]:
+    """`n_pairs` pairs whose prompts are all different and none in `exclude`."""
+    taken = set(exclude)
+    pairs: list[Pair] = []
+    # Enough draws to see every pair of a file, from which they are drawn at random: the odds of
+    # missing one of N pairs in 100 N draws are e^-100.
+    for _ in range(100 * (n_pairs + len(exclude)) + 1000):
+        pair = task.pair(rng)
+        if taken.isdisjoint(pair.prompts):
+            taken.update(pair.prompts)
+            pairs.append(pair)
+        if len(pairs) == n_pairs:
+            return pairs
+    raise TaskError(
+        f"task {task.name} gave only {len(pairs)} of {n_pairs} pairs of distinct prompts, "
+        f"{len(exclude)} prompts excluded; ask for fewer"
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _check_fair(task: Task, pair: Pair, first_ids: list[int], second_ids: list[int]) -> None:
+    """Raise `TaskError` for prompts, with these tokens, that do not make a fair pair."""
+    same_end = first_ids[-1] == second_ids[-1]
+    same_beginning = first_ids[:2] == second_ids[:2]  # after the beginning-of-text token
+    if first_ids == second_ids:
+        fault = "have the same tokens"
+    elif task.same_end and not same_end:
+        fault = "end in different tokens"
+    elif not same_end and not same_beginning:
+        fault = "neither begin nor end in the same token"
+    else:
+        return
+    raise TaskError(
+        f"the prompts of a pair of task {task.name} {fault}: "
+        f"{pair.first_prompt!r} and {pair.second_prompt!r}"
+    )
+
+
+class _Beginning(NamedTuple):
+    """The longest beginning of an answer that is one token; without text if there is none."""
+
+    text: str | None
+    token: int
+
+
+def _candidates(
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    pair: Pair,
+    first_ids: list[int],
+    second_ids: list[int],
+) -> list[int]:
+    """The tokens of the two answers to prompts with these tokens; `TokenizerError` if they are not
+    two different tokens.
+    """
+    first = _one_token(tokenizer, pair.first_prompt, pair.first_answer, first_ids)
+    second = _one_token(tokenizer, pair.second_prompt, pair.second_answer, second_ids)
+    if first.text and second.text and first.token != second.token:
+        return [first.token, second.token]
+    raise TokenizerError(
+        f"the answers {pair.first_answer!r} and {pair.second_answer!r} of task {task.name} are, "
+        "whole or shortened, not two different single tokens "
+        f"after {pair.first_prompt!r} and {pair.second_prompt!r}: "
+        f"the longest that are one token are {first.text!r} and {second.text!r}"
+    )
+
+
+def _one_token(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, prompt_ids: list[int]
+) -> _Beginning:
+    """The longest beginning of `answer` that adds exactly one token to those of `prompt`."""
+    for length in range(len(answer), 0, -1):
+        text = answer[:length]
+        *before, token = _encode(tokenizer, prompt + text)
+        is_known = token != tokenizer.unk_token_id or text == tokenizer.unk_token
+        if before == prompt_ids and is_known:
+            return _Beginning(text, token)
+    return _Beginning(None, -1)
+
+
+def _check_context(task: Task, prompts: list[str], lengths: list[int], n_ctx: int) -> None:
+    """Raise `DataError` if the longest prompt does not fit the context."""
+    longest = max(lengths)
+    if longest > n_ctx:
+        raise DataError(
+            f"a prompt of task {task.name} has {longest} tokens, more than the context of {n_ctx}: "
+            f"{prompts[lengths.index(longest)]!r}"
+        )
+
+
+def _padded(
+    rows: Sequence[list[int]], width: int, tokenizer: PreTrainedTokenizerFast
+) -> Int[Tensor, "prompt pos"]:
+    """The rows, padded on the right to `width`."""
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.bos_token_id
+    return torch.tensor([row + [padding] * (width - len(row)) for row in rows])
