@@ -9,14 +9,17 @@ from safetensors.torch import save_file
 def openai_values(cfg):
     """`beeg_config.json` for a configuration of ours."""
     return dict(
-        block_size=cfg.n_ctx, vocab_size=cfg.d_vocab, n_layer=cfg.n_layers, n_head=cfg.n_heads, d_head=cfg.d_head,
-        d_model=cfg.d_model, d_mlp=cfg.d_mlp, bias=cfg.biases, ln_bias=cfg.norm_bias,
-        rms_norm=cfg.normalization == "rms", residual_activation_type="relu" if cfg.resid_relu else "identity",
+        block_size=cfg.n_ctx, vocab_size=cfg.d_vocab, n_layer=cfg.n_layers, n_head=cfg.n_heads,
+        d_head=cfg.d_head, d_model=cfg.d_model, d_mlp=cfg.d_mlp, bias=cfg.biases,
+        ln_bias=cfg.norm_bias, rms_norm=cfg.normalization == "rms",
+        residual_activation_type="relu" if cfg.resid_relu else "identity",
         activation_type=cfg.act_fn, afrac=next(iter(cfg.abs_topk.values()), None),
-        afrac_loctypes=",".join(cfg.abs_topk), tied_unembed=cfg.tied_unembed, tokenizer_name="tinypython_2k",
-        enable_bigram_table=cfg.bigram_table, learnable_bigram_table=True, d_pos_emb=cfg.d_pos or None,
-        sinusoidal_cat_pos_emb=cfg.sinusoidal, dropout_cat_pos_emb=False, sink=cfg.attn_sinks, flash=True,
-        grad_checkpointing=False, dropout=0.0, debug_nans=False, enable_sparse_kernels=False, pfrac=0.3,
+        afrac_loctypes=",".join(cfg.abs_topk), tied_unembed=cfg.tied_unembed,
+        tokenizer_name="tinypython_2k", enable_bigram_table=cfg.bigram_table,
+        learnable_bigram_table=True, d_pos_emb=cfg.d_pos or None,
+        sinusoidal_cat_pos_emb=cfg.sinusoidal, dropout_cat_pos_emb=False, sink=cfg.attn_sinks,
+        flash=True, grad_checkpointing=False, dropout=0.0, debug_nans=False,
+        enable_sparse_kernels=False, pfrac=0.3,
     )  # fmt: skip
 
 
@@ -79,12 +82,13 @@ def circuitgpt_values(cfg):
     """
     values = openai_values(cfg)
     return values | dict(
-        model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32", use_cache=False,
-        auto_map={"AutoModelForCausalLM": "modeling_circuitgpt.CircuitGPTForCausalLM"}, is_decoder=True,
-        transformers_version="4.57.0", bos_token_id=None, eos_token_id=2047,
-        max_position_embeddings=values["block_size"],
-        num_hidden_layers=values["n_layer"], tie_word_embeddings=values["tied_unembed"], unembed_rank=None,
-        bigram_table_rank=None, afrac_ste=False, afrac_ste_only_non_neurons=False, afrac_approx=False, rtopk=False,
+        model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32",
+        use_cache=False,
+        auto_map={"AutoModelForCausalLM": "modeling_circuitgpt.CircuitGPTForCausalLM"},
+        is_decoder=True, transformers_version="4.57.0", bos_token_id=None, eos_token_id=2047,
+        max_position_embeddings=values["block_size"], num_hidden_layers=values["n_layer"],
+        tie_word_embeddings=values["tied_unembed"], unembed_rank=None, bigram_table_rank=None,
+        afrac_ste=False, afrac_ste_only_non_neurons=False, afrac_approx=False, rtopk=False,
         mup=False, mup_width_multiplier=None, enable_fp8_linear=False, scale_invariance=False,
     )  # fmt: skip
 
@@ -114,14 +118,16 @@ def write_circuitgpt(folder, model, drop=(), **changes):
 def sparse_pretrain_values(cfg):
     """The config.json of sparse_pretrain's for a configuration of ours."""
     model_config = dict(
-        n_layer=cfg.n_layers, d_model=cfg.d_model, n_ctx=cfg.n_ctx, d_head=cfg.d_head, d_mlp=cfg.d_mlp,
-        vocab_size=cfg.d_vocab, use_rms_norm=cfg.normalization == "rms", tie_embeddings=cfg.tied_unembed,
-        use_positional_embeddings=cfg.positions == "added", use_bigram_table=cfg.bigram_table,
-        use_attention_sinks=cfg.attn_sinks, activation=cfg.act_fn, dropout=0.0, use_bias=cfg.biases,
+        n_layer=cfg.n_layers, d_model=cfg.d_model, n_ctx=cfg.n_ctx, d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp, vocab_size=cfg.d_vocab, use_rms_norm=cfg.normalization == "rms",
+        tie_embeddings=cfg.tied_unembed, use_positional_embeddings=cfg.positions == "added",
+        use_bigram_table=cfg.bigram_table, use_attention_sinks=cfg.attn_sinks,
+        activation=cfg.act_fn, dropout=0.0, use_bias=cfg.biases,
     )  # fmt: skip
     names = {"resid_post_attn": "resid_mid"}
     sparsity_config = dict(
-        enable_weight_sparsity=True, target_l0_fraction=0.1, enable_activation_sparsity=bool(cfg.abs_topk),
+        enable_weight_sparsity=True, target_l0_fraction=0.1,
+        enable_activation_sparsity=bool(cfg.abs_topk),
         activation_topk_fraction=next(iter(cfg.abs_topk.values()), 0.25),
         activation_sparsity_locations=",".join(names.get(name, name) for name in cfg.abs_topk),
     )  # fmt: skip

@@ -32,10 +32,18 @@ def tiny_config(**changes):
 def full_config(**changes):
     """Two layers with every feature that fits beside the others."""
     features = dict(
-        n_layers=2, normalization="layer", norm_bias=True, act_fn="relu", resid_relu=True, attn_sinks=True,
-        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7), bigram_table=True, logits_bias=True,
-        positions="concatenated", d_pos=4,
-    )  # fmt: skip
+        n_layers=2,
+        normalization="layer",
+        norm_bias=True,
+        act_fn="relu",
+        resid_relu=True,
+        attn_sinks=True,
+        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7),
+        bigram_table=True,
+        logits_bias=True,
+        positions="concatenated",
+        d_pos=4,
+    )
     return tiny_config(**(features | changes))
 
 

@@ -86,10 +86,14 @@ class FakeHub:
 
     def _api(self, path):
         if path.startswith(f"/api/models/{self.repo}/tree/"):
-            return Answer(json.dumps([
-                {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
-                for name, content in self.files.items()
-            ]).encode())  # fmt: skip
+            return Answer(
+                json.dumps(
+                    [
+                        {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
+                        for name, content in self.files.items()
+                    ]
+                ).encode()
+            )
         if not path.startswith(f"/api/models/{self.repo}"):
             return Answer(status=404, headers={"X-Error-Code": "RepoNotFound"})
         revision = path.partition("/revision/")[2] or "main"

@@ -35,10 +35,19 @@ from tl_sparse.training.loop import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = {
-    "d_model": 16, "n_heads": 2, "d_head": 4, "d_mlp": 32, "d_vocab": 512, "n_ctx": 128, "steps": 4, "batch_size": 4,
+    "d_model": 16,
+    "n_heads": 2,
+    "d_head": 4,
+    "d_mlp": 32,
+    "d_vocab": 512,
+    "n_ctx": 128,
+    "steps": 4,
+    "batch_size": 4,
     "l0_fraction": 0.25,
-    "stdlib_chars": 20_000, "idiom_chars": 60_000, "device": "cpu",
-}  # fmt: skip
+    "stdlib_chars": 20_000,
+    "idiom_chars": 60_000,
+    "device": "cpu",
+}
 TINY_FLAGS = [
     text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
 ]

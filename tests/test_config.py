@@ -233,7 +233,6 @@ def test_defaults_are_possible():
 
 
 # --- light to import
-# ----------------------------------------------------------------------------------------
 
 
 def seconds(code):
@@ -277,7 +276,6 @@ def test_repr_is_the_shortest_call():
 
 
 # --- presets, files, flags
-# ------------------------------------------------------------------------------------
 
 
 def test_presets_are_possible_and_of_the_published_sizes():

@@ -41,8 +41,13 @@ class PlainBlock(nn.Module):
         batch, heads, length, d_head = q.shape
         nothing = q.new_zeros(batch, heads, 1, d_head)
         mask = q.new_full((length, length), float("-inf")).triu(1)
-        mask = torch.cat([self.sink.view(1, heads, 1, 1).expand(1, heads, length, 1),
-                          mask.expand(1, heads, length, length)], dim=-1)  # fmt: skip
+        mask = torch.cat(
+            [
+                self.sink.view(1, heads, 1, 1).expand(1, heads, length, 1),
+                mask.expand(1, heads, length, length),
+            ],
+            dim=-1,
+        )
         k, v = torch.cat([nothing, k], dim=2), torch.cat([nothing, v], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -31,9 +31,17 @@ AT_LEAST = {(2048, 100): 5, (2048, 1000): 8}  # (d_model, 1 / density): times as
 def network(d_model, density, n_layers=8):
     """Random weights of which each matrix keeps this share."""
     cfg = SparseConfig(
-        n_layers=n_layers, d_model=d_model, n_heads=d_model // 16, d_head=16, d_mlp=4 * d_model, d_vocab=2048,
-        n_ctx=256, abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
-    )  # fmt: skip
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=d_model // 16,
+        d_head=16,
+        d_mlp=4 * d_model,
+        d_vocab=2048,
+        n_ctx=256,
+        abs_topk=paper_topk(0.25),
+        attn_sinks=True,
+        bigram_table=True,
+    )
     model = create(cfg, seed=0, device="cpu")
     for group in weight_groups(model):
         group.project(max(density, 1 / 16) if group.embedding else density, min_nonzero=1)
@@ -114,9 +122,14 @@ def step_and_forward(d_model, density, kernels, tokens):
 def annealed_trainer(d_model, density, n_layers=8):
     """Training with this share of the weights left."""
     config = TrainConfig(
-        model=network(d_model, density, n_layers).sparse_cfg, l0_fraction=density,
-        l0_fraction_embed=max(density, 1 / 16), anneal_start=0.0, anneal_stop=0.0, batch_size=8, min_nonzero=1,
-    )  # fmt: skip
+        model=network(d_model, density, n_layers).sparse_cfg,
+        l0_fraction=density,
+        l0_fraction_embed=max(density, 1 / 16),
+        anneal_start=0.0,
+        anneal_stop=0.0,
+        batch_size=8,
+        min_nonzero=1,
+    )
     trainer = Trainer(create(config.model, seed=0, device="cpu").train(), config)
     trainer.sparsity.steps = config.steps // 4
     return trainer

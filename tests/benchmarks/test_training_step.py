@@ -21,9 +21,17 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.trainer import Trainer
 
 LARGER = SparseConfig(
-    n_layers=8, d_model=256, n_heads=16, d_head=16, d_mlp=1024, d_vocab=2048, n_ctx=256,
-    abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
-)  # fmt: skip
+    n_layers=8,
+    d_model=256,
+    n_heads=16,
+    d_head=16,
+    d_mlp=1024,
+    d_vocab=2048,
+    n_ctx=256,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+)
 MODELS = {"laptop": (TrainConfig().model, 25), "256": (LARGER, 4)}  # name: model, turns
 
 
@@ -93,8 +101,11 @@ def peak():
 def test_a_sparse_step_against_a_dense_one(name):
     model, turns = MODELS[name]
     tokens = batch(model)
-    trainers = {"sparse": trainer(model), "no AbsTopK": trainer(model, abs_topk=False),
-                "dense": trainer(model, abs_topk=False, weight_topk=False)}  # fmt: skip
+    trainers = {
+        "sparse": trainer(model),
+        "no AbsTopK": trainer(model, abs_topk=False),
+        "dense": trainer(model, abs_topk=False, weight_topk=False),
+    }
     projection = trainers["sparse"].sparsity.project = Timed(trainers["sparse"].sparsity.project)
     steps = {kind: Timed(made.step) for kind, made in trainers.items()}
     forwards = {kind: Timed(torch.no_grad()(made.model)) for kind, made in trainers.items()}

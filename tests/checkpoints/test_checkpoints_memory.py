@@ -17,8 +17,19 @@ from helpers import script_environment
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.network.config import SparseConfig, paper_topk
 
-CONFIG = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), attn_sinks=True,
-                      bigram_table=True, logits_bias=True)  # fmt: skip
+CONFIG = SparseConfig(
+    8,
+    2048,
+    128,
+    16,
+    8192,
+    2048,
+    256,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+    logits_bias=True,
+)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ def _nothing_real(tmp_path, monkeypatch):
 
 
 # --- Folders and names
-# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -57,9 +56,22 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", ["csp_yolo3", "no_such_folder", "gpt2", "", "a/b/c", "/no/such/folder", "user/répo", "a\0b",
-               "csp_sweep1_..x_1Mnonzero_afrac..", "csp_sweep1_1x_1Mnonzero_afrac0.", "dense1_.x", "dense1_1.2.3x"]
-)  # fmt: skip
+    "source",
+    [
+        "csp_yolo3",
+        "no_such_folder",
+        "gpt2",
+        "",
+        "a/b/c",
+        "/no/such/folder",
+        "user/répo",
+        "a\0b",
+        "csp_sweep1_..x_1Mnonzero_afrac..",
+        "csp_sweep1_1x_1Mnonzero_afrac0.",
+        "dense1_.x",
+        "dense1_1.2.3x",
+    ],
+)
 def test_anything_else_is_refused_with_what_is_possible(source):
     start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of tiny-python-sparse, "
     start += "tiny-python-dense, which come with tl_sparse, nor a model that OpenAI published: "
@@ -103,9 +115,17 @@ def test_only_hub_repositories_have_revisions(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["csp_yolo1", "csp_yolo2", "csp_bridges1", "csp_bridge2", "dense1_1x", "dense1_4x",
-     "csp_sweep1_1x_3.7Mnonzero_afrac0.250", "csp_sweep1_16x_7.4Mnonzero_afrac0.125"],
-)  # fmt: skip
+    [
+        "csp_yolo1",
+        "csp_yolo2",
+        "csp_bridges1",
+        "csp_bridge2",
+        "dense1_1x",
+        "dense1_4x",
+        "csp_sweep1_1x_3.7Mnonzero_afrac0.250",
+        "csp_sweep1_16x_7.4Mnonzero_afrac0.125",
+    ],
+)
 def test_published_names_are_known_and_need_the_network_once(name, tmp_path):
     folder = tmp_path / "assets" / "tl_sparse" / "openai" / name
     assert (
@@ -115,7 +135,6 @@ def test_published_names_are_known_and_need_the_network_once(name, tmp_path):
 
 
 # --- OpenAI's storage
-# ---------------------------------------------------------------------------------------
 
 
 class Storage:
@@ -466,7 +485,6 @@ def test_two_at_once_fetch_it_once(storage, folder):
 
 
 # --- The Hugging Face hub
-# -----------------------------------------------------------------------------------
 
 OURS = {
     "config.json": b"{}",

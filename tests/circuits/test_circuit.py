@@ -26,9 +26,19 @@ from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.task import make_task_data
 
 CONFIG = SparseConfig(
-    n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=24, d_vocab=30, n_ctx=12, abs_topk=paper_topk(0.5),
-    attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=4,
-)  # fmt: skip
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    d_head=4,
+    d_mlp=24,
+    d_vocab=30,
+    n_ctx=12,
+    abs_topk=paper_topk(0.5),
+    attn_sinks=True,
+    bigram_table=True,
+    positions="concatenated",
+    d_pos=4,
+)
 TOKENS = torch.randint(0, 30, (6, 12), generator=torch.Generator().manual_seed(1))
 
 

@@ -173,8 +173,11 @@ def test_tasks_name_what_was_combined():
     a, b = made(0, task="quotes"), made(1, task="brackets")
     tasks = [circuit.task for circuit in (a | b, a & b, a - b, (a | b) - b)]
     assert tasks == [
-        "(quotes | brackets)", "(quotes & brackets)", "(quotes - brackets)", "((quotes | brackets) - brackets)"
-    ]  # fmt: skip
+        "(quotes | brackets)",
+        "(quotes & brackets)",
+        "(quotes - brackets)",
+        "((quotes | brackets) - brackets)",
+    ]
 
 
 @pytest.mark.parametrize("sign", ["|", "&", "-"])

@@ -41,9 +41,18 @@ LAYERS, D, HEADS, D_HEAD, D_MLP = 2, 16, 4, 4, 24
 
 # TransformerLens 3: the options of HookedTransformerConfig that make a family.
 SIZES = dict(
-    n_layers=LAYERS, d_model=D, n_heads=HEADS, d_head=D_HEAD, d_mlp=D_MLP, d_vocab=40, n_ctx=16, act_fn="gelu",
-    normalization_type="LN", seed=0, device="cpu",
-)  # fmt: skip
+    n_layers=LAYERS,
+    d_model=D,
+    n_heads=HEADS,
+    d_head=D_HEAD,
+    d_mlp=D_MLP,
+    d_vocab=40,
+    n_ctx=16,
+    act_fn="gelu",
+    normalization_type="LN",
+    seed=0,
+    device="cpu",
+)
 ROTARY = dict(positional_embedding_type="rotary", rotary_dim=4)
 LLAMA = ROTARY | dict(
     normalization_type="RMS", final_rms=True, act_fn="silu", gated_mlp=True, n_key_value_heads=2
@@ -68,9 +77,16 @@ HOOKED_REFUSED = {
 
 # TransformerLens 4: transformers' own small models.
 BASE = dict(
-    vocab_size=40, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=D_MLP,
-    max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=40,
+    hidden_size=D,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    intermediate_size=D_MLP,
+    max_position_embeddings=16,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 GROUPED = BASE | dict(num_key_value_heads=2)
 GPT = dict(
     vocab_size=40, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=D_MLP, n_positions=16
@@ -89,20 +105,37 @@ BRIDGED_ALSO = {
     "falcon": ("FalconForCausalLM", "FalconConfig", {n: ONE[n] for n in list(ONE)[:4]}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", ONE | dict(residual_multiplier=0.5)),
 }
+#: Architecture: its configuration's class and options, and part of the message that refuses it.
 BRIDGED_REFUSED = {
-    "MixtralForCausalLM": ("MixtralConfig", GROUPED | dict(num_local_experts=2), "mixture of experts"),
-    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | dict(head_dim=4), "attn_out is not what the weights alone"),
+    "MixtralForCausalLM": (
+        "MixtralConfig",
+        GROUPED | dict(num_local_experts=2),
+        "mixture of experts",
+    ),
+    "Gemma2ForCausalLM": (
+        "Gemma2Config",
+        GROUPED | dict(head_dim=4),
+        "attn_out is not what the weights alone",
+    ),
     "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
     "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
     "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
     "OpenAIGPTLMHeadModel": (
-        "OpenAIGPTConfig", dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16), "nothing passes",
+        "OpenAIGPTConfig",
+        dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16),
+        "nothing passes",
     ),
-    "MambaForCausalLM": ("MambaConfig", dict(vocab_size=40, hidden_size=D, num_hidden_layers=2), "has no hook point"),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        dict(vocab_size=40, hidden_size=D, num_hidden_layers=2),
+        "has no hook point",
+    ),
     "T5ForConditionalGeneration": (
-        "T5Config", dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4), "has no hook point",
+        "T5Config",
+        dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4),
+        "has no hook point",
     ),
-}  # fmt: skip
+}
 FAMILIES = list(HOOKED if transformer_lens_line() == 3 else BRIDGED)
 
 
@@ -471,9 +504,16 @@ def micro_dense():
         parts = (model.embed.W_E, attn._W_V[0], attn.W_O[0], model.unembed.W_U)
     else:
         config = transformers.LlamaConfig(
-            vocab_size=len(VOCABULARY), hidden_size=4, num_hidden_layers=1, num_attention_heads=1, head_dim=2,
-            intermediate_size=2, max_position_embeddings=8, rms_norm_eps=1e-12, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=len(VOCABULARY),
+            hidden_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            head_dim=2,
+            intermediate_size=2,
+            max_position_embeddings=8,
+            rms_norm_eps=1e-12,
+            tie_word_embeddings=False,
+        )
         plain = transformers.LlamaForCausalLM(config).eval()
         model, layer = bridge(plain), plain.model.layers[0]
         norms = [p for name, p in plain.named_parameters() if "norm" in name]

@@ -61,9 +61,13 @@ def data_of(model, n_pairs=6, seed=0, lengths=None):
         [torch.randperm(cfg.d_vocab, generator=generator)[:2] for _ in range(n_pairs)]
     )
     return TaskData(
-        "t", tuple(map(str, range(2 * n_pairs))), random_tokens(model, 2 * n_pairs, cfg.n_ctx, seed), last,
-        candidates.repeat_interleave(2, 0), torch.arange(2).repeat(n_pairs),
-    )  # fmt: skip
+        "t",
+        tuple(map(str, range(2 * n_pairs))),
+        random_tokens(model, 2 * n_pairs, cfg.n_ctx, seed),
+        last,
+        candidates.repeat_interleave(2, 0),
+        torch.arange(2).repeat(n_pairs),
+    )
 
 
 def circuit_of(model, share=0.5, seed=0):
@@ -252,8 +256,14 @@ def test_an_empty_circuit_under_resampling_is_another_prompt():
     found = all_logits(model, data, 10, holding_circuit(circuit, model, "resample"))
     with torch.no_grad():
         rows = evaluation.task_logits(model, data), model(data.tokens)[:, -1]
-    partners = [next(j for j in range(10) if torch.allclose(rows[1][j].gather(0, data.candidates[i]).float(), found[i]))
-                for i in range(10)]  # fmt: skip
+    partners = [
+        next(
+            j
+            for j in range(10)
+            if torch.allclose(rows[1][j].gather(0, data.candidates[i]).float(), found[i])
+        )
+        for i in range(10)
+    ]
     assert sorted(partners) == list(range(10))
     assert all(i != j for i, j in enumerate(partners))
 
@@ -438,8 +448,10 @@ def test_the_ladder_on_paper():
     """
     micro = micro_model()
     circuit = micro_circuit(micro)
-    scores = {name: torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)) * 0.1 for name, mean in
-              circuit.means.items()}  # fmt: skip
+    scores = {
+        name: torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+        for name, mean in circuit.means.items()
+    }
     for score_, (hook, at) in enumerate(
         [("attn.hook_v", (0, 0)), ("ln1.hook_read", 0), ("hook_attn_out", 2)]
     ):
@@ -518,10 +530,16 @@ def test_effects_on_paper():
     circuit.kept["blocks.0.mlp.hook_post"][1] = True  # does nothing, and has no edge
     both, first, second = 1.5 * WRITTEN, WRITTEN, 0.5 * WRITTEN
     expected = {
-        "0.attn_in.0": 0.0, "0.attn_v.0": second, "0.attn_v.1": first, "0.attn_out.2": 0.0, "0.mlp_neuron.1": both,
-        "0.attn_in.0 → 0.attn_v.0  +1.500": second, "0.attn_in.0 → 0.attn_v.1  +0.750": first,
-        "0.attn_v.0 → 0.attn_out.2  +2.000": second, "0.attn_v.1 → 0.attn_out.2  +2.000": first,
-    }  # fmt: skip
+        "0.attn_in.0": 0.0,
+        "0.attn_v.0": second,
+        "0.attn_v.1": first,
+        "0.attn_out.2": 0.0,
+        "0.mlp_neuron.1": both,
+        "0.attn_in.0 → 0.attn_v.0  +1.500": second,
+        "0.attn_in.0 → 0.attn_v.1  +0.750": first,
+        "0.attn_v.0 → 0.attn_out.2  +2.000": second,
+        "0.attn_v.1 → 0.attn_out.2  +2.000": first,
+    }
     found = {
         str(part): effect for part, effect in effects(circuit, micro, micro_data(micro)).items()
     }

@@ -31,7 +31,6 @@ few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 # --- by hand
-# ------------------------------------------------------------------------------------------------
 
 
 def run_by_hand(model, tokens, edits=None):
@@ -294,7 +293,6 @@ def test_gradients_reach_hooks_and_every_trained_parameter():
 
 
 # --- AbsTopK
-# ------------------------------------------------------------------------------------------------
 
 
 # Small integers: many ties, and whole rows of zeros.
@@ -343,7 +341,6 @@ def test_abs_topk_is_that_of_a_sort_where_magnitudes_differ(seed, k):
 
 
 # --- padding, partial runs, losses
-# --------------------------------------------------------------------------
 
 
 @few
@@ -447,18 +444,16 @@ def test_sinusoids():
 
 
 # --- a TransformerLens model
-# --------------------------------------------------------------------------------
 
 STATE_DICT_KEYS = [
-    "embed.W_E", "pos_embed.W_pos",
-    "blocks.0.ln1.w", "blocks.0.ln1.b", "blocks.0.ln1.w_pos", "blocks.0.ln1.b_pos",
-    "blocks.0.ln2.w", "blocks.0.ln2.b", "blocks.0.ln2.w_pos", "blocks.0.ln2.b_pos",
-    "blocks.0.attn.W_Q", "blocks.0.attn.W_Q_pos", "blocks.0.attn.b_Q",
-    "blocks.0.attn.W_K", "blocks.0.attn.W_K_pos", "blocks.0.attn.b_K",
-    "blocks.0.attn.W_V", "blocks.0.attn.W_V_pos", "blocks.0.attn.b_V",
-    "blocks.0.attn.W_O", "blocks.0.attn.b_O", "blocks.0.attn.sink",
-    "blocks.0.mlp.W_in", "blocks.0.mlp.W_in_pos", "blocks.0.mlp.b_in", "blocks.0.mlp.W_out", "blocks.0.mlp.b_out",
-    "ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U", "bigram.W_bigram",
+    "embed.W_E", "pos_embed.W_pos", "blocks.0.ln1.w", "blocks.0.ln1.b", "blocks.0.ln1.w_pos",
+    "blocks.0.ln1.b_pos", "blocks.0.ln2.w", "blocks.0.ln2.b", "blocks.0.ln2.w_pos",
+    "blocks.0.ln2.b_pos", "blocks.0.attn.W_Q", "blocks.0.attn.W_Q_pos", "blocks.0.attn.b_Q",
+    "blocks.0.attn.W_K", "blocks.0.attn.W_K_pos", "blocks.0.attn.b_K", "blocks.0.attn.W_V",
+    "blocks.0.attn.W_V_pos", "blocks.0.attn.b_V", "blocks.0.attn.W_O", "blocks.0.attn.b_O",
+    "blocks.0.attn.sink", "blocks.0.mlp.W_in", "blocks.0.mlp.W_in_pos", "blocks.0.mlp.b_in",
+    "blocks.0.mlp.W_out", "blocks.0.mlp.b_out", "ln_final.w", "ln_final.b", "unembed.W_U",
+    "unembed.b_U", "bigram.W_bigram",
 ]  # fmt: skip
 
 
@@ -586,7 +581,6 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 
 # --- text
-# ---------------------------------------------------------------------------------------------------
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 

@@ -29,8 +29,11 @@ EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
 SIZES = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
 Q, V, Z = (f"blocks.0.attn.hook_{name}" for name in "qvz")
 ATTN_OUT, NEURON, MLP_OUT, LAST = (
-    "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post",
-)  # fmt: skip
+    "blocks.0.hook_attn_out",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.hook_mlp_out",
+    "blocks.1.hook_resid_post",
+)
 #: Hook points that every model here has, in the order of the forward pass, and the shape of their
 #: nodes.
 SHAPES = {Q: (2, 6), V: (2, 6), ATTN_OUT: (12,), NEURON: (16,), MLP_OUT: (12,)}

@@ -26,9 +26,20 @@ ON_LINE_3 = transformer_lens_line() == 3
 
 # Every feature whose weights need a decision; the sizes are all different.
 CONFIG = SparseConfig(
-    n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10, positions="concatenated", d_pos=3,
-    bigram_table=True, attn_sinks=True, logits_bias=True, abs_topk=paper_topk(0.5),
-)  # fmt: skip
+    n_layers=2,
+    d_model=12,
+    n_heads=2,
+    d_head=5,
+    d_mlp=16,
+    d_vocab=24,
+    n_ctx=10,
+    positions="concatenated",
+    d_pos=3,
+    bigram_table=True,
+    attn_sinks=True,
+    logits_bias=True,
+    abs_topk=paper_topk(0.5),
+)
 PLAIN = SparseConfig(n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10)
 #: The parameters of one layer that share a budget, and the entries of each of their matrices.
 LAYER = {
@@ -55,9 +66,18 @@ def ours(config=CONFIG, seed=0):
 def dense(seed=0):
     """A small model of TransformerLens' own."""
     sizes = dict(
-        n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10, act_fn="gelu",
-        normalization_type="LN", seed=seed, device="cpu",
-    )  # fmt: skip
+        n_layers=2,
+        d_model=12,
+        n_heads=2,
+        d_head=6,
+        d_mlp=16,
+        d_vocab=24,
+        n_ctx=10,
+        act_fn="gelu",
+        normalization_type="LN",
+        seed=seed,
+        device="cpu",
+    )
     if ON_LINE_3:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
 

@@ -209,8 +209,18 @@ def test_training_is_that_without_kernels(dtype):
     """Every weight after every step, while the fraction falls to where most rows are at their
     minimum.
     """
-    config = SparseConfig(n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10,
-                          positions="concatenated", d_pos=3, abs_topk=paper_topk(0.25))  # fmt: skip
+    config = SparseConfig(
+        n_layers=2,
+        d_model=12,
+        n_heads=2,
+        d_head=5,
+        d_mlp=16,
+        d_vocab=24,
+        n_ctx=10,
+        positions="concatenated",
+        d_pos=3,
+        abs_topk=paper_topk(0.25),
+    )
     tokens = torch.randint(24, (12, 4, 10), generator=torch.Generator().manual_seed(0))
 
     def weights_of_every_step():

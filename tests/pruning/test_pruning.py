@@ -274,8 +274,16 @@ def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, mon
     assert circuit.measured["config"]["method"] == method
     assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
     if method == "random":
-        others = [prune(micro, MICRO_TASK, micro_corpus(), dataclasses.replace(config, seed=s), progress=False)[0]
-                  for s in (0, 1)]  # fmt: skip
+        others = [
+            prune(
+                micro,
+                MICRO_TASK,
+                micro_corpus(),
+                dataclasses.replace(config, seed=s),
+                progress=False,
+            )[0]
+            for s in (0, 1)
+        ]
         assert others[0].nodes == circuit.nodes
         assert others[1].of_size(9).nodes != circuit.of_size(9).nodes
 
@@ -283,12 +291,19 @@ def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, mon
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(warm_start=False, steps=100), dict(tied_qk=True), dict(ablation="zero"), dict(ablation="resample"),
-        dict(necessity=1.0, ablated_accuracy=0.5), dict(necessity=1.0, ablated_accuracy=0.5, ablation="resample"),
-        dict(init_bias=-0.5), dict(restarts=2), dict(steer_rate=0.0, steer_now=0.0), dict(batch_size=1),
+        dict(warm_start=False, steps=100),
+        dict(tied_qk=True),
+        dict(ablation="zero"),
+        dict(ablation="resample"),
+        dict(necessity=1.0, ablated_accuracy=0.5),
+        dict(necessity=1.0, ablated_accuracy=0.5, ablation="resample"),
+        dict(init_bias=-0.5),
+        dict(restarts=2),
+        dict(steer_rate=0.0, steer_now=0.0),
+        dict(batch_size=1),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
     config = dataclasses.replace(CONFIG, **changes)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)

@@ -203,7 +203,8 @@ def write_job(
 
 def test_figures_are_those_computed_by_hand(tmp_path):
     jobs = [
-        write_job(tmp_path, "sparse", "p", 0, 2, "ab", cut=1), write_job(tmp_path, "sparse", "p", 1, 8, "bc", cut=3),
+        write_job(tmp_path, "sparse", "p", 0, 2, "ab", cut=1),
+        write_job(tmp_path, "sparse", "p", 1, 8, "bc", cut=3),
         write_job(tmp_path, "sparse", "p", 2, 4, "ab", cut=2),
         *(write_job(tmp_path, "sparse", "q", seed, 0, "a", cut=0) for seed in range(3)),
         *(write_job(tmp_path, "sparse", "r", seed, 5, "a", cut=0) for seed in range(3)),

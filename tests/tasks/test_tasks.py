@@ -35,10 +35,10 @@ CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.
 #: The tokens that differ within a pair of a task: at most so many, from the first such token to the
 #: last.
 DIFFERING = {
-    "final_kwarg": 10, "set_or_string": 25, "set_or_string_fixedvarname": 25, "class_init": 1, "with_as": 3,
-    "bracket_brace": 4, "with_open": 1, "bracket_counting": 4, "for_while": 1, "else_elif": 1, "fstring_brace": 3,
-    "if_ternary": 6, "var_swap": 5, "indent_for": 1, "lambda_func": 3, "if_equals": 4, "enumerate_range": 2,
-    "var_if": 7, "while_return_true": 3,
+    "final_kwarg": 10, "set_or_string": 25, "set_or_string_fixedvarname": 25, "class_init": 1,
+    "with_as": 3, "bracket_brace": 4, "with_open": 1, "bracket_counting": 4, "for_while": 1,
+    "else_elif": 1, "fstring_brace": 3, "if_ternary": 6, "var_swap": 5, "indent_for": 1,
+    "lambda_func": 3, "if_equals": 4, "enumerate_range": 2, "var_if": 7, "while_return_true": 3,
 }  # fmt: skip
 
 
@@ -386,9 +386,11 @@ def like_gpt2():
         "Mary met John. John thanked Mary. Mary thanked John.\n" * 100,
     ]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return PreTrainedTokenizerFast(

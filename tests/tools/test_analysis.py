@@ -41,7 +41,6 @@ def pair(model):
 
 
 # --- attribution patching
-# ------------------------------------------------------------------------------------
 
 
 def changed(model, name, where, change):
@@ -191,7 +190,6 @@ def test_edge_tools_warn_where_the_stream_is_no_sum():
 
 
 # --- direct path patching
-# --------------------------------------------------------------------------------------
 
 
 @line_4
@@ -271,7 +269,6 @@ def test_direct_path_patching_of_transformer_lens_3_warns_that_it_approximates()
 
 
 # --- reading logits off the stream
-# -----------------------------------------------------------------------------
 
 
 def attributed(model, tokens, unit):
@@ -362,7 +359,6 @@ def test_the_jacobian_lens_refuses():
 
 
 # --- subspaces, weights, probes
-# --------------------------------------------------------------------------------
 
 
 @line_4
@@ -407,9 +403,18 @@ def test_distributed_alignment_search(model):
         return model(tokens)[:, -1]
 
     result = analysis.fit_das(
-        model, "blocks.1.hook_resid_post", base, source, last(source).argmax(-1), last, rank=2, epochs=30, lr=0.1,
-        base_positions=last_position, source_positions=last_position,
-    )  # fmt: skip
+        model,
+        "blocks.1.hook_resid_post",
+        base,
+        source,
+        last(source).argmax(-1),
+        last,
+        rank=2,
+        epochs=30,
+        lr=0.1,
+        base_positions=last_position,
+        source_positions=last_position,
+    )
     assert result.losses[-1] < result.losses[0] - 0.05
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 

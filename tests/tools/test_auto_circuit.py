@@ -126,10 +126,12 @@ def test_a_circuit_answers_what_its_edges_compute(count):
     best = sorted(patchable.edges, key=lambda edge: -abs(edge.prune_score(scores)))[:count]
     names = {"blocks.0.hook_resid_pre": "hook_embed"}
     kept = {
-        ((names.get(edge.src.module_name, edge.src.module_name), edge.src.head_idx),
-         (edge.dest.module_name, edge.dest.head_idx))
+        (
+            (names.get(edge.src.module_name, edge.src.module_name), edge.src.head_idx),
+            (edge.dest.module_name, edge.dest.head_idx),
+        )
         for edge in best
-    }  # fmt: skip
+    }
     assert kept <= set(graph.edges)
     assert len(graph.edges) == patchable.n_edges
     with torch.no_grad():

@@ -37,9 +37,13 @@ def sparse_model(**changes):
     RMSNorm, biases.
     """
     features = dict(
-        abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6), attn_sinks=True, positions="concatenated", d_pos=4,
-        biases=True, logits_bias=True,
-    )  # fmt: skip
+        abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6),
+        attn_sinks=True,
+        positions="concatenated",
+        d_pos=4,
+        biases=True,
+        logits_bias=True,
+    )
     return tool_model(**(features | changes))
 
 

@@ -21,9 +21,15 @@ from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.errors import ConfigError, TrainError
 
 SHORT = TrainConfig(
-    model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=12, batch_size=4, lr=1e-2,
-    l0_fraction=0.25, checkpoint_steps=5, validate_steps=20,
-)  # fmt: skip
+    model=MODEL,
+    data=DataConfig(stdlib_chars=0, idiom_chars=30_000),
+    steps=12,
+    batch_size=4,
+    lr=1e-2,
+    l0_fraction=0.25,
+    checkpoint_steps=5,
+    validate_steps=20,
+)
 LONG = dataclasses.replace(SHORT, steps=150)
 #: Every process writes what it saw, for the tests: `hashes` has one of all weights after each step.
 PROGRAM = """
@@ -219,7 +225,6 @@ def test_the_command_stops_with_one_state_and_goes_on(errors_of_the_command, see
 
 
 # --- trackers, in one process
-# ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

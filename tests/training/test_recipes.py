@@ -20,8 +20,16 @@ STEPS = 10
 
 def trainer_of(model=None, **changes):
     model = model or tiny_model(d_model=8, bigram_table=True)
-    settings = dict(model=model.sparse_cfg, steps=STEPS, lr=0.05, l0_fraction=0.3, l0_fraction_embed=0.5, min_nonzero=1,
-                    anneal_start=0.0, anneal_stop=0.5)  # fmt: skip
+    settings = dict(
+        model=model.sparse_cfg,
+        steps=STEPS,
+        lr=0.05,
+        l0_fraction=0.3,
+        l0_fraction_embed=0.5,
+        min_nonzero=1,
+        anneal_start=0.0,
+        anneal_stop=0.5,
+    )
     return Trainer(model.train(), TrainConfig(**settings | changes))
 
 
@@ -40,9 +48,17 @@ def test_the_recipe_of_the_paper_step_by_step():
     """
     model = tiny_model(d_model=8, bigram_table=True)
     config = dataclasses.replace(
-        preset("laptop", "paper"), model=model.sparse_cfg, steps=STEPS, lr=0.3, eps=0.01, l0_fraction=0.3,
-        min_nonzero=1, anneal_start=0.1, anneal_stop=0.6, warmup_fraction=0.2,
-    )  # fmt: skip
+        preset("laptop", "paper"),
+        model=model.sparse_cfg,
+        steps=STEPS,
+        lr=0.3,
+        eps=0.01,
+        l0_fraction=0.3,
+        min_nonzero=1,
+        anneal_start=0.1,
+        anneal_stop=0.6,
+        warmup_fraction=0.2,
+    )
     trainer = Trainer(model.train(), config)
     names = [
         name.replace("_original_component.", "")
@@ -154,8 +170,11 @@ def test_sharkfin_on_and_off():
 def test_an_absolute_number_of_weights():
     trainer = trainer_of(l0_count=144, min_nonzero=0)
     assert trainer.config.model.n_matrix_weights == sum(
-        p.numel() for group in trainer.sparsity.groups if not group.embedding for p in group.parameters
-    )  # fmt: skip
+        p.numel()
+        for group in trainer.sparsity.groups
+        if not group.embedding
+        for p in group.parameters
+    )
     train(trainer)
     kept = [
         sum(map(nonzero, group.parameters))

@@ -21,14 +21,27 @@ from tl_sparse.errors import ConfigError, TrainError
 from tl_sparse.training.loop import batches, dead_neurons
 
 MODEL = SparseConfig(
-    n_layers=1, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=384, n_ctx=32, abs_topk=paper_topk(0.25),
-    attn_sinks=True, bigram_table=True,
-)  # fmt: skip
+    n_layers=1,
+    d_model=16,
+    n_heads=2,
+    d_head=4,
+    d_mlp=32,
+    d_vocab=384,
+    n_ctx=32,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+)
 #: Sixty steps of milliseconds; the text is the same few lines of idioms.
 CONFIG = TrainConfig(
-    model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=60, batch_size=4, lr=1e-2,
-    l0_fraction=0.25, checkpoint_steps=7,
-)  # fmt: skip
+    model=MODEL,
+    data=DataConfig(stdlib_chars=0, idiom_chars=30_000),
+    steps=60,
+    batch_size=4,
+    lr=1e-2,
+    l0_fraction=0.25,
+    checkpoint_steps=7,
+)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +292,6 @@ def test_dead_neurons_by_hand():
 
 
 # --- what cannot be resumed
-# -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -46,12 +46,25 @@ def openai_folder(tmp_path_factory):
 @pytest.fixture
 def trainer(openai_folder):
     values = json.loads((FOLDER / "recipe.json").read_text())["hyperparameters"]
-    names = ("batch_size", "lr", "eps", "weight_decay", "warmup_fraction", "l0_fraction", "l0_fraction_embed",
-             "anneal_start", "anneal_stop", "min_nonzero")  # fmt: skip
+    names = (
+        "batch_size",
+        "lr",
+        "eps",
+        "weight_decay",
+        "warmup_fraction",
+        "l0_fraction",
+        "l0_fraction_embed",
+        "anneal_start",
+        "anneal_stop",
+        "min_nonzero",
+    )
     config = TrainConfig(
-        steps=values["total_steps"], beta1=values["betas"][0], beta2=values["betas"][1], **RECIPES["published"],
+        steps=values["total_steps"],
+        beta1=values["betas"][0],
+        beta2=values["betas"][1],
+        **RECIPES["published"],
         **{name: values[name] for name in names},
-    )  # fmt: skip
+    )
     model = load(openai_folder("initial_model.pt"), device="cpu").train()
     model.unembed.b_U.requires_grad_(False)  # a constant in the original
     return Trainer(model, config)

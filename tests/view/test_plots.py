@@ -51,8 +51,9 @@ def results():
 
     sparse = {
         "p": {"node_pruned": of(2, 4, 8), "edge_pruned": of(1, 2, 3)},
-        "q": {"node_pruned": of(0, 0, 0), "edge_pruned": of(0, 0, 0)}, "r": {"node_pruned": {}, "edge_pruned": {}},
-    }  # fmt: skip
+        "q": {"node_pruned": of(0, 0, 0), "edge_pruned": of(0, 0, 0)},
+        "r": {"node_pruned": {}, "edge_pruned": {}},
+    }
     dense = {
         "p": {"node_pruned": of(100, 200, 300), "edge_pruned": {}},
         "q": {"node_pruned": {}, "edge_pruned": {}},

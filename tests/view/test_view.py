@@ -40,8 +40,9 @@ from tl_sparse.view.contents import drawn, page_data
 from tl_sparse.view.page import Page
 
 HOSTILE = [
-    "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", "\u202egnp.exe\u2067",
-    "\u2028\u2029", "\x00\x07\x1b[31m\x7f", "e" + "\u0301" * 300, "x" * 10_000, "{{data}}", "${window.hacked=1}",
+    "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
+    "\u202egnp.exe\u2067", "\u2028\u2029", "\x00\x07\x1b[31m\x7f", "e" + "\u0301" * 300,
+    "x" * 10_000, "{{data}}", "${window.hacked=1}",
 ]  # fmt: skip
 
 
@@ -50,9 +51,19 @@ def large(n_layers, width, keep=1.0):
     task's tokens.
     """
     config = tl_sparse.SparseConfig(
-        n_layers=n_layers, d_model=width, n_heads=4, d_head=width // 4, d_mlp=width, d_vocab=len(VOCABULARY), n_ctx=8,
-        abs_topk=tl_sparse.paper_topk(0.5), attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=2,
-    )  # fmt: skip
+        n_layers=n_layers,
+        d_model=width,
+        n_heads=4,
+        d_head=width // 4,
+        d_mlp=width,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        abs_topk=tl_sparse.paper_topk(0.5),
+        attn_sinks=True,
+        bigram_table=True,
+        positions="concatenated",
+        d_pos=2,
+    )
     model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -99,8 +110,9 @@ def test_data_of_the_micro_circuit_on_paper(data, micro):
     assert read["tokens"] == [[[VOCABULARY["A"], 1.0]], [[VOCABULARY["B"], -1.0]]]
     ends = data["ends"]
     assert [[data["vocab"][i] for i in ends[key]] for key in ("tokens", "candidates")] == [
-        ["A", "B", "yes", "no"], ["yes", "no"],
-    ]  # fmt: skip
+        ["A", "B", "yes", "no"],
+        ["yes", "no"],
+    ]
     assert (ends["embed"], ends["unembed"]) == (
         [[0, 0, 1.0], [1, 0, -1.0]],
         [[2, 0, 3.0], [2, 1, -3.0]],
