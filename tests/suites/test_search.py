@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import tl_sparse
-from micro import LOSS, NODES, save_micro, save_pairs
+from helpers import command_flags
+from micro import NODES, QUICK_SETTINGS, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
@@ -19,17 +20,9 @@ from tl_sparse.suites import suite
 from tl_sparse.suites.optuna_search import RANGES, search
 
 optuna = pytest.importorskip("optuna")
-SIZES = {
-    "target_loss": 2 * LOSS,
-    "steps": 50,
-    "train_pairs": 32,
-    "selection_pairs": 8,
-    "heldout_pairs": 8,
-}
-CONFIG = PruneConfig(**SIZES)
-FLAGS = [
-    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+SETTINGS = QUICK_SETTINGS | {"steps": 50}
+CONFIG = PruneConfig(**SETTINGS)
+FLAGS = command_flags(SETTINGS)
 
 
 @pytest.fixture
@@ -154,7 +147,7 @@ def test_a_study_of_something_else_is_refused(place, tried, tmp_path, monkeypatc
     with pytest.raises(SuiteError, match="model = 'one', now 'two'"):
         search(save_micro(tmp_path / "two"), tasks, out, 2, config=CONFIG)
     with pytest.raises(SuiteError, match="train_pairs = 32, now 2048"):
-        search(model, tasks, out, 2, config=PruneConfig(**SIZES | {"train_pairs": 2048}))
+        search(model, tasks, out, 2, config=PruneConfig(**SETTINGS | {"train_pairs": 2048}))
     monkeypatch.setitem(module.RANGES, "lr", [1e-3, 1e-2])
     with pytest.raises(SuiteError, match=r"ranges = .*0.0003, 0.05.*, now .*0.001, 0.01"):
         search(model, tasks, out, 2, config=CONFIG)

@@ -9,24 +9,16 @@ from pathlib import Path
 import pytest
 
 import tl_sparse
-from micro import LOSS, NODES, save_micro, save_pairs
+from helpers import command_flags, must_not_run
+from micro import LOSS, NODES, QUICK_SETTINGS, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
 from tl_sparse.suites.suite import Job, collected, in_processes, results_table, run_suite
 
-SIZES = {
-    "target_loss": 2 * LOSS,
-    "steps": 30,
-    "train_pairs": 32,
-    "selection_pairs": 8,
-    "heldout_pairs": 8,
-}
-CONFIG = PruneConfig(**SIZES)
-FLAGS = [
-    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+CONFIG = PruneConfig(**QUICK_SETTINGS)
+FLAGS = command_flags(QUICK_SETTINGS)
 
 
 @pytest.fixture
@@ -109,7 +101,7 @@ def test_an_interrupted_suite_keeps_what_is_finished_and_goes_on(place, monkeypa
     assert f"Saved in {out}" in capsys.readouterr().out
 
 
-def test_a_folder_of_other_settings_is_refused(place, tmp_path, monkeypatch):
+def test_a_folder_of_other_settings_is_refused(place, tmp_path):
     models, tasks, out = place
     run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
     before = sorted(out.rglob("*"))
@@ -123,8 +115,13 @@ def test_a_folder_of_other_settings_is_refused(place, tmp_path, monkeypatch):
     with pytest.raises(SuiteError, match=f"model = '{models[0]}', now '{other}'"):
         run_suite([other], tasks[:1], out, (0,), CONFIG)
     assert sorted(out.rglob("*")) == before
-    # The seed is not a setting; its circuits have it.
-    monkeypatch.setattr(suite, "prune", None)
+
+
+def test_the_seed_is_not_a_setting(place, monkeypatch):
+    """Each circuit has a seed of its own, so finished ones are taken whatever `config.seed` is."""
+    models, tasks, out = place
+    run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
+    monkeypatch.setattr(suite, "prune", must_not_run("a finished circuit is searched again"))
     run_suite(models[:1], tasks[:1], out, (0,), dataclasses.replace(CONFIG, seed=7))
 
 

@@ -132,7 +132,7 @@ def test_the_recipe_of_the_paper_step_by_step():
 
 
 def top(w, fraction, name):
-    """int(fraction · entries) are kept, of which the largest of each neuron or channel always is."""
+    """Keep int(fraction · entries); the largest of each neuron or channel is always among them."""
     inputs_come_first = name.endswith(("W_Q", "W_K", "W_V", "W_in"))
     rows = (w.mT if inputs_come_first else w).contiguous()
     flat = rows.view(-1, rows.shape[-1])

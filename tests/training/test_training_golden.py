@@ -1,6 +1,4 @@
-"""The published update rule, step by step, against the trajectory of the original training
-script.
-"""
+"""The published update rule against the trajectory of the original training script."""
 
 import json
 
@@ -46,7 +44,7 @@ def openai_folder(tmp_path_factory):
 @pytest.fixture
 def trainer(openai_folder):
     values = json.loads((FOLDER / "recipe.json").read_text())["hyperparameters"]
-    names = (
+    same_names = (
         "batch_size",
         "lr",
         "eps",
@@ -63,7 +61,7 @@ def trainer(openai_folder):
         beta1=values["betas"][0],
         beta2=values["betas"][1],
         **RECIPES["published"],
-        **{name: values[name] for name in names},
+        **{name: values[name] for name in same_names},
     )
     model = load(openai_folder("initial_model.pt"), device="cpu").train()
     model.unembed.b_U.requires_grad_(False)  # a constant in the original
