@@ -1,4 +1,7 @@
-"""The formats of others, written as FORMATS describes them."""
+"""Writers of the formats of others: OpenAI's own, its package for the hub, and sparse_pretrain's.
+
+`cfg` is a configuration of ours, and `w` the state dict of a model of ours.
+"""
 
 import json
 
@@ -25,11 +28,7 @@ def openai_values(cfg):
 
 def openai_tensors(cfg, w):
     """`final_model.pt` for a state dict of ours."""
-
-    def with_positions(name, dim):
-        return torch.cat([w[name], w[f"{name}_pos"]], dim) if f"{name}_pos" in w else w[name]
-
-    theirs = {
+    tensors = {
         "transformer.wte.weight": w["embed.W_E"],
         "transformer.wpe.weight": w.get("pos_embed.W_pos", torch.zeros(cfg.n_ctx, cfg.d_model)),
         "lm_head.weight": w["embed.W_E"] if cfg.tied_unembed else w["unembed.W_U"].T,
@@ -38,31 +37,64 @@ def openai_tensors(cfg, w):
         "transformer.ln_f.weight": w["ln_final.w"],
         "transformer.ln_f.bias": w.get("ln_final.b"),
     }
-    for i in range(cfg.n_layers):
-        block, h = f"blocks.{i}", f"transformer.h.{i}"
-        for n in "12":
-            theirs[f"{h}.ln_{n}.weight"], theirs[f"{h}.ln_{n}.bias"] = (
-                w[f"{block}.ln{n}.w"],
-                w.get(f"{block}.ln{n}.b"),
-            )
-            theirs[f"{h}.ln_p{n}.weight"] = w.get(f"{block}.ln{n}.w_pos")
-            theirs[f"{h}.ln_p{n}.bias"] = w.get(f"{block}.ln{n}.b_pos")
-        heads = [with_positions(f"{block}.attn.W_{x}", 1) for x in "QKV"]
-        theirs[f"{h}.attn.c_attn.weight"] = torch.cat(
-            [matrix.T for part in heads for matrix in part]
-        )
-        theirs[f"{h}.attn.c_proj.weight"] = torch.cat(list(w[f"{block}.attn.W_O"])).T
-        theirs[f"{h}.attn.attn_imp.sink_logit"] = w.get(f"{block}.attn.sink")
-        theirs[f"{h}.mlp.c_fc.weight"] = with_positions(f"{block}.mlp.W_in", 0).T
-        theirs[f"{h}.mlp.c_proj.weight"] = w[f"{block}.mlp.W_out"].T
-        if cfg.biases:
-            theirs[f"{h}.attn.c_attn.bias"] = torch.cat(
-                [w[f"{block}.attn.b_{x}"].flatten() for x in "QKV"]
-            )
-            theirs[f"{h}.attn.c_proj.bias"] = w[f"{block}.attn.b_O"]
-            theirs[f"{h}.mlp.c_fc.bias"] = w[f"{block}.mlp.b_in"]
-            theirs[f"{h}.mlp.c_proj.bias"] = w[f"{block}.mlp.b_out"]
-    return {name: tensor for name, tensor in theirs.items() if tensor is not None}
+    for layer in range(cfg.n_layers):
+        block = f"blocks.{layer}"
+        theirs = {
+            **openai_norm(w, f"{block}.ln1", "1"),
+            **openai_norm(w, f"{block}.ln2", "2"),
+            **openai_attention(w, f"{block}.attn"),
+            **openai_mlp(w, f"{block}.mlp"),
+        }
+        for name, tensor in theirs.items():
+            tensors[f"transformer.h.{layer}.{name}"] = tensor
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def openai_norm(w, name, number):
+    return {
+        f"ln_{number}.weight": w[f"{name}.w"],
+        f"ln_{number}.bias": w.get(f"{name}.b"),
+        f"ln_p{number}.weight": w.get(f"{name}.w_pos"),
+        f"ln_p{number}.bias": w.get(f"{name}.b_pos"),
+    }
+
+
+def openai_attention(w, name):
+    rows = []
+    biases = []
+    for letter in "QKV":
+        by_head = with_positions(w, f"{name}.W_{letter}", 1)
+        rows += [matrix.T for matrix in by_head]
+        if f"{name}.b_{letter}" in w:
+            biases.append(w[f"{name}.b_{letter}"].flatten())
+    return {
+        "attn.c_attn.weight": torch.cat(rows),
+        "attn.c_attn.bias": torch.cat(biases) if biases else None,
+        "attn.c_proj.weight": torch.cat(list(w[f"{name}.W_O"])).T,
+        "attn.c_proj.bias": w.get(f"{name}.b_O"),
+        "attn.attn_imp.sink_logit": w.get(f"{name}.sink"),
+    }
+
+
+def openai_mlp(w, name):
+    return {
+        "mlp.c_fc.weight": with_positions(w, f"{name}.W_in", 0).T,
+        "mlp.c_fc.bias": w.get(f"{name}.b_in"),
+        "mlp.c_proj.weight": w[f"{name}.W_out"].T,
+        "mlp.c_proj.bias": w.get(f"{name}.b_out"),
+    }
+
+
+def with_positions(w, name, dim):
+    """A weight with its rows of positional channels, if it has any."""
+    if f"{name}_pos" not in w:
+        return w[name]
+    return torch.cat([w[name], w[f"{name}_pos"]], dim)
+
+
+def contiguous(tensors):
+    """As safetensors wants them: in order, and no two in one memory."""
+    return {name: x.contiguous().clone() for name, x in tensors.items()}
 
 
 def write_openai(folder, model, drop=(), **changes):
@@ -77,9 +109,7 @@ def write_openai(folder, model, drop=(), **changes):
 
 
 def circuitgpt_values(cfg):
-    """The config.json of the model that OpenAI packaged for the hub, for a configuration of
-    ours.
-    """
+    """The config.json of a model that OpenAI packaged for the hub."""
     values = openai_values(cfg)
     return values | dict(
         model_type="circuitgpt", architectures=["CircuitGPTForCausalLM"], torch_dtype="float32",
@@ -95,16 +125,12 @@ def circuitgpt_values(cfg):
 
 def circuitgpt_tensors(cfg, w):
     """Its model.safetensors."""
-    return {
-        f"circuit_model.{name}": x.contiguous().clone()
-        for name, x in openai_tensors(cfg, w).items()
-    }
+    tensors = {f"circuit_model.{name}": x for name, x in openai_tensors(cfg, w).items()}
+    return contiguous(tensors)
 
 
 def write_circuitgpt(folder, model, drop=(), **changes):
-    """`model` as OpenAI packaged theirs for the hub; `changes` to config.json, `drop` of
-    tensors.
-    """
+    """`model` as OpenAI packaged theirs, without the tensors `drop`; `changes` to config.json."""
     cfg = model.sparse_cfg
     weights = circuitgpt_tensors(cfg, model.state_dict())
     for name in drop:
@@ -151,8 +177,11 @@ def sparse_pretrain_tensors(cfg, w):
 def write_sparse_pretrain(
     folder, model, drop=(), sparsity=(), safetensors=False, extra=(), **changes
 ):
-    """`model` as a folder of sparse_pretrain's; `changes` to its model_config, without the keys
-    `drop`, `sparsity` to its sparsity_config, `extra` tensors."""
+    """`model` as a folder of sparse_pretrain's.
+
+    Its model_config has `changes` and lacks the keys `drop`; its sparsity_config has the values
+    `sparsity`; and there are `extra` tensors.
+    """
     values = sparse_pretrain_values(model.sparse_cfg)
     values["model_config"] |= changes
     values["sparsity_config"] |= dict(sparsity)
@@ -162,10 +191,7 @@ def write_sparse_pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     if safetensors:
-        save_file(
-            {name: x.contiguous().clone() for name, x in weights.items()},
-            folder / "model.safetensors",
-        )
+        save_file(contiguous(weights), folder / "model.safetensors")
     else:
         torch.save(weights, folder / "pytorch_model.bin")
     return folder

@@ -14,7 +14,7 @@ import torch
 
 import tl_sparse
 from formats import write_circuitgpt, write_openai
-from helpers import full_config, tiny_model
+from helpers import command_flags, full_config, tiny_model
 from loopback import cache_snapshot
 from micro import (
     EDGES,
@@ -48,9 +48,7 @@ TINY = {
     "idiom_chars": 60_000,
     "device": "cpu",
 }
-TINY_FLAGS = [
-    text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+TINY_FLAGS = command_flags(TINY)
 # A model of four steps knows nothing: any loss is good enough to see the pruner run.
 PRUNE = {
     "target_loss": 5.0,
@@ -59,9 +57,7 @@ PRUNE = {
     "selection_pairs": 8,
     "heldout_pairs": 8,
 }
-PRUNE_FLAGS = [
-    text for name, value in PRUNE.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+PRUNE_FLAGS = command_flags(PRUNE)
 
 
 @pytest.fixture(scope="module")

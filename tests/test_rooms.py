@@ -155,4 +155,4 @@ def test_a_door_hands_out_what_it_lists(folder):
 
 def test_the_package_gives_only_what_its_door_lists():
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
-        tl_sparse.nothing_of_the_kind
+        _ = tl_sparse.nothing_of_the_kind

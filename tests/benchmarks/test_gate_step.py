@@ -67,6 +67,7 @@ def test_gate_step_against_forward_and_backward_to_the_embedding():
         of_plain, of_step = (min(column) for column in zip(*times, strict=True))
         ratio = of_step / of_plain
         print(
-            f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, {ratio:.2f} of a plain forward and backward"
+            f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, "
+            f"{ratio:.2f} of a plain forward and backward"
         )
         assert ratio <= 1.15

@@ -83,8 +83,9 @@ def test_forward_against_plain_torch(d_model, one_in):
     )
     ratio = took["plain, torch.topk"] / took["ours"]
     print(
-        f"forward, d_model {d_model}, 1/{one_in}: {tokens.numel() / took['ours']:,.0f} tokens/s, {ratio:.1f} times "
-        f"plain torch with torch.topk, {took['plain'] / took['ours']:.1f} times plain torch with our AbsTopK"
+        f"forward, d_model {d_model}, 1/{one_in}: {tokens.numel() / took['ours']:,.0f} tokens/s, "
+        f"{ratio:.1f} times plain torch with torch.topk, "
+        f"{took['plain'] / took['ours']:.1f} times plain torch with our AbsTopK"
     )
     assert ratio >= AT_LEAST.get((d_model, one_in), 1)
 
@@ -167,7 +168,8 @@ def compare_gate_steps(name, runs, turns, at_least):
     took = best_times(runs | {"torch": as_in_plain_torch(runs["dense"])}, turns)
     ratio = took["torch"] / took["auto"]
     print(
-        f"gate step, {name}: {1e3 * took['auto']:.0f} ms, {ratio:.2f} times as fast as plain torch with torch.topk, "
+        f"gate step, {name}: {1e3 * took['auto']:.0f} ms, "
+        f"{ratio:.2f} times as fast as plain torch with torch.topk, "
         f"{took['dense'] / took['auto']:.2f} times as dense products with our AbsTopK"
     )
     assert ratio >= at_least

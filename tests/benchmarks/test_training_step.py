@@ -122,7 +122,8 @@ def test_a_sparse_step_against_a_dense_one(name):
         "peak memory": (peak_memory(name, True) / peak_memory(name, False), 1.1),
     }
     print(
-        f"\n{name}: dense step {dense:.0f} ms, {1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:"
+        f"\n{name}: dense step {dense:.0f} ms, "
+        f"{1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:"
     )
     for measure, (value, limit) in ratios.items():
         print(f"  {measure} {value:.3f}" + (f" (at most {limit})" if limit else ""))

@@ -524,14 +524,19 @@ def test_a_tokenizer_can_be_given(tmp_path):
         load(tmp_path / "model")
 
 
-TEXT = "def f(x):\n    return x + 1  # naïve\n\nfor item in items:\n    print('café', item, 1234)\n\n\n  x = 'don't' "
+TEXT = """def f(x):
+    return x + 1  # naïve
+
+for item in items:
+    print('café', item, 1234)
+
+
+  x = 'don't' """
 
 
 @pytest.fixture(scope="module")
 def like_gpt2():
-    """A byte-level BPE tokenizer with GPT-2's way of cutting text, and its tokens as bytes by
-    rank.
-    """
+    """A byte-level BPE tokenizer that cuts text as GPT-2's does; and its tokens, bytes by rank."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -544,9 +549,7 @@ def like_gpt2():
 
 
 def tiktoken_ids(text, ranks):
-    """tiktoken's algorithm, written out: in each piece, merge the pair of lowest rank while there
-    is one.
-    """
+    """tiktoken's algorithm: in each piece, merge the pair of lowest rank while there is one."""
     ids = []
     for piece in regex.findall(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text

@@ -78,17 +78,17 @@ def test_loading_takes_little_more_than_the_model(folders, dtype):
         )
         size = weights_bytes(folder)
         print(
-            f"{name} {dtype}: file {size:,}, model {result['model']:,}, beyond {result['beyond'] / size:.2f} files"
+            f"{name} {dtype}: file {size:,}, model {result['model']:,}, "
+            f"beyond {result['beyond'] / size:.2f} files"
         )
         assert result["beyond"] <= 1.2 * size
 
 
 @pytest.mark.slow
 def test_one_percent_takes_a_twentieth(folders):
-    assert weights_bytes(folders["compact"]) <= weights_bytes(folders["dense"]) / 20
-    print(
-        f"compact / dense: {weights_bytes(folders['compact']) / weights_bytes(folders['dense']):.4f}"
-    )
+    compact, dense = [weights_bytes(folders[name]) for name in ("compact", "dense")]
+    assert compact <= dense / 20
+    print(f"compact / dense: {compact / dense:.4f}")
 
 
 def most_resident():

@@ -77,9 +77,7 @@ def circuit(model):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """What was asked of the hub; what is uploaded lies in huggingface_hub's cache then, as if
-    fetched.
-    """
+    """What was asked of the hub; what is uploaded is then in its cache, as if it were fetched."""
     asked = []
 
     def create_repo(api, repo_id, **options):
@@ -96,9 +94,8 @@ def hub(tmp_path, monkeypatch):
 
     for method in (create_repo, create_branch, upload_folder):
         real = getattr(HfApi, method.__name__)
-        monkeypatch.setattr(
-            HfApi, method.__name__, create_autospec(real, side_effect=method)
-        )  # its signature
+        with_its_signature = create_autospec(real, side_effect=method)
+        monkeypatch.setattr(HfApi, method.__name__, with_its_signature)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return asked

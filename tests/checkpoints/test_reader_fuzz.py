@@ -627,32 +627,47 @@ def test_an_allocation_is_seen_after_another_and_a_larger_one():
         assert size - 5 <= taken / 2**20 <= size + 25
 
 
-@pytest.mark.parametrize("kind", ["openai", "sparse_pretrain", "dense"])
+#: Keys that a configuration may leave out, and the model is another one without them.
+OPTIONAL_KEYS = {
+    "openai": [
+        "bias",
+        "ln_bias",
+        "afrac",
+        "afrac_loctypes",
+        "d_mlp",
+        "sink",
+        "activation_type",
+        "residual_activation_type",
+        "d_pos_emb",
+    ],
+    "sparse_pretrain": [
+        "d_mlp",
+        "activation_topk_fraction",
+        "activation_sparsity_locations",
+        "use_positional_embeddings",
+    ],
+    "dense": ["act_fn", "abs_topk", "attn_sinks", "norm_bias", "resid_relu", "normalization"],
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONAL_KEYS)
 def test_a_wrong_default_is_seen(kind):
     folder = Folder(kind)
     with tempfile.TemporaryDirectory() as name:
-        for file, content in (
-            (folder.config_name, folder.config),
-            (folder.weights_name, folder.weights),
-        ):
-            (Path(name) / file).write_bytes(content)
+        (Path(name) / folder.config_name).write_bytes(folder.config)
+        (Path(name) / folder.weights_name).write_bytes(folder.weights)
         cfg, state = read(Path(name))
     check_same(folder, folder.config, folder.weights, cfg, state)
-    optional = {
-        "openai": "bias ln_bias afrac afrac_loctypes d_mlp sink activation_type residual_activation_type d_pos_emb",
-        "sparse_pretrain": "d_mlp activation_topk_fraction activation_sparsity_locations use_positional_embeddings",
-        "dense": "act_fn abs_topk attn_sinks norm_bias resid_relu normalization",
-    }
-    for key in optional[kind].split():
+    for key in OPTIONAL_KEYS[kind]:
         values = json.loads(folder.config)
-        del values.get(
-            "sparsity_config" if key.startswith("activation_") else "model_config", values
-        )[key]
-        wrong = pytest.raises(AssertionError, match="read as")
-        with (
-            contextlib.nullcontext() if key in ("bias", "ln_bias") else wrong
-        ):  # these two were at their defaults
-            check_same(folder, json.dumps(values).encode(), folder.weights, cfg, state)
+        section = "sparsity_config" if key.startswith("activation_") else "model_config"
+        del values.get(section, values)[key]
+        without_key = json.dumps(values).encode()
+        if key in ("bias", "ln_bias"):  # these two were at their defaults
+            check_same(folder, without_key, folder.weights, cfg, state)
+        else:
+            with pytest.raises(AssertionError, match="read as"):
+                check_same(folder, without_key, folder.weights, cfg, state)
 
 
 def test_damaged_folders():

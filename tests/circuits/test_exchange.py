@@ -319,7 +319,8 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
     [
         (
             [edge(weight=1.6)],
-            r"does not fit this model: 0\.attn_in\.0 → 0\.attn_v\.0 has weight 1\.5 between .* nodes, not 1\.6",
+            r"does not fit this model: 0\.attn_in\.0 → 0\.attn_v\.0 has weight 1\.5 between .* "
+            r"nodes, not 1\.6",
         ),
         ([edge(weight=-1.5)], r"has weight 1\.5 between the kept nodes, not -1\.5"),
         (

@@ -12,7 +12,8 @@ import networkx
 import pytest
 import torch
 
-from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN, micro_circuit, micro_model
+from helpers import has_hooks
+from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN
 from tl_sparse.circuits.exports import (
     FORMATS,
     attribution_graph,
@@ -26,16 +27,6 @@ from tl_sparse.circuits.nodes import Node
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskError, TokenizerError
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph.schema.json").read_text())
-
-
-@pytest.fixture
-def micro():
-    return micro_model()
-
-
-@pytest.fixture
-def circuit(micro):
-    return micro_circuit(micro)
 
 
 def test_networkx_has_the_nodes_and_edges(circuit, micro):
@@ -144,7 +135,7 @@ def test_attribution_graph_on_paper(circuit, micro):
     assert nodes[value]["clerp"] == "0.attn_v h0.0"
     assert nodes["E_1_3"]["clerp"] == "'A'"
     assert nodes[value]["influence"] == pytest.approx(1.0)
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
     assert all(p.requires_grad and p.grad is None for p in micro.parameters())
 
 

@@ -4,7 +4,6 @@ refuses.
 
 import base64
 import warnings
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
+from helpers import ON_3, full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
 from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
-ON_3 = version("transformer-lens").startswith("3.")
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 

@@ -3,7 +3,6 @@ TransformerLens' own.
 """
 
 import contextlib
-import warnings
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
+from helpers import stock_model
 from tl_sparse.errors import ConfigError, DataError, HookNameError
-from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import (
     NodeGates,
     ablating,
@@ -28,12 +27,10 @@ EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
 
 SIZES = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
 Q, V, Z = (f"blocks.0.attn.hook_{name}" for name in "qvz")
-ATTN_OUT, NEURON, MLP_OUT, LAST = (
-    "blocks.0.hook_attn_out",
-    "blocks.1.mlp.hook_post",
-    "blocks.1.hook_mlp_out",
-    "blocks.1.hook_resid_post",
-)
+ATTN_OUT = "blocks.0.hook_attn_out"
+NEURON = "blocks.1.mlp.hook_post"
+MLP_OUT = "blocks.1.hook_mlp_out"
+LAST = "blocks.1.hook_resid_post"
 #: Hook points that every model here has, in the order of the forward pass, and the shape of their
 #: nodes.
 SHAPES = {Q: (2, 6), V: (2, 6), ATTN_OUT: (12,), NEURON: (16,), MLP_OUT: (12,)}
@@ -45,21 +42,10 @@ def ours(dtype="float32"):
 
 
 def dense():
-    """A small model of TransformerLens' own."""
-    sizes = SIZES | dict(act_fn="gelu", normalization_type="LN", seed=0, device="cpu")
-    if transformer_lens_line() == 3:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            model = HookedTransformer(HookedTransformerConfig(**sizes))
-    else:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model = TransformerBridge.boot_native(sizes)
-    with (
-        torch.no_grad()
-    ):  # its biases start at zero and its weights are small: let every part matter
+    """A small model of TransformerLens' own, in which every part matters."""
+    model = stock_model(**SIZES)
+    # Its biases start at zero and its weights are small.
+    with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(i)
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))

@@ -4,7 +4,6 @@ loop.
 
 import contextlib
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -15,14 +14,14 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
+from helpers import ON_3, stock_model
+from helpers import copied_parameters as copies
 from tl_sparse.errors import ConfigError
-from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=30)
-ON_LINE_3 = transformer_lens_line() == 3
 
 # Every feature whose weights need a decision; the sizes are all different.
 CONFIG = SparseConfig(
@@ -41,22 +40,17 @@ CONFIG = SparseConfig(
     abs_topk=paper_topk(0.5),
 )
 PLAIN = SparseConfig(n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10)
-#: The parameters of one layer that share a budget, and the entries of each of their matrices.
+#: The parameters of one layer that share a budget, and how many entries they have together.
 LAYER = {
-    ("attn.W_Q", "attn.W_Q_pos", "attn.W_K", "attn.W_K_pos", "attn.W_V", "attn.W_V_pos"): 3
-    * 2
-    * 5
-    * (12 + 3),
+    ("attn.W_Q", "attn.W_Q_pos", "attn.W_K", "attn.W_K_pos", "attn.W_V", "attn.W_V_pos"): 450,
     ("attn.W_O",): 2 * 5 * 12,
     ("mlp.W_in", "mlp.W_in_pos"): 16 * (12 + 3),
     ("mlp.W_out",): 16 * 12,
 }
-BUDGETS = {
-    tuple(f"blocks.{i}.{name}" for name in names): size
-    for i in range(2)
-    for names, size in LAYER.items()
-}
-BUDGETS |= {("embed.W_E",): 24 * 12, ("unembed.W_U",): 12 * 24}
+BUDGETS = {("embed.W_E",): 24 * 12, ("unembed.W_U",): 12 * 24}
+for layer in ("blocks.0", "blocks.1"):
+    for names, size in LAYER.items():
+        BUDGETS[tuple(f"{layer}.{name}" for name in names)] = size
 
 
 def ours(config=CONFIG, seed=0):
@@ -64,37 +58,12 @@ def ours(config=CONFIG, seed=0):
 
 
 def dense(seed=0):
-    """A small model of TransformerLens' own."""
-    sizes = dict(
-        n_layers=2,
-        d_model=12,
-        n_heads=2,
-        d_head=6,
-        d_mlp=16,
-        d_vocab=24,
-        n_ctx=10,
-        act_fn="gelu",
-        normalization_type="LN",
-        seed=seed,
-        device="cpu",
-    )
-    if ON_LINE_3:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return HookedTransformer(HookedTransformerConfig(**sizes))
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_native(sizes)
+    sizes = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
+    return stock_model(**sizes, seed=seed)
 
 
 def tokens(n=8, seed=0):
     return torch.randint(0, 24, (n, 10), generator=torch.Generator().manual_seed(seed))
-
-
-def copies(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def nonzero(group):
@@ -208,7 +177,7 @@ def test_the_groups_of_a_dense_model_of_transformer_lens():
     found = {(frozenset(names), embedding, protected) for names, embedding, protected in groups}
     expected = set()
     for i in range(2):
-        if ON_LINE_3:
+        if ON_3:
             for leaves in (
                 ("attn.W_Q", "attn.W_K", "attn.W_V"),
                 ("attn.W_O",),
@@ -219,7 +188,7 @@ def test_the_groups_of_a_dense_model_of_transformer_lens():
         else:  # under their Hugging Face-like names, each matrix is a group of its own
             for leaf in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc_in", "mlp.fc_out"):
                 expected.add((frozenset([f"layers.{i}.{leaf}.weight"]), False, False))
-    embeddings = ("embed.W_E", "unembed.W_U") if ON_LINE_3 else ("tok_embed.weight", "head.weight")
+    embeddings = ("embed.W_E", "unembed.W_U") if ON_3 else ("tok_embed.weight", "head.weight")
     assert found == expected | {(frozenset([name]), True, False) for name in embeddings}
 
 
@@ -709,7 +678,7 @@ def test_training_flags_and_gradients_are_left_alone():
 
 # TransformerLens' own loop
 
-if ON_LINE_3:
+if ON_3:
     from transformer_lens.train import HookedTransformerTrainConfig as LoopConfig
     from transformer_lens.train import train as transformer_lens_train
 else:

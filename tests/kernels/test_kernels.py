@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
+from helpers import needs_numba
 from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups, weights
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
@@ -41,7 +42,6 @@ SPECIAL = [
 ]
 dtypes = st.sampled_from([torch.float32, torch.float64])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-compiled = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
 
 
 def without_kernels(function, *arguments):
@@ -105,7 +105,7 @@ def value_and_gradient(x, k):
     return out.detach(), gradient
 
 
-@compiled
+@needs_numba
 @EXAMPLES
 @given(matrices(), st.floats(0, 1))
 @example(torch.tensor([[NAN, 1.0, -NAN, INF, 0.0]]), 0.5)  # two are NaN: they are the largest
@@ -121,7 +121,7 @@ def test_abs_topk_and_its_gradient_are_those_without_kernels(x, share):
     assert same(gradient, expected_gradient)
 
 
-@compiled
+@needs_numba
 @every_dtype
 @pytest.mark.parametrize(
     "shape", [(9,), (1, 9), (0, 9), (63, 33), (64, 2), (65, 257), (3, 50, 128), (2, 3, 4, 1000)]
@@ -137,7 +137,7 @@ def test_all_shapes(shape, dtype):
         assert (out.count_nonzero(-1) == k).all()
 
 
-@compiled
+@needs_numba
 def test_an_activation_that_is_zero_in_most_places():
     """Which zeros are kept decides where gradients go; rows with and without ties stand side by
     side.
@@ -191,7 +191,7 @@ def projected(x, k, minimum):
     return x
 
 
-@compiled
+@needs_numba
 @EXAMPLES
 @given(matrices(), st.floats(0, 1), st.integers(0, 6))
 @example(
@@ -203,7 +203,7 @@ def test_the_projection_is_that_without_kernels(x, share, minimum):
     assert torch.equal(a.nan_to_num(7, 8, 9), b.nan_to_num(7, 8, 9))
 
 
-@compiled
+@needs_numba
 @every_dtype
 def test_training_is_that_without_kernels(dtype):
     """Every weight after every step, while the fraction falls to where most rows are at their
@@ -238,7 +238,7 @@ def test_training_is_that_without_kernels(dtype):
     assert torch.equal(weights_of_every_step(), without_kernels(weights_of_every_step))
 
 
-@compiled
+@needs_numba
 def test_a_large_matrix_with_a_budget_for_few_beyond_the_minimum():
     x = (
         torch.randn(700, 300, generator=torch.Generator().manual_seed(0))
@@ -323,7 +323,7 @@ SCRIPT = """
 """
 
 
-@compiled
+@needs_numba
 def test_several_threads_and_a_forked_process():
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -331,7 +331,7 @@ def test_several_threads_and_a_forked_process():
     assert run.stdout == "child: 0\n"
 
 
-@compiled
+@needs_numba
 def test_a_thread_of_its_own():
     results = []
     thread = threading.Thread(

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tl_sparse
-from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
+from helpers import (
+    cancels,
+    full_config,
+    needs_numba,
+    random_tokens,
+    sparse_configs,
+    tiny_config,
+    tiny_model,
+)
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import ConfigError
@@ -29,7 +37,6 @@ from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.network.products import Compressed, Product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-needs_numba = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
 
 
 def sparse_matrix(d_in, d_out, density, dtype=torch.float32, seed=0):

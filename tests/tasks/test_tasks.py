@@ -360,9 +360,9 @@ def test_answers_that_cannot_be_told_apart(tokenizer, pair, candidates, longest)
     with pytest.raises(TokenizerError) as error:
         make_task_data(a_task(pair, candidates=candidates), tokenizer, 1, seed=0)
     assert str(error.value) == (
-        f"the answers {candidates[0]!r} and {candidates[1]!r} of task stub are, whole or shortened, not two different "
-        f"single tokens after {pair[0]!r} and {pair[1]!r}: the longest that are one token are {longest[0]!r} and "
-        f"{longest[1]!r}"
+        f"the answers {candidates[0]!r} and {candidates[1]!r} of task stub are, whole or "
+        f"shortened, not two different single tokens after {pair[0]!r} and {pair[1]!r}: "
+        f"the longest that are one token are {longest[0]!r} and {longest[1]!r}"
     )
 
 
@@ -467,7 +467,8 @@ def test_splits_of_a_file_are_disjoint_up_to_its_last_pair(like_gpt2, tmp_path, 
     selection = make_task_data(task, like_gpt2, first, seed=0)
     heldout = make_task_data(task, like_gpt2, second, seed=0, exclude=selection.prompts)
     assert len({*selection.prompts, *heldout.prompts}) == 2 * (first + second)
-    message = f"task ioi gave only {second} of {second + 1} pairs of distinct prompts, {2 * first} prompts excluded"
+    message = f"task ioi gave only {second} of {second + 1} pairs of distinct prompts, "
+    message += f"{2 * first} prompts excluded"
     with pytest.raises(TaskError, match=message):
         make_task_data(task, like_gpt2, second + 1, seed=0, exclude=selection.prompts)
 

@@ -8,7 +8,7 @@ write to the stream.
 from functools import partial
 from itertools import product
 
-from tl_sparse.faces.line import transformer_lens_line
+from helpers import ON_3
 
 
 def with_edge_hooks(model):
@@ -20,7 +20,8 @@ def with_edge_hooks(model):
 
 def fork(layer, letter):
     """The hook point of the heads' own q, k or v input; TransformerLens 4 moved it."""
-    return f"blocks.{layer}.{'attn.' if transformer_lens_line() == 4 else ''}hook_{letter}_input"
+    module = f"blocks.{layer}" if ON_3 else f"blocks.{layer}.attn"
+    return f"{module}.hook_{letter}_input"
 
 
 class Graph:

@@ -13,12 +13,11 @@ from edge_graph import Graph, with_edge_hooks
 from tool_models import dense_model, difference, prompts, sparse_model, stream_model
 from transformer_lens.tools import analysis
 
+from helpers import ON_3, only_on
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces.line import transformer_lens_line
 
-LINE = transformer_lens_line()
-line_4 = pytest.mark.skipif(LINE != 4, reason="TransformerLens 3.8 does not have it")
-line_3 = pytest.mark.skipif(LINE != 3, reason="TransformerLens 4 does it otherwise")
+line_4 = only_on(4, reason="TransformerLens 3.8 does not have it")
+line_3 = only_on(3, reason="TransformerLens 4 does it otherwise")
 
 MODELS = {
     "dense": dense_model,
@@ -272,7 +271,7 @@ def test_direct_path_patching_of_transformer_lens_3_warns_that_it_approximates()
 
 
 def attributed(model, tokens, unit):
-    if LINE == 4:  # TransformerLens 4 asks for it; the weights stay as they are
+    if not ON_3:  # TransformerLens 4 asks for it; the weights stay as they are
         model.enable_compatibility_mode(no_processing=True)
     return analysis.direct_logit_attribution(model, tokens, 3, 4, unit=unit)
 
@@ -299,7 +298,7 @@ def test_direct_logit_attribution_beside_a_bigram_table():
     model = sparse_model(bigram_table=True)
     tokens, _ = prompts(model, batch=1)
     logits, cache = model.run_with_cache(tokens)
-    if LINE == 4:
+    if not ON_3:
         with pytest.raises(UnsupportedError, match="bigram table"):
             attributed(model, tokens, "component")
     with pytest.warns(UserWarning, match="bigram table"):
@@ -349,12 +348,10 @@ def test_lenses_refuse_a_bigram_table():
 
 def test_the_jacobian_lens_refuses():
     """It reads and patches components of TransformerLens' own classes, by their names."""
-    error = (
-        (ValueError, "missing.*blocks")
-        if LINE == 4
-        else (TypeError, "supports TransformerBridge only")
-    )
-    with pytest.raises(error[0], match=error[1]):
+    error, message = TypeError, "supports TransformerBridge only"
+    if not ON_3:
+        error, message = ValueError, "missing.*blocks"
+    with pytest.raises(error, match=message):
         analysis.JacobianLens.fit(sparse_model(), ["a b c d"], corpus="test")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tl_sparse
-from helpers import word_tokenizer
+from helpers import has_hooks, node_means, word_tokenizer
 from micro import (
     EDGES,
     LOSS,
@@ -28,12 +28,9 @@ from micro import (
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import attribution_graph, to_networkx
-from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import _given, _parser, main
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
-from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.hooks import mean_activations
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view import contents as view
 from tl_sparse.view.contents import drawn, page_data
@@ -70,7 +67,7 @@ def large(n_layers, width, keep=1.0):
         for name, parameter in model.named_parameters():
             if name.startswith("blocks.") and "W_" in name:
                 parameter *= torch.rand(parameter.shape, generator=generator) < 0.8
-    means = mean_activations(model, list(node_hooks(model).values()), [micro_corpus()])
+    means = node_means(model, micro_corpus())
     kept = {
         name: torch.rand(mean.shape, generator=generator) < keep for name, mean in means.items()
     }
@@ -143,7 +140,7 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
 
 def test_it_is_the_same_each_time_and_leaves_the_model_alone(data, micro):
     assert page_data(micro_circuit(micro), micro, MICRO_TASK, micro_corpus()) == data
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
     assert all(p.requires_grad for p in micro.parameters())
 
 
@@ -180,9 +177,7 @@ def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
 def test_dense_models_have_pages_too():
     import test_families as families
 
-    llama = families.HOOKED["llama"] if transformer_lens_line() == 3 else families.BRIDGED["llama"]
-    model = families.hooked(**llama) if transformer_lens_line() == 3 else None
-    model = model or families.bridge(families.of_transformers(*llama))
+    model = families.small("llama")
     circuit = families.with_nodes(model, True)
     found = page_data(circuit, model, corpus=families.TOKENS)
     assert (len(found["nodes"]), len(found["edges"])) == (
@@ -203,10 +198,8 @@ def test_the_command_makes_the_circuit_again(micro):
         micro_circuit(micro), measured={"config": dataclasses.asdict(config) | {"old": 1}}
     )
     command = page_data(circuit, micro)["summary"]["command"]
-    assert (
-        command
-        == "tl-sparse prune micro micro --out circuit --method=integrated_gradients --steps=7 --tied-qk"
-    )
+    options = "--method=integrated_gradients --steps=7 --tied-qk"
+    assert command == f"tl-sparse prune micro micro --out circuit {options}"
     args = _parser().parse_args(shlex.split(command)[1:])
     assert PruneConfig(**_given(args, PruneConfig)) == config
 
