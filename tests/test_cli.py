@@ -1,6 +1,4 @@
-"""The command line end to end at small size, the README's snippets, and what a user sees after a
-mistake.
-"""
+"""The command line end to end, the README's snippets, and messages after mistakes."""
 
 import dataclasses
 import functools
@@ -222,9 +220,7 @@ def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
 
 
 def test_report_of_a_task_in_which_each_pair_has_its_answers():
-    """The embedding's and unembedding's entries are those of one pair, whose answers are shown as
-    their tokens.
-    """
+    """The entries of the (un)embedding are those of one pair, with its answers as tokens."""
 
     def sample(rng):
         return *MICRO_TASK.sample(rng), " yes", " no"

@@ -63,9 +63,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """`SparseConfig`'s network with RMSNorm, GELU, biases and no positions; weights are set by
-    `copy_weights`.
-    """
+    """A network with RMSNorm, GELU, biases and no positions; `copy_weights` sets its weights."""
 
     def __init__(self, cfg, topk):
         super().__init__()

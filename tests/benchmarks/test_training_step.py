@@ -36,9 +36,7 @@ MODELS = {"laptop": (TrainConfig().model, 25), "256": (LARGER, 4)}  # name: mode
 
 
 def trainer(model, abs_topk=True, weight_topk=True):
-    """In the middle of a training that projects after every step, to the final fraction from the
-    first one on.
-    """
+    """In the middle of a training whose fraction is final from the first step on."""
     model = model if abs_topk else dataclasses.replace(model, abs_topk={})
     config = TrainConfig(model=model, anneal_start=0.0, anneal_stop=0.0)
     made = Trainer(create(model, seed=0, device="cpu").train(), config)
@@ -71,9 +69,7 @@ class Timed:
 
 
 def peak_memory(name, sparse):
-    """Bytes that training adds to a process that has imported everything: in a process of its
-    own.
-    """
+    """The bytes that training takes, measured in a process of its own."""
     code = f"from benchmarks.test_training_step import *; print(added_memory({name!r}, {sparse}))"
     command = [sys.executable, "-c", f"import sys; sys.path = {sys.path!r}; {code}"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

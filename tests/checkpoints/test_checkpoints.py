@@ -1,6 +1,4 @@
-"""Model folders: OpenAI's and ours read exactly, ours written safely, and anything damaged
-named.
-"""
+"""Model folders: OpenAI's and ours are read exactly, and anything damaged is named."""
 
 import contextlib
 import json
@@ -222,9 +220,7 @@ def test_half_a_model_of_another_format_is_not_written_over(name, tmp_path):
 
 
 def as_openai_can_say_it(config):
-    """The nearest configuration that OpenAI's format has: one fraction, sinusoids only
-    concatenated.
-    """
+    """The nearest configuration that OpenAI's format can hold."""
     fraction = max(config.abs_topk.values(), default=None)
     sinusoidal = config.sinusoidal and config.positions == "concatenated"
     values = config.to_dict() | {

@@ -286,9 +286,7 @@ def bits(tensor):
 
 @pytest.fixture(scope="module")
 def sparse_model():
-    """A model in which 1 % of the entries of every matrix are not zero, and some of those are
-    -0.0.
-    """
+    """A model with 1 % of the entries of every matrix nonzero, and with some -0.0 among them."""
     model = create(
         SparseConfig(2, 256, 16, 16, 1024, 512, 128, attn_sinks=True, tied_unembed=True),
         0,

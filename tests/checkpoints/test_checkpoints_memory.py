@@ -1,6 +1,4 @@
-"""What it takes to load a model of the published size: 2048 wide, 8 layers, 1 % of the weights not
-zero.
-"""
+"""The memory that it takes to load a model 2048 wide, with 1 % of its weights nonzero."""
 
 import json
 import re

@@ -72,9 +72,7 @@ FORMATS = {
 
 
 def model_of(kind):
-    """A model with as many features as the format has; in compact storage most matrices are
-    sparse.
-    """
+    """A model with all features that the format has; for compact storage it is sparse."""
     if kind == "sparse_pretrain":
         return tiny_model(
             tiny_config(
@@ -170,9 +168,7 @@ def expanded(tensors):
 
 
 def said(folder, values):
-    """What a configuration file says, of what decides what the model computes; defaults for what it
-    leaves out.
-    """
+    """What a configuration file says of the model, with defaults for what it leaves out."""
     if folder.kind in ("dense", "compact"):
         fields = SparseConfig.__dataclass_fields__.values()
         defaults = {f.name: f.default for f in fields if f.default is not MISSING} | {
@@ -294,9 +290,7 @@ def renumbered_json(content, rng, huge):
 
 
 def renumbered_header(content, rng, huge):
-    """One number in a safetensors header changed, its length too, so that the rest stays in
-    place.
-    """
+    """One number in a safetensors header changed, and its length, so that the rest stays."""
     end = 8 + struct.unpack("<Q", content[:8])[0]
     header = renumbered_json(content[8:end], rng, huge)
     return struct.pack("<Q", len(header)) + header + content[end:]

@@ -325,9 +325,7 @@ def test_a_file_that_changed_since_is_fetched_anew(storage, folder):
 
 @pytest.mark.parametrize("ranges", [True, "always"])
 def test_a_file_that_changes_while_it_is_fetched_is_not_mixed(storage, folder, ranges):
-    """Between the question for its size and the download of the rest, whether or not If-Range is
-    honoured.
-    """
+    """It changes before the rest is fetched, whether or not the server honours If-Range."""
     storage.cuts, storage.ranges = [1000, None, None], ranges
     gets = iter([False, True, False])
 

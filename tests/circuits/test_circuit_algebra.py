@@ -1,6 +1,4 @@
-"""Circuits made of circuits: |, &, -, restricted, without, of_size; of nodes alone and with edge
-sets.
-"""
+"""Circuits made of circuits by |, &, -, restricted, without and of_size."""
 
 import dataclasses
 

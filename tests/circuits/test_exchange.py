@@ -1,6 +1,4 @@
-"""Circuits from OpenAI's files, and as lists of edges; on the model worked out on paper, and on one
-with heads.
-"""
+"""Circuits from OpenAI's files, and circuits as lists of edges."""
 
 import json
 
@@ -43,9 +41,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def two_heads():
-    """Two layers of two heads of four channels, with positional channels beside what blocks
-    read.
-    """
+    """Two layers of two heads of four channels, with concatenated positions."""
     config = SparseConfig(2, 16, 2, 4, 24, 30, 12, positions="concatenated", d_pos=4)
     return tl_sparse.create(config, seed=0, device="cpu")
 

@@ -1,6 +1,4 @@
-"""Documents: the idioms, the standard library, the user's files; and their packing into rows of
-tokens.
-"""
+"""Documents, built in or the user's, and their packing into rows of tokens."""
 
 import ast
 import dataclasses

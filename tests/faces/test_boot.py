@@ -1,6 +1,4 @@
-"""Our folders through other libraries' own doors: transformers' Auto classes and TransformerLens
-4's boot.
-"""
+"""Our folders opened by transformers' Auto classes and by TransformerLens 4's boot."""
 
 import subprocess
 import sys

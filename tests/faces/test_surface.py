@@ -1,6 +1,4 @@
-"""TransformerLens' surface on our models: optional hook points, generation, moves, and what
-refuses.
-"""
+"""What TransformerLens offers on our models: flagged hooks, generation, moves, refusals."""
 
 import base64
 import warnings
@@ -333,9 +331,7 @@ def test_the_first_residual_stream_resumes():
 
 
 def byte_vocabulary(folder, kind):
-    """The 256 bytes, `de`, ` x` and `<|endoftext|>` = 258, as a tokenizer.json or as a .tiktoken
-    file.
-    """
+    """259 tokens, the 256 bytes, `de`, ` x` and `<|endoftext|>`, as one of two kinds of file."""
     tokens = [bytes([i]) for i in range(256)] + [b"de", b" x"]
     path = folder / "vocabulary.tiktoken"
     path.write_text(

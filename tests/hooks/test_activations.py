@@ -1,6 +1,4 @@
-"""Means, ablation, gates and activation sparsity, by hook name, on our models and on
-TransformerLens' own.
-"""
+"""Means, ablation, gates and activation sparsity, on our models and on stock ones."""
 
 import contextlib
 
@@ -331,9 +329,7 @@ def test_keeping_everything_is_the_model(model):
 
 
 def test_sparse_activations_at_our_locations_is_the_sparse_architecture():
-    """A dense network of ours with AbsTopK hooked in computes what the configuration with AbsTopK
-    computes.
-    """
+    """AbsTopK hooked into a dense network computes what AbsTopK in the configuration does."""
     locations = {"attn_q": Q, "attn_v": V, "attn_out": ATTN_OUT}
     for_all = {
         name.replace("blocks.0", f"blocks.{i}"): 0.5
@@ -411,9 +407,7 @@ def test_means_keep_the_models_dtype():
 
 
 def test_means_do_not_lose_small_values_beside_large_ones(model):
-    """2²⁴ once, 1 fourteen times and 0 once: in float32, the ones are lost. The mean is exact in
-    float32.
-    """
+    """2²⁴ once, 1 fourteen times, 0 once: a sum in float32 loses the ones, though the mean fits."""
     values = iter([2.0**24] + [1.0] * 14 + [0.0])
     with hooked(
         model, {MLP_OUT: lambda activation, hook: torch.full_like(activation, next(values))}
@@ -531,9 +525,7 @@ def test_ablating_every_node_at_every_hook_point(model):
 
 
 def test_nested_ablations(model):
-    """Different nodes add up; of the same node the inner value counts, and the outer one again
-    afterwards.
-    """
+    """Different nodes add up; at the same node the inner value counts, then the outer again."""
     outer, inner = torch.tensor([True] * 8 + [False] * 4), torch.tensor([False] * 4 + [True] * 8)
     clean = cached(model, [ATTN_OUT])[ATTN_OUT]
     before = logits(model)
@@ -655,9 +647,7 @@ def surrogate_slope(tau, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.3])
 def test_the_gradient_of_tau_by_hand(model, temperature):
-    """Σ over batch and position of grad · (x − mean) · σ'(τ/T)/T; and x gets a gradient where it is
-    open.
-    """
+    """Σ grad · (x − mean) · σ'(τ/T)/T over batch and position; x has a gradient where open."""
     means = some_values()
     gates = gates_of(means, temperature=temperature)
     with (
@@ -681,9 +671,7 @@ def test_the_gradient_of_tau_by_hand(model, temperature):
 
 
 def test_gradients_against_autograd_on_a_straight_through_gate():
-    """The same in float64 with a gate of (τ > 0) + σ(τ/T) − σ(τ/T).detach(), for τ and for every
-    weight.
-    """
+    """The same in float64 with the gate (τ > 0) + σ(τ/T) − σ(τ/T).detach(), for all weights."""
     model = ours("float64")
     means = {name: mean.double() for name, mean in some_values().items()}
     gates = gates_of(means, temperature=0.7)
@@ -717,9 +705,7 @@ def test_gradients_against_autograd_on_a_straight_through_gate():
 
 
 def test_each_forward_pass_reaches_tau(model):
-    """Two passes in one backward pass give the sum of their gradients; several hook points share
-    one parameter.
-    """
+    """Two passes in one backward pass give the sum of their gradients."""
     gates = gates_of(some_values())
     separate = []
     with gates.attached(model):

@@ -1,6 +1,4 @@
-"""Compiled AbsTopK and weight top-k (numba) against NumPy and torch, and that nothing is missed
-without numba.
-"""
+"""Compiled AbsTopK and weight top-k against NumPy and torch, and without numba."""
 
 import subprocess
 import sys
@@ -139,9 +137,7 @@ def test_all_shapes(shape, dtype):
 
 @needs_numba
 def test_an_activation_that_is_zero_in_most_places():
-    """Which zeros are kept decides where gradients go; rows with and without ties stand side by
-    side.
-    """
+    """Which zeros are kept decides where gradients go, also beside rows without ties."""
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).relu()
     x[::3] = torch.where(torch.arange(32) < 5, x[::3], 0.0)
     out, gradient = value_and_gradient(x, 8)
@@ -206,9 +202,7 @@ def test_the_projection_is_that_without_kernels(x, share, minimum):
 @needs_numba
 @every_dtype
 def test_training_is_that_without_kernels(dtype):
-    """Every weight after every step, while the fraction falls to where most rows are at their
-    minimum.
-    """
+    """Every weight after every step, until most rows are at their minimum."""
     config = SparseConfig(
         n_layers=2,
         d_model=12,
@@ -254,9 +248,7 @@ def test_a_large_matrix_with_a_budget_for_few_beyond_the_minimum():
 
 
 class BrokenNumba(types.ModuleType):
-    """It raises at a decoration, or when what is decorated is first called, and would be
-    compiled.
-    """
+    """It raises at a decoration, or at the first call of what is decorated."""
 
     def __init__(self, when):
         super().__init__("numba")

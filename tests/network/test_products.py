@@ -1,6 +1,4 @@
-"""Products by the nonzero weights alone: those of the dense network, to rounding, whatever is done
-to the weights.
-"""
+"""Products by the nonzero weights alone are the dense ones, whatever is done to weights."""
 
 import copy
 import io
@@ -403,9 +401,7 @@ def test_compact_weights_can_be_set_loaded_and_moved(tmp_path, monkeypatch, numb
 @needs_numba
 @pytest.mark.slow
 def test_415_million_weights_in_a_tenth_of_their_memory(tmp_path):
-    """At 1/100, loaded and run on 64 tokens: in a process of its own, beside one with a tiny
-    model.
-    """
+    """The memory of a model at 1/100, in a process of its own, beside that of a tiny model."""
     config = SparseConfig(
         8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), bigram_table=True
     )

@@ -91,9 +91,7 @@ def means_of(model, batches=3):
 
 
 def state(model):
-    """Every parameter and buffer, also biases that a model does not have and that are zeros
-    then.
-    """
+    """Every parameter and buffer, also the zeros in place of biases that a model lacks."""
     tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -573,9 +571,7 @@ def test_the_number_of_edges_is_in_the_repr():
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_a_cut_edge_of_the_micro_circuit_on_paper(kept):
-    """The value channel's mean is 0, so without its first edge nothing is written; with a mean of 1
-    a constant is.
-    """
+    """With a mean of 0 nothing is written without the first edge; with 1 a constant is."""
     micro = micro_model()
     circuit = micro_circuit(micro)
     circuit = circuit.with_means(

@@ -145,9 +145,7 @@ def test_leftover_nodes_are_dropped(micro):
 
 
 def loss_of(strength):
-    """The loss of the micro model with all three nodes of its circuit at this share of what they
-    are.
-    """
+    """The loss of the micro model with its circuit's three nodes at this share."""
     a = WRITTEN * strength**3
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
 
@@ -171,9 +169,7 @@ def test_the_slope_on_paper_is_a_derivative():
     [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])],
 )
 def test_attribution_on_paper(micro, method, points, batch_size):
-    """All three nodes of the circuit are of the same importance, and all others of none: Σ gradient
-    · (x - mean).
-    """
+    """The circuit's nodes have the same importance, Σ gradient · (x - mean), others none."""
     config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
     circuit, (train, _, _) = micro_circuit(micro), task_splits(micro, MICRO_TASK, CONFIG)
     gates = NodeGates(circuit.means, init_bias=0.1, init_scale=0.0, seed=0)
@@ -302,9 +298,7 @@ def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
 
 
 def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
-    """Of the four that tokens write, the first tells A from B; of the answers nothing is in the
-    others.
-    """
+    """Of four channels the first tells A from B; nothing of the answers is in the others."""
     config = dataclasses.replace(CONFIG, embed_gates=True)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
@@ -328,9 +322,7 @@ def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
 
 
 def with_constant(micro):
-    """The answer depends on a constant that the MLP writes: its mean is all of it, and zero ruins
-    the task.
-    """
+    """The answer depends on a constant that the MLP writes: zero ruins it, the mean does not."""
     with torch.no_grad():
         micro.blocks[0].mlp.b_out[3] = 1.0
         micro.unembed.W_U[3, 4], micro.unembed.W_U[3, 5] = 10.0, -10.0
@@ -465,9 +457,7 @@ def test_the_model_is_as_it_was_after_an_exception(micro, step, monkeypatch):
 
 
 def test_no_set_of_nodes_is_necessary(micro):
-    """Where the prompts end in the token that the task is about, it reaches the answer past all
-    nodes.
-    """
+    """Where the prompts end in the token asked about, it reaches the answer past all nodes."""
     with torch.no_grad():
         micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
     task = dataclasses.replace(MICRO_TASK, sample=_ends_in, same_end=False)

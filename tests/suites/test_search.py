@@ -1,6 +1,4 @@
-"""The search for settings: what it minimises, how it goes on, what it refuses. Most of it with a
-made-up pruner.
-"""
+"""The search for settings: what it minimises, how it goes on, what it refuses."""
 
 import sqlite3
 import sys
@@ -34,9 +32,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """The settings that a made-up pruner is called with: of the hard task it finds no circuit if lr
-    is below 1e-3.
-    """
+    """The settings given to a made-up pruner, which fails at the hard task if lr < 1e-3."""
     configs = []
 
     def prune(model, task, tokens, config, progress, means):

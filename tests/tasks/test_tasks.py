@@ -375,9 +375,7 @@ def test_an_unknown_word_is_no_answer():
 
 @pytest.fixture(scope="module")
 def like_gpt2():
-    """Byte-level BPE cut as GPT-2's, and with its only special token, which begins, ends and
-    pads.
-    """
+    """A byte-level BPE as GPT-2's, with one special token that begins, ends and pads."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -582,9 +580,7 @@ def test_candidate_logits_are_those_after_the_last_token(data):
 
 
 def test_a_guess_that_ignores_the_opening_quote_loses_at_least_log_2(data):
-    """The two prompts of a pair are the same but for the opening quote, so a blind model cannot win
-    both.
-    """
+    """A pair's prompts differ in the opening quote alone: a blind model cannot win both."""
     blind = torch.randn(
         data.n_pairs, 2, generator=torch.Generator().manual_seed(0)
     ).repeat_interleave(2, dim=0)

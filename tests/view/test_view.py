@@ -44,9 +44,7 @@ HOSTILE = [
 
 
 def large(n_layers, width, keep=1.0):
-    """A circuit of all or a random share of the nodes and weights of a model that has the micro
-    task's tokens.
-    """
+    """A circuit of a random share of the nodes of a model with the micro task's tokens."""
     config = tl_sparse.SparseConfig(
         n_layers=n_layers,
         d_model=width,
@@ -326,9 +324,7 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Debian's, or one that playwright installed. Where there must be one, its absence is
-    an error.
-    """
+    """Chromium, the system's or playwright's; TL_SPARSE_BROWSER=required forbids to skip."""
     with ExitStack() as stack:
         try:
             from playwright.sync_api import sync_playwright
@@ -352,9 +348,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens a page's data or HTML; afterwards there must have been no error, and no request but for
-    the file.
-    """
+    """Opens a page; afterwards no error must have come, and no request but for the file."""
     pages, errors, requests = [], [], []
 
     def open_page(content, **options):
