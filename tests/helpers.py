@@ -17,8 +17,9 @@ from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 
-#: Whether TransformerLens 3 is installed, and not TransformerLens 4.
-ON_3 = transformer_lens_line() == 3
+#: The installed line of TransformerLens, 3 or 4.
+LINE = transformer_lens_line()
+ON_3 = LINE == 3
 GOLDEN = Path(__file__).parent / "golden"
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
@@ -26,7 +27,7 @@ needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is no
 
 def only_on(line, reason):
     """The mark of tests for one line of TransformerLens, 3 or 4."""
-    return pytest.mark.skipif(transformer_lens_line() != line, reason=reason)
+    return pytest.mark.skipif(line != LINE, reason=reason)
 
 
 def must_not_run(what):

@@ -10,7 +10,6 @@ from itertools import product
 
 from helpers import ON_3
 
-
 #: A bigram table has an edge of its own, from the tokens to the logits.
 TABLE_EDGE = (("hook_bigram", None), ("logits", None))
 
@@ -66,6 +65,16 @@ class Graph:
         names = {name for name, _ in self.writers} | {"hook_bigram"}
         return self.model.run_with_cache(tokens, names_filter=lambda name: name in names)[1]
 
+    def _input(self, reader, current_outputs, corrupt_outputs, kept):
+        """The sum of what a reader reads."""
+        total = sum(block.attn.b_O for block in self.model.blocks[: self.n_biases[reader]])
+        for edge in self.edges:
+            writer, its_reader = edge
+            if its_reader == reader:
+                outputs = current_outputs if edge in kept else corrupt_outputs
+                total = total + output_of(writer, outputs)
+        return total
+
     def logits(self, clean, corrupt_outputs, kept):
         """The clean run, in which every edge outside `kept` carries the corrupt run's value."""
         current_outputs = {}
@@ -74,13 +83,7 @@ class Graph:
             current_outputs[hook.name] = x
 
         def input_of(reader):
-            total = sum(block.attn.b_O for block in self.model.blocks[: self.n_biases[reader]])
-            for writer, its_reader in self.edges:
-                if its_reader == reader:
-                    is_kept = (writer, reader) in kept
-                    outputs = current_outputs if is_kept else corrupt_outputs
-                    total = total + output_of(writer, outputs)
-            return total
+            return self._input(reader, current_outputs, corrupt_outputs, kept)
 
         def replace_input(x, hook, name):
             for reader in self.n_biases:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from helpers import ON_3, random_tokens, tiny_config, tiny_model, word_tokenizer
+from helpers import LINE, random_tokens, tiny_config, tiny_model, word_tokenizer
 from tl_sparse.network.config import TOPK_LOCATIONS
 
 #: The paper's eight locations: all but the stream itself.
@@ -62,7 +62,7 @@ def difference(logits):
 
 def requires(module, line=None):
     """Skip a test module without this tool, or on a line that the tool does not support."""
-    if line is not None and ON_3 != (line == 3):
+    if line not in (None, LINE):
         pytest.skip(f"{module} needs TransformerLens {line}", allow_module_level=True)
     if find_spec(module) is None:
         pytest.skip(f"{module} is not installed (the extra `tools`)", allow_module_level=True)

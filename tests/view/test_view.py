@@ -104,14 +104,12 @@ def test_data_of_the_micro_circuit_on_paper(data, micro):
     assert written["tokens"] == [[[yes, 3.0]], [[no, -3.0]]]
     assert read["tokens"] == [[[VOCABULARY["A"], 1.0]], [[VOCABULARY["B"], -1.0]]]
     ends = data["ends"]
-    assert [[data["vocab"][i] for i in ends[key]] for key in ("tokens", "candidates")] == [
-        ["A", "B", "yes", "no"],
-        ["yes", "no"],
-    ]
-    assert (ends["embed"], ends["unembed"]) == (
-        [[0, 0, 1.0], [1, 0, -1.0]],
-        [[2, 0, 3.0], [2, 1, -3.0]],
-    )
+    words = [data["vocab"][token] for token in ends["tokens"]]
+    candidates = [data["vocab"][token] for token in ends["candidates"]]
+    assert words == ["A", "B", "yes", "no"]
+    assert candidates == ["yes", "no"]
+    assert ends["embed"] == [[0, 0, 1.0], [1, 0, -1.0]]
+    assert ends["unembed"] == [[2, 0, 3.0], [2, 1, -3.0]]
 
 
 def test_prompts_and_passages_have_the_values_on_paper(data):
@@ -297,26 +295,37 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
     assert embedded((tmp_path / "page.html").read_text())["nodes"][0]["name"] == NODES[0]
     assert main(["export", "circuit", "-o", "c.dot", "--device", "cpu"]) == 0
     assert "digraph" in (tmp_path / "c.dot").read_text()
-    nameless = dataclasses.replace(micro_circuit(micro), model_name="")
-    nameless.save(tmp_path / "nameless")
-    dataclasses.replace(nameless, model_name="gone").save(tmp_path / "homeless")
-    for arguments, message in (
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
         (
-            ["view", "nameless", "-o", "x.html"],
+            "view nameless -o x.html",
             "nameless does not name its model; give it with --model",
         ),
-        (["view", "homeless", "-o", "x.html"], "give the circuit's model with --model"),
-        (["view", "homeless", "-o", "x.html", "--model", "lost"], "'lost' is not a folder"),
-        (["view", "nowhere", "-o", "x.html"], "nowhere"),
-        (["view", "circuit", "-o", "circuit"], "cannot write circuit: it is a folder"),
-        (["view", "circuit", "-o", "page.html/x.html"], "cannot write page.html/x.html"),
-        (["view", "circuit", "-o", "x.html", "--corpus", "none/*.py"], "none/*.py"),
-        (["view", "circuit", "-o", "x.html", "--task", "macro"], "no task 'macro'"),
-        (["export", "circuit", "-o", "x.gexf"], "nothing is exported as '.gexf'"),
-    ):
-        assert main(arguments) == 1, arguments
-        assert message in capsys.readouterr().err.splitlines()[-1]
-        assert not list(tmp_path.glob("*x.*"))
+        ("view homeless -o x.html", "give the circuit's model with --model"),
+        ("view homeless -o x.html --model lost", "'lost' is not a folder"),
+        ("view nowhere -o x.html", "nowhere"),
+        ("view circuit -o circuit", "cannot write circuit: it is a folder"),
+        ("view circuit -o page.html/x.html", "cannot write page.html/x.html"),
+        ("view circuit -o x.html --corpus none/*.py", "none/*.py"),
+        ("view circuit -o x.html --task macro", "no task 'macro'"),
+        ("export circuit -o x.gexf", "nothing is exported as '.gexf'"),
+    ],
+)
+def test_mistakes_leave_no_file(command, message, micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tl_sparse.tasks.TASKS, "micro", MICRO_TASK)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.html").write_text("a page")
+    micro.save_pretrained(tmp_path / "micro")
+    circuit = micro_circuit(micro)
+    circuit.save(tmp_path / "circuit")
+    dataclasses.replace(circuit, model_name="").save(tmp_path / "nameless")
+    dataclasses.replace(circuit, model_name="gone").save(tmp_path / "homeless")
+    assert main(command.split()) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("*x.*"))
 
 
 # In a browser from here on.
