@@ -275,7 +275,7 @@ def test_without_numba(monkeypatch, numba):
     monkeypatch.setitem(sys.modules, "numba", numba)
     for name in ("products", "topk"):
         monkeypatch.delitem(sys.modules, f"tl_sparse.kernels.{name}", raising=False)
-        monkeypatch.delattr(kernels, name, raising=False)
+        monkeypatch.delattr(tl_sparse.kernels, name, raising=False)
     kernels._compiled.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:

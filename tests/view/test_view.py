@@ -258,11 +258,11 @@ def test_a_page_too_large_has_fewer_prompts_then_passages(data, monkeypatch):
     full = len(Page(data).html)
     without = full - len(json.dumps(data["prompts"][1:]))
     for limit, prompts in ((full - 10, 7), (without, 1)):
-        monkeypatch.setattr(view, "MAX_BYTES", limit)
+        monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", limit)
         page = Page(data).html
         assert len(page) <= limit
         assert len(embedded(page)["prompts"]) <= prompts
-    monkeypatch.setattr(view, "MAX_BYTES", 1000)
+    monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", 1000)
     with pytest.raises(CircuitError, match="draw fewer edges"):
         _ = Page(data).html
 
