@@ -1,26 +1,50 @@
-"""Small models, configurations and tokenizers for the tests."""
+"""Small models, configurations, circuits and tokenizers, and other things that many tests need."""
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.checkpoints.loading import create
+from tl_sparse.circuits.families import node_hooks
 from tl_sparse.faces.line import transformer_lens_line
+from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
 
-ON_3 = transformer_lens_line() == 3
+#: The installed line of TransformerLens, 3 or 4.
+LINE = transformer_lens_line()
+ON_3 = LINE == 3
 GOLDEN = Path(__file__).parent / "golden"
+
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+
+
+def only_on(line, reason):
+    """The mark of tests for one line of TransformerLens, 3 or 4."""
+    return pytest.mark.skipif(line != LINE, reason=reason)
+
+
+def must_not_run(what):
+    """A stand-in for a function that the test expects not to be called; `what` is what it does."""
+
+    def stub(*args, **kwargs):
+        pytest.fail(f"this must not happen: {what}")
+
+    return stub
 
 
 def script_environment():
-    """The environment of a test file that is run as a script: it can import these helpers."""
-    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    """The environment in which a test file can be run as a script: it finds these helpers."""
+    folders = [str(Path(__file__).parent)]
+    if "PYTHONPATH" in os.environ:
+        folders.append(os.environ["PYTHONPATH"])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 def tiny_config(**changes):
@@ -32,16 +56,25 @@ def tiny_config(**changes):
 def full_config(**changes):
     """Two layers with every feature that fits beside the others."""
     features = dict(
-        n_layers=2, normalization="layer", norm_bias=True, act_fn="relu", resid_relu=True, attn_sinks=True,
-        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7), bigram_table=True, logits_bias=True,
-        positions="concatenated", d_pos=4,
-    )  # fmt: skip
+        n_layers=2,
+        normalization="layer",
+        norm_bias=True,
+        positions="concatenated",
+        d_pos=4,
+        attn_sinks=True,
+        act_fn="relu",
+        resid_relu=True,
+        abs_topk=dict.fromkeys(TOPK_LOCATIONS, 0.7),
+        bigram_table=True,
+        logits_bias=True,
+    )
     return tiny_config(**(features | changes))
 
 
 def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
-    """A model in which every learned parameter matters: also norms, biases and sinks are random."""
-    config = tiny_config(**changes) if config is None else config
+    """A model in which every learned parameter matters: norms, biases and sinks are random too."""
+    if config is None:
+        config = tiny_config(**changes)
     model = create(config, seed, tokenizer, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,19 +87,18 @@ def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
 
 def stock_model(**changes):
     """A small dense model of TransformerLens' own, on either line."""
-    sizes = dict(
-        n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=12, d_vocab=24, n_ctx=10, act_fn="gelu"
-    )
-    sizes |= dict(normalization_type="LN", seed=0, device="cpu") | changes
-    if transformer_lens_line() == 3:
+    sizes = dict(n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=12, d_vocab=24, n_ctx=10)
+    options = dict(act_fn="gelu", normalization_type="LN", seed=0, device="cpu")
+    config = sizes | options | changes
+    if ON_3:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return HookedTransformer(HookedTransformerConfig(**sizes))
+            return HookedTransformer(HookedTransformerConfig(**config))
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_native(sizes)
+    return TransformerBridge.boot_native(config)
 
 
 def random_tokens(model_or_config, batch=2, length=None, seed=0):
@@ -76,10 +108,30 @@ def random_tokens(model_or_config, batch=2, length=None, seed=0):
     return torch.randint(cfg.d_vocab, (batch, length or cfg.n_ctx), generator=generator)
 
 
+def node_means(model, *batches):
+    """Hook name → mean, of every hook point whose entries can be nodes of a circuit."""
+    return mean_activations(model, list(node_hooks(model).values()), batches)
+
+
+def random_masks(means, share, generator):
+    """Hook name → which nodes are kept: each with the probability `share`."""
+    masks = {}
+    for name, mean in means.items():
+        masks[name] = torch.rand(mean.shape, generator=generator) < share
+    return masks
+
+
+def has_hooks(model):
+    """Whether any function is attached to a hook point."""
+    return any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def copied_parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def cancels(model, tokens):
-    """Whether a residual stream is nothing but rounding noise somewhere, which the norms would make
-    large.
-    """
+    """Whether the residual stream is mere rounding noise somewhere, which norms make large."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
     largest = torch.stack([resid.abs().amax(-1) for resid in cache.values()])
     return bool(((largest > 0) & (largest < 1e-9)).any())
@@ -120,11 +172,16 @@ def sparse_configs(draw):
 
 
 def word_tokenizer(words, **special):
-    """A tokenizer whose tokens are the given words, with ids in their order; the first is the
-    unknown one.
-    """
-    backend = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
-    )
+    """A tokenizer of the given words, in the order of their ids; the first is the unknown one."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=words[0], **special)
+
+
+def command_flags(settings):
+    """Settings as the flags of a command: {"l0_fraction": 0.5} → ["--l0-fraction", "0.5"]."""
+    flags = []
+    for name, value in settings.items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
+    return flags

@@ -1,6 +1,4 @@
-"""A web server on 127.0.0.1, for the tests of everything that is fetched; what it answers is a
-function.
-"""
+"""A web server on this machine that answers by a function: for tests of all that is fetched."""
 
 import json
 import threading
@@ -13,8 +11,11 @@ from huggingface_hub import constants
 
 @dataclass
 class Answer:
-    """Content-Length is the body's unless `headers` have another, or None; after `cut` bytes the
-    connection ends.
+    """What a server answers.
+
+    Attributes:
+        headers: Content-Length is the body's, unless it is here with another value or None.
+        cut: the connection ends after so many bytes of the body.
     """
 
     body: bytes = b""
@@ -25,9 +26,7 @@ class Answer:
 
 @contextmanager
 def serving(respond):
-    """The address of a server that answers a request (method, path, headers) with `respond(…)`, an
-    `Answer`.
-    """
+    """The address of a server that gives the `Answer` of `respond(method, path, headers)`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -58,8 +57,7 @@ def serving(respond):
 
 
 class FakeHub:
-    """The part of the hub's HTTP interface that `snapshot_download` uses, for one repository with
-    one commit.
+    """What `snapshot_download` uses of the hub: for one repository with one commit.
 
     Attributes:
         files: path → content.
@@ -70,7 +68,10 @@ class FakeHub:
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def __init__(self, repo, files, refused=None, revisions=("main",)):
-        self.repo, self.files, self.refused, self.revisions = repo, files, refused or {}, revisions
+        self.repo = repo
+        self.files = files
+        self.refused = refused or {}
+        self.revisions = revisions
         self.asked = []
 
     def __call__(self, method, path, headers):
@@ -86,10 +87,12 @@ class FakeHub:
 
     def _api(self, path):
         if path.startswith(f"/api/models/{self.repo}/tree/"):
-            return Answer(json.dumps([
-                {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
-                for name, content in self.files.items()
-            ]).encode())  # fmt: skip
+            listing = []
+            for name, content in self.files.items():
+                listing.append(
+                    {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
+                )
+            return Answer(json.dumps(listing).encode())
         if not path.startswith(f"/api/models/{self.repo}"):
             return Answer(status=404, headers={"X-Error-Code": "RepoNotFound"})
         revision = path.partition("/revision/")[2] or "main"

@@ -17,22 +17,28 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
+from helpers import node_means, word_tokenizer
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.files import write_tensors
-from tl_sparse.hooks import mean_activations
 from tl_sparse.tasks.task import Task
 
 W_V, W_O, W_U = 1.5, 2.0, 3.0
 WRITTEN = 2 * W_V * W_O / 6
 #: Task loss of the model, and of its circuit: softplus of minus the logit difference.
 LOSS = math.log1p(math.exp(-2 * W_U * WRITTEN / math.sqrt((1 + WRITTEN**2) / 4)))
+#: A pruning of seconds that finds the circuit.
+QUICK_SETTINGS = {
+    "target_loss": 2 * LOSS,
+    "steps": 30,
+    "train_pairs": 32,
+    "selection_pairs": 8,
+    "heldout_pairs": 8,
+}
 FILLERS = [f"f{i}" for i in range(30)]
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "A", "B", "end", "yes", "no", *FILLERS])}
 
@@ -42,11 +48,7 @@ EDGES = [("0.attn_in.0", "0.attn_v.0", W_V), ("0.attn_v.0", "0.attn_out.2", W_O)
 
 
 def micro_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>"
-    )
+    return word_tokenizer(list(VOCABULARY), bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
 def micro_model(tokenizer=None):
@@ -78,7 +80,7 @@ def micro_model(tokenizer=None):
 
 
 def _sample(rng: random.Random) -> tuple[str, str]:
-    before, between, after = rng.choice(FILLERS), rng.choice(FILLERS), rng.choice(FILLERS)
+    before, between, after = [rng.choice(FILLERS) for _ in range(3)]
     return f"{before} {between} A {after} end", f"{before} {between} B {after} end"
 
 
@@ -87,17 +89,28 @@ MICRO_TASK = Task("micro", "was it A or B?", (" yes", " no"), _sample)
 
 def micro_corpus() -> torch.Tensor:
     """Rows in which A and B stand equally often, so that the means of the circuit's nodes are 0."""
-    rows = [[0, 6 + i, 7 + i, letter, 8 + i, 3] for i in range(20) for letter in (1, 2)]
+    start, end = VOCABULARY["<s>"], VOCABULARY["end"]
+    first_filler = VOCABULARY["f0"]
+    rows = []
+    for i in range(20):
+        fillers = range(first_filler + i, first_filler + i + 3)
+        for letter in (VOCABULARY["A"], VOCABULARY["B"]):
+            rows.append([start, fillers[0], fillers[1], letter, fillers[2], end])
     return torch.tensor(rows)
 
 
 def micro_circuit(micro) -> Circuit:
-    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    means = node_means(micro, micro_corpus())
     kept = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
     kept["blocks.0.ln1.hook_read"][0] = True
     kept["blocks.0.attn.hook_v"][0, 0] = True
     kept["blocks.0.hook_attn_out"][2] = True
     return Circuit(kept, means, fingerprint(micro), "micro", "micro")
+
+
+def triples(edges) -> list[tuple[str, str, float]]:
+    """Edges as EDGES has them."""
+    return [(str(edge.source), str(edge.target), edge.weight) for edge in edges]
 
 
 def save_micro(folder: Path) -> str:
@@ -109,8 +122,10 @@ def save_micro(folder: Path) -> str:
 
 def save_pairs(path: Path, answers: tuple[str, str] = (" yes", " no"), n_pairs: int = 128) -> str:
     """Pairs of the task as a file; with swapped answers it is one that the model does not solve."""
-    rng, pairs = random.Random(0), {}
+    rng = random.Random(0)
+    pairs = {}  # as keys: each pair once, in their order
     while len(pairs) < n_pairs:
         pairs[MICRO_TASK.sample(rng)] = None
-    path.write_text("\n".join(json.dumps({"prompts": pair, "answers": answers}) for pair in pairs))
+    lines = [json.dumps({"prompts": pair, "answers": answers}) for pair in pairs]
+    path.write_text("\n".join(lines))
     return str(path)

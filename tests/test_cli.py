@@ -1,6 +1,4 @@
-"""The command line end to end at small size, the README's snippets, and what a user sees after a
-mistake.
-"""
+"""The command line end to end, the README's snippets, and messages after mistakes."""
 
 import dataclasses
 import functools
@@ -14,12 +12,13 @@ import torch
 
 import tl_sparse
 from formats import write_circuitgpt, write_openai
-from helpers import full_config, tiny_model
+from helpers import command_flags, full_config, tiny_model
 from loopback import cache_snapshot
 from micro import (
     EDGES,
     LOSS,
     MICRO_TASK,
+    QUICK_SETTINGS,
     micro_circuit,
     micro_corpus,
     micro_model,
@@ -37,13 +36,20 @@ from tl_sparse.training.measures import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = {
-    "d_model": 16, "n_heads": 2, "d_head": 4, "d_mlp": 32, "d_vocab": 512, "n_ctx": 128, "steps": 4, "batch_size": 4,
+    "d_model": 16,
+    "n_heads": 2,
+    "d_head": 4,
+    "d_mlp": 32,
+    "d_vocab": 512,
+    "n_ctx": 128,
+    "steps": 4,
+    "batch_size": 4,
     "l0_fraction": 0.25,
-    "stdlib_chars": 20_000, "idiom_chars": 60_000, "device": "cpu",
-}  # fmt: skip
-TINY_FLAGS = [
-    text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+    "stdlib_chars": 20_000,
+    "idiom_chars": 60_000,
+    "device": "cpu",
+}
+TINY_FLAGS = command_flags(TINY)
 # A model of four steps knows nothing: any loss is good enough to see the pruner run.
 PRUNE = {
     "target_loss": 5.0,
@@ -52,9 +58,7 @@ PRUNE = {
     "selection_pairs": 8,
     "heldout_pairs": 8,
 }
-PRUNE_FLAGS = [
-    text for name, value in PRUNE.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+PRUNE_FLAGS = command_flags(PRUNE)
 
 
 @pytest.fixture(scope="module")
@@ -151,25 +155,17 @@ def test_mistakes_in_a_configuration_file(text, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def run_prune(model, task, out, *flags):
+    command = ["prune", str(model), str(task), "--out", str(out), "--device", "cpu"]
+    assert main([*command, *PRUNE_FLAGS, *flags]) == 0
+    return tl_sparse.Circuit.load(out)
+
+
 def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys):
     out = tmp_path / "circuit"
-    assert (
-        main(
-            [
-                "prune",
-                str(trained),
-                "single_double_quote",
-                "--out",
-                str(out),
-                "--device",
-                "cpu",
-                *PRUNE_FLAGS,
-            ]
-        )
-        == 0
-    )
+    circuit = run_prune(trained, "single_double_quote", out)
     printed = capsys.readouterr().out
-    circuit, model = tl_sparse.Circuit.load(out), tl_sparse.load(trained, device="cpu")
+    model = tl_sparse.load(trained, device="cpu")
     assert circuit.task == "single_double_quote"
     assert circuit.model_name == "model"
     assert f"{circuit.n_nodes} nodes of" in printed
@@ -177,89 +173,75 @@ def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys)
     for score in ("the full model", "the circuit alone", "the model without the circuit"):
         assert score in printed
     assert (out / "report.txt").read_text().strip() in printed
-    held = circuit.measured["heldout"]
-    assert f"{held['circuit']['loss']:.3f}" in printed
-    assert held["n_pairs"] == 8
+    heldout = circuit.measured["heldout"]
+    assert f"{heldout['circuit']['loss']:.3f}" in printed
+    assert heldout["n_pairs"] == 8
 
 
 def test_prune_takes_means_over_other_text(trained, tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n" * 200)
     (tmp_path / "b.py").write_text("y = 2\n" * 200)
-    arguments = ["--corpus", str(tmp_path / "*.py"), "--device", "cpu", *PRUNE_FLAGS]
-    assert (
-        main(
-            ["prune", str(trained), "single_double_quote", "--out", str(tmp_path / "c"), *arguments]
-        )
-        == 0
-    )
+    corpus = str(tmp_path / "*.py")
+    circuit = run_prune(trained, "single_double_quote", tmp_path / "c", "--corpus", corpus)
     own = tl_sparse.load_corpus(trained, None, 128)
-    assert tl_sparse.Circuit.load(tmp_path / "c").measured["corpus_tokens"] != own.numel()
+    assert circuit.measured["corpus_tokens"] != own.numel()
 
 
 def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
-    pairs = [
-        {"prompts": [f"print([{n}", f"print(({n}"], "answers": ["])", "))"]} for n in range(32)
-    ]
-    (tmp_path / "brackets.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    arguments = [
-        "--out",
-        str(tmp_path / "circuit"),
-        "--device",
-        "cpu",
-        *PRUNE_FLAGS,
-        "--init-bias",
-        "1",
-    ]
-    assert main(["prune", str(trained), str(tmp_path / "brackets.jsonl"), *arguments]) == 0
-    printed = capsys.readouterr().out
-    assert "\nCircuit of brackets in model\n\n====" in printed
-    assert tl_sparse.Circuit.load(tmp_path / "circuit").task == "brackets"
+    lines = []
+    for n in range(32):
+        pair = {"prompts": [f"print([{n}", f"print(({n}"], "answers": ["])", "))"]}
+        lines.append(json.dumps(pair))
+    task = tmp_path / "brackets.jsonl"
+    task.write_text("\n".join(lines))
+    circuit = run_prune(trained, task, tmp_path / "circuit", "--init-bias", "1")
+    assert circuit.task == "brackets"
+    assert "\nCircuit of brackets in model\n\n====" in capsys.readouterr().out
 
 
 def test_report_of_a_task_in_which_each_pair_has_its_answers():
-    """The embedding's and unembedding's entries are those of one pair, whose answers are shown as
-    their tokens.
-    """
+    """The entries of the (un)embedding are those of one pair, with its answers as tokens."""
 
     def sample(rng):
         return *MICRO_TASK.sample(rng), " yes", " no"
 
-    model, each = micro_model(), dataclasses.replace(MICRO_TASK, candidates=None, sample=sample)
+    model = micro_model()
+    each = dataclasses.replace(MICRO_TASK, candidates=None, sample=sample)
     config = PruneConfig(
         target_loss=2 * LOSS, steps=60, train_pairs=64, selection_pairs=16, heldout_pairs=16
     )
     circuit, evaluation = tl_sparse.prune(model, each, micro_corpus(), config, progress=False)
-    texts = [tl_sparse.report(circuit, model, one, evaluation) for one in (MICRO_TASK, each)]
-    assert texts[1].startswith("Circuit of micro in ")
-    assert "?" not in texts[1].splitlines()[0]
-    assert "What one pair's tokens bring" in texts[1]
-    rest = [
-        text.replace("one pair's tokens", "the task's tokens").split("\n")[3:] for text in texts
-    ]
-    assert rest[0] == rest[1]
-    assert "2  +3.000  -3.000" in re.sub(" +", "  ", texts[1])
+    of_one = tl_sparse.report(circuit, model, MICRO_TASK, evaluation)
+    of_each = tl_sparse.report(circuit, model, each, evaluation)
+    assert of_each.startswith("Circuit of micro in ")
+    assert "?" not in of_each.splitlines()[0]
+    assert "What one pair's tokens bring" in of_each
+    in_the_words_of_one = of_each.replace("one pair's tokens", "the task's tokens")
+    assert in_the_words_of_one.split("\n")[3:] == of_one.split("\n")[3:]
+    assert "2  +3.000  -3.000" in re.sub(" +", "  ", of_each)
 
 
-def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
-    model, task = save_micro(tmp_path / "model"), save_pairs(tmp_path / "micro.jsonl")
-    sizes = [
-        "--target-loss",
-        str(2 * LOSS),
-        "--steps",
-        "30",
-        "--train-pairs",
-        "32",
-        "--selection-pairs",
-        "8",
-    ]
+FIRST_EDGE = "{} → {}  {:+.3f}".format(*EDGES[0])
+
+
+@pytest.fixture
+def pruned(tmp_path, capsys):
+    """The folder of a circuit of the micro model, and the command that evaluates it."""
+    model = save_micro(tmp_path / "model")
+    task = save_pairs(tmp_path / "micro.jsonl")
     out = str(tmp_path / "circuit")
-    assert main(["prune", model, task, "--out", out, "--heldout-pairs", "8", *sizes]) == 0
+    flags = command_flags(QUICK_SETTINGS)
+    assert main(["prune", model, task, "--out", out, *flags]) == 0
     capsys.readouterr()
-    command = ["evaluate", out, "--model", model, "--task", task]
+    return out, ["evaluate", out, "--model", model, "--task", task]
+
+
+def test_evaluate_measures_a_circuit_on_held_out_pairs(pruned, tmp_path):
+    circuit, command = pruned
     assert main([*command, "-o", str(tmp_path / "all.json")]) == 0
-    found, printed = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
+    found = json.loads((tmp_path / "all.json").read_text())
     # The pairs, and so the figures, that prune judged it by.
-    assert found["evaluation"] == tl_sparse.Circuit.load(out).measured["heldout"]
+    assert found["evaluation"] == tl_sparse.Circuit.load(circuit).measured["heldout"]
     assert found["kinds"] == {
         "attn_in": 1,
         "attn_v": 1,
@@ -271,29 +253,39 @@ def test_evaluate_measures_a_circuit_on_held_out_pairs(tmp_path, capsys):
     assert by_size[3] == pytest.approx(LOSS, rel=1e-3)
     assert by_size[2] == pytest.approx(math.log(2))
     assert [sized["n_nodes"] for sized in found["random"]] == [3] * 8
-    edge = "{} → {}  {:+.3f}".format(*EDGES[0])
-    assert found["effects"][edge] == pytest.approx(math.log(2) - LOSS, abs=1e-4)
-    for line in (
-        "On 8 held-out pairs",
-        "… the rest resampled",
-        "nodes ranked highest",
-        "mean loss at random: ",
-        edge,
-    ):
-        assert line in printed
-    # Others, which are none of those it was found with.
-    seen = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            "tl_sparse.evaluation.full_evaluation", lambda *given: seen.append(given[2]) or found
-        )
-        assert main([*command, "--pairs", "64", "--seed", "0"]) == 0
+    assert found["effects"][FIRST_EDGE] == pytest.approx(math.log(2) - LOSS, abs=1e-4)
+
+
+def test_evaluate_prints_what_it_measured(pruned, capsys):
+    _, command = pruned
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "On 8 held-out pairs" in printed
+    assert "… the rest resampled" in printed
+    assert "nodes ranked highest" in printed
+    assert "mean loss at random: " in printed
+    assert FIRST_EDGE in printed
+
+
+def test_evaluate_takes_other_pairs_that_pruning_did_not_see(pruned, tmp_path, monkeypatch):
+    circuit, command = pruned
     from tl_sparse.pruning.pruner import task_splits
 
-    config = PruneConfig(**tl_sparse.Circuit.load(out).measured["config"])
-    used = task_splits(micro_model(), tl_sparse.get_task(task), config)[:2]
-    assert seen[0].n_pairs == 64
-    assert not set(seen[0].prompts) & {prompt for data in used for prompt in data.prompts}
+    real = tl_sparse.evaluation.full_evaluation
+    seen = []
+
+    def remembering(*arguments):
+        seen.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr("tl_sparse.evaluation.full_evaluation", remembering)
+    assert main([*command, "--pairs", "64", "--seed", "0"]) == 0
+    config = PruneConfig(**tl_sparse.Circuit.load(circuit).measured["config"])
+    task = tl_sparse.get_task(command[-1])
+    train, selection, _ = task_splits(micro_model(), task, config)
+    (data,) = seen
+    assert data.n_pairs == 64
+    assert not set(data.prompts) & {*train.prompts, *selection.prompts}
 
 
 def test_evaluate_names_what_is_missing(tmp_path, capsys):
@@ -455,12 +447,8 @@ def test_demo_at_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "tl_sparse.checkpoints.corpus_sample.load_documents", lambda config: less_text
     )
-    assert (
-        main(
-            ["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2", "--device", "cpu"]
-        )
-        == 1
-    )
+    command = ["demo", "--train", "--out", str(tmp_path / "demo"), "--steps", "2"]
+    assert main([*command, "--device", "cpu"]) == 1
     printed = capsys.readouterr()
     assert "Training a small transformer" in printed.out
     assert "full model's loss on single_double_quote" in printed.err

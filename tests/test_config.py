@@ -1,6 +1,4 @@
-"""Configurations: what is refused and how, that nothing is lost as JSON, and that they are light to
-import.
-"""
+"""Configurations: what is refused, that JSON loses nothing, that they import fast."""
 
 import dataclasses
 import json
@@ -234,7 +232,6 @@ def test_defaults_are_possible():
 
 
 # --- light to import
-# ----------------------------------------------------------------------------------------
 
 
 def seconds(code):
@@ -278,7 +275,6 @@ def test_repr_is_the_shortest_call():
 
 
 # --- presets, files, flags
-# ------------------------------------------------------------------------------------
 
 
 def test_presets_are_possible_and_of_the_published_sizes():

@@ -38,9 +38,11 @@ def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
 @pytest.fixture
 def a_run(tmp_path):
     config = TrainConfig(
-        model=tl_sparse.SparseConfig(1, 16, 2, 8, 32, 512, 128, bigram_table=True), steps=2, l0_fraction=0.25,
+        model=tl_sparse.SparseConfig(1, 16, 2, 8, 32, 512, 128, bigram_table=True),
+        steps=2,
+        l0_fraction=0.25,
         data=DataConfig(stdlib_chars=0, idiom_chars=60_000),
-    )  # fmt: skip
+    )
     tl_sparse.train(config, tmp_path / "my-run", "cpu", progress=False)
     return tmp_path / "my-run"
 
@@ -95,8 +97,13 @@ def test_from_training_to_circuit(tmp_path):
     out = tmp_path / "my-run"
     printed = run("from_training_to_circuit.py", "--quick", "--out", out)
     assert {path.name for path in out.iterdir()} == {
-        "model", "circuit", "fewer-edges", "figures.json", "curve.png", "page.html"
-    }  # fmt: skip
+        "model",
+        "circuit",
+        "fewer-edges",
+        "figures.json",
+        "curve.png",
+        "page.html",
+    }
     model, circuit = (
         tl_sparse.load(out / "model", device="cpu"),
         tl_sparse.Circuit.load(out / "fewer-edges"),

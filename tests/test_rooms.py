@@ -131,7 +131,9 @@ def test_other_rooms_come_in_through_the_door(across):
 ROOMS = sorted(path.parent for path in (ROOT / "tl_sparse").glob("*/__init__.pyi"))
 
 
-@pytest.mark.parametrize("folder", [ROOT / "tl_sparse", ROOT / "hooks", *ROOMS], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "folder", [ROOT / "tl_sparse", ROOT / "hooks", *ROOMS], ids=lambda x: x.name
+)
 def test_a_door_hands_out_what_it_lists(folder):
     is_inner = folder != ROOT / "tl_sparse"
     module = importlib.import_module(f"tl_sparse.{folder.name}" if is_inner else "tl_sparse")
@@ -142,7 +144,9 @@ def test_a_door_hands_out_what_it_lists(folder):
             listed.append(alias.name)
     assert sorted(listed) == module.__all__
     files = {path.stem for path in folder.glob("*.py")}
-    assert not files & set(listed), "a name may not be that of a file beside it, which would hide it"
+    assert not files & set(listed), (
+        "a name may not be that of a file beside it, which would hide it"
+    )
     for name in listed:
         needs_4 = name == "SparseArchitectureAdapter"
         if not (needs_4 and ON_3):
@@ -151,4 +155,4 @@ def test_a_door_hands_out_what_it_lists(folder):
 
 def test_the_package_gives_only_what_its_door_lists():
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
-        tl_sparse.nothing_of_the_kind
+        _ = tl_sparse.nothing_of_the_kind

@@ -1,6 +1,4 @@
-"""The same network as a plain torch program, without hooks: what the faces' speed is measured
-against.
-"""
+"""The same network in plain torch, without hooks: the measure of the faces' speed."""
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +14,15 @@ def topk_by_torch(x, k):
 class PlainBlock(nn.Module):
     def __init__(self, cfg, topk):
         super().__init__()
-        self.cfg, self.topk = cfg, topk
+        self.cfg = cfg
+        self.topk = topk
         inner = cfg.n_heads * cfg.d_head
-        self.ln_1, self.ln_2 = nn.RMSNorm(cfg.d_model), nn.RMSNorm(cfg.d_model)
-        self.c_attn, self.attn_proj = (
-            nn.Linear(cfg.d_model, 3 * inner),
-            nn.Linear(inner, cfg.d_model),
-        )
-        self.c_fc, self.mlp_proj = (
-            nn.Linear(cfg.d_model, cfg.d_mlp),
-            nn.Linear(cfg.d_mlp, cfg.d_model),
-        )
+        self.ln_1 = nn.RMSNorm(cfg.d_model)
+        self.ln_2 = nn.RMSNorm(cfg.d_model)
+        self.c_attn = nn.Linear(cfg.d_model, 3 * inner)
+        self.attn_proj = nn.Linear(inner, cfg.d_model)
+        self.c_fc = nn.Linear(cfg.d_model, cfg.d_mlp)
+        self.mlp_proj = nn.Linear(cfg.d_mlp, cfg.d_model)
         self.sink = nn.Parameter(torch.zeros(cfg.n_heads)) if cfg.attn_sinks else None
 
     def sparse(self, x, location):
@@ -41,8 +37,13 @@ class PlainBlock(nn.Module):
         batch, heads, length, d_head = q.shape
         nothing = q.new_zeros(batch, heads, 1, d_head)
         mask = q.new_full((length, length), float("-inf")).triu(1)
-        mask = torch.cat([self.sink.view(1, heads, 1, 1).expand(1, heads, length, 1),
-                          mask.expand(1, heads, length, length)], dim=-1)  # fmt: skip
+        mask = torch.cat(
+            [
+                self.sink.view(1, heads, 1, 1).expand(1, heads, length, 1),
+                mask.expand(1, heads, length, length),
+            ],
+            dim=-1,
+        )
         k, v = torch.cat([nothing, k], dim=2), torch.cat([nothing, v], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -62,9 +63,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """`SparseConfig`'s network with RMSNorm, GELU, biases and no positions; weights are set by
-    `copy_weights`.
-    """
+    """A network with RMSNorm, GELU, biases and no positions; `copy_weights` sets its weights."""
 
     def __init__(self, cfg, topk):
         super().__init__()

@@ -21,8 +21,11 @@ SIZES = {  # name: sizes, tokens [batch, pos], turns
     "256": (dict(n_layers=4, d_model=256, n_heads=16, d_mlp=1024), (16, 256), 11),
     "2048": (dict(n_layers=1, d_model=2048, n_heads=128, d_mlp=8192), (16, 256), 3),
 }
-FEATURES = {"dense": dict(), "sparse": dict(abs_topk=paper_topk(0.25)),
-            "sparse, sinks": dict(abs_topk=paper_topk(0.25), attn_sinks=True)}  # fmt: skip
+FEATURES = {
+    "dense": dict(),
+    "sparse": dict(abs_topk=paper_topk(0.25)),
+    "sparse, sinks": dict(abs_topk=paper_topk(0.25), attn_sinks=True),
+}
 
 
 def seconds(step, model, tokens):

@@ -1,6 +1,4 @@
-"""A gate step of the pruner against a plain forward and backward of the same model on the same
-batch.
-"""
+"""A gate step of the pruner against a forward and backward of the same model and batch."""
 
 import time
 
@@ -23,9 +21,7 @@ def seconds(run):
 
 
 def plain_and_gated(model, n_pairs):
-    """A forward and backward of the frozen model to its embedding, and a gate step, of the same
-    pairs.
-    """
+    """A forward and backward of the frozen model to its embedding, and a gate step."""
     corpus = tl_sparse.load_corpus("tiny-python-sparse", model.tokenizer, model.cfg.n_ctx)
     train, _, _ = task_splits(model, tl_sparse.get_task("single_double_quote"), PruneConfig())
     means = {
@@ -67,6 +63,7 @@ def test_gate_step_against_forward_and_backward_to_the_embedding():
         of_plain, of_step = (min(column) for column in zip(*times, strict=True))
         ratio = of_step / of_plain
         print(
-            f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, {ratio:.2f} of a plain forward and backward"
+            f"gate step, {n_pairs} pairs: {1e3 * of_step:.1f} ms, "
+            f"{ratio:.2f} of a plain forward and backward"
         )
         assert ratio <= 1.15

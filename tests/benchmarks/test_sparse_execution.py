@@ -31,9 +31,17 @@ AT_LEAST = {(2048, 100): 5, (2048, 1000): 8}  # (d_model, 1 / density): times as
 def network(d_model, density, n_layers=8):
     """Random weights of which each matrix keeps this share."""
     cfg = SparseConfig(
-        n_layers=n_layers, d_model=d_model, n_heads=d_model // 16, d_head=16, d_mlp=4 * d_model, d_vocab=2048,
-        n_ctx=256, abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
-    )  # fmt: skip
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=d_model // 16,
+        d_head=16,
+        d_mlp=4 * d_model,
+        d_vocab=2048,
+        n_ctx=256,
+        abs_topk=paper_topk(0.25),
+        attn_sinks=True,
+        bigram_table=True,
+    )
     model = create(cfg, seed=0, device="cpu")
     for group in weight_groups(model):
         group.project(max(density, 1 / 16) if group.embedding else density, min_nonzero=1)
@@ -75,16 +83,15 @@ def test_forward_against_plain_torch(d_model, one_in):
     )
     ratio = took["plain, torch.topk"] / took["ours"]
     print(
-        f"forward, d_model {d_model}, 1/{one_in}: {tokens.numel() / took['ours']:,.0f} tokens/s, {ratio:.1f} times "
-        f"plain torch with torch.topk, {took['plain'] / took['ours']:.1f} times plain torch with our AbsTopK"
+        f"forward, d_model {d_model}, 1/{one_in}: {tokens.numel() / took['ours']:,.0f} tokens/s, "
+        f"{ratio:.1f} times plain torch with torch.topk, "
+        f"{took['plain'] / took['ours']:.1f} times plain torch with our AbsTopK"
     )
     assert ratio >= AT_LEAST.get((d_model, one_in), 1)
 
 
 def test_growth():
-    """Of a training step after annealing, and of a forward: with the nonzero weights, and with the
-    width.
-    """
+    """How the times of a step and of a forward grow with the nonzero weights and the width."""
     tokens = torch.randint(2048, (8, 256), generator=torch.Generator().manual_seed(0))
     series = {
         "d_model 1024, nonzero weights x 1, 4, 16, 64": [
@@ -114,9 +121,14 @@ def step_and_forward(d_model, density, kernels, tokens):
 def annealed_trainer(d_model, density, n_layers=8):
     """Training with this share of the weights left."""
     config = TrainConfig(
-        model=network(d_model, density, n_layers).sparse_cfg, l0_fraction=density,
-        l0_fraction_embed=max(density, 1 / 16), anneal_start=0.0, anneal_stop=0.0, batch_size=8, min_nonzero=1,
-    )  # fmt: skip
+        model=network(d_model, density, n_layers).sparse_cfg,
+        l0_fraction=density,
+        l0_fraction_embed=max(density, 1 / 16),
+        anneal_start=0.0,
+        anneal_stop=0.0,
+        batch_size=8,
+        min_nonzero=1,
+    )
     trainer = Trainer(create(config.model, seed=0, device="cpu").train(), config)
     trainer.sparsity.steps = config.steps // 4
     return trainer
@@ -154,7 +166,8 @@ def compare_gate_steps(name, runs, turns, at_least):
     took = best_times(runs | {"torch": as_in_plain_torch(runs["dense"])}, turns)
     ratio = took["torch"] / took["auto"]
     print(
-        f"gate step, {name}: {1e3 * took['auto']:.0f} ms, {ratio:.2f} times as fast as plain torch with torch.topk, "
+        f"gate step, {name}: {1e3 * took['auto']:.0f} ms, "
+        f"{ratio:.2f} times as fast as plain torch with torch.topk, "
         f"{took['dense'] / took['auto']:.2f} times as dense products with our AbsTopK"
     )
     assert ratio >= at_least

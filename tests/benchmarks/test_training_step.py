@@ -21,16 +21,22 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.trainer import Trainer
 
 LARGER = SparseConfig(
-    n_layers=8, d_model=256, n_heads=16, d_head=16, d_mlp=1024, d_vocab=2048, n_ctx=256,
-    abs_topk=paper_topk(0.25), attn_sinks=True, bigram_table=True,
-)  # fmt: skip
+    n_layers=8,
+    d_model=256,
+    n_heads=16,
+    d_head=16,
+    d_mlp=1024,
+    d_vocab=2048,
+    n_ctx=256,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+)
 MODELS = {"laptop": (TrainConfig().model, 25), "256": (LARGER, 4)}  # name: model, turns
 
 
 def trainer(model, abs_topk=True, weight_topk=True):
-    """In the middle of a training that projects after every step, to the final fraction from the
-    first one on.
-    """
+    """In the middle of a training whose fraction is final from the first step on."""
     model = model if abs_topk else dataclasses.replace(model, abs_topk={})
     config = TrainConfig(model=model, anneal_start=0.0, anneal_stop=0.0)
     made = Trainer(create(model, seed=0, device="cpu").train(), config)
@@ -63,9 +69,7 @@ class Timed:
 
 
 def peak_memory(name, sparse):
-    """Bytes that training adds to a process that has imported everything: in a process of its
-    own.
-    """
+    """The bytes that training takes, measured in a process of its own."""
     code = f"from benchmarks.test_training_step import *; print(added_memory({name!r}, {sparse}))"
     command = [sys.executable, "-c", f"import sys; sys.path = {sys.path!r}; {code}"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -93,8 +97,11 @@ def peak():
 def test_a_sparse_step_against_a_dense_one(name):
     model, turns = MODELS[name]
     tokens = batch(model)
-    trainers = {"sparse": trainer(model), "no AbsTopK": trainer(model, abs_topk=False),
-                "dense": trainer(model, abs_topk=False, weight_topk=False)}  # fmt: skip
+    trainers = {
+        "sparse": trainer(model),
+        "no AbsTopK": trainer(model, abs_topk=False),
+        "dense": trainer(model, abs_topk=False, weight_topk=False),
+    }
     projection = trainers["sparse"].sparsity.project = Timed(trainers["sparse"].sparsity.project)
     steps = {kind: Timed(made.step) for kind, made in trainers.items()}
     forwards = {kind: Timed(torch.no_grad()(made.model)) for kind, made in trainers.items()}
@@ -111,7 +118,8 @@ def test_a_sparse_step_against_a_dense_one(name):
         "peak memory": (peak_memory(name, True) / peak_memory(name, False), 1.1),
     }
     print(
-        f"\n{name}: dense step {dense:.0f} ms, {1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:"
+        f"\n{name}: dense step {dense:.0f} ms, "
+        f"{1e3 * tokens.numel() / sparse:,.0f} tokens/s sparse; sparse / dense:"
     )
     for measure, (value, limit) in ratios.items():
         print(f"  {measure} {value:.3f}" + (f" (at most {limit})" if limit else ""))

@@ -1,6 +1,4 @@
-"""The models that come with the package: they open by name, fit into it, and are as good as their
-cards say.
-"""
+"""The models in the package: they open by name, and are as good as their cards say."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Model folders: OpenAI's and ours read exactly, ours written safely, and anything damaged
-named.
-"""
+"""Model folders: OpenAI's and ours are read exactly, and anything damaged is named."""
 
 import contextlib
 import json
@@ -30,7 +28,6 @@ from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, Tokeni
 from tl_sparse.files import replacing, write_json, write_tensors
 
 # --- the original implementation
-# ----------------------------------------------------------------------------
 
 GOLDEN_MODELS = ["sweep", "sink", "catpos", "dense"]
 #: Golden activation → hook, in the block of the layer.
@@ -80,8 +77,14 @@ def test_golden_configurations():
         0.25,
     )
     small = dict(
-        n_layers=2, d_model=32, d_vocab=48, n_ctx=32, logits_bias=True, bigram_table=True, positions="added"
-    )  # fmt: skip
+        n_layers=2,
+        d_model=32,
+        d_vocab=48,
+        n_ctx=32,
+        logits_bias=True,
+        bigram_table=True,
+        positions="added",
+    )
     configs = {name: load(GOLDEN / name, device="cpu").sparse_cfg for name in GOLDEN_MODELS}
     assert configs["sweep"] == SparseConfig(**small, n_heads=4, d_head=8, d_mlp=128, abs_topk=paper)
     assert configs["sink"] == SparseConfig(
@@ -94,8 +97,12 @@ def test_golden_configurations():
     )
     assert configs["catpos"] == SparseConfig(
         **small | dict(bigram_table=False, positions="concatenated"),
-        n_heads=4, d_head=8, d_mlp=64, abs_topk=paper, d_pos=8,
-    )  # fmt: skip
+        n_heads=4,
+        d_head=8,
+        d_mlp=64,
+        abs_topk=paper,
+        d_pos=8,
+    )
     assert configs["dense"] == SparseConfig(
         **small | dict(logits_bias=False), n_heads=2, d_head=16, d_mlp=128
     )
@@ -210,13 +217,10 @@ def test_half_a_model_of_another_format_is_not_written_over(name, tmp_path):
 
 
 # --- OpenAI's format
-# -------------------------------------------------------------------------------------------
 
 
 def as_openai_can_say_it(config):
-    """The nearest configuration that OpenAI's format has: one fraction, sinusoids only
-    concatenated.
-    """
+    """The nearest configuration that OpenAI's format can hold."""
     fraction = max(config.abs_topk.values(), default=None)
     sinusoidal = config.sinusoidal and config.positions == "concatenated"
     values = config.to_dict() | {
@@ -267,9 +271,16 @@ def test_absent_keys_have_the_published_defaults(tmp_path):
 def test_older_and_harmless_keys(tmp_path):
     model = tiny_model()
     older = write_openai(
-        tmp_path, model, drop=["d_mlp"], n_mlp=10, bigram_table_rank=None, use_tied_aux_matrix=False,
-        dropout=0.1, pfrac=None, lr=1e-3,
-    )  # fmt: skip
+        tmp_path,
+        model,
+        drop=["d_mlp"],
+        n_mlp=10,
+        bigram_table_rank=None,
+        use_tied_aux_matrix=False,
+        dropout=0.1,
+        pfrac=None,
+        lr=1e-3,
+    )
     assert_same_model(load(older, device="cpu"), model)
 
 
@@ -459,7 +470,6 @@ def test_truncated_openai_weights(share, tmp_path):
 
 
 # --- our own folders, damaged
-# -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -677,7 +687,6 @@ def test_impossible_arguments(saved):
 
 
 # --- writing
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
@@ -743,7 +752,6 @@ def test_files_are_made_as_the_umask_says(tmp_path, monkeypatch):
 
 
 # --- fingerprints
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, Tokeni
 from tl_sparse.files import read_torch
 
 # --- openai/circuit-sparsity
-# --------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -102,7 +101,6 @@ def test_code_in_a_repository_is_never_run(tmp_path):
 
 
 # --- OpenAI's folders: what is left over for them
-# ------------------------------------------------------------
 
 
 def test_without_flash_the_original_has_a_mask_and_no_sinks(tmp_path):
@@ -135,16 +133,23 @@ def test_a_mis_shaped_matrix_of_the_right_size_is_refused(tmp_path):
 
 
 # --- sparse_pretrain
-# ----------------------------------------------------------------------------------------
 
 
 def test_computes_what_sparse_pretrain_computes():
     model = load(GOLDEN / "sparse_pretrain", device="cpu")
     assert model.cfg.model_name == "sparse_pretrain"
     assert model.sparse_cfg == SparseConfig(
-        n_layers=2, d_model=32, n_heads=4, d_head=8, d_mlp=128, d_vocab=48, n_ctx=32, abs_topk=paper_topk(0.25),
-        attn_sinks=True, bigram_table=True,
-    )  # fmt: skip
+        n_layers=2,
+        d_model=32,
+        n_heads=4,
+        d_head=8,
+        d_mlp=128,
+        d_vocab=48,
+        n_ctx=32,
+        abs_topk=paper_topk(0.25),
+        attn_sinks=True,
+        bigram_table=True,
+    )
     expected = load_file(GOLDEN / "sparse_pretrain" / "expected.safetensors")
     torch.testing.assert_close(model(expected["tokens"]), expected["logits"], rtol=0, atol=1e-4)
 
@@ -273,7 +278,6 @@ def test_sparse_pretrain_sections_are_objects(tmp_path):
 
 
 # --- zeros at no cost
-# ---------------------------------------------------------------------------------------
 
 
 def bits(tensor):
@@ -282,9 +286,7 @@ def bits(tensor):
 
 @pytest.fixture(scope="module")
 def sparse_model():
-    """A model in which 1 % of the entries of every matrix are not zero, and some of those are
-    -0.0.
-    """
+    """A model with 1 % of the entries of every matrix nonzero, and with some -0.0 among them."""
     model = create(
         SparseConfig(2, 256, 16, 16, 1024, 512, 128, attn_sinks=True, tied_unembed=True),
         0,
@@ -405,7 +407,6 @@ def test_a_tensor_both_dense_and_compact(tmp_path):
 
 
 # --- reading
-# ------------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_independent_of_its_file(tmp_path):
@@ -494,7 +495,6 @@ def test_one_value_seen_many_times_is_not_a_tensor(tmp_path):
 
 
 # --- tokenizers
-# ---------------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_can_be_given(tmp_path):
@@ -505,9 +505,12 @@ def test_a_tokenizer_can_be_given(tmp_path):
     (tmp_path / "alone.json").write_bytes((tmp_path / "tokenizer" / "tokenizer.json").read_bytes())
     assert load(tmp_path / "model").tokenizer is None
     for given_tokenizer in (
-        tokenizer, tmp_path / "tokenizer", str(tmp_path / "tokenizer"), tmp_path / "tokenizer" / "tokenizer.json",
+        tokenizer,
+        tmp_path / "tokenizer",
+        str(tmp_path / "tokenizer"),
+        tmp_path / "tokenizer" / "tokenizer.json",
         tmp_path / "alone.json",
-    ):  # fmt: skip
+    ):
         loaded = load(tmp_path / "model", device="cpu", tokenizer=given_tokenizer)
         assert loaded.to_tokens("c a b", prepend_bos=False).tolist() == [[3, 1, 2]]
     # It is this one, not the one beside the model.
@@ -519,14 +522,19 @@ def test_a_tokenizer_can_be_given(tmp_path):
         load(tmp_path / "model")
 
 
-TEXT = "def f(x):\n    return x + 1  # naïve\n\nfor item in items:\n    print('café', item, 1234)\n\n\n  x = 'don't' "
+TEXT = """def f(x):
+    return x + 1  # naïve
+
+for item in items:
+    print('café', item, 1234)
+
+
+  x = 'don't' """
 
 
 @pytest.fixture(scope="module")
 def like_gpt2():
-    """A byte-level BPE tokenizer with GPT-2's way of cutting text, and its tokens as bytes by
-    rank.
-    """
+    """A byte-level BPE tokenizer that cuts text as GPT-2's does; and its tokens, bytes by rank."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -539,9 +547,7 @@ def like_gpt2():
 
 
 def tiktoken_ids(text, ranks):
-    """tiktoken's algorithm, written out: in each piece, merge the pair of lowest rank while there
-    is one.
-    """
+    """tiktoken's algorithm: in each piece, merge the pair of lowest rank while there is one."""
     ids = []
     for piece in regex.findall(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text

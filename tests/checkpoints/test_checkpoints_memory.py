@@ -1,6 +1,4 @@
-"""What it takes to load a model of the published size: 2048 wide, 8 layers, 1 % of the weights not
-zero.
-"""
+"""The memory that it takes to load a model 2048 wide, with 1 % of its weights nonzero."""
 
 import json
 import re
@@ -17,8 +15,19 @@ from helpers import script_environment
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.network.config import SparseConfig, paper_topk
 
-CONFIG = SparseConfig(8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), attn_sinks=True,
-                      bigram_table=True, logits_bias=True)  # fmt: skip
+CONFIG = SparseConfig(
+    8,
+    2048,
+    128,
+    16,
+    8192,
+    2048,
+    256,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+    logits_bias=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +76,17 @@ def test_loading_takes_little_more_than_the_model(folders, dtype):
         )
         size = weights_bytes(folder)
         print(
-            f"{name} {dtype}: file {size:,}, model {result['model']:,}, beyond {result['beyond'] / size:.2f} files"
+            f"{name} {dtype}: file {size:,}, model {result['model']:,}, "
+            f"beyond {result['beyond'] / size:.2f} files"
         )
         assert result["beyond"] <= 1.2 * size
 
 
 @pytest.mark.slow
 def test_one_percent_takes_a_twentieth(folders):
-    assert weights_bytes(folders["compact"]) <= weights_bytes(folders["dense"]) / 20
-    print(
-        f"compact / dense: {weights_bytes(folders['compact']) / weights_bytes(folders['dense']):.4f}"
-    )
+    compact, dense = [weights_bytes(folders[name]) for name in ("compact", "dense")]
+    assert compact <= dense / 20
+    print(f"compact / dense: {compact / dense:.4f}")
 
 
 def most_resident():

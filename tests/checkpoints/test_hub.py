@@ -28,9 +28,15 @@ RECORD = {
     "device": "cpu",
 }
 EVALUATION = Evaluation(
-    full=Score(0.1, 0.01, 0.99), circuit=Score(0.15, 0.02, 0.97), ablated=Score(0.7, 0.03, 0.5),
-    zero=Score(0.2, 0.04, 0.96), resample=Score(0.25, 0.05, 0.95), n_pairs=40, n_nodes=3, n_edges=2,
-)  # fmt: skip
+    full=Score(0.1, 0.01, 0.99),
+    circuit=Score(0.15, 0.02, 0.97),
+    ablated=Score(0.7, 0.03, 0.5),
+    zero=Score(0.2, 0.04, 0.96),
+    resample=Score(0.25, 0.05, 0.95),
+    n_pairs=40,
+    n_nodes=3,
+    n_edges=2,
+)
 HEAD = """---
 library_name: tl_sparse
 {more}tags:
@@ -71,9 +77,7 @@ def circuit(model):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """What was asked of the hub; what is uploaded lies in huggingface_hub's cache then, as if
-    fetched.
-    """
+    """What was asked of the hub; what is uploaded is then in its cache, as if it were fetched."""
     asked = []
 
     def create_repo(api, repo_id, **options):
@@ -90,9 +94,8 @@ def hub(tmp_path, monkeypatch):
 
     for method in (create_repo, create_branch, upload_folder):
         real = getattr(HfApi, method.__name__)
-        monkeypatch.setattr(
-            HfApi, method.__name__, create_autospec(real, side_effect=method)
-        )  # its signature
+        with_its_signature = create_autospec(real, side_effect=method)
+        monkeypatch.setattr(HfApi, method.__name__, with_its_signature)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return asked
@@ -142,7 +145,7 @@ def test_the_record_of_training_goes_along(model, hub):
 def test_every_choice_reaches_the_hub(circuit, hub):
     address = circuit.push_to_hub(
         "user/repo", private=True, revision="v1", token="hf_secret", commit_message="A circuit"
-    )  # fmt: skip
+    )
     assert address == "https://huggingface.co/user/repo"
     assert hub == [
         ("create_repo", "user/repo", "hf_secret", {"private": True, "exist_ok": True}),
@@ -172,7 +175,6 @@ def test_dense_is_passed_on(model, hub, monkeypatch):
 
 
 # --- Cards
-# --------------------------------------------------------------------------------------------------
 
 
 def test_the_card_of_a_model(model):
@@ -249,7 +251,6 @@ def test_huggingface_hub_reads_the_cards(model, circuit):
 
 
 # --- Refusals
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -72,14 +72,19 @@ FORMATS = {
 
 
 def model_of(kind):
-    """A model with as many features as the format has; in compact storage most matrices are
-    sparse.
-    """
+    """A model with all features that the format has; for compact storage it is sparse."""
     if kind == "sparse_pretrain":
         return tiny_model(
-            tiny_config(n_layers=2, n_heads=2, d_head=3, attn_sinks=True, bigram_table=True, positions="added",
-                        abs_topk={"attn_in": 0.5, "resid_post_attn": 0.5})
-        )  # fmt: skip
+            tiny_config(
+                n_layers=2,
+                n_heads=2,
+                d_head=3,
+                attn_sinks=True,
+                bigram_table=True,
+                positions="added",
+                abs_topk={"attn_in": 0.5, "resid_post_attn": 0.5},
+            )
+        )
     if kind != "compact":
         return tiny_model(full_config())
     model = tiny_model(full_config(d_model=24, d_mlp=40))
@@ -120,10 +125,15 @@ class Folder:
 
 
 # --- what a file says, read in another way
-# ------------------------------------------------------------------
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32}  # fmt: skip
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 
 
 def tensors_in(weights):
@@ -158,9 +168,7 @@ def expanded(tensors):
 
 
 def said(folder, values):
-    """What a configuration file says, of what decides what the model computes; defaults for what it
-    leaves out.
-    """
+    """What a configuration file says of the model, with defaults for what it leaves out."""
     if folder.kind in ("dense", "compact"):
         fields = SparseConfig.__dataclass_fields__.values()
         defaults = {f.name: f.default for f in fields if f.default is not MISSING} | {
@@ -192,9 +200,10 @@ def said(folder, values):
 
 #: What stands for an absent key, and for null where that is allowed.
 OPENAI_DEFAULTS = dict(
-    bias=True, ln_bias=True, rms_norm=False, residual_activation_type="identity", activation_type="gelu", afrac=None,
-    afrac_loctypes="attn_in,attn_out,mlp_in,mlp_out", tied_unembed=True, enable_bigram_table=False, d_pos_emb=None,
-    sinusoidal_cat_pos_emb=False, sink=False,
+    bias=True, ln_bias=True, rms_norm=False, residual_activation_type="identity",
+    activation_type="gelu", afrac=None, afrac_loctypes="attn_in,attn_out,mlp_in,mlp_out",
+    tied_unembed=True, enable_bigram_table=False, d_pos_emb=None, sinusoidal_cat_pos_emb=False,
+    sink=False,
 )  # fmt: skip
 SPARSE_PRETRAIN_DEFAULTS = dict(
     use_rms_norm=True, tie_embeddings=False, use_positional_embeddings=False, use_bigram_table=True,
@@ -203,10 +212,16 @@ SPARSE_PRETRAIN_DEFAULTS = dict(
 )  # fmt: skip
 OR_NULL = {"d_head", "d_mlp", "d_pos_emb", "afrac", "afrac_loctypes"}
 OPENAI_REQUIRED = {"block_size", "vocab_size", "n_layer", "n_head", "d_model"}
-REQUIRED = {"openai": OPENAI_REQUIRED, "circuitgpt": OPENAI_REQUIRED,
-            "sparse_pretrain": {"n_layer", "d_model", "n_ctx", "d_head", "vocab_size"}}  # fmt: skip
-ACTIVATIONS = {"openai": ("afrac_loctypes", "afrac"), "circuitgpt": ("afrac_loctypes", "afrac"),
-               "sparse_pretrain": ("activation_sparsity_locations", "activation_topk_fraction")}  # fmt: skip
+REQUIRED = {
+    "openai": OPENAI_REQUIRED,
+    "circuitgpt": OPENAI_REQUIRED,
+    "sparse_pretrain": {"n_layer", "d_model", "n_ctx", "d_head", "vocab_size"},
+}
+ACTIVATIONS = {
+    "openai": ("afrac_loctypes", "afrac"),
+    "circuitgpt": ("afrac_loctypes", "afrac"),
+    "sparse_pretrain": ("activation_sparsity_locations", "activation_topk_fraction"),
+}
 
 
 def check_same(folder, config, weights, cfg, state):
@@ -230,7 +245,6 @@ def check_same(folder, config, weights, cfg, state):
 
 
 # --- damage
-# -------------------------------------------------------------------------------------------------
 
 
 def flipped(content, rng, regions, most=4):
@@ -276,9 +290,7 @@ def renumbered_json(content, rng, huge):
 
 
 def renumbered_header(content, rng, huge):
-    """One number in a safetensors header changed, its length too, so that the rest stays in
-    place.
-    """
+    """One number in a safetensors header changed, and its length, so that the rest stays."""
     end = 8 + struct.unpack("<Q", content[:8])[0]
     header = renumbered_json(content[8:end], rng, huge)
     return struct.pack("<Q", len(header)) + header + content[end:]
@@ -390,10 +402,17 @@ def duplicated(folder, rng):
         text = folder.weights[8:end].rstrip()[:-1] + again
         return folder.config, struct.pack("<Q", len(text)) + text + folder.weights[end:]
     others = [
-        name.replace(".0.", ".7."), name.replace("transformer.", ""), f"transformer.{name}", f"{name}.values",
-        name.removesuffix(".values").removesuffix(".positions").removesuffix(".shape"), f"{name} ", f"blocks.{name}",
-        name.replace("transformer.h.", "blocks."), name.replace("circuit_model.", ""), name.upper(),
-    ]  # fmt: skip
+        name.replace(".0.", ".7."),
+        name.replace("transformer.", ""),
+        f"transformer.{name}",
+        f"{name}.values",
+        name.removesuffix(".values").removesuffix(".positions").removesuffix(".shape"),
+        f"{name} ",
+        f"blocks.{name}",
+        name.replace("transformer.h.", "blocks."),
+        name.replace("circuit_model.", ""),
+        name.upper(),
+    ]
     other = rng.choice([other for other in others if other != name])
     return folder.config, folder.packed(folder.tensors | {other: folder.tensors[name]})
 
@@ -401,10 +420,20 @@ def duplicated(folder, rng):
 def mis_shaped(folder, rng):
     name = rng.choice(sorted(folder.tensors))
     x = folder.tensors[name]
-    changed = rng.choice([
-        x[None], x.flatten(), x[..., :-1], x[1:], x.transpose(0, -1), x.flatten()[0], x[:0], torch.cat([x, x]),
-        x.reshape(-1, x.shape[0]), x[..., None],
-    ])  # fmt: skip
+    changed = rng.choice(
+        [
+            x[None],
+            x.flatten(),
+            x[..., :-1],
+            x[1:],
+            x.transpose(0, -1),
+            x.flatten()[0],
+            x[:0],
+            torch.cat([x, x]),
+            x.reshape(-1, x.shape[0]),
+            x[..., None],
+        ]
+    )
     if folder.zip and rng.random() < 0.2:
         changed = x.flatten()[:1].expand(rng.choice([10, 10**6, 10**15]))
     return folder.config, folder.packed(folder.tensors | {name: changed})
@@ -413,8 +442,20 @@ def mis_shaped(folder, rng):
 def wrong_dtypes(folder, rng):
     name = rng.choice(sorted(folder.tensors))
     x = folder.tensors[name]
-    dtype = rng.choice([torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float16, torch.bfloat16,
-                        torch.float64, torch.complex64, torch.float8_e4m3fn])  # fmt: skip
+    dtype = rng.choice(
+        [
+            torch.int64,
+            torch.int32,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+            torch.float16,
+            torch.bfloat16,
+            torch.float64,
+            torch.complex64,
+            torch.float8_e4m3fn,
+        ]
+    )
     changed = x.to(dtype)
     if folder.zip and rng.random() < 0.1:
         changed = torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
@@ -434,8 +475,26 @@ def damaged_json(folder, rng):
         else values
     )
     key = rng.choice(sorted(inner))
-    strange = [None, [], {}, "x", "", -1, 0, 1, 0.5, True, False, 1e308, -1e308, float("nan"), -float("inf"), [[1]],
-               {"a": 1}, "relu"]  # fmt: skip
+    strange = [
+        None,
+        [],
+        {},
+        "x",
+        "",
+        -1,
+        0,
+        1,
+        0.5,
+        True,
+        False,
+        1e308,
+        -1e308,
+        float("nan"),
+        -float("inf"),
+        [[1]],
+        {"a": 1},
+        "relu",
+    ]
     where = rng.random()
     if where < 0.1:
         del inner[key]
@@ -451,11 +510,21 @@ def damaged_json(folder, rng):
     return text, folder.weights
 
 
-DAMAGE = (truncated, header_bits, index_bits, sizes, huge_sizes, swapped, missing, duplicated, mis_shaped,
-          wrong_dtypes, damaged_json)  # fmt: skip
+DAMAGE = (
+    truncated,
+    header_bits,
+    index_bits,
+    sizes,
+    huge_sizes,
+    swapped,
+    missing,
+    duplicated,
+    mis_shaped,
+    wrong_dtypes,
+    damaged_json,
+)
 
 # --- the program and the tests
-# ------------------------------------------------------------------------------
 
 
 def status():
@@ -552,32 +621,47 @@ def test_an_allocation_is_seen_after_another_and_a_larger_one():
         assert size - 5 <= taken / 2**20 <= size + 25
 
 
-@pytest.mark.parametrize("kind", ["openai", "sparse_pretrain", "dense"])
+#: Keys that a configuration may leave out, and the model is another one without them.
+OPTIONAL_KEYS = {
+    "openai": [
+        "bias",
+        "ln_bias",
+        "afrac",
+        "afrac_loctypes",
+        "d_mlp",
+        "sink",
+        "activation_type",
+        "residual_activation_type",
+        "d_pos_emb",
+    ],
+    "sparse_pretrain": [
+        "d_mlp",
+        "activation_topk_fraction",
+        "activation_sparsity_locations",
+        "use_positional_embeddings",
+    ],
+    "dense": ["act_fn", "abs_topk", "attn_sinks", "norm_bias", "resid_relu", "normalization"],
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONAL_KEYS)
 def test_a_wrong_default_is_seen(kind):
     folder = Folder(kind)
     with tempfile.TemporaryDirectory() as name:
-        for file, content in (
-            (folder.config_name, folder.config),
-            (folder.weights_name, folder.weights),
-        ):
-            (Path(name) / file).write_bytes(content)
+        (Path(name) / folder.config_name).write_bytes(folder.config)
+        (Path(name) / folder.weights_name).write_bytes(folder.weights)
         cfg, state = read(Path(name))
     check_same(folder, folder.config, folder.weights, cfg, state)
-    optional = {
-        "openai": "bias ln_bias afrac afrac_loctypes d_mlp sink activation_type residual_activation_type d_pos_emb",
-        "sparse_pretrain": "d_mlp activation_topk_fraction activation_sparsity_locations use_positional_embeddings",
-        "dense": "act_fn abs_topk attn_sinks norm_bias resid_relu normalization",
-    }
-    for key in optional[kind].split():
+    for key in OPTIONAL_KEYS[kind]:
         values = json.loads(folder.config)
-        del values.get(
-            "sparsity_config" if key.startswith("activation_") else "model_config", values
-        )[key]
-        wrong = pytest.raises(AssertionError, match="read as")
-        with (
-            contextlib.nullcontext() if key in ("bias", "ln_bias") else wrong
-        ):  # these two were at their defaults
-            check_same(folder, json.dumps(values).encode(), folder.weights, cfg, state)
+        section = "sparsity_config" if key.startswith("activation_") else "model_config"
+        del values.get(section, values)[key]
+        without_key = json.dumps(values).encode()
+        if key in ("bias", "ln_bias"):  # these two were at their defaults
+            check_same(folder, without_key, folder.weights, cfg, state)
+        else:
+            with pytest.raises(AssertionError, match="read as"):
+                check_same(folder, without_key, folder.weights, cfg, state)
 
 
 def test_damaged_folders():

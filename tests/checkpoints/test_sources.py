@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,6 @@ def _nothing_real(tmp_path, monkeypatch):
 
 
 # --- Folders and names
-# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -57,12 +57,26 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", ["csp_yolo3", "no_such_folder", "gpt2", "", "a/b/c", "/no/such/folder", "user/répo", "a\0b",
-               "csp_sweep1_..x_1Mnonzero_afrac..", "csp_sweep1_1x_1Mnonzero_afrac0.", "dense1_.x", "dense1_1.2.3x"]
-)  # fmt: skip
+    "source",
+    [
+        "csp_yolo3",
+        "no_such_folder",
+        "gpt2",
+        "",
+        "a/b/c",
+        "/no/such/folder",
+        "user/répo",
+        "a\0b",
+        "csp_sweep1_..x_1Mnonzero_afrac..",
+        "csp_sweep1_1x_1Mnonzero_afrac0.",
+        "dense1_.x",
+        "dense1_1.2.3x",
+    ],
+)
 def test_anything_else_is_refused_with_what_is_possible(source):
-    start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of tiny-python-sparse, "
-    start += "tiny-python-dense, which come with tl_sparse, nor a model that OpenAI published: "
+    start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, "
+    start += "nor one of tiny-python-sparse, tiny-python-dense, which come with tl_sparse, "
+    start += "nor a model that OpenAI published: "
     near = {"csp_yolo3": "; did you mean 'csp_yolo2'?"}.get(source, "")
     message = failure(source)
     assert message.startswith(start + NAMES)
@@ -103,9 +117,17 @@ def test_only_hub_repositories_have_revisions(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["csp_yolo1", "csp_yolo2", "csp_bridges1", "csp_bridge2", "dense1_1x", "dense1_4x",
-     "csp_sweep1_1x_3.7Mnonzero_afrac0.250", "csp_sweep1_16x_7.4Mnonzero_afrac0.125"],
-)  # fmt: skip
+    [
+        "csp_yolo1",
+        "csp_yolo2",
+        "csp_bridges1",
+        "csp_bridge2",
+        "dense1_1x",
+        "dense1_4x",
+        "csp_sweep1_1x_3.7Mnonzero_afrac0.250",
+        "csp_sweep1_16x_7.4Mnonzero_afrac0.125",
+    ],
+)
 def test_published_names_are_known_and_need_the_network_once(name, tmp_path):
     folder = tmp_path / "assets" / "tl_sparse" / "openai" / name
     assert (
@@ -115,7 +137,6 @@ def test_published_names_are_known_and_need_the_network_once(name, tmp_path):
 
 
 # --- OpenAI's storage
-# ---------------------------------------------------------------------------------------
 
 
 class Storage:
@@ -241,8 +262,8 @@ def test_an_interrupted_download_goes_on_in_the_next_call(storage, folder, monke
     size = len(MODEL)
     message = failure("csp_yolo1")
     assert message == (
-        f"{sources.STORAGE}/csp_yolo1/final_model.pt cannot be fetched to {folder / 'final_model.pt'}: "
-        f"5,000 of {size:,} bytes came; call again to go on"
+        f"{sources.STORAGE}/csp_yolo1/final_model.pt cannot be fetched to "
+        f"{folder / 'final_model.pt'}: 5,000 of {size:,} bytes came; call again to go on"
     )
     assert contents(folder) == {
         "beeg_config.json": CONFIG,
@@ -304,9 +325,7 @@ def test_a_file_that_changed_since_is_fetched_anew(storage, folder):
 
 @pytest.mark.parametrize("ranges", [True, "always"])
 def test_a_file_that_changes_while_it_is_fetched_is_not_mixed(storage, folder, ranges):
-    """Between the question for its size and the download of the rest, whether or not If-Range is
-    honoured.
-    """
+    """It changes before the rest is fetched, whether or not the server honours If-Range."""
     storage.cuts, storage.ranges = [1000, None, None], ranges
     gets = iter([False, True, False])
 
@@ -376,7 +395,8 @@ def test_a_missing_or_impossible_length_is_an_error(storage, length):
 
 def test_a_model_that_the_storage_does_not_have(storage, folder):
     url = f"{sources.STORAGE}/csp_yolo2/beeg_config.json"
-    expected = f"{url} cannot be fetched: HTTP Error 404: Not Found; OpenAI's models are {NAMES}; did you mean "
+    expected = f"{url} cannot be fetched: HTTP Error 404: Not Found; "
+    expected += f"OpenAI's models are {NAMES}; did you mean "
     assert failure("csp_yolo2").startswith(expected)
     assert storage.asked == []
     assert list(folder.parent.iterdir()) == []  # not an empty folder for each misspelled name
@@ -466,7 +486,6 @@ def test_two_at_once_fetch_it_once(storage, folder):
 
 
 # --- The Hugging Face hub
-# -----------------------------------------------------------------------------------
 
 OURS = {
     "config.json": b"{}",
@@ -480,17 +499,15 @@ CODE = {"modeling.py": b"raise SystemExit", "run.sh": b"exit 1", "setup.cfg": b"
 @pytest.fixture
 def on_hub(tmp_path, monkeypatch):
     """A function that puts a repository on a hub, and returns the hub."""
-    servers = []
+    with ExitStack() as servers:
 
-    def put(files, **options):
-        hub = FakeHub("user/repo", files, **options)
-        servers.append(serving(hub))
-        point_hub_at(monkeypatch, servers[-1].__enter__(), tmp_path / "hub")
-        return hub
+        def put(files, **options):
+            hub = FakeHub("user/repo", files, **options)
+            url = servers.enter_context(serving(hub))
+            point_hub_at(monkeypatch, url, tmp_path / "hub")
+            return hub
 
-    yield put
-    for server in servers:
-        server.__exit__(None, None, None)
+        yield put
 
 
 def names(folder):
@@ -541,7 +558,8 @@ def test_a_revision(on_hub):
     assert folder.name == hub.commit
     assert (folder.parents[1] / "refs" / "v1").read_text() == hub.commit
     assert failure("user/repo", "v2") == (
-        f"'user/repo' has no revision 'v2'; its branches and tags are on {constants.ENDPOINT}/user/repo/tree/main"
+        "'user/repo' has no revision 'v2'; "
+        f"its branches and tags are on {constants.ENDPOINT}/user/repo/tree/main"
     )
 
 
@@ -566,7 +584,8 @@ def test_a_gated_repository(on_hub, status):
 def test_a_repository_without_a_model(on_hub):
     on_hub({"README.md": b"# nothing", "data.parquet": b"x"} | CODE)
     assert failure("user/repo") == (
-        "'user/repo' on the hub is no model or circuit: it has none of config.json, beeg_config.json, circuit.json"
+        "'user/repo' on the hub is no model or circuit: "
+        "it has none of config.json, beeg_config.json, circuit.json"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 import tl_sparse
-from helpers import tiny_model
+from helpers import has_hooks, node_means, tiny_model
 from loopback import cache_snapshot, point_hub_at
 from micro import EDGES, LOSS, MICRO_TASK, NODES, micro_circuit, micro_corpus, micro_model
 from tl_sparse.circuits.circuit import Circuit
@@ -19,24 +19,31 @@ from tl_sparse.circuits.nodes import Node
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.files import read_tensors
-from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.task_data import make_task_data
 
 CONFIG = SparseConfig(
-    n_layers=2, d_model=16, n_heads=2, d_head=4, d_mlp=24, d_vocab=30, n_ctx=12, abs_topk=paper_topk(0.5),
-    attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=4,
-)  # fmt: skip
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    d_head=4,
+    d_mlp=24,
+    d_vocab=30,
+    n_ctx=12,
+    abs_topk=paper_topk(0.5),
+    attn_sinks=True,
+    bigram_table=True,
+    positions="concatenated",
+    d_pos=4,
+)
 TOKENS = torch.randint(0, 30, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
 def with_nodes(model, chosen) -> Circuit:
     """The circuit that keeps what `chosen(hook name, mean)` says, with means over TOKENS."""
-    means = mean_activations(
-        model, list(node_hooks(model).values()), [TOKENS[:, : model.cfg.n_ctx]]
-    )
+    means = node_means(model, TOKENS[:, : model.cfg.n_ctx])
     return Circuit(
         {name: chosen(name, mean) for name, mean in means.items()}, means, fingerprint(model)
     )
@@ -57,11 +64,6 @@ def some(name, mean):
 @pytest.fixture
 def model():
     return tl_sparse.create(CONFIG, seed=0, device="cpu")
-
-
-@pytest.fixture
-def micro():
-    return micro_model()
 
 
 def test_circuit_with_all_nodes_computes_the_model_exactly(model):
@@ -101,13 +103,13 @@ def test_any_transformer_lens_call_runs_under_the_circuit_and_nothing_stays(mode
     held = ~circuit.kept[name]
     assert torch.equal(seen[0][:, :, held], circuit.means[name][held].expand(6, 12, -1))
     assert not torch.equal(loss, model(TOKENS, return_type="loss"))
-    assert all(not point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)
 
 
 def test_hooks_are_removed_after_an_exception(model):
     with pytest.raises(RuntimeError, match="inside"), with_nodes(model, some).applied(model):
         raise RuntimeError("inside")
-    assert all(not point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)
 
 
 def test_micro_model_loss_on_paper(micro):

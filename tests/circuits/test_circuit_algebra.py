@@ -1,6 +1,4 @@
-"""Circuits made of circuits: |, &, -, restricted, without, of_size; of nodes alone and with edge
-sets.
-"""
+"""Circuits made of circuits by |, &, -, restricted, without and of_size."""
 
 import dataclasses
 
@@ -173,8 +171,11 @@ def test_tasks_name_what_was_combined():
     a, b = made(0, task="quotes"), made(1, task="brackets")
     tasks = [circuit.task for circuit in (a | b, a & b, a - b, (a | b) - b)]
     assert tasks == [
-        "(quotes | brackets)", "(quotes & brackets)", "(quotes - brackets)", "((quotes | brackets) - brackets)"
-    ]  # fmt: skip
+        "(quotes | brackets)",
+        "(quotes & brackets)",
+        "(quotes - brackets)",
+        "((quotes | brackets) - brackets)",
+    ]
 
 
 @pytest.mark.parametrize("sign", ["|", "&", "-"])

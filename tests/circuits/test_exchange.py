@@ -1,6 +1,4 @@
-"""Circuits from OpenAI's files, and as lists of edges; on the model worked out on paper, and on one
-with heads.
-"""
+"""Circuits from OpenAI's files, and circuits as lists of edges."""
 
 import json
 
@@ -21,9 +19,9 @@ from tl_sparse.tasks.task_data import make_task_data
 NONE = torch.tensor([], dtype=torch.int64)
 #: The circuit of the model on paper, as OpenAI would have stored it.
 CIRCUIT_DATA = {
-    "0.attn.act_in": torch.tensor([0]), "0.attn.q": NONE, "0.attn.k": NONE, "0.attn.v": torch.tensor([0]),
-    "0.attn.resid_delta": torch.tensor([2]), "0.mlp.act_in": NONE, "0.mlp.post_act": NONE, "0.mlp.resid_delta": NONE,
-    "final_resid": torch.tensor([2]),
+    "0.attn.act_in": torch.tensor([0]), "0.attn.q": NONE, "0.attn.k": NONE,
+    "0.attn.v": torch.tensor([0]), "0.attn.resid_delta": torch.tensor([2]), "0.mlp.act_in": NONE,
+    "0.mlp.post_act": NONE, "0.mlp.resid_delta": NONE, "final_resid": torch.tensor([2]),
 }  # fmt: skip
 MICRO_LIST = {
     "format": "tl_sparse edges",
@@ -43,9 +41,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def two_heads():
-    """Two layers of two heads of four channels, with positional channels beside what blocks
-    read.
-    """
+    """Two layers of two heads of four channels, with concatenated positions."""
     config = SparseConfig(2, 16, 2, 4, 24, 30, 12, positions="concatenated", d_pos=4)
     return tl_sparse.create(config, seed=0, device="cpu")
 
@@ -103,11 +99,20 @@ def test_openai_indices_run_over_all_heads(two_heads, tmp_path, dtype):
     assert query.shape == (2, 4)
     assert query.nonzero().tolist() == [[0, 0], [1, 2]]
     assert [str(node) for node in circuit.nodes] == ["0.attn_in.19", "1.attn_q.0", "1.attn_q.6"]
-    assert {name: tuple(mask.shape) for name, mask in circuit.kept.items() if name.startswith("blocks.0")} == {
-        "blocks.0.ln1.hook_read": (20,), "blocks.0.attn.hook_q": (2, 4), "blocks.0.attn.hook_k": (2, 4),
-        "blocks.0.attn.hook_v": (2, 4), "blocks.0.hook_attn_out": (16,), "blocks.0.ln2.hook_read": (20,),
-        "blocks.0.mlp.hook_post": (24,), "blocks.0.hook_mlp_out": (16,),
-    }  # fmt: skip
+    assert {
+        name: tuple(mask.shape)
+        for name, mask in circuit.kept.items()
+        if name.startswith("blocks.0")
+    } == {
+        "blocks.0.ln1.hook_read": (20,),
+        "blocks.0.attn.hook_q": (2, 4),
+        "blocks.0.attn.hook_k": (2, 4),
+        "blocks.0.attn.hook_v": (2, 4),
+        "blocks.0.hook_attn_out": (16,),
+        "blocks.0.ln2.hook_read": (20,),
+        "blocks.0.mlp.hook_post": (24,),
+        "blocks.0.hook_mlp_out": (16,),
+    }
 
 
 def test_openai_measurements_are_halved_and_plain(micro, tmp_path):
@@ -115,13 +120,27 @@ def test_openai_measurements_are_halved_and_plain(micro, tmp_path):
         tmp_path,
         CIRCUIT_DATA,
         importances={
-            "loss": torch.tensor(0.25), "interv_loss": 0.5, "task_samples": (torch.zeros(4, 8), {}),
-            "beeg_model_config": {"n_layer": 1, "d_model": 4, "n_head": 1, "d_head": 2, "d_mlp": None, "bias": False},
+            "loss": torch.tensor(0.25),
+            "interv_loss": 0.5,
+            "task_samples": (torch.zeros(4, 8), {}),
+            "beeg_model_config": {
+                "n_layer": 1,
+                "d_model": 4,
+                "n_head": 1,
+                "d_head": 2,
+                "d_mlp": None,
+                "bias": False,
+            },
         },
         all_loss=[(0, 1.0), (1, torch.tensor(0.5))],
         num_total_nodes=22,
-        prune_config={"lr": torch.tensor([0.5, 0.25]), "k": (1, 2), "dtype": torch.float32, "note": None},
-    )  # fmt: skip
+        prune_config={
+            "lr": torch.tensor([0.5, 0.25]),
+            "k": (1, 2),
+            "dtype": torch.float32,
+            "note": None,
+        },
+    )
     circuit = Circuit.from_openai(path, micro)
     assert circuit.measured == {
         "openai": {
@@ -296,7 +315,8 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
     [
         (
             [edge(weight=1.6)],
-            r"does not fit this model: 0\.attn_in\.0 → 0\.attn_v\.0 has weight 1\.5 between .* nodes, not 1\.6",
+            r"does not fit this model: 0\.attn_in\.0 → 0\.attn_v\.0 has weight 1\.5 between .* "
+            r"nodes, not 1\.6",
         ),
         ([edge(weight=-1.5)], r"has weight 1\.5 between the kept nodes, not -1\.5"),
         (

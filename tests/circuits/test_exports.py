@@ -12,7 +12,8 @@ import networkx
 import pytest
 import torch
 
-from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN, micro_circuit, micro_model
+from helpers import has_hooks
+from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN
 from tl_sparse.circuits.exports import (
     FORMATS,
     attribution_graph,
@@ -28,24 +29,19 @@ from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskErr
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph.schema.json").read_text())
 
 
-@pytest.fixture
-def micro():
-    return micro_model()
-
-
-@pytest.fixture
-def circuit(micro):
-    return micro_circuit(micro)
-
-
 def test_networkx_has_the_nodes_and_edges(circuit, micro):
     graph = to_networkx(circuit, micro)
     assert list(graph.nodes) == NODES
     assert [(s, t, w) for s, t, w in graph.edges(data="weight")] == EDGES
     assert graph.nodes["0.attn_v.0"] == {
-        "layer": 0, "location": "attn_v", "index": 0, "openai": "0.attn.v.0", "kind": "value channels",
-        "label": "0.attn_v h0.0", "mean": 0.0,
-    }  # fmt: skip
+        "layer": 0,
+        "location": "attn_v",
+        "index": 0,
+        "openai": "0.attn.v.0",
+        "kind": "value channels",
+        "label": "0.attn_v h0.0",
+        "mean": 0.0,
+    }
     assert graph.graph == {"model": "micro", "task": "micro"}
     without_means = dataclasses.replace(circuit, means={})
     assert "mean" not in to_networkx(without_means, micro).nodes["0.attn_v.0"]
@@ -84,9 +80,12 @@ def test_mermaid_is_for_small_circuits(circuit, micro, monkeypatch):
     lines = to_mermaid(circuit, micro).splitlines()
     assert lines[0] == "flowchart BT"
     assert lines[1:] == [
-        '  attn_in_0_0["0.attn_in 0"]', '  attn_v_0_0["0.attn_v h0.0"]', '  attn_out_0_2["0.attn_out 2"]',
-        "  attn_in_0_0 -->|+1.50| attn_v_0_0", "  attn_v_0_0 -->|+2.00| attn_out_0_2",
-    ]  # fmt: skip
+        '  attn_in_0_0["0.attn_in 0"]',
+        '  attn_v_0_0["0.attn_v h0.0"]',
+        '  attn_out_0_2["0.attn_out 2"]',
+        "  attn_in_0_0 -->|+1.50| attn_v_0_0",
+        "  attn_v_0_0 -->|+2.00| attn_out_0_2",
+    ]
     monkeypatch.setattr("tl_sparse.circuits.exports.MERMAID_LINKS", 1)
     with pytest.raises(CircuitError, match=r"at most 1 links, not 2: use \.dot"):
         to_mermaid(circuit, micro)
@@ -104,14 +103,14 @@ def test_residual_joins_go_from_writes_to_later_reads_of_the_channel():
     ]
     joins = residual_joins([Node.parse(name) for name in names])
     assert [(str(write), str(read)) for write, read in joins] == [
-        ("0.attn_out.7", "0.mlp_in.7"), ("0.attn_out.7", "1.attn_in.7"), ("0.mlp_out.7", "1.attn_in.7"),
-    ]  # fmt: skip
+        ("0.attn_out.7", "0.mlp_in.7"),
+        ("0.attn_out.7", "1.attn_in.7"),
+        ("0.mlp_out.7", "1.attn_in.7"),
+    ]
 
 
 def test_attribution_graph_on_paper(circuit, micro):
-    """A embeds to 1, read as 2; v is 3; a sixth of it times 2 is written; the final norm divides by
-    1.
-    """
+    """A is 1, read as 2; v is 3; a sixth of it times 2 is written; the last norm divides it."""
     graph = attribution_graph(circuit, micro, MICRO_TASK)
     jsonschema.validate(graph, SCHEMA)
     assert graph["metadata"]["prompt_tokens"][0] == "<s>"
@@ -120,9 +119,12 @@ def test_attribution_graph_on_paper(circuit, micro):
     value, written, logits = "0_3000000_3", "0_4000002_5", [f"2_{yes}_5", f"2_{no}_5"]
     scale = ((1 + WRITTEN**2) / 4) ** 0.5
     expected = {
-        ("E_1_3", "0_0_3"): 2.0, ("0_0_3", value): 3.0, (value, written): WRITTEN,
-        (written, logits[0]): WRITTEN / scale * W_U, (written, logits[1]): -WRITTEN / scale * W_U,
-    }  # fmt: skip
+        ("E_1_3", "0_0_3"): 2.0,
+        ("0_0_3", value): 3.0,
+        (value, written): WRITTEN,
+        (written, logits[0]): WRITTEN / scale * W_U,
+        (written, logits[1]): -WRITTEN / scale * W_U,
+    }
     found = {(link["source"], link["target"]): link["weight"] for link in graph["links"]}
     assert found == pytest.approx(expected)
     nodes = {node["node_id"]: node for node in graph["nodes"]}
@@ -131,7 +133,7 @@ def test_attribution_graph_on_paper(circuit, micro):
     assert nodes[value]["clerp"] == "0.attn_v h0.0"
     assert nodes["E_1_3"]["clerp"] == "'A'"
     assert nodes[value]["influence"] == pytest.approx(1.0)
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
     assert all(p.requires_grad and p.grad is None for p in micro.parameters())
 
 

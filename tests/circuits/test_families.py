@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-import warnings
 
 import pytest
 import torch
 import transformers
 
+from helpers import ON_3, has_hooks, node_means, only_on, stock_model
 from micro import (
     EDGES,
     LOSS,
@@ -19,6 +19,7 @@ from micro import (
     W_V,
     micro_corpus,
     micro_tokenizer,
+    triples,
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
@@ -26,24 +27,30 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate
-from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.hooks import ablating, mean_activations
+from tl_sparse.hooks import ablating
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.task_data import make_task_data
 
-on_3 = pytest.mark.skipif(
-    transformer_lens_line() != 3, reason="HookedTransformer is of TransformerLens 3"
-)
-on_4 = pytest.mark.skipif(transformer_lens_line() == 3, reason="bridges are of TransformerLens 4")
+on_3 = only_on(3, reason="HookedTransformer is of TransformerLens 3")
+on_4 = only_on(4, reason="bridges are of TransformerLens 4")
 TOKENS = torch.randint(1, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 LAYERS, D, HEADS, D_HEAD, D_MLP = 2, 16, 4, 4, 24
 
 # TransformerLens 3: the options of HookedTransformerConfig that make a family.
 SIZES = dict(
-    n_layers=LAYERS, d_model=D, n_heads=HEADS, d_head=D_HEAD, d_mlp=D_MLP, d_vocab=40, n_ctx=16, act_fn="gelu",
-    normalization_type="LN", seed=0, device="cpu",
-)  # fmt: skip
+    n_layers=LAYERS,
+    d_model=D,
+    n_heads=HEADS,
+    d_head=D_HEAD,
+    d_mlp=D_MLP,
+    d_vocab=40,
+    n_ctx=16,
+    act_fn="gelu",
+    normalization_type="LN",
+    seed=0,
+    device="cpu",
+)
 ROTARY = dict(positional_embedding_type="rotary", rotary_dim=4)
 LLAMA = ROTARY | dict(
     normalization_type="RMS", final_rms=True, act_fn="silu", gated_mlp=True, n_key_value_heads=2
@@ -68,9 +75,16 @@ HOOKED_REFUSED = {
 
 # TransformerLens 4: transformers' own small models.
 BASE = dict(
-    vocab_size=40, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=D_MLP,
-    max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=40,
+    hidden_size=D,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    intermediate_size=D_MLP,
+    max_position_embeddings=16,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 GROUPED = BASE | dict(num_key_value_heads=2)
 GPT = dict(
     vocab_size=40, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=D_MLP, n_positions=16
@@ -89,21 +103,38 @@ BRIDGED_ALSO = {
     "falcon": ("FalconForCausalLM", "FalconConfig", {n: ONE[n] for n in list(ONE)[:4]}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", ONE | dict(residual_multiplier=0.5)),
 }
+#: Architecture: its configuration's class and options, and part of the message that refuses it.
 BRIDGED_REFUSED = {
-    "MixtralForCausalLM": ("MixtralConfig", GROUPED | dict(num_local_experts=2), "mixture of experts"),
-    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | dict(head_dim=4), "attn_out is not what the weights alone"),
+    "MixtralForCausalLM": (
+        "MixtralConfig",
+        GROUPED | dict(num_local_experts=2),
+        "mixture of experts",
+    ),
+    "Gemma2ForCausalLM": (
+        "Gemma2Config",
+        GROUPED | dict(head_dim=4),
+        "attn_out is not what the weights alone",
+    ),
     "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
     "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
     "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
     "OpenAIGPTLMHeadModel": (
-        "OpenAIGPTConfig", dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16), "nothing passes",
+        "OpenAIGPTConfig",
+        dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16),
+        "nothing passes",
     ),
-    "MambaForCausalLM": ("MambaConfig", dict(vocab_size=40, hidden_size=D, num_hidden_layers=2), "has no hook point"),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        dict(vocab_size=40, hidden_size=D, num_hidden_layers=2),
+        "has no hook point",
+    ),
     "T5ForConditionalGeneration": (
-        "T5Config", dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4), "has no hook point",
+        "T5Config",
+        dict(vocab_size=40, d_model=D, d_kv=4, d_ff=20, num_layers=2, num_heads=4),
+        "has no hook point",
     ),
-}  # fmt: skip
-FAMILIES = list(HOOKED if transformer_lens_line() == 3 else BRIDGED)
+}
+FAMILIES = list(HOOKED if ON_3 else BRIDGED)
 
 
 def scramble(model):
@@ -118,11 +149,12 @@ def scramble(model):
 
 
 def hooked(**options):
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    return scramble(stock_model(**(SIZES | options)))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return scramble(HookedTransformer(HookedTransformerConfig(**(SIZES | options))))
+
+def small(family):
+    """The smallest model of a family on this line."""
+    return hooked(**HOOKED[family]) if ON_3 else bridge(of_transformers(*BRIDGED[family]))
 
 
 def of_transformers(architecture, config, options):
@@ -140,22 +172,17 @@ def bridge(model):
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request):
-    """Name, model, the one to edit its weights in (on TransformerLens 4 transformers' own), hook
-    points and means.
+    """Name, model, the model to edit the weights of, hook points and means.
+
+    On TransformerLens 4 the weights to edit are those of transformers' own model.
     """
-    if transformer_lens_line() == 3:
-        model = plain = hooked(**HOOKED[request.param])
+    name = request.param
+    if ON_3:
+        model = plain = hooked(**HOOKED[name])
     else:
-        plain = of_transformers(*BRIDGED[request.param])
+        plain = of_transformers(*BRIDGED[name])
         model = bridge(copy.deepcopy(plain))
-    hooks = node_hooks(model)
-    return (
-        request.param,
-        model,
-        plain,
-        hooks,
-        mean_activations(model, list(hooks.values()), [TOKENS]),
-    )
+    return name, model, plain, node_hooks(model), node_means(model, TOKENS)
 
 
 def logits(model):
@@ -165,95 +192,140 @@ def logits(model):
 
 def with_nodes(model, kept, means=None):
     """The circuit that keeps all nodes or none."""
-    means = means or mean_activations(model, list(node_hooks(model).values()), [TOKENS])
+    means = means or node_means(model, TOKENS)
     return Circuit(
         {n: torch.full(m.shape, kept) for n, m in means.items()}, means, fingerprint(model)
     )
 
 
 def views(name, model):
-    """Weights [in, out] and biases of layer 1 as views into `model`, out of q, k, v being [head,
-    d_head].
+    """Weights [in, out] and biases of layer 1 as views into `model`.
+
+    The outputs of Q, K and V are [head, d_head].
     """
-    if transformer_lens_line() == 3:
-        attn, mlp = model.blocks[1].attn, getattr(model.blocks[1], "mlp", None)
-        own = {"Q": "", "K": "_" * (name == "llama"), "V": "_" * (name == "llama")}
-        found = {
-            c: (getattr(attn, f"{p}W_{c}").permute(1, 0, 2), getattr(attn, f"{p}b_{c}"))
-            for c, p in own.items()
-        }
-        found["O"] = (attn.W_O.view(D, D), attn.b_O)
-        if mlp is not None:
-            found |= {"gate": (mlp.W_gate, None)} if name == "llama" else {}
-            found |= {"in": (mlp.W_in, mlp.b_in), "out": (mlp.W_out, mlp.b_out)}
-        return found
-    if name == "neox":
-        attn, mlp = model.gpt_neox.layers[1].attention, model.gpt_neox.layers[1].mlp
-        weight = attn.query_key_value.weight.view(HEADS, 3, D_HEAD, D).permute(1, 3, 0, 2)
-        bias = attn.query_key_value.bias.view(HEADS, 3, D_HEAD).transpose(0, 1)
-        found, linear = (
-            dict(zip("QKV", zip(weight, bias, strict=True), strict=True)),
-            {"O": attn.dense},
-        )
-        linear |= {"in": mlp.dense_h_to_4h, "out": mlp.dense_4h_to_h}
-    elif name == "gpt2":
-        block = model.transformer.h[1]
-        weights, biases = block.attn.c_attn.weight.split(D, 1), block.attn.c_attn.bias.split(D)
-        found = dict(zip("QKV", zip(weights, biases, strict=True), strict=True))
-        plain = {"O": block.attn.c_proj, "in": block.mlp.c_fc, "out": block.mlp.c_proj}
-        found, linear = found | {c: (part.weight, part.bias) for c, part in plain.items()}, {}
-    elif name == "gptj":
-        attn, mlp = model.transformer.h[1].attn, model.transformer.h[1].mlp
-        found, linear = (
-            {},
-            {"Q": attn.q_proj, "K": attn.k_proj, "V": attn.v_proj, "O": attn.out_proj},
-        )
-        linear |= {"in": mlp.fc_in, "out": mlp.fc_out}
+    if ON_3:
+        return views_of_hooked(name, model)
+    views_of = {
+        "neox": views_of_neox,
+        "gpt2": views_of_gpt2,
+        "gptj": views_of_gptj,
+        "llama": views_of_llama,
+    }
+    parts = views_of[name](model)
+    for letter in "QKV":
+        parts[letter] = by_head(*parts[letter])
+    return parts
+
+
+def views_of_hooked(name, model):
+    block = model.blocks[1]
+    attn = block.attn
+    parts = {"Q": (attn.W_Q.permute(1, 0, 2), attn.b_Q)}
+    if name == "llama":  # W_K and W_V would be copies for each query head
+        parts["K"] = (attn._W_K.permute(1, 0, 2), attn._b_K)
+        parts["V"] = (attn._W_V.permute(1, 0, 2), attn._b_V)
     else:
-        attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
-        found, linear = {}, {"Q": attn.q_proj, "K": attn.k_proj, "V": attn.v_proj, "O": attn.o_proj}
-        linear |= {"in": mlp.up_proj, "gate": mlp.gate_proj, "out": mlp.down_proj}
-    found |= {c: (part.weight.T, part.bias) for c, part in linear.items()}
-    for c in "QKV":
-        weight, bias = found[c]
-        if weight.ndim == 2:
-            heads = (weight.shape[1] // D_HEAD, D_HEAD)
-            found[c] = (weight.unflatten(1, heads), None if bias is None else bias.view(heads))
-    return found
+        parts["K"] = (attn.W_K.permute(1, 0, 2), attn.b_K)
+        parts["V"] = (attn.W_V.permute(1, 0, 2), attn.b_V)
+    parts["O"] = (attn.W_O.view(D, D), attn.b_O)
+    if name != "attn_only":
+        parts["in"] = (block.mlp.W_in, block.mlp.b_in)
+        parts["out"] = (block.mlp.W_out, block.mlp.b_out)
+    if name == "llama":
+        parts["gate"] = (block.mlp.W_gate, None)
+    return parts
+
+
+def of_linear(module):
+    return module.weight.T, module.bias
+
+
+def of_conv1d(module):
+    """transformers' Conv1D has its weight as [in, out]."""
+    return module.weight, module.bias
+
+
+def views_of_neox(model):
+    attn, mlp = model.gpt_neox.layers[1].attention, model.gpt_neox.layers[1].mlp
+    weights = attn.query_key_value.weight.view(HEADS, 3, D_HEAD, D).permute(1, 3, 0, 2)
+    biases = attn.query_key_value.bias.view(HEADS, 3, D_HEAD).transpose(0, 1)
+    parts = dict(zip("QKV", zip(weights, biases, strict=True), strict=True))
+    parts["O"] = of_linear(attn.dense)
+    parts["in"] = of_linear(mlp.dense_h_to_4h)
+    parts["out"] = of_linear(mlp.dense_4h_to_h)
+    return parts
+
+
+def views_of_gpt2(model):
+    block = model.transformer.h[1]
+    weights = block.attn.c_attn.weight.split(D, 1)
+    biases = block.attn.c_attn.bias.split(D)
+    parts = dict(zip("QKV", zip(weights, biases, strict=True), strict=True))
+    parts["O"] = of_conv1d(block.attn.c_proj)
+    parts["in"] = of_conv1d(block.mlp.c_fc)
+    parts["out"] = of_conv1d(block.mlp.c_proj)
+    return parts
+
+
+def views_of_gptj(model):
+    block = model.transformer.h[1]
+    return {
+        "Q": of_linear(block.attn.q_proj),
+        "K": of_linear(block.attn.k_proj),
+        "V": of_linear(block.attn.v_proj),
+        "O": of_linear(block.attn.out_proj),
+        "in": of_linear(block.mlp.fc_in),
+        "out": of_linear(block.mlp.fc_out),
+    }
+
+
+def views_of_llama(model):
+    layer = model.model.layers[1]
+    return {
+        "Q": of_linear(layer.self_attn.q_proj),
+        "K": of_linear(layer.self_attn.k_proj),
+        "V": of_linear(layer.self_attn.v_proj),
+        "O": of_linear(layer.self_attn.o_proj),
+        "in": of_linear(layer.mlp.up_proj),
+        "gate": of_linear(layer.mlp.gate_proj),
+        "out": of_linear(layer.mlp.down_proj),
+    }
+
+
+def by_head(weight, bias):
+    if weight.ndim == 3:
+        return weight, bias
+    heads = (weight.shape[1] // D_HEAD, D_HEAD)
+    return weight.unflatten(1, heads), None if bias is None else bias.view(heads)
+
+
+#: Location: the matrices that read a node, and those that write it.
+READERS = {"attn_in": "QKV", "mlp_in": ("in", "gate"), "mlp_neuron": ("out",)}
+WRITERS = {"attn_q": "Q", "attn_k": "K", "attn_v": "V", "attn_out": "O", "mlp_out": ("out",)}
 
 
 @torch.no_grad()
 def cut(parts, location, index):
     """Take a node out of the weights: nothing reads it, or nothing writes it."""
-    out = (..., index)
-    if location in HEAD_LOCATIONS:
-        out = (..., *divmod(index, D_HEAD))
-    rows = {"attn_in": "QKV", "mlp_in": ("in", "gate"), "mlp_neuron": ("out",)}.get(location, ())
-    columns = {"attn_out": "O", "mlp_out": ("out",)}.get(
-        location, location[-1].upper() if out[1:] != (index,) else ()
-    )
-    for part in rows:
+    for part in READERS.get(location, ()):
         if part in parts:
-            parts[part][0][index] = 0
-    for part in columns:
+            weight, _ = parts[part]
+            weight[index] = 0
+    output = divmod(index, D_HEAD) if location in HEAD_LOCATIONS else (index,)
+    for part in WRITERS.get(location, ()):
         weight, bias = parts[part]
-        weight[out] = 0
+        weight[(..., *output)] = 0
         if bias is not None:
-            bias[out[1:]] = 0
+            bias[output] = 0
 
 
 def read_as_zero(model, name, location, index):
-    """The value at a node for which what reads it gets 0: the norm's weight and bias may still
-    follow.
-    """
-    norm = getattr(model.blocks[1], "ln1" if location == "attn_in" else "ln2", None)
-    if (
-        transformer_lens_line() == 3
-        and location.endswith("_in")
-        and name in ("gpt2", "parallel", "attn_only")
-    ):
-        return -(norm.b[index] / norm.w[index]).item()
-    return 0.0
+    """The value at a node for which what reads it gets 0: the norm's weight and bias may follow."""
+    norm_follows = ON_3 and name in ("gpt2", "parallel", "attn_only")
+    if not norm_follows or location not in ("attn_in", "mlp_in"):
+        return 0.0
+    norm = model.blocks[1].ln1 if location == "attn_in" else model.blocks[1].ln2
+    return -(norm.b[index] / norm.w[index]).item()
 
 
 def test_locations_of_a_family(family):
@@ -339,9 +411,7 @@ def test_every_node_can_be_held_at_its_mean(family):
         torch.testing.assert_close(cache[name], mean.expand_as(cache[name]), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(
-    transformer_lens_line() == 3, reason="GPT-J's one norm is two in a HookedTransformer"
-)
+@only_on(4, reason="GPT-J's one norm is two in a HookedTransformer")
 def test_parallel_reads_of_one_norm_are_apart():
     model = bridge(of_transformers(*BRIDGED["gptj"]))
     hooks = node_hooks(model)
@@ -361,7 +431,7 @@ def test_hooked_transformers_whose_nodes_are_something_else(name):
         HookNameError, match=r"^nodes of \w+ \(HookedTransformer\) cannot be gated: "
     ):
         node_hooks(model)
-    assert all(not point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)
 
 
 @on_3
@@ -415,24 +485,28 @@ def test_folded_bridges(name):
     assert len(folded.edges(model)) >= n_edges  # centring fills zeros of what writes to the stream
 
 
+def shifted_by_position(x, hook):
+    return x + torch.arange(x.shape[1])[:, None]
+
+
+def normalized(x, hook):
+    return x / (x.norm(dim=(2, 3), keepdim=True) + 1e-6)
+
+
+def plus_one(x, hook):
+    return x + 1
+
+
 @pytest.mark.parametrize(
     ("point", "change", "why"),
     [
-        (
-            "mlp.hook_pre",
-            lambda x, hook: x + torch.arange(x.shape[1])[:, None],
-            "mlp_neuron is not what the weights",
-        ),
-        (
-            "attn.hook_z",
-            lambda x, hook: x / (x.norm(dim=(2, 3), keepdim=True) + 1e-6),
-            "attn_out is not what",
-        ),
-        ("hook_resid_post", lambda x, hook: x + 1, "the residual stream gets more"),
+        ("mlp.hook_pre", shifted_by_position, "mlp_neuron is not what the weights"),
+        ("attn.hook_z", normalized, "attn_out is not what"),
+        ("hook_resid_post", plus_one, "the residual stream gets more"),
     ],
 )
 def test_whatever_comes_between_nodes_is_noticed(point, change, why):
-    model = hooked() if transformer_lens_line() == 3 else bridge(of_transformers(*BRIDGED["gpt2"]))
+    model = small("gpt2")
     model.add_hook(f"blocks.1.{point}", change)
     with pytest.raises(HookNameError, match=f"in layer 1, {why}"):
         node_hooks(model)
@@ -441,12 +515,7 @@ def test_whatever_comes_between_nodes_is_noticed(point, change, why):
 
 
 def test_models_in_lower_precision():
-    model = (
-        hooked(**LLAMA)
-        if transformer_lens_line() == 3
-        else bridge(of_transformers(*BRIDGED["llama"]))
-    )
-    model = model.to(torch.bfloat16)
+    model = small("llama").to(torch.bfloat16)
     model.train()
     assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
     assert model.training
@@ -454,52 +523,56 @@ def test_models_in_lower_precision():
 
 def micro_dense():
     """micro.py's model as a stock one of the Llama kind, whose MLP does nothing."""
-    options = dict(
-        n_layers=1,
-        d_model=4,
-        n_heads=1,
-        d_head=2,
-        d_mlp=2,
-        d_vocab=len(VOCABULARY),
-        n_ctx=8,
-        eps=1e-12,
-    )
-    if transformer_lens_line() == 3:
-        model = hooked(**(LLAMA | options | dict(rotary_dim=2, n_key_value_heads=1)))
-        norms = (model.blocks[0].ln1.w, model.blocks[0].ln2.w, model.ln_final.w)
-        attn = model.blocks[0].attn
-        parts = (model.embed.W_E, attn._W_V[0], attn.W_O[0], model.unembed.W_U)
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=len(VOCABULARY), hidden_size=4, num_hidden_layers=1, num_attention_heads=1, head_dim=2,
-            intermediate_size=2, max_position_embeddings=8, rms_norm_eps=1e-12, tie_word_embeddings=False,
-        )  # fmt: skip
-        plain = transformers.LlamaForCausalLM(config).eval()
-        model, layer = bridge(plain), plain.model.layers[0]
-        norms = [p for name, p in plain.named_parameters() if "norm" in name]
-        attn = [
-            next(part.parameters()).T for part in (layer.self_attn.v_proj, layer.self_attn.o_proj)
-        ]
-        parts = (
-            next(plain.model.embed_tokens.parameters()),
-            *attn,
-            next(plain.lm_head.parameters()).T,
-        )
+    model, norms, embed, value, output, unembed = micro_hooked() if ON_3 else micro_bridge()
     model.tokenizer = micro_tokenizer()
-    embed, value, write, unembed = parts
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         for norm in norms:
             norm.fill_(1.0)
-        embed[VOCABULARY["A"], 0], embed[VOCABULARY["B"], 0], embed[VOCABULARY["end"], 1] = (
-            1.0,
-            -1.0,
-            1.0,
-        )
-        value[0, 0], write[0, 2] = W_V, W_O
-        unembed[2, VOCABULARY["yes"]], unembed[2, VOCABULARY["no"]] = W_U, -W_U
+        embed[VOCABULARY["A"], 0] = 1.0
+        embed[VOCABULARY["B"], 0] = -1.0
+        embed[VOCABULARY["end"], 1] = 1.0
+        value[0, 0] = W_V
+        output[0, 2] = W_O
+        unembed[2, VOCABULARY["yes"]] = W_U
+        unembed[2, VOCABULARY["no"]] = -W_U
     return model
+
+
+def micro_hooked():
+    """A model, the weights of its norms, and views of W_E, W_V, W_O and W_U."""
+    sizes = dict(n_layers=1, d_model=4, n_heads=1, d_head=2, d_mlp=2, d_vocab=len(VOCABULARY))
+    options = dict(n_ctx=8, eps=1e-12, rotary_dim=2, n_key_value_heads=1)
+    model = hooked(**(LLAMA | sizes | options))
+    block = model.blocks[0]
+    norms = (block.ln1.w, block.ln2.w, model.ln_final.w)
+    attn = block.attn
+    return model, norms, model.embed.W_E, attn._W_V[0], attn.W_O[0], model.unembed.W_U
+
+
+def micro_bridge():
+    """As `micro_hooked`, on TransformerLens 4."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=2,
+        intermediate_size=2,
+        max_position_embeddings=8,
+        rms_norm_eps=1e-12,
+        tie_word_embeddings=False,
+    )
+    plain = transformers.LlamaForCausalLM(config).eval()
+    model = bridge(plain)
+    norms = [parameter for name, parameter in plain.named_parameters() if "norm" in name]
+    attn = plain.model.layers[0].self_attn
+    embed = next(plain.model.embed_tokens.parameters())
+    value = next(attn.v_proj.parameters()).T
+    output = next(attn.o_proj.parameters()).T
+    unembed = next(plain.lm_head.parameters()).T
+    return model, norms, embed, value, output, unembed
 
 
 def test_pruning_a_dense_model_finds_the_circuit_on_paper(tmp_path):
@@ -514,7 +587,7 @@ def test_pruning_a_dense_model_finds_the_circuit_on_paper(tmp_path):
     )
     circuit, measured = prune(model, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == NODES
-    assert [(str(e.source), str(e.target), e.weight) for e in circuit.edges(model)] == EDGES
+    assert triples(circuit.edges(model)) == EDGES
     assert measured.circuit.loss == pytest.approx(LOSS, abs=1e-5)
     assert measured.ablated.loss == pytest.approx(0.6931, abs=1e-4)
     circuit.save(tmp_path)
@@ -522,4 +595,4 @@ def test_pruning_a_dense_model_finds_the_circuit_on_paper(tmp_path):
     assert evaluate(Circuit.load(tmp_path), model, data) == evaluate(circuit, model, data)
     other = dataclasses.replace(circuit, model=fingerprint(micro_dense()))
     assert other.model == circuit.model
-    assert all(not point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)

@@ -1,6 +1,4 @@
-"""Documents: the idioms, the standard library, the user's files; and their packing into rows of
-tokens.
-"""
+"""Documents, built in or the user's, and their packing into rows of tokens."""
 
 import ast
 import dataclasses
@@ -21,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse.data.corpus
-from helpers import tiny_config, word_tokenizer
+from helpers import must_not_run, tiny_config, word_tokenizer
 from tl_sparse import train
 from tl_sparse.data.config import DataConfig
 from tl_sparse.data.corpus import pack_tokens
@@ -132,7 +130,8 @@ def test_parameter_names_are_distinct():
     [
         (
             {"source": ""},
-            "source = '' is not possible; it must be \"builtin\", a folder, a glob pattern, a file or",
+            "source = '' is not possible; "
+            'it must be "builtin", a folder, a glob pattern, a file or',
         ),
         ({"source": "hf:"}, "source = 'hf:' is not possible; it must be \"builtin\", a folder"),
         ({"max_chars": 0}, "max_chars = 0 is not possible; it must be at least 1"),
@@ -542,7 +541,7 @@ def test_a_packed_corpus_is_found_again(tmp_path, monkeypatch):
     made = packed_for(tiny(IDIOMS), [], folder)
     with monkeypatch.context() as patch:
         for name in ("train_tokenizer", "load_documents"):
-            patch.setattr(f"tl_sparse.data.corpus.{name}", None)
+            patch.setattr(f"tl_sparse.data.corpus.{name}", must_not_run(f"{name} is called again"))
         found = packed_for(tiny(IDIOMS), [], folder, made.about)
     assert found.about == made.about
     assert found.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()

@@ -1,6 +1,4 @@
-"""Judging: logits of the last positions alone, resampling, calibration, curves, random circuits,
-effects.
-"""
+"""How good a circuit is: scores on a task, ablations, calibration, curves and effects."""
 
 import dataclasses
 import math
@@ -10,9 +8,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers import cancels, full_config, random_tokens, sparse_configs, stock_model, tiny_model
+from helpers import (
+    cancels,
+    copied_parameters,
+    full_config,
+    has_hooks,
+    node_means,
+    random_masks,
+    random_tokens,
+    sparse_configs,
+    stock_model,
+    tiny_model,
+)
 from micro import (
-    EDGES,
     LOSS,
     MICRO_TASK,
     NODES,
@@ -48,33 +56,30 @@ from tl_sparse.hooks.points import hooked
 from tl_sparse.tasks.task_data import TaskData, make_task_data
 
 
-def data_of(model, n_pairs=6, seed=0, lengths=None):
+def random_data(model, n_pairs=6, seed=0, lengths=None):
     """Random prompts of different lengths, padded with random tokens, and random candidates."""
-    generator = torch.Generator().manual_seed(seed)
+    n_prompts = 2 * n_pairs
     cfg = model.cfg
-    last = (
-        torch.randint(1, cfg.n_ctx, (2 * n_pairs,), generator=generator)
-        if lengths is None
-        else lengths
-    )
-    candidates = torch.stack(
-        [torch.randperm(cfg.d_vocab, generator=generator)[:2] for _ in range(n_pairs)]
-    )
-    return TaskData(
-        "t", tuple(map(str, range(2 * n_pairs))), random_tokens(model, 2 * n_pairs, cfg.n_ctx, seed), last,
-        candidates.repeat_interleave(2, 0), torch.arange(2).repeat(n_pairs),
-    )  # fmt: skip
-
-
-def circuit_of(model, share=0.5, seed=0):
-    """Random nodes, with random ranks."""
-    means = mean_activations(
-        model, list(node_hooks(model).values()), [random_tokens(model, seed=5)]
-    )
     generator = torch.Generator().manual_seed(seed)
-    kept = {
-        name: torch.rand(mean.shape, generator=generator) < share for name, mean in means.items()
-    }
+    last = lengths
+    if last is None:
+        last = torch.randint(1, cfg.n_ctx, (n_prompts,), generator=generator)
+    candidates = [torch.randperm(cfg.d_vocab, generator=generator)[:2] for _ in range(n_pairs)]
+    return TaskData(
+        task="t",
+        prompts=tuple(map(str, range(n_prompts))),
+        tokens=random_tokens(model, n_prompts, cfg.n_ctx, seed),
+        last=last,
+        candidates=torch.stack(candidates).repeat_interleave(2, 0),
+        correct=torch.arange(2).repeat(n_pairs),
+    )
+
+
+def random_circuit(model, share=0.5, seed=0):
+    """Random nodes, with random ranks."""
+    means = node_means(model, random_tokens(model, seed=5))
+    generator = torch.Generator().manual_seed(seed)
+    kept = random_masks(means, share, generator)
     scores = {name: torch.rand(mean.shape, generator=generator) for name, mean in means.items()}
     return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
 
@@ -83,13 +88,9 @@ def micro_data(micro, n_pairs=8):
     return make_task_data(MICRO_TASK, micro.tokenizer, n_pairs, seed=0)
 
 
-def loss_of(a):
+def loss_if_written(a):
     """The loss of the micro model if a, and not WRITTEN, is written after A and -a after B."""
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
-
-
-def untouched(model):
-    return all(not point.has_hooks() for point in model.hook_dict.values())
 
 
 # Logits of the last positions alone
@@ -101,112 +102,130 @@ def test_the_logits_of_one_position_are_those_of_the_full_forward(data, config):
     model = tiny_model(config, seed=data.draw(st.integers(0, 3)), dtype=torch.float64)
     tokens = random_tokens(model, batch=3)
     assume(not cancels(model, tokens))
-    last = torch.tensor(
-        data.draw(st.lists(st.integers(0, config.n_ctx - 1), min_size=3, max_size=3))
-    )
+    positions = st.lists(st.integers(0, config.n_ctx - 1), min_size=3, max_size=3)
+    last = torch.tensor(data.draw(positions))
     with torch.no_grad():
-        full, one = model.network(tokens), model.network(tokens, last=last)
+        full = model.network(tokens)
+        one = model.network(tokens, last=last)
     assert one.shape == (3, 1, config.d_vocab)
     torch.testing.assert_close(one[:, 0], full[torch.arange(3), last], rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_of_one_position_are_those_of_the_full_forward():
     model = tiny_model(full_config(), dtype=torch.float64)
-    data, gradients = data_of(model), []
-    assert hasattr(model, "network")
-    for logits in (
-        task_logits(model, data),
-        evaluation.candidate_logits(model.network(data.tokens), data),
-    ):
+    data = random_data(model)
+
+    def gradients(logits):
         model.zero_grad()
         logits.square().sum().backward()
-        gradients.append(
-            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        )
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-8, atol=1e-10)
+        named = model.named_parameters()
+        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    of_one = gradients(task_logits(model, data))
+    full = model.network(data.tokens)
+    of_all = gradients(evaluation.candidate_logits(full, data))
+    assert of_one.keys() == of_all.keys()
+    for name, gradient in of_all.items():
+        torch.testing.assert_close(of_one[name], gradient, rtol=1e-8, atol=1e-10)
+
+
+#: The hook points of a block, in the order of the forward pass …
+UP_TO_ATTENTION = [
+    "hook_resid_pre",
+    "ln1.hook_read",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+]
+#: … and those after the last step that looks at other positions.
+PAST_ATTENTION = [
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "ln2.hook_read",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+]
 
 
 def test_what_hooks_see_of_one_position():
     """All positions up to the last attention, and one of each row past it."""
     model = tiny_model(full_config())
-    tokens, last, seen = random_tokens(model, batch=3), torch.tensor([0, 4, 7]), {}
+    tokens = random_tokens(model, batch=3)
+    last = torch.tensor([0, 4, 7])
+    all_positions = [f"blocks.0.{place}" for place in UP_TO_ATTENTION + PAST_ATTENTION]
+    all_positions += [f"blocks.1.{place}" for place in UP_TO_ATTENTION]
+    one_position = [f"blocks.1.{place}" for place in PAST_ATTENTION]
+    one_position += ["ln_final.hook_normalized", "hook_bigram"]
     _, full = model.run_with_cache(tokens)
+    seen = {}
 
     def look(activation, hook):
         seen[hook.name] = activation.detach()
 
-    places = [
-        "ln1.hook_read",
-        "attn.hook_q",
-        "attn.hook_k",
-        "attn.hook_v",
-        "attn.hook_z",
-        "hook_attn_out",
-    ]
-    places += [
-        "hook_resid_mid",
-        "ln2.hook_read",
-        "mlp.hook_pre",
-        "mlp.hook_post",
-        "hook_mlp_out",
-        "hook_resid_post",
-    ]
-    names = [f"blocks.{i}.{place}" for i in range(2) for place in ("hook_resid_pre", *places)]
-    with hooked(model, dict.fromkeys([*names, "ln_final.hook_normalized", "hook_bigram"], look)):
+    with hooked(model, dict.fromkeys(all_positions + one_position, look)):
         model.network(tokens, last=last)
-    short = {f"blocks.1.{place}" for place in places[4:]} | {
-        "ln_final.hook_normalized",
-        "hook_bigram",
-    }
-    assert {name for name, value in seen.items() if value.shape[:2] == (3, 1)} == short
-    for name, value in seen.items():
-        expected = full[name] if name not in short else full[name][torch.arange(3), last][:, None]
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for name in all_positions:
+        torch.testing.assert_close(seen[name], full[name], rtol=1e-4, atol=1e-5)
+    for name in one_position:
+        expected = full[name][torch.arange(3), last][:, None]
+        torch.testing.assert_close(seen[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_at_the_last_block_act_on_one_position():
     """A circuit scored by the last positions alone is the circuit of the full forward."""
     model = tiny_model(full_config(), dtype=torch.float64)
-    circuit, data = circuit_of(model), data_of(model)
+    circuit, data = random_circuit(model), random_data(model)
     with circuit.applied(model), torch.no_grad():
         expected = evaluation.candidate_logits(model(data.tokens), data)
         torch.testing.assert_close(task_logits(model, data), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "make", [stock_model, lambda: tiny_model(full_config())], ids=["stock", "ours"]
-)
+def our_model():
+    return tiny_model(full_config())
+
+
+@pytest.mark.parametrize("make", [stock_model, our_model])
 def test_logits_come_in_the_order_of_the_prompts(make):
     model = make()
-    data = data_of(model, n_pairs=7)
+    data = random_data(model, n_pairs=7)
     with torch.no_grad():
-        expected = torch.cat(
-            [model(data.tokens[i : i + 1, : end + 1])[:, -1] for i, end in enumerate(data.last)]
-        )
-    expected = expected.gather(1, data.candidates)
+        prompts = [tokens[: end + 1] for tokens, end in zip(data.tokens, data.last, strict=True)]
+        alone = [model(prompt[None])[:, -1] for prompt in prompts]
+    expected = torch.cat(alone).gather(1, data.candidates)
     for batch_size in (1, 2, 5, 14, 100):
-        torch.testing.assert_close(
-            all_logits(model, data, batch_size), expected, rtol=1e-4, atol=1e-5
-        )
+        found = all_logits(model, data, batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_batch_size_makes_no_difference():
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("how", ["mean", "zero"])
+def test_a_score_does_not_depend_on_the_batch_size(how, inverted):
     model = tiny_model(full_config(), dtype=torch.float64)
-    circuit, data = circuit_of(model), data_of(model, n_pairs=7)
-    for how in ("mean", "zero"):
-        for inverted in (False, True):
-            under = holding_circuit(circuit, model, how, inverted)
-            results = [dataclasses.astuple(score(model, data, size, under)) for size in (2, 6, 100)]
-            assert results[0] == pytest.approx(results[1], rel=1e-6)
-            assert results[0] == pytest.approx(results[2], rel=1e-6)
+    data = random_data(model, n_pairs=7)
+    under = holding_circuit(random_circuit(model), model, how, inverted)
+    expected = dataclasses.astuple(score(model, data, 2, under))
+    for batch_size in (6, 100):
+        found = dataclasses.astuple(score(model, data, batch_size, under))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_curve_does_not_depend_on_the_batch_size():
+    model = tiny_model(full_config(), dtype=torch.float64)
+    circuit = random_circuit(model)
+    data = random_data(model, n_pairs=7)
+    small = faithfulness_curve(circuit, model, data, 4)
+    large = faithfulness_curve(circuit, model, data, 100)
+    losses = [sized.circuit.loss for sized in small]
+    assert [sized.circuit.loss for sized in large] == pytest.approx(losses, rel=1e-6)
+
+
+def test_the_task_loss_is_the_loss_of_the_score():
+    model = tiny_model(full_config(), dtype=torch.float64)
+    data = random_data(model, n_pairs=7)
     assert task_loss(model, data).item() == pytest.approx(score(model, data, 2).loss, rel=1e-6)
-    curves = [
-        [sized.circuit.loss for sized in faithfulness_curve(circuit, model, data, size)]
-        for size in (4, 100)
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
 
 
 # Resampling
@@ -216,46 +235,56 @@ def test_the_batch_size_makes_no_difference():
 def test_resampled_are_the_activations_of_another_prompt(n_pairs):
     """At all positions before the last attention, and at the other prompt's own end after it."""
     model = tiny_model(full_config())
-    data = data_of(model, n_pairs)
+    data = random_data(model, n_pairs)
     names = list(node_hooks(model).values())
     found = resampled(model, data, names)
     assert found.keys() == set(names)
     width = int(data.last.max()) + 1
     with torch.no_grad():
         _, cache = model.run_with_cache(data.tokens[:, :width])
-    early = cache["blocks.0.hook_mlp_out"]
-    distances = (found["blocks.0.hook_mlp_out"][:, None] - early[None]).abs().flatten(2).amax(-1)
-    partner = distances.argmin(1)
+
+    # Whose activations each prompt got is read off an early hook point, which has all positions.
+    early = "blocks.0.hook_mlp_out"
+    differences = (found[early][:, None] - cache[early][None]).abs()
+    partner = differences.flatten(2).amax(-1).argmin(1)
     assert sorted(partner.tolist()) == list(range(2 * n_pairs))  # each prompt's, once
-    assert all(i != other for i, other in enumerate(partner.tolist()))
+    assert (partner != torch.arange(2 * n_pairs)).all()  # and none's own
+
     for name in names:
         expected = cache[name][partner]
         if name.startswith("blocks.1") and found[name].shape[1] == 1:
             expected = expected[torch.arange(2 * n_pairs), data.last[partner]][:, None]
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    assert not has_hooks(model)
+
+
+def test_resampling_is_the_same_each_time():
+    model = tiny_model(full_config())
+    data = random_data(model)
+    names = list(node_hooks(model).values())
+    first = resampled(model, data, names)
     again = resampled(model, data, names)
-    assert all(torch.equal(again[name], found[name]) for name in names)
-    assert untouched(model)
+    assert all(torch.equal(again[name], first[name]) for name in names)
 
 
 def test_an_empty_circuit_under_resampling_is_another_prompt():
+    """All prompts end in one token, whose embedding is zero: only nodes tell them apart."""
     model = tiny_model(n_layers=2, dtype=torch.float64)
-    data = data_of(model, n_pairs=5, lengths=torch.full((10,), 7))
-    data = dataclasses.replace(
-        data, tokens=torch.cat([data.tokens[:, :-1], data.tokens[:1, -1:].expand(10, 1)], 1)
-    )
-    with (
-        torch.no_grad()
-    ):  # no embedding of its own reaches the end, which all prompts have in common
-        model.embed.W_E[data.tokens[0, -1]] = 0.0
-    circuit = circuit_of(model, share=0.0)
-    found = all_logits(model, data, 10, holding_circuit(circuit, model, "resample"))
+    data = random_data(model, n_pairs=5, lengths=torch.full((10,), 7))
+    data.tokens[:, -1] = data.tokens[0, -1].clone()
     with torch.no_grad():
-        rows = evaluation.task_logits(model, data), model(data.tokens)[:, -1]
-    partners = [next(j for j in range(10) if torch.allclose(rows[1][j].gather(0, data.candidates[i]).float(), found[i]))
-                for i in range(10)]  # fmt: skip
+        model.embed.W_E[data.tokens[0, -1]] = 0.0
+        full = model(data.tokens)[:, -1]
+    circuit = random_circuit(model, share=0.0)
+    found = all_logits(model, data, 10, holding_circuit(circuit, model, "resample"))
+
+    partners = []
+    for candidates, logits in zip(data.candidates, found, strict=True):
+        of_each = full[:, candidates].float()
+        same = [prompt for prompt in range(10) if torch.allclose(of_each[prompt], logits)]
+        partners.append(same[0])
     assert sorted(partners) == list(range(10))
-    assert all(i != j for i, j in enumerate(partners))
+    assert all(prompt != partner for prompt, partner in enumerate(partners))
 
 
 # Under a circuit
@@ -265,147 +294,177 @@ def test_an_empty_circuit_under_resampling_is_another_prompt():
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_holding_a_circuit_by_hand(how, inverted):
     model = tiny_model(full_config())
-    circuit, data = circuit_of(model), data_of(model)
-    values = {
-        "mean": circuit.means,
-        "zero": {name: torch.zeros_like(mean) for name, mean in circuit.means.items()},
-        "resample": resampled(model, data, circuit.kept),
-    }[how]
-    nodes = circuit.kept if inverted else {name: ~mask for name, mask in circuit.kept.items()}
-    with ablating(model, nodes, values), torch.no_grad():
+    circuit = random_circuit(model)
+    data = random_data(model)
+    if how == "mean":
+        values = circuit.means
+    elif how == "zero":
+        values = {name: torch.zeros_like(mean) for name, mean in circuit.means.items()}
+    else:
+        values = resampled(model, data, circuit.kept)
+    held = circuit.kept if inverted else circuit.dropped
+    with ablating(model, held, values), torch.no_grad():
         expected = task_logits(model, data)
     with holding_circuit(circuit, model, how, inverted)(data), torch.no_grad():
         assert torch.equal(task_logits(model, data), expected)
     with torch.no_grad():
         assert not torch.allclose(task_logits(model, data), expected, atol=1e-3)
-    assert untouched(model)
+    assert not has_hooks(model)
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_a_circuit_of_all_nodes_is_the_model(how):
     model = tiny_model(full_config())
-    circuit, data = circuit_of(model, share=1.0), data_of(model)
-    under = holding_circuit(circuit, model, how)
+    data = random_data(model)
+    under = holding_circuit(random_circuit(model, share=1.0), model, how)
     assert torch.equal(all_logits(model, data, under=under), all_logits(model, data))
-    nothing = holding_circuit(circuit_of(model, share=0.0), model, how, inverted=True)
-    assert torch.equal(all_logits(model, data, under=nothing), all_logits(model, data))
 
 
-def test_the_three_ablations_on_paper():
-    """The written channel is held, so at its mean 1/4, at zero, or at what another prompt has
-    there.
-    """
-    micro = micro_model()
+@pytest.mark.parametrize("how", ["mean", "zero", "resample"])
+def test_the_model_without_a_circuit_of_no_nodes_is_the_model(how):
+    model = tiny_model(full_config())
+    data = random_data(model)
+    under = holding_circuit(random_circuit(model, share=0.0), model, how, inverted=True)
+    assert torch.equal(all_logits(model, data, under=under), all_logits(model, data))
+
+
+@pytest.fixture
+def without_the_written_channel(micro):
+    """The circuit on paper without its last node, whose mean is set to 1/4."""
     circuit = micro_circuit(micro)
     circuit.kept["blocks.0.hook_attn_out"][2] = False
-    circuit = circuit.with_means(
-        dict(circuit.means) | {"blocks.0.hook_attn_out": torch.tensor([0, 0, 0.25, 0])}
-    )
-    data = micro_data(micro)
-    measured = evaluate(circuit, micro, data, batch_size=100)
+    mean = torch.tensor([0, 0, 0.25, 0])
+    return circuit.with_means(dict(circuit.means) | {"blocks.0.hook_attn_out": mean})
+
+
+def test_mean_and_zero_ablation_on_paper(micro, without_the_written_channel):
+    """The written channel is held at its mean, 1/4 after A and after B, or at zero."""
+    measured = evaluate(without_the_written_channel, micro, micro_data(micro), batch_size=100)
     assert measured.full.loss == pytest.approx(LOSS, abs=1e-6)
-    assert measured.circuit.loss == pytest.approx((loss_of(0.25) + loss_of(-0.25)) / 2, abs=1e-5)
+    at_mean = (loss_if_written(0.25) + loss_if_written(-0.25)) / 2
+    assert measured.circuit.loss == pytest.approx(at_mean, abs=1e-5)
     assert measured.circuit.accuracy == 0.5
     assert measured.zero.loss == pytest.approx(math.log(2), abs=1e-6)
-    partner = resampled(micro, data, ["hook_embed"])["hook_embed"][:, 3, 0]  # where A or B stands
-    swapped = (partner != torch.tensor([1.0, -1.0]).repeat(8)).float().mean().item()
-    assert 0 < swapped < 1
-    assert measured.resample.accuracy == pytest.approx(1 - swapped)
-    assert measured.resample.loss == pytest.approx(
-        swapped * loss_of(-WRITTEN) + (1 - swapped) * LOSS, rel=1e-4
-    )
     assert measured.ablated.loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_another_model_is_refused():
-    circuit, other = micro_circuit(micro_model()), tiny_model()
-    data = data_of(other)
-    for judge in (evaluate, faithfulness_curve, random_circuits, effects):
-        with pytest.raises(CircuitError, match="this circuit belongs to the model 'micro'"):
-            judge(dataclasses.replace(circuit, scores=circuit.means), other, data)
-    assert untouched(other)
+def test_resampling_on_paper(micro, without_the_written_channel):
+    """The written channel is held at what another prompt has there: A's value or B's."""
+    data = micro_data(micro)
+    measured = evaluate(without_the_written_channel, micro, data, batch_size=100)
+    letters = resampled(micro, data, ["hook_embed"])["hook_embed"][:, 3, 0]  # A is 1, B is -1
+    own_letters = torch.tensor([1.0, -1.0]).repeat(8)
+    swapped = (letters != own_letters).float().mean().item()
+    assert 0 < swapped < 1
+    assert measured.resample.accuracy == pytest.approx(1 - swapped)
+    expected = swapped * loss_if_written(-WRITTEN) + (1 - swapped) * LOSS
+    assert measured.resample.loss == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("judge", [evaluate, faithfulness_curve, random_circuits, effects])
-def test_the_model_is_as_it_was_also_after_an_exception(judge, monkeypatch):
-    micro = micro_model()
-    circuit = dataclasses.replace(micro_circuit(micro), scores=micro_circuit(micro).means)
-    circuit = dataclasses.replace(circuit, edge_set=frozenset())  # both edges are cut
-    data, before = micro_data(micro), {name: p.clone() for name, p in micro.named_parameters()}
-    judge(circuit, micro, data)
+JUDGES = [evaluate, faithfulness_curve, random_circuits, effects]
 
-    def same():
-        assert untouched(micro)
-        assert all(
-            torch.equal(p, before[name]) and p.grad is None for name, p in micro.named_parameters()
-        )
 
-    same()
-    real, calls = evaluation.candidate_logits, []
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_circuit_of_another_model_is_refused(judge, micro):
+    circuit = micro_circuit(micro)
+    circuit = dataclasses.replace(circuit, scores=circuit.means)
+    other = tiny_model()
+    with pytest.raises(CircuitError, match="this circuit belongs to the model 'micro'"):
+        judge(circuit, other, random_data(other))
+    assert not has_hooks(other)
 
-    def failing(*arguments):
-        calls.append(
-            not torch.equal(micro.blocks[0].attn.W_O, before["blocks.0.attn.W_O"])
-            or not untouched(micro)
-        )
-        if len(calls) == 4:
+
+def circuit_without_edges(micro):
+    """The circuit on paper with scores, and with both of its edges cut."""
+    circuit = micro_circuit(micro)
+    return dataclasses.replace(circuit, scores=circuit.means, edge_set=frozenset())
+
+
+def assert_as_before(model, before):
+    assert not has_hooks(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_judging_leaves_the_model_as_it_was(judge, micro):
+    before = copied_parameters(micro)
+    judge(circuit_without_edges(micro), micro, micro_data(micro))
+    assert_as_before(micro, before)
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatch):
+    before = copied_parameters(micro)
+    real = evaluation.candidate_logits
+    changed = []  # of each call: whether the model is changed at that moment
+
+    def failing_at_the_fourth_call(*arguments):
+        cut_weights = not torch.equal(micro.blocks[0].attn.W_O, before["blocks.0.attn.W_O"])
+        changed.append(cut_weights or has_hooks(micro))
+        if len(changed) == 4:
             raise ZeroDivisionError
         return real(*arguments)
 
-    monkeypatch.setattr(evaluation, "candidate_logits", failing)
+    monkeypatch.setattr(evaluation, "candidate_logits", failing_at_the_fourth_call)
     with pytest.raises(ZeroDivisionError):
-        judge(circuit, micro, data, batch_size=4)
-    assert calls[-1]  # there was something to take back
-    same()
+        judge(circuit_without_edges(micro), micro, micro_data(micro), batch_size=4)
+    assert changed[-1]  # there was something to take back
+    assert_as_before(micro, before)
 
 
 # Calibration
 
 
 def coins(shares, per=20):
-    """Prompts whose logits differ by 0, 1, 2 …, and how often the second candidate is right at
-    each.
-    """
+    """Logits that differ by 0, 1, 2 …, for `per` prompts each; a share has the second answer."""
     differences = torch.arange(len(shares)).repeat_interleave(per).float()
-    correct = torch.cat([(torch.arange(per) < round(share * per)).long() for share in shares])
     logits = torch.stack([torch.zeros_like(differences), differences], 1)
-    data = data_of(micro_model(), n_pairs=len(correct) // 2)
+    correct = torch.cat([torch.arange(per) < round(share * per) for share in shares]).long()
+    data = random_data(micro_model(), n_pairs=len(correct) // 2)
     return logits, dataclasses.replace(data, correct=correct)
+
+
+def calibrated(logits, scale, shift):
+    return logits * scale + torch.tensor([0.0, shift])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.25, 0.6), (0.5, 0.75), (0.8, 0.3), (0.1, 0.9)])
 def test_calibration_finds_the_scale_and_shift_of_coins(low, high):
-    """With a share p right where the logits differ by x, the best scale · x + shift is log(p / (1 -
-    p)).
-    """
+    """Where the logits differ by x, the share p is right: scale · x + shift is log(p / (1 - p))."""
     logits, data = coins([low, high])
-    odds = [math.log(p / (1 - p)) for p in (low, high)]
-    scale, shift = calibration(logits, data)
-    assert (scale, shift) == pytest.approx((odds[1] - odds[0], odds[0]), abs=1e-3)
-    # Logits that a model scales and shifts are calibrated back.
-    changed = logits * 0.5 + torch.tensor([0.0, -1.0])
-    scale, shift = calibration(changed, data)
-    assert (scale * 0.5, shift - scale) == pytest.approx((odds[1] - odds[0], odds[0]), abs=2e-3)
+    log_odds = [math.log(p / (1 - p)) for p in (low, high)]
+    expected = (log_odds[1] - log_odds[0], log_odds[0])
+    assert calibration(logits, data) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.25, 0.6), (0.5, 0.75), (0.8, 0.3), (0.1, 0.9)])
+def test_calibration_undoes_a_scale_and_a_shift(low, high):
+    logits, data = coins([low, high])
+    log_odds = [math.log(p / (1 - p)) for p in (low, high)]
+    scale, shift = calibration(calibrated(logits, 0.5, -1.0), data)
+    of_the_original = (scale * 0.5, shift - scale)
+    expected = (log_odds[1] - log_odds[0], log_odds[0])
+    assert of_the_original == pytest.approx(expected, abs=2e-3)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
-def test_calibrated_loss_is_never_larger(seed):
+def test_no_other_scale_or_shift_has_a_smaller_loss(seed):
     logits = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed))
     _, data = coins([0.5, 0.5])
     scale, shift = calibration(logits, data)
-    loss = score_logits(logits * scale + torch.tensor([0.0, shift]), data).loss
-    assert loss <= score_logits(logits, data).loss + 1e-6
-    for other in (
-        (scale + 0.05, shift),
-        (scale - 0.05, shift),
-        (scale, shift + 0.05),
-        (scale, shift - 0.05),
-    ):
-        assert (
-            score_logits(logits * other[0] + torch.tensor([0.0, other[1]]), data).loss
-            >= loss - 1e-6
-        )
+
+    def loss(scale, shift):
+        return score_logits(calibrated(logits, scale, shift), data).loss
+
+    smallest = loss(scale, shift)
+    assert smallest <= score_logits(logits, data).loss + 1e-6
+    assert loss(scale + 0.05, shift) >= smallest - 1e-6
+    assert loss(scale - 0.05, shift) >= smallest - 1e-6
+    assert loss(scale, shift + 0.05) >= smallest - 1e-6
+    assert loss(scale, shift - 0.05) >= smallest - 1e-6
 
 
 def test_calibration_leaves_its_input_alone_and_works_without_gradients():
@@ -421,144 +480,170 @@ def test_scores_by_hand():
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 2.0], [3.0, 3.0]])
     data = dataclasses.replace(data, correct=torch.tensor([0, 1, 1, 0]))
     losses = [math.log1p(math.exp(x)) for x in (1.0, -1.0, -2.0, 0.0)]
-    pairs = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
+    of_pairs = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
     found = score_logits(logits, data)
     assert found.loss == pytest.approx(sum(losses) / 4)
     assert found.accuracy == 0.5  # a tie is not right
-    assert found.standard_error == pytest.approx(abs(pairs[0] - pairs[1]) / 2)
-    assert math.isnan(score_logits(logits[:2], data.pairs([0])).standard_error)
+    assert found.standard_error == pytest.approx(abs(of_pairs[0] - of_pairs[1]) / 2)
+
+
+def test_one_pair_has_no_standard_error():
+    _, data = coins([0.5, 0.5], per=2)
+    assert math.isnan(score_logits(torch.zeros(2, 2), data.pairs([0])).standard_error)
 
 
 # The faithfulness curve
 
 
-def test_the_ladder_on_paper():
-    """The circuit's three nodes in the order they are ranked, then others: only from three on does
-    it do the task.
-    """
-    micro = micro_model()
+def test_the_curve_on_paper(micro):
+    """The circuit's three nodes rank first: only from three nodes on is the task done."""
     circuit = micro_circuit(micro)
-    scores = {name: torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)) * 0.1 for name, mean in
-              circuit.means.items()}  # fmt: skip
-    for score_, (hook, at) in enumerate(
-        [("attn.hook_v", (0, 0)), ("ln1.hook_read", 0), ("hook_attn_out", 2)]
-    ):
-        scores[f"blocks.0.{hook}"][at] = 3.0 - score_
-    sized_scores = faithfulness_curve(
-        dataclasses.replace(circuit, scores=scores), micro, micro_data(micro)
-    )
+    generator = torch.Generator().manual_seed(0)
+    scores = {}
+    for name, mean in circuit.means.items():
+        scores[name] = 0.1 * torch.rand(mean.shape, generator=generator)
+    scores["blocks.0.attn.hook_v"][0, 0] = 3.0
+    scores["blocks.0.ln1.hook_read"][0] = 2.0
+    scores["blocks.0.hook_attn_out"][2] = 1.0
+    circuit = dataclasses.replace(circuit, scores=scores)
+    curve = faithfulness_curve(circuit, micro, micro_data(micro))
     # 3 · 2^(i/2) for i from -6 to 6; the model has 4 + 2 + 2 + 2 + 4 + 4 + 2 + 4 nodes.
-    assert [sized.n_nodes for sized in sized_scores] == [0, 1, 2, 3, 4, 6, 8, 12, 17, 24]
-    for sized in sized_scores:
+    assert [sized.n_nodes for sized in curve] == [0, 1, 2, 3, 4, 6, 8, 12, 17, 24]
+    assert [sized.n_edges for sized in curve] == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+    for sized in curve:
         expected = LOSS if sized.n_nodes >= 3 else math.log(2)
         assert sized.circuit.loss == pytest.approx(expected, abs=1e-5)
-    assert [sized.n_edges for sized in sized_scores] == [0, 0, 1] + [2] * 7
 
 
-def test_the_ladder_goes_through_the_circuit_and_ends_at_the_model():
+def test_the_curve_goes_through_the_circuit_and_ends_at_the_model():
     model = tiny_model(full_config())
-    circuit, data = circuit_of(model, share=0.3), data_of(model)
-    sized_scores = {sized.n_nodes: sized for sized in faithfulness_curve(circuit, model, data)}
-    assert sized_scores[circuit.n_nodes].circuit == score(
-        model, data, under=holding_circuit(circuit, model)
-    )
-    assert sized_scores[circuit.n_nodes].n_edges == len(circuit.edges(model))
-    total = sum(mask.numel() for mask in circuit.kept.values())
-    assert max(sized_scores) == total
-    assert sized_scores[total].circuit == score(model, data)
+    circuit = random_circuit(model, share=0.3)
+    data = random_data(model)
+    curve = {sized.n_nodes: sized for sized in faithfulness_curve(circuit, model, data)}
+    itself = curve[circuit.n_nodes]
+    assert itself.circuit == score(model, data, under=holding_circuit(circuit, model))
+    assert itself.n_edges == len(circuit.edges(model))
+    n_nodes = sum(mask.numel() for mask in circuit.kept.values())
+    assert max(curve) == n_nodes
+    assert curve[n_nodes].circuit == score(model, data)
+
+
+def test_a_curve_needs_scores():
+    model = tiny_model(full_config())
+    circuit = dataclasses.replace(random_circuit(model), scores={})
     with pytest.raises(CircuitError, match="of a circuit that has scores"):
-        faithfulness_curve(dataclasses.replace(circuit, scores={}), model, data)
+        faithfulness_curve(circuit, model, random_data(model))
 
 
 # Random circuits
 
 
+def sizes(circuit):
+    """Hook name → how many nodes are kept there."""
+    return {name: int(mask.sum()) for name, mask in circuit.kept.items()}
+
+
 def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
     model = tiny_model(full_config())
-    circuit, data, drawn = circuit_of(model, share=0.4), data_of(model), []
-    circuit = dataclasses.replace(circuit, edge_set=frozenset())
+    data = random_data(model)
+    circuit = dataclasses.replace(random_circuit(model, share=0.4), edge_set=frozenset())
     real = evaluation.holding_circuit
-    monkeypatch.setattr(
-        evaluation, "holding_circuit", lambda c, *rest: drawn.append(c) or real(c, *rest)
-    )
-    sized_scores = random_circuits(circuit, model, data, n_circuits=5, seed=3)
-    assert len(sized_scores) == len(drawn) == 5
-    for found, sized in zip(drawn, sized_scores, strict=True):
-        sizes = {name: int(mask.sum()) for name, mask in found.kept.items()}
-        assert sizes == {name: int(mask.sum()) for name, mask in circuit.kept.items()}
+    drawn = []
+
+    def remembering(circuit, *rest):
+        drawn.append(circuit)
+        return real(circuit, *rest)
+
+    monkeypatch.setattr(evaluation, "holding_circuit", remembering)
+    measured = random_circuits(circuit, model, data, n_circuits=5, seed=3)
+    assert len(measured) == len(drawn) == 5
+    assert len({tuple(each.nodes) for each in [circuit, *drawn]}) == 6
+    for each, sized in zip(drawn, measured, strict=True):
+        assert sizes(each) == sizes(circuit)
         assert sized.n_nodes == circuit.n_nodes
-        assert sized.n_edges == len(found.edges(model)) > 0  # an edge set is not of these nodes
-        assert sized.circuit == score(model, data, under=real(found, model))
-    assert len({tuple(found.nodes) for found in [circuit, *drawn]}) == 6
-    assert random_circuits(circuit, model, data, n_circuits=5, seed=3) == sized_scores
-    assert random_circuits(circuit, model, data, n_circuits=5, seed=4) != sized_scores
+        assert sized.n_edges == len(each.edges(model)) > 0  # an edge set is not of these nodes
+        assert sized.circuit == score(model, data, under=real(each, model))
+
+
+def test_a_seed_decides_the_random_circuits():
+    model = tiny_model(full_config())
+    data = random_data(model)
+    circuit = random_circuit(model, share=0.4)
+    measured = random_circuits(circuit, model, data, n_circuits=5, seed=3)
+    assert random_circuits(circuit, model, data, n_circuits=5, seed=3) == measured
+    assert random_circuits(circuit, model, data, n_circuits=5, seed=4) != measured
 
 
 def test_random_circuits_of_everything_are_the_model():
     model = tiny_model(full_config())
-    data = data_of(model)
-    (sized,) = random_circuits(circuit_of(model, share=1.0), model, data, n_circuits=1)
+    data = random_data(model)
+    (sized,) = random_circuits(random_circuit(model, share=1.0), model, data, n_circuits=1)
     assert sized.circuit == score(model, data)
 
 
 # Effects
 
 
-def test_effects_on_paper():
-    """A second path of half the strength to the same channel: what is cut takes its share of what
-    is written.
-    """
-    micro = micro_model()
+def named_effects(circuit, micro):
+    """Node or edge, as text → its effect."""
+    measured = effects(circuit, micro, micro_data(micro))
+    return {str(part): effect for part, effect in measured.items()}
+
+
+def test_effects_on_paper(micro):
+    """A second path of half the strength: what is cut takes its share of what is written."""
+    attn, mlp = micro.blocks[0].attn, micro.blocks[0].mlp
     with torch.no_grad():
-        micro.blocks[0].attn.W_V[0, 0, 1] = W_V / 2
-        micro.blocks[0].attn.W_O[0, 1, 2] = W_O
-        micro.blocks[0].mlp.W_in[1, 0], micro.blocks[0].mlp.W_out[0, 1] = 1.0, 0.0
+        attn.W_V[0, 0, 1] = W_V / 2
+        attn.W_O[0, 1, 2] = W_O
+        mlp.W_in[1, 0] = 1.0
+        mlp.W_out[0, 1] = 0.0
     circuit = micro_circuit(micro)
     circuit.kept["blocks.0.attn.hook_v"][0, 1] = True
     circuit.kept["blocks.0.mlp.hook_post"][1] = True  # does nothing, and has no edge
     both, first, second = 1.5 * WRITTEN, WRITTEN, 0.5 * WRITTEN
-    expected = {
-        "0.attn_in.0": 0.0, "0.attn_v.0": second, "0.attn_v.1": first, "0.attn_out.2": 0.0, "0.mlp_neuron.1": both,
-        "0.attn_in.0 → 0.attn_v.0  +1.500": second, "0.attn_in.0 → 0.attn_v.1  +0.750": first,
-        "0.attn_v.0 → 0.attn_out.2  +2.000": second, "0.attn_v.1 → 0.attn_out.2  +2.000": first,
-    }  # fmt: skip
-    found = {
-        str(part): effect for part, effect in effects(circuit, micro, micro_data(micro)).items()
+    written_without = {
+        "0.attn_in.0": 0.0,
+        "0.attn_v.0": second,
+        "0.attn_v.1": first,
+        "0.attn_out.2": 0.0,
+        "0.mlp_neuron.1": both,
+        "0.attn_in.0 → 0.attn_v.0  +1.500": second,
+        "0.attn_in.0 → 0.attn_v.1  +0.750": first,
+        "0.attn_v.0 → 0.attn_out.2  +2.000": second,
+        "0.attn_v.1 → 0.attn_out.2  +2.000": first,
     }
-    assert list(found) == list(expected)
-    for part, written in expected.items():
-        assert found[part] == pytest.approx(loss_of(written) - loss_of(both), abs=1e-6), part
+    found = named_effects(circuit, micro)
+    assert list(found) == list(written_without)
+    for part, written in written_without.items():
+        expected = loss_if_written(written) - loss_if_written(both)
+        assert found[part] == pytest.approx(expected, abs=1e-6), part
 
 
-def test_effects_of_an_edge_pruned_circuit():
-    """An edge that is cut already has no effect to show; those that are left have theirs without
-    it.
-    """
-    micro = micro_model()
+def test_effects_of_an_edge_pruned_circuit(micro):
+    """An edge that is cut already has no effect to show; what is left has its effect without it."""
     circuit = micro_circuit(micro)
     circuit = circuit.without(circuit.edges(micro)[:1], micro)
-    found = {
-        str(part): effect for part, effect in effects(circuit, micro, micro_data(micro)).items()
-    }
-    assert list(found) == [*NODES, f"{EDGES[1][0]} → {EDGES[1][1]}  +2.000"]
+    found = named_effects(circuit, micro)
+    assert list(found) == [*NODES, "0.attn_v.0 → 0.attn_out.2  +2.000"]
     assert list(found.values()) == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 def test_effects_against_cutting_by_hand():
     model = tiny_model(n_layers=1)
-    circuit, data = circuit_of(model, share=0.2), data_of(model)
+    circuit = random_circuit(model, share=0.2)
+    data = random_data(model)
     found = effects(circuit, model, data, batch_size=4)
     assert list(found) == [*circuit.nodes, *circuit.edges(model)]
     with circuit.applied(model):
-        alone = score(model, data).loss
+        of_all = score(model, data).loss
     for part, effect in found.items():
         with circuit.without([part], model).applied(model):
-            assert effect == pytest.approx(score(model, data).loss - alone, abs=1e-6)
+            assert effect == pytest.approx(score(model, data).loss - of_all, abs=1e-6)
 
 
-def test_means_are_those_of_the_corpus():
-    """What all this is relative to: the micro circuit's means are 0 by its corpus."""
-    micro = micro_model()
+def test_means_are_those_of_the_corpus(micro):
+    """What effects are relative to: the micro circuit's means are 0 by its corpus."""
     means = mean_activations(micro, ["blocks.0.ln1.hook_read"], [micro_corpus()])
     assert means["blocks.0.ln1.hook_read"].tolist() == pytest.approx(
         [0.0, 2 / 6, 0.0, 0.0], abs=1e-6

@@ -1,11 +1,8 @@
-"""The network: against a recomputation by hand, at every hook, and as a TransformerLens model on
-both lines.
-"""
+"""The network against a NumPy one written by hand, and as a TransformerLens model on both lines."""
 
 import copy
 import math
 import pickle
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from helpers import (
+    ON_3,
     cancels,
     full_config,
     random_tokens,
@@ -31,123 +29,155 @@ few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 # --- by hand
-# ------------------------------------------------------------------------------------------------
 
 
-def run_by_hand(model, tokens, edits=None):
-    """Logits and the value at each hook, in plain NumPy and float64, written from METHOD §1 alone.
+class NetworkByHand:
+    """The network in plain NumPy and float64, written from the paper's architecture alone.
 
-    `edits` maps hook names to functions that replace the value there.
+    Attributes:
+        cache: the value at each hook of the last run.
+        edits: hook name → a function that replaces the value there.
     """
-    cfg, cache, edits = model.sparse_cfg, {}, edits or {}
-    w = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    tokens = tokens.numpy()
-    n_batch, length = tokens.shape
 
-    def at(name, value):
-        cache[name] = edits[name](value) if name in edits else value
-        return cache[name]
+    def __init__(self, model, edits=None):
+        self.cfg = model.sparse_cfg
+        self.w = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+        self.edits = edits or {}
+        self.cache = {}
 
-    def topk(location, x):
-        if location not in cfg.abs_topk:
+    def run(self, tokens):
+        cfg = self.cfg
+        resid = self.at("hook_embed", self.w["embed.W_E"][tokens])
+        self.positions = self.position_channels(tokens)
+        if cfg.positions == "added":
+            resid = resid + self.positions
+        for layer in range(cfg.n_layers):
+            resid = self.block(f"blocks.{layer}", resid)
+        W_U = self.w["embed.W_E"].T if cfg.tied_unembed else self.w["unembed.W_U"]
+        logits = self.norm("ln_final", resid) @ W_U + self.w.get("unembed.b_U", 0.0)
+        if cfg.bigram_table:
+            logits = logits + self.at("hook_bigram", self.w["bigram.W_bigram"][tokens])
+        return logits
+
+    def position_channels(self, tokens):
+        if self.cfg.positions == "none":
+            return None
+        n_batch, length = tokens.shape
+        table = np.stack([self.w["pos_embed.W_pos"][:length]] * n_batch)
+        return self.at("hook_pos_embed" if self.cfg.positions == "added" else "hook_pos", table)
+
+    def block(self, name, resid):
+        resid = self.at(f"{name}.hook_resid_pre", self.topk("resid_pre", resid))
+        attn_in = self.read(f"{name}.ln1", "attn_in", resid)
+        attn_out = self.topk("attn_out", self.attention(f"{name}.attn", attn_in))
+        resid = self.relu_of_stream(resid + self.at(f"{name}.hook_attn_out", attn_out))
+        resid = self.at(f"{name}.hook_resid_mid", self.topk("resid_post_attn", resid))
+        mlp_in = self.read(f"{name}.ln2", "mlp_in", resid)
+        mlp_out = self.topk("mlp_out", self.mlp(f"{name}.mlp", mlp_in))
+        resid = self.relu_of_stream(resid + self.at(f"{name}.hook_mlp_out", mlp_out))
+        return self.at(f"{name}.hook_resid_post", self.topk("resid_post_mlp", resid))
+
+    def attention(self, name, x):
+        q, k, v = [self.heads(name, letter, x) for letter in "QKV"]
+        scores = self.at(f"{name}.hook_attn_scores", self.causal_scores(q, k))
+        pattern = self.at(f"{name}.hook_pattern", self.softmax(name, scores))
+        z = np.zeros_like(q)
+        for b, h, i in np.ndindex(pattern.shape[:3]):
+            for j, weight in enumerate(pattern[b, h, i]):
+                z[b, i, h] += weight * v[b, j, h]
+        z = self.at(f"{name}.hook_z", z)
+        by_head = [z[:, :, h] @ self.w[f"{name}.W_O"][h] for h in range(self.cfg.n_heads)]
+        return sum(by_head) + self.w.get(f"{name}.b_O", 0.0)
+
+    def heads(self, name, letter, x):
+        """Queries, keys or values [batch, pos, head, d_head]; AbsTopK is over all heads at once."""
+        cfg = self.cfg
+        matrix = self.with_position_rows(f"{name}.W_{letter}")
+        bias = self.w.get(f"{name}.b_{letter}", np.zeros((cfg.n_heads, cfg.d_head)))
+        by_head = [x @ matrix[h] + bias[h] for h in range(cfg.n_heads)]
+        together = self.topk(f"attn_{letter.lower()}", np.concatenate(by_head, -1))
+        split = together.reshape(*x.shape[:2], cfg.n_heads, cfg.d_head)
+        return self.at(f"{name}.hook_{letter.lower()}", split)
+
+    def causal_scores(self, q, k):
+        n_batch, length, n_heads, d_head = q.shape
+        scores = np.full((n_batch, n_heads, length, length), -np.inf)
+        for b, h, i, j in np.ndindex(scores.shape):
+            if j <= i:
+                scores[b, h, i, j] = q[b, i, h] @ k[b, j, h] / math.sqrt(d_head)
+        return scores
+
+    def softmax(self, name, scores):
+        """A sink is one more term of the sum below."""
+        pattern = np.zeros_like(scores)
+        for b, h, i in np.ndindex(scores.shape[:3]):
+            weights = np.exp(scores[b, h, i])
+            sink = np.exp(self.w[f"{name}.sink"][h]) if self.cfg.attn_sinks else 0.0
+            pattern[b, h, i] = weights / (weights.sum() + sink)
+        return pattern
+
+    def mlp(self, name, x):
+        matrix = self.with_position_rows(f"{name}.W_in")
+        pre = self.at(f"{name}.hook_pre", x @ matrix + self.w.get(f"{name}.b_in", 0.0))
+        if self.cfg.act_fn == "gelu":
+            post = pre * 0.5 * (1 + np.vectorize(math.erf)(pre / math.sqrt(2)))
+        else:
+            post = np.maximum(pre, 0)
+        post = self.at(f"{name}.hook_post", self.topk("mlp_neuron", post))
+        return post @ self.w[f"{name}.W_out"] + self.w.get(f"{name}.b_out", 0.0)
+
+    def norm(self, name, x):
+        x = self.centred(x)
+        scale = self.at(f"{name}.hook_scale", self.scale(x))
+        normalized = self.at(f"{name}.hook_normalized", x / scale)
+        return normalized * self.w[f"{name}.w"] + self.w.get(f"{name}.b", 0.0)
+
+    def read(self, name, location, x):
+        """What a block reads: the stream, and concatenated positions, which have their own norm."""
+        out = self.norm(name, x)
+        if self.cfg.positions == "concatenated":
+            p = self.centred(self.positions)
+            p = p / self.scale(p) * self.w[f"{name}.w_pos"] + self.w.get(f"{name}.b_pos", 0.0)
+            out = np.concatenate([out, p], -1)
+        return self.at(f"{name}.hook_read", self.topk(location, out))
+
+    def centred(self, x):
+        return x - x.mean(-1, keepdims=True) if self.cfg.normalization == "layer" else x
+
+    def scale(self, x):
+        eps = 2.0**-52 if self.cfg.normalization == "rms" else 1e-5
+        return np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+    def relu_of_stream(self, x):
+        return np.maximum(x, 0) if self.cfg.resid_relu else x
+
+    def topk(self, location, x):
+        if location not in self.cfg.abs_topk:
             return x
-        k = int(cfg.abs_topk[location] * x.shape[-1])
+        k = int(self.cfg.abs_topk[location] * x.shape[-1])
         kept = np.argsort(-abs(x), axis=-1)[..., :k]
         out = np.zeros_like(x)
         np.put_along_axis(out, kept, np.take_along_axis(x, kept, axis=-1), axis=-1)
         return out
 
-    def scale_of(x):
-        eps = 2.0**-52 if cfg.normalization == "rms" else 1e-5
-        return np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    def with_position_rows(self, name):
+        if f"{name}_pos" not in self.w:
+            return self.w[name]
+        return np.concatenate([self.w[name], self.w[f"{name}_pos"]], axis=-2)
 
-    def norm(name, x):
-        x = x - x.mean(-1, keepdims=True) if cfg.normalization == "layer" else x
-        normalized = at(f"{name}.hook_normalized", x / at(f"{name}.hook_scale", scale_of(x)))
-        return normalized * w[f"{name}.w"] + w.get(f"{name}.b", 0.0)
+    def at(self, name, value):
+        """The value at a hook: what an edit makes of it, if there is one."""
+        if name in self.edits:
+            value = self.edits[name](value)
+        self.cache[name] = value
+        return value
 
-    def read(name, location, x):
-        out = norm(name, x)
-        if cfg.positions == "concatenated":
-            p = (
-                channels - channels.mean(-1, keepdims=True)
-                if cfg.normalization == "layer"
-                else channels
-            )
-            p = p / scale_of(p) * w[f"{name}.w_pos"] + w.get(f"{name}.b_pos", 0.0)
-            out = np.concatenate([out, p], -1)
-        return at(f"{name}.hook_read", topk(location, out))
 
-    def with_positions(name):
-        return (
-            np.concatenate([w[name], w[f"{name}_pos"]], axis=-2) if f"{name}_pos" in w else w[name]
-        )
-
-    def attention(name, x):
-        qkv = {}
-        for letter in "QKV":
-            matrix, bias = (
-                with_positions(f"{name}.W_{letter}"),
-                w.get(f"{name}.b_{letter}", np.zeros((cfg.n_heads, 1))),
-            )
-            heads = [x @ matrix[h] + bias[h] for h in range(cfg.n_heads)]
-            together = topk(f"attn_{letter.lower()}", np.concatenate(heads, -1))
-            split = together.reshape(n_batch, length, cfg.n_heads, cfg.d_head)
-            qkv[letter] = at(f"{name}.hook_{letter.lower()}", split)
-        scores = np.full((n_batch, cfg.n_heads, length, length), -np.inf)
-        for b, h, i, j in np.ndindex(scores.shape):
-            if j <= i:
-                scores[b, h, i, j] = qkv["Q"][b, i, h] @ qkv["K"][b, j, h] / math.sqrt(cfg.d_head)
-        scores = at(f"{name}.hook_attn_scores", scores)
-        pattern = np.zeros_like(scores)
-        for b, h, i in np.ndindex(scores.shape[:3]):
-            weights = np.exp(scores[b, h, i])
-            sink = np.exp(w[f"{name}.sink"][h]) if cfg.attn_sinks else 0.0
-            pattern[b, h, i] = weights / (weights.sum() + sink)
-        pattern = at(f"{name}.hook_pattern", pattern)
-        z = np.zeros((n_batch, length, cfg.n_heads, cfg.d_head))
-        for b, h, i in np.ndindex(scores.shape[:3]):
-            z[b, i, h] = sum(pattern[b, h, i, j] * qkv["V"][b, j, h] for j in range(length))
-        z = at(f"{name}.hook_z", z)
-        return sum(z[:, :, h] @ w[f"{name}.W_O"][h] for h in range(cfg.n_heads)) + w.get(
-            f"{name}.b_O", 0.0
-        )
-
-    def mlp(name, x):
-        pre = at(
-            f"{name}.hook_pre", x @ with_positions(f"{name}.W_in") + w.get(f"{name}.b_in", 0.0)
-        )
-        if cfg.act_fn == "gelu":
-            post = pre * 0.5 * (1 + np.vectorize(math.erf)(pre / math.sqrt(2)))
-        else:
-            post = np.maximum(pre, 0)
-        post = at(f"{name}.hook_post", topk("mlp_neuron", post))
-        return post @ w[f"{name}.W_out"] + w.get(f"{name}.b_out", 0.0)
-
-    def stream(x):
-        return np.maximum(x, 0) if cfg.resid_relu else x
-
-    if cfg.positions != "none":
-        table = np.stack([w["pos_embed.W_pos"][:length]] * n_batch)
-        channels = at("hook_pos_embed" if cfg.positions == "added" else "hook_pos", table)
-    resid = at("hook_embed", w["embed.W_E"][tokens])
-    resid = resid + channels if cfg.positions == "added" else resid
-    for i in range(cfg.n_layers):
-        block = f"blocks.{i}"
-        resid = at(f"{block}.hook_resid_pre", topk("resid_pre", resid))
-        attn_out = topk(
-            "attn_out", attention(f"{block}.attn", read(f"{block}.ln1", "attn_in", resid))
-        )
-        resid = topk("resid_post_attn", stream(resid + at(f"{block}.hook_attn_out", attn_out)))
-        resid = at(f"{block}.hook_resid_mid", resid)
-        mlp_out = topk("mlp_out", mlp(f"{block}.mlp", read(f"{block}.ln2", "mlp_in", resid)))
-        resid = topk("resid_post_mlp", stream(resid + at(f"{block}.hook_mlp_out", mlp_out)))
-        resid = at(f"{block}.hook_resid_post", resid)
-    W_U = w["embed.W_E"].T if cfg.tied_unembed else w["unembed.W_U"]
-    logits = norm("ln_final", resid) @ W_U + w.get("unembed.b_U", 0.0)
-    if cfg.bigram_table:
-        logits = logits + at("hook_bigram", w["bigram.W_bigram"][tokens])
-    return logits, cache
+def run_by_hand(model, tokens, edits=None):
+    """Logits, and the value at each hook, of `NetworkByHand`."""
+    network = NetworkByHand(model, edits)
+    logits = network.run(tokens.numpy())
+    return logits, network.cache
 
 
 def assert_close(ours, by_hand, name="logits"):
@@ -171,37 +201,38 @@ def test_logits_and_every_activation_are_those_computed_by_hand(config, seed):
 @few
 @given(config=sparse_configs(), seed=st.integers(0, 1000))
 def test_gradients_are_those_of_the_network_computed_by_hand(config, seed):
-    """Along a random direction in the space of all weights, by a central difference of the NumPy
-    logits.
-    """
+    """Along a random direction of all weights, by a central difference of the NumPy logits."""
     model = tiny_model(config, seed, torch.float64)
     tokens = random_tokens(config, length=3, seed=seed)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(seed)
-    direction = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        for name, p in weights.items()
-    }
-    share = torch.randn(model(tokens).shape, generator=generator, dtype=torch.float64)
-    (model(tokens) * share).sum().backward()
-    slope = sum(
-        float((p.grad * direction[name]).sum()) for name, p in weights.items() if p.grad is not None
-    )
+    direction = {}
+    for name, p in weights.items():
+        direction[name] = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    logits = model(tokens)
+    coefficients = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    (logits * coefficients).sum().backward()
+    slope = 0.0
+    for name, p in weights.items():
+        if p.grad is not None:
+            slope += float((p.grad * direction[name]).sum())
 
-    def along(step):
+    def value_along(step):
         with torch.no_grad():
             for name, p in weights.items():
                 p.add_(direction[name], alpha=step)
-            value = float((run_by_hand(model, tokens)[0] * share.numpy()).sum())
+            value = float((run_by_hand(model, tokens)[0] * coefficients.numpy()).sum())
             for name, p in weights.items():
                 p.sub_(direction[name], alpha=step)
         return value
 
     # Where AbsTopK or a ReLU changes its choice between the two ends there is no slope: a smaller
     # step.
-    differences = [(along(step) - along(-step)) / (2 * step) for step in (1e-5, 1e-6, 1e-7)]
-    scale = 1 + abs(slope)
-    assert min(abs(difference - slope) for difference in differences) / scale < 1e-6
+    errors = []
+    for step in (1e-5, 1e-6, 1e-7):
+        difference = (value_along(step) - value_along(-step)) / (2 * step)
+        errors.append(abs(difference - slope))
+    assert min(errors) / (1 + abs(slope)) < 1e-6
 
 
 HOOKS_OF_ONE_LAYER = [
@@ -232,31 +263,39 @@ HOOKS_OF_ONE_LAYER = [
 ]
 
 
-#: Hook points that act with a flag of `cfg` only; TransformerLens 4 knows some of them under a
-#: second name.
+#: Hook points that act with a flag of `cfg` only.
 FLAGGED_HOOKS = [
-    *(
-        f"blocks.0.{name}"
-        for name in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
-    ),
+    "blocks.0.hook_attn_in",
+    "blocks.0.hook_q_input",
+    "blocks.0.hook_k_input",
+    "blocks.0.hook_v_input",
+    "blocks.0.hook_mlp_in",
     "blocks.0.attn.hook_result",
 ]
+#: What TransformerLens 4 calls some of them besides.
 SECOND_NAMES = [
-    f"blocks.0.attn.hook_{name}" for name in ("attn_in", "q_input", "k_input", "v_input")
+    "blocks.0.attn.hook_attn_in",
+    "blocks.0.attn.hook_q_input",
+    "blocks.0.attn.hook_k_input",
+    "blocks.0.attn.hook_v_input",
 ]
+
+
+def cached_hooks(model):
+    return set(model.run_with_cache(random_tokens(model))[1])
 
 
 def test_hook_names_are_exactly_these():
     model = tiny_model(full_config(n_layers=1))
-    tokens = random_tokens(model)
-    assert sorted(model.run_with_cache(tokens)[1]) == sorted(HOOKS_OF_ONE_LAYER)
-    second_names = [] if version("transformer-lens").startswith("3.") else SECOND_NAMES
+    assert sorted(model.run_with_cache(random_tokens(model))[1]) == sorted(HOOKS_OF_ONE_LAYER)
+    second_names = [] if ON_3 else SECOND_NAMES
     assert sorted(model.hook_dict) == sorted([*HOOKS_OF_ONE_LAYER, *FLAGGED_HOOKS, *second_names])
-    added = tiny_model(positions="added")
-    expected = {"hook_pos_embed", *HOOKS_OF_ONE_LAYER} - {"hook_pos", "hook_bigram"}
-    assert set(added.run_with_cache(tokens)[1]) == expected
-    plain = tiny_model()
-    assert set(plain.run_with_cache(tokens)[1]) == expected - {"hook_pos_embed"}
+
+
+def test_hooks_of_a_feature_are_there_only_with_it():
+    without_features = set(HOOKS_OF_ONE_LAYER) - {"hook_pos", "hook_bigram"}
+    assert cached_hooks(tiny_model()) == without_features
+    assert cached_hooks(tiny_model(positions="added")) == without_features | {"hook_pos_embed"}
 
 
 @pytest.mark.parametrize("name", [*HOOKS_OF_ONE_LAYER, "hook_pos_embed"])
@@ -281,20 +320,21 @@ def test_a_value_replaced_at_a_hook_is_what_the_next_operation_uses(name):
 def test_gradients_reach_hooks_and_every_trained_parameter():
     model = tiny_model(full_config(sinusoidal=True, abs_topk={}, resid_relu=False, act_fn="gelu"))
     gradients = {}
+
+    def remember(gradient, hook):
+        gradients[hook.name] = gradient
+
     names = ["blocks.0.ln1.hook_read", "blocks.1.mlp.hook_post"]
-    backward = [(name, lambda grad, hook: gradients.update({hook.name: grad})) for name in names]
-    with model.hooks(bwd_hooks=backward):
+    with model.hooks(bwd_hooks=[(name, remember) for name in names]):
         model(random_tokens(model), return_type="loss").backward()
     assert gradients["blocks.0.ln1.hook_read"].shape == (2, 8, 10)
     assert gradients["blocks.1.mlp.hook_post"].shape == (2, 8, 10)
-    untouched = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert untouched == {
-        "pos_embed.W_pos"
-    }  # without a sink b_K would be another: it moves all scores alike
+    unreached = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    # Without a sink b_K would be another: it moves all scores alike.
+    assert unreached == {"pos_embed.W_pos"}
 
 
 # --- AbsTopK
-# ------------------------------------------------------------------------------------------------
 
 
 # Small integers: many ties, and whole rows of zeros.
@@ -307,62 +347,79 @@ rows_with_ties = npst.arrays(
 
 @few
 @given(x=rows_with_ties, k=st.integers(1, 12))
-def test_abs_topk_keeps_exactly_k_also_among_equals(x, k):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_abs_topk_keeps_exactly_k_also_among_equals(x, k, dtype):
+    """In bfloat16 by the path of GPUs."""
     k = min(k, x.shape[1])
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-    ):  # the last one takes the path of GPUs
-        leaf = torch.tensor(x, dtype=dtype, requires_grad=True)
-        out = abs_topk(leaf, k)
-        out.sum().backward()
-        kept = leaf.grad  # 1 where a gradient passes, 0 elsewhere
-        assert ((kept == 0) | (kept == 1)).all()
-        assert kept.sum(-1).eq(k).all()
-        torch.testing.assert_close(out.detach(), leaf.detach() * kept, rtol=0, atol=0)
-        magnitudes = out.detach().abs().sort(-1, descending=True).values[:, :k]
-        assert magnitudes.tolist() == (-np.sort(-abs(x)))[:, :k].tolist()
+    leaf = torch.tensor(x, dtype=dtype, requires_grad=True)
+    out = abs_topk(leaf, k)
+    out.sum().backward()
+    kept = leaf.grad  # 1 where a gradient passes, 0 elsewhere
+    assert ((kept == 0) | (kept == 1)).all()
+    assert kept.sum(-1).eq(k).all()
+    torch.testing.assert_close(out.detach(), leaf.detach() * kept, rtol=0, atol=0)
+    magnitudes = out.detach().abs().sort(-1, descending=True).values[:, :k]
+    largest_first = -np.sort(-abs(x))
+    assert magnitudes.tolist() == largest_first[:, :k].tolist()
+
+
+def distinct_magnitudes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, 20, generator=generator, dtype=torch.float64)
 
 
 @few
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 20))
 def test_abs_topk_is_that_of_a_sort_where_magnitudes_differ(seed, k):
-    x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = distinct_magnitudes(seed)
     expected = torch.zeros_like(x)
     for row, out in zip(x.view(-1, 20), expected.view(-1, 20), strict=True):
-        for i in sorted(range(20), key=lambda i: -abs(row[i]))[:k]:
+        largest_first = sorted(range(20), key=lambda i: -abs(row[i]))
+        for i in largest_first[:k]:
             out[i] = row[i]
     assert torch.equal(abs_topk(x, k), expected)
-    # float32 values that bfloat16 holds exactly: both paths see the same numbers.
-    coarse = x.bfloat16()
-    by_partition, by_sorting = abs_topk(coarse.float(), k), abs_topk(coarse, k).float()
+
+
+@few
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 20))
+def test_both_paths_of_abs_topk_keep_the_same_magnitudes(seed, k):
+    coarse = distinct_magnitudes(seed).bfloat16()
+    by_partition = abs_topk(coarse.float(), k)  # the same numbers: bfloat16 is a part of float32
+    by_sorting = abs_topk(coarse, k).float()
     assert torch.equal(by_partition.abs().sort(-1).values, by_sorting.abs().sort(-1).values)
-    strided = x.transpose(1, 2)
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_abs_topk_of_a_strided_tensor(seed):
+    strided = distinct_magnitudes(seed).transpose(1, 2)
     assert torch.equal(abs_topk(strided, 2), abs_topk(strided.contiguous(), 2))
 
 
 # --- padding, partial runs, losses
-# --------------------------------------------------------------------------
 
 
 @few
 @given(config=sparse_configs(), seed=st.integers(0, 1000))
 def test_padding_changes_nothing_at_real_tokens(config, seed):
+    """The first of two rows is two tokens shorter than the second, which fills the context."""
     model = tiny_model(config, seed, torch.float64)
-    tokens = random_tokens(config, batch=2, seed=seed)  # the whole context
+    tokens = random_tokens(config, batch=2, seed=seed)
     assume(not cancels(model, tokens))
-    real = config.n_ctx - 2
-    left, right = torch.ones_like(tokens), torch.ones_like(tokens)
-    left[0, :2] = 0  # the first row is shorter than the second
-    right[0, real:] = 0
-    padded = model(tokens, attention_mask=left)
-    torch.testing.assert_close(padded[:1, 2:], model(tokens[:1, 2:]), rtol=0, atol=1e-10)
-    torch.testing.assert_close(padded[1], model(tokens)[1], rtol=0, atol=1e-10)
-    for mask in (right, None):
+
+    def check(mask, real):
         padded = model(tokens, attention_mask=mask)
-        torch.testing.assert_close(padded[:1, :real], model(tokens[:1, :real]), rtol=0, atol=1e-10)
+        alone = model(tokens[:1, real])
+        torch.testing.assert_close(padded[:1, real], alone, rtol=0, atol=1e-10)
         torch.testing.assert_close(padded[1], model(tokens)[1], rtol=0, atol=1e-10)
+
+    left = torch.ones_like(tokens)
+    left[0, :2] = 0
+    check(left, slice(2, None))
+    right = torch.ones_like(tokens)
+    right[0, -2:] = 0
+    check(right, slice(None, -2))
+    check(None, slice(None, -2))
 
 
 @few
@@ -447,18 +504,16 @@ def test_sinusoids():
 
 
 # --- a TransformerLens model
-# --------------------------------------------------------------------------------
 
 STATE_DICT_KEYS = [
-    "embed.W_E", "pos_embed.W_pos",
-    "blocks.0.ln1.w", "blocks.0.ln1.b", "blocks.0.ln1.w_pos", "blocks.0.ln1.b_pos",
-    "blocks.0.ln2.w", "blocks.0.ln2.b", "blocks.0.ln2.w_pos", "blocks.0.ln2.b_pos",
-    "blocks.0.attn.W_Q", "blocks.0.attn.W_Q_pos", "blocks.0.attn.b_Q",
-    "blocks.0.attn.W_K", "blocks.0.attn.W_K_pos", "blocks.0.attn.b_K",
-    "blocks.0.attn.W_V", "blocks.0.attn.W_V_pos", "blocks.0.attn.b_V",
-    "blocks.0.attn.W_O", "blocks.0.attn.b_O", "blocks.0.attn.sink",
-    "blocks.0.mlp.W_in", "blocks.0.mlp.W_in_pos", "blocks.0.mlp.b_in", "blocks.0.mlp.W_out", "blocks.0.mlp.b_out",
-    "ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U", "bigram.W_bigram",
+    "embed.W_E", "pos_embed.W_pos", "blocks.0.ln1.w", "blocks.0.ln1.b", "blocks.0.ln1.w_pos",
+    "blocks.0.ln1.b_pos", "blocks.0.ln2.w", "blocks.0.ln2.b", "blocks.0.ln2.w_pos",
+    "blocks.0.ln2.b_pos", "blocks.0.attn.W_Q", "blocks.0.attn.W_Q_pos", "blocks.0.attn.b_Q",
+    "blocks.0.attn.W_K", "blocks.0.attn.W_K_pos", "blocks.0.attn.b_K", "blocks.0.attn.W_V",
+    "blocks.0.attn.W_V_pos", "blocks.0.attn.b_V", "blocks.0.attn.W_O", "blocks.0.attn.b_O",
+    "blocks.0.attn.sink", "blocks.0.mlp.W_in", "blocks.0.mlp.W_in_pos", "blocks.0.mlp.b_in",
+    "blocks.0.mlp.W_out", "blocks.0.mlp.b_out", "ln_final.w", "ln_final.b", "unembed.W_U",
+    "unembed.b_U", "bigram.W_bigram",
 ]  # fmt: skip
 
 
@@ -466,7 +521,7 @@ def test_state_dict_keys_are_the_same_on_both_lines():
     model = tiny_model(full_config(n_layers=1))
     assert sorted(model.state_dict()) == sorted(STATE_DICT_KEYS)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(STATE_DICT_KEYS)
-    children = {
+    assert {name for name, _ in model.named_children()} == {
         "embed",
         "hook_embed",
         "pos_embed",
@@ -475,32 +530,40 @@ def test_state_dict_keys_are_the_same_on_both_lines():
         "ln_final",
         "unembed",
         "bigram",
+        "hook_bigram",
     }
-    assert {name for name, _ in model.named_children()} == children | {"hook_bigram"}
-    minimal = tiny_model(biases=False, tied_unembed=True).state_dict()
-    kept = (
-        "ln1.w",
-        "ln2.w",
-        "attn.W_Q",
-        "attn.W_K",
-        "attn.W_V",
-        "attn.W_O",
-        "mlp.W_in",
-        "mlp.W_out",
-    )
-    assert sorted(minimal) == sorted(
-        ["embed.W_E", "ln_final.w", *(f"blocks.0.{name}" for name in kept)]
+
+
+def test_a_model_without_features_has_these_weights_only():
+    minimal = tiny_model(biases=False, tied_unembed=True)
+    assert sorted(minimal.state_dict()) == sorted(
+        [
+            "embed.W_E",
+            "blocks.0.ln1.w",
+            "blocks.0.ln2.w",
+            "blocks.0.attn.W_Q",
+            "blocks.0.attn.W_K",
+            "blocks.0.attn.W_V",
+            "blocks.0.attn.W_O",
+            "blocks.0.mlp.W_in",
+            "blocks.0.mlp.W_out",
+            "ln_final.w",
+        ]
     )
 
 
 def test_is_a_model_of_the_installed_line():
     model = tiny_model(full_config())
-    if version("transformer-lens").startswith("3."):
+    if ON_3:
         assert isinstance(model, transformer_lens.HookedTransformer)
     else:
         from transformer_lens.model_bridge import TransformerBridge
 
         assert isinstance(model, TransformerBridge)
+
+
+def test_sizes_and_weights_have_the_names_of_transformer_lens():
+    model = tiny_model(full_config())
     sizes = dict(n_layers=2, d_model=6, n_heads=3, d_head=5, d_mlp=10, d_vocab=11, n_ctx=8)
     assert {name: getattr(model.cfg, name) for name in sizes} == sizes
     assert model.W_Q.shape == model.W_K.shape == model.W_V.shape == (2, 3, 6, 5)
@@ -510,43 +573,62 @@ def test_is_a_model_of_the_installed_line():
     assert model.W_E.shape == (11, 6)
     assert model.W_U.shape == (6, 11)
     assert model.b_Q.shape == (2, 3, 5)
+
+
+def test_the_repr_counts_nonzero_weights():
+    model = tiny_model(full_config())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert f"{nonzero:,} of {total:,} parameters nonzero" in repr(model)
 
 
-def test_biases_that_a_model_does_not_have_read_as_zeros():
-    model = tiny_model(biases=False)
-    for bias, shape in (
-        (model.b_Q, (1, 3, 5)),
-        (model.b_O, (1, 6)),
-        (model.b_in, (1, 10)),
-        (model.b_U, (11,)),
-    ):
-        assert bias.shape == shape
-        assert not bias.any()
+@pytest.mark.parametrize(
+    ("name", "shape"), [("b_Q", (1, 3, 5)), ("b_O", (1, 6)), ("b_in", (1, 10)), ("b_U", (11,))]
+)
+def test_biases_that_a_model_does_not_have_read_as_zeros(name, shape):
+    bias = getattr(tiny_model(biases=False), name)
+    assert bias.shape == shape
+    assert not bias.any()
 
 
 def test_a_seed_decides_the_weights():
-    first, again, other = (tiny_model(full_config(), seed).state_dict() for seed in (0, 0, 1))
+    first = tiny_model(full_config(), seed=0).state_dict()
+    again = tiny_model(full_config(), seed=0).state_dict()
+    other = tiny_model(full_config(), seed=1).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("config", [full_config(), full_config(tied_unembed=True, biases=False)])
-def test_a_copy_is_equal_and_independent(copied, config):
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+COPIES = [copy.deepcopy, pickled]
+CONFIGS_TO_COPY = [full_config(), full_config(tied_unembed=True, biases=False)]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("config", CONFIGS_TO_COPY, ids=["full", "tied"])
+def test_a_copy_computes_the_same(copied, config):
     model = tiny_model(config)
     tokens = random_tokens(model)
-    logits = model(tokens)
     model.run_with_cache(tokens)  # what a run leaves on the modules must not stop a copy
     twin = copied(model)
     assert type(twin) is type(model)
     assert twin.sparse_cfg == config
-    assert torch.equal(twin(tokens), logits)
+    assert torch.equal(twin(tokens), model(tokens))
     assert set(twin.run_with_cache(tokens)[1]) == set(model.run_with_cache(tokens)[1])
     assert set(twin.hook_dict) == set(model.hook_dict)
-    twin.set_use_hook_mlp_in(True)  # the copy's flags are the copy's
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("config", CONFIGS_TO_COPY, ids=["full", "tied"])
+def test_a_copy_has_flags_and_weights_of_its_own(copied, config):
+    model = tiny_model(config)
+    tokens = random_tokens(model)
+    logits = model(tokens)
+    twin = copied(model)
+    twin.set_use_hook_mlp_in(True)
     assert "blocks.0.hook_mlp_in" in twin.run_with_cache(tokens)[1]
     assert "blocks.0.hook_mlp_in" not in model.run_with_cache(tokens)[1]
     with torch.no_grad():
@@ -586,7 +668,6 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 
 # --- text
-# ---------------------------------------------------------------------------------------------------
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 

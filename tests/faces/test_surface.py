@@ -1,10 +1,7 @@
-"""TransformerLens' surface on our models: optional hook points, generation, moves, and what
-refuses.
-"""
+"""What TransformerLens offers on our models: flagged hooks, generation, moves, refusals."""
 
 import base64
 import warnings
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from helpers import full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
+from helpers import ON_3, full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
 from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
-ON_3 = version("transformer-lens").startswith("3.")
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
@@ -42,7 +38,6 @@ def additive_model(abs_topk=0.6):
 
 
 # --- optional hook points
-# -----------------------------------------------------------------------------------
 
 
 @few
@@ -135,9 +130,16 @@ def test_the_input_of_one_head_reaches_that_head_alone(letter):
         _, edited = model.run_with_cache(tokens)
     block, hooks = model.blocks[0], [f"blocks.0.attn.hook_{name}" for name in "qkv"]
     read = block.ln1(other, plain["hook_pos"])
-    weight, bias = (torch.cat([getattr(block.attn, f"W_{letter.upper()}"),
-                               getattr(block.attn, f"W_{letter.upper()}_pos")], dim=1)[1],
-                    getattr(block.attn, f"b_{letter.upper()}")[1])  # fmt: skip
+    weight, bias = (
+        torch.cat(
+            [
+                getattr(block.attn, f"W_{letter.upper()}"),
+                getattr(block.attn, f"W_{letter.upper()}_pos"),
+            ],
+            dim=1,
+        )[1],
+        getattr(block.attn, f"b_{letter.upper()}")[1],
+    )
     expected = {name: plain[name].clone() for name in hooks}
     expected[f"blocks.0.attn.hook_{letter}"][:, :, 1] = read @ weight + bias
     for name in hooks:
@@ -150,10 +152,12 @@ def test_all_of_attention_reads_hook_attn_in_and_the_mlp_reads_hook_mlp_in():
     other = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model.set_use_attn_in(True)
     model.set_use_hook_mlp_in(True)
-    with model.hooks(fwd_hooks=[
-        ("blocks.1.hook_attn_in", lambda x, hook: other[:, :, None].expand_as(x)),
-        ("blocks.1.hook_mlp_in", lambda x, hook: other),
-    ]):  # fmt: skip
+    with model.hooks(
+        fwd_hooks=[
+            ("blocks.1.hook_attn_in", lambda x, hook: other[:, :, None].expand_as(x)),
+            ("blocks.1.hook_mlp_in", lambda x, hook: other),
+        ]
+    ):
         _, cache = model.run_with_cache(tokens)
     block, pos = model.blocks[1], cache["hook_pos"]
     attn_out = block.attn([block.ln1(other, pos)] * 3, None)
@@ -204,7 +208,6 @@ def test_inputs_by_head_warn_of_what_abs_topk_drops_unless_results_are_on():
 
 
 # --- generation
-# ---------------------------------------------------------------------------------------------
 
 
 def talking_model(seed=2, **changes):
@@ -325,13 +328,10 @@ def test_the_first_residual_stream_resumes():
 
 
 # --- text
-# -----------------------------------------------------------------------------------------------------
 
 
 def byte_vocabulary(folder, kind):
-    """The 256 bytes, `de`, ` x` and `<|endoftext|>` = 258, as a tokenizer.json or as a .tiktoken
-    file.
-    """
+    """259 tokens, the 256 bytes, `de`, ` x` and `<|endoftext|>`, as one of two kinds of file."""
     tokens = [bytes([i]) for i in range(256)] + [b"de", b" x"]
     path = folder / "vocabulary.tiktoken"
     path.write_text(
@@ -377,13 +377,19 @@ def test_text_and_tokens(kind, tmp_path):
 
 
 # --- moves, modes, compilation
-# ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("move", [
-    lambda m: m.double(), lambda m: m.to(torch.float64), lambda m: m.to("cpu", torch.float64),
-    lambda m: m.to(dtype=torch.float64), lambda m: m.half(), lambda m: m.bfloat16(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.double(),
+        lambda m: m.to(torch.float64),
+        lambda m: m.to("cpu", torch.float64),
+        lambda m: m.to(dtype=torch.float64),
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+    ],
+)
 @pytest.mark.parametrize("normalization", ["rms", "layer"])
 def test_cfg_follows_every_cast(move, normalization):
     model = tiny_model(full_config(normalization=normalization, norm_bias=False, biases=False))
@@ -427,8 +433,12 @@ def test_a_module_put_in_the_place_of_another_runs(name):
     """As SAELens puts an SAE in the place of a hook point."""
     model = tiny_model(full_config(resid_relu=False, abs_topk={}), dtype=torch.float64)
     tokens = random_tokens(model)
-    expected = model.run_with_hooks(tokens, fwd_hooks=[(f"{name}.hook_normalized" if name == "ln_final" else name,
-                                                        lambda x, hook: x * 0)])  # fmt: skip
+    expected = model.run_with_hooks(
+        tokens,
+        fwd_hooks=[
+            (f"{name}.hook_normalized" if name == "ln_final" else name, lambda x, hook: x * 0)
+        ],
+    )
 
     class Nothing(torch.nn.Module):
         def __init__(self, replaced):
@@ -606,7 +616,6 @@ def test_from_pretrained_is_load(tmp_path):
 
 
 # --- what cannot be right
-# -----------------------------------------------------------------------------------
 
 
 def test_weights_cannot_be_folded():

@@ -1,9 +1,6 @@
-"""Means, ablation, gates and activation sparsity, by hook name, on our models and on
-TransformerLens' own.
-"""
+"""Means, ablation, gates and activation sparsity, on our models and on stock ones."""
 
 import contextlib
-import warnings
 
 import pytest
 import torch
@@ -11,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
+from helpers import stock_model
 from tl_sparse.errors import ConfigError, DataError, HookNameError
-from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import (
     NodeGates,
     ablating,
@@ -28,9 +25,10 @@ EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
 
 SIZES = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
 Q, V, Z = (f"blocks.0.attn.hook_{name}" for name in "qvz")
-ATTN_OUT, NEURON, MLP_OUT, LAST = (
-    "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post",
-)  # fmt: skip
+ATTN_OUT = "blocks.0.hook_attn_out"
+NEURON = "blocks.1.mlp.hook_post"
+MLP_OUT = "blocks.1.hook_mlp_out"
+LAST = "blocks.1.hook_resid_post"
 #: Hook points that every model here has, in the order of the forward pass, and the shape of their
 #: nodes.
 SHAPES = {Q: (2, 6), V: (2, 6), ATTN_OUT: (12,), NEURON: (16,), MLP_OUT: (12,)}
@@ -42,21 +40,10 @@ def ours(dtype="float32"):
 
 
 def dense():
-    """A small model of TransformerLens' own."""
-    sizes = SIZES | dict(act_fn="gelu", normalization_type="LN", seed=0, device="cpu")
-    if transformer_lens_line() == 3:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            model = HookedTransformer(HookedTransformerConfig(**sizes))
-    else:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model = TransformerBridge.boot_native(sizes)
-    with (
-        torch.no_grad()
-    ):  # its biases start at zero and its weights are small: let every part matter
+    """A small model of TransformerLens' own, in which every part matters."""
+    model = stock_model(**SIZES)
+    # Its biases start at zero and its weights are small.
+    with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(i)
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -342,9 +329,7 @@ def test_keeping_everything_is_the_model(model):
 
 
 def test_sparse_activations_at_our_locations_is_the_sparse_architecture():
-    """A dense network of ours with AbsTopK hooked in computes what the configuration with AbsTopK
-    computes.
-    """
+    """AbsTopK hooked into a dense network computes what AbsTopK in the configuration does."""
     locations = {"attn_q": Q, "attn_v": V, "attn_out": ATTN_OUT}
     for_all = {
         name.replace("blocks.0", f"blocks.{i}"): 0.5
@@ -422,9 +407,7 @@ def test_means_keep_the_models_dtype():
 
 
 def test_means_do_not_lose_small_values_beside_large_ones(model):
-    """2²⁴ once, 1 fourteen times and 0 once: in float32, the ones are lost. The mean is exact in
-    float32.
-    """
+    """2²⁴ once, 1 fourteen times, 0 once: a sum in float32 loses the ones, though the mean fits."""
     values = iter([2.0**24] + [1.0] * 14 + [0.0])
     with hooked(
         model, {MLP_OUT: lambda activation, hook: torch.full_like(activation, next(values))}
@@ -542,9 +525,7 @@ def test_ablating_every_node_at_every_hook_point(model):
 
 
 def test_nested_ablations(model):
-    """Different nodes add up; of the same node the inner value counts, and the outer one again
-    afterwards.
-    """
+    """Different nodes add up; at the same node the inner value counts, then the outer again."""
     outer, inner = torch.tensor([True] * 8 + [False] * 4), torch.tensor([False] * 4 + [True] * 8)
     clean = cached(model, [ATTN_OUT])[ATTN_OUT]
     before = logits(model)
@@ -666,9 +647,7 @@ def surrogate_slope(tau, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.3])
 def test_the_gradient_of_tau_by_hand(model, temperature):
-    """Σ over batch and position of grad · (x − mean) · σ'(τ/T)/T; and x gets a gradient where it is
-    open.
-    """
+    """Σ grad · (x − mean) · σ'(τ/T)/T over batch and position; x has a gradient where open."""
     means = some_values()
     gates = gates_of(means, temperature=temperature)
     with (
@@ -692,9 +671,7 @@ def test_the_gradient_of_tau_by_hand(model, temperature):
 
 
 def test_gradients_against_autograd_on_a_straight_through_gate():
-    """The same in float64 with a gate of (τ > 0) + σ(τ/T) − σ(τ/T).detach(), for τ and for every
-    weight.
-    """
+    """The same in float64 with the gate (τ > 0) + σ(τ/T) − σ(τ/T).detach(), for all weights."""
     model = ours("float64")
     means = {name: mean.double() for name, mean in some_values().items()}
     gates = gates_of(means, temperature=0.7)
@@ -728,9 +705,7 @@ def test_gradients_against_autograd_on_a_straight_through_gate():
 
 
 def test_each_forward_pass_reaches_tau(model):
-    """Two passes in one backward pass give the sum of their gradients; several hook points share
-    one parameter.
-    """
+    """Two passes in one backward pass give the sum of their gradients."""
     gates = gates_of(some_values())
     separate = []
     with gates.attached(model):

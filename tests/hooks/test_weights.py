@@ -1,10 +1,7 @@
-"""Weight sparsity: which weights share a budget, which stay, and that they stay so in any training
-loop.
-"""
+"""Weight sparsity: which weights share a budget and which stay, in any training loop."""
 
 import contextlib
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -15,37 +12,43 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
+from helpers import ON_3, stock_model
+from helpers import copied_parameters as copies
 from tl_sparse.errors import ConfigError
-from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=30)
-ON_LINE_3 = transformer_lens_line() == 3
 
 # Every feature whose weights need a decision; the sizes are all different.
 CONFIG = SparseConfig(
-    n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10, positions="concatenated", d_pos=3,
-    bigram_table=True, attn_sinks=True, logits_bias=True, abs_topk=paper_topk(0.5),
-)  # fmt: skip
+    n_layers=2,
+    d_model=12,
+    n_heads=2,
+    d_head=5,
+    d_mlp=16,
+    d_vocab=24,
+    n_ctx=10,
+    positions="concatenated",
+    d_pos=3,
+    bigram_table=True,
+    attn_sinks=True,
+    logits_bias=True,
+    abs_topk=paper_topk(0.5),
+)
 PLAIN = SparseConfig(n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10)
-#: The parameters of one layer that share a budget, and the entries of each of their matrices.
+#: The parameters of one layer that share a budget, and how many entries they have together.
 LAYER = {
-    ("attn.W_Q", "attn.W_Q_pos", "attn.W_K", "attn.W_K_pos", "attn.W_V", "attn.W_V_pos"): 3
-    * 2
-    * 5
-    * (12 + 3),
+    ("attn.W_Q", "attn.W_Q_pos", "attn.W_K", "attn.W_K_pos", "attn.W_V", "attn.W_V_pos"): 450,
     ("attn.W_O",): 2 * 5 * 12,
     ("mlp.W_in", "mlp.W_in_pos"): 16 * (12 + 3),
     ("mlp.W_out",): 16 * 12,
 }
-BUDGETS = {
-    tuple(f"blocks.{i}.{name}" for name in names): size
-    for i in range(2)
-    for names, size in LAYER.items()
-}
-BUDGETS |= {("embed.W_E",): 24 * 12, ("unembed.W_U",): 12 * 24}
+BUDGETS = {("embed.W_E",): 24 * 12, ("unembed.W_U",): 12 * 24}
+for layer in ("blocks.0", "blocks.1"):
+    for names, size in LAYER.items():
+        BUDGETS[tuple(f"{layer}.{name}" for name in names)] = size
 
 
 def ours(config=CONFIG, seed=0):
@@ -53,28 +56,12 @@ def ours(config=CONFIG, seed=0):
 
 
 def dense(seed=0):
-    """A small model of TransformerLens' own."""
-    sizes = dict(
-        n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10, act_fn="gelu",
-        normalization_type="LN", seed=seed, device="cpu",
-    )  # fmt: skip
-    if ON_LINE_3:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return HookedTransformer(HookedTransformerConfig(**sizes))
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_native(sizes)
+    sizes = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
+    return stock_model(**sizes, seed=seed)
 
 
 def tokens(n=8, seed=0):
     return torch.randint(0, 24, (n, 10), generator=torch.Generator().manual_seed(seed))
-
-
-def copies(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def nonzero(group):
@@ -89,9 +76,7 @@ def entries(group):
 
 
 def row_of(name, index):
-    """The neuron or attention channel an entry belongs to; None for embeddings, which have no
-    minimum.
-    """
+    """The neuron or attention channel of an entry; None for embeddings, without a minimum."""
     leaf = name.rsplit(".", 1)[-1].removesuffix("_pos")
     if leaf in ("W_Q", "W_K", "W_V"):
         head, _, channel = index  # an output row of the fused QKV matrix
@@ -121,14 +106,14 @@ def kept_by_hand(magnitudes, rows, k, minimum):
 def projected_by_hand(weights, budgets, fraction, embed_fraction, minimum):
     expected = {name: weight.clone() for name, weight in weights.items()}
     for names in budgets:
-        places = [
-            (name, index)
-            for name in names
-            for index in itertools.product(*(range(n) for n in weights[name].shape))
-        ]
+        places = []
+        for name in names:
+            sizes = map(range, weights[name].shape)
+            places += [(name, index) for index in itertools.product(*sizes)]
         magnitudes = [abs(float(weights[name][index])) for name, index in places]
-        k = int((embed_fraction if "embed" in names[0] else fraction) * len(places))
-        kept = kept_by_hand(magnitudes, [row_of(*place) for place in places], k, minimum)
+        rows = [row_of(name, index) for name, index in places]
+        share = embed_fraction if "embed" in names[0] else fraction
+        kept = kept_by_hand(magnitudes, rows, int(share * len(places)), minimum)
         for i, (name, index) in enumerate(places):
             if i not in kept:
                 expected[name][index] = 0.0
@@ -175,6 +160,23 @@ def test_added_positions_and_a_tied_unembedding():
     assert changed == {"embed.W_E", *layer}
 
 
+DENSE_GROUPS_ON_3 = [
+    ["blocks.{layer}.attn.W_Q", "blocks.{layer}.attn.W_K", "blocks.{layer}.attn.W_V"],
+    ["blocks.{layer}.attn.W_O"],
+    ["blocks.{layer}.mlp.W_in"],
+    ["blocks.{layer}.mlp.W_out"],
+]
+#: Under their Hugging Face-like names, each matrix is a group of its own.
+DENSE_GROUPS_ON_4 = [
+    ["layers.{layer}.attn.q.weight"],
+    ["layers.{layer}.attn.k.weight"],
+    ["layers.{layer}.attn.v.weight"],
+    ["layers.{layer}.attn.o.weight"],
+    ["layers.{layer}.mlp.fc_in.weight"],
+    ["layers.{layer}.mlp.fc_out.weight"],
+]
+
+
 def test_the_groups_of_a_dense_model_of_transformer_lens():
     model = dense()
     names = {
@@ -187,20 +189,13 @@ def test_the_groups_of_a_dense_model_of_transformer_lens():
     assert len({names for names, _, _ in groups}) == len(groups)
     found = {(frozenset(names), embedding, protected) for names, embedding, protected in groups}
     expected = set()
-    for i in range(2):
-        if ON_LINE_3:
-            for leaves in (
-                ("attn.W_Q", "attn.W_K", "attn.W_V"),
-                ("attn.W_O",),
-                ("mlp.W_in",),
-                ("mlp.W_out",),
-            ):
-                expected.add((frozenset(f"blocks.{i}.{leaf}" for leaf in leaves), False, True))
-        else:  # under their Hugging Face-like names, each matrix is a group of its own
-            for leaf in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc_in", "mlp.fc_out"):
-                expected.add((frozenset([f"layers.{i}.{leaf}.weight"]), False, False))
-    embeddings = ("embed.W_E", "unembed.W_U") if ON_LINE_3 else ("tok_embed.weight", "head.weight")
-    assert found == expected | {(frozenset([name]), True, False) for name in embeddings}
+    for names in DENSE_GROUPS_ON_3 if ON_3 else DENSE_GROUPS_ON_4:
+        for layer in range(2):
+            group = frozenset(name.format(layer=layer) for name in names)
+            expected.add((group, False, ON_3))
+    for name in ("embed.W_E", "unembed.W_U") if ON_3 else ("tok_embed.weight", "head.weight"):
+        expected.add((frozenset([name]), True, False))
+    assert found == expected
 
 
 class Holder(torch.nn.Module):
@@ -219,9 +214,7 @@ class Holder(torch.nn.Module):
 
 
 def test_grouped_query_attention_and_gated_mlps():
-    """HookedTransformer's names: `_W_K`, `_W_V` with fewer heads than `W_Q`, and biases `_b_K`,
-    `_b_V`.
-    """
+    """By HookedTransformer's names: `_W_K`, `_W_V` with fewer heads, and `_b_K`, `_b_V`."""
     attention = {"attn.W_Q": (4, 6, 3), "attn._W_K": (2, 6, 3), "attn._W_V": (2, 6, 3)}
     biases = {"attn.b_Q": (4, 3), "attn._b_K": (2, 3), "attn._b_V": (2, 3)}
     gated = {"mlp.W_in": (6, 8), "mlp.W_gate": (6, 8), "mlp.W_out": (8, 6)}
@@ -306,9 +299,7 @@ def test_exactly_the_budget_is_kept_and_it_is_the_largest(fraction):
 
 @pytest.mark.parametrize("minimum", [1, 4, 12, 100])
 def test_the_minimum_of_each_neuron_and_channel_wins_over_a_smaller_budget(minimum):
-    """Per output row of QKV and W_in, positional rows included, and per input column of W_O and
-    W_out.
-    """
+    """Per output of QKV and W_in, with positional inputs, and per input of W_O and W_out."""
     model = ours()
     WeightSparsity(model, 1e-6, min_nonzero=minimum).project()
     for block in model.blocks:
@@ -327,29 +318,27 @@ def test_the_minimum_of_each_neuron_and_channel_wins_over_a_smaller_budget(minim
     )  # no minimum there
 
 
-def test_a_projection_by_hand():
-    """Two neurons that read three channels, one of them positional: one budget of 3 of the 6
-    entries.
-    """
+def two_neurons(protected):
+    """Their weights on two channels and on one of positions, and the group of both matrices."""
     W_in = torch.tensor([[9.0, 0.1], [-8.0, 0.2]])
     W_in_pos = torch.tensor([[7.0, -0.3]])
-    group = WeightGroup(
-        "W_in",
-        (((W_in, "input neuron -> neuron input"), (W_in_pos, "input neuron -> neuron input")),),
-    )
-    group.project(
-        0.5, min_nonzero=1
-    )  # neuron 0 keeps its 9, neuron 1 its -0.3, and -8 is the largest other
+    orientation = "input neuron -> neuron input"
+    matrix = ((W_in, orientation), (W_in_pos, orientation))
+    return W_in, W_in_pos, WeightGroup("W_in", (matrix,), protected=protected)
+
+
+def test_a_projection_by_hand():
+    """Two neurons that read three channels, one positional: a budget of 3 of 6 entries."""
+    W_in, W_in_pos, group = two_neurons(protected=True)
+    group.project(0.5, min_nonzero=1)
+    # Neuron 0 keeps its 9, neuron 1 its -0.3, and -8 is the largest other.
     assert W_in.tolist() == [[9.0, 0.0], [-8.0, 0.0]]
     torch.testing.assert_close(W_in_pos, torch.tensor([[0.0, -0.3]]), rtol=0, atol=0)
 
-    W_in, W_in_pos = torch.tensor([[9.0, 0.1], [-8.0, 0.2]]), torch.tensor([[7.0, -0.3]])
-    unprotected = WeightGroup(
-        "W_in",
-        (((W_in, "input neuron -> neuron input"), (W_in_pos, "input neuron -> neuron input")),),
-        protected=False,
-    )
-    unprotected.project(0.5, min_nonzero=1)
+
+def test_a_projection_without_a_minimum_by_hand():
+    W_in, W_in_pos, group = two_neurons(protected=False)
+    group.project(0.5, min_nonzero=1)
     assert W_in.tolist() == [[9.0, 0.0], [-8.0, 0.0]]
     assert W_in_pos.tolist() == [[7.0, 0.0]]
 
@@ -372,9 +361,7 @@ def test_equal_magnitudes():
 @EXAMPLES
 @given(st.data(), st.integers(1, 5), st.integers(1, 5), st.integers(0, 7))
 def test_top_mask_keeps_the_best_that_the_minimum_allows(data, rows, columns, minimum):
-    """Small integers, so that ties are everywhere: which of them stay is free, how much they sum to
-    is not.
-    """
+    """Ties are everywhere: which of them stay is free, what they sum to is not."""
     values = data.draw(
         st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns)
     )
@@ -689,7 +676,7 @@ def test_training_flags_and_gradients_are_left_alone():
 
 # TransformerLens' own loop
 
-if ON_LINE_3:
+if ON_3:
     from transformer_lens.train import HookedTransformerTrainConfig as LoopConfig
     from transformer_lens.train import train as transformer_lens_train
 else:

@@ -1,6 +1,4 @@
-"""Compiled AbsTopK and weight top-k (numba) against NumPy and torch, and that nothing is missed
-without numba.
-"""
+"""Compiled AbsTopK and weight top-k against NumPy and torch, and without numba."""
 
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
+from helpers import needs_numba
 from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups, weights
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
@@ -41,7 +40,6 @@ SPECIAL = [
 ]
 dtypes = st.sampled_from([torch.float32, torch.float64])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-compiled = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
 
 
 def without_kernels(function, *arguments):
@@ -105,7 +103,7 @@ def value_and_gradient(x, k):
     return out.detach(), gradient
 
 
-@compiled
+@needs_numba
 @EXAMPLES
 @given(matrices(), st.floats(0, 1))
 @example(torch.tensor([[NAN, 1.0, -NAN, INF, 0.0]]), 0.5)  # two are NaN: they are the largest
@@ -121,7 +119,7 @@ def test_abs_topk_and_its_gradient_are_those_without_kernels(x, share):
     assert same(gradient, expected_gradient)
 
 
-@compiled
+@needs_numba
 @every_dtype
 @pytest.mark.parametrize(
     "shape", [(9,), (1, 9), (0, 9), (63, 33), (64, 2), (65, 257), (3, 50, 128), (2, 3, 4, 1000)]
@@ -137,11 +135,9 @@ def test_all_shapes(shape, dtype):
         assert (out.count_nonzero(-1) == k).all()
 
 
-@compiled
+@needs_numba
 def test_an_activation_that_is_zero_in_most_places():
-    """Which zeros are kept decides where gradients go; rows with and without ties stand side by
-    side.
-    """
+    """Which zeros are kept decides where gradients go, also beside rows without ties."""
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).relu()
     x[::3] = torch.where(torch.arange(32) < 5, x[::3], 0.0)
     out, gradient = value_and_gradient(x, 8)
@@ -191,7 +187,7 @@ def projected(x, k, minimum):
     return x
 
 
-@compiled
+@needs_numba
 @EXAMPLES
 @given(matrices(), st.floats(0, 1), st.integers(0, 6))
 @example(
@@ -203,14 +199,22 @@ def test_the_projection_is_that_without_kernels(x, share, minimum):
     assert torch.equal(a.nan_to_num(7, 8, 9), b.nan_to_num(7, 8, 9))
 
 
-@compiled
+@needs_numba
 @every_dtype
 def test_training_is_that_without_kernels(dtype):
-    """Every weight after every step, while the fraction falls to where most rows are at their
-    minimum.
-    """
-    config = SparseConfig(n_layers=2, d_model=12, n_heads=2, d_head=5, d_mlp=16, d_vocab=24, n_ctx=10,
-                          positions="concatenated", d_pos=3, abs_topk=paper_topk(0.25))  # fmt: skip
+    """Every weight after every step, until most rows are at their minimum."""
+    config = SparseConfig(
+        n_layers=2,
+        d_model=12,
+        n_heads=2,
+        d_head=5,
+        d_mlp=16,
+        d_vocab=24,
+        n_ctx=10,
+        positions="concatenated",
+        d_pos=3,
+        abs_topk=paper_topk(0.25),
+    )
     tokens = torch.randint(24, (12, 4, 10), generator=torch.Generator().manual_seed(0))
 
     def weights_of_every_step():
@@ -228,7 +232,7 @@ def test_training_is_that_without_kernels(dtype):
     assert torch.equal(weights_of_every_step(), without_kernels(weights_of_every_step))
 
 
-@compiled
+@needs_numba
 def test_a_large_matrix_with_a_budget_for_few_beyond_the_minimum():
     x = (
         torch.randn(700, 300, generator=torch.Generator().manual_seed(0))
@@ -244,9 +248,7 @@ def test_a_large_matrix_with_a_budget_for_few_beyond_the_minimum():
 
 
 class BrokenNumba(types.ModuleType):
-    """It raises at a decoration, or when what is decorated is first called, and would be
-    compiled.
-    """
+    """It raises at a decoration, or at the first call of what is decorated."""
 
     def __init__(self, when):
         super().__init__("numba")
@@ -273,7 +275,7 @@ def test_without_numba(monkeypatch, numba):
     monkeypatch.setitem(sys.modules, "numba", numba)
     for name in ("products", "topk"):
         monkeypatch.delitem(sys.modules, f"tl_sparse.kernels.{name}", raising=False)
-        monkeypatch.delattr(kernels, name, raising=False)
+        monkeypatch.delattr(tl_sparse.kernels, name, raising=False)
     kernels._compiled.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -313,7 +315,7 @@ SCRIPT = """
 """
 
 
-@compiled
+@needs_numba
 def test_several_threads_and_a_forked_process():
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -321,7 +323,7 @@ def test_several_threads_and_a_forked_process():
     assert run.stdout == "child: 0\n"
 
 
-@compiled
+@needs_numba
 def test_a_thread_of_its_own():
     results = []
     thread = threading.Thread(

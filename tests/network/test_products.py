@@ -1,6 +1,4 @@
-"""Products by the nonzero weights alone: those of the dense network, to rounding, whatever is done
-to the weights.
-"""
+"""Products by the nonzero weights alone are the dense ones, whatever is done to weights."""
 
 import copy
 import io
@@ -19,7 +17,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tl_sparse
-from helpers import cancels, full_config, random_tokens, sparse_configs, tiny_config, tiny_model
+from helpers import (
+    cancels,
+    full_config,
+    needs_numba,
+    random_tokens,
+    sparse_configs,
+    tiny_config,
+    tiny_model,
+)
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import ConfigError
@@ -29,7 +35,6 @@ from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.network.products import Compressed, Product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-needs_numba = pytest.mark.skipif(kernels._compiled() is None, reason="numba is not installed")
 
 
 def sparse_matrix(d_in, d_out, density, dtype=torch.float32, seed=0):
@@ -396,9 +401,7 @@ def test_compact_weights_can_be_set_loaded_and_moved(tmp_path, monkeypatch, numb
 @needs_numba
 @pytest.mark.slow
 def test_415_million_weights_in_a_tenth_of_their_memory(tmp_path):
-    """At 1/100, loaded and run on 64 tokens: in a process of its own, beside one with a tiny
-    model.
-    """
+    """The memory of a model at 1/100, in a process of its own, beside that of a tiny model."""
     config = SparseConfig(
         8, 2048, 128, 16, 8192, 2048, 256, abs_topk=paper_topk(0.25), bigram_table=True
     )

@@ -1,6 +1,4 @@
-"""Edges cut with temporary weights and biases, edge pruning, and circuits that are pruned by
-edges.
-"""
+"""Edges cut by temporary weights and biases; edge pruning, and the circuits that it finds."""
 
 import dataclasses
 import math
@@ -10,18 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import random_tokens, stock_model, tiny_model
+from helpers import has_hooks, random_masks, random_tokens, stock_model, tiny_model
 from micro import (
     EDGES,
     LOSS,
     MICRO_TASK,
     NODES,
+    VOCABULARY,
     W_O,
     W_U,
     W_V,
     micro_circuit,
     micro_corpus,
     micro_model,
+    triples,
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edges import cutting
@@ -62,9 +62,21 @@ kinds = pytest.mark.parametrize(
 )
 
 
+#: The hook point at which the source of an edge is seen, but for attn_v, which is by head.
+SOURCES = {"attn_in": "ln1.hook_read", "mlp_in": "ln2.hook_read", "mlp_neuron": "mlp.hook_post"}
+
+
 def edge(kind, layer=1, weight=0.0):
     source, i, target, j = kind
     return Edge(Node(layer, source, i), Node(layer, target, j), weight)
+
+
+def source_mean(means, kind):
+    """The mean of the edge's source, in layer 1."""
+    location, index, _, _ = kind
+    if location == "attn_v":
+        return means["blocks.1.attn.hook_v"].flatten()[index]
+    return means[f"blocks.1.{SOURCES[location]}"][index]
 
 
 def entry(block, path):
@@ -79,9 +91,7 @@ def means_of(model, batches=3):
 
 
 def state(model):
-    """Every parameter and buffer, also biases that a model does not have and that are zeros
-    then.
-    """
+    """Every parameter and buffer, also the zeros in place of biases that a model lacks."""
     tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -102,17 +112,13 @@ def logits(model):
 @kinds
 @pytest.mark.parametrize("biases", [True, False])
 def test_cutting_is_the_model_with_that_weight_and_bias(kind, biases):
-    model, by_hand = (tiny_model(biases=biases, **POSITIONAL) for _ in range(2))
-    means, before = means_of(model), state(model)
+    model = tiny_model(biases=biases, **POSITIONAL)
+    by_hand = tiny_model(biases=biases, **POSITIONAL)
+    means = means_of(model)
+    before = state(model)
     weight, at, bias, of, _ = KINDS[kind]
     block = by_hand.blocks[1]
-    hook = {
-        "attn_in": "ln1.hook_read",
-        "mlp_in": "ln2.hook_read",
-        "mlp_neuron": "mlp.hook_post",
-    }.get(kind[0])
-    mean = means[f"blocks.1.{hook}"][kind[1]] if hook else means["blocks.1.attn.hook_v"][2, 1]
-    entry(block, bias)[of] += entry(block, weight)[at] * mean
+    entry(block, bias)[of] += entry(block, weight)[at] * source_mean(means, kind)
     entry(block, weight)[at] = 0.0
     with cutting(model, [edge(kind)], means):
         assert same(model, state(by_hand))
@@ -123,30 +129,26 @@ def test_cutting_is_the_model_with_that_weight_and_bias(kind, biases):
 
 @kinds
 def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
-    """The same, with no weight touched: the contribution is taken off, and its mean added, at the
-    edge's target.
-    """
+    """The same with no weight touched: at the target, the contribution is replaced by its mean."""
     model = tiny_model(dtype=torch.float64, **POSITIONAL)
     means = means_of(model)
     weight, at, _, of, point = KINDS[kind]
     value = entry(model.blocks[1], weight)[at]
-    source = {
-        "attn_in": "ln1.hook_read",
-        "mlp_in": "ln2.hook_read",
-        "mlp_neuron": "mlp.hook_post",
-    }.get(kind[0])
-    mean = means[f"blocks.1.{source}"][kind[1]] if source else means["blocks.1.attn.hook_v"][2, 1]
+    location, index, _, _ = kind
+    mean = source_mean(means, kind)
+    # Attention's rows sum to 1, so a mean of z is a mean of v.
+    seen_at = SOURCES.get(location, "attn.hook_z")
     seen = {}
 
-    def look(activation, hook):  # attention's rows sum to 1, so a mean of z is a mean of v
-        seen["source"] = activation[..., kind[1]] if source else activation[..., 2, 1]
+    def look(activation, hook):
+        seen["source"] = activation.flatten(2)[..., index]
 
     def change(activation, hook):
         activation = activation.clone()
         activation[(..., *of)] -= value * (seen["source"] - mean)
         return activation
 
-    with hooked(model, {f"blocks.1.{source or 'attn.hook_z'}": look, f"blocks.1.{point}": change}):
+    with hooked(model, {f"blocks.1.{seen_at}": look, f"blocks.1.{point}": change}):
         expected = logits(model)
     with cutting(model, [edge(kind)], means):
         torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
@@ -154,22 +156,21 @@ def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
 
 
 def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
-    """A sink takes a part of the attention, so the mean of what a head passes on is less than that
-    of its values.
-    """
+    """A sink takes a part of the attention: a head passes on less than the mean of its values."""
     model = tiny_model(dtype=torch.float64, n_layers=2, attn_sinks=True)
     with torch.no_grad():
         model.blocks[1].attn.sink.fill_(1.0)
-    hook, tokens = "blocks.1.attn.hook_z", torch.arange(12).view(2, 6) % 11
-    means = mean_activations(model, [*node_hooks(model).values(), hook], [tokens])
+    z_hook = "blocks.1.attn.hook_z"
+    tokens = torch.arange(12).view(2, 6) % 11
+    means = mean_activations(model, [*node_hooks(model).values(), z_hook], [tokens])
+    _, full = model.run_with_cache(tokens)
     with cutting(model, [edge(("attn_v", 11, "attn_out", 5))], means):
         _, cache = model.run_with_cache(tokens)
-    z, weight = cache[hook].flatten(2)[..., 11], model.blocks[1].attn.W_O.flatten(0, 1)[11, 5]
-    full = model.run_with_cache(tokens)[1]["blocks.1.hook_attn_out"][..., 5]
-    expected = full - weight * (z - z.mean())
-    torch.testing.assert_close(
-        cache["blocks.1.hook_attn_out"][..., 5], expected, rtol=1e-10, atol=1e-12
-    )
+    z = cache[z_hook].flatten(2)[..., 11]
+    weight = model.blocks[1].attn.W_O.flatten(0, 1)[11, 5]
+    expected = full["blocks.1.hook_attn_out"][..., 5] - weight * (z - z.mean())
+    found = cache["blocks.1.hook_attn_out"][..., 5]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
@@ -190,29 +191,31 @@ def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
         torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
 
 
+def cut_by_hand(tensors, kind, layer, mean):
+    """Cut an edge in a state: its weight is 0, and the bias takes what its mean contributes."""
+    weight, at, bias, of, _ = KINDS[kind]
+    entries = tensors[f"blocks.{layer}.{weight}"]
+    tensors[f"blocks.{layer}.{bias}"][of] += entries[at] * mean
+    entries[at] = 0.0
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_cuts_are_undone_bit_for_bit(data):
-    """In any order and number, several at one bias and one of them twice, in small and in large
-    numbers.
-    """
+    """In any order and number, also several at one bias, one twice, and with large means."""
     model = tiny_model(biases=data.draw(st.booleans()), **POSITIONAL)
-    means = {
-        name: mean * data.draw(st.sampled_from([1.0, 1e6]))
-        for name, mean in means_of(model, 1).items()
-    }
-    chosen = data.draw(st.lists(st.sampled_from(list(KINDS)), max_size=12))
-    edges = [edge(kind, layer=data.draw(st.integers(0, 1))) for kind in chosen]
+    means = {}
+    for name, mean in means_of(model, 1).items():
+        means[name] = mean * data.draw(st.sampled_from([1.0, 1e6]))
+    hooks = node_hooks(model)
     before = state(model)
     expected = state(model)
-    for cut in edges:
-        weight, at, bias, of, _ = KINDS[
-            cut.source.location, cut.source.index, cut.target.location, cut.target.index
-        ]
-        names = [f"blocks.{cut.source.layer}.{name}" for name in (weight, bias)]
-        flat = means[node_hooks(model)[cut.source.layer, cut.source.location]].flatten()
-        expected[names[1]][of] += expected[names[0]][at] * flat[cut.source.index]
-        expected[names[0]][at] = 0.0
+    edges = []
+    for kind in data.draw(st.lists(st.sampled_from(list(KINDS)), max_size=12)):
+        layer = data.draw(st.integers(0, 1))
+        location, index, _, _ = kind
+        cut_by_hand(expected, kind, layer, means[hooks[layer, location]].flatten()[index])
+        edges.append(edge(kind, layer))
     with cutting(model, edges, means):
         assert same(model, expected)
     assert same(model, before)
@@ -220,14 +223,26 @@ def test_any_cuts_are_undone_bit_for_bit(data):
 
 def test_cutting_is_undone_after_an_exception():
     model = tiny_model(**POSITIONAL)
-    means, before, all_kinds = means_of(model), state(model), [edge(kind) for kind in KINDS]
-    with pytest.raises(ZeroDivisionError), cutting(model, all_kinds, means):
-        _ = 1 / int(same(model, before))
+    means = means_of(model)
+    before = state(model)
+
+    def interrupted():
+        with cutting(model, [edge(kind) for kind in KINDS], means):
+            assert not same(model, before)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert same(model, before)
-    nowhere = Edge(
-        Node(1, "mlp_in", 2), Node(1, "mlp_neuron", 99), 1.0
-    )  # the others are cut before it
-    with pytest.raises(IndexError), cutting(model, [*all_kinds, nowhere], means):
+
+
+def test_cuts_are_undone_where_a_later_one_is_impossible():
+    model = tiny_model(**POSITIONAL)
+    means = means_of(model)
+    before = state(model)
+    nowhere = Edge(Node(1, "mlp_in", 2), Node(1, "mlp_neuron", 99), 1.0)
+    edges = [*(edge(kind) for kind in KINDS), nowhere]
+    with pytest.raises(IndexError), cutting(model, edges, means):
         pytest.fail("the context opened")
     assert same(model, before)
 
@@ -258,26 +273,37 @@ def wide_micro():
     """The micro model with edges that do next to nothing: they copy a bit of `end`, and of A or B,
     to a channel that only the final norm reads."""
     micro = micro_model()
-    attn, mlp = micro.blocks[0].attn, micro.blocks[0].mlp
+    attn = micro.blocks[0].attn
+    mlp = micro.blocks[0].mlp
     with torch.no_grad():
-        attn.W_V[0, 1, 1], attn.W_O[0, 1, 3] = 0.25, 0.125
+        attn.W_V[0, 1, 1] = 0.25
+        attn.W_O[0, 1, 3] = 0.125
         attn.W_V[0, 0, 1] = 0.01
-        mlp.W_in[1, 0], mlp.W_out[0, 3] = 0.125, 0.25
+        mlp.W_in[1, 0] = 0.125
+        mlp.W_out[0, 3] = 0.25
     return micro
 
 
-def wide_circuit(micro):
-    """All nodes that have a weight, and one that has none."""
-    circuit = micro_circuit(micro)
+def wider(circuit, *nodes):
+    """The circuit with further nodes of the first block, as (hook point, index)."""
     kept = {name: mask.clone() for name, mask in circuit.kept.items()}
-    kept["blocks.0.ln1.hook_read"][1] = kept["blocks.0.attn.hook_v"][0, 1] = kept[
-        "blocks.0.hook_attn_out"
-    ][3] = True
-    kept["blocks.0.ln2.hook_read"][1] = kept["blocks.0.mlp.hook_post"][0] = kept[
-        "blocks.0.hook_mlp_out"
-    ][3] = True
-    kept["blocks.0.attn.hook_q"][0, 0] = True
+    for name, index in nodes:
+        kept[f"blocks.0.{name}"][index] = True
     return dataclasses.replace(circuit, kept=kept)
+
+
+def wide_circuit(micro):
+    """All nodes that have a weight, and one, of the queries, that has none."""
+    return wider(
+        micro_circuit(micro),
+        ("ln1.hook_read", 1),
+        ("attn.hook_v", (0, 1)),
+        ("hook_attn_out", 3),
+        ("ln2.hook_read", 1),
+        ("mlp.hook_post", 0),
+        ("hook_mlp_out", 3),
+        ("attn.hook_q", (0, 0)),
+    )
 
 
 WIDE = [
@@ -296,7 +322,7 @@ def test_useless_edges_and_the_nodes_left_idle_go():
     circuit, before = wide_circuit(micro), state(micro)
     assert names(circuit.edges(micro)) == WIDE
     found, evaluation = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
-    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert triples(found.edges(micro)) == EDGES
     # What never had an edge was kept for another reason than its edges, and stays.
     assert [str(node) for node in found.nodes] == [NODES[0], "0.attn_q.0", *NODES[1:]]
     assert found.edge_set == {(e.source, e.target) for e in found.edges(micro)}
@@ -316,14 +342,14 @@ def test_an_edge_between_needed_nodes_is_cut_too():
     circuit = micro_circuit(micro)
     circuit.kept["blocks.0.attn.hook_v"][0, 1] = True
     found, _ = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
-    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert triples(found.edges(micro)) == EDGES
     assert [str(node) for node in found.nodes] == NODES
 
 
 def test_all_edges_stay_that_the_target_needs():
     micro = micro_model()
     found, evaluation = prune_edges(micro_circuit(micro), micro, MICRO_TASK, CONFIG, progress=False)
-    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert triples(found.edges(micro)) == EDGES
     assert [str(node) for node in found.nodes] == NODES
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert evaluation.ablated.loss == pytest.approx(math.log(2), abs=1e-6)
@@ -338,19 +364,20 @@ def test_with_a_target_that_a_coin_reaches_nothing_is_left():
 
 
 def two_paths():
-    """The micro model with a second path, of other nodes, as good as the first; and the circuit of
-    both.
-    """
+    """The micro model with a second path as good as the first; and the circuit of both."""
     micro = micro_model()
     attn = micro.blocks[0].attn
+    A, B = VOCABULARY["A"], VOCABULARY["B"]
+    yes, no = VOCABULARY["yes"], VOCABULARY["no"]
     with torch.no_grad():
-        micro.embed.W_E[1, 3], micro.embed.W_E[2, 3] = 1.0, -1.0
-        attn.W_V[0, 3, 1], attn.W_O[0, 1, 0] = W_V, W_O
-        micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
-    circuit = micro_circuit(micro)
-    for name, index in (("ln1.hook_read", 3), ("attn.hook_v", (0, 1)), ("hook_attn_out", 0)):
-        circuit.kept[f"blocks.0.{name}"][index] = True
-    return micro, circuit
+        micro.embed.W_E[A, 3] = 1.0
+        micro.embed.W_E[B, 3] = -1.0
+        attn.W_V[0, 3, 1] = W_V
+        attn.W_O[0, 1, 0] = W_O
+        micro.unembed.W_U[0, yes] = W_U
+        micro.unembed.W_U[0, no] = -W_U
+    second_path = [("ln1.hook_read", 3), ("attn.hook_v", (0, 1)), ("hook_attn_out", 0)]
+    return micro, wider(micro_circuit(micro), *second_path)
 
 
 @pytest.mark.parametrize(("accuracy", "n_edges", "n_nodes"), [(1.0, 2, 3), (0.5, 3, 5)])
@@ -399,7 +426,7 @@ def test_a_circuit_that_misses_the_target_is_refused():
     ):
         prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
     assert same(micro, before)
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_another_model_and_a_stock_model_are_refused():
@@ -433,14 +460,14 @@ def test_the_model_is_as_it_was_after_an_exception_in_edge_pruning(monkeypatch):
     assert [name for name, p in micro.named_parameters() if not p.requires_grad] == [
         "blocks.0.attn.W_V"
     ]
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_edge_pruning_of_what_node_pruning_found():
     micro = wide_micro()
     circuit, _ = prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
     found, _ = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
-    assert [(str(e.source), str(e.target), e.weight) for e in found.edges(micro)] == EDGES
+    assert triples(found.edges(micro)) == EDGES
     assert found.of_size(found.n_nodes).nodes == found.nodes
 
 
@@ -451,19 +478,14 @@ def random_circuit(model, share=0.5, edges=None, seed=0):
     """Random nodes, with random ones of their edges."""
     generator = torch.Generator().manual_seed(seed)
     means = means_of(model)
-    kept = {
-        name: torch.rand(mean.shape, generator=generator) < share for name, mean in means.items()
-    }
+    kept = random_masks(means, share, generator)
     circuit = Circuit(kept, means, fingerprint(model), "model", "task")
     if edges is None:
         return circuit
-    ends = [(e.source, e.target) for e in circuit.edges(model)]
-    left = [
-        pair
-        for pair, x in zip(ends, torch.rand(len(ends), generator=generator), strict=True)
-        if x < edges
-    ]
-    return dataclasses.replace(circuit, edge_set=frozenset(left))
+    ends = [(edge.source, edge.target) for edge in circuit.edges(model)]
+    chances = torch.rand(len(ends), generator=generator)
+    edge_set = {pair for pair, chance in zip(ends, chances, strict=True) if chance < edges}
+    return dataclasses.replace(circuit, edge_set=frozenset(edge_set))
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +525,7 @@ def test_applied_is_nodes_at_means_in_a_model_with_weights_cut(model):
     with pytest.raises(ZeroDivisionError), circuit.applied(model):
         _ = 1 / 0
     assert same(model, before)
-    assert all(not point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)
 
 
 def test_ablated_cuts_no_edge(model):
@@ -549,9 +571,7 @@ def test_the_number_of_edges_is_in_the_repr():
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_a_cut_edge_of_the_micro_circuit_on_paper(kept):
-    """The value channel's mean is 0, so without its first edge nothing is written; with a mean of 1
-    a constant is.
-    """
+    """With a mean of 0 nothing is written without the first edge; with 1 a constant is."""
     micro = micro_model()
     circuit = micro_circuit(micro)
     circuit = circuit.with_means(

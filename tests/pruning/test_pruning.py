@@ -1,6 +1,4 @@
-"""The pruner: what it leaves unchanged, its splits, and what it refuses. Found circuits are in
-test_circuit.py.
-"""
+"""The pruner: what it leaves unchanged, its splits, ranks and restarts, and what it refuses."""
 
 import dataclasses
 import math
@@ -10,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from helpers import full_config, stock_model, tiny_model
+from helpers import full_config, has_hooks, node_means, stock_model, tiny_model
 from micro import (
     FILLERS,
     LOSS,
@@ -20,7 +18,6 @@ from micro import (
     WRITTEN,
     micro_circuit,
     micro_corpus,
-    micro_model,
     micro_tokenizer,
 )
 from tl_sparse.circuits.circuit import Circuit
@@ -45,11 +42,6 @@ CONFIG = PruneConfig(
 )
 
 
-@pytest.fixture
-def micro():
-    return micro_model()
-
-
 def empty(micro):
     circuit = micro_circuit(micro)
     return dataclasses.replace(
@@ -70,7 +62,7 @@ def test_model_comes_back_as_it_was(micro):
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in micro.named_parameters()
     )
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_frozen_restores_after_an_exception(micro):
@@ -107,7 +99,7 @@ def test_a_seed_makes_pruning_repeatable(micro):
 @pytest.mark.parametrize("learned", [1, 3, 20])
 def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, learned):
     """With τ ranking the three nodes first, every start must end at exactly these three."""
-    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    means = node_means(micro, micro_corpus())
     gates = NodeGates(means, init_bias=0.0, init_scale=0.0, seed=0)
     flat = torch.linspace(0.0, -0.5, gates.tau.numel())
     read, value, written = (
@@ -126,7 +118,7 @@ def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, lear
 
 def test_leftover_nodes_are_dropped(micro):
     """Ten useless nodes ranked above the circuit's own must not survive."""
-    means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
+    means = node_means(micro, micro_corpus())
     gates = NodeGates(means, init_bias=-0.5, init_scale=0.0, seed=0)
     with torch.no_grad():
         gates.tau[gates.index["blocks.0.hook_mlp_out"]] = 1.0
@@ -153,9 +145,7 @@ def test_leftover_nodes_are_dropped(micro):
 
 
 def loss_of(strength):
-    """The loss of the micro model with all three nodes of its circuit at this share of what they
-    are.
-    """
+    """The loss of the micro model with its circuit's three nodes at this share."""
     a = WRITTEN * strength**3
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
 
@@ -179,9 +169,7 @@ def test_the_slope_on_paper_is_a_derivative():
     [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])],
 )
 def test_attribution_on_paper(micro, method, points, batch_size):
-    """All three nodes of the circuit are of the same importance, and all others of none: Σ gradient
-    · (x - mean).
-    """
+    """The circuit's nodes have the same importance, Σ gradient · (x - mean), others none."""
     config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
     circuit, (train, _, _) = micro_circuit(micro), task_splits(micro, MICRO_TASK, CONFIG)
     gates = NodeGates(circuit.means, init_bias=0.1, init_scale=0.0, seed=0)
@@ -191,7 +179,7 @@ def test_attribution_on_paper(micro, method, points, batch_size):
     for name, kept in circuit.kept.items():
         torch.testing.assert_close(found[name], kept * expected, rtol=1e-4, atol=1e-8)
     assert gates.tau.grad is None
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_attribution_against_differences():
@@ -228,20 +216,15 @@ def test_attribution_against_differences():
 
 def ranked(micro, monkeypatch, **changes):
     """The gates with which learning starts, hook name → τ."""
-    start = []
-    monkeypatch.setattr(
-        pruning,
-        "learn_gates",
-        lambda model, gates, *_: start.append(gates.at_nodes(gates.tau.data)),
-    )
-    prune(
-        micro,
-        MICRO_TASK,
-        micro_corpus(),
-        dataclasses.replace(CONFIG, init_scale=0.0, **changes),
-        progress=False,
-    )
-    return start[0]
+    start = {}
+
+    def remember(model, gates, *_):
+        start.update(gates.at_nodes(gates.tau.data))
+
+    monkeypatch.setattr(pruning, "learn_gates", remember)
+    config = dataclasses.replace(CONFIG, init_scale=0.0, **changes)
+    prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    return start
 
 
 def test_a_warm_start_ranks_the_nodes_before_they_are_learned(micro, monkeypatch):
@@ -260,48 +243,62 @@ def test_a_cold_start_is_where_the_settings_say(micro, monkeypatch):
 
 @pytest.mark.parametrize("method", ["learned", "attribution", "integrated_gradients", "random"])
 def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, monkeypatch):
-    learned = []
+    calls = []
     real = pruning.learn_gates
-    monkeypatch.setattr(
-        pruning, "learn_gates", lambda *arguments: learned.append(1) or real(*arguments)
-    )
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(pruning, "learn_gates", counting)
     config = dataclasses.replace(CONFIG, method=method)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
-    assert len(learned) == (method == "learned")
+    assert len(calls) == (method == "learned")
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert set(NODES) <= {str(node) for node in circuit.nodes}
     assert (circuit.n_nodes == 3) == (method != "random")  # 1 in 2,024 rankings would do it
     assert circuit.measured["config"]["method"] == method
     assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
-    if method == "random":
-        others = [prune(micro, MICRO_TASK, micro_corpus(), dataclasses.replace(config, seed=s), progress=False)[0]
-                  for s in (0, 1)]  # fmt: skip
-        assert others[0].nodes == circuit.nodes
-        assert others[1].of_size(9).nodes != circuit.of_size(9).nodes
+
+
+def test_a_seed_decides_the_random_ranking(micro):
+    def ranked_at_random(seed):
+        config = dataclasses.replace(CONFIG, method="random", seed=seed)
+        circuit, _ = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+        return circuit
+
+    first = ranked_at_random(0)
+    assert ranked_at_random(0).nodes == first.nodes
+    assert ranked_at_random(1).of_size(9).nodes != first.of_size(9).nodes
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(warm_start=False, steps=100), dict(tied_qk=True), dict(ablation="zero"), dict(ablation="resample"),
-        dict(necessity=1.0, ablated_accuracy=0.5), dict(necessity=1.0, ablated_accuracy=0.5, ablation="resample"),
-        dict(init_bias=-0.5), dict(restarts=2), dict(steer_rate=0.0, steer_now=0.0), dict(batch_size=1),
+        dict(warm_start=False, steps=100),
+        dict(tied_qk=True),
+        dict(ablation="zero"),
+        dict(ablation="resample"),
+        dict(necessity=1.0, ablated_accuracy=0.5),
+        dict(necessity=1.0, ablated_accuracy=0.5, ablation="resample"),
+        dict(init_bias=-0.5),
+        dict(restarts=2),
+        dict(steer_rate=0.0, steer_now=0.0),
+        dict(batch_size=1),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
     config = dataclasses.replace(CONFIG, **changes)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == NODES
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert circuit.measured["config"] == dataclasses.asdict(config)
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
-    """Of the four that tokens write, the first tells A from B; of the answers nothing is in the
-    others.
-    """
+    """Of four channels the first tells A from B; nothing of the answers is in the others."""
     config = dataclasses.replace(CONFIG, embed_gates=True)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
@@ -325,9 +322,7 @@ def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
 
 
 def with_constant(micro):
-    """The answer depends on a constant that the MLP writes: its mean is all of it, and zero ruins
-    the task.
-    """
+    """The answer depends on a constant that the MLP writes: zero ruins it, the mean does not."""
     with torch.no_grad():
         micro.blocks[0].mlp.b_out[3] = 1.0
         micro.unembed.W_U[3, 4], micro.unembed.W_U[3, 5] = 10.0, -10.0
@@ -458,13 +453,11 @@ def test_the_model_is_as_it_was_after_an_exception(micro, step, monkeypatch):
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in micro.named_parameters()
     )
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
 
 
 def test_no_set_of_nodes_is_necessary(micro):
-    """Where the prompts end in the token that the task is about, it reaches the answer past all
-    nodes.
-    """
+    """Where the prompts end in the token asked about, it reaches the answer past all nodes."""
     with torch.no_grad():
         micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
     task = dataclasses.replace(MICRO_TASK, sample=_ends_in, same_end=False)
@@ -584,7 +577,7 @@ def test_a_corpus_too_small_for_stable_means_is_warned_of(micro):
 
 def test_means_over_the_corpus_are_those_of_all_rows(micro):
     rows = micro_corpus()[:7]
-    whole = mean_activations(micro, list(node_hooks(micro).values()), [rows])
+    whole = node_means(micro, rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         means = corpus_means(micro, rows, batch_size=8)

@@ -1,6 +1,4 @@
-"""The search for settings: what it minimises, how it goes on, what it refuses. Most of it with a
-made-up pruner.
-"""
+"""The search for settings: what it minimises, how it goes on, what it refuses."""
 
 import sqlite3
 import sys
@@ -10,7 +8,8 @@ import pytest
 import yaml
 
 import tl_sparse
-from micro import LOSS, NODES, save_micro, save_pairs
+from helpers import command_flags
+from micro import NODES, QUICK_SETTINGS, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
@@ -19,17 +18,9 @@ from tl_sparse.suites import suite
 from tl_sparse.suites.optuna_search import RANGES, search
 
 optuna = pytest.importorskip("optuna")
-SIZES = {
-    "target_loss": 2 * LOSS,
-    "steps": 50,
-    "train_pairs": 32,
-    "selection_pairs": 8,
-    "heldout_pairs": 8,
-}
-CONFIG = PruneConfig(**SIZES)
-FLAGS = [
-    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+SETTINGS = QUICK_SETTINGS | {"steps": 50}
+CONFIG = PruneConfig(**SETTINGS)
+FLAGS = command_flags(SETTINGS)
 
 
 @pytest.fixture
@@ -41,9 +32,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """The settings that a made-up pruner is called with: of the hard task it finds no circuit if lr
-    is below 1e-3.
-    """
+    """The settings given to a made-up pruner, which fails at the hard task if lr < 1e-3."""
     configs = []
 
     def prune(model, task, tokens, config, progress, means):
@@ -63,6 +52,17 @@ def values(configs):
     return [(c.k_coef, c.lr, c.beta2, c.steps) for c in configs[::2]]
 
 
+def searched(config, name):
+    return 1 - config.beta2 if name == "1 - beta2" else getattr(config, name)
+
+
+def cost_by_hand(config):
+    """The geometric mean of the edges of both tasks; no circuit counts as all 300 weights."""
+    easy = max(1, round(1e6 * config.k_coef))
+    hard = 4 if config.lr >= 1e-3 else 300
+    return (easy * hard) ** 0.5
+
+
 def test_the_settings_with_the_fewest_edges_are_found(place, tried):
     model, tasks, out = place
     best, text = search(model, tasks, out, 12, config=CONFIG)
@@ -70,15 +70,15 @@ def test_the_settings_with_the_fewest_edges_are_found(place, tried):
     assert tried[0::2] == tried[1::2]
     assert len(tried) == 24
     for name, (low, high) in RANGES.items():
-        tries = [1 - c.beta2 if name == "1 - beta2" else getattr(c, name) for c in tried]
-        assert all(low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9) for value in tries)
+        tries = [searched(config, name) for config in tried]
+        assert low <= min(tries) * (1 + 1e-9)
+        assert max(tries) <= high * (1 + 1e-9)
         assert len(set(tries)) >= 10
-    # No circuit counts as all weights of the model, and is never the best.
-    costs = [
-        (max(1, round(1e6 * c.k_coef)) * (4 if c.lr >= 1e-3 else 300)) ** 0.5 for c in tried[::2]
-    ]
-    least = min(cost for cost, c in zip(costs, tried[::2], strict=True) if c.lr >= 1e-3)
-    assert best == tried[2 * costs.index(least)]
+    settings = tried[::2]  # each is tried with two tasks
+    costs = [cost_by_hand(config) for config in settings]
+    possible = [cost for cost, config in zip(costs, settings, strict=True) if config.lr >= 1e-3]
+    least = min(possible)
+    assert best == settings[costs.index(least)]
     with module._study(str(out / "study.journal")) as study:
         assert [trial.value for trial in study.trials] == pytest.approx(costs)
     lines = [line.split() for line in text.splitlines()]
@@ -118,13 +118,9 @@ def test_it_finds_a_circuit_and_prune_takes_its_settings(place, tmp_path, capsys
     printed = capsys.readouterr().out
     assert f"Saved {out / 'best.yaml'}" in printed
     assert "easy" in printed
-    circuit, config = str(tmp_path / "circuit"), ["--config", str(out / "best.yaml")]
-    assert (
-        main(
-            ["prune", model, tasks[0], "--out", circuit, "--edges", *config, "--train-pairs", "33"]
-        )
-        == 0
-    )
+    circuit = str(tmp_path / "circuit")
+    command = ["prune", model, tasks[0], "--out", circuit, "--edges"]
+    assert main([*command, "--config", str(out / "best.yaml"), "--train-pairs", "33"]) == 0
     settings = tl_sparse.Circuit.load(circuit).measured["config"]
     assert settings == yaml.safe_load((out / "best.yaml").read_text()) | {"train_pairs": 33}
     assert "Pruned by edges\n\nCircuit of easy" in capsys.readouterr().out
@@ -154,7 +150,7 @@ def test_a_study_of_something_else_is_refused(place, tried, tmp_path, monkeypatc
     with pytest.raises(SuiteError, match="model = 'one', now 'two'"):
         search(save_micro(tmp_path / "two"), tasks, out, 2, config=CONFIG)
     with pytest.raises(SuiteError, match="train_pairs = 32, now 2048"):
-        search(model, tasks, out, 2, config=PruneConfig(**SIZES | {"train_pairs": 2048}))
+        search(model, tasks, out, 2, config=PruneConfig(**SETTINGS | {"train_pairs": 2048}))
     monkeypatch.setitem(module.RANGES, "lr", [1e-3, 1e-2])
     with pytest.raises(SuiteError, match=r"ranges = .*0.0003, 0.05.*, now .*0.001, 0.01"):
         search(model, tasks, out, 2, config=CONFIG)

@@ -3,42 +3,37 @@
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 import tl_sparse
-from micro import LOSS, NODES, save_micro, save_pairs
+from helpers import command_flags, must_not_run
+from micro import LOSS, NODES, QUICK_SETTINGS, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
 from tl_sparse.suites.suite import Job, collected, in_processes, results_table, run_suite
 
-SIZES = {
-    "target_loss": 2 * LOSS,
-    "steps": 30,
-    "train_pairs": 32,
-    "selection_pairs": 8,
-    "heldout_pairs": 8,
-}
-CONFIG = PruneConfig(**SIZES)
-FLAGS = [
-    text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))
-]
+CONFIG = PruneConfig(**QUICK_SETTINGS)
+FLAGS = command_flags(QUICK_SETTINGS)
+
+
+def make_place(folder):
+    """Two models of other names; a task that they solve and one that they do not; a folder."""
+    models = [save_micro(folder / name) for name in ("one", "two")]
+    solved = save_pairs(folder / "micro.jsonl")
+    unsolved = save_pairs(folder / "wrong.jsonl", (" no", " yes"))
+    suite.loaded.cache_clear()
+    return models, [solved, unsolved], folder / "out"
 
 
 @pytest.fixture
 def place(tmp_path):
-    """Two models of other names, a task that they solve and one that they do not."""
-    models = [save_micro(tmp_path / name) for name in ("one", "two")]
-    tasks = [
-        save_pairs(tmp_path / "micro.jsonl"),
-        save_pairs(tmp_path / "wrong.jsonl", (" no", " yes")),
-    ]
-    suite.loaded.cache_clear()
-    return models, tasks, tmp_path / "out"
+    return make_place(tmp_path)
 
 
 def counting(monkeypatch, stop_at=None):
@@ -55,44 +50,89 @@ def counting(monkeypatch, stop_at=None):
     return calls
 
 
-def test_a_suite_saves_circuits_and_says_what_has_none(place, monkeypatch):
-    models, tasks, out = place
-    calls = counting(monkeypatch)
-    results = run_suite(models, tasks, out, (0, 1), CONFIG)
-    assert calls == [(task, seed) for _ in models for task in ("micro", "wrong") for seed in (0, 1)]
-    for model in ("one", "two"):
-        for folder in (out / model / "micro" / "1", out / model / "micro" / "1" / "edges"):
-            circuit = tl_sparse.Circuit.load(folder)
-            assert [str(node) for node in circuit.nodes] == NODES
-            assert circuit.measured["config"]["seed"] == 1
-        found = results["models"][model]
-        assert found["micro"]["problems"] == {}
-        for kind in ("node_pruned", "edge_pruned"):
-            assert found["micro"][kind]["edges"] == {"mean": 2, "median": 2, "min": 2, "max": 2}
-            assert found["micro"][kind]["loss"]["median"] == pytest.approx(LOSS, rel=1e-3)
-        assert found["micro"]["node_pruned"]["overlap"]["mean"] == 1
-        assert found["wrong"]["node_pruned"] == found["wrong"]["edge_pruned"] == {}
-        assert "full model's loss on wrong" in found["wrong"]["problems"]["0"]
-        assert sorted(path.name for path in (out / model / "wrong" / "0").iterdir()) == ["job.json"]
+@dataclasses.dataclass
+class Finished:
+    """A suite of two models, two tasks and two seeds that has run."""
+
+    models: list[str]
+    tasks: list[str]
+    out: Path
+    calls: list[tuple[str, int]]
+    results: dict
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    models, tasks, out = make_place(tmp_path_factory.mktemp("suite"))
+    with pytest.MonkeyPatch.context() as patched:
+        calls = counting(patched)
+        results = run_suite(models, tasks, out, (0, 1), CONFIG)
+    return Finished(models, tasks, out, calls, results)
+
+
+def test_every_task_is_pruned_with_every_seed(finished):
+    of_one_model = [("micro", 0), ("micro", 1), ("wrong", 0), ("wrong", 1)]
+    assert finished.calls == of_one_model * 2
+
+
+@pytest.mark.parametrize("model", ["one", "two"])
+def test_a_suite_saves_node_pruned_and_edge_pruned_circuits(model, finished):
+    folder = finished.out / model / "micro" / "1"
+    for path in (folder, folder / "edges"):
+        circuit = tl_sparse.Circuit.load(path)
+        assert [str(node) for node in circuit.nodes] == NODES
+        assert circuit.measured["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize("model", ["one", "two"])
+def test_the_figures_of_a_task_that_is_solved(model, finished):
+    found = finished.results["models"][model]["micro"]
+    assert found["problems"] == {}
+    for kind in ("node_pruned", "edge_pruned"):
+        assert found[kind]["edges"] == {"mean": 2, "median": 2, "min": 2, "max": 2}
+        assert found[kind]["loss"]["median"] == pytest.approx(LOSS, rel=1e-3)
+    assert found["node_pruned"]["overlap"]["mean"] == 1
+
+
+@pytest.mark.parametrize("model", ["one", "two"])
+def test_a_task_without_a_circuit_has_its_reason(model, finished):
+    found = finished.results["models"][model]["wrong"]
+    assert found["node_pruned"] == found["edge_pruned"] == {}
+    assert "full model's loss on wrong" in found["problems"]["0"]
+    folder = finished.out / model / "wrong" / "0"
+    assert [path.name for path in folder.iterdir()] == ["job.json"]
+
+
+def test_models_are_compared_by_the_tasks_that_all_solve(finished):
+    results = finished.results
     assert results["solved_by_all"] == ["micro"]
-    assert results["geometric_mean_edges"]["node_pruned"] == {
-        "one": pytest.approx(2),
-        "two": pytest.approx(2),
-    }
+    of_nodes = results["geometric_mean_edges"]["node_pruned"]
+    assert of_nodes == {"one": pytest.approx(2), "two": pytest.approx(2)}
     assert results["ratio"] == {"one": 1, "two": 1}
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    table = (out / "results.md").read_text()
+
+
+def test_results_are_written_as_json_a_table_and_a_picture(finished):
+    written = json.loads((finished.out / "results.json").read_text())
+    assert written == json.loads(json.dumps(finished.results))
+    table = (finished.out / "results.md").read_text()
     assert "| one | micro | 3 | 2 |" in table
     assert "- two, wrong, seed 1: the full model's loss" in table
-    assert "wrong" not in (out / "results.svg").read_text()
-    # All is there: nothing is searched again. Another seed is.
-    assert run_suite(models, tasks, out, (0, 1), CONFIG) == results
-    assert len(calls) == 8
-    assert (
-        main(["suite", *models, "--out", str(out), "--tasks", tasks[0], "--seeds", "0,2", *FLAGS])
-        == 0
-    )
-    assert calls[8:] == [("micro", 2)] * 2
+    assert "wrong" not in (finished.out / "results.svg").read_text()
+
+
+def test_what_is_there_is_not_searched_again(finished, monkeypatch):
+    monkeypatch.setattr(suite, "prune", must_not_run("a finished circuit is searched again"))
+    again = run_suite(finished.models, finished.tasks, finished.out, (0, 1), CONFIG)
+    assert again == finished.results
+
+
+def test_the_command_searches_only_what_is_missing(finished, monkeypatch, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    calls = counting(monkeypatch)
+    task = finished.tasks[0]
+    command = ["suite", *finished.models, "--out", str(out), "--tasks", task, "--seeds", "0,2"]
+    assert main([*command, *FLAGS]) == 0
+    assert calls == [("micro", 2), ("micro", 2)]
 
 
 def test_an_interrupted_suite_keeps_what_is_finished_and_goes_on(place, monkeypatch, capsys):
@@ -109,7 +149,7 @@ def test_an_interrupted_suite_keeps_what_is_finished_and_goes_on(place, monkeypa
     assert f"Saved in {out}" in capsys.readouterr().out
 
 
-def test_a_folder_of_other_settings_is_refused(place, tmp_path, monkeypatch):
+def test_a_folder_of_other_settings_is_refused(place, tmp_path):
     models, tasks, out = place
     run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
     before = sorted(out.rglob("*"))
@@ -123,8 +163,13 @@ def test_a_folder_of_other_settings_is_refused(place, tmp_path, monkeypatch):
     with pytest.raises(SuiteError, match=f"model = '{models[0]}', now '{other}'"):
         run_suite([other], tasks[:1], out, (0,), CONFIG)
     assert sorted(out.rglob("*")) == before
-    # The seed is not a setting; its circuits have it.
-    monkeypatch.setattr(suite, "prune", None)
+
+
+def test_the_seed_is_not_a_setting(place, monkeypatch):
+    """Each circuit has a seed of its own, so finished ones are taken whatever `config.seed` is."""
+    models, tasks, out = place
+    run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
+    monkeypatch.setattr(suite, "prune", must_not_run("a finished circuit is searched again"))
     run_suite(models[:1], tasks[:1], out, (0,), dataclasses.replace(CONFIG, seed=7))
 
 
@@ -163,11 +208,9 @@ def test_processes_find_the_same_circuits(place):
     models, tasks, out = place
     run_suite(models[:1], tasks[:1], out / "a", (0, 1), CONFIG)
     run_suite(models[:1], tasks[:1], out / "b", (0, 1), CONFIG, workers=2)
-    for seed in (0, 1):
-        ours, theirs = (
-            (out / of / "one" / "micro" / str(seed) / "circuit.safetensors") for of in ("a", "b")
-        )
-        assert ours.read_bytes() == theirs.read_bytes()
+    for seed in ("0", "1"):
+        circuit = Path("one", "micro", seed, "circuit.safetensors")
+        assert (out / "a" / circuit).read_bytes() == (out / "b" / circuit).read_bytes()
 
 
 def test_a_process_that_dies_is_an_error():
@@ -184,34 +227,42 @@ def write_job(
     kept: str = "a",
     cut: int | None = None,
 ):
-    """A finished job with made-up figures."""
-    job, found = Job(model, task, seed, out / model / task / str(seed)), {}
-    for kind, n in (("node_pruned", edges), ("edge_pruned", cut)):
-        if n is not None:
-            about = {
-                "nodes": n + 1,
-                "edges": n,
-                "loss": n / 100,
+    """A finished job with made-up figures: of the nodes, and of the circuit with edges cut."""
+    job = Job(model, task, seed, out / model / task / str(seed))
+    found = {}
+    for kind, n_edges in (("node_pruned", edges), ("edge_pruned", cut)):
+        if n_edges is not None:
+            found[kind] = {
+                "nodes": n_edges + 1,
+                "edges": n_edges,
+                "loss": n_edges / 100,
                 "standard_error": 0.01,
                 "accuracy_without": 0.5,
+                "seconds": 10 * n_edges,
+                "kept": list(kept),
             }
-            found[kind] = about | {"seconds": 10 * n, "kept": list(kept)}
     job.folder.mkdir(parents=True)
     (job.folder / "job.json").write_text(json.dumps({"problem": None if found else "no", **found}))
     return job
 
 
-def test_figures_are_those_computed_by_hand(tmp_path):
-    jobs = [
-        write_job(tmp_path, "sparse", "p", 0, 2, "ab", cut=1), write_job(tmp_path, "sparse", "p", 1, 8, "bc", cut=3),
+@pytest.fixture
+def jobs(tmp_path):
+    return [
+        write_job(tmp_path, "sparse", "p", 0, 2, "ab", cut=1),
+        write_job(tmp_path, "sparse", "p", 1, 8, "bc", cut=3),
         write_job(tmp_path, "sparse", "p", 2, 4, "ab", cut=2),
         *(write_job(tmp_path, "sparse", "q", seed, 0, "a", cut=0) for seed in range(3)),
         *(write_job(tmp_path, "sparse", "r", seed, 5, "a", cut=0) for seed in range(3)),
         *(write_job(tmp_path, "dense", "p", seed, 100 * seed + 100) for seed in range(3)),
         *(write_job(tmp_path, "dense", "q", seed, 50) for seed in range(3)),
-        write_job(tmp_path, "dense", "r", 0, 9), write_job(tmp_path, "dense", "r", 1, None),
+        write_job(tmp_path, "dense", "r", 0, 9),
+        write_job(tmp_path, "dense", "r", 1, None),
         write_job(tmp_path, "dense", "r", 2, 7),
-    ]  # fmt: skip
+    ]
+
+
+def test_figures_are_those_computed_by_hand(jobs):
     results = collected(jobs)
     of = results["models"]["sparse"]["p"]
     assert of["node_pruned"]["edges"] == {
@@ -227,13 +278,20 @@ def test_figures_are_those_computed_by_hand(tmp_path):
     assert results["models"]["dense"]["r"]["problems"] == {"1": "no"}
     assert results["models"]["dense"]["r"]["node_pruned"]["edges"]["median"] == 8
     assert results["models"]["dense"]["p"]["edge_pruned"] == {}
-    # Task r is not solved by the dense model with every seed; no edges count as one.
+
+
+def test_means_over_tasks_are_those_computed_by_hand(jobs):
+    """The dense model does not solve task r with every seed; no edges count as one."""
+    results = collected(jobs)
     assert results["solved_by_all"] == ["p", "q"]
     means = results["geometric_mean_edges"]
     assert means["node_pruned"] == {"sparse": pytest.approx(2), "dense": pytest.approx(100)}
     assert means["edge_pruned"] == {"sparse": pytest.approx(statistics.geometric_mean([2, 1]))}
     assert results["ratio"] == {"sparse": 1, "dense": pytest.approx(50)}
-    table = results_table(results)
+
+
+def test_the_table_has_the_figures(jobs):
+    table = results_table(collected(jobs))
     assert "| sparse | p | 5 (3–9) | 4 (2–8) | 0.040 (0.020–0.080) |" in table
     assert "| dense | **geometric mean**, × 50.0 |  | 100.0 |" in table
     assert "| 0.56 (0.33–1.00) | 3 (2–4) | 2 (1–3) |" in table

@@ -29,10 +29,10 @@ CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.
 #: The tokens that differ within a pair of a task: at most so many, from the first such token to the
 #: last.
 DIFFERING = {
-    "final_kwarg": 10, "set_or_string": 25, "set_or_string_fixedvarname": 25, "class_init": 1, "with_as": 3,
-    "bracket_brace": 4, "with_open": 1, "bracket_counting": 4, "for_while": 1, "else_elif": 1, "fstring_brace": 3,
-    "if_ternary": 6, "var_swap": 5, "indent_for": 1, "lambda_func": 3, "if_equals": 4, "enumerate_range": 2,
-    "var_if": 7, "while_return_true": 3,
+    "final_kwarg": 10, "set_or_string": 25, "set_or_string_fixedvarname": 25, "class_init": 1,
+    "with_as": 3, "bracket_brace": 4, "with_open": 1, "bracket_counting": 4, "for_while": 1,
+    "else_elif": 1, "fstring_brace": 3, "if_ternary": 6, "var_swap": 5, "indent_for": 1,
+    "lambda_func": 3, "if_equals": 4, "enumerate_range": 2, "var_if": 7, "while_return_true": 3,
 }  # fmt: skip
 
 
@@ -354,9 +354,9 @@ def test_answers_that_cannot_be_told_apart(tokenizer, pair, candidates, longest)
     with pytest.raises(TokenizerError) as error:
         make_task_data(a_task(pair, candidates=candidates), tokenizer, 1, seed=0)
     assert str(error.value) == (
-        f"the answers {candidates[0]!r} and {candidates[1]!r} of task stub are, whole or shortened, not two different "
-        f"single tokens after {pair[0]!r} and {pair[1]!r}: the longest that are one token are {longest[0]!r} and "
-        f"{longest[1]!r}"
+        f"the answers {candidates[0]!r} and {candidates[1]!r} of task stub are, whole or "
+        f"shortened, not two different single tokens after {pair[0]!r} and {pair[1]!r}: "
+        f"the longest that are one token are {longest[0]!r} and {longest[1]!r}"
     )
 
 
@@ -369,9 +369,7 @@ def test_an_unknown_word_is_no_answer():
 
 @pytest.fixture(scope="module")
 def like_gpt2():
-    """Byte-level BPE cut as GPT-2's, and with its only special token, which begins, ends and
-    pads.
-    """
+    """A byte-level BPE as GPT-2's, with one special token that begins, ends and pads."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -380,9 +378,11 @@ def like_gpt2():
         "Mary met John. John thanked Mary. Mary thanked John.\n" * 100,
     ]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return PreTrainedTokenizerFast(
@@ -459,7 +459,8 @@ def test_splits_of_a_file_are_disjoint_up_to_its_last_pair(like_gpt2, tmp_path, 
     selection = make_task_data(task, like_gpt2, first, seed=0)
     heldout = make_task_data(task, like_gpt2, second, seed=0, exclude=selection.prompts)
     assert len({*selection.prompts, *heldout.prompts}) == 2 * (first + second)
-    message = f"task ioi gave only {second} of {second + 1} pairs of distinct prompts, {2 * first} prompts excluded"
+    message = f"task ioi gave only {second} of {second + 1} pairs of distinct prompts, "
+    message += f"{2 * first} prompts excluded"
     with pytest.raises(TaskError, match=message):
         make_task_data(task, like_gpt2, second + 1, seed=0, exclude=selection.prompts)
 
@@ -573,9 +574,7 @@ def test_candidate_logits_are_those_after_the_last_token(data):
 
 
 def test_a_guess_that_ignores_the_opening_quote_loses_at_least_log_2(data):
-    """The two prompts of a pair are the same but for the opening quote, so a blind model cannot win
-    both.
-    """
+    """A pair's prompts differ in the opening quote alone: a blind model cannot win both."""
     blind = torch.randn(
         data.n_pairs, 2, generator=torch.Generator().manual_seed(0)
     ).repeat_interleave(2, dim=0)

@@ -8,7 +8,10 @@ write to the stream.
 from functools import partial
 from itertools import product
 
-from tl_sparse.faces.line import transformer_lens_line
+from helpers import ON_3
+
+#: A bigram table has an edge of its own, from the tokens to the logits.
+TABLE_EDGE = (("hook_bigram", None), ("logits", None))
 
 
 def with_edge_hooks(model):
@@ -20,75 +23,89 @@ def with_edge_hooks(model):
 
 def fork(layer, letter):
     """The hook point of the heads' own q, k or v input; TransformerLens 4 moved it."""
-    return f"blocks.{layer}.{'attn.' if transformer_lens_line() == 4 else ''}hook_{letter}_input"
+    module = f"blocks.{layer}" if ON_3 else f"blocks.{layer}.attn"
+    return f"{module}.hook_{letter}_input"
 
 
 class Graph:
-    """A small EAP-style evaluator. Writers and readers are named by (hook point, head or None)."""
+    """The graph of a model, and its logits with only some of the edges.
+
+    Attributes:
+        writers: (hook point, head or None) of each, in the order of the forward pass.
+        edges: (writer, reader) of each; readers are named as writers are.
+        n_biases: of each reader, how many attention layers, whose biases b_O it reads, are before
+            it.
+    """
 
     def __init__(self, model):
-        self.model, cfg = model, model.cfg
-        heads = range(cfg.n_heads)
-        self.embed = [("hook_embed", None)] + [("hook_pos_embed", None)] * (
-            "hook_pos_embed" in model.hook_dict
-        )
-        self.writers, self.edges = list(self.embed), []
-        # reader: how many attention layers, whose biases b_O it reads, are before it
+        self.model = model
+        self.writers = [("hook_embed", None)]
+        if "hook_pos_embed" in model.hook_dict:
+            self.writers.append(("hook_pos_embed", None))
+        self.edges = []
         self.n_biases = {}
-        for layer in range(cfg.n_layers):
+        heads = range(model.cfg.n_heads)
+        for layer in range(model.cfg.n_layers):
             for letter, head in product("qkv", heads):
                 self._add_reader((fork(layer, letter), head), layer)
             self.writers += [(f"blocks.{layer}.attn.hook_result", head) for head in heads]
             self._add_reader((f"blocks.{layer}.hook_mlp_in", None), layer + 1)
             self.writers.append((f"blocks.{layer}.hook_mlp_out", None))
-        self._add_reader((f"blocks.{cfg.n_layers - 1}.hook_resid_post", None), cfg.n_layers)
-        if model.sparse_cfg.bigram_table:  # an edge of its own, from the tokens to the logits
-            self.edges.append((("hook_bigram", None), ("logits", None)))
+        last = model.cfg.n_layers - 1
+        self._add_reader((f"blocks.{last}.hook_resid_post", None), last + 1)
+        if model.sparse_cfg.bigram_table:
+            self.edges.append(TABLE_EDGE)
 
     def _add_reader(self, reader, n_biases):
         self.edges += [(writer, reader) for writer in self.writers]
         self.n_biases[reader] = n_biases
 
     def outputs(self, tokens):
+        """Hook point → what its writers write."""
         names = {name for name, _ in self.writers} | {"hook_bigram"}
         return self.model.run_with_cache(tokens, names_filter=lambda name: name in names)[1]
 
+    def _input(self, reader, current_outputs, corrupt_outputs, kept):
+        """The sum of what a reader reads."""
+        total = sum(block.attn.b_O for block in self.model.blocks[: self.n_biases[reader]])
+        for edge in self.edges:
+            writer, its_reader = edge
+            if its_reader == reader:
+                outputs = current_outputs if edge in kept else corrupt_outputs
+                total = total + output_of(writer, outputs)
+        return total
+
     def logits(self, clean, corrupt_outputs, kept):
         """The clean run, in which every edge outside `kept` carries the corrupt run's value."""
-        current, hooks = {}, []
-        writers_of = {reader: [w for w, r in self.edges if r == reader] for reader in self.n_biases}
+        current_outputs = {}
 
         def remember(x, hook):
-            current[hook.name] = x
+            current_outputs[hook.name] = x
 
-        def value(writer, reader):
-            name, head = writer
-            x = (current if (writer, reader) in kept else corrupt_outputs)[name]
-            return x if head is None else x[:, :, head]
+        def input_of(reader):
+            return self._input(reader, current_outputs, corrupt_outputs, kept)
 
         def replace_input(x, hook, name):
-            for reader in (reader for reader in self.n_biases if reader[0] == name):
-                bias = sum(block.attn.b_O for block in self.model.blocks[: self.n_biases[reader]])
-                total = sum(value(writer, reader) for writer in writers_of[reader]) + bias
-                if reader[1] is None:
-                    x = total
-                else:
+            for reader in self.n_biases:
+                reader_name, head = reader
+                if reader_name == name and head is None:
+                    x = input_of(reader)
+                elif reader_name == name:
                     x = x.clone()
-                    x[:, :, reader[1]] = total
+                    x[:, :, head] = input_of(reader)
             return x
 
         def replace_table(x, hook):
-            return (
-                x
-                if (("hook_bigram", None), ("logits", None)) in kept
-                else corrupt_outputs["hook_bigram"]
-            )
+            return x if TABLE_EDGE in kept else corrupt_outputs["hook_bigram"]
 
-        hooks += [(name, remember) for name in {name for name, _ in self.writers}]
-        hooks += [
-            (name, partial(replace_input, name=name))
-            for name in {name for name, _ in self.n_biases}
-        ]
+        hooks = [(name, remember) for name in {name for name, _ in self.writers}]
+        for name in {name for name, _ in self.n_biases}:
+            hooks.append((name, partial(replace_input, name=name)))
         if self.model.sparse_cfg.bigram_table:
             hooks.append(("hook_bigram", replace_table))
         return self.model.run_with_hooks(clean, fwd_hooks=hooks)
+
+
+def output_of(writer, outputs):
+    name, head = writer
+    return outputs[name] if head is None else outputs[name][:, :, head]

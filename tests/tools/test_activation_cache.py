@@ -1,6 +1,4 @@
-"""TransformerLens' ActivationCache on our models: its parts sum to what they are parts of; on both
-lines.
-"""
+"""TransformerLens' ActivationCache on our models: parts sum to what they are parts of."""
 
 import pytest
 import torch

@@ -13,12 +13,11 @@ from edge_graph import Graph, with_edge_hooks
 from tool_models import dense_model, difference, prompts, sparse_model, stream_model
 from transformer_lens.tools import analysis
 
+from helpers import ON_3, only_on
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces.line import transformer_lens_line
 
-LINE = transformer_lens_line()
-line_4 = pytest.mark.skipif(LINE != 4, reason="TransformerLens 3.8 does not have it")
-line_3 = pytest.mark.skipif(LINE != 3, reason="TransformerLens 4 does it otherwise")
+line_4 = only_on(4, reason="TransformerLens 3.8 does not have it")
+line_3 = only_on(3, reason="TransformerLens 4 does it otherwise")
 
 MODELS = {
     "dense": dense_model,
@@ -41,7 +40,6 @@ def pair(model):
 
 
 # --- attribution patching
-# ------------------------------------------------------------------------------------
 
 
 def changed(model, name, where, change):
@@ -95,9 +93,7 @@ def test_edge_scores_are_derivatives_and_sum_to_node_scores(model, pair):
     good, bad = (model.run_with_cache(tokens)[1] for tokens in pair)
 
     def written(writer):
-        """Where a writer's output is, and how far it is from the corrupt run's to the clean
-        one's.
-        """
+        """A writer's hook point, and its output's change from the corrupt to the clean run."""
         name = writer.hook_name.replace("hook_z", "hook_result")
         return name, (good[name] - bad[name])[place(writer)].detach()
 
@@ -127,11 +123,16 @@ def test_edge_attribution_leaves_the_flags_as_they_were(model, pair):
     assert flags == [False, False, False, True]
 
 
+def as_in_graph(edge):
+    """An edge of TransformerLens' as `Graph` names it."""
+    writer, reader = edge
+    name = writer.hook_name.replace("hook_z", "hook_result")
+    return (name, writer.head), (reader.hook_name, reader.head)
+
+
 @line_4
 def test_faithfulness_is_exact(model, pair):
-    """The empty circuit recovers nothing, the full one all, and any other what the evaluator of
-    ours says.
-    """
+    """The empty circuit recovers nothing, the full one all, others what the evaluator says."""
     clean, corrupt = pair
     config = analysis.EdgeAttributionConfig(granularity="edge")
     scores = analysis.attribution_patch(model, clean, corrupt, difference, config).edge_scores
@@ -149,28 +150,20 @@ def test_faithfulness_is_exact(model, pair):
     with torch.no_grad():
         ends = [difference(model(tokens)).item() for tokens in (corrupt, clean)]
         for seed in range(3):
-            kept = {edge for edge in graph.edges if random.Random(f"{seed} {edge}").random() < 0.5}
-            kept |= {
-                edge for edge in graph.edges if edge[0][0] == "hook_pos_embed"
-            }  # equal in both runs
-
-            def in_graph(edge):
-                writer, reader = edge
-                name = writer.hook_name.replace("hook_z", "hook_result")
-                return ((name, writer.head), (reader.hook_name, reader.head)) in kept  # noqa: B023
-
+            kept = set()
+            for edge in graph.edges:
+                is_position = edge[0][0] == "hook_pos_embed"  # equal in both runs
+                if is_position or random.Random(f"{seed} {edge}").random() < 0.5:
+                    kept.add(edge)
             metric = difference(graph.logits(clean, outputs, kept)).item()
             expected = (metric - ends[0]) / (ends[1] - ends[0])
-            assert recovered([edge for edge in edges if in_graph(edge)]) == pytest.approx(
-                expected, abs=1e-9
-            )
+            circuit = [edge for edge in edges if as_in_graph(edge) in kept]
+            assert recovered(circuit) == pytest.approx(expected, abs=1e-9)
 
 
 @line_4
 def test_faithfulness_beside_a_bigram_table_needs_the_same_last_token():
-    """The table is off the graph and reads the clean tokens; with the metric's token in common it
-    is the same.
-    """
+    """The table reads the clean tokens; it changes nothing if the last one is in common."""
     model = sparse_model(bigram_table=True)
     clean, corrupt = prompts(model, batch=1)
     assert analysis.faithfulness(model, clean, corrupt, difference, []).recovered != pytest.approx(
@@ -191,7 +184,6 @@ def test_edge_tools_warn_where_the_stream_is_no_sum():
 
 
 # --- direct path patching
-# --------------------------------------------------------------------------------------
 
 
 @line_4
@@ -214,9 +206,7 @@ def test_direct_path_patching_past_abs_topk_on_attn_out_warns():
 
 
 def direct_paths(model, component):
-    """From head 1 of the first block into each head of the second: TransformerLens' answer, and
-    ours by edges.
-    """
+    """From head 1 of the first block to each head of the second: the tool's and our answer."""
     clean, corrupt = prompts(model)
     with torch.no_grad():
         caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupt)]
@@ -247,9 +237,7 @@ def direct_paths(model, component):
 
 @line_3
 def test_direct_path_patching_of_transformer_lens_3_warns_that_it_approximates():
-    """It freezes the norm's scale and leaves its weight out, on every model; here it also passes
-    AbsTopK by.
-    """
+    """It freezes the norm's scale and leaves out its weight, and here also AbsTopK."""
     model = sparse_model()
     clean, corrupt = prompts(model)
     caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupt)]
@@ -271,11 +259,10 @@ def test_direct_path_patching_of_transformer_lens_3_warns_that_it_approximates()
 
 
 # --- reading logits off the stream
-# -----------------------------------------------------------------------------
 
 
 def attributed(model, tokens, unit):
-    if LINE == 4:  # TransformerLens 4 asks for it; the weights stay as they are
+    if not ON_3:  # TransformerLens 4 asks for it; the weights stay as they are
         model.enable_compatibility_mode(no_processing=True)
     return analysis.direct_logit_attribution(model, tokens, 3, 4, unit=unit)
 
@@ -296,13 +283,11 @@ def test_direct_logit_attribution_by_layer_ends_at_the_logits(model, pair):
 
 
 def test_direct_logit_attribution_beside_a_bigram_table():
-    """TransformerLens 4 refuses to run the model for it; on 3, and of a cache, a warning says what
-    is left out.
-    """
+    """TransformerLens 4 refuses to run the model; of a cache, a warning says what is left out."""
     model = sparse_model(bigram_table=True)
     tokens, _ = prompts(model, batch=1)
     logits, cache = model.run_with_cache(tokens)
-    if LINE == 4:
+    if not ON_3:
         with pytest.raises(UnsupportedError, match="bigram table"):
             attributed(model, tokens, "component")
     with pytest.warns(UserWarning, match="bigram table"):
@@ -352,17 +337,14 @@ def test_lenses_refuse_a_bigram_table():
 
 def test_the_jacobian_lens_refuses():
     """It reads and patches components of TransformerLens' own classes, by their names."""
-    error = (
-        (ValueError, "missing.*blocks")
-        if LINE == 4
-        else (TypeError, "supports TransformerBridge only")
-    )
-    with pytest.raises(error[0], match=error[1]):
+    error, message = TypeError, "supports TransformerBridge only"
+    if not ON_3:
+        error, message = ValueError, "missing.*blocks"
+    with pytest.raises(error, match=message):
         analysis.JacobianLens.fit(sparse_model(), ["a b c d"], corpus="test")
 
 
 # --- subspaces, weights, probes
-# --------------------------------------------------------------------------------
 
 
 @line_4
@@ -395,9 +377,7 @@ def test_interchange_interventions(model):
 
 @line_4
 def test_distributed_alignment_search(model):
-    """It learns directions of the stream that carry the source's prediction; the model stays as it
-    was.
-    """
+    """It learns directions that carry the source's prediction, and leaves the model alone."""
     base, source = prompts(model, batch=16)
     source[:, -1] = base[:, -1]
     last_position = torch.full((16,), 4)
@@ -407,9 +387,18 @@ def test_distributed_alignment_search(model):
         return model(tokens)[:, -1]
 
     result = analysis.fit_das(
-        model, "blocks.1.hook_resid_post", base, source, last(source).argmax(-1), last, rank=2, epochs=30, lr=0.1,
-        base_positions=last_position, source_positions=last_position,
-    )  # fmt: skip
+        model,
+        "blocks.1.hook_resid_post",
+        base,
+        source,
+        last(source).argmax(-1),
+        last,
+        rank=2,
+        epochs=30,
+        lr=0.1,
+        base_positions=last_position,
+        source_positions=last_position,
+    )
     assert result.losses[-1] < result.losses[0] - 0.05
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
@@ -433,9 +422,7 @@ def test_subspaces_of_heads(model, role):
 
 @line_4
 def test_sparse_probes_find_the_neuron():
-    """Labels that one neuron alone decides: the probe of one feature is on that neuron, and
-    right.
-    """
+    """Labels that one neuron decides: the probe of one feature finds it and is right."""
     model = sparse_model(dtype=torch.float32)
     tokens, _ = prompts(model, batch=100, length=8)
     with torch.no_grad():

@@ -33,9 +33,7 @@ LENGTH = 5
 
 
 def wrapped(make, separate_qkv=True, seq_len=LENGTH, dtype=torch.float32):
-    """The model as auto-circuit sees it, its prompts, and the answers of the model before it was
-    wrapped.
-    """
+    """The model as auto-circuit sees it, its prompts, and the answers before wrapping."""
     model = make(dtype=dtype)
     model.set_use_attn_result(True)
     model.set_use_hook_mlp_in(True)
@@ -88,9 +86,7 @@ def test_the_empty_circuit_is_the_corrupt_run_the_full_one_the_clean_run(make, s
 
 
 def test_scores_are_the_derivatives_of_interpolating_edges_to_the_corrupt_run():
-    """… of minus the answer difference, by difference quotients on the model outside
-    auto-circuit.
-    """
+    """… of minus the answer difference, by difference quotients outside auto-circuit."""
     patchable, loader, *_ = wrapped(sparse_model, seq_len=None, dtype=torch.float64)
     scores = scores_of(patchable, loader)
     model = with_edge_hooks(sparse_model())
@@ -126,10 +122,12 @@ def test_a_circuit_answers_what_its_edges_compute(count):
     best = sorted(patchable.edges, key=lambda edge: -abs(edge.prune_score(scores)))[:count]
     names = {"blocks.0.hook_resid_pre": "hook_embed"}
     kept = {
-        ((names.get(edge.src.module_name, edge.src.module_name), edge.src.head_idx),
-         (edge.dest.module_name, edge.dest.head_idx))
+        (
+            (names.get(edge.src.module_name, edge.src.module_name), edge.src.head_idx),
+            (edge.dest.module_name, edge.dest.head_idx),
+        )
         for edge in best
-    }  # fmt: skip
+    }
     assert kept <= set(graph.edges)
     assert len(graph.edges) == patchable.n_edges
     with torch.no_grad():
@@ -140,9 +138,7 @@ def test_a_circuit_answers_what_its_edges_compute(count):
 
 
 def test_the_two_ways_to_edge_attribution_agree():
-    """auto-circuit's fast way, gradients of masks, and its slow one, hooks and caches of the
-    model.
-    """
+    """auto-circuit's fast way by gradients of masks, and its slow one by hooks and caches."""
     patchable, loader, *_ = wrapped(sparse_model, seq_len=None)
     fast = scores_of(patchable, loader)
     slow = edge_attribution_patching_prune_scores(patchable, loader, official_edges=None)
@@ -153,9 +149,7 @@ def test_the_two_ways_to_edge_attribution_agree():
 
 
 def test_a_key_value_cache_is_refused():
-    """auto-circuit would run the rest of each prompt on the cache of a common prefix; our forward
-    pass has none.
-    """
+    """auto-circuit would continue from a cached prefix; our forward pass has no such cache."""
     patchable, loader, *_ = wrapped(sparse_model)
     cache = TransformerLensKeyValueCache.init_cache(patchable.cfg, "cpu", batch_size=2)
     patchable.kv_caches = {2: cache}

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from edge_graph import Graph, with_edge_hooks
+from edge_graph import TABLE_EDGE, Graph, with_edge_hooks
 from tool_models import ADDITIVE_LOCATIONS, dense_model, prompts, sparse_model, tool_model
 
 MODELS = {
@@ -106,23 +106,18 @@ def test_cutting_all_edges_of_a_writer_patches_its_output(model):
 
 @torch.no_grad()
 def test_a_bigram_table_left_out_of_the_graph_still_reads_the_clean_tokens():
-    """The limit of tools that know the stream only: their empty graph is the corrupt run but for
-    the table.
-    """
+    """The limit of tools that know the stream only: the table reads the clean tokens."""
     model = with_edge_hooks(MODELS["bigram"]())
     clean, corrupt = prompts(model)
     graph = Graph(model)
-    table = (("hook_bigram", None), ("logits", None))
     expected = model(corrupt) - model.bigram(corrupt) + model.bigram(clean)
     torch.testing.assert_close(
-        graph.logits(clean, graph.outputs(corrupt), kept={table}), expected, **EXACT
+        graph.logits(clean, graph.outputs(corrupt), kept={TABLE_EDGE}), expected, **EXACT
     )
 
 
 def test_eap_scores_are_the_derivatives_along_edges():
-    """EAP: (corrupt − clean output of the writer) · gradient at the reader's input; by difference
-    quotients.
-    """
+    """EAP: (corrupt − clean output of the writer) · the gradient at the reader's input."""
     model = with_edge_hooks(sparse_model())
     clean, corrupt = prompts(model, batch=1)
     graph = Graph(model)

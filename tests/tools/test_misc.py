@@ -27,9 +27,7 @@ def model(request):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_detect_head(model, name):
-    """The share of each head's attention that is as the pattern says; a sink's share counts on
-    neither side.
-    """
+    """The share of each head's attention that fits the pattern; a sink's share never counts."""
     with torch.no_grad():
         scores = detect_head(model, TEXT, name)
         cache = model.run_with_cache(TEXT)[1]
@@ -40,9 +38,7 @@ def test_detect_head(model, name):
 
 
 def test_detect_a_head_that_is_there():
-    """A previous-token head by hand: added positions, and q and k that match each position to the
-    one before.
-    """
+    """A previous-token head by hand: q and k match each position to the one before."""
     model = dense_model(
         dtype=torch.float32, d_model=10, normalization="rms", norm_bias=False, biases=False
     )
@@ -80,9 +76,7 @@ def test_svd_interpreter(tied):
 
 
 def test_compositions_of_heads(model):
-    """Weights of the stream alone: what the concatenated positions add to a read is no
-    composition.
-    """
+    """Of the stream's weights alone: concatenated positions are no part of a composition."""
     w_q, w_k, w_v, w_o = model.W_Q, model.W_K, model.W_V, model.W_O
     torch.testing.assert_close(model.QK.AB[1, 2], w_q[1, 2] @ w_k[1, 2].T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.OV.AB[0, 1], w_v[0, 1] @ w_o[0, 1], atol=1e-5, rtol=1e-5)

@@ -1,6 +1,4 @@
-"""SAELens, on TransformerLens 3: train a small SAE on a hook of our model, save it, splice it
-in.
-"""
+"""SAELens, on TransformerLens 3: a small SAE is trained on a hook, saved and spliced in."""
 
 import pytest
 import torch
@@ -40,9 +38,7 @@ class SparseHookedSAETransformer(HookedSAETransformer, SparseHookedTransformer):
 
 
 def train(hook, tmp_path):
-    """A model, tokens, and the SAE that 80 steps of SAELens' own training give, as it is loaded
-    from its folder.
-    """
+    """A model, tokens, and the SAE of 80 steps of SAELens' training, loaded from its folder."""
     model = sparse_model(dtype=torch.float32)
     tokens = random_tokens(model, batch=200, seed=5)
     width = model.run_with_cache(tokens[:1])[1][hook].shape[2:].numel()

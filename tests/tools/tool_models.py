@@ -5,8 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from helpers import random_tokens, tiny_config, tiny_model, word_tokenizer
-from tl_sparse.faces.line import transformer_lens_line
+from helpers import LINE, random_tokens, tiny_config, tiny_model, word_tokenizer
 from tl_sparse.network.config import TOPK_LOCATIONS
 
 #: The paper's eight locations: all but the stream itself.
@@ -18,11 +17,10 @@ WORDS = ["<unk>", "<|endoftext|>", "a", "b", "c", "d", "e", "f", "g", "h", "i"]
 def tool_model(dtype=torch.float64, tokenizer=True, seed=0, **changes):
     """Two layers, in which every parameter is random; further features by keyword."""
     config = tiny_config(n_layers=2, **changes)
-    words = (
-        word_tokenizer(WORDS, bos_token=WORDS[1], eos_token=WORDS[1], pad_token=WORDS[1])
-        if tokenizer
-        else None
-    )
+    words = None
+    if tokenizer:
+        end = WORDS[1]
+        words = word_tokenizer(WORDS, bos_token=end, eos_token=end, pad_token=end)
     return tiny_model(config, seed=seed, dtype=dtype, tokenizer=words)
 
 
@@ -33,13 +31,15 @@ def dense_model(**changes):
 
 
 def sparse_model(**changes):
-    """What published models have: AbsTopK at the eight locations, sinks, concatenated positions,
-    RMSNorm, biases.
-    """
+    """What published models have: AbsTopK at eight locations, sinks, concatenated positions."""
     features = dict(
-        abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6), attn_sinks=True, positions="concatenated", d_pos=4,
-        biases=True, logits_bias=True,
-    )  # fmt: skip
+        abs_topk=dict.fromkeys(ADDITIVE_LOCATIONS, 0.6),
+        attn_sinks=True,
+        positions="concatenated",
+        d_pos=4,
+        biases=True,
+        logits_bias=True,
+    )
     return tool_model(**(features | changes))
 
 
@@ -61,10 +61,8 @@ def difference(logits):
 
 
 def requires(module, line=None):
-    """Skip a test module without this tool, or on the TransformerLens line that the tool does not
-    support.
-    """
-    if line is not None and transformer_lens_line() != line:
+    """Skip a test module without this tool, or on a line that the tool does not support."""
+    if line not in (None, LINE):
         pytest.skip(f"{module} needs TransformerLens {line}", allow_module_level=True)
     if find_spec(module) is None:
         pytest.skip(f"{module} is not installed (the extra `tools`)", allow_module_level=True)

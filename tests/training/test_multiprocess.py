@@ -1,6 +1,4 @@
-"""Several processes of `accelerate launch` train one model together; what is logged also reaches a
-tracker.
-"""
+"""Several processes of `accelerate launch` train one model together; and trackers of a run."""
 
 import dataclasses
 import json
@@ -10,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,82 +20,32 @@ from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.errors import ConfigError, TrainError
 
 SHORT = TrainConfig(
-    model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=12, batch_size=4, lr=1e-2,
-    l0_fraction=0.25, checkpoint_steps=5, validate_steps=20,
-)  # fmt: skip
+    model=MODEL,
+    data=DataConfig(stdlib_chars=0, idiom_chars=30_000),
+    steps=12,
+    batch_size=4,
+    lr=1e-2,
+    l0_fraction=0.25,
+    checkpoint_steps=5,
+    validate_steps=20,
+)
 LONG = dataclasses.replace(SHORT, steps=150)
-#: Every process writes what it saw, for the tests: `hashes` has one of all weights after each step.
-PROGRAM = """
-import dataclasses, functools, hashlib, json, os, signal, sys
-from pathlib import Path
-import torch
-from test_multiprocess import LONG, SHORT
-from tl_sparse import train
-from tl_sparse.errors import TLSparseError
-from tl_sparse.training.trainer import Trainer
-
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-step, backward, seen = Trainer.step, Trainer._backward, {}
-# quick, and asks for no C++ compiler
-torch.compile = functools.partial(torch.compile, backend="eager")
-
-def run(name, config, out=None, resume=False, before=lambda done: None, factor=lambda done: 1.0):
-    hashes, rows = [], []
-    def recording(trainer, tokens):
-        before(trainer.sparsity.steps)
-        loss = step(trainer, tokens)
-        weights = b"".join(p.detach().numpy().tobytes() for p in trainer.model.state_dict().values())
-        hashes.append((hashlib.sha256(weights).hexdigest(), trainer.sparsity.l0(), float(loss)))
-        rows.append(tokens.tolist())
-        return loss
-    Trainer.step = recording
-    Trainer._backward = lambda self, tokens: backward(self, tokens) * factor(self.sparsity.steps)
-    try:
-        _, record = train(config, out, "cpu", progress=False, resume=resume)
-        end = {"error": None, "record": record}
-    except TLSparseError as error:
-        end = {"error": f"{type(error).__name__}: {error}"}
-    seen[name] = {"hashes": hashes, "rows": rows, **end}
-
-def terminated(done):
-    if done == 7 and rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-run("whole", SHORT, folder / "whole")
-run("stopped", SHORT, folder / "stopped", before=terminated)
-run("resumed", SHORT, folder / "stopped", resume=True)
-run("nan", SHORT, folder / "nan", factor=lambda done: float("nan") if (done, rank) == (6, 1) else 1.0)
-run("odd", dataclasses.replace(SHORT, batch_size=5), folder / "odd")
-run("other", dataclasses.replace(SHORT, accumulation=2, compile=True))
-run("long", LONG, folder / "long")
-run("command", LONG, folder / "command", resume=True)
-(folder / f"seen-{rank}.json").write_text(json.dumps(seen))
-"""
 
 
-def launched(*command):
-    """Two processes that meet on a free port of this machine. `--multi_gpu`, since `--cpu` would
-    start one.
-    """
+def launched(*arguments):
+    """Two processes that meet on a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
-    if sys.platform == "darwin":
-        env["GLOO_SOCKET_IFNAME"] = "lo0"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    command = [*launch, "--main_process_port", port, *map(str, command)]
+    # `--cpu` would start only one.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", port]
+    command = [*launch, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -109,9 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def errors_of_the_command(folder):
-    """What `accelerate launch -m tl_sparse train` says, of whose processes one gets SIGTERM while
-    it trains.
-    """
+    """What `accelerate launch -m tl_sparse train` says when one of its processes gets SIGTERM."""
     (folder / "config.yaml").write_text(json.dumps(dataclasses.asdict(LONG)))
     out = folder / "command"
     process = launched(
@@ -119,10 +66,9 @@ def errors_of_the_command(folder):
     )
     while process.poll() is None and not any((out / "checkpoints").glob("step-*")):
         time.sleep(0.01)
-    ranks = {
-        p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)
-    }
-    ranks["1"].send_signal(signal.SIGTERM)
+    children = psutil.Process(process.pid).children(recursive=True)
+    by_rank = {child.environ().get("RANK"): child for child in children}
+    by_rank["1"].send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     return errors
@@ -130,11 +76,15 @@ def errors_of_the_command(folder):
 
 @pytest.fixture(scope="module")
 def seen(folder, errors_of_the_command):
-    (folder / "program.py").write_text(PROGRAM)
-    process = launched(folder / "program.py", folder)
+    """What each of the two processes of launched.py saw: name of the run → what it was."""
+    process = launched(Path(__file__).with_name("launched.py"), folder)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def losses(run):
+    return [loss for _, _, loss in run["hashes"]]
 
 
 def test_all_processes_have_the_same_weights_after_every_step(seen):
@@ -154,60 +104,51 @@ def test_two_processes_train_what_one_would(seen, folder, monkeypatch):
 
     monkeypatch.setattr("tl_sparse.training.trainer.Trainer.step", recording)
     expected, record = train(SHORT, device="cpu", progress=False)
-    assert rows == [
-        a + b for a, b in zip(seen[0]["whole"]["rows"], seen[1]["whole"]["rows"], strict=True)
-    ]
-    ours = tl_sparse.load(folder / "whole", device="cpu").state_dict()
+    of_first, of_second = [process["whole"]["rows"] for process in seen]
+    assert rows == [a + b for a, b in zip(of_first, of_second, strict=True)]
+    found = tl_sparse.load(folder / "whole", device="cpu").state_dict()
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(ours[name] != 0, tensor != 0), name
-        torch.testing.assert_close(
-            ours[name], tensor, rtol=0, atol=5e-6, msg=name
-        )  # measured: at most 5e-7
+        assert torch.equal(found[name] != 0, tensor != 0), name
+        # Measured: at most 5e-7.
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6, msg=name)
+    of_two = seen[0]["whole"]["record"]
     for name in ("training_loss", "validation_loss"):
-        assert seen[0]["whole"]["record"][name] == pytest.approx(record[name], abs=1e-5)
-    assert seen[0]["whole"]["record"]["training_tokens_seen"] == record["training_tokens_seen"]
+        assert of_two[name] == pytest.approx(record[name], abs=1e-5)
+    assert of_two["training_tokens_seen"] == record["training_tokens_seen"]
 
 
 def test_accumulation_and_compile_change_nothing(seen):
-    ours, expected = (
-        [loss for _, _, loss in seen[0][name]["hashes"]] for name in ("other", "whole")
-    )
-    assert ours == pytest.approx(expected, abs=1e-4)
+    expected = losses(seen[0]["whole"])
+    assert losses(seen[0]["compiled"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(seen, folder):
     start = "TrainError: training ended after step 8 of 12: stopped by SIGTERM"
-    assert (
-        seen[0]["stopped"]["error"]
-        == f"{start}; its state is in {folder / 'stopped'}, and resume goes on"
-    )
-    assert seen[1]["stopped"]["error"] == start
-    assert [len(process["stopped"]["hashes"]) for process in seen] == [8, 8]
+    end = f"; its state is in {folder / 'stopped'}, and resume goes on"
+    first, second = [process["stopped"] for process in seen]
+    assert first["error"] == start + end
+    assert second["error"] == start
+    assert len(first["hashes"]) == len(second["hashes"]) == 8
 
 
 def test_resuming_changes_nothing(seen, folder):
     for process in seen:
-        assert (
-            process["stopped"]["hashes"] + process["resumed"]["hashes"]
-            == process["whole"]["hashes"]
-        )
+        in_two_parts = process["stopped"]["hashes"] + process["resumed"]["hashes"]
+        assert in_two_parts == process["whole"]["hashes"]
     assert_same_run(folder / "stopped", folder / "whole")
 
 
 def test_no_number_in_one_process_stops_all(seen, folder):
     for process in seen:
         assert "training ended after step 6 of 12: the loss went from" in process["nan"]["error"]
-    assert [path.name for path in (folder / "nan" / "checkpoints").iterdir()] == [
-        f"step-{done:08}.safetensors" for done in (5, 6)
-    ]
+    checkpoints = sorted(path.name for path in (folder / "nan" / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000005.safetensors", "step-00000006.safetensors"]
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(seen, folder):
+    message = "batch_size = 5 is not possible; it must be a multiple of the 2 processes"
     for process in seen:
-        message = (
-            "ConfigError: batch_size = 5 is not possible; it must be a multiple of the 2 processes"
-        )
-        assert process["odd"]["error"] == message
+        assert process["odd"]["error"] == f"ConfigError: {message}"
     assert not (folder / "odd").exists()
 
 
@@ -220,7 +161,6 @@ def test_the_command_stops_with_one_state_and_goes_on(errors_of_the_command, see
 
 
 # --- trackers, in one process
-# ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,39 +196,54 @@ def tracked(monkeypatch):
     return calls
 
 
-def test_a_tracker_gets_what_is_logged(tracked, tmp_path):
-    config = dataclasses.replace(SHORT, steps=60, track="wandb")
-    train(config, tmp_path / "run", device="cpu", progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert tracked[0] == "tl_sparse"
-    assert (tracked[1]["lr"], tracked[1]["model.abs_topk.attn_in"]) == (0.01, 0.25)
-    assert tracked[2:] == [*lines, "finished"]
+TRACKED = dataclasses.replace(SHORT, track="wandb")
 
 
-def test_a_tracker_ends_with_an_error_and_does_not_hinder_resuming(tracked, tmp_path, monkeypatch):
-    tracking = dataclasses.replace(SHORT, track="wandb")
+def spoil_the_loss(monkeypatch):
     real = tl_sparse.training.trainer.next_token_loss
-    monkeypatch.setattr(
-        "tl_sparse.training.trainer.next_token_loss", lambda *args: real(*args) * float("nan")
-    )
+
+    def not_a_number(*arguments):
+        return real(*arguments) * float("nan")
+
+    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", not_a_number)
+
+
+def test_a_tracker_gets_what_is_logged(tracked, tmp_path):
+    config = dataclasses.replace(TRACKED, steps=60)
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    run_name, settings, *logged = tracked
+    assert run_name == "tl_sparse"
+    assert settings["lr"] == 0.01
+    assert settings["model.abs_topk.attn_in"] == 0.25
+    assert logged == [*map(json.loads, log.splitlines()), "finished"]
+
+
+def test_a_tracker_ends_with_an_error(tracked, tmp_path, monkeypatch):
+    spoil_the_loss(monkeypatch)
     with pytest.raises(TrainError, match="to nan"):
-        train(tracking, tmp_path / "run", device="cpu", progress=False)
-    assert tracked.pop() == "finished"
-    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", real)
-    seen = len(tracked)
+        train(TRACKED, tmp_path / "run", device="cpu", progress=False)
+    assert tracked[-1] == "finished"
+
+
+def test_a_run_that_was_tracked_is_resumed_without_a_tracker(tracked, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        spoil_the_loss(patched)
+        with pytest.raises(TrainError, match="to nan"):
+            train(TRACKED, tmp_path / "run", device="cpu", progress=False)
+    tracked.clear()
     train(SHORT, tmp_path / "run", device="cpu", progress=False, resume=True)
-    assert len(tracked) == seen
+    assert tracked == []
 
 
 def test_a_tracker_that_is_not_installed_is_named(tracked, tmp_path):
-    message = "track = 'tensorboard' is not possible; it must be 'none' until it is installed: pip install tensorboard"
+    config = dataclasses.replace(SHORT, track="tensorboard")
+    message = (
+        "track = 'tensorboard' is not possible; it must be 'none' until it is installed: "
+        "pip install tensorboard"
+    )
     with pytest.raises(ConfigError, match=message):
-        train(
-            dataclasses.replace(SHORT, track="tensorboard"),
-            tmp_path / "run",
-            device="cpu",
-            progress=False,
-        )
+        train(config, tmp_path / "run", device="cpu", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -296,5 +251,5 @@ def test_wandb_itself(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    train(dataclasses.replace(SHORT, track="wandb"), device="cpu", progress=False)
+    train(TRACKED, device="cpu", progress=False)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,12 +1,11 @@
-"""Training runs: what is on disk while they go on, and that going on after any interruption changes
-nothing.
-"""
+"""Training runs: their files, and that going on after any interruption changes nothing."""
 
 import dataclasses
 import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +15,35 @@ import pytest
 import torch
 
 import tl_sparse
+from helpers import must_not_run
 from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import ConfigError, TrainError
 from tl_sparse.training.measures import dead_neurons
 from tl_sparse.training.tokens import batches
 
 MODEL = SparseConfig(
-    n_layers=1, d_model=16, n_heads=2, d_head=4, d_mlp=32, d_vocab=384, n_ctx=32, abs_topk=paper_topk(0.25),
-    attn_sinks=True, bigram_table=True,
-)  # fmt: skip
+    n_layers=1,
+    d_model=16,
+    n_heads=2,
+    d_head=4,
+    d_mlp=32,
+    d_vocab=384,
+    n_ctx=32,
+    abs_topk=paper_topk(0.25),
+    attn_sinks=True,
+    bigram_table=True,
+)
 #: Sixty steps of milliseconds; the text is the same few lines of idioms.
 CONFIG = TrainConfig(
-    model=MODEL, data=DataConfig(stdlib_chars=0, idiom_chars=30_000), steps=60, batch_size=4, lr=1e-2,
-    l0_fraction=0.25, checkpoint_steps=7,
-)  # fmt: skip
+    model=MODEL,
+    data=DataConfig(stdlib_chars=0, idiom_chars=30_000),
+    steps=60,
+    batch_size=4,
+    lr=1e-2,
+    l0_fraction=0.25,
+    checkpoint_steps=7,
+)
+VALIDATED = dataclasses.replace(CONFIG, validate_steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -39,36 +53,34 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def assert_same_run(folder, expected):
-    ours, theirs = (tl_sparse.load(path, device="cpu").state_dict() for path in (folder, expected))
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-    logs = [
-        [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-        for path in (folder, expected)
-    ]
-    assert logs[0] == logs[1]
-    records = [json.loads((path / "training.json").read_text()) for path in (folder, expected)]
+    found = tl_sparse.load(folder, device="cpu").state_dict()
+    for name, tensor in tl_sparse.load(expected, device="cpu").state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert log_of(folder) == log_of(expected)
+    record = json.loads((folder / "training.json").read_text())
+    expected_record = json.loads((expected / "training.json").read_text())
     for name in ("training_loss", "validation_loss", "nonzero_weights", "training_tokens_seen"):
-        assert records[0][name] == records[1][name]
-    assert not (folder / "checkpoints").exists()
-    assert not (folder / "data").exists()
-    assert not (folder / "run.json").exists()
+        assert record[name] == expected_record[name]
+    for name in ("checkpoints", "data", "run.json"):
+        assert not (folder / name).exists()
 
 
 def test_a_finished_run_leaves_its_log_and_no_checkpoints(uninterrupted):
-    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [20, 40, 60]
-    assert lines[-1]["l0"] == CONFIG.l0_fraction
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    expected = {
+    log = log_of(uninterrupted)
+    assert [line["step"] for line in log] == [20, 40, 60]
+    assert log[-1]["l0"] == CONFIG.l0_fraction
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {path.name for path in uninterrupted.iterdir()} == {
         "log.jsonl",
         "training.json",
         "config.json",
         "model.safetensors",
         "corpus_sample.safetensors",
-    }
-    assert {path.name for path in uninterrupted.iterdir()} - expected == {
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -96,9 +108,10 @@ def test_resuming_changes_nothing(step, uninterrupted, tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     last = step // 7 * 7
     assert names == [f"step-{done:08}.safetensors" for done in (last - 7, last) if done]
-    # The text is not read again, nor the tokenizer trained.
-    monkeypatch.setattr("tl_sparse.data.corpus.train_tokenizer", None)
-    monkeypatch.setattr("tl_sparse.data.corpus.load_documents", None)
+    trained_again = must_not_run("the tokenizer is trained again")
+    monkeypatch.setattr("tl_sparse.data.corpus.train_tokenizer", trained_again)
+    read_again = must_not_run("the text is read again")
+    monkeypatch.setattr("tl_sparse.data.corpus.load_documents", read_again)
     # What may change: how often checkpoints are written.
     config = dataclasses.replace(CONFIG, checkpoint_steps=0, keep_checkpoints=5)
     _, record = train(config, tmp_path / "run", device="cpu", progress=False, resume=True)
@@ -126,9 +139,7 @@ def start(folder, how="start"):
 
 
 def killed_and_resumed(folder, moments):
-    """Train in processes that are killed at the given moments, in seconds from their start, then to
-    the end.
-    """
+    """Train in processes that are killed after these seconds each, and then to the end."""
     how = "start"
     for moment in moments:
         process = start(folder, how)
@@ -140,9 +151,8 @@ def killed_and_resumed(folder, moments):
         # Killed before its first checkpoint, a run is begun again.
         resumable = any((folder / "checkpoints").glob("step-*.safetensors"))
         how = "resume" if resumable else "start"
-        if not resumable and folder.exists():
-            for path in sorted(folder.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
     process = start(folder, how)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -178,10 +188,8 @@ def test_a_signal_saves_and_stops(number, by_one_thread, tmp_path):
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert (
-        f"stopped by {signal.Signals(number).name}; its state is in {tmp_path / 'run'}, and resume goes on"
-        in errors
-    )
+    stopped = f"stopped by {signal.Signals(number).name}; its state is in {tmp_path / 'run'}"
+    assert f"{stopped}, and resume goes on" in errors
     process = start(tmp_path / "run", "resume")
     process.communicate()
     assert_same_run(tmp_path / "run", by_one_thread)
@@ -219,54 +227,50 @@ def test_a_loss_that_jumps_stops(tmp_path):
         train(config, device="cpu", progress=False)
 
 
-def test_validation_is_logged_and_can_end_the_run(tmp_path):
-    config = dataclasses.replace(CONFIG, validate_steps=20)
-    train(config, tmp_path / "whole", device="cpu", progress=False)
-    lines = [
-        json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
-    ]
-    losses = [line["validation_loss"] for line in lines]
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """A run that is validated every 20 steps."""
+    folder = tmp_path_factory.mktemp("run") / "validated"
+    train(VALIDATED, folder, device="cpu", progress=False)
+    return folder
+
+
+def test_validation_is_logged(validated):
+    log = log_of(validated)
+    losses = [line["validation_loss"] for line in log]
     assert losses[0] > losses[1] > losses[2]
-    assert ["dead_neurons" in line for line in lines] == [
-        False,
-        False,
-        True,
-    ]  # every 100 steps, and in the end
-    assert 0 <= lines[2]["dead_neurons"] < 1
-    _, record = train(
-        dataclasses.replace(config, target_validation_loss=losses[1]),
-        tmp_path / "short",
-        device="cpu",
-        progress=False,
-    )
-    assert record["validation_loss"] == pytest.approx(losses[1], abs=1e-6)
+    # Dead neurons are counted every 100 steps, and in the end.
+    assert ["dead_neurons" in line for line in log] == [False, False, True]
+    assert 0 <= log[2]["dead_neurons"] < 1
+
+
+def test_a_target_validation_loss_ends_the_run(validated, tmp_path):
+    target = log_of(validated)[1]["validation_loss"]
+    config = dataclasses.replace(VALIDATED, target_validation_loss=target)
+    _, record = train(config, tmp_path / "short", device="cpu", progress=False)
+    assert record["validation_loss"] == pytest.approx(target, abs=1e-6)
     assert record["training_tokens_seen"] == 40 * 4 * 32
-    whole, short = (
-        (tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "short")
-    )
-    assert short == whole[:2]
+    assert log_of(tmp_path / "short") == log_of(validated)[:2]
 
 
 @pytest.mark.parametrize("changes", [dict(accumulation=3), dict(compile=True)])
 def test_the_same_steps_in_other_ways(changes, monkeypatch):
     # The usual backend asks for a C++ compiler.
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
-    (expected, _), (ours, _) = (
-        train(dataclasses.replace(CONFIG, steps=8, **more), device="cpu", progress=False)
-        for more in ({}, changes)
-    )
+    config = dataclasses.replace(CONFIG, steps=8)
+    expected, _ = train(config, device="cpu", progress=False)
+    found, _ = train(dataclasses.replace(config, **changes), device="cpu", progress=False)
     for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_weights_and_loss_in_float32():
-    (model, exact), (low, record) = (
-        train(dataclasses.replace(CONFIG, precision=precision), device="cpu", progress=False)
-        for precision in ("float32", "bfloat16")
-    )
-    assert {p.dtype for p in low.parameters()} == {torch.float32}
-    assert not torch.equal(low.W_E, model.W_E)
-    assert record["validation_loss"] == pytest.approx(exact["validation_loss"], abs=0.1)
+    model, record = train(CONFIG, device="cpu", progress=False)
+    config = dataclasses.replace(CONFIG, precision="bfloat16")
+    low_model, low_record = train(config, device="cpu", progress=False)
+    assert {p.dtype for p in low_model.parameters()} == {torch.float32}
+    assert not torch.equal(low_model.W_E, model.W_E)
+    assert low_record["validation_loss"] == pytest.approx(record["validation_loss"], abs=0.1)
 
 
 def test_dead_neurons_by_hand():
@@ -274,13 +278,12 @@ def test_dead_neurons_by_hand():
         dataclasses.replace(MODEL, abs_topk={}, act_fn="relu"), seed=0, device="cpu"
     )
     with torch.no_grad():
-        model.blocks[0].mlp.b_in[:] = -1e3  # no neuron is ever above zero …
-        model.blocks[0].mlp.b_in[:8] = 1e3  # … but eight of 32
+        model.blocks[0].mlp.b_in[:8] = 1e3  # eight of 32 neurons are above zero …
+        model.blocks[0].mlp.b_in[8:] = -1e3  # … and the others never
     assert dead_neurons(model, torch.arange(64).view(2, 32)) == 0.75
 
 
 # --- what cannot be resumed
-# -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -303,7 +306,7 @@ def contents(folder):
         (dict(steps=61), "was trained with steps = 60, not 61"),
         (
             dict(data=DataConfig(stdlib_chars=0, idiom_chars=30_000, seed=1)),
-            r"was trained with data = {.*'seed': 0}, not {.*'seed': 1}; to resume, ask for the same",
+            r"was trained with data = {.*'seed': 0}, not {.*'seed': 1}; to resume, ask for the",
         ),
         (dict(model=dataclasses.replace(MODEL, d_mlp=40)), "was trained with model = "),
     ],
@@ -360,11 +363,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
 
 
 def test_only_an_unfinished_run_is_resumed(uninterrupted, tmp_path):
+    message = r"there is no unfinished run in .*training\.json instead"
     for folder in (None, tmp_path / "absent", uninterrupted):
-        with pytest.raises(
-            TrainError, match=r"there is no unfinished run in .*training\.json instead"
-        ):
+        with pytest.raises(TrainError, match=message):
             train(CONFIG, folder, device="cpu", progress=False, resume=True)
+
+
+def test_a_run_begins_in_an_empty_folder(uninterrupted):
     with pytest.raises(ConfigError, match="must be a new or an empty folder"):
         train(CONFIG, uninterrupted, device="cpu", progress=False)
 
@@ -384,11 +389,9 @@ def test_no_checkpoint_yet(tmp_path, monkeypatch):
 @pytest.mark.parametrize("start", [0, 1, 3, 7])
 def test_batches_can_start_anywhere(n_rows, batch_size, start):
     rows = torch.arange(n_rows)[:, None]
-    all_of_them, from_there = (
-        batches(rows, batch_size, seed=1),
-        batches(rows, batch_size, seed=1, start=start),
-    )
+    from_the_start = batches(rows, batch_size, seed=1)
+    from_there = batches(rows, batch_size, seed=1, start=start)
     for _ in range(start):
-        next(all_of_them)
+        next(from_the_start)
     for _ in range(10):
-        assert next(all_of_them).tolist() == next(from_there).tolist()
+        assert next(from_the_start).tolist() == next(from_there).tolist()

@@ -1,6 +1,4 @@
-"""The published update rule, step by step, against the trajectory of the original training
-script.
-"""
+"""The published update rule against the trajectory of the original training script."""
 
 import json
 
@@ -46,12 +44,25 @@ def openai_folder(tmp_path_factory):
 @pytest.fixture
 def trainer(openai_folder):
     values = json.loads((FOLDER / "recipe.json").read_text())["hyperparameters"]
-    names = ("batch_size", "lr", "eps", "weight_decay", "warmup_fraction", "l0_fraction", "l0_fraction_embed",
-             "anneal_start", "anneal_stop", "min_nonzero")  # fmt: skip
+    same_names = (
+        "batch_size",
+        "lr",
+        "eps",
+        "weight_decay",
+        "warmup_fraction",
+        "l0_fraction",
+        "l0_fraction_embed",
+        "anneal_start",
+        "anneal_stop",
+        "min_nonzero",
+    )
     config = TrainConfig(
-        steps=values["total_steps"], beta1=values["betas"][0], beta2=values["betas"][1], **RECIPES["published"],
-        **{name: values[name] for name in names},
-    )  # fmt: skip
+        steps=values["total_steps"],
+        beta1=values["betas"][0],
+        beta2=values["betas"][1],
+        **RECIPES["published"],
+        **{name: values[name] for name in same_names},
+    )
     model = load(openai_folder("initial_model.pt"), device="cpu").train()
     model.unembed.b_U.requires_grad_(False)  # a constant in the original
     return Trainer(model, config)

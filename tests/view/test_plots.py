@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from helpers import stock_model
+from helpers import has_hooks, stock_model
 from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model, save_micro
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, DataError
@@ -51,8 +51,9 @@ def results():
 
     sparse = {
         "p": {"node_pruned": of(2, 4, 8), "edge_pruned": of(1, 2, 3)},
-        "q": {"node_pruned": of(0, 0, 0), "edge_pruned": of(0, 0, 0)}, "r": {"node_pruned": {}, "edge_pruned": {}},
-    }  # fmt: skip
+        "q": {"node_pruned": of(0, 0, 0), "edge_pruned": of(0, 0, 0)},
+        "r": {"node_pruned": {}, "edge_pruned": {}},
+    }
     dense = {
         "p": {"node_pruned": of(100, 200, 300), "edge_pruned": {}},
         "q": {"node_pruned": {}, "edge_pruned": {}},
@@ -167,7 +168,7 @@ def test_sparsity_is_counted():
     assert seen["attn_v"] == pytest.approx(1 / 6 / 2)
     assert seen["attn_out"] == pytest.approx(3 / 6 / 4)
     assert seen["mlp_neuron"] == 0
-    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    assert not has_hooks(model)
 
 
 def test_sparsity_of_a_model_of_transformer_lens():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tl_sparse
-from helpers import word_tokenizer
+from helpers import has_hooks, node_means, word_tokenizer
 from micro import (
     EDGES,
     LOSS,
@@ -28,40 +28,46 @@ from micro import (
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import attribution_graph, to_networkx
-from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import main
 from tl_sparse.cli.arguments import given_fields
 from tl_sparse.cli.parser import build_parser
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
-from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.hooks import mean_activations
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view import contents as view
 from tl_sparse.view.contents import drawn, page_data
 from tl_sparse.view.page import Page
 
 HOSTILE = [
-    "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", "\u202egnp.exe\u2067",
-    "\u2028\u2029", "\x00\x07\x1b[31m\x7f", "e" + "\u0301" * 300, "x" * 10_000, "{{data}}", "${window.hacked=1}",
+    "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
+    "\u202egnp.exe\u2067", "\u2028\u2029", "\x00\x07\x1b[31m\x7f", "e" + "\u0301" * 300,
+    "x" * 10_000, "{{data}}", "${window.hacked=1}",
 ]  # fmt: skip
 
 
 def large(n_layers, width, keep=1.0):
-    """A circuit of all or a random share of the nodes and weights of a model that has the micro
-    task's tokens.
-    """
+    """A circuit of a random share of the nodes of a model with the micro task's tokens."""
     config = tl_sparse.SparseConfig(
-        n_layers=n_layers, d_model=width, n_heads=4, d_head=width // 4, d_mlp=width, d_vocab=len(VOCABULARY), n_ctx=8,
-        abs_topk=tl_sparse.paper_topk(0.5), attn_sinks=True, bigram_table=True, positions="concatenated", d_pos=2,
-    )  # fmt: skip
+        n_layers=n_layers,
+        d_model=width,
+        n_heads=4,
+        d_head=width // 4,
+        d_mlp=width,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        abs_topk=tl_sparse.paper_topk(0.5),
+        attn_sinks=True,
+        bigram_table=True,
+        positions="concatenated",
+        d_pos=2,
+    )
     model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("blocks.") and "W_" in name:
                 parameter *= torch.rand(parameter.shape, generator=generator) < 0.8
-    means = mean_activations(model, list(node_hooks(model).values()), [micro_corpus()])
+    means = node_means(model, micro_corpus())
     kept = {
         name: torch.rand(mean.shape, generator=generator) < keep for name, mean in means.items()
     }
@@ -100,13 +106,12 @@ def test_data_of_the_micro_circuit_on_paper(data, micro):
     assert written["tokens"] == [[[yes, 3.0]], [[no, -3.0]]]
     assert read["tokens"] == [[[VOCABULARY["A"], 1.0]], [[VOCABULARY["B"], -1.0]]]
     ends = data["ends"]
-    assert [[data["vocab"][i] for i in ends[key]] for key in ("tokens", "candidates")] == [
-        ["A", "B", "yes", "no"], ["yes", "no"],
-    ]  # fmt: skip
-    assert (ends["embed"], ends["unembed"]) == (
-        [[0, 0, 1.0], [1, 0, -1.0]],
-        [[2, 0, 3.0], [2, 1, -3.0]],
-    )
+    words = [data["vocab"][token] for token in ends["tokens"]]
+    candidates = [data["vocab"][token] for token in ends["candidates"]]
+    assert words == ["A", "B", "yes", "no"]
+    assert candidates == ["yes", "no"]
+    assert ends["embed"] == [[0, 0, 1.0], [1, 0, -1.0]]
+    assert ends["unembed"] == [[2, 0, 3.0], [2, 1, -3.0]]
 
 
 def test_prompts_and_passages_have_the_values_on_paper(data):
@@ -133,7 +138,7 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
 
 def test_it_is_the_same_each_time_and_leaves_the_model_alone(data, micro):
     assert page_data(micro_circuit(micro), micro, MICRO_TASK, micro_corpus()) == data
-    assert all(not point.has_hooks() for point in micro.hook_dict.values())
+    assert not has_hooks(micro)
     assert all(p.requires_grad for p in micro.parameters())
 
 
@@ -170,9 +175,7 @@ def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
 def test_dense_models_have_pages_too():
     import test_families as families
 
-    llama = families.HOOKED["llama"] if transformer_lens_line() == 3 else families.BRIDGED["llama"]
-    model = families.hooked(**llama) if transformer_lens_line() == 3 else None
-    model = model or families.bridge(families.of_transformers(*llama))
+    model = families.small("llama")
     circuit = families.with_nodes(model, True)
     found = page_data(circuit, model, corpus=families.TOKENS)
     assert (len(found["nodes"]), len(found["edges"])) == (
@@ -193,10 +196,8 @@ def test_the_command_makes_the_circuit_again(micro):
         micro_circuit(micro), measured={"config": dataclasses.asdict(config) | {"old": 1}}
     )
     command = page_data(circuit, micro)["summary"]["command"]
-    assert (
-        command
-        == "tl-sparse prune micro micro --out circuit --method=integrated_gradients --steps=7 --tied-qk"
-    )
+    options = "--method=integrated_gradients --steps=7 --tied-qk"
+    assert command == f"tl-sparse prune micro micro --out circuit {options}"
     args = build_parser().parse_args(shlex.split(command)[1:])
     assert PruneConfig(**given_fields(args, PruneConfig)) == config
 
@@ -259,11 +260,11 @@ def test_a_page_too_large_has_fewer_prompts_then_passages(data, monkeypatch):
     full = len(Page(data).html)
     without = full - len(json.dumps(data["prompts"][1:]))
     for limit, prompts in ((full - 10, 7), (without, 1)):
-        monkeypatch.setattr(view, "MAX_BYTES", limit)
+        monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", limit)
         page = Page(data).html
         assert len(page) <= limit
         assert len(embedded(page)["prompts"]) <= prompts
-    monkeypatch.setattr(view, "MAX_BYTES", 1000)
+    monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", 1000)
     with pytest.raises(CircuitError, match="draw fewer edges"):
         _ = Page(data).html
 
@@ -296,26 +297,37 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
     assert embedded((tmp_path / "page.html").read_text())["nodes"][0]["name"] == NODES[0]
     assert main(["export", "circuit", "-o", "c.dot", "--device", "cpu"]) == 0
     assert "digraph" in (tmp_path / "c.dot").read_text()
-    nameless = dataclasses.replace(micro_circuit(micro), model_name="")
-    nameless.save(tmp_path / "nameless")
-    dataclasses.replace(nameless, model_name="gone").save(tmp_path / "homeless")
-    for arguments, message in (
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
         (
-            ["view", "nameless", "-o", "x.html"],
+            "view nameless -o x.html",
             "nameless does not name its model; give it with --model",
         ),
-        (["view", "homeless", "-o", "x.html"], "give the circuit's model with --model"),
-        (["view", "homeless", "-o", "x.html", "--model", "lost"], "'lost' is not a folder"),
-        (["view", "nowhere", "-o", "x.html"], "nowhere"),
-        (["view", "circuit", "-o", "circuit"], "cannot write circuit: it is a folder"),
-        (["view", "circuit", "-o", "page.html/x.html"], "cannot write page.html/x.html"),
-        (["view", "circuit", "-o", "x.html", "--corpus", "none/*.py"], "none/*.py"),
-        (["view", "circuit", "-o", "x.html", "--task", "macro"], "no task 'macro'"),
-        (["export", "circuit", "-o", "x.gexf"], "nothing is exported as '.gexf'"),
-    ):
-        assert main(arguments) == 1, arguments
-        assert message in capsys.readouterr().err.splitlines()[-1]
-        assert not list(tmp_path.glob("*x.*"))
+        ("view homeless -o x.html", "give the circuit's model with --model"),
+        ("view homeless -o x.html --model lost", "'lost' is not a folder"),
+        ("view nowhere -o x.html", "nowhere"),
+        ("view circuit -o circuit", "cannot write circuit: it is a folder"),
+        ("view circuit -o page.html/x.html", "cannot write page.html/x.html"),
+        ("view circuit -o x.html --corpus none/*.py", "none/*.py"),
+        ("view circuit -o x.html --task macro", "no task 'macro'"),
+        ("export circuit -o x.gexf", "nothing is exported as '.gexf'"),
+    ],
+)
+def test_mistakes_leave_no_file(command, message, micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tl_sparse.tasks.TASKS, "micro", MICRO_TASK)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.html").write_text("a page")
+    micro.save_pretrained(tmp_path / "micro")
+    circuit = micro_circuit(micro)
+    circuit.save(tmp_path / "circuit")
+    dataclasses.replace(circuit, model_name="").save(tmp_path / "nameless")
+    dataclasses.replace(circuit, model_name="gone").save(tmp_path / "homeless")
+    assert main(command.split()) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("*x.*"))
 
 
 # In a browser from here on.
@@ -323,9 +335,7 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Debian's, or one that playwright installed. Where there must be one, its absence is
-    an error.
-    """
+    """Chromium, the system's or playwright's; TL_SPARSE_BROWSER=required forbids to skip."""
     with ExitStack() as stack:
         try:
             from playwright.sync_api import sync_playwright
@@ -349,9 +359,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens a page's data or HTML; afterwards there must have been no error, and no request but for
-    the file.
-    """
+    """Opens a page; afterwards no error must have come, and no request but for the file."""
     pages, errors, requests = [], [], []
 
     def open_page(content, **options):
