@@ -106,7 +106,9 @@ def representative(
     )
     order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
     size = min(config.cleanup_pairs, data.n_pairs)
-    return data.pairs(order[((torch.arange(size, device=order.device) + 0.5) * data.n_pairs / size).long()])
+    return data.pairs(
+        order[((torch.arange(size, device=order.device) + 0.5) * data.n_pairs / size).long()]
+    )
 
 
 def eliminate(
