@@ -271,9 +271,9 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def _with_file(config: Any, path: str | None) -> Any:
     """The configuration, changed by a YAML file if there is one."""
-    from tl_sparse.files import naming, read_yaml
+    from tl_sparse.files import errors_name_file, read_yaml
 
-    with naming(path):
+    with errors_name_file(path):
         return config if path is None else merged(config, read_yaml(Path(path)))
 
 
