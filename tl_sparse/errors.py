@@ -17,7 +17,7 @@ class CheckpointError(TLSparseError, ValueError):
 
 
 class DataError(TLSparseError, ValueError):
-    """Text or tokens cannot be used: no files, empty ones, or a sequence longer than the context."""
+    """Text or tokens cannot be used: no files, empty ones, or sequences beyond the context."""
 
 
 class TokenizerError(TLSparseError, ValueError):
@@ -39,7 +39,7 @@ class CircuitError(TLSparseError, ValueError):
 
 
 class PruneError(TLSparseError, RuntimeError):
-    """No circuit can be found: neither the model nor any set of its nodes reaches the target loss."""
+    """No circuit can be found: the model, or every set of its nodes, misses the target loss."""
 
 
 class UnsupportedError(TLSparseError, NotImplementedError):

@@ -163,7 +163,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
-    """Raise `BadZipFile` where torch would trust an archive's places, sizes and checksums unseen."""
+    """Raise `BadZipFile` for wrong places, sizes and checksums, which torch does not look at."""
     records = archive.infolist()
     names = {record.filename for record in records}
     total_size = sum(record.file_size for record in records)

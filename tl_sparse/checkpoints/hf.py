@@ -39,7 +39,7 @@ class SparsePretrainedConfig(PretrainedConfig):
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
-    """The network as a transformers model: token ids in, logits out. `tl_sparse.load` gives more."""
+    """The network as a transformers model: token ids in, logits out. `tl_sparse.load` has more."""
 
     config_class = SparsePretrainedConfig
     tokenizer = None
@@ -67,7 +67,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         device_map: Any = None,
         **options: Any,
     ) -> Any:
-        """Read a model, onto one device, with `tl_sparse`'s reader: it knows the compact storage."""
+        """Read a model, onto one device, with our own reader, which knows the compact storage."""
         if device_map is not None:
             raise UnsupportedError(
                 "device_map is not possible: the model is on one device; move it with .to(device)"

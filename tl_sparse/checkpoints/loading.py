@@ -1,4 +1,4 @@
-"""`load` and `create`: models of the installed TransformerLens line, from a checkpoint or a seed."""
+"""`load` and `create`: TransformerLens models from a checkpoint, or from a config and a seed."""
 
 import warnings
 from pathlib import Path

@@ -110,7 +110,8 @@ def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint
     for alias, key in _ALIASES.items():
         if alias in values and values.get(key) not in (None, values[alias]):
             raise ConfigError(
-                f"{path}: {alias} = {values[alias]!r} must be {key} = {values[key]!r}, its other name"
+                f"{path}: {alias} = {values[alias]!r} must be {key} = {values[key]!r}, "
+                "its other name"
             )
     other_keys = _BOOKKEEPING | _ALIASES.keys()
     values = {key: value for key, value in values.items() if key not in other_keys}
@@ -329,7 +330,7 @@ _RENAMED = {
 
 
 def _convert_by_name(config: SparseConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """As `_convert_tensor`, by names without the block; empty if the original has no such tensor."""
+    """As `_convert_tensor`, by names without the block; empty if the name is unknown."""
     heads = dict(h=config.n_heads, d=config.d_head)
     match name:
         case "attn.c_attn.weight":
