@@ -116,7 +116,9 @@ def _fetch_from(start: int, remote: _RemoteFile, partial: Path) -> None:
 
 def _check_answer(response: Any, remote: _RemoteFile, start: int) -> None:
     """Raise `ConnectionError` unless this is the described file, from byte `start` on."""
-    content_range = f"bytes {start}-{remote.size - 1}/{remote.size}" if start else None
+    content_range = None
+    if start > 0:
+        content_range = f"bytes {start}-{remote.size - 1}/{remote.size}"
     is_same_file = response.headers.get("ETag", "") == remote.etag
     if not is_same_file or response.headers.get("Content-Range") != content_range:
         raise ConnectionError(

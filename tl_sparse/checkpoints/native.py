@@ -52,10 +52,15 @@ def save_model(
     _check_no_other_format(folder)
     if tokenizer is not None:
         _write_tokenizer(folder, tokenizer)
-    tensors = dict(state) if dense else pack(state)
+    if dense:
+        storage = "dense"
+        tensors = dict(state)
+    else:
+        storage = "compact"
+        tensors = pack(state)
     write_tensors(folder / "model.safetensors", tensors)
-    storage = "dense" if dense else "compact"
-    write_json(folder / "config.json", {**_FORMAT_KEYS, "storage": storage, **config.to_dict()})
+    values = {**_FORMAT_KEYS, "storage": storage, **config.to_dict()}
+    write_json(folder / "config.json", values)
     if tokenizer is None:
         for name in _TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)

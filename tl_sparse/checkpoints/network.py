@@ -145,8 +145,9 @@ def _dense_copy(stored: Tensor | Compact, device: torch.device | str, dtype: tor
 def _compact_copy(
     stored: Tensor | Compact, device: torch.device | str, dtype: torch.dtype
 ) -> Compact:
-    compact = stored if isinstance(stored, Compact) else Compact.of(stored)
-    return compact.to(device, dtype)
+    if not isinstance(stored, Compact):
+        stored = Compact.of(stored)
+    return stored.to(device, dtype)
 
 
 def _hold_compact(network: SparseTransformer, name: str, weight: Compact) -> None:

@@ -240,7 +240,9 @@ def _take_resid_relu(values: dict[str, Any]) -> bool:
 def _positions(is_concatenated: bool, is_in_file: bool) -> str:
     if is_concatenated:
         return "concatenated"
-    return "added" if is_in_file else "none"
+    if is_in_file:
+        return "added"
+    return "none"
 
 
 def without_buffers(tensors: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:

@@ -62,7 +62,9 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> SparseConfig:
     locations = sparsity.pop("activation_sparsity_locations", ",".join(PAPER_TOPK_LOCATIONS))
     check_known(model.keys() - {"dropout"} | sparsity.keys() - _TRAINING_KEYS)
     abs_topk = _abs_topk(config, fraction, locations)
-    return replace(config, abs_topk=abs_topk) if has_topk else config
+    if has_topk:
+        config = replace(config, abs_topk=abs_topk)
+    return config
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -78,6 +80,8 @@ def _take_architecture(model: dict[str, Any]) -> SparseConfig:
     d_head = take_size(model, "d_head")
     check(d_model % d_head == 0, "d_model", d_model, f"a multiple of d_head = {d_head}")
     d_mlp = model.pop("d_mlp", None)
+    if d_mlp is None:
+        d_mlp = 4 * d_model
     has_sinks = take_flag(model, "use_attention_sinks", True)
     has_rms_norm = take_flag(model, "use_rms_norm", True)
     has_flash_attention = take_flag(model, "use_flash_attention", True)
@@ -89,7 +93,7 @@ def _take_architecture(model: dict[str, Any]) -> SparseConfig:
         d_head=d_head,
         n_ctx=model.pop("n_ctx"),
         d_vocab=model.pop("vocab_size"),
-        d_mlp=4 * d_model if d_mlp is None else d_mlp,
+        d_mlp=d_mlp,
         normalization="rms" if has_rms_norm else "layer",
         norm_bias=not has_rms_norm,
         act_fn=model.pop("activation", "gelu"),
@@ -114,7 +118,8 @@ def _abs_topk(config: SparseConfig, fraction: Any, locations: Any) -> dict[str, 
     for name in names:
         location = _LOCATIONS[name]
         size = config.location_size(location)
-        keeps_an_entry = int(fraction * size) >= 1
-        # The original keeps at least one entry; 1.5 / size gives exactly one.
-        abs_topk[location] = fraction if keeps_an_entry else min(1.0, 1.5 / size)
+        abs_topk[location] = fraction
+        if int(fraction * size) == 0:
+            # The original keeps at least one entry; 1.5 / size gives exactly one.
+            abs_topk[location] = min(1.0, 1.5 / size)
     return abs_topk
