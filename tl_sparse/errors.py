@@ -9,9 +9,7 @@ class TLSparseError(Exception):
 
 
 class ConfigError(TLSparseError, ValueError):
-    """A configuration value is impossible; the message has the field, the value and the valid
-    range.
-    """
+    """A configuration value is impossible; the message names field, value and valid range."""
 
 
 class CheckpointError(TLSparseError, ValueError):
@@ -19,15 +17,11 @@ class CheckpointError(TLSparseError, ValueError):
 
 
 class DataError(TLSparseError, ValueError):
-    """Text or tokens cannot be used: no files, nothing in them, or a sequence longer than the
-    context.
-    """
+    """Text or tokens cannot be used: no files, empty ones, or sequences beyond the context."""
 
 
 class TokenizerError(TLSparseError, ValueError):
-    """A tokenizer is missing or does not fit: a candidate is not a single token, the sizes differ,
-    …
-    """
+    """A tokenizer is missing or does not fit: a candidate is not one token, or the sizes differ."""
 
 
 class TaskError(TLSparseError, ValueError):
@@ -45,22 +39,20 @@ class CircuitError(TLSparseError, ValueError):
 
 
 class PruneError(TLSparseError, RuntimeError):
-    """No circuit can be found: the model itself does not reach the target loss, or no set of nodes
-    does.
-    """
+    """No circuit can be found: the model, or every set of its nodes, misses the target loss."""
 
 
 class UnsupportedError(TLSparseError, NotImplementedError):
-    """What was asked for cannot be right on such a model; the message says why and what to do
-    instead.
+    """A request that cannot give a right result on such a model; the message says why, and what to
+    do instead.
     """
 
 
 class TrainError(TLSparseError, RuntimeError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 class SuiteError(TLSparseError, RuntimeError):
-    """A suite or a search cannot start or go on: its folder or storage is another's, or it was
-    interrupted.
+    """A suite or a search cannot start or continue: its folder or storage belongs to another one,
+    or it was interrupted.
     """

@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is ever lost and damage is named."""
+"""Reading and writing files: no write leaves half a file, and a damaged file is named."""
 
 import json
 import pickle
@@ -27,8 +27,8 @@ def check_new_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def naming(path: str | Path | None) -> Iterator[None]:
-    """Errors in the configuration that is read in this block name its file."""
+def errors_name_file(path: str | Path | None) -> Iterator[None]:
+    """Put `path` in front of the message of a `ConfigError` that is raised in this block."""
     try:
         yield
     except ConfigError as error:
@@ -37,10 +37,13 @@ def naming(path: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that becomes `path` when the block ends without an
+    """Replace the file at `path`, atomically, by what the block writes to the path it is given.
+
+    That temporary path is in the same folder, and becomes `path` when the block ends without an
     exception.
 
-    `CheckpointError` if the folder cannot be written to, or `path` is itself a folder.
+    Raises:
+        CheckpointError: if the folder cannot be written to, or `path` is itself a folder.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -48,12 +51,12 @@ def replacing(path: Path) -> Iterator[Path]:
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # what the umask leaves
+        mode = temporary.stat().st_mode  # what the umask allows
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     try:
         yield temporary
-        temporary.chmod(mode)  # safetensors makes a private file instead
+        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -98,14 +101,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
-    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    writable = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        safetensors.torch.save_file(ours, temporary)
+        safetensors.torch.save_file(writable, temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `CheckpointError` if it is missing or
-    damaged.
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
@@ -116,24 +121,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """The dictionary in a `torch.save` file, read without running any code in it
-    (`weights_only=True`).
+    """The dictionary in a `torch.save` file, read without running any code in it.
 
-    `CheckpointError` if the file is missing, damaged, holds code, or is not a dictionary.
+    Raises:
+        CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        sizes = _record_sizes(path) if zipfile.is_zipfile(path) else None
-
-        def on_cpu(storage: Any, location: str) -> Any:
-            # Not every torch compares what the pickle says of a record's length with the record.
-            if sizes is not None and storage.nbytes() not in sizes:
-                raise ValueError("a tensor is not as long as its record")
-            return storage
-
-        # Read, not mapped: a mapped tensor is whatever is in the file where its record begins.
-        values = torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
+        values = _load_torch(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors, which could run code"
@@ -147,31 +143,45 @@ def read_torch(path: Path) -> dict[str, Any]:
     return values
 
 
-def _record_sizes(path: Path) -> set[int]:
-    """The sizes of an archive's records, after checking what torch believes unseen: places, sizes,
-    checksums.
-    """
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        sizes, names = (
-            [record.file_size for record in records],
-            {record.filename for record in records},
-        )
-        # No record twice, nor two in one place: else a small file could stand for a large one.
-        if (
-            any(r.compress_type for r in records)
-            or len(names) < len(records)
-            or sum(sizes) > path.stat().st_size
-        ):
-            raise zipfile.BadZipFile("its records overlap or are compressed")
-        if (name := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
-    return set(sizes)
+def _load_torch(path: Path) -> Any:
+    """`torch.load` onto the CPU, of tensors only, after the checks that it leaves out."""
+    record_sizes: set[int] | None = None
+    if zipfile.is_zipfile(path):  # before torch 1.6, files were no archives
+        with zipfile.ZipFile(path) as archive:
+            _check_records(archive, path.stat().st_size)
+            record_sizes = {record.file_size for record in archive.infolist()}
+
+    def on_cpu(storage: Any, location: str) -> Any:
+        # The pickle says how long a tensor's record is; not every torch compares that with the
+        # record itself.
+        if record_sizes is not None and storage.nbytes() not in record_sizes:
+            raise ValueError("a tensor is not as long as its record")
+        return storage
+
+    # Not memory-mapped: a mapped tensor is whatever bytes follow the place where its record begins.
+    return torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
+
+
+def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
+    """Raise `BadZipFile` for wrong places, sizes and checksums, which torch does not look at."""
+    records = archive.infolist()
+    names = {record.filename for record in records}
+    total_size = sum(record.file_size for record in records)
+    is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    # Records that share a name or a place could make a small file stand for a large model.
+    is_overlapping = len(names) < len(records) or total_size > file_size
+    if is_compressed or is_overlapping:
+        raise zipfile.BadZipFile("its records overlap or are compressed")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `torch.save` file, as `read_torch`; `CheckpointError` also for all but
-    dense tensors.
+    """The state dict in a `torch.save` file, read as `read_torch` does.
+
+    Raises:
+        CheckpointError: as `read_torch`, and for values that are not dense tensors.
     """
     values = read_torch(path)
     for name, tensor in values.items():
@@ -179,9 +189,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors"
             )
-        dense = tensor.layout == torch.strided and not tensor.is_meta
-        if (
-            not dense or tensor.nbytes > tensor.untyped_storage().nbytes()
-        ):  # larger: one value seen many times
+        if not _is_dense(tensor):
             raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
     return values
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    # An expanded tensor is larger than its storage: it shows one value many times.
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()

@@ -426,9 +426,9 @@ def save_model_in(folder, model):
 
 
 def test_build_network_takes_what_it_reads(tmp_path):
-    cfg, state = read_checkpoint(write_openai(tmp_path, tiny_model()))
-    network = build_network(cfg, state, tmp_path, dtype=torch.float64)
-    assert not state
+    checkpoint = read_checkpoint(write_openai(tmp_path, tiny_model()))
+    network = build_network(checkpoint, tmp_path, dtype=torch.float64)
+    assert not checkpoint.tensors
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
 
 

@@ -39,7 +39,7 @@ from formats import (
 )
 from helpers import full_config, script_environment, tiny_config, tiny_model
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.loading import build_network
+from tl_sparse.checkpoints.network import build_network
 from tl_sparse.errors import TLSparseError
 from tl_sparse.network.config import SparseConfig
 
@@ -554,8 +554,8 @@ def most_taken(call):
 def read(path):
     """The configuration and state dict in a folder, or None and the error."""
     try:
-        cfg, state = read_checkpoint(path)
-        return cfg, build_network(cfg, state, path).state_dict()
+        checkpoint = read_checkpoint(path)
+        return checkpoint.config, build_network(checkpoint, path).state_dict()
     except TLSparseError as error:
         return None, error
 

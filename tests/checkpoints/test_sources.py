@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from loopback import Answer, FakeHub, cache_snapshot, point_hub_at, serving
-from tl_sparse.checkpoints import sources
+from tl_sparse.checkpoints import download, sources
 from tl_sparse.errors import CheckpointError
 
 NAMES = (
@@ -37,7 +37,7 @@ def _nothing_real(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(sources, "STORAGE", "http://127.0.0.1:9/nothing-listens-here")
-    monkeypatch.setattr(sources, "_PAUSE", 0.0)
+    monkeypatch.setattr(download, "_PAUSE", 0.0)
 
 
 # --- Folders and names
@@ -258,7 +258,7 @@ def test_a_dropped_connection_goes_on_where_it_ended(storage, folder):
 
 def test_an_interrupted_download_goes_on_in_the_next_call(storage, folder, monkeypatch):
     storage.cuts = [5000]
-    monkeypatch.setattr(sources, "_ATTEMPTS", 1)
+    monkeypatch.setattr(download, "_ATTEMPTS", 1)
     size = len(MODEL)
     message = failure("csp_yolo1")
     assert message == (
@@ -276,7 +276,7 @@ def test_an_interrupted_download_goes_on_in_the_next_call(storage, folder, monke
 
 
 def test_ctrl_c_keeps_what_came(storage, folder, monkeypatch):
-    class Interrupted(sources.tqdm):
+    class Interrupted(download.tqdm):
         def update(self, size):
             raise KeyboardInterrupt
 
@@ -284,7 +284,7 @@ def test_ctrl_c_keeps_what_came(storage, folder, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "beeg_config.json").write_bytes(CONFIG)
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "tqdm", Interrupted)
+        patch.setattr(download, "tqdm", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             sources.find("csp_yolo1")
     assert contents(folder)["final_model.pt.%22v%2F1%22.partial"] == (MODEL * 150)[: 1 << 20]
@@ -426,8 +426,8 @@ def test_a_server_in_trouble_is_asked_again(storage, folder):
 
 def test_pauses_double(storage, monkeypatch):
     pauses = []
-    monkeypatch.setattr(sources, "_PAUSE", 0.5)
-    monkeypatch.setattr(sources, "time", type("time", (), {"sleep": pauses.append}))
+    monkeypatch.setattr(download, "_PAUSE", 0.5)
+    monkeypatch.setattr(download, "time", type("time", (), {"sleep": pauses.append}))
     storage.statuses = [503] * 5
     failure("csp_yolo1")
     assert pauses == [0.5, 1, 2, 4]
@@ -442,8 +442,8 @@ def test_no_network(monkeypatch):
 
 
 def test_a_silent_server_is_given_up(storage, monkeypatch):
-    monkeypatch.setattr(sources, "_TIMEOUT", 0.05)
-    monkeypatch.setattr(sources, "_ATTEMPTS", 2)
+    monkeypatch.setattr(download, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(download, "_ATTEMPTS", 2)
     silence = threading.Event()
     storage.before_get = lambda: silence.wait(2)
     try:
@@ -466,7 +466,7 @@ def test_a_full_disk_keeps_nothing_wrong(storage, folder, monkeypatch):
         def write(self, chunk):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sources, "open", lambda path, mode: Full(path, mode[0]), raising=False)
+    monkeypatch.setattr(download, "open", lambda path, mode: Full(path, mode[0]), raising=False)
     assert "[Errno 28] No space left on device; call again" in failure("csp_yolo1")
     assert not (folder / "beeg_config.json").exists()
 

@@ -118,7 +118,7 @@ def test_one_import_is_enough_in_a_fresh_process(folder):
     (entry_point,) = entry_points(group="transformer_lens.architectures", name="SparseTransformer")
     assert entry_point.load().__name__ == "SparseArchitectureAdapter"
     program = (
-        "import sys, torch, tl_sparse.hf\n"
+        "import sys, torch, tl_sparse.checkpoints.hf\n"
         "from transformer_lens.model_bridge import TransformerBridge as B\n"
         "model = B.boot_transformers(sys.argv[1], device='cpu')\n"
         "tokens = torch.load(sys.argv[2])\n"

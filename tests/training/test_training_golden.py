@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from helpers import GOLDEN
 from tl_sparse import TrainConfig, load
-from tl_sparse.checkpoints.openai import read_openai
+from tl_sparse.checkpoints.openai import read_openai_model
 from tl_sparse.training.presets import RECIPES
 from tl_sparse.training.trainer import Trainer
 
@@ -81,7 +81,7 @@ def test_losses_and_weights_follow_the_original(trainer, golden, openai_folder):
         loss = trainer.step(golden["tokens"][step])
         assert float(loss) == pytest.approx(float(golden["loss"][step]), abs=1e-5), f"step {step}"
         if step + 1 in STORED:
-            _, expected = read_openai(openai_folder(STORED[step + 1]))
+            expected = read_openai_model(openai_folder(STORED[step + 1])).tensors
             weights = trainer.model.state_dict()
             assert weights.keys() == expected.keys()
             for name, tensor in weights.items():

@@ -11,9 +11,9 @@ from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError
 from tl_sparse.files import read_tensors
 
-#: A sample of the training tokens, saved with a model; enough rows for stable means wherever it is
-#: pruned.
+#: The file with the sample, in the folder of the model.
 CORPUS_SAMPLE = "corpus_sample.safetensors"
+#: Enough rows for stable means.
 CORPUS_ROWS = 512
 
 
@@ -38,22 +38,23 @@ def load_corpus(
         CheckpointError: there is no such model, or the sample is damaged.
     """
     if source is None:
-        sample = find(model) / CORPUS_SAMPLE
-        if not sample.is_file():
-            raise DataError(
-                f"{sample} does not exist; give the text the model was trained on, or one like it"
-            )
-        tokens = read_tensors(sample).get("tokens")
-        if tokens is None or tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):
-            raise CheckpointError(f"{sample} must hold integer tokens [seq, pos]")
-        if tokens.shape[1] > n_ctx:
-            raise DataError(
-                f"{sample}: rows of {tokens.shape[1]} tokens do not fit the context of n_ctx = {n_ctx}"
-            )
-        return tokens.int()
+        return _read_sample(find(model) / CORPUS_SAMPLE, n_ctx)
     if tokenizer is None:
         raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
-    documents = load_documents(
-        DataConfig(source, max_chars=3_000_000, stdlib_chars=300_000, idiom_chars=300_000)
-    )
+    config = DataConfig(source, max_chars=3_000_000, stdlib_chars=300_000, idiom_chars=300_000)
+    documents = load_documents(config)
     return pack_tokens(documents.train, tokenizer, n_ctx, seed=0)[:CORPUS_ROWS]
+
+
+def _read_sample(path: Path, n_ctx: int) -> Int32[Tensor, "seq pos"]:
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist; give the text the model was trained on, or one like it"
+        )
+    tokens = read_tensors(path).get("tokens")
+    if tokens is None or tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):
+        raise CheckpointError(f"{path} must hold integer tokens [seq, pos]")
+    n_pos = tokens.shape[1]
+    if n_pos > n_ctx:
+        raise DataError(f"{path}: rows of {n_pos} tokens do not fit the context of n_ctx = {n_ctx}")
+    return tokens.int()

@@ -2,41 +2,39 @@
 
 from pathlib import Path
 
-from tl_sparse.checkpoints.native import read_ours
+from tl_sparse.checkpoints.native import read_native_model
 from tl_sparse.checkpoints.network import Checkpoint
-from tl_sparse.checkpoints.openai import read_circuitgpt, read_openai
-from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain
+from tl_sparse.checkpoints.openai import read_circuitgpt_model, read_openai_model
+from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain_model
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json
 
 #: `model_type` in a config.json → its reader.
-_READERS = {"tl_sparse": read_ours, "circuitgpt": read_circuitgpt}
+_READERS = {"tl_sparse": read_native_model, "circuitgpt": read_circuitgpt_model}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The configuration and the network's tensors in a folder of any known format, for
-    `build_network`.
+    """The model in a folder of any known format, for `build_network`.
 
-    `CheckpointError` if the format is unknown, or a file missing or damaged; `ConfigError` for a
-    bad value.
+    Raises:
+        CheckpointError: if the format is unknown, or a file missing or damaged.
+        ConfigError: for an impossible value in the configuration.
     """
     if (folder / "beeg_config.json").is_file():
-        return read_openai(folder)
+        return read_openai_model(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)"
         )
     values = read_json(path)
-    reader = (
-        read_sparse_pretrain
-        if "model_config" in values
-        else _READERS.get(str(values.get("model_type")))
-    )
+    if "model_config" in values:
+        return read_sparse_pretrain_model(folder, values)
+    reader = _READERS.get(str(values.get("model_type")))
     if reader is None:
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
-            f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there is no model_config "
-            f"(sparse_pretrain's): not a format that tl_sparse knows{code}"
+            f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there "
+            "is no model_config (sparse_pretrain's): not a format that tl_sparse knows" + code
         )
     return reader(folder, values)

@@ -1,5 +1,5 @@
-"""Our model folders for transformers' Auto classes, and so for TransformerLens 4's
-`boot_transformers`.
+"""Our model folders for transformers' Auto classes, and so for `boot_transformers` of
+TransformerLens 4.
 
 `import tl_sparse.checkpoints.hf` registers them; nothing else of this package changes anything
 global.
@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.loading import build_network, resolve_dtype, save_model
+from tl_sparse.checkpoints.native import save_model
+from tl_sparse.checkpoints.network import build_network, resolve_dtype
 from tl_sparse.checkpoints.sources import find
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.faces import transformer_lens_line
@@ -30,16 +31,15 @@ class SparsePretrainedConfig(PretrainedConfig):
     @property
     def sparse_cfg(self) -> SparseConfig:
         """The architecture."""
-        ours = {
-            f.name: getattr(self, f.name) for f in fields(SparseConfig) if hasattr(self, f.name)
-        }
-        return SparseConfig.from_dict(ours)
+        values = {}
+        for field in fields(SparseConfig):
+            if hasattr(self, field.name):
+                values[field.name] = getattr(self, field.name)
+        return SparseConfig.from_dict(values)
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
-    """The network as a transformers model: token ids in, logits out. For anything more,
-    `tl_sparse.load`.
-    """
+    """The network as a transformers model: token ids in, logits out. `tl_sparse.load` has more."""
 
     config_class = SparsePretrainedConfig
     tokenizer = None
@@ -50,9 +50,8 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         super().__init__(config)
         if network is None:
             network = SparseTransformer(config.sparse_cfg)
-            init_weights(
-                network, int(torch.randint(2**31, ()))
-            )  # as transformers does: by torch's own seed
+            seed = int(torch.randint(2**31, ()))  # transformers too follows torch's own seed
+            init_weights(network, seed)
         # Its modules are this model's own, so that parameters have their usual names.
         self.__dict__["network"] = network
         for name, child in network.named_children():
@@ -68,17 +67,19 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         device_map: Any = None,
         **options: Any,
     ) -> Any:
-        """Read by `tl_sparse`'s own reader, which also knows the compact storage of zeros, onto one
-        device.
-        """
+        """Read a model, onto one device, with our own reader, which knows the compact storage."""
         if device_map is not None:
             raise UnsupportedError(
                 "device_map is not possible: the model is on one device; move it with .to(device)"
             )
-        asked = options.get("dtype", options.get("torch_dtype"))
-        folder, dtype = find(source, revision), resolve_dtype(None if asked == "auto" else asked)
-        network = build_network(*read_checkpoint(folder), folder, dtype=dtype)
-        return cls(config or SparsePretrainedConfig.from_pretrained(folder), network).eval()
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        if dtype == "auto":
+            dtype = None
+        folder = find(source, revision)
+        network = build_network(read_checkpoint(folder), folder, dtype=resolve_dtype(dtype))
+        if not config:
+            config = SparsePretrainedConfig.from_pretrained(folder)
+        return cls(config, network).eval()
 
     @property
     def sparse_cfg(self) -> SparseConfig:

@@ -1,4 +1,4 @@
-"""Folders onto the Hugging Face hub, with a card."""
+"""Uploads to the Hugging Face hub, with a card."""
 
 import tempfile
 from collections.abc import Callable
@@ -49,17 +49,17 @@ def push_folder(
                 revision=revision,
                 commit_message=commit_message,
             )
-        except (
-            Exception
-        ) as error:  # among others those of httpx or httpx2, by the version of huggingface_hub
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            hint = (
-                "; log in with a token that may write there: `hf auth login`"
-                if status in (401, 403)
-                else ""
-            )
-            raise CheckpointError(f"cannot push to {repo_id!r}: {error}{hint}") from error
+        # Anything: huggingface_hub also passes on the errors of httpx or httpx2, by its version.
+        except Exception as error:
+            raise CheckpointError(f"cannot push to {repo_id!r}: {error}{_hint(error)}") from error
     return str(url)
+
+
+def _hint(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if getattr(response, "status_code", None) in (401, 403):
+        return "; log in with a token that may write there: `hf auth login`"
+    return ""
 
 
 def card_text(
@@ -69,7 +69,7 @@ def card_text(
 
     Args:
         repo_id: `"user/repo"`, or a name.
-        what: what the repository holds, as the first words of a sentence: "A weight-sparse
+        what: what the repository holds, as the first words of a sentence, such as "A weight-sparse
             transformer".
         facts: what was measured of it; several lines.
         load: the line of Python that loads it.

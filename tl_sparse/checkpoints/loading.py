@@ -1,4 +1,4 @@
-"""Models on disk, one format per file: read into the network whatever wrote them; ours written."""
+"""`load` and `create`: TransformerLens models from a checkpoint, or from a config and a seed."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.native import save_model
 from tl_sparse.checkpoints.network import build_network, resolve_device, resolve_dtype
 from tl_sparse.checkpoints.sources import find, openai_tokenizer
 from tl_sparse.config import check
@@ -19,18 +18,9 @@ from tl_sparse.files import read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 
-__all__ = [
-    "build_network",
-    "create",
-    "load",
-    "read_checkpoint",
-    "resolve_device",
-    "resolve_dtype",
-    "save_model",
-]
-#: The tokenizer of the models in OpenAI's folders, which is in none of them; and its number of
-#: entries.
-_OPENAI_TOKENIZER, _OPENAI_VOCAB = "tinypython_2k", 2048
+#: The tokenizer of OpenAI's models, which is in none of their folders, and its number of tokens.
+_OPENAI_TOKENIZER = "tinypython_2k"
+_OPENAI_VOCAB = 2048
 
 
 def load(
@@ -43,60 +33,76 @@ def load(
     kernels: Kernels = "auto",
     dense_weights: bool = True,
 ) -> Any:
-    """Open a model as a true TransformerLens model (line 3: `HookedTransformer`, 4:
-    `TransformerBridge`), in eval mode.
+    """Open a model as a true TransformerLens model, in eval mode: a `HookedTransformer` on line 3,
+    a `TransformerBridge` on line 4.
 
     The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders
-        (`beeg_config.json` and
-    `final_model.pt`), the model they packaged for the hub, and those of sparse_pretrain. No code
-    that comes with a model is run.
+    (`beeg_config.json` and `final_model.pt`), the model they packaged for the hub, and those of
+    sparse_pretrain. No code that comes with a model is run.
 
     Args:
         source: a folder, or a name that `tl_sparse.checkpoints.find` knows.
         device: None is the GPU if there is one, else the CPU.
         dtype: None keeps the file's (the widest, if it has several).
         revision: of a hub repository: a branch, tag or commit.
-        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model,
-            or OpenAI's from their hub repository for their models, if it can be had; for a folder
-            here only from the cache.
+        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model.
+            OpenAI's models have none beside them: theirs comes from their hub repository, if it can
+            be had, and for a local folder only from the cache.
         kernels: how weights multiply, see `tl_sparse.network.Product`: "sparse" by their nonzero
             entries, where that can be (on a CPU with numba, in float32 and float64, from 32 tokens
             on, not under autocast or in `torch.compile`); "auto" where it is faster; "dense" never.
-        dense_weights: False keeps of the weights of the blocks only what is not zero, to look at
-            and to run: `W_in` and the others are then no parameters but dense copies, made when
-                they are asked for. Without numba, that is
-            whenever they multiply.
+        dense_weights: False keeps only the nonzero entries of the weights of the blocks, to look at
+            and to run: `W_in` and the others are then no parameters but dense copies, made whenever
+            they are asked for; without numba, that is whenever they multiply.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device`, `dtype` or `kernels`.
-        TokenizerError: if the tokenizer is none, cannot be read or has more tokens than the model.
+        TokenizerError: if `tokenizer` is not one, cannot be read, or has more tokens than the
+            model.
     """
     _check_tokenizer(tokenizer, str | Path | PreTrainedTokenizerBase)
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
-    check(
-        kernels in get_args(Kernels), "kernels", kernels, f"one of {', '.join(get_args(Kernels))}"
-    )
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype)
+    choices = get_args(Kernels)
+    check(kernels in choices, "kernels", kernels, f"one of {', '.join(choices)}")
     folder = find(source, revision)
-    cfg, state = read_checkpoint(folder)
-    tokenizer = find_tokenizer(folder) if tokenizer is None else tokenizer
-    if tokenizer is None and (path := folder / "beeg_config.json").is_file():
-        named = read_json(path).get("tokenizer_name")
-        if cfg.d_vocab == _OPENAI_VOCAB and named in (None, _OPENAI_TOKENIZER):
-            tokenizer = openai_tokenizer(local_only=Path(source).is_dir())
+    is_local = Path(source).is_dir()
+    checkpoint = read_checkpoint(folder)
+    if tokenizer is None:
+        tokenizer = _tokenizer_for(folder, checkpoint.config, is_local)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    model = wrap(build_network(cfg, state, folder, device, dtype, dense_weights), tokenizer)
-    for product in (module for module in model.network.modules() if isinstance(module, Product)):
-        product.kernels = kernels
-    if kernels == "sparse" and kernel("multiply", model.network.embed.W_E) is None:
-        warnings.warn(
-            f"kernels = 'sparse' needs numba (pip install 'tl-sparse[fast]'), a CPU, and float32 or float64; here, on "
-            f"{model.cfg.device} in {model.cfg.dtype}, products are dense",
-            stacklevel=2,
-        )
-    model.cfg.model_name = folder.resolve().name if Path(source).is_dir() else str(source)
+    network = build_network(checkpoint, folder, device, dtype, dense_weights)
+    model = wrap(network, tokenizer)
+    _choose_kernels(network, kernels)
+    model.cfg.model_name = folder.resolve().name if is_local else str(source)
     return model
+
+
+def _tokenizer_for(folder: Path, config: SparseConfig, is_local: bool) -> Path | None:
+    """Where the tokenizer of the model in `folder` is: beside it, or for OpenAI's in the cache."""
+    beside = find_tokenizer(folder)
+    openai_config = folder / "beeg_config.json"
+    if beside is not None or not openai_config.is_file():
+        return beside
+    name = read_json(openai_config).get("tokenizer_name")
+    if config.d_vocab == _OPENAI_VOCAB and name in (None, _OPENAI_TOKENIZER):
+        return openai_tokenizer(local_only=is_local)
+    return None
+
+
+def _choose_kernels(network: SparseTransformer, kernels: Kernels) -> None:
+    for module in network.modules():
+        if isinstance(module, Product):
+            module.kernels = kernels
+    weight = network.embed.W_E
+    if kernels == "sparse" and kernel("multiply", weight) is None:
+        warnings.warn(
+            "kernels = 'sparse' needs numba (pip install 'tl-sparse[fast]'), a CPU, and float32 or "
+            f"float64; here, on {weight.device} in {weight.dtype}, products are dense",
+            stacklevel=3,
+        )
 
 
 def create(
@@ -108,15 +114,17 @@ def create(
 ) -> Any:
     """A fresh model from its architecture and a seed; otherwise as `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
-    check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "an integer of 64 bits")
+    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**64
+    check(is_seed, "seed", seed, "an integer of 64 bits")
     _check_tokenizer(tokenizer, PreTrainedTokenizerBase)
     network = SparseTransformer(config)
     init_weights(network, seed)
-    return wrap(network.to(device=resolve_device(device), dtype=resolve_dtype(dtype)), tokenizer)
+    network.to(device=resolve_device(device), dtype=resolve_dtype(dtype))
+    return wrap(network, tokenizer)
 
 
 def _check_tokenizer(tokenizer: object, kinds: Any) -> None:
     if tokenizer is not None and not isinstance(tokenizer, kinds):
         raise TokenizerError(
-            f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor a place of one"
+            f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor where to find one"
         )

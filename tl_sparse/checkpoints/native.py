@@ -9,17 +9,24 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.errors import CheckpointError
-from tl_sparse.files import naming, read_json, read_tensors, write_json, write_tensors
+from tl_sparse.files import (
+    errors_name_file,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from tl_sparse.network import SparseConfig, pack, unpack
 
 FORMAT_VERSION = 1
-_ABOUT = {
+#: What config.json says beside the fields of `SparseConfig` and how zeros are stored.
+_FORMAT_KEYS = {
     "model_type": "tl_sparse",
     "architectures": ["SparseTransformer"],
     "format_version": FORMAT_VERSION,
 }
-_OTHER_FORMATS = ("beeg_config.json", "final_model.pt", "pytorch_model.bin")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES_OF_OTHER_FORMATS = ("beeg_config.json", "final_model.pt", "pytorch_model.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def save_model(
@@ -29,47 +36,71 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     dense: bool = False,
 ) -> None:
-    """Write a model in our format, zeros at no cost (`network/compact.py`) unless `dense`; the
-    configuration comes last.
+    """Write a model in our format; the configuration comes last, when all else is there.
 
-    `CheckpointError` if the folder cannot be written to, or a model of another format is there,
-    which would be what is read.
+    Args:
+        folder: made if it does not exist; a model of ours in it is replaced.
+        state: the state dict of the network.
+        config: the architecture.
+        tokenizer: None removes the tokenizer of an earlier model.
+        dense: False: zeros take no space (`network/compact.py`).
+
+    Raises:
+        CheckpointError: if the folder cannot be written to, or holds a model of another format,
+            which a reader would take instead.
     """
-    path = folder / "config.json"
-    others = [name for name in _OTHER_FORMATS if (folder / name).exists()]
-    if path.exists() and read_json(path).get("model_type") != "tl_sparse":
-        others.append(path.name)
+    _check_no_other_format(folder)
+    if tokenizer is not None:
+        _write_tokenizer(folder, tokenizer)
+    if dense:
+        storage = "dense"
+        tensors = dict(state)
+    else:
+        storage = "compact"
+        tensors = pack(state)
+    write_tensors(folder / "model.safetensors", tensors)
+    values = {**_FORMAT_KEYS, "storage": storage, **config.to_dict()}
+    write_json(folder / "config.json", values)
+    if tokenizer is None:
+        for name in _TOKENIZER_FILES:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _check_no_other_format(folder: Path) -> None:
+    config_path = folder / "config.json"
+    others = [name for name in _FILES_OF_OTHER_FORMATS if (folder / name).exists()]
+    if config_path.exists() and read_json(config_path).get("model_type") != "tl_sparse":
+        others.append(config_path.name)
     if others:
         raise CheckpointError(
             f"cannot write {folder}: a model of another format is there, with {', '.join(others)}"
         )
-    if tokenizer is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the tokenizer to {folder}: {error}") from error
-    about = _ABOUT | {"storage": "dense" if dense else "compact"}
-    write_tensors(folder / "model.safetensors", dict(state) if dense else pack(state))
-    write_json(path, about | config.to_dict())
-    if tokenizer is None:
-        for name in _TOKENIZER:  # that of an earlier model
-            (folder / name).unlink(missing_ok=True)
 
 
-def read_ours(folder: Path, values: dict[str, Any]) -> Checkpoint:
-    """Our own folder, with the content of its config.json; see `save_model`."""
-    path, weights = folder / "config.json", folder / "model.safetensors"
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the tokenizer to {folder}: {error}") from error
+
+
+def read_native_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
+    """Read a folder that `save_model` wrote; `values` is the content of its config.json."""
+    path = folder / "config.json"
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version is not {FORMAT_VERSION}; a newer tl_sparse wrote it"
         )
-    storage = values.pop("storage", "dense")  # older files do not say
+    storage = values.get("storage", "dense")  # older files do not say
     if storage not in ("compact", "dense"):
         raise CheckpointError(f"{path}: storage = {storage!r} must be 'compact' or 'dense'")
-    with naming(path):
-        cfg = SparseConfig.from_dict(
-            {key: value for key, value in values.items() if key not in _ABOUT}
-        )
+    other_keys = {*_FORMAT_KEYS, "storage"}
+    fields = {key: value for key, value in values.items() if key not in other_keys}
+    with errors_name_file(path):
+        config = SparseConfig.from_dict(fields)
+    weights = folder / "model.safetensors"
     tensors = read_tensors(weights)
-    return cfg, unpack(tensors, weights) if storage == "compact" else dict(tensors)
+    if storage == "compact":
+        return Checkpoint(config, unpack(tensors, weights))
+    return Checkpoint(config, dict(tensors))

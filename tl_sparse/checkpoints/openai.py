@@ -1,6 +1,4 @@
-"""OpenAI's models: the folders on their public storage, and the one packaged for the Hugging Face
-hub.
-"""
+"""OpenAI's models: those on their public storage, and the one packaged for the Hugging Face hub."""
 
 import json
 import re
@@ -12,19 +10,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tl_sparse.checkpoints.network import (
-    DTYPES,
-    Checkpoint,
-    check_keys,
-    check_known,
-    take_flag,
-    take_size,
-)
+from tl_sparse.checkpoints.network import DTYPES, Checkpoint
+from tl_sparse.checkpoints.values import check_keys, check_known, take_flag, take_size
 from tl_sparse.errors import CheckpointError, ConfigError
-from tl_sparse.files import naming, read_json, read_state_dict, read_tensors
+from tl_sparse.files import errors_name_file, read_json, read_state_dict, read_tensors
 from tl_sparse.network import SparseConfig
 
-# Keys that do not change what the network computes: training settings and choices of kernel.
+#: Keys that do not change what the network computes: training settings and choices of kernel.
 _IGNORED = {
     "afrac_ste",
     "batch_size",
@@ -42,7 +34,7 @@ _IGNORED = {
     "tokenizer_name",
     "weight_decay",
 }
-# Keys that change it in a way this package does not know, with the value at which they do not.
+#: Keys that change it in ways this package does not know → the value at which they change nothing.
 _UNSUPPORTED = {
     "afrac_approx": False,
     "afrac_ste_only_non_neurons": False,
@@ -55,8 +47,7 @@ _UNSUPPORTED = {
     "unembed_rank": None,
     "use_tied_aux_matrix": False,
 }
-# In the packaged model's config.json: transformers' bookkeeping, and its own names for what is
-# there already.
+#: In the packaged model's config.json: transformers' own keys.
 _BOOKKEEPING = {
     "_name_or_path",
     "architectures",
@@ -80,6 +71,7 @@ _BOOKKEEPING = {
     "transformers_version",
     "use_cache",
 }
+#: In the packaged model's config.json: second names of other keys there.
 _ALIASES = {
     "head_dim": "d_head",
     "hidden_size": "d_model",
@@ -92,68 +84,110 @@ _ALIASES = {
     "num_hidden_layers": "n_layer",
     "tie_word_embeddings": "tied_unembed",
 }
+#: Keys whose null means that their default holds.
 _NULL_IS_ABSENT = {"afrac", "afrac_loctypes", "d_head", "d_mlp", "d_pos_emb", "n_mlp"}
+#: What the packaged model's tensor names start with.
 _PREFIX = "circuit_model."
+#: `transformer.h.3.attn.c_proj.weight`: layer "3", name "attn.c_proj.weight"; sparse_pretrain
+#: writes `blocks.3.attn.c_proj.weight`.
+_TENSOR_NAME = re.compile(r"(?:transformer\.)?(?:(?:h|blocks)\.(?P<layer>\d+)\.)?(?P<name>.+)")
+
+
+def read_openai_model(folder: Path) -> Checkpoint:
+    """Read a model folder of OpenAI's public storage (`models/<name>/`)."""
+    path = folder / "beeg_config.json"
+    weights = folder / "final_model.pt"
+    values = read_json(path)
+    return _checkpoint(values, path, read_state_dict(weights), weights)
+
+
+def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
+    """Read the model as packaged for the hub (`openai/circuit-sparsity`); `values` is the content
+    of its config.json.
+    """
+    path = folder / "config.json"
+    weights = folder / "model.safetensors"
+    for alias, key in _ALIASES.items():
+        if alias in values and values.get(key) not in (None, values[alias]):
+            raise ConfigError(
+                f"{path}: {alias} = {values[alias]!r} must be {key} = {values[key]!r}, "
+                "its other name"
+            )
+    other_keys = _BOOKKEEPING | _ALIASES.keys()
+    values = {key: value for key, value in values.items() if key not in other_keys}
+    tensors = {}
+    for name, tensor in read_tensors(weights).items():
+        if not name.startswith(_PREFIX):
+            raise CheckpointError(
+                f"{weights}: unknown tensor {name!r}; the names start with {_PREFIX!r}"
+            )
+        tensors[name.removeprefix(_PREFIX)] = tensor
+    return _checkpoint(values, path, tensors, weights)
+
+
+def _checkpoint(
+    values: Mapping[str, Any], path: Path, tensors: dict[str, Tensor], weights: Path
+) -> Checkpoint:
+    """The model that the `values` in `path` and the `tensors` in `weights` describe."""
+    positions = tensors.get("transformer.wpe.weight")
+    # The published models without positions carry a table of zeros.
+    is_zero = positions is not None and positions.dtype in DTYPES and not positions.any()
+    has_positions = positions is not None and not is_zero
+    has_logits_bias = "final_logits_bias" in tensors
+    with errors_name_file(path):
+        config = openai_config(values, has_logits_bias, has_positions)
+    if config.positions == "none":
+        tensors.pop("transformer.wpe.weight", None)
+    if values.get("flash") is False:
+        tensors = without_buffers(tensors, (".attn.bias",))  # the causal mask
+    return convert(config, tensors, weights)
 
 
 def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool) -> SparseConfig:
-    """`beeg_config.json` → our configuration; what is not written there is seen from the
-    tensors.
+    """The architecture that a `beeg_config.json` describes.
+
+    Args:
+        values: the content of the file.
+        logits_bias: whether the file of weights has a bias of the logits; the configuration does
+            not say.
+        positions: whether it has positions that are not zero; likewise.
+
+    Raises:
+        ConfigError: for a missing, unknown, impossible or unsupported value.
     """
-    values = {
-        key: value
-        for key, value in values.items()
-        if value is not None or key not in _NULL_IS_ABSENT
-    }
-    for key, neutral in _UNSUPPORTED.items():
-        if values.pop(key, neutral) != neutral:
-            raise ConfigError(f"{key} must be {json.dumps(neutral)}; nothing else is supported")
+    values = _without_nulls(values)
+    _take_unsupported(values)
     check_keys(values, ("block_size", "vocab_size", "n_layer", "n_head", "d_model"))
-    d_model, n_heads = take_size(values, "d_model"), take_size(values, "n_head")
-    d_pos, d_mlp = (
-        values.pop("d_pos_emb", 0),
-        [values.pop(key) for key in ("d_mlp", "n_mlp") if key in values],
-    )
-    if len(d_mlp) == 2 and d_mlp[0] != d_mlp[1]:
-        raise ConfigError(
-            f"d_mlp = {d_mlp[0]!r} and n_mlp = {d_mlp[1]!r} are two names of one size"
-        )
-    fraction, locations = (
-        values.pop("afrac", None),
-        values.pop("afrac_loctypes", "attn_in,attn_out,mlp_in,mlp_out"),
-    )
-    if not isinstance(locations, str):
-        raise ConfigError(f"afrac_loctypes = {locations!r} must be names separated by commas")
-    rms, ln_bias = take_flag(values, "rms_norm", False), take_flag(values, "ln_bias", True)
-    sinusoidal, flash = (
-        take_flag(values, "sinusoidal_cat_pos_emb", False),
-        take_flag(values, "flash", True),
-    )
-    activation = values.pop("residual_activation_type", "identity")
-    if activation not in ("identity", "relu"):
-        raise ConfigError(f"residual_activation_type = {activation!r} must be 'identity' or 'relu'")
-    sinks = values.pop("sink", False)
-    fields = dict(  # without `flash` the original has no sinks, whatever `sink` says
+    d_model = take_size(values, "d_model")
+    n_heads = take_size(values, "n_head")
+    d_pos = values.pop("d_pos_emb", 0)
+    d_mlp = _take_d_mlp(values, default=4 * d_model)
+    abs_topk = _take_abs_topk(values)
+    has_rms_norm = take_flag(values, "rms_norm", False)
+    has_norm_bias = take_flag(values, "ln_bias", True)
+    is_sinusoidal = take_flag(values, "sinusoidal_cat_pos_emb", False)
+    has_sinks = values.pop("sink", False)
+    if not take_flag(values, "flash", True):
+        has_sinks = False  # the original then has no sinks, whatever `sink` says
+    fields = dict(
         n_layers=values.pop("n_layer"),
         d_model=d_model,
         n_heads=n_heads,
         n_ctx=values.pop("block_size"),
         d_vocab=values.pop("vocab_size"),
         d_head=values.pop("d_head", d_model // n_heads),
-        d_mlp=d_mlp[0] if d_mlp else 4 * d_model,
-        normalization="rms" if rms else "layer",
-        norm_bias=ln_bias and not rms,
+        d_mlp=d_mlp,
+        normalization="rms" if has_rms_norm else "layer",
+        norm_bias=has_norm_bias and not has_rms_norm,
         act_fn=values.pop("activation_type", "gelu"),
-        resid_relu=activation == "relu",
-        abs_topk={}
-        if fraction is None
-        else dict.fromkeys(filter(None, locations.split(",")), fraction),
-        attn_sinks=sinks if flash else False,
+        resid_relu=_take_resid_relu(values),
+        abs_topk=abs_topk,
+        attn_sinks=has_sinks,
         bigram_table=values.pop("enable_bigram_table", False),
         logits_bias=logits_bias,
         d_pos=d_pos,
-        sinusoidal=bool(d_pos) and sinusoidal,
-        positions="concatenated" if d_pos else "added" if positions else "none",
+        sinusoidal=bool(d_pos) and is_sinusoidal,
+        positions=_positions(bool(d_pos), positions),
         biases=values.pop("bias", True),
         tied_unembed=values.pop("tied_unembed", True),
     )
@@ -161,87 +195,119 @@ def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool)
     return SparseConfig.from_dict(fields)
 
 
-def read_openai(folder: Path) -> Checkpoint:
-    """OpenAI's model folder (FORMATS: `models/<name>/` on their public storage)."""
-    path, weights = folder / "beeg_config.json", folder / "final_model.pt"
-    return _read(read_json(path), path, read_state_dict(weights), weights)
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        if value is not None or key not in _NULL_IS_ABSENT:
+            kept[key] = value
+    return kept
 
 
-def read_circuitgpt(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
-    """The model as packaged for the hub (`openai/circuit-sparsity`), with the content of its
-    config.json.
-    """
-    path, weights = folder / "config.json", folder / "model.safetensors"
-    for alias, key in _ALIASES.items():
-        if alias in values and values.get(key) not in (None, values[alias]):
-            raise ConfigError(
-                f"{path}: {alias} = {values[alias]!r} must be {key} = {values[key]!r}, its other name"
-            )
-    values = {
-        key: value for key, value in values.items() if key not in _BOOKKEEPING | _ALIASES.keys()
-    }
-    raw = read_tensors(weights)
-    if other := [name for name in raw if not name.startswith(_PREFIX)]:
-        raise CheckpointError(
-            f"{weights}: unknown tensor {other[0]!r}; the names start with {_PREFIX!r}"
+def _take_unsupported(values: dict[str, Any]) -> None:
+    for key, neutral in _UNSUPPORTED.items():
+        if values.pop(key, neutral) != neutral:
+            raise ConfigError(f"{key} must be {json.dumps(neutral)}; nothing else is supported")
+
+
+def _take_d_mlp(values: dict[str, Any], default: int) -> Any:
+    sizes = [values.pop(key) for key in ("d_mlp", "n_mlp") if key in values]
+    if not sizes:
+        return default
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"d_mlp = {sizes[0]!r} and n_mlp = {sizes[1]!r} are two names of one size"
         )
-    return _read(
-        values, path, {name.removeprefix(_PREFIX): tensor for name, tensor in raw.items()}, weights
-    )
+    return sizes[0]
 
 
-def _read(
-    values: Mapping[str, Any], path: Path, raw: dict[str, Tensor], weights: Path
-) -> Checkpoint:
-    wpe = raw.get("transformer.wpe.weight")
-    # The published models without positions carry a table of zeros.
-    zeros = wpe is not None and wpe.dtype in DTYPES and not wpe.any()
-    with naming(path):
-        cfg = openai_config(values, "final_logits_bias" in raw, wpe is not None and not zeros)
-    if cfg.positions == "none":
-        raw.pop("transformer.wpe.weight", None)
-    if values.get("flash") is False:
-        raw = {
-            name: tensor for name, tensor in raw.items() if not name.endswith(".attn.bias")
-        }  # the causal mask
-    return cfg, {**convert(cfg, raw, weights)}
+def _take_abs_topk(values: dict[str, Any]) -> dict[str, Any]:
+    fraction = values.pop("afrac", None)
+    locations = values.pop("afrac_loctypes", "attn_in,attn_out,mlp_in,mlp_out")
+    if not isinstance(locations, str):
+        raise ConfigError(f"afrac_loctypes = {locations!r} must be names separated by commas")
+    if fraction is None:
+        return {}
+    return {name: fraction for name in locations.split(",") if name}
 
 
-def convert(cfg: SparseConfig, raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A state dict in the original's names → ours, in our shapes: views, which `build_network`
-    checks and copies.
+def _take_resid_relu(values: dict[str, Any]) -> bool:
+    activation = values.pop("residual_activation_type", "identity")
+    if activation not in ("identity", "relu"):
+        raise ConfigError(f"residual_activation_type = {activation!r} must be 'identity' or 'relu'")
+    return bool(activation == "relu")
 
-    `CheckpointError` for an unknown tensor, one that cannot have our shape, or an unembedding that
-    is not tied.
+
+def _positions(is_concatenated: bool, is_in_file: bool) -> str:
+    if is_concatenated:
+        return "concatenated"
+    if is_in_file:
+        return "added"
+    return "none"
+
+
+def without_buffers(tensors: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors without those whose names have one of the `endings`; the network needs none."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
+
+
+def convert(config: SparseConfig, tensors: Mapping[str, Tensor], path: Path) -> Checkpoint:
+    """The checkpoint of tensors in the original's names and shapes: the same memory, seen in ours.
+
+    Args:
+        config: the architecture.
+        tensors: the state dict in the file.
+        path: the file, for error messages.
+
+    Raises:
+        CheckpointError: for an unknown tensor, one that cannot have our shape, or an unembedding
+            that should be tied and is not.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
-        match = re.fullmatch(r"(?:transformer\.)?(?:(?:h|blocks)\.(\d+)\.)?(.+)", name)
-        try:
-            ours = _ours(cfg, match[2], tensor) if match else {}
-        except (RuntimeError, IndexError) as error:
-            shape = list(tensor.shape)
-            raise CheckpointError(
-                f"{path}: {name} of shape {shape} does not fit the configuration"
-            ) from error
-        if match is None or not ours:
-            raise CheckpointError(f"{path}: unknown tensor {name!r}")
-        for key, value in ours.items():
-            place = f"blocks.{match[1]}.{key}" if match[1] else key
-            if place in state:
+    for name, tensor in tensors.items():
+        for our_name, converted in _convert_tensor(config, name, tensor, path).items():
+            if our_name in state:
                 raise CheckpointError(f"{path}: {name} is there twice, under two names")
-            state[place] = value
-    head, wte = state.get("unembed.W_U"), state.get("embed.W_E")
-    if cfg.tied_unembed and head is not None and wte is not None:
-        del state["unembed.W_U"]
-        if not (head.dtype == wte.dtype and wte.dtype in DTYPES and torch.equal(head.T, wte)):
-            raise CheckpointError(
-                f"{path}: tied_unembed is true, but lm_head.weight differs from wte.weight"
-            )
-    return state
+            state[our_name] = converted
+    if config.tied_unembed:
+        _drop_tied_unembedding(state, path)
+    return Checkpoint(config, dict(state))
 
 
-#: What only has another name in the original.
+def _convert_tensor(
+    config: SparseConfig, full_name: str, tensor: Tensor, path: Path
+) -> dict[str, Tensor]:
+    """One tensor of the original as ours, by their names in our state dict."""
+    match = _TENSOR_NAME.fullmatch(full_name)
+    if match is None:
+        raise CheckpointError(f"{path}: unknown tensor {full_name!r}")
+    try:
+        converted = _convert_by_name(config, match["name"], tensor)
+    except (RuntimeError, IndexError) as error:
+        shape = list(tensor.shape)
+        raise CheckpointError(
+            f"{path}: {full_name} of shape {shape} does not fit the configuration"
+        ) from error
+    if not converted:
+        raise CheckpointError(f"{path}: unknown tensor {full_name!r}")
+    block = f"blocks.{match['layer']}." if match["layer"] else ""
+    return {block + name: value for name, value in converted.items()}
+
+
+def _drop_tied_unembedding(state: dict[str, Tensor], path: Path) -> None:
+    """Drop W_U, if it is there, after checking that it is the transposed embedding."""
+    unembedding = state.get("unembed.W_U")
+    embedding = state.get("embed.W_E")
+    if unembedding is None or embedding is None:
+        return
+    is_float = unembedding.dtype == embedding.dtype and embedding.dtype in DTYPES
+    if not is_float or not torch.equal(unembedding.T, embedding):
+        raise CheckpointError(
+            f"{path}: tied_unembed is true, but lm_head.weight differs from wte.weight"
+        )
+    del state["unembed.W_U"]
+
+
+#: Tensors that only have another name in the original.
 _RENAMED = {
     "wte.weight": "embed.W_E",
     "wpe.weight": "pos_embed.W_pos",
@@ -265,31 +331,37 @@ _RENAMED = {
 }
 
 
-def _ours(cfg: SparseConfig, name: str, x: Tensor) -> dict[str, Tensor]:
-    """The tensor of this name in a block, or outside of them, as ours; none if the original has no
-    such tensor.
-    """
-    heads = dict(h=cfg.n_heads, d=cfg.d_head)
+def _convert_by_name(config: SparseConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """As `_convert_tensor`, by names without the block; empty if the name is unknown."""
+    heads = dict(h=config.n_heads, d=config.d_head)
     match name:
         case "attn.c_attn.weight":
-            matrices = rearrange(x, "(qkv h d) m -> qkv h m d", qkv=3, **heads)
-            reads = {
-                f"attn.W_{letter}": matrix for letter, matrix in zip("QKV", matrices, strict=True)
-            }
-        case "mlp.c_fc.weight":
-            reads = {"mlp.W_in": x.T}
+            q, k, v = rearrange(tensor, "(qkv h d) m -> qkv h m d", qkv=3, **heads)
+            return _split_read({"attn.W_Q": q, "attn.W_K": k, "attn.W_V": v}, config)
         case "attn.c_attn.bias":
-            biases = rearrange(x, "(qkv h d) -> qkv h d", qkv=3, **heads)
-            return {f"attn.b_{letter}": bias for letter, bias in zip("QKV", biases, strict=True)}
+            q, k, v = rearrange(tensor, "(qkv h d) -> qkv h d", qkv=3, **heads)
+            return {"attn.b_Q": q, "attn.b_K": k, "attn.b_V": v}
         case "attn.c_proj.weight":
-            return {"attn.W_O": rearrange(x, "m (h d) -> h d m", **heads)}
+            return {"attn.W_O": rearrange(tensor, "m (h d) -> h d m", **heads)}
+        case "mlp.c_fc.weight":
+            return _split_read({"mlp.W_in": tensor.T}, config)
         case "mlp.c_proj.weight":
-            return {"mlp.W_out": x.T}
+            return {"mlp.W_out": tensor.T}
         case "lm_head.weight":
-            return {"unembed.W_U": x.T}
-        case _:
-            return {_RENAMED[name]: x} if name in _RENAMED else {}
-    # The rows that read positional channels are parameters of their own.
-    split = {key: matrix.split([cfg.d_model, cfg.d_pos], dim=-2) for key, matrix in reads.items()}
-    positional = {f"{key}_pos": rows for key, (_, rows) in split.items() if cfg.d_pos}
-    return {key: rows for key, (rows, _) in split.items()} | positional
+            return {"unembed.W_U": tensor.T}
+    if name in _RENAMED:
+        return {_RENAMED[name]: tensor}
+    return {}
+
+
+def _split_read(matrices: Mapping[str, Tensor], config: SparseConfig) -> dict[str, Tensor]:
+    """Matrices that read what enters a layer; the rows that read positional channels are parameters
+    of their own.
+    """
+    split = {}
+    for name, matrix in matrices.items():
+        of_stream, of_positions = matrix.split([config.d_model, config.d_pos], dim=-2)
+        split[name] = of_stream
+        if config.d_pos:
+            split[f"{name}_pos"] = of_positions
+    return split

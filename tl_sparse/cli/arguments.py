@@ -103,7 +103,7 @@ def changed_by_file(config: Any, path: str | None) -> Any:
     if path is None:
         return config
 
-    from tl_sparse.files import naming, read_yaml
+    from tl_sparse.files import errors_name_file, read_yaml
 
-    with naming(path):
+    with errors_name_file(path):
         return merged(config, read_yaml(Path(path)))

@@ -10,7 +10,9 @@ from transformer_lens.model_bridge import ArchitectureAdapter, TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces.model import SparseModel, prepare_tokenizer, tl_config_fields
+from tl_sparse.faces.model import SparseModel
+from tl_sparse.faces.tl_config import tl_config_fields
+from tl_sparse.faces.tokens import prepare_tokenizer
 from tl_sparse.network import SparseTransformer
 
 
@@ -25,33 +27,33 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         self.reads_bigram_table = False
 
     def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
-        """TransformerLens' logit lenses pass the logits they read off the residual stream through
-        here.
+        """Where TransformerLens' logit lenses pass the logits that they read off the stream.
+
+        Raises:
+            UnsupportedError: if the model has a bigram table.
         """
         if self.reads_bigram_table:
             raise UnsupportedError(
-                "a part of this model's logits comes from its bigram table, off the residual stream, so the stream "
-                "alone does not predict tokens: add cache['hook_bigram'] to what unembed(ln_final(resid)) gives"
+                "a part of this model's logits comes from its bigram table, off the residual "
+                "stream, so the stream alone does not predict tokens: add cache['hook_bigram'] to "
+                "what unembed(ln_final(resid)) gives"
             )
         return super().apply_output_logits_transform(logits)
 
     def validate_output_logits_transform(self) -> None:
-        """As `apply_output_logits_transform`, asked before a readout."""
+        """The same check before a logit lens begins."""
         self.apply_output_logits_transform(torch.zeros(1))
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
-        """Give the bridge the network's modules. TransformerBridge calls this while it is being set
-        up.
-        """
-        # `boot_transformers` builds the stock class, whose forward knows neither padding nor the
-        # bigram table.
+        """Give the bridge the network's modules; TransformerBridge calls this in its set-up."""
+        # `boot_transformers` builds TransformerLens' own class, whose forward knows neither padding
+        # nor the bigram table.
         bridge.__class__ = SparseTransformerBridge
         for name, value in tl_config_fields(bridge.network).items():
             if name != "model_name":
                 object.__setattr__(bridge.cfg, name, value)
         self.reads_bigram_table = bridge.network.cfg.bigram_table
-        # The bridge's fallback for parameters that no component owns; now the modules themselves
-        # own them.
+        # The bridge's fallback for parameters that no component owns: here the modules own them.
         bridge._modules.pop("_container_state_owners", None)
         bridge.adopt_network(bridge.cfg)
         for block in bridge.blocks:  # as on TransformerLens 4's own models, under both names
@@ -64,8 +66,8 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 class SparseTransformerBridge(SparseModel, TransformerBridge):
     """Inherits everything but `forward` and its set-up from `TransformerBridge`."""
 
-    # The stock aliases point at components of the stock bridge; here the names are the hook points'
-    # own.
+    # TransformerLens' aliases point at components of its own bridge; here the names are the hook
+    # points' own.
     hook_aliases: dict[str, str | list[str]] = {}
 
     def __init__(
@@ -83,7 +85,7 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
         return getattr(model, "network", model)
 
     def run_with_cache(self, *args: Any, stop_at_layer: int | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.run_with_cache`, which itself can stop only at a hook point of its own
+        """`TransformerBridge.run_with_cache`, whose own `stop_at_layer` works only on its own
         blocks.
         """
         if stop_at_layer is None:
@@ -95,11 +97,12 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
             del self.__dict__["forward"]
 
     def generate(self, *args: Any, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.generate`, which masks padding by `cfg.default_prepend_bos`, not by
-        `prepend_bos`.
+        """`TransformerBridge.generate`, with padding masked by `prepend_bos`: it looks only at
+        `cfg.default_prepend_bos`.
         """
         default = self.cfg.default_prepend_bos
-        self.cfg.default_prepend_bos = default if prepend_bos is None else prepend_bos
+        if prepend_bos is not None:
+            self.cfg.default_prepend_bos = prepend_bos
         try:
             return super().generate(*args, prepend_bos=prepend_bos, **kwargs)
         finally:
@@ -108,8 +111,10 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any
     ) -> None:
-        """Names and shapes are HookedTransformer's in any mode; processing the weights is
-        refused.
+        """TransformerBridge's method. Names and shapes are HookedTransformer's in any mode.
+
+        Raises:
+            UnsupportedError: unless `no_processing`: the weights must stay as they are.
         """
         if not no_processing:
             self._refuse_processing()

@@ -1,6 +1,4 @@
-"""The activation cache of our models: TransformerLens' own, knowing that AbsTopK drops some of what
-is written.
-"""
+"""The activation cache of our models: TransformerLens' own, aware of what AbsTopK drops."""
 
 from typing import Any
 
@@ -12,29 +10,24 @@ from transformer_lens.utilities.slice import Slice
 
 
 class SparseActivationCache(ActivationCache):
-    """What heads and neurons write, as TransformerLens' cache gives it, always sums to what their
-    layer writes.
+    """TransformerLens' cache, in which what heads or neurons write sums to what their layer writes.
 
-    Of a channel that AbsTopK drops each of them writes nothing; its share of minus the bias cancels
-    the bias.
+    To a channel that AbsTopK drops, all heads or neurons together write minus the bias, each an
+    equal share, so that the sum with the bias is zero.
     """
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "SparseActivationCache":
-        """The cache of some of the batch."""
+        """The cache of a part of the batch."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' method; warns where the residual stream is not a sum of its
-        components.
-        """
+        """TransformerLens' method; warns if the residual stream is not a sum of its components."""
         self.model.warn_if_not_additive("decompose_resid")
         return super().decompose_resid(*args, **kwargs)
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' method; warns where the residual stream is not a sum of its
-        components.
-        """
+        """TransformerLens' method; warns if the residual stream is not a sum of its components."""
         self.model.warn_if_not_additive("get_full_resid_decomposition")
         return super().get_full_resid_decomposition(*args, **kwargs)
 
@@ -46,8 +39,10 @@ class SparseActivationCache(ActivationCache):
         names = [f"blocks.{layer}.attn.hook_result" for layer in range(self.model.cfg.n_layers)]
         missing = [name for name in names if name not in self.cache_dict]
         for name in missing:
-            attn = self.model.get_submodule(name.removesuffix(".hook_result"))
-            self.cache_dict[name] = attn.head_results(self.cache_dict[name.replace("result", "z")])
+            module_name = name.removesuffix(".hook_result")
+            attn = self.model.get_submodule(module_name)
+            z = self.cache_dict[f"{module_name}.hook_z"]
+            self.cache_dict[name] = attn.head_results(z)
         return not missing
 
     def get_neuron_results(
@@ -58,12 +53,14 @@ class SparseActivationCache(ActivationCache):
         project_output_onto: Tensor | None = None,
     ) -> Float[Tensor, "*batch pos neuron d_model"]:
         """What each neuron writes: mlp_out = Σ results + b_out."""
-        mlp = self.model.blocks[layer].mlp
-        if self.model.blocks[layer].topk_mlp_out.k is None:
+        block = self.model.blocks[layer]
+        if block.topk_mlp_out.k is None:
             return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
         results = super().get_neuron_results(layer, neuron_slice, pos_slice)
         mlp_out = Slice.unwrap(pos_slice).apply(self["mlp_out", layer], dim=-2)
-        results = torch.where(mlp_out.ne(0).unsqueeze(-2), results, -mlp.b_out / mlp.W_out.shape[0])
+        is_kept = mlp_out.ne(0).unsqueeze(-2)
+        n_neurons = block.mlp.W_out.shape[0]
+        results = torch.where(is_kept, results, -block.mlp.b_out / n_neurons)
         return results if project_output_onto is None else results @ project_output_onto
 
     def _stack_neuron_results_apply_ln_projected(
@@ -74,7 +71,8 @@ class SparseActivationCache(ActivationCache):
         project_2d: Tensor,
         **mlp_input: bool,
     ) -> Float[Tensor, "neuron *batch pos output"]:
-        # TransformerLens folds norm and projection into W_out, which has no place for what AbsTopK
-        # drops.
+        # TransformerLens' own method folds norm and projection into W_out, and so cannot leave out
+        # what AbsTopK drops.
         stacked = self.stack_neuron_results(layer, pos_slice=pos_slice, neuron_slice=neuron_slice)
-        return self.apply_ln_to_stack(stacked, layer, pos_slice=pos_slice, **mlp_input) @ project_2d
+        normalized = self.apply_ln_to_stack(stacked, layer, pos_slice=pos_slice, **mlp_input)
+        return normalized @ project_2d

@@ -11,7 +11,8 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.faces.model import SparseModel, tl_config_fields
+from tl_sparse.faces.model import SparseModel
+from tl_sparse.faces.tl_config import tl_config_fields
 from tl_sparse.network import SparseTransformer
 
 
@@ -33,34 +34,35 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         HookedRootModule.setup(self)
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters by TransformerLens' names; tied or not, the unembedding is among them."""
+        """Parameters by TransformerLens' names, among them the unembedding, tied or not."""
         return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
-        """`torch.nn.Module.to`, whose every form is taken; `cfg` follows."""
+        """`torch.nn.Module.to`, in all its forms; `cfg` follows."""
         return torch.nn.Module.to(self, *args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`HookedTransformer.generate`; each step reads the whole sequence, whatever
-        `use_past_kv_cache` says.
+        """`HookedTransformer.generate`, without `use_past_kv_cache`: each step reads the whole
+        sequence.
         """
-        # TransformerLens' loop hands `forward` only the tokens' embeddings; the bigram table needs
-        # the tokens.
-        self._embedded: list[Tensor] = []
-        handle = self.embed.register_forward_pre_hook(
-            lambda module, args: self._embedded.append(args[0])
-        )
+        # TransformerLens' loop gives `forward` only the embeddings; the bigram table needs the
+        # tokens, so they are kept on their way through the embedding.
+        self._embedded_tokens: list[Tensor] = []
+
+        def keep_tokens(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+            self._embedded_tokens.append(args[0])
+
+        handle = self.embed.register_forward_pre_hook(keep_tokens)
         try:
             return super().generate(**_without_cache(super().generate, *args, **kwargs))
         finally:
             handle.remove()
-            del self._embedded
+            del self._embedded_tokens
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
-        yield from super().generate_stream(
-            **_without_cache(super().generate_stream, *args, **kwargs)
-        )
+        arguments = _without_cache(super().generate_stream, *args, **kwargs)
+        yield from super().generate_stream(**arguments)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""
@@ -69,8 +71,9 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             raise UnsupportedError(
                 "this model reads whole sequences: it has no past_kv_cache; pass all tokens"
             )
-        if kwargs.get("start_at_layer") == 0 and getattr(self, "_embedded", None):
-            kwargs.setdefault("tokens", torch.cat(self._embedded, dim=1))
+        embedded_tokens = getattr(self, "_embedded_tokens", None)
+        if kwargs.get("start_at_layer") == 0 and embedded_tokens:
+            kwargs.setdefault("tokens", torch.cat(embedded_tokens, dim=1))
         return super().forward(input, *args, **kwargs)
 
     def get_residual(
@@ -83,10 +86,11 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return_shortformer_pos_embed: bool = True,
         device: torch.device | None = None,
     ) -> Any:
-        """HookedTransformer's method: embeddings with added positions, the stream entering the
-        first block.
+        """HookedTransformer's method: the residual stream entering the first block, embeddings with
+        added positions.
         """
-        resid = self.network.add_positions(embed, self.network.position_ids(embed, attention_mask))
+        position_ids = self.network.position_ids(embed, attention_mask)
+        resid = self.network.add_positions(embed, position_ids)
         return (resid, None) if return_shortformer_pos_embed else resid
 
 
@@ -94,4 +98,4 @@ def _without_cache(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
     """The arguments of a call of `method`, by name, with `use_past_kv_cache` off."""
     call = signature(method).bind(*args, **kwargs)
     generation_kwargs = call.arguments.pop("generation_kwargs", {})
-    return call.arguments | generation_kwargs | {"use_past_kv_cache": False}
+    return {**call.arguments, **generation_kwargs, "use_past_kv_cache": False}

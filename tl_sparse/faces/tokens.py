@@ -1,0 +1,54 @@
+"""Tokenizers made ready for a model."""
+
+import copy
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_sparse.data import END_OF_TEXT
+from tl_sparse.errors import TokenizerError
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, d_vocab: int
+) -> tuple[PreTrainedTokenizerBase, bool]:
+    """A checked copy of a tokenizer, in which the end-of-text token stands for each special token
+    that it lacks.
+
+    It takes the place of TransformerLens' own set-up, which reloads a tokenizer from where it came
+    from, and so fails for one that was made in memory.
+
+    Returns:
+        The copy, and whether it puts the begin-of-text token in front of a text by itself.
+
+    Raises:
+        TokenizerError: if it is not a tokenizer, its vocabulary is larger than the model's, or it
+            has no end-of-text token.
+    """
+    if not hasattr(tokenizer, "add_special_tokens") or not hasattr(tokenizer, "all_special_tokens"):
+        raise TokenizerError(
+            f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}"
+        )
+    n_tokens = len(tokenizer)
+    if n_tokens > d_vocab:
+        raise TokenizerError(
+            f"the tokenizer has {n_tokens} tokens, the model d_vocab = {d_vocab}: not its tokenizer"
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    end = _end_of_text(tokenizer)
+    roles = ("eos_token", "pad_token", "bos_token")
+    missing = [role for role in roles if getattr(tokenizer, role) is None]
+    tokenizer.add_special_tokens(dict.fromkeys(missing, end))
+    ids = tokenizer.encode("a")
+    prepends_bos = len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+    return tokenizer, prepends_bos
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = tokenizer.get_vocab()
+    for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, END_OF_TEXT):
+        if token is not None and token in vocabulary:
+            return str(token)
+    raise TokenizerError(
+        f"the tokenizer has no end-of-text token: neither eos_token nor {END_OF_TEXT!r} in its "
+        "vocabulary; tokenizer.add_special_tokens({'eos_token': …}) names it"
+    )
