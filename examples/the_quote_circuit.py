@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 
 import tl_sparse
-from tl_sparse.circuits import KINDS, node_label, residual_joins
+from tl_sparse.circuits import LOCATIONS, node_label, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
 from tl_sparse.tasks import Task, make_task_data
@@ -96,7 +96,7 @@ for node in circuit.nodes:
     named, ends = (text, tokens) if token_share >= position_share else ("@{}".format, positions)
     extremes = " … ".join(" ".join(map(named, end)) for end in ends)
     shares = [f"{token_share:.0%}", f"{position_share:.0%}"]
-    lines.append([node_label(model, node), KINDS[node.location], *shares, extremes])
+    lines.append([node_label(model, node), LOCATIONS[node.location].description, *shares, extremes])
 print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 
