@@ -18,7 +18,7 @@ from itertools import chain, islice
 import torch
 
 import tl_sparse
-from tl_sparse.circuits import KINDS, node_label, residual_joins
+from tl_sparse.circuits import LOCATIONS, node_label, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
 from tl_sparse.tasks import Task, make_task_data
@@ -112,7 +112,7 @@ for node in circuit.nodes:
     lines.append(
         [
             node_label(model, node),
-            KINDS[node.location],
+            LOCATIONS[node.location].description,
             f"{on_token.explained:.0%}",
             f"{on_position.explained:.0%}",
             f"{' '.join(highest)} … {' '.join(lowest)}",

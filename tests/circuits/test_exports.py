@@ -14,9 +14,9 @@ import torch
 
 from helpers import has_hooks
 from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN
+from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.exports import (
-    FORMATS,
-    attribution_graph,
+    TEXT_FORMATS,
     export,
     residual_joins,
     to_dot,
@@ -183,9 +183,11 @@ def test_another_model_or_no_means_or_tokenizer_are_refused(circuit, micro):
         attribution_graph(dataclasses.replace(circuit, means={}), micro, MICRO_TASK)
     with torch.no_grad():
         micro.blocks[0].attn.W_V[0, 0, 0] = 7
-    for write in FORMATS.values():
+    for write in TEXT_FORMATS.values():
         with pytest.raises(CircuitError, match="belongs to the model 'micro'"):
-            write(circuit, micro, *[MICRO_TASK] * (write is FORMATS[".json"]))
+            write(circuit, micro)
+    with pytest.raises(CircuitError, match="belongs to the model 'micro'"):
+        attribution_graph(circuit, micro, MICRO_TASK)
     micro.tokenizer = None
     with pytest.raises(TokenizerError, match="needs the model's tokenizer"):
         attribution_graph(circuit, micro, MICRO_TASK)

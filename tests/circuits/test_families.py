@@ -24,7 +24,7 @@ from micro import (
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
-from tl_sparse.circuits.nodes import HEAD_LOCATIONS, LOCATION_HOOKS, node_at, weight_matrices
+from tl_sparse.circuits.nodes import BLOCK_LOCATIONS, LOCATIONS, node_at, weight_matrices
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.hooks import ablating
@@ -311,7 +311,7 @@ def cut(parts, location, index):
         if part in parts:
             weight, _ = parts[part]
             weight[index] = 0
-    output = divmod(index, D_HEAD) if location in HEAD_LOCATIONS else (index,)
+    output = divmod(index, D_HEAD) if LOCATIONS[location].is_by_head else (index,)
     for part in WRITERS.get(location, ()):
         weight, bias = parts[part]
         weight[(..., *output)] = 0
@@ -330,9 +330,9 @@ def read_as_zero(model, name, location, index):
 
 def test_locations_of_a_family(family):
     name, model, _, hooks, means = family
-    locations = [
-        where for where in LOCATION_HOOKS if name != "attn_only" or where.startswith("attn")
-    ]
+    locations = [location.name for location in BLOCK_LOCATIONS]
+    if name == "attn_only":
+        locations = [where for where in locations if where.startswith("attn")]
     assert list(hooks) == [(layer, where) for layer in range(LAYERS) for where in locations]
     assert all(
         str(node_at(hook, 3)) == f"{layer}.{where}.3" for (layer, where), hook in hooks.items()
@@ -384,7 +384,7 @@ def test_edges_are_the_weights_between_their_nodes(family):
         assert torch.equal(found["mlp_neuron", "mlp_out"][0], parts["out"][0])
 
 
-@pytest.mark.parametrize("location", LOCATION_HOOKS)
+@pytest.mark.parametrize("location", [location.name for location in BLOCK_LOCATIONS])
 def test_an_ablated_node_is_one_taken_out_of_the_weights(family, location):
     name, model, plain, hooks, means = family
     if (1, location) not in hooks:
@@ -511,13 +511,13 @@ def test_whatever_comes_between_nodes_is_noticed(point, change, why):
     with pytest.raises(HookNameError, match=f"in layer 1, {why}"):
         node_hooks(model)
     model.reset_hooks()
-    assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
+    assert len(node_hooks(model)) == LAYERS * len(BLOCK_LOCATIONS)
 
 
 def test_models_in_lower_precision():
     model = small("llama").to(torch.bfloat16)
     model.train()
-    assert len(node_hooks(model)) == LAYERS * len(LOCATION_HOOKS)
+    assert len(node_hooks(model)) == LAYERS * len(BLOCK_LOCATIONS)
     assert model.training
 
 

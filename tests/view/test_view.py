@@ -26,8 +26,9 @@ from micro import (
     micro_model,
     micro_tokenizer,
 )
+from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.exports import attribution_graph, to_networkx
+from tl_sparse.circuits.exports import to_networkx
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import main
 from tl_sparse.cli.arguments import given_fields

@@ -1,13 +1,12 @@
+from .attribution import attribution_graph as attribution_graph
 from .circuit import Circuit as Circuit
-from .exports import attribution_graph as attribution_graph
 from .exports import export as export
 from .exports import residual_joins as residual_joins
 from .exports import to_networkx as to_networkx
 from .families import node_hooks as node_hooks
 from .fingerprints import fingerprint as fingerprint
 from .nodes import EMBED_HOOK as EMBED_HOOK
-from .nodes import HEAD_LOCATIONS as HEAD_LOCATIONS
-from .nodes import KINDS as KINDS
+from .nodes import LOCATIONS as LOCATIONS
 from .nodes import Edge as Edge
 from .nodes import Node as Node
 from .nodes import index_label as index_label

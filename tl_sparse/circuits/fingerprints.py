@@ -1,5 +1,5 @@
-"""Recognising a model: the same weights have the same fingerprint in any dtype, on any device and
-face.
+"""Recognising a model: the same weights have the same fingerprint in any dtype, on any device, and
+on either TransformerLens line.
 """
 
 import hashlib
@@ -11,14 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tl_sparse.hooks import TLModel
+from tl_sparse.hooks import TLModel, is_sparse_model
 
-#: Two sketches that differ by less than this share of their length are of the same weights:
-#: rounding to bfloat16 moves one by about 0.001, weights that changed by 5 % by about 0.05, and two
-#: different matrices differ by about 1.
+#: Two sketches that differ by less than this share of their length are of the same weights.
+#: Rounding to bfloat16 moves a sketch by about 0.001 of its length, a change of the weights by 5 %
+#: moves it by about 0.05, and the sketches of two different matrices differ by about 1.
 TOLERANCE = 0.01
-#: What rounding to float16 can do to weights of any size.
+#: Rounding to float16 can move even the smallest weights by this much.
 ABSOLUTE_TOLERANCE = 1e-6
+#: What identifies the architecture of a model that is not of this package.
+_CONFIG_FIELDS = (
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "d_head",
+    "d_mlp",
+    "d_vocab",
+    "n_ctx",
+    "act_fn",
+    "n_key_value_heads",
+    "parallel_attn_mlp",
+    "positional_embedding_type",
+    "rotary_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -44,27 +59,22 @@ class Fingerprint:
 
 def fingerprint(model: TLModel) -> Fingerprint:
     """The fingerprint of a TransformerLens model."""
-    if (cfg := getattr(model, "sparse_cfg", None)) is not None:
-        described = cfg.to_dict()
+    if is_sparse_model(model):
+        config = model.sparse_cfg.to_dict()
+        parameters = model.network.weights()
     else:
-        names = ["n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn"]
-        names += [
-            "n_key_value_heads",
-            "parallel_attn_mlp",
-            "positional_embedding_type",
-            "rotary_dim",
-        ]
-        described = {name: getattr(model.cfg, name, None) for name in names}
-    text = json.dumps(described, sort_keys=True)
-    named = model.named_parameters() if cfg is None else model.network.weights()
-    sketch = {name: _project(parameter) for name, parameter in named}
-    return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], sketch)
+        config = {name: getattr(model.cfg, name, None) for name in _CONFIG_FIELDS}
+        parameters = model.named_parameters()
+    text = json.dumps(config, sort_keys=True)
+    architecture = hashlib.sha256(text.encode()).hexdigest()[:16]
+    sketch = {name: _project(weights) for name, weights in parameters}
+    return Fingerprint(architecture, sketch)
 
 
 @torch.no_grad()
 def _project(weights: Tensor) -> list[float]:
-    """Sums of the weights with fixed signs, of every eighth entry each, about as large as a
-    weight.
+    """Eight sums of the weights with fixed signs, each over every eighth entry, scaled to about the
+    size of a weight.
     """
     flat = weights.detach().flatten().to("cpu", torch.float64)
     # The sign of a cosine of incommensurable angles: as good as random here, and the same on every
@@ -72,4 +82,5 @@ def _project(weights: Tensor) -> list[float]:
     angles = torch.arange(1, flat.numel() + 1, dtype=torch.float64) * 1.8393972058572117
     signed = torch.where(angles.cos() >= 0, flat, -flat)
     sums = F.pad(signed, (0, -len(flat) % 8)).view(-1, 8).sum(0)
-    return [float(f"{value:.6g}") for value in (sums / len(flat) ** 0.5).tolist()]
+    projections = sums / len(flat) ** 0.5
+    return [float(f"{value:.6g}") for value in projections.tolist()]

@@ -1,9 +1,10 @@
-"""The node locations of a model (Gao et al. 2025, section 2.2): where they are, and how nodes are
-named.
+"""Nodes and edges of a model (Gao et al. 2025, section 2.2): at which locations they are, what
+they are called, and which weight matrices join them.
 """
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,53 +14,102 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import CircuitError, HookNameError
-from tl_sparse.hooks import TLModel
+from tl_sparse.hooks import NodeMasks, TLModel
 
-#: Location, its hook point in a block, OpenAI's name for it after the layer, its nodes in words; in
-#: the order of the forward pass. Reads: on our models (after AbsTopK), a `TransformerBridge` (after
-#: the norm) and a `HookedTransformer` (before the norm's weight, where holding an entry at its mean
-#: is the same).
-_LOCATIONS = (
-    (
-        "attn_in",
-        ("ln1.hook_read", "attn.hook_in", "ln1.hook_normalized"),
-        "attn.act_in",
-        "read by attention",
+
+@dataclass(frozen=True)
+class NodeLocation:
+    """A place in the network at which each entry of the activation is a node.
+
+    Attributes:
+        name: as it stands in the names of nodes, after the layer.
+        openai_name: the same in OpenAI's files.
+        description: what the nodes there are.
+        hook_points: the hook points in a block that can carry its activation; a model is used
+            through the first of these that it has.
+        is_by_head: whether the activation has an axis for heads.
+    """
+
+    name: str
+    openai_name: str
+    description: str
+    hook_points: tuple[str, ...]
+    is_by_head: bool = False
+
+
+#: The locations in each block, in the order of the forward pass.
+#:
+#: The hook points of reads are, in this order, those of our models (after AbsTopK), of a
+#: `TransformerBridge` (after the norm), and of a `HookedTransformer` (before the norm's weight,
+#: where holding an entry at its mean has the same effect).
+BLOCK_LOCATIONS = (
+    NodeLocation(
+        name="attn_in",
+        openai_name="attn.act_in",
+        description="read by attention",
+        hook_points=("ln1.hook_read", "attn.hook_in", "ln1.hook_normalized"),
     ),
-    ("attn_q", ("attn.hook_q",), "attn.q", "query channels"),
-    ("attn_k", ("attn.hook_k",), "attn.k", "key channels"),
-    ("attn_v", ("attn.hook_v",), "attn.v", "value channels"),
-    ("attn_out", ("hook_attn_out",), "attn.resid_delta", "written by attention"),
-    (
-        "mlp_in",
-        ("ln2.hook_read", "mlp.hook_in", "ln2.hook_normalized"),
-        "mlp.act_in",
-        "read by MLP",
+    NodeLocation("attn_q", "attn.q", "query channels", ("attn.hook_q",), is_by_head=True),
+    NodeLocation("attn_k", "attn.k", "key channels", ("attn.hook_k",), is_by_head=True),
+    NodeLocation("attn_v", "attn.v", "value channels", ("attn.hook_v",), is_by_head=True),
+    NodeLocation("attn_out", "attn.resid_delta", "written by attention", ("hook_attn_out",)),
+    NodeLocation(
+        name="mlp_in",
+        openai_name="mlp.act_in",
+        description="read by MLP",
+        hook_points=("ln2.hook_read", "mlp.hook_in", "ln2.hook_normalized"),
     ),
-    ("mlp_neuron", ("mlp.hook_post",), "mlp.post_act", "MLP neurons"),
-    ("mlp_out", ("hook_mlp_out",), "mlp.resid_delta", "written by MLP"),
+    NodeLocation("mlp_neuron", "mlp.post_act", "MLP neurons", ("mlp.hook_post",)),
+    NodeLocation("mlp_out", "mlp.resid_delta", "written by MLP", ("hook_mlp_out",)),
 )
-LOCATION_HOOKS = {name: hooks for name, hooks, _, _ in _LOCATIONS}
-#: Not in a block, and nodes only where `PruneConfig.embed_gates` asks for it: what the tokens
-#: write.
-EMBED_LOCATION, EMBED_HOOK = "embed_out", "hook_embed"
-OPENAI_LOCATIONS = {name: theirs for name, _, theirs, _ in _LOCATIONS} | {EMBED_LOCATION: "embed"}
-KINDS = {name: kind for name, _, _, kind in _LOCATIONS} | {EMBED_LOCATION: "written by tokens"}
-HEAD_LOCATIONS = ("attn_q", "attn_k", "attn_v")
-_LOCATION_OF = {name: name for name in KINDS} | {
-    theirs: name for name, theirs in OPENAI_LOCATIONS.items()
-}
-_LOCATION_AT = {hook: name for name, hooks in LOCATION_HOOKS.items() for hook in hooks}
-#: Weight matrices that join locations of a block (METHOD §4): module, parameter, source, target.
-#: From the writes to later reads there is no weight: the residual stream joins them.
+#: What the tokens write. It is in no block, its nodes count as layer 0, and it is a node location
+#: only where `PruneConfig.embed_gates` asks for it.
+EMBED_LOCATION = NodeLocation("embed_out", "embed", "written by tokens", hook_points=())
+EMBED_HOOK = "hook_embed"
+
+#: All node locations by name.
+LOCATIONS = {location.name: location for location in (*BLOCK_LOCATIONS, EMBED_LOCATION)}
+_BY_OPENAI_NAME = {location.openai_name: location for location in LOCATIONS.values()}
+#: Name in either notation → location.
+_BY_ANY_NAME = LOCATIONS | _BY_OPENAI_NAME
+_BY_HOOK_POINT = {point: location for location in BLOCK_LOCATIONS for point in location.hook_points}
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """A weight matrix that joins two node locations of a block.
+
+    Attributes:
+        module: the name of the block's module that has it.
+        weight: the name of its parameter there.
+        source, target: the names of the locations that it joins.
+        bias: the parameter that is added at the target; "" for W_gate, since the bias of neurons
+            belongs to W_in.
+        positional_weight: the parameter with its rows for positional channels; "" if it never has
+            any.
+        grouped_weight: the parameter in which a `HookedTransformer` whose query heads share keys
+            and values stores each of these once, while `weight` repeats them for every query head;
+            "" if heads never share it.
+    """
+
+    module: str
+    weight: str
+    source: str
+    target: str
+    bias: str = ""
+    positional_weight: str = ""
+    grouped_weight: str = ""
+
+
+#: From writes to later reads there is no weight: the residual stream joins them.
 MATRICES = (
-    ("attn", "W_Q", "attn_in", "attn_q"),
-    ("attn", "W_K", "attn_in", "attn_k"),
-    ("attn", "W_V", "attn_in", "attn_v"),
-    ("attn", "W_O", "attn_v", "attn_out"),
-    ("mlp", "W_in", "mlp_in", "mlp_neuron"),
-    ("mlp", "W_gate", "mlp_in", "mlp_neuron"),
-    ("mlp", "W_out", "mlp_neuron", "mlp_out"),
+    WeightMatrix("attn", "W_Q", "attn_in", "attn_q", "b_Q", "W_Q_pos"),
+    WeightMatrix("attn", "W_K", "attn_in", "attn_k", "b_K", "W_K_pos", grouped_weight="_W_K"),
+    WeightMatrix("attn", "W_V", "attn_in", "attn_v", "b_V", "W_V_pos", grouped_weight="_W_V"),
+    WeightMatrix("attn", "W_O", "attn_v", "attn_out", "b_O"),
+    WeightMatrix("mlp", "W_in", "mlp_in", "mlp_neuron", "b_in", "W_in_pos"),
+    WeightMatrix("mlp", "W_gate", "mlp_in", "mlp_neuron"),
+    WeightMatrix("mlp", "W_out", "mlp_neuron", "mlp_out", "b_out"),
 )
 
 
@@ -81,19 +131,22 @@ class Node:
     @property
     def openai_name(self) -> str:
         """The node as OpenAI writes it: `0.attn.q.5`, `0.mlp.post_act.7`."""
-        return f"{self.layer}.{OPENAI_LOCATIONS[self.location]}.{self.index}"
+        return f"{self.layer}.{LOCATIONS[self.location].openai_name}.{self.index}"
 
     @classmethod
     def parse(cls, text: str) -> "Node":
-        """The node of that name, ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`); `CircuitError` if
-        there is none.
+        """The node of that name, which is ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
+
+        Raises:
+            CircuitError: if the text is not the name of a node.
         """
         match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
-        if match is None or match[2] not in _LOCATION_OF:
+        if match is None or match[2] not in _BY_ANY_NAME:
             raise CircuitError(
-                f"{text!r} is not a node, layer.location.index; locations are {', '.join(_LOCATION_OF)}"
+                f"{text!r} is not a node, layer.location.index; "
+                f"locations are {', '.join(_BY_ANY_NAME)}"
             )
-        return cls(int(match[1]), _LOCATION_OF[match[2]], int(match[3]))
+        return cls(int(match[1]), _BY_ANY_NAME[match[2]].name, int(match[3]))
 
 
 @dataclass(frozen=True, order=True)
@@ -107,17 +160,44 @@ class Edge:
     def __str__(self) -> str:
         return f"{self.source} → {self.target}  {self.weight:+.3f}"
 
+    @property
+    def ends(self) -> tuple[Node, Node]:
+        """The source and the target: the edge without its weight."""
+        return self.source, self.target
+
 
 def node_at(hook_name: str, index: int) -> Node:
-    """The node at a hook point of `LOCATION_HOOKS`."""
+    """The node with this index at a hook point of a node location.
+
+    Raises:
+        HookNameError: if no nodes are at that hook point.
+    """
     if hook_name == EMBED_HOOK:
-        return Node(0, EMBED_LOCATION, index)
+        return Node(0, EMBED_LOCATION.name, index)
     _, layer, point = hook_name.split(".", 2)
-    if point not in _LOCATION_AT:
+    if point not in _BY_HOOK_POINT:
         raise HookNameError(
-            f"{hook_name!r} is not a node location; they are, in blocks.i, {', '.join(_LOCATION_AT)}"
+            f"{hook_name!r} is not a node location; they are, in blocks.i, "
+            f"{', '.join(_BY_HOOK_POINT)}"
         )
-    return Node(int(layer), _LOCATION_AT[point], index)
+    return Node(int(layer), _BY_HOOK_POINT[point].name, index)
+
+
+def kept_nodes(masks: NodeMasks) -> list[Node]:
+    """The nodes at which the masks are true, in their order."""
+    nodes = []
+    for hook_name, mask in masks.items():
+        for index in mask.flatten().nonzero()[:, 0].tolist():
+            nodes.append(node_at(hook_name, index))
+    return nodes
+
+
+def indices_by_location(nodes: Iterable[Node]) -> dict[tuple[int, str], list[int]]:
+    """(layer, location) → the indices of the nodes there, all in the order of `nodes`."""
+    indices = defaultdict[tuple[int, str], list[int]](list)
+    for node in nodes:
+        indices[node.layer, node.location].append(node.index)
+    return dict(indices)
 
 
 def weight_matrices(
@@ -126,52 +206,61 @@ def weight_matrices(
     """Source, target and weights of each matrix that joins two locations of a layer, in the order
     of the forward pass.
 
-    Two can be joined by several: by W_in and W_gate of a gated MLP, by W_O of all heads that share
-        a value channel.
+    Several can join the same two locations: W_in and W_gate of a gated MLP, or the parts of W_O
+    whose heads share a value channel.
     """
-    for part, weight, source, target in MATRICES:
-        module: Any = getattr(model.blocks[layer], part, None)
-        # A HookedTransformer's W_K repeats, for every query head, what its parameter _W_K holds
-        # once.
-        matrix = getattr(module, f"_{weight}", getattr(module, weight, None))
-        if matrix is None:
+    for matrix in MATRICES:
+        module: Any = getattr(model.blocks[layer], matrix.module, None)
+        weights = _stored_weights(module, matrix)
+        if weights is None:
             continue
-        # Positional rows, where there are some, are below the others.
-        rows = getattr(module, f"{weight}_pos", None)
-        matrix = (matrix if rows is None else torch.cat([matrix, rows], dim=-2)).detach()
-        if source == "attn_v":
-            n_values = len(getattr(module, "_W_V", module.W_V))
-            for of_one in rearrange(
-                matrix, "(head shared) s t -> shared (head s) t", head=n_values
-            ):
-                yield source, target, of_one
+        if matrix.source == "attn_v":
+            n_value_heads = len(getattr(module, "_W_V", module.W_V))
+            pattern = "(value_head shared) s t -> shared (value_head s) t"
+            for weights_of_part in rearrange(weights, pattern, value_head=n_value_heads):
+                yield matrix.source, matrix.target, weights_of_part
+        elif weights.ndim == 3:
+            yield matrix.source, matrix.target, rearrange(weights, "h s t -> s (h t)")
         else:
-            yield (
-                source,
-                target,
-                rearrange(matrix, "h s t -> s (h t)") if matrix.ndim == 3 else matrix,
-            )
+            yield matrix.source, matrix.target, weights
+
+
+def _stored_weights(module: Any, matrix: WeightMatrix) -> Tensor | None:
+    """The weights in the shape in which the model stores them, positional rows below the others;
+    None if the model lacks the matrix.
+    """
+    name = matrix.weight
+    if matrix.grouped_weight and hasattr(module, matrix.grouped_weight):
+        name = matrix.grouped_weight
+    weights = getattr(module, name, None)
+    if weights is None:
+        return None
+    if matrix.positional_weight:
+        positional_rows = getattr(module, matrix.positional_weight, None)
+        if positional_rows is not None:
+            weights = torch.cat([weights, positional_rows], dim=-2)
+    return weights.detach()
 
 
 def n_weights(model: TLModel) -> tuple[int, int]:
     """How many weights between nodes are not zero, and how many there are."""
-    matrices = [
-        matrix
-        for layer in range(model.cfg.n_layers)
-        for *_, matrix in weight_matrices(model, layer)
-    ]
-    return sum(int(matrix.count_nonzero()) for matrix in matrices), sum(
-        matrix.numel() for matrix in matrices
-    )
+    n_nonzero = 0
+    n_total = 0
+    for layer in range(model.cfg.n_layers):
+        for _, _, weights in weight_matrices(model, layer):
+            n_nonzero += int(weights.count_nonzero())
+            n_total += weights.numel()
+    return n_nonzero, n_total
 
 
 def node_label(model: TLModel, node: Node) -> str:
-    """`0.attn_v head 3, channel 5`: a node with its head where it has one."""
+    """A node with its head where it has one: `0.attn_v h3.5` is channel 5 of head 3."""
     return f"{node.layer}.{node.location} {index_label(model, node.location, node.index)}"
 
 
 def index_label(model: TLModel, location: str, index: int) -> str:
-    if location in HEAD_LOCATIONS:
-        head, channel = divmod(index, model.cfg.d_head)
-        return f"h{head}.{channel}"
-    return str(index)
+    """A node's index at its location, as head and channel where the location is by head."""
+    if not LOCATIONS[location].is_by_head:
+        return str(index)
+    head, channel = divmod(index, model.cfg.d_head)
+    return f"h{head}.{channel}"

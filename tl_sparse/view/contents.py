@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.circuits import HEAD_LOCATIONS, KINDS, Circuit, Edge, Node, node_label
+from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, node_label
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import evaluate, holding_circuit, score, sized_score
 from tl_sparse.hooks import TLModel, recording
@@ -224,11 +224,11 @@ def _about(
         "name": str(node),
         "openai": node.openai_name,
         "label": node_label(model, node),
-        "kind": KINDS[node.location],
+        "kind": LOCATIONS[node.location].description,
         "layer": node.layer,
         "location": node.location,
         "index": node.index,
-        "head": node.index // model.cfg.d_head if node.location in HEAD_LOCATIONS else None,
+        "head": node.index // model.cfg.d_head if LOCATIONS[node.location].is_by_head else None,
         "mean": _short(circuit.means[hook].flatten()[node.index]) if circuit.means else None,
         "cut_loss": None,
         "passages": [[], []],

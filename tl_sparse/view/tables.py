@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tl_sparse.circuits import KINDS, Circuit, index_label, node_label
+from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
 from tl_sparse.evaluation import Evaluation, scores_table
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Score, Task, make_task_data, score_row
@@ -61,7 +61,9 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
     for (layer, location), indices in circuit.nodes_by_location().items():
         which = " ".join(index_label(model, location, index) for index in indices)
-        rows.append([str(layer), location, KINDS[location], str(len(indices)), which])
+        rows.append(
+            [str(layer), location, LOCATIONS[location].description, str(len(indices)), which]
+        )
     heading = (
         f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}; every other node is held at its mean"
     )

@@ -1,0 +1,139 @@
+"""Circuits made of other circuits: unions, intersections, differences, and smaller or larger ones.
+
+All functions return a circuit of the class of the one they are given.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tl_sparse.circuits.edges import uncut_edges
+from tl_sparse.circuits.nodes import Edge, Node, node_at
+from tl_sparse.circuits.parts import CircuitParts
+from tl_sparse.errors import CircuitError
+from tl_sparse.hooks import NodeMasks, TLModel
+
+_Circuit = TypeVar("_Circuit", bound=CircuitParts)
+
+
+def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
+    """The nodes, and edges, of either circuit."""
+    edge_set = None
+    if circuit.edge_set is not None and other.edge_set is not None:
+        edge_set = circuit.edge_set | other.edge_set
+    return _combined(circuit, other, "|", torch.logical_or, edge_set)
+
+
+def intersection(circuit: _Circuit, other: CircuitParts) -> _Circuit:
+    """The nodes, and edges, that are in both circuits."""
+    if circuit.edge_set is None:
+        edge_set = other.edge_set
+    elif other.edge_set is None:
+        edge_set = circuit.edge_set
+    else:
+        edge_set = circuit.edge_set & other.edge_set
+    return _combined(circuit, other, "&", torch.logical_and, edge_set)
+
+
+def difference(circuit: _Circuit, other: CircuitParts) -> _Circuit:
+    """The nodes of `circuit` that are not in the other, and the edges between them."""
+    return _combined(circuit, other, "-", _and_not, circuit.edge_set)
+
+
+def _and_not(mask: Tensor, other: Tensor) -> Tensor:
+    return mask & ~other
+
+
+def _combined(
+    circuit: _Circuit,
+    other: CircuitParts,
+    sign: str,
+    combine: Callable[[Tensor, Tensor], Tensor],
+    edge_set: frozenset[tuple[Node, Node]] | None,
+) -> _Circuit:
+    """The circuit whose masks `combine` makes of the masks of both."""
+    other_model = circuit.model.difference(other.model)
+    if other_model is not None:
+        raise CircuitError(
+            f"circuits of different models have no {sign}: the second one's has {other_model}"
+        )
+    if circuit.kept.keys() != other.kept.keys():
+        raise CircuitError(f"circuits over different hook points have no {sign}")
+    kept = {name: combine(mask, other.kept[name]) for name, mask in circuit.kept.items()}
+    return _derived(circuit, kept, f"({circuit.task} {sign} {other.task})", edge_set)
+
+
+def restricted(circuit: _Circuit, layers: Collection[int]) -> _Circuit:
+    """The nodes in some layers, and the edges between them."""
+    kept = {}
+    for name, mask in circuit.kept.items():
+        is_included = node_at(name, 0).layer in layers
+        kept[name] = mask if is_included else torch.zeros_like(mask)
+    return _derived(circuit, kept, circuit.task, circuit.edge_set)
+
+
+def without(circuit: _Circuit, removed: Iterable[Node | Edge], model: TLModel) -> _Circuit:
+    """The circuit without some of its nodes and edges."""
+    nodes = set(circuit.nodes)
+    hooks = circuit.hooks
+    kept = {name: mask.clone() for name, mask in circuit.kept.items()}
+    cut = set()
+    for part in removed:
+        ends = part.ends if isinstance(part, Edge) else (part,)
+        if not nodes.issuperset(ends):
+            raise CircuitError(f"{part} is not in this circuit")
+        if isinstance(part, Edge):
+            cut.add(part.ends)
+        else:
+            mask = kept[hooks[part.layer, part.location]]
+            mask.view(-1)[part.index] = False
+    edge_set = circuit.edge_set
+    if cut:
+        edge_set = frozenset(edge.ends for edge in uncut_edges(circuit, model)) - cut
+    return _derived(circuit, kept, circuit.task, edge_set)
+
+
+def of_size(circuit: _Circuit, n_nodes: int) -> _Circuit:
+    """The `n_nodes` nodes ranked highest, the kept ones before all others, with all weights between
+    them.
+    """
+    scores = circuit.scores
+    if not scores or not 0 <= n_nodes <= circuit.n_candidates:
+        raise CircuitError(
+            f"n_nodes = {n_nodes}; it must be in [0, {circuit.n_candidates}], "
+            f"of a circuit that has scores"
+        )
+    is_kept = torch.cat([circuit.kept[name].flatten() for name in scores])
+    all_scores = torch.cat([score.flatten() for score in scores.values()])
+    by_score = all_scores.argsort(descending=True, stable=True)
+    # Kept nodes come first even where nodes with a higher score were dropped after the search.
+    kept_by_score = by_score[is_kept[by_score]]
+    others_by_score = by_score[~is_kept[by_score]]
+    ranking = torch.cat([kept_by_score, others_by_score])
+    is_chosen = torch.zeros_like(is_kept)
+    is_chosen[ranking[:n_nodes]] = True
+    masks = is_chosen.split([score.numel() for score in scores.values()])
+    kept = {}
+    for (name, score), mask in zip(scores.items(), masks, strict=True):
+        kept[name] = mask.view(score.shape)
+    return _derived(circuit, kept, circuit.task, None)
+
+
+def _derived(
+    circuit: _Circuit,
+    kept: NodeMasks,
+    task: str,
+    edge_set: frozenset[tuple[Node, Node]] | None,
+) -> _Circuit:
+    """The circuit of other nodes, with those of the edges that are between them. What was measured
+    of the first circuit does not hold for it.
+    """
+    derived = replace(circuit, kept=kept, task=task, edge_set=None, measured={})
+    if edge_set is None:
+        return derived
+    nodes = set(derived.nodes)
+    remaining = frozenset(ends for ends in edge_set if nodes.issuperset(ends))
+    return replace(derived, edge_set=remaining)

@@ -1,0 +1,53 @@
+"""The parts of a circuit: which nodes and edges it keeps, and what is known of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tl_sparse.circuits.fingerprints import Fingerprint
+from tl_sparse.circuits.nodes import Node, indices_by_location, kept_nodes, node_at
+from tl_sparse.hooks import NodeMasks, NodeValues
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitParts:
+    """The data of a circuit, as files have it; `Circuit` says what each field is.
+
+    Whether the parts fit each other is checked when a `Circuit` is made of them.
+    """
+
+    kept: NodeMasks
+    means: NodeValues
+    model: Fingerprint
+    model_name: str = ""
+    task: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+    edge_set: frozenset[tuple[Node, Node]] | None = None
+    scores: NodeValues = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The kept nodes, in the order of the forward pass."""
+        return kept_nodes(self.kept)
+
+    @property
+    def hooks(self) -> dict[tuple[int, str], str]:
+        """(layer, location) → the hook point there."""
+        hooks = {}
+        for hook_name in self.kept:
+            first_node = node_at(hook_name, 0)
+            hooks[first_node.layer, first_node.location] = hook_name
+        return hooks
+
+    @property
+    def n_nodes(self) -> int:
+        """How many nodes are kept."""
+        return sum(int(mask.sum()) for mask in self.kept.values())
+
+    @property
+    def n_candidates(self) -> int:
+        """How many nodes there are to keep or to hold."""
+        return sum(mask.numel() for mask in self.kept.values())
+
+    def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
+        """(layer, location) → indices of the kept nodes there."""
+        return indices_by_location(self.nodes)

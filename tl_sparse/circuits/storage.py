@@ -1,0 +1,128 @@
+"""The files in a circuit's folder.
+
+`circuit.json` describes the circuit. `circuit.safetensors` has its masks, means and scores: each
+tensor under the name of its hook point, behind `kept/`, `mean/` or `score/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tl_sparse.circuits.fingerprints import Fingerprint
+from tl_sparse.circuits.nodes import Node
+from tl_sparse.circuits.parts import CircuitParts
+from tl_sparse.errors import CheckpointError, CircuitError
+from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
+
+FORMAT = "tl_sparse circuit"
+FORMAT_VERSION = 1
+
+
+def write_circuit(folder: Path, circuit: CircuitParts) -> None:
+    """Write both files."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, tensor_at in (
+        ("kept/", circuit.kept),
+        ("mean/", circuit.means),
+        ("score/", circuit.scores),
+    ):
+        tensors.update({prefix + hook_name: tensor for hook_name, tensor in tensor_at.items()})
+    write_tensors(folder / "circuit.safetensors", tensors)
+    edges = None
+    if circuit.edge_set is not None:
+        edges = [[str(source), str(target)] for source, target in sorted(circuit.edge_set)]
+    values = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "task": circuit.task,
+        "model_name": circuit.model_name,
+        "model": asdict(circuit.model),
+        "n_nodes": circuit.n_nodes,
+        "hooks": list(circuit.kept),
+        "means": bool(circuit.means),
+        "scores": bool(circuit.scores),
+        "edge_mask": edges is not None,
+        "edges": edges,
+        "measured": circuit.measured,
+    }
+    write_json(folder / "circuit.json", values)
+
+
+def read_circuit(folder: Path) -> CircuitParts:
+    """Read both files.
+
+    Raises:
+        CheckpointError: if one is missing, damaged, or of another format or version, or if they do
+            not belong together.
+    """
+    path = folder / "circuit.json"
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse"
+        )
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION}")
+    try:
+        model = _read_fingerprint(values["model"])
+        model_name = str(values["model_name"])
+        task = str(values["task"])
+        measured = dict(values["measured"])
+        edge_set = _read_edge_set(values["edges"]) if values["edge_mask"] else None
+        expected = _expected_tensors(values)
+    except (AttributeError, CircuitError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
+    path = folder / "circuit.safetensors"
+    tensors = read_tensors(path)
+    # Means at `hook_z`, where no nodes are, may be there too: for edges cut behind a head.
+    head_means = [name for name in tensors if name.startswith("mean/") and name.endswith(".hook_z")]
+    wrong = (tensors.keys() - set(head_means)) ^ set(expected)
+    if wrong:
+        raise CheckpointError(
+            f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}"
+        )
+    ordered = {name: tensors[name] for name in [*expected, *head_means]}
+    return CircuitParts(
+        kept=_with_prefix("kept/", ordered),
+        means=_with_prefix("mean/", ordered),
+        model=model,
+        model_name=model_name,
+        task=task,
+        measured=measured,
+        edge_set=edge_set,
+        scores=_with_prefix("score/", ordered),
+    )
+
+
+def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
+    sketch = {}
+    for parameter, numbers in values["sketch"].items():
+        sketch[str(parameter)] = [float(number) for number in numbers]
+    return Fingerprint(str(values["architecture"]), sketch)
+
+
+def _read_edge_set(pairs: list[list[str]]) -> frozenset[tuple[Node, Node]]:
+    return frozenset((Node.parse(source), Node.parse(target)) for source, target in pairs)
+
+
+def _expected_tensors(values: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors that `circuit.json` speaks of, in the order of its hook points."""
+    prefixes = ["kept/"]
+    # Files from before these two entries were written have means and no scores.
+    if values.get("means", True):
+        prefixes.append("mean/")
+    if values.get("scores", False):
+        prefixes.append("score/")
+    return [prefix + hook_name for prefix in prefixes for hook_name in list(values["hooks"])]
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hook point → its tensor of one kind."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
