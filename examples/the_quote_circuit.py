@@ -232,7 +232,7 @@ for kind, texts in inserts.items():
     changed = Task(kind, "", task.candidates, partial(sample, texts))
     found = make_task_data(changed, model.tokenizer, args.pairs, seed=2, n_ctx=model.cfg.n_ctx)
     wrong[kind] = [
-        1 - score(model, found, under=state).accuracy
+        1 - score(model, found, run_context=state).accuracy
         for state in (holding_circuit(circuit, model), None)
     ]
     lines.append(

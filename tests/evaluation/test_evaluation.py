@@ -286,9 +286,9 @@ def test_a_circuit_of_all_nodes_is_the_model(how):
     model = tiny_model(full_config())
     circuit, data = circuit_of(model, share=1.0), data_of(model)
     under = holding_circuit(circuit, model, how)
-    assert torch.equal(all_logits(model, data, under=under), all_logits(model, data))
+    assert torch.equal(all_logits(model, data, run_context=under), all_logits(model, data))
     nothing = holding_circuit(circuit_of(model, share=0.0), model, how, inverted=True)
-    assert torch.equal(all_logits(model, data, under=nothing), all_logits(model, data))
+    assert torch.equal(all_logits(model, data, run_context=nothing), all_logits(model, data))
 
 
 def test_the_three_ablations_on_paper():
@@ -460,7 +460,7 @@ def test_the_ladder_goes_through_the_circuit_and_ends_at_the_model():
     circuit, data = circuit_of(model, share=0.3), data_of(model)
     sized_scores = {sized.n_nodes: sized for sized in faithfulness_curve(circuit, model, data)}
     assert sized_scores[circuit.n_nodes].circuit == score(
-        model, data, under=holding_circuit(circuit, model)
+        model, data, run_context=holding_circuit(circuit, model)
     )
     assert sized_scores[circuit.n_nodes].n_edges == len(circuit.edges(model))
     total = sum(mask.numel() for mask in circuit.kept.values())
@@ -488,7 +488,7 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
         assert sizes == {name: int(mask.sum()) for name, mask in circuit.kept.items()}
         assert sized.n_nodes == circuit.n_nodes
         assert sized.n_edges == len(found.edges(model)) > 0  # an edge set is not of these nodes
-        assert sized.circuit == score(model, data, under=real(found, model))
+        assert sized.circuit == score(model, data, run_context=real(found, model))
     assert len({tuple(found.nodes) for found in [circuit, *drawn]}) == 6
     assert random_circuits(circuit, model, data, n_circuits=5, seed=3) == sized_scores
     assert random_circuits(circuit, model, data, n_circuits=5, seed=4) != sized_scores

@@ -117,10 +117,12 @@ def page_data(
             )
             with circuit.applied(model):
                 runs.append(_run(model, shown.tokens, places, heads))
-            data["loss"] = score(model, pairs, under=holding_circuit(circuit, model)).loss
+            data["loss"] = score(model, pairs, run_context=holding_circuit(circuit, model)).loss
             for node, entry in zip(tqdm(nodes, "cutting nodes", disable=None), about, strict=True):
                 without = circuit.without([node], model)
-                entry["cut_loss"] = score(model, pairs, under=holding_circuit(without, model)).loss
+                entry["cut_loss"] = score(
+                    model, pairs, run_context=holding_circuit(without, model)
+                ).loss
             if len(nodes) == circuit.n_nodes:
                 data["ladder"] = _faithfulness_curve(circuit, model, nodes, about, pairs)
         _, values, patterns = runs[-1]
