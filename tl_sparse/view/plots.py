@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -22,17 +22,20 @@ from tl_sparse.circuits import node_hooks, weight_matrices
 from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.files import replacing
 from tl_sparse.hooks import Means, TLModel, frozen, hooked
+from tl_sparse.view.axes import (
+    add_legend,
+    figure_with_panels,
+    percent,
+    series_style,
+    set_log_x,
+    set_log_y,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
-#: Okabe and Ito's colours, which colour-blind people can tell apart. Seven colours and eight marks
-#: come together again only after 56 series.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "osD^vPX*"
 ENDINGS = (".png", ".svg")
 Size = Literal["edges", "nodes"]
 Measure = Literal["loss", "accuracy"]
@@ -82,14 +85,14 @@ def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> 
         DataError: if there is nothing to draw, or something is not such figures.
     """
     _check_not_empty(figures)
-    figure, (loss_axes, accuracy_axes) = _panels(2, (8.2, 3.9))
+    figure, (loss_axes, accuracy_axes) = figure_with_panels(2, (8.2, 3.9))
     _draw_measure(loss_axes, figures, against, "loss", chance=math.log(2))
     _draw_measure(accuracy_axes, figures, against, "accuracy", chance=0.5)
     loss_axes.set_ylabel("held-out task loss (nats)")
     accuracy_axes.set_ylabel("accuracy")
-    _set_log_y(loss_axes, unit=1e-3)
+    set_log_y(loss_axes, unit=1e-3)
     accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
-    _add_legend(figure, loss_axes)
+    add_legend(figure, loss_axes)
     return figure
 
 
@@ -102,12 +105,12 @@ def _draw_measure(
 ) -> None:
     for number, (name, evaluated) in enumerate(figures.items()):
         with _reading(name, "evaluate"):
-            _draw_curve(axes, name, evaluated, against, measure, _style(number))
+            _draw_curve(axes, name, evaluated, against, measure, series_style(number))
     axes.plot([], [], "x", color="gray", label="random circuits")
     axes.plot([], [], ":", color="gray", label="full model")
     axes.axhline(chance, color="gray", lw=0.8, label="chance")
     axes.set_xlabel(f"{against} of the circuit")
-    _set_log_x(axes, unit=1)
+    set_log_x(axes, unit=1)
 
 
 def _draw_curve(
@@ -150,9 +153,9 @@ def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "resu
         sizes = _node_pruned_sizes(results["models"], against)
         order = _largest_first(sizes)
         _check_not_empty(order, name)
-        figure, (axes,) = _panels(1, (5.5, 1.4 + 0.22 * len(order)))
+        figure, (axes,) = figure_with_panels(1, (5.5, 1.4 + 0.22 * len(order)))
         for number, (model, size_of) in enumerate(sizes.items()):
-            style = _style(number)
+            style = series_style(number)
             rows = [order.index(task) for task in size_of]
             low = _each(size_of, "min")
             high = _each(size_of, "max")
@@ -163,8 +166,8 @@ def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "resu
     axes.set(yticks=range(len(order)), yticklabels=order, ylim=(-0.5, len(order) - 0.5))
     explanation = "(range over seeds; dotted: geometric mean)"
     axes.set_xlabel(f"{against} of the node-pruned circuit\n{explanation}")
-    _set_log_x(axes, unit=1)
-    _add_legend(figure, axes)
+    set_log_x(axes, unit=1)
+    add_legend(figure, axes)
     return figure
 
 
@@ -224,20 +227,20 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
                 sized_scores = [source["evaluation"], *source["ladder"]]
                 sizes, losses = _sizes_and_scores(sized_scores, against, "loss")
                 points[label] += zip(sizes, losses, strict=True)
-    figure, (axes,) = _panels(1, (5.5, 4.2))
+    figure, (axes,) = figure_with_panels(1, (5.5, 4.2))
     by_size = {label: sorted(of_label) for label, of_label in points.items() if of_label}
     _check_not_empty(by_size, *sources)
     for number, (label, of_label) in enumerate(by_size.items()):
-        style = _style(number)
+        style = series_style(number)
         x, y = zip(*of_label, strict=True)
         axes.plot(x, y, ls="", ms=5, alpha=0.8, label=label, **style)
         if label in with_line:
             best = list(itertools.accumulate(y, min))
             axes.plot(x, best, drawstyle="steps-post", lw=1.2, color=style["color"])
     axes.set(xlabel=f"{against} of the circuit", ylabel="held-out task loss (nats)")
-    _set_log_x(axes, unit=1)
-    _set_log_y(axes, unit=1e-3)
-    _add_legend(figure, axes)
+    set_log_x(axes, unit=1)
+    set_log_y(axes, unit=1e-3)
+    add_legend(figure, axes)
     return figure
 
 
@@ -274,12 +277,12 @@ def sparsity(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Figure:
     activations = _activation_shares(model, corpus)
     weights = _weight_shares(model)
     n_layers = model.cfg.n_layers
-    figure, (weight_axes, activation_axes) = _panels(2, (8.2, 4.2))
+    figure, (weight_axes, activation_axes) = figure_with_panels(2, (8.2, 4.2))
     _draw_shares(weight_axes, weights, n_layers)
     weight_axes.set_xlabel("nonzero weights")
     _draw_shares(activation_axes, activations, n_layers)
     activation_axes.set_xlabel("nonzero activations")
-    _add_legend(figure, activation_axes)
+    add_legend(figure, activation_axes)
     return figure
 
 
@@ -334,7 +337,7 @@ def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
     axes.plot([0.01, 1], [0, 0], alpha=0)  # keeps shares from 1% to 100% in sight
     axes.set(yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()
-    _set_log_x(axes, unit=1e-3, text=_percent)
+    set_log_x(axes, unit=1e-3, text=percent)
 
 
 def _layer_label(layer: int, n_layers: int) -> str | None:
@@ -348,7 +351,7 @@ def _layer_label(layer: int, n_layers: int) -> str | None:
 def _layer_style(layer: int, n_layers: int) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    style = _style(layer)
+    style = series_style(layer)
     style["color"] = "black"
     if layer < n_layers:
         style["color"] = colormaps["viridis"](0.9 * layer / n_layers)
@@ -383,83 +386,3 @@ def _sizes_and_scores(
     sizes = [sized[key] for sized in sized_scores]
     scores = [sized["circuit"][measure] for sized in sized_scores]
     return sizes, scores
-
-
-# --- axes and legend
-
-
-def _panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with `n` panels beside each other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(1, n, squeeze=False)[0])
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def _style(number: int) -> dict[str, Any]:
-    """The colour and mark of the series with this number."""
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
-
-
-def _thousands(value: float, _: int) -> str:
-    """A size as a tick label: 300, 3k."""
-    if value < 1000:
-        return f"{value:g}"
-    return f"{value / 1000:g}k"
-
-
-def _percent(share: float, _: int) -> str:
-    return f"{100 * share:g}%"
-
-
-def _set_log_x(axes: Axes, unit: float, text: Callable[[float, int], str] = _thousands) -> None:
-    """Make the x axis logarithmic, and linear below `unit` if a value is there, such as 0 edges."""
-    low, high = axes.dataLim.intervalx
-    axes.set_xscale("log")
-    if low < unit:
-        axes.set_xscale("symlog", linthresh=unit)
-        axes.set_xlim(-0.15 * unit, 1.3 * max(high, unit))
-    _set_log_ticks(axes.xaxis, low, high, unit, text)
-
-
-def _set_log_y(axes: Axes, unit: float) -> None:
-    """The same for the y axis, where a loss can be nearly 0."""
-    low, high = axes.dataLim.intervaly
-    axes.set_yscale("log")
-    if low < unit:
-        axes.set_yscale("symlog", linthresh=unit)
-        axes.set_ylim(-0.15 * unit, 1.3 * max(high, unit))
-    _set_log_ticks(axes.yaxis, low, high, unit, _thousands)
-
-
-def _set_log_ticks(
-    axis: Axis, low: float, high: float, unit: float, text: Callable[[float, int], str]
-) -> None:
-    """Ticks at 0 and from `unit` on: the smaller the range of the data, the more in a decade."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    span = high / max(low, unit)
-    steps: Iterable[float] = (1,)
-    if span < 4:
-        steps = (1, 1.2, 1.5, 2, 3, 5, 7)
-    elif span < 900:
-        steps = (1, 3)
-    ticks = [0.0]
-    for exponent in range(round(math.log10(unit)), 9):
-        ticks += [step * 10.0**exponent for step in steps]
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(text)
-
-
-def _add_legend(figure: Figure, axes: Axes) -> None:
-    """A legend above the panels, in as many columns as its longest entry lets fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(len(label) for label in labels)
-    columns = int(9 * figure.get_figwidth() / (6 + longest))
-    columns = max(1, min(5, columns))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
