@@ -338,7 +338,10 @@ def effects(
 
     parts = _parts(circuit, model)
     whole_loss = loss(circuit)
-    return {part: loss(circuit.without([part], model)) - whole_loss for part in parts}
+    effect_of = {}
+    for part in parts:
+        effect_of[part] = loss(circuit.without([part], model)) - whole_loss
+    return effect_of
 
 
 def full_evaluation(
@@ -369,8 +372,8 @@ def full_evaluation(
         "task": data.task,
         "kinds": dict(Counter(map(_kind, parts))),
         "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
-        "ladder": [asdict(sized) for sized in curve],
-        "random": [asdict(sized) for sized in random_scores],
+        "ladder": list(map(asdict, curve)),
+        "random": list(map(asdict, random_scores)),
         "effects": {str(part): effect for part, effect in largest_first},
     }
 

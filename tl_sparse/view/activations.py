@@ -51,10 +51,13 @@ def run_nodes(
         heads: layer and number of each head.
     """
     hooks = {point.hook for point in points}
-    hooks.update(_pattern_hook(layer) for layer, _ in heads)
+    for layer, _ in heads:
+        hooks.add(_pattern_hook(layer))
     with recording(model, hooks) as activations:
         logits = model(tokens)
-    values = [activations[point.hook].flatten(2)[..., point.index] for point in points]
+    values = []
+    for point in points:
+        values.append(activations[point.hook].flatten(2)[..., point.index])
     patterns = {}
     for layer, head in heads:
         patterns[f"{layer}.{head}"] = activations[_pattern_hook(layer)][:, head].float()
@@ -75,7 +78,9 @@ def corpus_values(
 ) -> Float[Tensor, "seq pos node"]:
     """The activations of the nodes on the corpus."""
     device = next(model.parameters()).device
-    values = [run_nodes(model, rows.to(device), points).values for rows in corpus.split(16)]
+    values = []
+    for rows in corpus.split(16):
+        values.append(run_nodes(model, rows.to(device), points).values)
     return torch.cat(values)
 
 

@@ -35,18 +35,18 @@ def series_style(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
 
 
-def thousands(value: float, _: int) -> str:
+def thousands(value: float, _: float) -> str:
     """A size as a tick label: 300, 3k."""
     if value < 1000:
         return f"{value:g}"
     return f"{value / 1000:g}k"
 
 
-def percent(share: float, _: int) -> str:
+def percent(share: float, _: float) -> str:
     return f"{100 * share:g}%"
 
 
-def set_log_x(axes: Axes, unit: float, text: Callable[[float, int], str] = thousands) -> None:
+def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = thousands) -> None:
     """Make the x axis logarithmic, and linear below `unit` if a value is there, such as 0 edges."""
     low, high = axes.dataLim.intervalx
     axes.set_xscale("log")
@@ -67,7 +67,7 @@ def set_log_y(axes: Axes, unit: float) -> None:
 
 
 def _set_log_ticks(
-    axis: Axis, low: float, high: float, unit: float, text: Callable[[float, int], str]
+    axis: Axis, low: float, high: float, unit: float, text: Callable[[float, float], str]
 ) -> None:
     """Ticks at 0 and from `unit` on: the smaller the range of the data, the more in a decade."""
     from matplotlib.ticker import FixedLocator, NullLocator
@@ -89,7 +89,7 @@ def _set_log_ticks(
 def add_legend(figure: Figure, axes: Axes) -> None:
     """A legend above the panels, in as many columns as its longest entry lets fit."""
     handles, labels = axes.get_legend_handles_labels()
-    longest = max(len(label) for label in labels)
+    longest = max(map(len, labels))
     columns = int(9 * figure.get_figwidth() / (6 + longest))
     columns = max(1, min(5, columns))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)

@@ -59,7 +59,7 @@ class PageContents:
 
     def as_json(self, circuit: Circuit) -> dict[str, Any]:
         """The JSON that page.js reads."""
-        data = {
+        data: dict[str, Any] = {
             "summary": self.summary,
             "nodes": [node.as_json() for node in self.nodes],
             "prompts": [[vars(first), vars(second)] for first, second in self.prompts],

@@ -21,8 +21,11 @@ def cut_losses(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
 ) -> list[float]:
     """The loss of the circuit without each of its `nodes` alone."""
-    progress = tqdm(nodes, "cutting nodes", disable=None)
-    return [circuit_loss(circuit.without([node], model), model, pairs) for node in progress]
+    losses = []
+    for node in tqdm(nodes, "cutting nodes", disable=None):
+        without_node = circuit.without([node], model)
+        losses.append(circuit_loss(without_node, model, pairs))
+    return losses
 
 
 def most_important_first(

@@ -295,7 +295,10 @@ def _weight_shares(model: TLModel) -> Shares:
             nonzero[f"{source} → {target}", layer].append(matrix.flatten() != 0)
     nonzero["embedding", n_layers].append(model.embed.W_E.flatten() != 0)
     nonzero["unembedding", n_layers].append(model.unembed.W_U.flatten() != 0)
-    return {place: float(torch.cat(parts).float().mean()) for place, parts in nonzero.items()}
+    shares = {}
+    for place, parts in nonzero.items():
+        shares[place] = float(torch.cat(parts).float().mean())
+    return shares
 
 
 def _activation_shares(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Shares:
@@ -320,8 +323,13 @@ def _activation_shares(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Shares
 
 def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
     """A row for each name, with a mark for each layer."""
-    names = list(dict.fromkeys(name for name, _ in shares))
-    layers = dict.fromkeys(layer for _, layer in shares)
+    names: list[str] = []
+    layers: list[int] = []
+    for name, layer in shares:
+        if name not in names:
+            names.append(name)
+        if layer not in layers:
+            layers.append(layer)
     for layer in layers:
         offset = 0.0
         if layer < n_layers:  # marks of different layers do not hide each other
