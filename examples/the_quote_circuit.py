@@ -308,7 +308,7 @@ for kind, texts in inserts.items():
     prompts_of_kind = make_task_data(
         changed_task, model.tokenizer, args.pairs, seed=2, n_ctx=model.cfg.n_ctx
     )
-    circuit_score = score(model, prompts_of_kind, under=holding_circuit(circuit, model))
+    circuit_score = score(model, prompts_of_kind, run_context=holding_circuit(circuit, model))
     by_circuit[kind] = 1 - circuit_score.accuracy
     by_model[kind] = 1 - score(model, prompts_of_kind).accuracy
     last_line = prompts_of_kind.prompts[0].splitlines()[-1]

@@ -317,7 +317,7 @@ def test_a_circuit_of_all_nodes_is_the_model(how):
     model = tiny_model(full_config())
     data = random_data(model)
     under = holding_circuit(random_circuit(model, share=1.0), model, how)
-    assert torch.equal(all_logits(model, data, under=under), all_logits(model, data))
+    assert torch.equal(all_logits(model, data, run_context=under), all_logits(model, data))
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
@@ -325,7 +325,7 @@ def test_the_model_without_a_circuit_of_no_nodes_is_the_model(how):
     model = tiny_model(full_config())
     data = random_data(model)
     under = holding_circuit(random_circuit(model, share=0.0), model, how, inverted=True)
-    assert torch.equal(all_logits(model, data, under=under), all_logits(model, data))
+    assert torch.equal(all_logits(model, data, run_context=under), all_logits(model, data))
 
 
 @pytest.fixture
@@ -521,7 +521,7 @@ def test_the_curve_goes_through_the_circuit_and_ends_at_the_model():
     data = random_data(model)
     curve = {sized.n_nodes: sized for sized in faithfulness_curve(circuit, model, data)}
     itself = curve[circuit.n_nodes]
-    assert itself.circuit == score(model, data, under=holding_circuit(circuit, model))
+    assert itself.circuit == score(model, data, run_context=holding_circuit(circuit, model))
     assert itself.n_edges == len(circuit.edges(model))
     n_nodes = sum(mask.numel() for mask in circuit.kept.values())
     assert max(curve) == n_nodes
@@ -562,7 +562,7 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
         assert sizes(each) == sizes(circuit)
         assert sized.n_nodes == circuit.n_nodes
         assert sized.n_edges == len(each.edges(model)) > 0  # an edge set is not of these nodes
-        assert sized.circuit == score(model, data, under=real(each, model))
+        assert sized.circuit == score(model, data, run_context=real(each, model))
 
 
 def test_a_seed_decides_the_random_circuits():

@@ -35,8 +35,11 @@ from tl_sparse.cli.arguments import given_fields
 from tl_sparse.cli.parser import build_parser
 from tl_sparse.errors import CheckpointError, CircuitError, TaskError
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.view import contents as view
-from tl_sparse.view.contents import drawn, page_data
+from tl_sparse.view import drawing
+from tl_sparse.view import page as page_module
+from tl_sparse.view.contents import page_data
+from tl_sparse.view.drawing import drawn
+from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.page import Page
 
 HOSTILE = [
@@ -246,14 +249,14 @@ def test_what_cannot_be_drawn(micro, monkeypatch):
     with pytest.raises(CircuitError, match="belongs to the model"):
         page_data(circuit, large(1, 8)[1])
     circuit, model = large(1, 16)
-    for limit, most in (("MAX_EDGES", 100), ("MAX_NODES", 50)):
+    for limit, most in (("edges", 100), ("nodes", 50)):
         with monkeypatch.context() as patched:
-            patched.setattr(view, limit, most)
+            patched.setattr(drawing, "LIMITS", dataclasses.replace(LIMITS, **{limit: most}))
             with pytest.raises(CircuitError, match="that can be drawn; min_weight = ") as raised:
                 drawn(circuit, model)
             offered = float(re.search(r"min_weight = (\S+)", str(raised.value))[1])
             nodes, edges = drawn(circuit, model, offered)
-            assert len(nodes if limit == "MAX_NODES" else edges) > most / 2
+            assert len(nodes if limit == "nodes" else edges) > most / 2
             assert all(abs(edge.weight) >= offered for edge in edges)
 
 
@@ -261,11 +264,12 @@ def test_a_page_too_large_has_fewer_prompts_then_passages(data, monkeypatch):
     full = len(Page(data).html)
     without = full - len(json.dumps(data["prompts"][1:]))
     for limit, prompts in ((full - 10, 7), (without, 1)):
-        monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", limit)
+        limits = dataclasses.replace(LIMITS, page_bytes=limit)
+        monkeypatch.setattr(page_module, "LIMITS", limits)
         page = Page(data).html
         assert len(page) <= limit
         assert len(embedded(page)["prompts"]) <= prompts
-    monkeypatch.setattr("tl_sparse.view.page.MAX_BYTES", 1000)
+    monkeypatch.setattr(page_module, "LIMITS", dataclasses.replace(LIMITS, page_bytes=1000))
     with pytest.raises(CircuitError, match="draw fewer edges"):
         _ = Page(data).html
 

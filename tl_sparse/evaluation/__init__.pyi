@@ -6,6 +6,7 @@ from .judge import full_evaluation as full_evaluation
 from .judge import holding_circuit as holding_circuit
 from .judge import judged as judged
 from .judge import resampled as resampled
+from .judge import scaled_sizes as scaled_sizes
 from .judge import score as score
 from .judge import sized_score as sized_score
 from .judge import task_loss as task_loss

@@ -1,12 +1,11 @@
-"""Judging a circuit: is it sufficient, and is it necessary (Gao et al. 2025, sections 2.2 and
-3)?
-"""
+"""Judging a circuit: is it sufficient and necessary (Gao et al. 2025, sections 2.2 and 3)?"""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
-from tl_sparse.hooks import TLModel, recording
+from tl_sparse.hooks import NodeValues, TLModel, recording
 from tl_sparse.tasks import (
     TASKS,
     Score,
@@ -25,16 +24,23 @@ from tl_sparse.tasks import (
     task_loss_and_accuracy,
 )
 
-#: Each node and edge is cut by itself to see its effect: in larger circuits that takes hours.
+#: `full_evaluation` cuts each node and edge by itself to measure its effect, unless there are more
+#: than this many: for larger circuits that takes hours.
 MAX_EFFECTS = 4000
 
 
-#: What puts a model into the state in which it is to be scored on some prompts.
-Under = Callable[[TaskData], AbstractContextManager[None]]
+#: Makes the context in which a model runs on a batch of prompts, such as "under a circuit".
+RunContext = Callable[[TaskData], AbstractContextManager[None]]
+
+
+# --- scores of a model
 
 
 def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
-    """The logits of the two candidates after each prompt; our own models compute no others."""
+    """The logits of the two candidates after each prompt.
+
+    A model of this package unembeds the last position of each prompt only.
+    """
     data = data.trimmed()
     if hasattr(model, "network"):
         logits = model.network(data.tokens, last=data.last)
@@ -43,59 +49,97 @@ def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
 
 
 def task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
-    """The loss of the task, with gradients."""
-    return task_loss_and_accuracy(task_logits(model, data), data.correct)[0].mean()
+    """The mean loss of the task, with gradients."""
+    logits = task_logits(model, data)
+    losses, _ = task_loss_and_accuracy(logits, data.correct)
+    return losses.mean()
 
 
 @torch.no_grad()
 def all_logits(
-    model: TLModel, data: TaskData, batch_size: int = 256, under: Under | None = None
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    run_context: RunContext | None = None,
 ) -> Float[Tensor, "prompt 2"]:
-    """The candidates' logits of every prompt, in their order; at most `batch_size` prompts at a
-    time.
+    """The candidates' logits of every prompt, in the order of the prompts.
+
+    Args:
+        batch_size: the most prompts to run at a time.
+        run_context: the context in which each batch runs; by default the model runs as it is.
     """
-    # Pairs of like length together, so that little is computed for padding.
-    by_length = data.last.view(-1, 2).amax(1).argsort(stable=True)
-    logits = []
-    for pairs in by_length.split(max(1, batch_size // 2)):
-        part = data.pairs(pairs)
-        with under(part) if under else nullcontext():
-            logits.append(task_logits(model, part))
-    return torch.cat(logits).float().view(-1, 4)[by_length.argsort()].view(-1, 2)
+    # Pairs of like length run together, so that little is computed for padding.
+    pair_lengths = data.last.view(-1, 2).amax(1)
+    by_length = pair_lengths.argsort(stable=True)
+    batches = []
+    for indices in by_length.split(max(1, batch_size // 2)):
+        batch = data.pairs(indices)
+        context = run_context(batch) if run_context else nullcontext()
+        with context:
+            batches.append(task_logits(model, batch))
+    pair_logits = torch.cat(batches).float().view(-1, 4)
+    original_order = by_length.argsort()
+    return pair_logits[original_order].view(-1, 2)
 
 
 def score(
-    model: TLModel, data: TaskData, batch_size: int = 256, under: Under | None = None
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    run_context: RunContext | None = None,
 ) -> Score:
-    """Loss and accuracy of `model`, as it now is or `under` something, on the prompts of `data`."""
-    return score_logits(all_logits(model, data, batch_size, under), data)
+    """The loss and accuracy of `model` on the prompts of `data`; for the arguments see
+    `all_logits`.
+    """
+    return score_logits(all_logits(model, data, batch_size, run_context), data)
 
 
 def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
-    """Loss and accuracy of these logits of the candidates."""
+    """The loss and accuracy of these logits of the candidates."""
     losses, right = task_loss_and_accuracy(logits, data.correct)
-    pairs = losses.view(-1, 2).mean(1)
-    error = float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else float("nan")
-    return Score(float(losses.mean()), error, float(right.float().mean()))
+    pair_losses = losses.view(-1, 2).mean(1)
+    standard_error = float("nan")
+    if len(pair_losses) > 1:
+        standard_error = float(pair_losses.std() / len(pair_losses) ** 0.5)
+    return Score(float(losses.mean()), standard_error, float(right.float().mean()))
+
+
+def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
+    """How well `model` does each task of `TASKS`; None for a task that its tokenizer or its context
+    length does not allow.
+
+    Raises:
+        TokenizerError: if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
+    device = next(model.parameters()).device
+    scores: dict[str, Score | None] = dict.fromkeys(TASKS)
+    for name, task in TASKS.items():
+        with suppress(DataError, TaskError, TokenizerError):
+            data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx)
+            scores[name] = score(model, data.to(device))
+    return scores
+
+
+# --- calibration
 
 
 def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[float, float]:
-    """The scale of the logits, and the shift of the second one, with the least loss: 16 steps of
-    L-BFGS (A.5).
+    """The scale of the logits, and the shift of the second candidate's, with the least loss.
+
+    They are found by 16 steps of L-BFGS (Gao et al. 2025, A.5).
     """
     with torch.enable_grad():
-        logits, fitted = (
-            logits.detach().double(),
-            torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True),
-        )
+        logits = logits.detach().double()
+        fitted = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
         optimizer = torch.optim.LBFGS([fitted], max_iter=16, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            shifted = logits * fitted[0] + torch.stack([torch.zeros_like(fitted[1]), fitted[1]]).to(
-                logits
-            )
-            loss = task_loss_and_accuracy(shifted, data.correct)[0].mean()
+            calibrated = _calibrated(logits, scale=fitted[0], shift=fitted[1])
+            losses, _ = task_loss_and_accuracy(calibrated, data.correct)
+            loss = losses.mean()
             loss.backward()
             return loss
 
@@ -104,54 +148,63 @@ def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[floa
     return scale, shift
 
 
-def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
-    """How well `model` does each task of `TASKS`; None where its tokenizer or context does not
-    allow the task.
+def _calibrated(
+    logits: Float[Tensor, "prompt 2"], scale: Float[Tensor, ""], shift: Float[Tensor, ""]
+) -> Float[Tensor, "prompt 2"]:
+    shifts = torch.stack([torch.zeros_like(shift), shift])
+    return logits * scale + shifts.to(logits)
 
-    `TokenizerError` if it has no tokenizer.
-    """
-    if model.tokenizer is None:
-        raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
-    device, scores = next(model.parameters()).device, dict[str, Score | None].fromkeys(TASKS)
-    for name, task in TASKS.items():
-        with suppress(DataError, TaskError, TokenizerError):
-            data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx)
-            scores[name] = score(model, data.to(device))
-    return scores
+
+# --- the contexts in which a model runs under a circuit
 
 
 @torch.no_grad()
 def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[str, Tensor]:
-    """What each prompt's nodes are held at when they are resampled: the activations at hook points,
-    position by position, of another of the prompts, drawn at random."""
-    order = torch.randperm(len(data.last), generator=torch.Generator().manual_seed(0)).to(
-        data.last.device
-    )
+    """The values at which each prompt's nodes are held when they are resampled.
+
+    These are the activations at the hook points `names` on another of the prompts, drawn at random,
+    position by position.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data.last), generator=generator).to(data.last.device)
+    # The prompt before it in a random order, cyclically, is never the prompt itself.
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
-    others = replace(data.trimmed(), tokens=data.trimmed().tokens[partner], last=data.last[partner])
-    with recording(model, names) as found:
-        task_logits(model, others)
-    return found
+    trimmed = data.trimmed()
+    partners = replace(trimmed, tokens=trimmed.tokens[partner], last=trimmed.last[partner])
+    with recording(model, names) as activations:
+        task_logits(model, partners)
+    return activations
 
 
 def holding_circuit(
     circuit: Circuit, model: TLModel, ablation: str = "mean", inverted: bool = False
-) -> Under:
-    """`model` under the circuit, with all other nodes at their means, at zero, or resampled; or,
-    inverted, without it.
+) -> RunContext:
+    """The context in which `model` runs under the circuit: all other nodes are held.
 
-    `CircuitError` if `model` is not the circuit's.
+    Whether `model` is the circuit's is not checked.
+
+    Args:
+        ablation: the values at which nodes are held; see `Ablation`.
+        inverted: hold the circuit's nodes instead, and cut no edges.
     """
     nodes = circuit.kept if inverted else circuit.dropped
-    zeros = {name: torch.zeros_like(mean) for name, mean in circuit.means.items()}
-    constant = {"mean": circuit.means, "zero": zeros}.get(ablation)
     cut = () if inverted else circuit.cut_edges(model)
+    constants: NodeValues | None = None
+    if ablation == "mean":
+        constants = circuit.means
+    elif ablation == "zero":
+        constants = {name: torch.zeros_like(mean) for name, mean in circuit.means.items()}
 
-    def under(part: TaskData) -> AbstractContextManager[None]:
-        values = resampled(model, part, circuit.kept) if constant is None else constant
+    def hold(data: TaskData) -> AbstractContextManager[None]:
+        values = constants
+        if values is None:
+            values = resampled(model, data, circuit.kept)
         return circuit.holding(model, nodes, values, cut)
 
-    return under
+    return hold
+
+
+# --- judging a circuit
 
 
 def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:
@@ -160,29 +213,21 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
-    sizes = data.n_pairs, circuit.n_nodes, len(circuit.edges(model))
-    alone = {
-        how: score(model, data, batch_size, holding_circuit(circuit, model, how))
-        for how in get_args(Ablation)
-    }
-    without = score(model, data, batch_size, holding_circuit(circuit, model, inverted=True))
+    n_edges = len(circuit.edges(model))
+
+    def circuit_score(ablation: Ablation, inverted: bool = False) -> Score:
+        run_context = holding_circuit(circuit, model, ablation, inverted)
+        return score(model, data, batch_size, run_context)
+
     return Evaluation(
-        score(model, data, batch_size),
-        alone["mean"],
-        without,
-        alone["zero"],
-        alone["resample"],
-        *sizes,
-    )
-
-
-def sized_score(
-    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
-) -> SizedScore:
-    """The circuit's size and score. `CircuitError` if `model` is not the circuit's."""
-    under = holding_circuit(circuit, model)
-    return SizedScore(
-        circuit.n_nodes, len(circuit.edges(model)), score(model, data, batch_size, under)
+        circuit=circuit_score("mean"),
+        zero=circuit_score("zero"),
+        resample=circuit_score("resample"),
+        ablated=circuit_score("mean", inverted=True),
+        full=score(model, data, batch_size),
+        n_pairs=data.n_pairs,
+        n_nodes=circuit.n_nodes,
+        n_edges=n_edges,
     )
 
 
@@ -194,32 +239,67 @@ def judged(
     batch_size: int,
     ablation: str,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """`evaluate` on the held-out pairs; and what is written of a circuit, also calibrated on the
-    selection pairs.
+    """The circuit's `evaluate` on the held-out pairs, and the scores that its file records.
+
+    The recorded scores are those on the selection pairs, on the held-out pairs, and on the held-out
+    pairs after calibration on the selection pairs.
     """
-    evaluation, under = (
-        evaluate(circuit, model, heldout, batch_size),
-        holding_circuit(circuit, model, ablation),
-    )
-    logits = [all_logits(model, data, batch_size, under) for data in (selection, heldout)]
-    scale, shift = calibration(logits[0], selection)
-    calibrated = score_logits(logits[1] * scale + torch.tensor([0.0, shift]).to(logits[1]), heldout)
+    evaluation = evaluate(circuit, model, heldout, batch_size)
+    run_context = holding_circuit(circuit, model, ablation)
+    selection_logits = all_logits(model, selection, batch_size, run_context)
+    heldout_logits = all_logits(model, heldout, batch_size, run_context)
+    scale, shift = calibration(selection_logits, selection)
+    calibrated = _calibrated(heldout_logits, torch.tensor(scale), torch.tensor(shift))
     return evaluation, {
-        "selection": {"circuit": asdict(score_logits(logits[0], selection))},
+        "selection": {"circuit": asdict(score_logits(selection_logits, selection))},
         "heldout": asdict(evaluation),
-        "calibrated": {"scale": scale, "shift": shift, "heldout": asdict(calibrated)},
+        "calibrated": {
+            "scale": scale,
+            "shift": shift,
+            "heldout": asdict(score_logits(calibrated, heldout)),
+        },
     }
+
+
+def sized_score(
+    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
+) -> SizedScore:
+    """The circuit's size and score.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's.
+    """
+    n_edges = len(circuit.edges(model))
+    circuit_score = score(model, data, batch_size, holding_circuit(circuit, model))
+    return SizedScore(circuit.n_nodes, n_edges, circuit_score)
+
+
+def scaled_sizes(circuit: Circuit, half_octaves: Iterable[int]) -> list[int]:
+    """The circuit's number of nodes times 2^(i/2) for each i in `half_octaves`, rising.
+
+    No size exceeds the number of all nodes, and none comes twice.
+    """
+    sizes = set()
+    for i in half_octaves:
+        size = round(circuit.n_nodes * 2 ** (i / 2))
+        sizes.add(min(size, circuit.n_candidates))
+    return sorted(sizes)
 
 
 def faithfulness_curve(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> list[SizedScore]:
-    """The faithfulness curve: circuits of an eighth to eight times the size, of the nodes that the
-    search ranked highest. `CircuitError` if `model` is not the circuit's, or the circuit has no
-    scores.
+    """The scores of circuits from an eighth to eight times the size.
+
+    Each consists of the nodes that the search ranked highest.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's, or the circuit has no scores.
     """
-    sizes = {min(circuit.n_candidates, round(circuit.n_nodes * 2 ** (i / 2))) for i in range(-6, 7)}
-    return [sized_score(circuit.of_size(size), model, data, batch_size) for size in sorted(sizes)]
+    sized_scores = []
+    for n_nodes in scaled_sizes(circuit, range(-6, 7)):
+        sized_scores.append(sized_score(circuit.of_size(n_nodes), model, data, batch_size))
+    return sized_scores
 
 
 def random_circuits(
@@ -230,53 +310,80 @@ def random_circuits(
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[SizedScore]:
-    """Circuits of as many nodes at each hook point, drawn at random: what the circuit's size alone
-    does.
+    """The scores of random circuits with as many nodes at each hook point as this one.
+
+    They show what its size alone achieves.
     """
-    generator, sized_scores = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    sized_scores = []
     for _ in range(n_circuits):
-        kept = {
-            name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
-            for name, mask in circuit.kept.items()
-        }
-        drawn = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
-        sized_scores.append(sized_score(drawn, model, data, batch_size))
+        kept = {}
+        for name, mask in circuit.kept.items():
+            order = torch.randperm(mask.numel(), generator=generator)
+            kept[name] = mask.flatten()[order].view_as(mask)
+        random_circuit = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
+        sized_scores.append(sized_score(random_circuit, model, data, batch_size))
     return sized_scores
 
 
 def effects(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> dict[Node | Edge, float]:
-    """By how much the loss of the circuit rises when one of its nodes is held at its mean, or one
-    edge is cut.
+    """By how much the loss of the circuit rises when one node is held at its mean or one edge is
+    cut, for each node and edge.
     """
-    parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
-    smaller = [circuit, *(circuit.without([part], model) for part in parts)]
-    losses = [score(model, data, batch_size, holding_circuit(c, model)).loss for c in smaller]
-    return {part: loss - losses[0] for part, loss in zip(parts, losses[1:], strict=True)}
+
+    def loss(circuit: Circuit) -> float:
+        return score(model, data, batch_size, holding_circuit(circuit, model)).loss
+
+    parts = _parts(circuit, model)
+    whole_loss = loss(circuit)
+    effect_of = {}
+    for part in parts:
+        effect_of[part] = loss(circuit.without([part], model)) - whole_loss
+    return effect_of
 
 
 def full_evaluation(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
-    """All that this module measures of a circuit, as JSON values; effects if it has at most
-    `MAX_EFFECTS` nodes and edges. `CircuitError` if `model` is not the circuit's."""
-    parts: list[Node | Edge] = [*circuit.nodes, *circuit.edges(model)]
-    kinds = Counter(
-        p.location if isinstance(p, Node) else f"{p.source.location} → {p.target.location}"
-        for p in parts
-    )
-    found = effects(circuit, model, data, batch_size) if len(parts) <= MAX_EFFECTS else {}
-    sized_scores = faithfulness_curve(circuit, model, data, batch_size) if circuit.scores else []
-    drawn = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
+    """All that this module measures of a circuit, as JSON values.
+
+    The effects are left out if the circuit has more than `MAX_EFFECTS` nodes and edges, and the
+    faithfulness curve (`ladder`) if it has no scores.
+
+    Args:
+        seed: of the random circuits.
+
+    Raises:
+        CircuitError: if `model` is not the circuit's.
+    """
+    parts = _parts(circuit, model)
+    effect_of: dict[Node | Edge, float] = {}
+    if len(parts) <= MAX_EFFECTS:
+        effect_of = effects(circuit, model, data, batch_size)
+    largest_first = sorted(effect_of.items(), key=itemgetter(1), reverse=True)
+    curve: list[SizedScore] = []
+    if circuit.scores:
+        curve = faithfulness_curve(circuit, model, data, batch_size)
+    random_scores = random_circuits(circuit, model, data, seed=seed, batch_size=batch_size)
     return {
         "model": circuit.model_name,
         "task": data.task,
-        "kinds": dict(kinds),
+        "kinds": dict(Counter(map(_kind, parts))),
         "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
-        "ladder": [asdict(sized) for sized in sized_scores],
-        "random": [asdict(sized) for sized in drawn],
-        "effects": {
-            str(part): found[part] for part in sorted(found, key=found.__getitem__, reverse=True)
-        },
+        "ladder": list(map(asdict, curve)),
+        "random": list(map(asdict, random_scores)),
+        "effects": {str(part): effect for part, effect in largest_first},
     }
+
+
+def _parts(circuit: Circuit, model: TLModel) -> list[Node | Edge]:
+    return [*circuit.nodes, *circuit.edges(model)]
+
+
+def _kind(part: Node | Edge) -> str:
+    """The location of a node, or the two locations that an edge joins."""
+    if isinstance(part, Node):
+        return part.location
+    return f"{part.source.location} → {part.target.location}"

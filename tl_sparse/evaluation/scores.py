@@ -1,4 +1,4 @@
-"""What is measured of a circuit, as numbers and as a table."""
+"""The scores of a circuit, as numbers and as a table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,22 +7,25 @@ from typing import Any, Literal
 from tl_sparse.tasks import Score, score_row
 from tl_sparse.text import table
 
-#: What the nodes outside a circuit are held at: their means, zero, or what they are on another
-#: prompt.
+#: The values at which the nodes outside a circuit are held: their means, zero, or their activations
+#: on another prompt.
 Ablation = Literal["mean", "zero", "resample"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit on one set of prompt pairs.
+    """The scores of a circuit, and of its model, on one set of prompt pairs.
 
     Attributes:
         full: the whole model.
-        circuit: the circuit alone, all else at its mean: sufficient if this is good.
+        circuit: the circuit alone, all other nodes at their means: sufficient if this is good.
         ablated: the model with the circuit's nodes at their means: necessary if this is bad.
         zero: the circuit alone, all other nodes at zero.
-        resample: the circuit alone, all other nodes as they are on another prompt of these; see
-            `resampled`.
+        resample: the circuit alone, all other nodes at their activations on another of the prompts;
+            see `resampled`.
+        n_pairs: the number of prompt pairs.
+        n_nodes: the number of the circuit's nodes.
+        n_edges: the number of the circuit's edges.
     """
 
     full: Score
@@ -37,15 +40,16 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         """The inverse of `dataclasses.asdict`."""
-        fields: dict[str, Any] = {
-            name: Score(**v) if isinstance(v, dict) else v for name, v in values.items()
-        }
+        fields = dict(values)
+        for name, value in values.items():
+            if isinstance(value, dict):
+                fields[name] = Score(**value)
         return cls(**fields)
 
 
 @dataclass(frozen=True)
 class SizedScore:
-    """A circuit of some size, on a set of prompt pairs."""
+    """The size of a circuit, and its score on a set of prompt pairs."""
 
     n_nodes: int
     n_edges: int
@@ -53,7 +57,7 @@ class SizedScore:
 
 
 def scores_table(evaluation: Evaluation) -> str:
-    """The losses of the full model, the circuit alone, and the model without the circuit."""
+    """The loss and accuracy of the full model, the circuit alone, and the model without it."""
     rows = [
         score_row("the full model", evaluation.full),
         score_row("the circuit alone (sufficient?)", evaluation.circuit),

@@ -1,42 +1,77 @@
-"""A circuit as one self-contained HTML page: what it shows as a plain dictionary, and the files of
-page/ around it.
-"""
+"""The contents of a circuit's page, as JSON values; `page` makes HTML of them."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, node_label
-from tl_sparse.errors import CircuitError
-from tl_sparse.evaluation import evaluate, holding_circuit, score, sized_score
-from tl_sparse.hooks import TLModel, recording
+from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.evaluation import evaluate
+from tl_sparse.hooks import TLModel
 from tl_sparse.pruning import PruneConfig
-from tl_sparse.tasks import TASKS, Task, TaskData, candidate_logits, get_task, make_task_data
-from tl_sparse.view.tables import task_tokens
-
-#: What a page holds at most; it states these itself.
-MAX_NODES, MAX_EDGES, MAX_BYTES = 1_500, 10_000, 5_000_000
-PAIRS, EFFECT_PAIRS, SIZES = (
-    8,
-    16,
-    16,
-)  # shown; to measure a cut on; circuits on the faithfulness curve
-PASSAGES, BEFORE, AFTER = (
-    4,
-    20,
-    8,
-)  # passages of either sign for a node, tokens before and from the strongest on
-PROMPT_TOKENS, TOKEN_CHARS, TOP_TOKENS, BINS = 96, 40, 8, 24
-CORPUS_VALUES = (
-    30_000_000  # activations held in memory: the more nodes, the fewer rows of the corpus
+from tl_sparse.tasks import TASKS, Task, TaskData, get_task, make_task_data
+from tl_sparse.view.activations import (
+    corpus_values,
+    histogram,
+    node_points,
+    node_scales,
+    part_of_corpus,
+    strongest_passages,
 )
-LEVELS = 999  # activations are whole numbers of this many levels, times a scale for each node
+from tl_sparse.view.cuts import circuit_loss, curve_by_size, cut_losses, most_important_first
+from tl_sparse.view.drawing import drawn
+from tl_sparse.view.limits import LIMITS
+from tl_sparse.view.nodes import PageNode, page_nodes, task_ends
+from tl_sparse.view.prompts import PromptSide, prompt_pairs, run_prompts
+from tl_sparse.view.writing import Vocabulary, four_digits
+
+
+@dataclass
+class PageContents:
+    """All that a page shows.
+
+    Attributes:
+        summary: what heads the page; see `_summary`.
+        nodes: the nodes that are drawn.
+        edges: source, target and weight; here and elsewhere, nodes are named by their position in
+            `nodes`.
+        ends: see `task_ends`.
+        vocabulary: the texts of all tokens.
+        prompts: pairs of prompts.
+        curve: see `cuts.curve_by_size`.
+        corpus_tokens: how many tokens of the corpus were run.
+        loss: the loss of the circuit on the pairs on which cuts are measured; None if they are not.
+    """
+
+    summary: dict[str, Any]
+    nodes: list[PageNode]
+    edges: list[list[float]]
+    ends: dict[str, Any]
+    vocabulary: Vocabulary
+    prompts: list[tuple[PromptSide, PromptSide]] = field(default_factory=list)
+    curve: list[list[float]] = field(default_factory=list)
+    corpus_tokens: int = 0
+    loss: float | None = None
+
+    def as_json(self, circuit: Circuit) -> dict[str, Any]:
+        """The JSON that page.js reads."""
+        data: dict[str, Any] = {
+            "summary": self.summary,
+            "nodes": [node.as_json() for node in self.nodes],
+            "prompts": [[vars(first), vars(second)] for first, second in self.prompts],
+            "ladder": self.curve,
+            "edges": self.edges,
+            "ends": self.ends,
+            "vocab": self.vocabulary.texts,
+            "caps": _stated_limits(circuit, self.corpus_tokens),
+        }
+        if self.loss is not None:
+            data["loss"] = self.loss
+        return data
 
 
 @torch.no_grad()
@@ -47,360 +82,166 @@ def page_data(
     corpus: Int[Tensor, "seq pos"] | None = None,
     min_weight: float = 0.0,
 ) -> dict[str, Any]:
-    """Everything a page of the circuit shows, as JSON values.
+    """Everything that a page of the circuit shows, as JSON values.
 
     Args:
-        task: for prompts, candidates and effects; by default the circuit's, if it is one of
-            `TASKS`.
-        corpus: tokens for histograms and passages; None: the page has none, and says so.
+        task: the task of the prompts, candidates and effects; by default the circuit's, if it is
+            one of `TASKS`.
+        corpus: tokens for histograms and passages; without them the page has none, and says so.
         min_weight: leave out edges of a smaller absolute weight, and nodes that then have none.
 
     Raises:
         CircuitError: if the circuit has no nodes, is too large to draw (the message offers a
             `min_weight`), or is another model's.
-        TaskError: if there is no such task; TaskError, DataError, TokenizerError: if its prompts do
-            not fit the model.
+        TaskError: if there is no such task.
+        TaskError, DataError, TokenizerError: if its prompts do not fit the model.
     """
     nodes, edges = drawn(circuit, model, min_weight)
-    task = get_task(task) if isinstance(task, str) else task or TASKS.get(circuit.task)
-    task = None if model.tokenizer is None else task
-    texts, device, means = (
-        _Texts(model.tokenizer),
-        next(model.parameters()).device,
-        bool(circuit.means),
+    task = _task_to_show(circuit, model, task)
+    vocabulary = Vocabulary(model.tokenizer)
+    page = PageContents(
+        summary=_summary(circuit, model, task, min_weight),
+        nodes=page_nodes(circuit, model, nodes, vocabulary),
+        edges=_numbered(edges, nodes),
+        ends=task_ends(model, nodes, task, vocabulary),
+        vocabulary=vocabulary,
     )
-    hooks, at = circuit.hooks, {node: i for i, node in enumerate(nodes)}
-    places = [(hooks[node.layer, node.location], node.index) for node in nodes]
-    about = [
-        _about(circuit, model, node, hook, texts)
-        for node, (hook, _) in zip(nodes, places, strict=True)
-    ]
-    data: dict[str, Any] = {
-        "summary": _summary(circuit, model, task, min_weight),
-        "nodes": about,
-        "prompts": [],
-        "ladder": [],
-        "edges": [[at[e.source], at[e.target], _short(e.weight)] for e in edges],
-        "ends": _ends(model, nodes, task, texts),
-        "vocab": texts,
-        "caps": {
-            "passages": PASSAGES,
-            "window": BEFORE + AFTER,
-            "tokens": TOP_TOKENS,
-            "prompt_tokens": PROMPT_TOKENS,
-            "token_chars": TOKEN_CHARS,
-            "effect_pairs": EFFECT_PAIRS,
-            "corpus_tokens": 0,
-            "levels": LEVELS,
-            "ranked": "the search" if circuit.scores else "the loss when each is cut alone",
-            "sees": "the circuit"
-            if means
-            else "the full model: without means the circuit cannot run",
-        },
-    }
-    seen = torch.zeros(1, 1, len(nodes), device=device)
+    points = node_points(circuit, nodes)
+    activations = []
     if corpus is not None:
-        corpus = corpus[: max(1, CORPUS_VALUES // (len(nodes) * corpus.shape[1]))].long()
-        seen = torch.cat([_run(model, rows.to(device), places)[1] for rows in corpus.split(16)])
-        data["caps"]["corpus_tokens"] = corpus.numel()
-    scales = seen.abs().amax((0, 1))
+        corpus = part_of_corpus(corpus, points)
+        on_corpus = corpus_values(model, corpus, points)
+        activations.append(on_corpus)
     if task is not None:
-        pairs = make_task_data(task, model.tokenizer, EFFECT_PAIRS, 0, model.cfg.n_ctx).to(device)
-        shown = pairs.pairs(range(PAIRS)).trimmed()
-        heads = sorted(
-            {(entry["layer"], entry["head"]) for entry in about if entry["head"] is not None}
-        )
-        runs = [_run(model, shown.tokens, places, heads)]
-        if means:
-            data["summary"]["scores"] = data["summary"]["scores"] or asdict(
-                evaluate(circuit, model, pairs)
-            )
-            with circuit.applied(model):
-                runs.append(_run(model, shown.tokens, places, heads))
-            data["loss"] = score(model, pairs, under=holding_circuit(circuit, model)).loss
-            for node, entry in zip(tqdm(nodes, "cutting nodes", disable=None), about, strict=True):
-                without = circuit.without([node], model)
-                entry["cut_loss"] = score(model, pairs, under=holding_circuit(without, model)).loss
-            if len(nodes) == circuit.n_nodes:
-                data["ladder"] = _faithfulness_curve(circuit, model, nodes, about, pairs)
-        _, values, patterns = runs[-1]
-        scales = torch.maximum(scales, values.abs().amax((0, 1)))
-    scales[scales == 0] = 1.0
-    for i, entry in enumerate(about):
-        entry["scale"] = _short(scales[i])
-        if corpus is not None:
-            entry |= _in_corpus(seen[:, :, i], corpus, scales[i], texts)
+        pairs = make_task_data(task, model.tokenizer, LIMITS.effect_pairs, 0, model.cfg.n_ctx)
+        pairs = pairs.to(next(model.parameters()).device)
+        prompts = pairs.pairs(range(LIMITS.prompt_pairs)).trimmed()
+        heads = {(node.layer, node.head) for node in page.nodes if node.head is not None}
+        runs = run_prompts(circuit, model, prompts, points, sorted(heads))
+        activations.append(runs[-1].values)
+        if circuit.means:
+            _measure_cuts(page, circuit, model, nodes, pairs)
+    scales = node_scales(activations, len(nodes))
+    for node, scale in zip(page.nodes, scales, strict=True):
+        node.scale = four_digits(scale)
+    if corpus is not None:
+        _show_corpus(page, corpus, on_corpus, scales)
     if task is not None:
-        logits = [candidate_logits(run[0], shown).tolist() for run in runs]
-        levels = (values / scales * LEVELS).round().int()
-        sides = [
-            _side(shown, row, logits, levels[row], patterns, texts) for row in range(2 * PAIRS)
-        ]
-        data["prompts"] = [sides[row : row + 2] for row in range(0, len(sides), 2)]
-    return data
+        page.prompts = prompt_pairs(prompts, runs, scales, vocabulary)
+    return page.as_json(circuit)
 
 
-def drawn(
-    circuit: Circuit, model: TLModel, min_weight: float = 0.0
-) -> tuple[list[Node], list[Edge]]:
-    """The nodes and edges to draw, in the order of the forward pass; see `page_data`."""
-    nodes, edges = circuit.nodes, circuit.edges(model)
-    if not nodes:
-        raise CircuitError("the circuit has no nodes, so there is nothing to draw")
-    if min_weight > 0:
-        edges = [edge for edge in edges if abs(edge.weight) >= min_weight]
-        ends = _ends_of(edges)
-        nodes = [node for node in nodes if node in ends]
-        if not nodes:
-            raise CircuitError(
-                f"no edge of the circuit has an absolute weight of min_weight = {min_weight:g} or more"
+def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> Task | None:
+    """The task that was asked for or the circuit's; None if it is not known or there is no
+    tokenizer.
+    """
+    if isinstance(task, str):
+        task = get_task(task)
+    elif task is None:
+        task = TASKS.get(circuit.task)
+    return None if model.tokenizer is None else task
+
+
+def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]:
+    """Each edge as number of the source, number of the target, weight."""
+    number_of = {node: number for number, node in enumerate(nodes)}
+    numbered: list[list[float]] = []
+    for edge in edges:
+        weight = four_digits(edge.weight)
+        numbered.append([number_of[edge.source], number_of[edge.target], weight])
+    return numbered
+
+
+def _measure_cuts(
+    page: PageContents, circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
+) -> None:
+    """Add the scores of the circuit and of smaller and larger ones, and the effect of each node.
+
+    There is no faithfulness curve where not all nodes are drawn.
+    """
+    if not page.summary["scores"]:
+        page.summary["scores"] = asdict(evaluate(circuit, model, pairs))
+    page.loss = circuit_loss(circuit, model, pairs)
+    losses = cut_losses(circuit, model, nodes, pairs)
+    for page_node, loss in zip(page.nodes, losses, strict=True):
+        page_node.cut_loss = loss
+    if len(nodes) == circuit.n_nodes:
+        order = most_important_first(circuit, nodes, losses)
+        for rank, number in enumerate(order):
+            page.nodes[number].rank = rank
+        ranked = [nodes[number] for number in order]
+        page.curve = curve_by_size(circuit, model, ranked, pairs)
+
+
+def _show_corpus(
+    page: PageContents,
+    corpus: Int[Tensor, "seq pos"],
+    values: Float[Tensor, "seq pos node"],
+    scales: Float[Tensor, " node"],
+) -> None:
+    """Add the histogram and the passages of each node."""
+    page.corpus_tokens = corpus.numel()
+    for number, node in enumerate(page.nodes):
+        of_node = values[:, :, number]
+        node.histogram = histogram(of_node)
+        for sign, passages in zip((1, -1), node.passages, strict=True):
+            passages.extend(
+                strongest_passages(corpus, of_node, sign, scales[number], page.vocabulary)
             )
-    if len(nodes) > MAX_NODES or len(edges) > MAX_EDGES:
-        weights, n = (
-            sorted((abs(edge.weight) for edge in edges), reverse=True),
-            min(len(edges), MAX_EDGES),
-        )
-        while (
-            len(_ends_of(edge for edge in edges if abs(edge.weight) > weights[n - 1])) > MAX_NODES
-        ):
-            n = n * 9 // 10
-        offer = f"; min_weight = {weights[n * 9 // 10]:.3g} leaves those that can" if edges else ""
-        size = f"{len(nodes):,} nodes and {len(edges):,} edges"
-        raise CircuitError(
-            f"{size} are more than the {MAX_NODES:,} and {MAX_EDGES:,} that can be drawn{offer}"
-        )
-    return nodes, edges
 
 
-def _ends_of(edges: Iterable[Edge]) -> set[Node]:
-    return {node for edge in edges for node in (edge.source, edge.target)}
-
-
-class _Texts(dict[int, str]):
-    """Token id → its text, shortened, of every token that `noted` was given."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._decode = tokenizer.decode if tokenizer is not None else lambda ids: f"⟨{ids[0]}⟩"
-
-    def noted(self, tokens: Tensor) -> list[int]:
-        ids: list[int] = tokens.tolist()
-        for token in set(ids) - self.keys():
-            text = self._decode([token])
-            self[token] = text if len(text) <= TOKEN_CHARS else text[: TOKEN_CHARS - 1] + "…"
-        return ids
-
-
-def _run(
-    model: TLModel,
-    tokens: Int[Tensor, "batch pos"],
-    places: Sequence[tuple[str, int]],
-    heads: Iterable[Any] = (),
-) -> tuple[Tensor, Float[Tensor, "batch pos node"], dict[str, Float[Tensor, "batch query key"]]]:
-    """Logits, the values at `places` (hook point, index), and the attention patterns of `heads`
-    (layer, head).
-    """
-    pattern = "blocks.{}.attn.hook_pattern"
-    names = {name for name, _ in places} | {pattern.format(layer) for layer, _ in heads}
-    with recording(model, names) as found:
-        logits = model(tokens)
-    values = torch.stack(
-        [found[name].flatten(2)[..., index] for name, index in places], dim=-1
-    ).float()
-    return (
-        logits,
-        values,
-        {f"{layer}.{head}": found[pattern.format(layer)][:, head].float() for layer, head in heads},
-    )
-
-
-def _about(
-    circuit: Circuit, model: TLModel, node: Node, hook: str, texts: _Texts
-) -> dict[str, Any]:
-    """What is known of a node before anything is run. Reads and writes also have their channel and
-    its tokens.
-    """
-    about: dict[str, Any] = {
-        "name": str(node),
-        "openai": node.openai_name,
-        "label": node_label(model, node),
-        "kind": LOCATIONS[node.location].description,
-        "layer": node.layer,
-        "location": node.location,
-        "index": node.index,
-        "head": node.index // model.cfg.d_head if LOCATIONS[node.location].is_by_head else None,
-        "mean": _short(circuit.means[hook].flatten()[node.index]) if circuit.means else None,
-        "cut_loss": None,
-        "passages": [[], []],
-    }
-    if node.location.endswith(("_in", "_out")):
-        beyond = node.index - model.cfg.d_model
-        about["channel"] = f"p{beyond}" if beyond >= 0 else node.index
-        if beyond < 0:
-            weights = (
-                _unembedding(model, node.index)
-                if "out" in node.location
-                else model.embed.W_E[:, node.index]
-            )
-            about["tokens"] = []
-            for sign in (1, -1):
-                top = (sign * weights).topk(min(TOP_TOKENS, len(weights)))
-                found = zip(texts.noted(top.indices), top.values.tolist(), strict=True)
-                about["tokens"].append(
-                    [[token, _short(sign * weight)] for token, weight in found if weight > 0]
-                )
-    return about
-
-
-def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
-    """What a unit in a channel adds to each logit, before the final norm divides."""
-    row: Tensor = model.unembed.W_U.detach()[channel]
-    norm = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
-    return row if norm is None else norm.detach()[channel] * row
-
-
-def _ends(
-    model: TLModel, nodes: Sequence[Node], task: Task | None, texts: _Texts
-) -> dict[str, Any]:
-    """The task's tokens and candidates, with the entries of embedding and unembedding that join
-    them to the nodes.
-    """
-    tokens, candidates = task_tokens(model, task) if task is not None else ([], [])
-    embed = model.embed.W_E[tokens].tolist()
-    places = [(i, node) for i, node in enumerate(nodes) if node.index < model.cfg.d_model]
-    reads = [(i, node.index) for i, node in places if node.location.endswith("_in")]
-    writes = [
-        (i, _unembedding(model, node.index)) for i, node in places if node.location.endswith("_out")
-    ]
+def _stated_limits(circuit: Circuit, corpus_tokens: int) -> dict[str, Any]:
+    """What the page says of its own limits, and of how it was made."""
+    full_model = "the full model: without means the circuit cannot run"
     return {
-        "tokens": texts.noted(torch.tensor(tokens)),
-        "candidates": texts.noted(torch.tensor(candidates)),
-        "embed": [
-            [t, i, _short(row[c])] for t, row in enumerate(embed) for i, c in reads if row[c]
-        ],
-        "unembed": [
-            [i, t, _short(w)]
-            for i, row in writes
-            for t, w in enumerate(row[candidates].tolist())
-            if w
-        ],
+        "passages": LIMITS.passages,
+        "window": LIMITS.tokens_before_peak + LIMITS.tokens_from_peak,
+        "tokens": LIMITS.top_tokens,
+        "prompt_tokens": LIMITS.prompt_tokens,
+        "token_chars": LIMITS.token_chars,
+        "effect_pairs": LIMITS.effect_pairs,
+        "corpus_tokens": corpus_tokens,
+        "levels": LIMITS.activation_levels,
+        "ranked": "the search" if circuit.scores else "the loss when each is cut alone",
+        "sees": "the circuit" if circuit.means else full_model,
     }
-
-
-def _in_corpus(
-    values: Float[Tensor, "seq pos"], corpus: Int[Tensor, "seq pos"], scale: Tensor, texts: _Texts
-) -> dict[str, Any]:
-    """The histogram of a node over the corpus, and the passages where it is most positive and most
-    negative.
-    """
-    low, high = float(values.min()), float(values.max())
-    counts = torch.histc(values, BINS, low, high).int().tolist() if high > low else [values.numel()]
-    passages: list[list[Any]] = [[], []]
-    for sign, found in zip((1, -1), passages, strict=True):
-        peaks, places = (sign * values).max(1)
-        for row in peaks.argsort(descending=True, stable=True)[:PASSAGES].tolist():
-            if peaks[row] > 0:
-                part = slice(max(0, int(places[row]) - BEFORE), int(places[row]) + AFTER)
-                levels = (values[row, part] / scale * LEVELS).round().int().tolist()
-                found.append(
-                    [texts.noted(corpus[row, part]), levels, int(places[row]) - part.start]
-                )
-    return {
-        "histogram": {"low": _short(low), "high": _short(high), "counts": counts},
-        "passages": passages,
-    }
-
-
-def _side(
-    data: TaskData,
-    row: int,
-    logits: list[Any],
-    levels: Tensor,
-    patterns: Mapping[str, Tensor],
-    texts: _Texts,
-) -> dict[str, Any]:
-    """One prompt of a pair, its last tokens: logits of the candidates, values of the nodes,
-    attention in percent.
-    """
-    stop = int(data.last[row]) + 1
-    part = slice(max(0, stop - PROMPT_TOKENS), stop)
-    percent = {
-        name: (p[row, part, part] * 100).round().int().tolist() for name, p in patterns.items()
-    }
-    return {
-        "tokens": texts.noted(data.tokens[row, part]),
-        "right": int(data.correct[row]),
-        "answer": texts.noted(data.candidates[row])[int(data.correct[row])],
-        "logits": [[_short(x) for x in each[row]] for each in logits],
-        "values": levels[part].T.tolist(),
-        "patterns": {
-            name: [line[: i + 1] for i, line in enumerate(lines)] for name, lines in percent.items()
-        },
-    }
-
-
-def _faithfulness_curve(
-    circuit: Circuit,
-    model: TLModel,
-    nodes: Sequence[Node],
-    about: Sequence[dict[str, Any]],
-    pairs: TaskData,
-) -> list[list[float]]:
-    """[nodes, edges, loss, accuracy] of circuits by size, up to eight times as large where the
-    search ranked all nodes.
-
-    Otherwise nodes are ranked by the loss when each alone is cut. Each entry of `about` gets its
-    rank.
-    """
-    total, ranks = circuit.n_candidates, circuit.scores
-    worth = [entry["cut_loss"] for entry in about]
-    if ranks:
-        worth = [
-            float(ranks[circuit.hooks[node.layer, node.location]].flatten()[node.index])
-            for node in nodes
-        ]
-    order = sorted(range(len(nodes)), key=lambda i: -worth[i])
-    for rank, i in enumerate(order):
-        about[i]["rank"] = rank
-    sizes = {round(len(nodes) ** (step / (SIZES - 1))) for step in range(SIZES)}
-    circuits = [circuit.without([nodes[i] for i in order[size:]], model) for size in sorted(sizes)]
-    larger = (
-        {min(total, round(len(nodes) * 2 ** (i / 2))) for i in range(1, 7)} - {len(nodes)}
-        if ranks
-        else set()
-    )
-    circuits += [circuit.of_size(size) for size in sorted(larger)]
-    sized_scores = (sized_score(smaller, model, pairs) for smaller in circuits)
-    return [[r.n_nodes, r.n_edges, r.circuit.loss, r.circuit.accuracy] for r in sized_scores]
 
 
 def _summary(
     circuit: Circuit, model: TLModel, task: Task | None, min_weight: float
 ) -> dict[str, Any]:
-    name, command = circuit.model_name or str(getattr(model.cfg, "model_name", "")), ""
-    if isinstance(config := circuit.measured.get("config"), dict):
-        default = asdict(PruneConfig())
-        changed = [
-            (key.replace("_", "-"), x) for key, x in config.items() if x != default.get(key, x)
-        ]
-        flags = [
-            f"--{key}={x}" if not isinstance(x, bool) else f"--{'no-' * (not x)}{key}"
-            for key, x in changed
-        ]
-        command = shlex.join(["tl-sparse", "prune", name, circuit.task, "--out", "circuit", *flags])
+    """What heads the page; the counts are of the whole circuit, drawn or not."""
+    model_name = circuit.model_name or str(getattr(model.cfg, "model_name", ""))
+    measured = circuit.measured
     return {
         "task": task.name if task else circuit.task,
         "description": task.description if task else "",
-        "model": name,
-        "command": command,
+        "model": model_name,
+        "command": _prune_command(circuit, model_name),
         "layers": model.cfg.n_layers,
         "min_weight": min_weight,
         "n_nodes": circuit.n_nodes,
         "n_edges": len(circuit.edges(model)),
         "all_nodes": circuit.n_candidates,
-        "scores": circuit.measured.get("heldout") or circuit.measured.get("openai") or {},
+        "scores": measured.get("heldout") or measured.get("openai") or {},
     }
 
 
-def _short(value: float | Tensor) -> float:
-    return float(f"{float(value):.4g}")
+def _prune_command(circuit: Circuit, model_name: str) -> str:
+    """The command line that finds the circuit again; "" if its configuration is not known."""
+    config = circuit.measured.get("config")
+    if not isinstance(config, dict):
+        return ""
+    defaults = asdict(PruneConfig())
+    words = ["tl-sparse", "prune", model_name, circuit.task, "--out", "circuit"]
+    for key, value in config.items():
+        if value != defaults.get(key, value):
+            words.append(_option(key, value))
+    return shlex.join(words)
+
+
+def _option(key: str, value: Any) -> str:
+    name = key.replace("_", "-")
+    if not isinstance(value, bool):
+        return f"--{name}={value}"
+    return f"--{name}" if value else f"--no-{name}"

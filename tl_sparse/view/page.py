@@ -12,65 +12,87 @@ from typing import Any
 
 from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_text
-from tl_sparse.view.contents import MAX_BYTES, PASSAGES
+from tl_sparse.view.limits import LIMITS
 
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page, to be saved or to be the value of a notebook's cell; `data` is what `page_data`
-    gathered.
+    """A page, to be saved or to be the value of a notebook's cell.
+
+    Attributes:
+        data: what `page_data` gathered.
     """
 
     data: dict[str, Any]
 
     @cached_property
     def html(self) -> str:
-        """The whole page, without the last prompts and passages if it had more than `MAX_BYTES`
-        with them.
+        """The whole page; the last prompts and passages are left out if it would be too large.
+
+        Raises:
+            CircuitError: if it still has more than `LIMITS.page_bytes`.
         """
-        data, most = self.data, PASSAGES
-        while len(page := _fill(data)) > MAX_BYTES and most:
+        data = self.data
+        n_passages = LIMITS.passages
+        page = _fill_template(data)
+        while len(page) > LIMITS.page_bytes and n_passages > 0:
             if len(data["prompts"]) > 1:
-                data = data | {"prompts": data["prompts"][:-1]}
-                continue
-            most -= 1
-            nodes = [
-                node | {"passages": [side[:most] for side in node["passages"]]}
-                for node in data["nodes"]
-            ]
-            data = data | {"nodes": nodes, "caps": data["caps"] | {"passages": most}}
-        if len(page) > MAX_BYTES:
+                data = {**data, "prompts": data["prompts"][:-1]}
+            else:
+                n_passages -= 1
+                data = _with_passages(data, n_passages)
+            page = _fill_template(data)
+        if len(page) > LIMITS.page_bytes:
             raise CircuitError(
                 f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight"
             )
         return page
 
     def save(self, path: str | Path) -> None:
-        """Write the page; `CheckpointError` if that is not possible."""
+        """Write the page.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
         write_text(Path(path), self.html)
 
     def _repr_html_(self) -> str:
         # In a sandbox of its own, the page can neither read the notebook nor be styled by it.
-        source, style = html.escape(self.html), "width:100%;height:900px;border:0"
-        return f'<iframe sandbox="allow-scripts" title="circuit" style="{style}" srcdoc="{source}"></iframe>'
+        source = html.escape(self.html)
+        style = "width:100%;height:900px;border:0"
+        attributes = f'sandbox="allow-scripts" title="circuit" style="{style}"'
+        return f'<iframe {attributes} srcdoc="{source}"></iframe>'
 
 
-def _fill(data: dict[str, Any]) -> str:
+def _with_passages(data: dict[str, Any], n_passages: int) -> dict[str, Any]:
+    """The data with at most `n_passages` passages of either sign for each node."""
+    nodes = []
+    for node in data["nodes"]:
+        positive, negative = node["passages"]
+        nodes.append({**node, "passages": [positive[:n_passages], negative[:n_passages]]})
+    caps = {**data["caps"], "passages": n_passages}
+    return {**data, "nodes": nodes, "caps": caps}
+
+
+def _fill_template(data: dict[str, Any]) -> str:
     """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the
     element it is in.
     """
-    folder, names = Path(__file__).parent, ("page.css", "d3.min.js", "page.js", "template.html")
-    parts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    parts = {}
+    for name in ("page.css", "d3.min.js", "page.js", "template.html"):
+        parts[name] = Path(__file__).with_name(name).read_text(encoding="utf-8")
     # Only these two scripts may run, and nothing may be fetched: a second fence around the first.
-    digests = (
-        base64.b64encode(hashlib.sha256(parts[name].encode()).digest())
-        for name in names
-        if name.endswith("js")
-    )
-    parts["scripts"] = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-    parts["title"] = html.escape(
-        f"{data['summary']['task'] or 'A circuit'} in {data['summary']['model'] or 'a model'}"
-    )
-    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JSON has no NaN
+    parts["scripts"] = f"{_digest(parts['d3.min.js'])} {_digest(parts['page.js'])}"
+    task = data["summary"]["task"] or "A circuit"
+    model = data["summary"]["model"] or "a model"
+    parts["title"] = html.escape(f"{task} in {model}")
+    # JSON has no NaN and no infinity: they become null.
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
     parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])
+
+
+def _digest(script: str) -> str:
+    """A script as the content security policy names it."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest())
+    return f"'sha256-{digest.decode()}'"

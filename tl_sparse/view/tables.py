@@ -1,7 +1,10 @@
 """A circuit as tables that a person can read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
 from tl_sparse.evaluation import Evaluation, scores_table
@@ -11,129 +14,166 @@ from tl_sparse.text import table
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
-    """What the circuit of `task` in `model`, one of ours, is: its nodes by layer and kind, each
-    edge with its weight, what embedding and unembedding say of the task's tokens (of one pair's, if
-    each has its own), and how well it does.
+    """A description of the circuit of `task` in `model`, a model of this package.
+
+    It has the nodes by layer and kind, each edge with its weight, the entries of embedding and
+    unembedding for the task's tokens (for one pair's, if each pair has its own), and the scores.
 
     Raises:
         CircuitError: if `model` is not the circuit's.
     """
-    question = ": {!r} or {!r}?".format(*task.candidates) if task.candidates else ""
-    title = f"Circuit of {task.name} in {circuit.model_name}{question}"
-    tables = [
+    title = f"Circuit of {task.name} in {circuit.model_name}"
+    if task.candidates:
+        first, second = task.candidates
+        title += f": {first!r} or {second!r}?"
+    sections = [
+        title,
+        "=" * len(title),
         _nodes_table(circuit, model),
         _edges_table(circuit, model),
-        *_tokens_tables(circuit, model, task),
+        *_token_tables(circuit, model, task),
+        scores_table(evaluation),
     ]
-    return "\n\n".join([title, "=" * len(title), *tables, scores_table(evaluation)])
+    return "\n\n".join(sections)
 
 
-def evaluation_tables(found: Mapping[str, Any], most: int = 40) -> str:
+def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
     """What `full_evaluation` gives, with the `most` largest effects."""
-    parts = [scores_table(Evaluation.from_dict(found["evaluation"]))]
-    parts.append(
-        table(
-            ["kind of node or edge", "number"],
-            [[kind, str(n)] for kind, n in found["kinds"].items()],
-        )
-    )
-    for heading, sized_scores in (
-        ("nodes ranked highest", found["ladder"]),
-        ("nodes at random", found["random"]),
-    ):
-        rows = [
-            [f"{r['n_nodes']:,}", f"{r['n_edges']:,}", *score_row("", Score(**r["circuit"]))[1:]]
-            for r in sized_scores
-        ]
-        parts.append(table([heading, "edges", "task loss", "accuracy"], rows))
-    for what, digits in (("loss", ".3f"), ("accuracy", ".1%")):
-        values = [sized["circuit"][what] for sized in found["random"]]
-        mean, low, high = (
-            format(value, digits) for value in (sum(values) / len(values), min(values), max(values))
-        )
-        parts[-1] += f"\n  mean {what} at random: {mean} ({low}–{high})"
-    rows = [[name, f"{effect:+.3f}"] for name, effect in found["effects"].items()]
-    parts.append(table(["node held at its mean, or edge cut", "task loss"], rows[:most]))
-    return "\n\n".join(parts)
+    kinds = [[kind, str(number)] for kind, number in measured["kinds"].items()]
+    effects = [[part, f"{effect:+.3f}"] for part, effect in measured["effects"].items()]
+    random_table = _sizes_table("nodes at random", measured["random"])
+    sections = [
+        scores_table(Evaluation.from_dict(measured["evaluation"])),
+        table(["kind of node or edge", "number"], kinds),
+        _sizes_table("nodes ranked highest", measured["ladder"]),
+        f"{random_table}\n{_random_ranges(measured['random'])}",
+        table(["node held at its mean, or edge cut", "task loss"], effects[:most]),
+    ]
+    return "\n\n".join(sections)
+
+
+def circuit_facts(circuit: Circuit) -> str:
+    """What is known of a circuit without its model.
+
+    That is its nodes by location and, if `prune` has found it, its scores.
+    """
+    heldout = circuit.measured.get("heldout")
+    if heldout is None:
+        return repr(circuit)
+    evaluation = Evaluation.from_dict(heldout)
+    return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"
+
+
+def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
+    """The tokens in which the prompts of a pair differ, followed by its two candidates; and the
+    candidates alone.
+
+    Raises:
+        TaskError, TokenizerError: if the task does not fit the model's tokenizer.
+    """
+    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
+    first, second = data.prompts
+    first_tokens = model.tokenizer.encode(first, add_special_tokens=False)
+    second_tokens = model.tokenizer.encode(second, add_special_tokens=False)
+    candidates = data.candidates[0].tolist()
+    tokens = []
+    for in_first, in_second in zip(first_tokens, second_tokens, strict=False):
+        if in_first != in_second:
+            tokens += [in_first, in_second]
+    without_repeats = dict.fromkeys(tokens + candidates)
+    return list(without_repeats), candidates
 
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
     for (layer, location), indices in circuit.nodes_by_location().items():
-        which = " ".join(index_label(model, location, index) for index in indices)
-        rows.append(
-            [str(layer), location, LOCATIONS[location].description, str(len(indices)), which]
-        )
-    heading = (
-        f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}; every other node is held at its mean"
-    )
+        labels = " ".join(index_label(model, location, index) for index in indices)
+        kind = LOCATIONS[location].description
+        rows.append([str(layer), location, kind, str(len(indices)), labels])
+    counts = f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}"
+    heading = f"{counts}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
 
 
 def _edges_table(circuit: Circuit, model: TLModel) -> str:
-    edges = circuit.edges(model)
-    rows = [
-        [node_label(model, e.source), "→", node_label(model, e.target), f"{e.weight:+.3f}"]
-        for e in edges
-    ]
-    heading = f"{len(edges)} edges: the nonzero weights between these nodes"
-    return heading + ("\n" + table(["from", "", "to", "weight"], rows) if rows else "")
+    rows = []
+    for edge in circuit.edges(model):
+        source = node_label(model, edge.source)
+        target = node_label(model, edge.target)
+        rows.append([source, "→", target, f"{edge.weight:+.3f}"])
+    heading = f"{len(rows)} edges: the nonzero weights between these nodes"
+    if not rows:
+        return heading
+    return heading + "\n" + table(["from", "", "to", "weight"], rows)
 
 
-def _tokens_tables(circuit: Circuit, model: TLModel, task: Task) -> Iterator[str]:
-    """Entries of embedding and unembedding: of the task's tokens, in the channels that the circuit
-    reads or writes.
+def _token_tables(circuit: Circuit, model: TLModel, task: Task) -> list[str]:
+    """The entries of embedding and unembedding for the task's tokens, in the channels that the
+    circuit reads and writes; none where there is no such entry.
     """
-    tokens, answers = task_tokens(model, task)
+    tokens, candidates = task_tokens(model, task)
     whose = "the task's" if task.candidates else "one pair's"
-    for ending, ids, weights, heading in (
-        (
-            "_in",
-            tokens,
-            model.embed.W_E.T,
-            f"What {whose} tokens bring to the channels read: entries of the embedding",
-        ),
-        (
-            "_out",
-            answers,
-            model.unembed.W_U,
-            "What the writes say of the answer: entries of the unembedding",
-        ),
-    ):
-        indices = {node.index for node in circuit.nodes if node.location.endswith(ending)}
-        channels = sorted(
-            i for i in indices if i < model.cfg.d_model
-        )  # further ones are positional channels
-        entries = zip(channels, weights.detach()[channels][:, ids].tolist(), strict=True)
-        rows = [
-            [str(c), *(f"{weight:+.3f}" if weight else "." for weight in row)]
-            for c, row in entries
-            if any(row)
-        ]
-        if rows:
-            header = ["channel", *(repr(model.tokenizer.decode([i])) for i in ids)]
-            yield f"{heading} (not counted as edges)\n{table(header, rows)}"
+    brought = f"What {whose} tokens bring to the channels read: entries of the embedding"
+    said = "What the writes say of the answer: entries of the unembedding"
+    read = _channels(circuit, model, "_in")
+    written = _channels(circuit, model, "_out")
+    embedding = _channels_table(model, read, tokens, model.embed.W_E.T)
+    unembedding = _channels_table(model, written, candidates, model.unembed.W_U)
+    tables = []
+    if embedding:
+        tables.append(f"{brought} (not counted as edges)\n{embedding}")
+    if unembedding:
+        tables.append(f"{said} (not counted as edges)\n{unembedding}")
+    return tables
 
 
-def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
-    """The tokens in which the prompts of a pair differ, with its candidates; and the candidates
-    alone.
+def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
+    """The channels of the residual stream that the nodes at locations with this ending stand for.
 
-    Raises TaskError, TokenizerError: if the task does not fit the model's tokenizer.
+    Indices from d_model on are positional channels, which no token has.
     """
-    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
-    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in data.prompts]
-    different = [i for pair in zip(*prompts, strict=False) if pair[0] != pair[1] for i in pair]
-    answers = data.candidates[0].tolist()
-    return list(dict.fromkeys(different + answers)), answers
+    channels = set()
+    for node in circuit.nodes:
+        if node.location.endswith(ending) and node.index < model.cfg.d_model:
+            channels.add(node.index)
+    return sorted(channels)
 
 
-def circuit_facts(circuit: Circuit) -> str:
-    """What is known of a circuit without its model: its nodes by location, and what `prune`
-    measured of it.
-    """
-    heldout = circuit.measured.get("heldout")  # as `prune` writes it
-    if heldout is None:
-        return repr(circuit)
-    evaluation = Evaluation.from_dict(heldout)
-    return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"
+def _channels_table(
+    model: TLModel,
+    channels: Sequence[int],
+    tokens: Sequence[int],
+    matrix: Float[Tensor, "channel vocab"],
+) -> str:
+    """The entries of some tokens in some channels, without channels that have none; "" for none."""
+    rows = []
+    entries = matrix.detach()[channels][:, tokens].tolist()
+    for channel, weights in zip(channels, entries, strict=True):
+        if any(weights):
+            cells = [f"{weight:+.3f}" if weight else "." for weight in weights]
+            rows.append([str(channel), *cells])
+    if not rows:
+        return ""
+    texts = [repr(model.tokenizer.decode([token])) for token in tokens]
+    return table(["channel", *texts], rows)
+
+
+def _sizes_table(heading: str, sized_scores: Sequence[Mapping[str, Any]]) -> str:
+    """The scores of circuits by size."""
+    rows = []
+    for sized in sized_scores:
+        _, loss, accuracy = score_row("", Score(**sized["circuit"]))
+        rows.append([f"{sized['n_nodes']:,}", f"{sized['n_edges']:,}", loss, accuracy])
+    return table([heading, "edges", "task loss", "accuracy"], rows)
+
+
+def _random_ranges(sized_scores: Sequence[Mapping[str, Any]]) -> str:
+    """The mean and range of loss and accuracy over random circuits."""
+    lines = []
+    for measure, digits in (("loss", ".3f"), ("accuracy", ".1%")):
+        values = [sized["circuit"][measure] for sized in sized_scores]
+        mean = format(sum(values) / len(values), digits)
+        low = format(min(values), digits)
+        high = format(max(values), digits)
+        lines.append(f"  mean {measure} at random: {mean} ({low}–{high})")
+    return "\n".join(lines)

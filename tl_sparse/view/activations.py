@@ -1,0 +1,138 @@
+"""The activations of a circuit's nodes, and where in the corpus they are strongest."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparse.circuits import Circuit, Node
+from tl_sparse.hooks import TLModel, recording
+from tl_sparse.view.limits import LIMITS
+from tl_sparse.view.writing import Vocabulary, activation_levels, four_digits
+
+
+@dataclass(frozen=True)
+class NodePoint:
+    """Where the activation of a node is: the name of the hook point, and the index there."""
+
+    hook: str
+    index: int
+
+
+@dataclass(frozen=True)
+class NodeRun:
+    """What a model computes on a batch of prompts: logits, the activations of the nodes, and the
+    attention patterns of some heads by "layer.head".
+    """
+
+    logits: Float[Tensor, "batch pos vocab"]
+    values: Float[Tensor, "batch pos node"]
+    patterns: dict[str, Float[Tensor, "batch query key"]]
+
+
+def node_points(circuit: Circuit, nodes: Iterable[Node]) -> list[NodePoint]:
+    """Where the activations of these nodes are."""
+    hooks = circuit.hooks
+    return [NodePoint(hooks[node.layer, node.location], node.index) for node in nodes]
+
+
+def run_nodes(
+    model: TLModel,
+    tokens: Int[Tensor, "batch pos"],
+    points: Sequence[NodePoint],
+    heads: Iterable[tuple[int, int]] = (),
+) -> NodeRun:
+    """Run the model as it is, and record some nodes and the patterns of some heads.
+
+    Args:
+        heads: layer and number of each head.
+    """
+    hooks = {point.hook for point in points}
+    for layer, _ in heads:
+        hooks.add(_pattern_hook(layer))
+    with recording(model, hooks) as activations:
+        logits = model(tokens)
+    values = []
+    for point in points:
+        values.append(activations[point.hook].flatten(2)[..., point.index])
+    patterns = {}
+    for layer, head in heads:
+        patterns[f"{layer}.{head}"] = activations[_pattern_hook(layer)][:, head].float()
+    return NodeRun(logits, torch.stack(values, dim=-1).float(), patterns)
+
+
+def part_of_corpus(
+    corpus: Int[Tensor, "seq pos"], points: Sequence[NodePoint]
+) -> Int[Tensor, "row pos"]:
+    """As many rows of the corpus as `LIMITS.corpus_values` allows to run."""
+    values_per_row = len(points) * corpus.shape[1]
+    n_rows = max(1, LIMITS.corpus_values // values_per_row)
+    return corpus[:n_rows].long()
+
+
+def corpus_values(
+    model: TLModel, corpus: Int[Tensor, "seq pos"], points: Sequence[NodePoint]
+) -> Float[Tensor, "seq pos node"]:
+    """The activations of the nodes on the corpus."""
+    device = next(model.parameters()).device
+    values = []
+    for rows in corpus.split(16):
+        values.append(run_nodes(model, rows.to(device), points).values)
+    return torch.cat(values)
+
+
+def node_scales(
+    runs: Sequence[Float[Tensor, "batch pos node"]], n_nodes: int
+) -> Float[Tensor, " node"]:
+    """The largest absolute activation of each node; 1 for nodes that were zero or did not run."""
+    scales = torch.zeros(n_nodes)
+    for values in runs:
+        scales = torch.maximum(scales.to(values), values.abs().amax((0, 1)))
+    scales[scales == 0] = 1.0
+    return scales
+
+
+def histogram(values: Float[Tensor, "seq pos"]) -> dict[str, Any]:
+    """How often a node has which activation: the ends of the histogram, and the counts in bins of
+    equal width between them.
+    """
+    low = float(values.min())
+    high = float(values.max())
+    counts = [values.numel()]
+    if high > low:
+        counts = torch.histc(values, LIMITS.histogram_bins, low, high).int().tolist()
+    return {"low": four_digits(low), "high": four_digits(high), "counts": counts}
+
+
+def strongest_passages(
+    tokens: Int[Tensor, "seq pos"],
+    values: Float[Tensor, "seq pos"],
+    sign: int,
+    scale: Float[Tensor, ""],
+    vocabulary: Vocabulary,
+) -> list[list[Any]]:
+    """The passages in which a node is most positive or, by `sign`, most negative, strongest first.
+
+    Each consists of the tokens, the node's activation at each, and where among them the peak is.
+    """
+    peaks, positions = (sign * values).max(1)
+    strongest_first = peaks.argsort(descending=True, stable=True)
+    passages = []
+    for row in strongest_first[: LIMITS.passages].tolist():
+        if peaks[row] <= 0:
+            continue
+        peak = int(positions[row])
+        start = max(0, peak - LIMITS.tokens_before_peak)
+        stop = peak + LIMITS.tokens_from_peak
+        ids = tokens[row, start:stop].tolist()
+        vocabulary.add(ids)
+        levels = activation_levels(values[row, start:stop], scale)
+        passages.append([ids, levels.tolist(), peak - start])
+    return passages
+
+
+def _pattern_hook(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_pattern"

@@ -1,0 +1,95 @@
+"""The look of all figures: panels, colours and marks, logarithmic axes, legends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+#: Okabe and Ito's colours, which colour-blind people can tell apart. Seven colours and eight marks
+#: come together again only after 56 series.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vPX*"
+
+
+def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with `n` panels beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(1, n, squeeze=False)[0])
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """The colour and mark of the series with this number."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
+
+
+def thousands(value: float, _: float) -> str:
+    """A size as a tick label: 300, 3k."""
+    if value < 1000:
+        return f"{value:g}"
+    return f"{value / 1000:g}k"
+
+
+def percent(share: float, _: float) -> str:
+    return f"{100 * share:g}%"
+
+
+def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = thousands) -> None:
+    """Make the x axis logarithmic, and linear below `unit` if a value is there, such as 0 edges."""
+    low, high = axes.dataLim.intervalx
+    axes.set_xscale("log")
+    if low < unit:
+        axes.set_xscale("symlog", linthresh=unit)
+        axes.set_xlim(-0.15 * unit, 1.3 * max(high, unit))
+    _set_log_ticks(axes.xaxis, low, high, unit, text)
+
+
+def set_log_y(axes: Axes, unit: float) -> None:
+    """The same for the y axis, where a loss can be nearly 0."""
+    low, high = axes.dataLim.intervaly
+    axes.set_yscale("log")
+    if low < unit:
+        axes.set_yscale("symlog", linthresh=unit)
+        axes.set_ylim(-0.15 * unit, 1.3 * max(high, unit))
+    _set_log_ticks(axes.yaxis, low, high, unit, thousands)
+
+
+def _set_log_ticks(
+    axis: Axis, low: float, high: float, unit: float, text: Callable[[float, float], str]
+) -> None:
+    """Ticks at 0 and from `unit` on: the smaller the range of the data, the more in a decade."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    span = high / max(low, unit)
+    steps: Iterable[float] = (1,)
+    if span < 4:
+        steps = (1, 1.2, 1.5, 2, 3, 5, 7)
+    elif span < 900:
+        steps = (1, 3)
+    ticks = [0.0]
+    for exponent in range(round(math.log10(unit)), 9):
+        ticks += [step * 10.0**exponent for step in steps]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(text)
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """A legend above the panels, in as many columns as its longest entry lets fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels))
+    columns = int(9 * figure.get_figwidth() / (6 + longest))
+    columns = max(1, min(5, columns))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)

@@ -1,0 +1,165 @@
+"""What a page says of nodes, and of the tokens that they read and write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparse.circuits import LOCATIONS, Circuit, Node, node_label
+from tl_sparse.hooks import TLModel
+from tl_sparse.tasks import Task
+from tl_sparse.view.activations import node_points
+from tl_sparse.view.limits import LIMITS
+from tl_sparse.view.tables import task_tokens
+from tl_sparse.view.writing import Vocabulary, four_digits
+
+
+@dataclass
+class PageNode:
+    """What a page says of a node. The fields are keys of the page's JSON, in its order.
+
+    Attributes:
+        head: None where nodes have no head.
+        mean: the mean at which the node is held; None if the circuit has no means.
+        cut_loss: the loss of the circuit without this node; None if it is not measured.
+        passages: the most positive and the most negative ones; see `strongest_passages`.
+        channel: of reads and writes, the channel of the residual stream; a positional channel is
+            "p" with its number.
+        tokens: of reads and writes in other channels, the tokens that embedding or unembedding join
+            them to with the largest positive and negative weights, each with its weight.
+        rank: how many nodes of the circuit are more important; None if it is not measured.
+        scale: the activation that is written as `LIMITS.activation_levels`.
+        histogram: of the activations on the corpus; None if there is no corpus.
+    """
+
+    name: str
+    openai: str
+    label: str
+    kind: str
+    layer: int
+    location: str
+    index: int
+    head: int | None
+    mean: float | None
+    cut_loss: float | None = None
+    passages: list[list[Any]] = field(default_factory=lambda: [[], []])
+    channel: int | str | None = None
+    tokens: list[list[Any]] | None = None
+    rank: int | None = None
+    scale: float = 1.0
+    histogram: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name; some are left out where there is nothing to say."""
+        values = dict(vars(self))
+        for name in ("channel", "tokens", "rank", "histogram"):
+            if values[name] is None:
+                del values[name]
+        return values
+
+
+def page_nodes(
+    circuit: Circuit, model: TLModel, nodes: Sequence[Node], vocabulary: Vocabulary
+) -> list[PageNode]:
+    """What is known of the nodes before any token is run."""
+    described = []
+    for node, point in zip(nodes, node_points(circuit, nodes), strict=True):
+        head = None
+        if LOCATIONS[node.location].is_by_head:
+            head = node.index // model.cfg.d_head
+        mean = None
+        if circuit.means:
+            mean = four_digits(circuit.means[point.hook].flatten()[node.index])
+        page_node = PageNode(
+            name=str(node),
+            openai=node.openai_name,
+            label=node_label(model, node),
+            kind=LOCATIONS[node.location].description,
+            layer=node.layer,
+            location=node.location,
+            index=node.index,
+            head=head,
+            mean=mean,
+        )
+        if _reads(node) or _writes(node):
+            _describe_channel(page_node, model, node, vocabulary)
+        described.append(page_node)
+    return described
+
+
+def task_ends(
+    model: TLModel, nodes: Sequence[Node], task: Task | None, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """The ends of a circuit for a task, `tokens` and `candidates`, and what joins nodes to them.
+
+    `embed` has the nonzero entries of the embedding, each with the positions of its token and its
+    node; `unembed` those of the unembedding, with the positions of its node and its candidate.
+    """
+    tokens: list[int] = []
+    candidates: list[int] = []
+    if task is not None:
+        tokens, candidates = task_tokens(model, task)
+    vocabulary.add(tokens)
+    vocabulary.add(candidates)
+    in_channels = [(i, node) for i, node in enumerate(nodes) if node.index < model.cfg.d_model]
+    embed = []
+    for number, row in enumerate(model.embed.W_E[tokens].tolist()):
+        for i, node in in_channels:
+            if _reads(node) and row[node.index]:
+                embed.append([number, i, four_digits(row[node.index])])
+    unembed = []
+    for i, node in in_channels:
+        if _writes(node):
+            weights = _unembedding(model, node.index)[candidates].tolist()
+            for number, weight in enumerate(weights):
+                if weight:
+                    unembed.append([i, number, four_digits(weight)])
+    return {"tokens": tokens, "candidates": candidates, "embed": embed, "unembed": unembed}
+
+
+def _reads(node: Node) -> bool:
+    return node.location.endswith("_in")
+
+
+def _writes(node: Node) -> bool:
+    return node.location.endswith("_out")
+
+
+def _describe_channel(
+    page_node: PageNode, model: TLModel, node: Node, vocabulary: Vocabulary
+) -> None:
+    """Give a read or write its channel and the tokens of the channel."""
+    if node.index >= model.cfg.d_model:
+        page_node.channel = f"p{node.index - model.cfg.d_model}"
+        return
+    page_node.channel = node.index
+    if _writes(node):
+        weights = _unembedding(model, node.index)
+    else:
+        weights = model.embed.W_E[:, node.index]
+    page_node.tokens = [_top_tokens(weights, sign, vocabulary) for sign in (1, -1)]
+
+
+def _top_tokens(
+    weights: Float[Tensor, " vocab"], sign: int, vocabulary: Vocabulary
+) -> list[list[Any]]:
+    """The tokens with the largest weights of this sign, each with its weight."""
+    top = (sign * weights).topk(min(LIMITS.top_tokens, len(weights)))
+    tokens = top.indices.tolist()
+    vocabulary.add(tokens)
+    entries: list[list[Any]] = []
+    for token, size in zip(tokens, top.values.tolist(), strict=True):
+        if size > 0:
+            entries.append([token, four_digits(sign * size)])
+    return entries
+
+
+def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
+    """What a 1 in a channel adds to each logit, before the final norm divides by its scale."""
+    row: Tensor = model.unembed.W_U.detach()[channel]
+    norm = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
+    if norm is None:
+        return row
+    return norm.detach()[channel] * row
