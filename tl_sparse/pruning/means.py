@@ -59,8 +59,8 @@ def corpus_means(
 
 def _standard_error(first_half: NodeValues, second_half: NodeValues) -> float:
     """The standard error of the mean of both halves, as a fraction of its size."""
-    first = torch.cat([mean.flatten() for mean in first_half.values()])
-    second = torch.cat([mean.flatten() for mean in second_half.values()])
+    first = torch.cat(list(map(torch.flatten, first_half.values())))
+    second = torch.cat(list(map(torch.flatten, second_half.values())))
     return float((first - second).norm() / (first + second).norm())
 
 

@@ -42,11 +42,12 @@ def _tied_keys(empty: Circuit, model: TLModel) -> dict[str, str]:
     for (layer, location), key in hooks.items():
         if location == "attn_k":
             query = hooks[layer, "attn_q"]
-            shapes = [list(empty.means[name].shape) for name in (query, key)]
-            if shapes[0] != shapes[1]:
+            query_shape = list(empty.means[query].shape)
+            key_shape = list(empty.means[key].shape)
+            if query_shape != key_shape:
                 raise PruneError(
                     "tied_qk needs a key channel for each query channel; "
-                    f"[heads, channels] are {shapes}"
+                    f"[heads, channels] are {query_shape} of queries and {key_shape} of keys"
                 )
             tied[key] = query
     return tied
