@@ -13,6 +13,7 @@ from .points import frozen as frozen
 from .points import hooked as hooked
 from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
+from .weights import GroupedWeight as GroupedWeight
 from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed

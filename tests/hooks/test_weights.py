@@ -17,7 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import tl_sparse
 from tl_sparse.errors import ConfigError
 from tl_sparse.faces.line import transformer_lens_line
-from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
+from tl_sparse.hooks import (
+    GroupedWeight,
+    MatrixLayout,
+    WeightGroup,
+    WeightSparsity,
+    annealed,
+    weight_groups,
+)
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk
 
@@ -333,9 +340,10 @@ def test_a_projection_by_hand():
     """
     W_in = torch.tensor([[9.0, 0.1], [-8.0, 0.2]])
     W_in_pos = torch.tensor([[7.0, -0.3]])
+    by_neuron = MatrixLayout(rows=(1,), columns=(0,))
     group = WeightGroup(
         "W_in",
-        (((W_in, "input neuron -> neuron input"), (W_in_pos, "input neuron -> neuron input")),),
+        ((GroupedWeight(W_in, by_neuron), GroupedWeight(W_in_pos, by_neuron)),),
     )
     group.project(
         0.5, min_nonzero=1
@@ -346,7 +354,7 @@ def test_a_projection_by_hand():
     W_in, W_in_pos = torch.tensor([[9.0, 0.1], [-8.0, 0.2]]), torch.tensor([[7.0, -0.3]])
     unprotected = WeightGroup(
         "W_in",
-        (((W_in, "input neuron -> neuron input"), (W_in_pos, "input neuron -> neuron input")),),
+        ((GroupedWeight(W_in, by_neuron), GroupedWeight(W_in_pos, by_neuron)),),
         protected=False,
     )
     unprotected.project(0.5, min_nonzero=1)
@@ -415,7 +423,7 @@ def test_chosen_groups():
     before = copies(model)
     group = WeightGroup(
         "W_out",
-        (((model.blocks[1].mlp.W_out, "neuron output -> neuron output"),),),
+        ((GroupedWeight(model.blocks[1].mlp.W_out, MatrixLayout(rows=(0,), columns=(1,))),),),
         protected=False,
     )
     WeightSparsity(model, 0.25, groups=[group]).project()

@@ -204,7 +204,7 @@ def _cells(trial: Any, tasks: Sequence[str]) -> list[str]:
     return cells
 
 
-def run_trial(setup: _Setup, _: int) -> None:
+def run_trial(setup: _Setup, _index: int) -> None:
     """Prune with settings that the study proposes, unless all its trials are completed."""
     batch_size = setup.config.batch_size
     embed = setup.config.embed_gates
