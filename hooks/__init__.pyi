@@ -2,6 +2,7 @@ from .ablation import ablating as ablating
 from .activations import abs_topk as abs_topk
 from .activations import sparse_activations as sparse_activations
 from .gates import NodeGates as NodeGates
+from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
 from .means import recording_means as recording_means
@@ -12,6 +13,7 @@ from .points import frozen as frozen
 from .points import hooked as hooked
 from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
+from .weights import GroupedWeight as GroupedWeight
 from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed

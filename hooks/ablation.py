@@ -1,4 +1,4 @@
-"""Ablation: nodes of a model held at given values, by hook name, on any TransformerLens model."""
+"""Ablation: nodes of any TransformerLens model are held at given values."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,13 +32,13 @@ def ablating(
     check_hook_names(model, nodes)
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
-    # Where nothing is ablated there is no hook: a model with all its nodes is the model exactly.
-    with hooked(
-        model,
-        {name: partial(_set, mask, values[name]) for name, mask in nodes.items() if mask.any()},
-    ):
+    functions = {}
+    for name, ablated in nodes.items():
+        if ablated.any():  # without a hook, a model that keeps all nodes is exactly the model
+            functions[name] = partial(_ablate, ablated, values[name])
+    with hooked(model, functions):
         yield
 
 
-def _set(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:
+def _ablate(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:
     return torch.where(ablated.to(activation.device), value.to(activation), activation)

@@ -1,6 +1,4 @@
-"""Activation sparsity: AbsTopK as a function, and at the hook points of any TransformerLens
-model.
-"""
+"""Activation sparsity: AbsTopK, as a function and at hook points of any TransformerLens model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,50 +18,51 @@ from tl_sparse.kernels import bits, kernel, shared_out
 def abs_topk(
     x: Float[Tensor, "*batch dim"], k: int, inplace: bool = False
 ) -> Float[Tensor, "*batch dim"]:
-    """Keep the `k` entries of largest magnitude in the last dimension, zero the rest (Gao et al.
-    2025, A.1).
+    """Keep the `k` entries of largest magnitude in the last dimension, and zero the rest.
 
-    Exactly `k` are kept, also among equal magnitudes. Gradients pass through the kept entries only.
+    This is AbsTopK of Gao et al. 2025, A.1. Exactly `k` entries are kept, also among equal
+    magnitudes. Gradients pass through the kept entries only.
     With `inplace`, `x` may be overwritten, which saves memory.
     """
     if k >= x.shape[-1]:
         return x
     if x.device.type != "cpu":
         return x * _largest(x.detach().abs(), k)
-    # There is nothing to trace in compiled code. (Always to disable tracing would import it, which
-    # takes a second.)
-    return (torch.compiler.disable(_on_cpu) if torch.compiler.is_compiling() else _on_cpu)(
-        x, k, inplace
-    )
+    if torch.compiler.is_compiling():
+        # torch.compile cannot trace the kernels. This call imports the compiler, which takes a
+        # second, so it is made only here.
+        return torch.compiler.disable(_on_cpu)(x, k, inplace)
+    return _on_cpu(x, k, inplace)
 
 
 def _on_cpu(x: Float[Tensor, "*batch dim"], k: int, inplace: bool) -> Float[Tensor, "*batch dim"]:
     if kernel("abs_topk", x) is None:
         return x * _largest(x.detach().abs(), k)
-    return _AbsTopK.apply(
-        x.contiguous() if inplace else x.clone(memory_format=torch.contiguous_format), k
-    )
+    if inplace:
+        return _AbsTopK.apply(x.contiguous(), k)
+    return _AbsTopK.apply(x.clone(memory_format=torch.contiguous_format), k)
 
 
 class _AbsTopK(torch.autograd.Function):
-    """AbsTopK in place by the compiled kernels; `x` is contiguous. A bit for each entry is kept for
-    its backward.
+    """AbsTopK in place on a contiguous `x`, by the compiled kernels.
+
+    The backward pass needs one bit for each entry: whether it was kept. A byte of the mask has
+    those of eight rows.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
         rows = x.detach().view(-1, x.shape[-1])
-        needed = (len(rows) + 7) // 8 if ctx.needs_input_grad[0] else 0
-        mask = rows.new_zeros(needed, rows.shape[1], dtype=torch.uint8)
+        n_eights = (len(rows) + 7) // 8
+        mask = rows.new_zeros(
+            n_eights if ctx.needs_input_grad[0] else 0, rows.shape[1], dtype=torch.uint8
+        )
         tied = rows.new_empty(len(rows), dtype=torch.bool)
-        eights = (len(rows) + 7) // 8
-        if any(shared_out(kernel("abs_topk", x), eights, rows.numel(), bits(rows), k, mask, tied)):
-            kernel("keep", x)(
-                bits(rows),
-                tied.nonzero()[:, 0],
-                rows[tied].abs().topk(k, sorted=False).indices,
-                mask,
-            )
+        arguments = bits(rows), k, mask, tied
+        if any(shared_out(kernel("abs_topk", x), n_eights, rows.numel(), *arguments)):
+            # The kernel leaves rows with equal magnitudes at the threshold as they are.
+            kept = rows[tied].abs().topk(k, sorted=False).indices
+            kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], kept, mask)
         ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
         return x
@@ -85,17 +84,16 @@ def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "
     """1 for the `k` largest entries of each row, 0 for the rest."""
     if magnitudes.device.type != "cpu" or magnitudes.dtype not in (torch.float32, torch.float64):
         return _largest_by_sorting(magnitudes, k)
-    # NumPy's vectorised quickselect finds the k-th largest several times faster than torch.topk on
-    # a CPU, and a mask of the activation's own dtype multiplies several times faster than a boolean
-    # one.
-    dim = magnitudes.shape[-1]
-    threshold = torch.from_numpy(
-        np.partition(magnitudes.numpy(), dim - k, axis=-1)[..., dim - k, None]
-    )
+    # On a CPU, NumPy's vectorised quickselect finds the k-th largest several times faster than
+    # torch.topk.
+    position = magnitudes.shape[-1] - k
+    partitioned = np.partition(magnitudes.numpy(), position, axis=-1)
+    threshold = torch.from_numpy(partitioned[..., position, None])
+    # A mask of the activation's own dtype multiplies several times faster than a boolean one.
     mask = torch.ge(magnitudes, threshold, out=torch.empty_like(magnitudes))
-    uneven = mask.sum(-1) != k
-    if bool(uneven.any()):  # equal magnitudes at the threshold, or NaN
-        mask[uneven] = _largest_by_sorting(magnitudes[uneven], k)
+    is_wrong = mask.sum(-1) != k
+    if bool(is_wrong.any()):  # equal magnitudes at the threshold, or NaN
+        mask[is_wrong] = _largest_by_sorting(magnitudes[is_wrong], k)
     return mask
 
 
@@ -112,8 +110,8 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterat
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
-        fractions: hook name → fraction kept of the node dimensions; those of `[batch, pos, head,
-            d_head]` activations are taken together, as in the paper's models.
+        fractions: hook name → fraction of the entries kept at each position; the heads of a
+            `[batch, pos, head, d_head]` activation are taken together, as in the paper's models.
 
     Raises:
         HookNameError: for a hook name that the model does not have.
@@ -125,9 +123,12 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterat
                 f"fraction {fraction!r} at {name} is not possible; it must be in (0, 1]"
             )
 
-    def sparsify(fraction: float, activation: Tensor, hook: object) -> Tensor:
-        flat = activation.flatten(2)
-        return abs_topk(flat, max(1, int(fraction * flat.shape[-1]))).view_as(activation)
-
-    with hooked(model, {name: partial(sparsify, fraction) for name, fraction in fractions.items()}):
+    functions = {name: partial(_sparsify, fraction) for name, fraction in fractions.items()}
+    with hooked(model, functions):
         yield
+
+
+def _sparsify(fraction: float, activation: Tensor, hook: object) -> Tensor:
+    flat = activation.flatten(2)
+    k = max(1, int(fraction * flat.shape[-1]))
+    return abs_topk(flat, k).view_as(activation)

@@ -22,28 +22,33 @@ class Means:
     def record(
         self, name: str, activation: Float[Tensor, "batch pos *node"], hook: object = None
     ) -> None:
-        """Add an activation to the mean under `name`; of use as a function at a hook point, too."""
-        # In float64: a float32 sum over a corpus loses the digits that a small mean consists of.
+        """Add an activation to the mean under `name`.
+
+        Bound to a name, it can be attached to a hook point.
+        """
+        # In float64, because a float32 sum over a corpus loses the digits of a small mean.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
+        n_tokens = activation.shape[0] * activation.shape[1]
         self._sums[name] = self._sums.get(name, 0) + total
-        self._counts[name] = self._counts.get(name, 0) + activation.shape[0] * activation.shape[1]
+        self._counts[name] = self._counts.get(name, 0) + n_tokens
 
     def result(self, dtype: torch.dtype) -> dict[str, Float[Tensor, " *node"]]:
         """Hook name → mean activation."""
-        return {name: (total / self._counts[name]).to(dtype) for name, total in self._sums.items()}
+        means = {}
+        for name, total in self._sums.items():
+            means[name] = (total / self._counts[name]).to(dtype)
+        return means
 
 
 @contextmanager
 def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
-    """Within the context, whatever the model runs on is added to the means at the hook points
-    `names`.
+    """Within the context, every run of the model is added to the means at the hook points `names`.
 
     Raises:
         HookNameError: for a hook name that the model does not have.
     """
     means = Means()
-    # Under the name asked for: on a TransformerBridge it can be an alias, and `hook.name` another
-    # one.
+    # Recorded under the name asked for, not `hook.name`: a TransformerBridge has aliases.
     with hooked(model, {name: partial(means.record, name) for name in names}):
         yield means
 
@@ -58,10 +63,12 @@ def mean_activations(
         HookNameError: for a hook name that the model does not have.
         DataError: if there is no batch.
     """
-    weight, tokens = next(model.parameters()), None
+    parameter = next(model.parameters())
+    n_batches = 0
     with recording_means(model, names) as means:
         for tokens in batches:
-            model(tokens.to(weight.device), return_type=None)
-    if tokens is None:
+            model(tokens.to(parameter.device), return_type=None)
+            n_batches += 1
+    if n_batches == 0:
         raise DataError("means need at least one batch of tokens")
-    return means.result(weight.dtype)
+    return means.result(parameter.dtype)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from tl_sparse.errors import HookNameError
 
-#: A model of TransformerLens: HookedTransformer or another HookedRootModule of its line 3,
-#: TransformerBridge of line 4. The classes of the two lines share no base, so a type checker cannot
-#: be told more.
+#: A model of TransformerLens: a HookedRootModule such as HookedTransformer in its version 3, a
+#: TransformerBridge in version 4. The two share no base class, so the type checker is told nothing.
 TLModel = Any
 #: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
 HookFn = Callable[[Tensor, Any], Tensor | None]
-#: Hook name → a number, or whether something holds, for each node there: as an activation without
-#: batch and position.
+#: Hook name → a number for each node there, or a mask of the nodes. The shape is that of the
+#: activation without batch and position.
 NodeValues = Mapping[str, Float[Tensor, " *node"]]
 NodeMasks = Mapping[str, Bool[Tensor, " *node"]]
 
@@ -33,19 +32,19 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
     existing = model.hook_dict
     for name in names:
         if name not in existing:
-            near = get_close_matches(name, list(existing), n=3) or list(existing)[:3]
+            similar = get_close_matches(name, list(existing), n=3) or list(existing)[:3]
             raise HookNameError(
-                f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(near)}"
+                f"{type(model).__name__} has no hook point {name!r}; near it: {', '.join(similar)}"
             )
 
 
 @contextmanager
 def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
-    """Within the context, each function acts at the hook point of its name, on either
-    TransformerLens line.
+    """Within the context, each function acts at the hook point of its name.
 
-    TransformerLens' own `model.hooks()` does the work; it takes the functions off again after an
-    exception too. Names are checked first, so that a wrong one leaves nothing attached.
+    TransformerLens' own `model.hooks()` does the work, in both of its versions; it removes the
+    functions after an exception, too. Names are checked first, so that a wrong one leaves nothing
+    attached.
     """
     check_hook_names(model, functions)
     with model.hooks(fwd_hooks=list(functions.items())):
@@ -54,28 +53,30 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
 
 @contextmanager
 def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the context, a copy of the last activation at each of these hook points is put into
-    the dictionary.
+    """Within the context, the dictionary gets a copy of the latest activation at each of these hook
+    points.
     """
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
     def record(name: str, activation: Tensor, hook: object) -> None:
-        found[name] = activation.clone()  # models work in place
+        activations[name] = activation.clone()  # a model may overwrite its activations
 
     with hooked(model, {name: partial(record, name) for name in names}):
-        yield found
+        yield activations
 
 
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
-    """Within the context, eval mode and no gradients to parameters; afterwards all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Within the context, `model` is in eval mode and no parameter gets a gradient; afterwards all
+    modes and `requires_grad` flags are as they were.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
+        for parameter in learned:
             parameter.requires_grad_(True)
-        for module, mode in modes:
+        for module, mode in was_training.items():
             module.training = mode

@@ -5,6 +5,7 @@ where a loop creates its optimizer itself, as TransformerLens' own `train` does,
 weights it steps.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,18 +14,34 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError
+from tl_sparse.hooks.layouts import MatrixLayout
 from tl_sparse.kernels import bits, kernel
 
-#: The fraction of weights kept, constant or as a function of the number of optimizer steps done
-#: before.
+#: The fraction of weights kept: constant, or a function of the number of optimizer steps already
+#: done.
 Fraction = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """A weight of a group, and how it lies in the group's matrix."""
+
+    weight: Tensor
+    layout: MatrixLayout
+
+    def matrix(self) -> Float[Tensor, "row column"]:
+        return self.layout.matrix(self.weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and columns of its part of the matrix."""
+        return self.layout.matrix_shape(self.weight.shape)
 
 
 @dataclass(frozen=True)
@@ -33,44 +50,54 @@ class WeightGroup:
     channel.
 
     Attributes:
-        name: what `group_fractions` calls it: that of its parameter, or "blocks.0.attn.W_QKV".
-        rows: parameters with the einops pattern that makes a matrix of each; those of an inner
-            tuple lie side by side (a matrix and its positional rows), the inner tuples below each
-            other (q, k, v).
-        embedding: whether the embedding fraction applies; no minimum per row then.
+        name: what `group_fractions` calls it: the name of its parameter, or "blocks.0.attn.W_QKV".
+        bands: the matrix from top to bottom (Q, then K, then V); each band is a tuple of weights
+            that lie side by side (a matrix and its positional rows).
+        embedding: whether the embedding fraction applies.
         protected: whether each row keeps its `min_nonzero` largest entries.
     """
 
     name: str
-    rows: tuple[tuple[tuple[Tensor, str], ...], ...]
+    bands: tuple[tuple[GroupedWeight, ...], ...]
     embedding: bool = False
     protected: bool = True
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [parameter for row in self.rows for parameter, _ in row]
+        return [grouped.weight for grouped in itertools.chain(*self.bands)]
 
     @torch.no_grad()
     def project(self, fraction: float, min_nonzero: int) -> None:
         """Zero all but the int(fraction · entries) largest entries; see `top_mask`."""
         if fraction == 1:
             return
-        parts = [[rearrange(p, pattern) for p, pattern in row] for row in self.rows]
-        matrix = torch.cat([torch.cat(row, dim=1) if len(row) > 1 else row[0] for row in parts])
-        zero_all_but(matrix, int(fraction * matrix.numel()), min_nonzero if self.protected else 0)
-        blocks = matrix.split([len(row[0]) for row in parts])
-        for row, part, block in zip(self.rows, parts, blocks, strict=True):
-            for (p, pattern), kept in zip(
-                row, block.split([m.shape[1] for m in part], dim=1), strict=True
-            ):
-                before, after = pattern.split(" -> ")
-                p.copy_(
-                    rearrange(
-                        kept,
-                        f"{after} -> {before}",
-                        **dict(zip(before.split(), p.shape, strict=True)),
-                    )
-                )
+        matrix = self._joined()
+        n_kept = int(fraction * matrix.numel())
+        zero_all_but(matrix, n_kept, min_nonzero if self.protected else 0)
+        self._write(matrix)
+
+    def _joined(self) -> Float[Tensor, "row column"]:
+        """A copy of the weights, as one matrix."""
+        bands = []
+        for band in self.bands:
+            matrices = [grouped.matrix() for grouped in band]
+            bands.append(torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0])
+        return torch.cat(bands)
+
+    def _write(self, matrix: Float[Tensor, "row column"]) -> None:
+        """Set the weights to what `matrix` has in their places."""
+        first_row = 0
+        for band in self.bands:
+            n_rows, _ = band[0].shape
+            rows = matrix[first_row : first_row + n_rows]
+            first_row += n_rows
+            first_column = 0
+            for grouped in band:
+                _, n_columns = grouped.shape
+                block = rows[:, first_column : first_column + n_columns]
+                first_column += n_columns
+                weight = grouped.weight
+                weight.copy_(grouped.layout.weight(block, weight.shape))
 
 
 def top_mask(
@@ -81,31 +108,40 @@ def top_mask(
     Exactly max(k, protected entries) are kept, also among equal magnitudes.
     """
     mask = torch.zeros_like(magnitudes, dtype=torch.bool)
+    n_others = k
     if min_per_row > 0:
         protected = magnitudes.topk(min(min_per_row, magnitudes.shape[1]), dim=1).indices
         mask.scatter_(1, protected, True)
-        k = max(k, protected.numel()) - protected.numel()
-    mask.view(-1)[magnitudes.masked_fill(mask, -1.0).flatten().topk(k, sorted=False).indices] = True
+        n_others = max(k - protected.numel(), 0)
+    others = magnitudes.masked_fill(mask, -1.0).flatten()
+    mask.view(-1)[others.topk(n_others, sorted=False).indices] = True
     return mask
 
 
 def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) -> None:
     """Zero what is not in the `top_mask` of a contiguous matrix."""
-    run, minimum = kernel("zero_all_but", matrix), min(min_per_row, matrix.shape[1])
-    if run is None or not run(bits(matrix), max(k, minimum * len(matrix)), minimum):
-        matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
+    compiled = kernel("zero_all_but", matrix)
+    if compiled is not None:
+        minimum = min(min_per_row, matrix.shape[1])
+        n_kept = max(k, minimum * len(matrix))
+        if compiled(bits(matrix), n_kept, minimum):
+            return
+    matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
 
 
-#: How parameters of HookedTransformer's names become matrices: (group, pattern). _W_K and _W_V are
-#: those of grouped-query attention.
-_PATTERNS = {
-    r"(.*attn\.)_?W_[QKV](_pos)?": ("W_QKV", "head input channel -> (head channel) input"),
-    r"(.*attn\.)W_O": ("W_O", "head channel output -> (head channel) output"),
-    r"(.*mlp\.)W_in(_pos)?": ("W_in", "input neuron -> neuron input"),
-    r"(.*mlp\.)W_gate": ("W_gate", "input neuron -> neuron input"),
-    r"(.*mlp\.)W_out": ("W_out", "neuron output -> neuron output"),
+#: Regular expression for a parameter's name, as HookedTransformer gives it → the layout with a row
+#: for each neuron or attention channel. `_W_K` and `_W_V` belong to grouped-query attention.
+_LAYOUTS = {
+    # [head, input, channel]
+    r".*attn\._?W_[QKV](_pos)?": MatrixLayout(rows=(0, 2), columns=(1,)),
+    # [head, channel, output]
+    r".*attn\.W_O": MatrixLayout(rows=(0, 1), columns=(2,)),
+    # [input, neuron]
+    r".*mlp\.(W_in(_pos)?|W_gate)": MatrixLayout(rows=(1,), columns=(0,)),
+    # [neuron, output]
+    r".*mlp\.W_out": MatrixLayout(rows=(0,), columns=(1,)),
 }
-_BIASES = {1: "entry -> 1 entry", 2: "head channel -> 1 (head channel)"}
+_BIAS = re.compile(r".*(attn|mlp)\.b_\w+")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
 )
@@ -115,52 +151,62 @@ _LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[.
 def weight_groups(
     model: torch.nn.Module, *, fused_qkv: bool = True, biases: bool = False
 ) -> list[WeightGroup]:
-    """The matrices of a TransformerLens model: per layer QKV, W_O, W_in and W_out, each with its
-    positional rows; the embedding and the unembedding. Any other parameter of two or more
-    dimensions is a group of its own; norms, the bigram table and positional tables stay dense (A.2,
-    published script).
+    """The weights of a TransformerLens model that are made sparse, each with those that share its
+    budget.
+
+    Per layer these are QKV, W_O, W_in and W_out, each with its positional rows; then the embedding
+    and the unembedding. Any other parameter of two or more dimensions is a group of its own. Norms,
+    the bigram table and positional tables stay dense (A.2, published script).
 
     Args:
         model: any TransformerLens model (or torch module).
         fused_qkv: Q, K and V share one budget (published script); else each has its own.
         biases: the biases of attention and MLPs are groups too (the paper's text).
     """
-    fused: dict[str, dict[str, list[tuple[Tensor, str]]]] = {}
-    groups: list[WeightGroup] = []
+    # Name of the group → name of the matrix → the matrix and its positional rows.
+    bands: dict[str, dict[str, list[GroupedWeight]]] = {}
+    single_weights: list[WeightGroup] = []
     for name, parameter in model.named_parameters():
-        name = name.replace(
-            "_original_component.", ""
-        )  # TransformerBridge's name for what it wraps
-        for regex, (group, pattern) in _PATTERNS.items():
-            if (match := re.fullmatch(regex, name)) and parameter.ndim == len(
-                pattern.split(" -> ")[0].split()
-            ):
-                matrix = name.removesuffix("_pos")
-                key = match[1] + group if fused_qkv else matrix
-                fused.setdefault(key, {}).setdefault(matrix, []).append((parameter, pattern))
-                break
-        else:
-            if biases and re.fullmatch(r".*(attn|mlp)\.b_\w+", name):
-                groups.append(
-                    WeightGroup(name, (((parameter, _BIASES[parameter.ndim]),),), protected=False)
-                )
-            elif parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
-                before = " ".join(f"d{i}" for i in range(parameter.ndim))
-                pattern = f"{before} -> {before.replace('d0 ', 'd0 (', 1)})"
-                embedding = _EMBEDDINGS.search(name) is not None
-                groups.append(
-                    WeightGroup(name, (((parameter, pattern),),), embedding, protected=False)
-                )
-    return [
-        WeightGroup(name, tuple(map(tuple, rows.values()))) for name, rows in fused.items()
-    ] + groups
+        # TransformerBridge adds this to the names of what it wraps.
+        name = name.replace("_original_component.", "")
+        layout = _known_layout(name, parameter.ndim)
+        if layout is not None:
+            matrix = name.removesuffix("_pos")
+            group = re.sub(r"_?W_[QKV]$", "W_QKV", matrix) if fused_qkv else matrix
+            band = bands.setdefault(group, {}).setdefault(matrix, [])
+            band.append(GroupedWeight(parameter, layout))
+        elif biases and _BIAS.fullmatch(name):
+            one_row = MatrixLayout(rows=(), columns=tuple(range(parameter.ndim)))
+            single_weights.append(_single_weight(name, parameter, one_row))
+        elif parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
+            as_stored = MatrixLayout(rows=(0,), columns=tuple(range(1, parameter.ndim)))
+            single_weights.append(_single_weight(name, parameter, as_stored))
+    groups = []
+    for name, matrices in bands.items():
+        groups.append(WeightGroup(name, tuple(tuple(band) for band in matrices.values())))
+    return groups + single_weights
+
+
+def _known_layout(name: str, n_axes: int) -> MatrixLayout | None:
+    for pattern, layout in _LAYOUTS.items():
+        if re.fullmatch(pattern, name) and len(layout.rows + layout.columns) == n_axes:
+            return layout
+    return None
+
+
+def _single_weight(name: str, parameter: Tensor, layout: MatrixLayout) -> WeightGroup:
+    """A group of one weight; its rows need not be those of neurons, so none is protected."""
+    bands = ((GroupedWeight(parameter, layout),),)
+    is_embedding = _EMBEDDINGS.search(name) is not None
+    return WeightGroup(name, bands, is_embedding, protected=False)
 
 
 def annealed(
     target: float, start: float, stop: float, shape: Literal["linear", "exponential"] = "linear"
 ) -> Callable[[int], float]:
-    """The fraction 1 until step `start`, from there down to `target` at step `stop`: by equal
-    differences (A.2) or, "exponential", by equal factors.
+    """A fraction that is 1 until step `start`, and falls from there to `target` at step `stop`.
+
+    It falls by equal differences (A.2) or, if `shape` is "exponential", by equal factors.
 
     Raises:
         ConfigError: unless 0 < target ≤ 1 and 0 ≤ start ≤ stop.
@@ -174,14 +220,21 @@ def annealed(
     def fraction(step: int) -> float:
         if step >= stop:
             return target
-        done = (step - start) / (stop - start) if step > start else 0.0
-        return 1.0 + done * (target - 1.0) if shape == "linear" else target**done
+        if step <= start:
+            return 1.0
+        done = (step - start) / (stop - start)
+        if shape == "linear":
+            return 1.0 + done * (target - 1.0)
+        return target**done
 
     return fraction
 
 
-def _check_fraction(name: str, value: object) -> None:
-    check(isinstance(value, int | float) and 0 < value <= 1, name, value, "a fraction in (0, 1]")
+def _check_fraction(name: str, fraction: object) -> None:
+    """Raise `ConfigError` for a constant outside (0, 1]; what a function gives is not checked."""
+    if not callable(fraction):
+        is_valid = isinstance(fraction, int | float) and 0 < fraction <= 1
+        check(is_valid, name, fraction, "a fraction in (0, 1]")
 
 
 class WeightSparsity:
@@ -199,7 +252,8 @@ class WeightSparsity:
         group_fractions: fractions of their own for groups by name, where "blocks.*.mlp.W_in" is
             those of all layers; the last pattern that fits a group counts.
         min_nonzero: entries kept at least per neuron and attention channel (A.2: 4).
-        groups: what shares a budget; None: `weight_groups(model)`.
+        groups: the weights that are made sparse, each with those that share its budget; None:
+            `weight_groups(model)`.
 
     Raises:
         ConfigError: for an impossible fraction or minimum, a pattern that fits no group, or a model
@@ -219,34 +273,39 @@ class WeightSparsity:
         self.fraction = fraction
         self.embed_fraction = fraction if embed_fraction is None else embed_fraction
         self.group_fractions = dict(group_fractions or {})
-        named = {
-            "fraction": self.fraction,
-            "embed_fraction": self.embed_fraction,
-        } | self.group_fractions
-        for name, value in named.items():
-            if not callable(value):
-                _check_fraction(name, value)
+        _check_fraction("fraction", self.fraction)
+        _check_fraction("embed_fraction", self.embed_fraction)
+        for pattern, group_fraction in self.group_fractions.items():
+            _check_fraction(pattern, group_fraction)
         check(min_nonzero >= 0, "min_nonzero", min_nonzero, "at least 0")
         self.min_nonzero = min_nonzero
         self.groups = list(weight_groups(model) if groups is None else groups)
         if not self.groups:
             raise ConfigError(f"{type(model).__name__} has no weight matrices to make sparse")
+        self._check_patterns()
+        self.steps = 0  # optimizer steps seen
+
+    def _check_patterns(self) -> None:
+        """Raise `ConfigError` for a pattern in `group_fractions` that fits no group."""
         names = [group.name for group in self.groups]
         for pattern in self.group_fractions:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
                     f"no group of weights is named {pattern!r}; they are {', '.join(names)}"
                 )
-        self.steps = 0  # optimizer steps seen
 
     def fraction_at(self, step: int, group: WeightGroup | None = None) -> float:
-        """The fraction of a group kept after optimizer step number `step` (from 0); None: of
-        ordinary matrices.
+        """The fraction of a group kept after optimizer step number `step`, counted from 0.
+
+        Without a group, that of matrices other than the embeddings.
         """
-        fraction = self.embed_fraction if group is not None and group.embedding else self.fraction
-        for pattern, own in self.group_fractions.items():
-            if group is not None and fnmatchcase(group.name, pattern):
-                fraction = own
+        fraction = self.fraction
+        if group is not None:
+            if group.embedding:
+                fraction = self.embed_fraction
+            for pattern, group_fraction in self.group_fractions.items():
+                if fnmatchcase(group.name, pattern):
+                    fraction = group_fraction
         return fraction(step) if callable(fraction) else fraction
 
     def project(self) -> None:
@@ -256,25 +315,34 @@ class WeightSparsity:
 
     def l0(self) -> int:
         """How many of the weights are nonzero."""
-        return sum(int(p.count_nonzero()) for group in self.groups for p in group.parameters)
+        total = 0
+        for group in self.groups:
+            for parameter in group.parameters:
+                total += int(parameter.count_nonzero())
+        return total
 
     @contextmanager
     def attached(self, optimizer: Optimizer | None = None) -> Iterator["WeightSparsity"]:
-        """Within the context, project after every step of `optimizer`; of None: of any optimizer
-        that steps these weights, also one created later inside a training loop."""
-        ours = {id(p) for group in self.groups for p in group.parameters}
+        """Within the context, project after every step of `optimizer`.
 
-        def post_hook(stepped: Optimizer, args: Any, kwargs: Any) -> None:
-            if any(id(p) in ours for group in stepped.param_groups for p in group["params"]):
-                self.project()
-                self.steps += 1
+        None stands for any optimizer that steps these weights, also one that a training loop
+        creates later.
+        """
+        sparse_weights: set[int] = set()
+        for group in self.groups:
+            sparse_weights.update(map(id, group.parameters))
 
-        register = (
-            register_optimizer_step_post_hook
-            if optimizer is None
-            else optimizer.register_step_post_hook
-        )
-        handle = register(post_hook)
+        def project_after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            for param_group in stepped.param_groups:
+                if not sparse_weights.isdisjoint(map(id, param_group["params"])):
+                    self.project()
+                    self.steps += 1
+                    return
+
+        if optimizer is None:
+            handle = register_optimizer_step_post_hook(project_after_step)
+        else:
+            handle = optimizer.register_step_post_hook(project_after_step)
         try:
             yield self
         finally:

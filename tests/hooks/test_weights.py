@@ -15,7 +15,14 @@ import tl_sparse
 from helpers import ON_3, stock_model
 from helpers import copied_parameters as copies
 from tl_sparse.errors import ConfigError
-from tl_sparse.hooks import WeightGroup, WeightSparsity, annealed, weight_groups
+from tl_sparse.hooks import (
+    GroupedWeight,
+    MatrixLayout,
+    WeightGroup,
+    WeightSparsity,
+    annealed,
+    weight_groups,
+)
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk
 
@@ -322,9 +329,9 @@ def two_neurons(protected):
     """Their weights on two channels and on one of positions, and the group of both matrices."""
     W_in = torch.tensor([[9.0, 0.1], [-8.0, 0.2]])
     W_in_pos = torch.tensor([[7.0, -0.3]])
-    orientation = "input neuron -> neuron input"
-    matrix = ((W_in, orientation), (W_in_pos, orientation))
-    return W_in, W_in_pos, WeightGroup("W_in", (matrix,), protected=protected)
+    by_neuron = MatrixLayout(rows=(1,), columns=(0,))
+    band = (GroupedWeight(W_in, by_neuron), GroupedWeight(W_in_pos, by_neuron))
+    return W_in, W_in_pos, WeightGroup("W_in", (band,), protected=protected)
 
 
 def test_a_projection_by_hand():
@@ -402,7 +409,7 @@ def test_chosen_groups():
     before = copies(model)
     group = WeightGroup(
         "W_out",
-        (((model.blocks[1].mlp.W_out, "neuron output -> neuron output"),),),
+        ((GroupedWeight(model.blocks[1].mlp.W_out, MatrixLayout(rows=(0,), columns=(1,))),),),
         protected=False,
     )
     WeightSparsity(model, 0.25, groups=[group]).project()

@@ -26,7 +26,9 @@ from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, 
 from tl_sparse.evaluation.judge import score, task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
+from tl_sparse.pruning import means as means_module
 from tl_sparse.pruning import pruner as pruning
+from tl_sparse.pruning import start as start_module
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.gates import attribution
 from tl_sparse.pruning.pruner import corpus_means, frozen, prune, task_splits
@@ -341,7 +343,7 @@ def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
             held.append(values or self.means)
             return super().attached(model, inverted, values)
 
-    monkeypatch.setattr(pruning, "NodeGates", Spy)
+    monkeypatch.setattr(start_module, "NodeGates", Spy)
     config = dataclasses.replace(CONFIG, target_loss=0.01, ablation=ablation, necessity=0.5)
     circuit, evaluation = prune(
         with_constant(micro), MICRO_TASK, micro_corpus(), config, progress=False
@@ -434,16 +436,24 @@ def test_queries_that_share_keys_cannot_be_tied_to_them(micro):
 
 
 @pytest.mark.parametrize(
-    "step", ["learn_gates", "discretise", "mean_activations", "_judged", "attribution"]
+    ("module", "step"),
+    [
+        (pruning, "learn_gates"),
+        (pruning, "discretise"),
+        (pruning, "_judged"),
+        (means_module, "mean_activations"),
+        (start_module, "attribution"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_the_model_is_as_it_was_after_an_exception(micro, step, monkeypatch):
+def test_the_model_is_as_it_was_after_an_exception(micro, module, step, monkeypatch):
     def failing(*arguments, **options):
         raise ZeroDivisionError
 
     micro.train()
     micro.blocks[0].attn.W_V.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in micro.named_parameters()}
-    monkeypatch.setattr(pruning, step, failing)
+    monkeypatch.setattr(module, step, failing)
     with pytest.raises(ZeroDivisionError):
         prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
     assert micro.training

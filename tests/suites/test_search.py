@@ -161,7 +161,8 @@ def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
     model, tasks, out = place
     (tmp_path / "text").write_text("no journal\n")
     with pytest.raises(
-        SuiteError, match=r"cannot use the storage .*text: .*is it locked, or no study of Optuna\?"
+        SuiteError,
+        match=r"cannot use the storage .*text: .*is it locked, or not a study of Optuna\?",
     ):
         search(model, tasks, out, 1, storage=str(tmp_path / "text"), config=CONFIG)
     with pytest.raises(SuiteError, match=r"cannot use the storage .*text/study"):

@@ -16,7 +16,8 @@ from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
-from tl_sparse.suites.suite import Job, collected, in_processes, results_table, run_suite
+from tl_sparse.suites.results import Job, collected, results_table
+from tl_sparse.suites.suite import in_processes, run_suite
 
 CONFIG = PruneConfig(**QUICK_SETTINGS)
 FLAGS = command_flags(QUICK_SETTINGS)

@@ -6,6 +6,19 @@ from typing import Literal
 from tl_sparse.config import check, check_types, short_repr
 from tl_sparse.evaluation import Ablation
 
+#: Fields that must be at least 1.
+_COUNTS = (
+    "steps",
+    "restarts",
+    "batch_size",
+    "pairs_per_step",
+    "train_pairs",
+    "selection_pairs",
+    "heldout_pairs",
+    "ranking_pairs",
+    "cleanup_pairs",
+)
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -14,15 +27,15 @@ class PruneConfig:
 
     Attributes:
         target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
-        method: what ranks the nodes. `learned` masks; as baselines `attribution`,
+        method: what ranks the nodes. `learned` gates; as baselines `attribution`,
             `integrated_gradients`, `random`.
         steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
         k_coef: weight of the number of open gates in the objective at the first step. From there it
-            is steered, up while the task loss is below `steer_to` · target_loss, down while it is
-            above: its logarithm by at most `steer_rate` more with each step (a factor of 100 in
-                all) and by up to `steer_now` for the moment. One
-            setting then fits models and tasks that need different weights, and the gates do not all
-            close at once. With both at 0 it is constant (the paper).
+            is steered: up while the task loss is below `steer_to` · target_loss, down while it is
+            above. With each step its logarithm moves by at most `steer_rate` for good (a factor of
+            100 in all), and by at most `steer_now` for the moment. One setting then fits models and
+            tasks that need different weights, and the gates do not all close at once. With both at
+            0 it is constant (the paper).
         lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to;
             the learning rate falls linearly to 0.
         warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs,
@@ -34,7 +47,7 @@ class PruneConfig:
         tied_qk: a query channel and its key channel share a gate.
         embed_gates: the channels of the token embedding are nodes too.
         ablation: what nodes outside the circuit are held at: their `mean` over the corpus, `zero`,
-            or `resample`: what they are on another prompt.
+            or, with `resample`, their activations on another prompt.
         means_over: the means are those over the corpus (the paper), or for comparison over the
             task's training pairs.
         necessity: weight of a further term in the objective, max(0, ln 2 - task loss of the model
@@ -43,11 +56,11 @@ class PruneConfig:
         ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit
             may have; 1 asks for a sufficient circuit only, as the paper does.
         restarts: searches with other initial gates and another order of pairs; the circuit with the
-            fewest edges stays.
+            fewest edges is kept.
         train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the
             size on, and to judge on; all different.
-        cleanup_pairs: selection pairs on which sizes are tried, and nodes and edges that the
-            circuit can do without are taken away.
+        cleanup_pairs: selection pairs on which sizes are tried, and on which nodes and edges are
+            removed that the circuit does not need.
         batch_size: prompts, or rows of the corpus, run at once without gradients.
         seed: of the pairs, the initial gates and the order of training.
 
@@ -91,15 +104,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        pairs = (
-            "pairs_per_step",
-            "train_pairs",
-            "selection_pairs",
-            "heldout_pairs",
-            "ranking_pairs",
-            "cleanup_pairs",
-        )
-        for name in ("steps", "restarts", "batch_size", *pairs):
+        for name in _COUNTS:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("target_loss", "k_coef", "steer_to", "lr", "grad_clip", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -107,10 +112,6 @@ class PruneConfig:
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("necessity", "steer_rate", "steer_now", "weight_decay", "init_scale", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        check(
-            0.5 <= self.ablated_accuracy <= 1,
-            "ablated_accuracy",
-            self.ablated_accuracy,
-            "in [0.5, 1]",
-        )
+        accuracy = self.ablated_accuracy
+        check(0.5 <= accuracy <= 1, "ablated_accuracy", accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

@@ -1,4 +1,4 @@
-"""Ranking nodes: by gates that are learned, or by attribution."""
+"""Ranking the nodes: by learning a gate for each, or by attribution."""
 
 import math
 from collections.abc import Iterator
@@ -14,67 +14,38 @@ from tl_sparse.hooks import NodeGates, TLModel, hooked
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
-
-def attribution(
-    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
-) -> Float[Tensor, " gate"]:
-    """By how much opening each gate changes the task loss, to first order: Σ gradient · (activation
-    − mean).
-
-    For `attribution` the gradient is that of the model as it is, else (integrated gradients) a mean
-    over points on the way from the model with all nodes at their means, all of them going together.
-    As rankings these are baselines: learned masks find far smaller circuits (A.5). As a start of
-        learning they save most of its steps.
-    """
-    data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
-    points = torch.ones(1) if config.method == "attribution" else torch.arange(1, 8, 2) / 8
-    total = torch.zeros_like(gates.tau)
-    for point in points.tolist():
-        for pairs in torch.arange(data.n_pairs).split(max(1, config.batch_size // 2)):
-            strength = torch.full_like(gates.tau, point).requires_grad_()
-            parts = gates.at_nodes(strength)
-
-            def mixed(
-                name: str, parts: dict[str, Tensor], activation: Tensor, hook: object
-            ) -> Tensor:
-                return torch.lerp(gates.means[name].expand_as(activation), activation, parts[name])
-
-            with hooked(model, {name: partial(mixed, name, parts) for name in parts}):
-                loss = task_loss(model, data.pairs(pairs)) * len(pairs)
-            total += torch.autograd.grad(loss, strength)[0]
-    return total / (len(points) * data.n_pairs)
+#: How far steering may take the weight of the number of open gates from `k_coef`, as a factor.
+STEERING_RANGE = 100
+LOSS_OF_A_COIN = math.log(2)
 
 
 def learn_gates(
     model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool
 ) -> None:
-    """Minimise task loss + k_coef · open gates over the gates alone (A.5), k_coef steered by the
-    task loss.
+    """Minimise task loss + k · open gates over the gates alone (A.5).
+
+    The factor k starts at `k_coef` and is steered by the task loss; see `SizePenalty`.
     """
-    betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(
-        [gates.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay
+        [gates.tau],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    goal, smoothed, log_k = config.steer_to * config.target_loss, None, math.log(config.k_coef)
-    lowest, highest = log_k - math.log(100), log_k + math.log(100)
+    penalty = SizePenalty(config)
     batches = _batches(data, config)
     bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
     for step in bar:
         batch = next(batches)
-        values = resampled(model, batch, gates.index) if config.ablation == "resample" else None
-        with gates.attached(model, values=values):
-            loss = task_loss(model, batch)
-        smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
-        error = max(-1.0, min(1.0, (goal - smoothed) / config.target_loss))
-        log_k = max(lowest, min(highest, log_k + config.steer_rate * error))
-        objective = loss + math.exp(log_k + config.steer_now * error) * gates.expected_size()
+        loss = _gated_loss(model, gates, batch, config)
+        k = penalty.steered(loss.item())
+        objective = loss + k * gates.expected_size()
         if config.necessity > 0:
             half = batch.pairs(range(max(1, batch.n_pairs // 2)))
-            values = resampled(model, half, gates.index) if config.ablation == "resample" else None
-            with gates.attached(model, inverted=True, values=values):
-                without = task_loss(model, half)
-            objective = objective + config.necessity * (math.log(2) - without).clamp(min=0)
+            loss_without = _gated_loss(model, gates, half, config, inverted=True)
+            still_known = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
+            objective = objective + config.necessity * still_known
         optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
@@ -82,22 +53,99 @@ def learn_gates(
         schedule.step()
         gates.clamp()
         if step % 20 == 19:
-            bar.set_postfix_str(f"task loss {smoothed:.3f}, {int((gates.tau > 0).sum())} nodes")
+            n_open = int((gates.tau > 0).sum())
+            bar.set_postfix_str(f"task loss {penalty.smoothed_loss:.3f}, {n_open} nodes")
+
+
+class SizePenalty:
+    """The factor k of the number of open gates in the objective, steered by the task loss.
+
+    While the task loss is below `steer_to` · target loss, there are gates to spare and k rises;
+    while it is above, k falls.
+    """
+
+    def __init__(self, config: PruneConfig) -> None:
+        self.config = config
+        self.smoothed_loss: float | None = None
+        self.log_k = math.log(config.k_coef)
+        self.lowest = self.log_k - math.log(STEERING_RANGE)
+        self.highest = self.log_k + math.log(STEERING_RANGE)
+
+    def steered(self, loss: float) -> float:
+        """k for a step with this task loss.
+
+        The logarithm of k moves by at most `steer_rate` for good, and by at most `steer_now` for
+        this step alone.
+        """
+        if self.smoothed_loss is None:
+            self.smoothed_loss = loss
+        else:
+            self.smoothed_loss = 0.9 * self.smoothed_loss + 0.1 * loss
+        goal = self.config.steer_to * self.config.target_loss
+        room = (goal - self.smoothed_loss) / self.config.target_loss
+        room = max(-1.0, min(1.0, room))
+        log_k = self.log_k + self.config.steer_rate * room
+        self.log_k = max(self.lowest, min(self.highest, log_k))
+        return math.exp(self.log_k + self.config.steer_now * room)
+
+
+def _gated_loss(
+    model: TLModel, gates: NodeGates, pairs: TaskData, config: PruneConfig, inverted: bool = False
+) -> Float[Tensor, ""]:
+    """The task loss under the gates; inverted, that of the model without the circuit."""
+    values = None
+    if config.ablation == "resample":
+        values = resampled(model, pairs, gates.index)
+    with gates.attached(model, inverted, values=values):
+        return task_loss(model, pairs)
 
 
 def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
-    """Random pairs, without end; those of like length together, so that little is computed for
+    """Random pairs, without end.
+
+    Of 16 batches drawn together, each has pairs of similar length, so that little is computed for
     padding.
     """
-    generator, size = (
-        torch.Generator().manual_seed(config.seed),
-        min(config.pairs_per_step, data.n_pairs),
-    )
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(config.pairs_per_step, data.n_pairs)
     lengths = data.last.view(-1, 2).amax(1).cpu()
     while True:
         drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
-        batches = drawn[lengths[drawn].argsort()].split(size)
-        yield from (
-            data.pairs(batches[i])
-            for i in torch.randperm(len(batches), generator=generator).tolist()
-        )
+        by_length = drawn[lengths[drawn].argsort()]
+        batches = by_length.split(size)
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield data.pairs(batches[i])
+
+
+def attribution(
+    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
+) -> Float[Tensor, " gate"]:
+    """How much opening each gate changes the task loss, to first order: Σ gradient · (activation −
+    mean).
+
+    For the method "attribution", the gradient is that of the model as it is. Otherwise these are
+    integrated gradients: the mean of the gradients at points on the way from all nodes at their
+    means to the model as it is.
+
+    As a ranking, both are baselines: learned gates find far smaller circuits (A.5). As a start for
+    learning, integrated gradients save most of its steps.
+    """
+    data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
+    batches = torch.arange(data.n_pairs).split(max(1, config.batch_size // 2))
+    openings = [1.0] if config.method == "attribution" else [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+    total = torch.zeros_like(gates.tau)
+    for opening in openings:
+        for pairs in batches:
+            opened = torch.full_like(gates.tau, opening).requires_grad_()
+            functions = {}
+            for name, opened_there in gates.at_nodes(opened).items():
+                functions[name] = partial(_mix, gates.means[name], opened_there)
+            with hooked(model, functions):
+                loss = task_loss(model, data.pairs(pairs)) * len(pairs)
+            total += torch.autograd.grad(loss, opened)[0]
+    return total / (len(openings) * data.n_pairs)
+
+
+def _mix(mean: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
+    """The mean where `opened` is 0, the activation where it is 1, and a mixture in between."""
+    return torch.lerp(mean.expand_as(activation), activation, opened)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
@@ -17,27 +16,49 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import Score, TaskData, task_loss_and_accuracy
 
 T = TypeVar("T")
+#: From one size to the next, on the way from the learned size to one that is enough or too small.
+SIZE_FACTOR = 1.3
 
 
 def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
-    """Sufficient: the circuit reaches the target loss. Necessary: the model without it loses the
-    task.
+    """Whether the circuit is sufficient and necessary.
+
+    Sufficient: it reaches the target loss. Necessary: the model without it loses the task.
     """
     if circuit_score(circuit, model, data, config).loss > config.target_loss:
         return False
     if config.ablated_accuracy == 1:
         return True
-    return (
-        circuit_score(circuit, model, data, config, inverted=True).accuracy
-        <= config.ablated_accuracy
-    )
+    without = circuit_score(circuit, model, data, config, inverted=True)
+    return without.accuracy <= config.ablated_accuracy
 
 
 def circuit_score(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig, inverted: bool = False
 ) -> Score:
+    """The score of the circuit alone; inverted, of the model without it."""
     under = holding_circuit(circuit, model, config.ablation, inverted)
     return score(model, data, config.batch_size, under)
+
+
+class _Ranking:
+    """Circuits of the nodes whose gates rank highest."""
+
+    def __init__(self, empty: Circuit, gates: NodeGates) -> None:
+        self.empty = empty
+        self.gates = gates
+        self.order = gates.tau.detach().argsort(descending=True, stable=True)
+        self.rank = self.order.argsort()  # of each gate, from 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def circuit(self, size: int, removed: Sequence[int] = ()) -> Circuit:
+        """The circuit of the first `size` gates, without those in `removed`."""
+        kept = self.rank < size
+        if removed:
+            kept[list(removed)] = False
+        return dataclasses.replace(self.empty, kept=self.gates.at_nodes(kept))
 
 
 def discretise(
@@ -46,90 +67,122 @@ def discretise(
     """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and
     of these only the ones that it needs.
 
-    Bisection between a size that is too small and one that is enough, both found by going outwards
-    from the learned size: the loss is not monotonic over the whole ranking, but nearly so around
-        there.
-
     Raises:
         PruneError: if not even all nodes make a circuit.
     """
-    order = gates.tau.detach().argsort(descending=True, stable=True)
-    rank = order.argsort()
-
-    def circuit(kept: Bool[Tensor, " gate"]) -> Circuit:
-        return dataclasses.replace(empty, kept=gates.at_nodes(kept))
-
-    enough, too_small = max(1, int((gates.tau > 0).sum())), 0
-    while not is_circuit(circuit(rank < enough), model, selection, config):
-        if enough == len(order):
-            raise PruneError(
-                f"no set of nodes reaches the target loss {config.target_loss} such that the model without it has an "
-                f"accuracy of at most {config.ablated_accuracy}, not even all {len(order)} nodes"
-            )
-        too_small, enough = enough, min(len(order), math.ceil(enough * 1.3))
-    part = representative(circuit(rank < enough), model, selection, config)
-    while (
-        enough - too_small > 1
-    ):  # down from the learned size until it is too small, then bisection
-        size = (enough + too_small) // 2 if too_small else int(enough / 1.3)
-        holds = is_circuit(circuit(rank < size), model, part, config)
-        enough, too_small = (size, too_small) if holds else (enough, size)
-    while enough < len(order) and not is_circuit(circuit(rank < enough), model, selection, config):
-        enough += math.ceil(enough / 20)  # the part was too kind
-    part = representative(circuit(rank < enough), model, selection, config)
-
-    def without(gone: list[int]) -> Circuit:
-        dropped = torch.tensor(gone, dtype=torch.long, device=rank.device)
-        return circuit((rank < enough).index_fill(0, dropped, False))
-
-    # Gates learn all at once: some stay open that nothing kept reads, or whose part another node
-    # took over.
-    gone = eliminate(
-        order[:enough].flip(0).tolist() if config.method == "learned" else [],
-        lambda gone: is_circuit(without(gone), model, part, config),
-        lambda gone: is_circuit(without(gone), model, selection, config),
+    ranking = _Ranking(empty, gates)
+    size = _smallest_size(ranking, model, selection, config)
+    some_pairs = representative(ranking.circuit(size), model, selection, config)
+    candidates: list[int] = []
+    if config.method == "learned":
+        # Gates learn all at once: some stay open that no kept node reads, or whose part another
+        # node has taken over. The lowest is tried first.
+        candidates = ranking.order[:size].flip(0).tolist()
+    removed = eliminate(
+        candidates,
+        lambda gone: is_circuit(ranking.circuit(size, gone), model, some_pairs, config),
+        lambda gone: is_circuit(ranking.circuit(size, gone), model, selection, config),
     )
-    found = without(gone)
-    scores = {
-        name: tau + 2 * found.kept[name] for name, tau in gates.at_nodes(gates.tau.detach()).items()
-    }
-    return dataclasses.replace(found, scores=scores)
+    circuit = ranking.circuit(size, removed)
+    scores: dict[str, Tensor] = {}
+    for name, tau in gates.at_nodes(gates.tau.detach()).items():
+        scores[name] = tau + 2 * circuit.kept[name]  # τ is in [-1, 1], so the kept nodes come first
+    return dataclasses.replace(circuit, scores=scores)
+
+
+def _smallest_size(
+    ranking: _Ranking, model: TLModel, selection: TaskData, config: PruneConfig
+) -> int:
+    """The smallest number of top-ranked nodes that make a circuit.
+
+    Bisection between a size that is too small and one that is enough. Both are found by going
+    outwards from the learned size, because the loss is not monotonic over the whole ranking, but
+    nearly so around there.
+    """
+
+    def is_enough(size: int, pairs: TaskData) -> bool:
+        return is_circuit(ranking.circuit(size), model, pairs, config)
+
+    enough = max(1, int((ranking.gates.tau > 0).sum()))
+    too_small = 0
+    while not is_enough(enough, selection):
+        if enough == len(ranking):
+            raise PruneError(
+                f"no set of nodes reaches the target loss {config.target_loss} such that the model "
+                f"without it has an accuracy of at most {config.ablated_accuracy}, not even all "
+                f"{len(ranking)} nodes"
+            )
+        too_small = enough
+        enough = min(len(ranking), math.ceil(enough * SIZE_FACTOR))
+    some_pairs = representative(ranking.circuit(enough), model, selection, config)
+    while enough - too_small > 1:
+        # While no size is known to be too small, downwards from the learned one.
+        size = (enough + too_small) // 2 if too_small else int(enough / SIZE_FACTOR)
+        if is_enough(size, some_pairs):
+            enough = size
+        else:
+            too_small = size
+    # What is enough for some of the pairs may be too small for all of them.
+    while enough < len(ranking) and not is_enough(enough, selection):
+        enough += math.ceil(enough / 20)
+    return enough
 
 
 def representative(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig
 ) -> TaskData:
-    """`cleanup_pairs` of the pairs, with which much is tried: evenly spaced in the order of the
-    circuit's loss on them, so that its mean over them is nearly that over all."""
-    logits = all_logits(
-        model, data, config.batch_size, holding_circuit(circuit, model, config.ablation)
-    )
-    order = task_loss_and_accuracy(logits, data.correct)[0].view(-1, 2).mean(1).argsort()
-    size = min(config.cleanup_pairs, data.n_pairs)
-    return data.pairs(
-        order[((torch.arange(size, device=order.device) + 0.5) * data.n_pairs / size).long()]
-    )
+    """`cleanup_pairs` of the pairs, on which many circuits can be tried quickly.
+
+    They are evenly spaced in the order of the circuit's loss on the pairs, so that its mean loss
+    over them is nearly that over all pairs.
+    """
+    under = holding_circuit(circuit, model, config.ablation)
+    logits = all_logits(model, data, config.batch_size, under)
+    losses, _ = task_loss_and_accuracy(logits, data.correct)
+    by_loss = losses.view(-1, 2).mean(1).argsort()
+    n_chosen = min(config.cleanup_pairs, data.n_pairs)
+    positions = (torch.arange(n_chosen, device=by_loss.device) + 0.5) * data.n_pairs / n_chosen
+    return data.pairs(by_loss[positions.long()])
 
 
 def eliminate(
     candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]
 ) -> list[T]:
-    """What can be taken away, tried in order by a quick test: more and more at once as long as that
-    works, less and less when not. If the last of them were too many by the test that decides, they
-    come back.
+    """The candidates that can be taken away.
+
+    Args:
+        candidates: nodes or edges, in the order in which they are tried.
+        holds: a quick test: whether there is still a circuit without these.
+        decides: the same as a thorough test. If too many are gone by it, the last ones come back.
     """
-    gone: list[T] = []
-    first, size = 0, 1
+    removed = _removed_by_test(candidates, holds)
+    n_gone = 0
+    too_many = len(removed) + 1
+    n_tried = len(removed)
+    while too_many - n_gone > 1:
+        if decides(removed[:n_tried]):
+            n_gone = n_tried
+        else:
+            too_many = n_tried
+        n_tried = (n_gone + too_many) // 2
+    return removed[:n_gone]
+
+
+def _removed_by_test(candidates: Sequence[T], holds: Callable[[list[T]], bool]) -> list[T]:
+    """Take candidates away in groups, larger after each group that can go, smaller after one that
+    cannot.
+    """
+    removed: list[T] = []
+    first = 0
+    size = 1
     while first < len(candidates):
-        some = list(candidates[first : first + size])
-        if holds([*gone, *some]):
-            gone, first, size = [*gone, *some], first + len(some), 2 * size
-        elif len(some) > 1:
-            size = len(some) // 2
+        group = list(candidates[first : first + size])
+        if holds(removed + group):
+            removed += group
+            first += len(group)
+            size *= 2
+        elif len(group) > 1:
+            size = len(group) // 2
         else:
             first += 1
-    enough, too_many, size = 0, len(gone) + 1, len(gone)
-    while too_many - enough > 1:
-        enough, too_many = (size, too_many) if decides(gone[:size]) else (enough, size)
-        size = (enough + too_many) // 2
-    return gone[:enough]
+    return removed

@@ -1,3 +1,3 @@
 from .optuna_search import search as search
-from .suite import results_table as results_table
+from .results import results_table as results_table
 from .suite import run_suite as run_suite

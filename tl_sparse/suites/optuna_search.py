@@ -4,7 +4,7 @@ and task).
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import geometric_mean
@@ -23,8 +23,8 @@ from tl_sparse.suites.suite import in_processes, loaded, refuse_another
 from tl_sparse.tasks import get_task
 from tl_sparse.text import table
 
-#: Field, or 1 minus it → lowest and highest value, on a logarithmic scale around the paper's
-#: centres (A.5), as far as these fit gates that start from a ranking.
+#: Field of `PruneConfig`, or 1 minus it → lowest and highest value. The scale is logarithmic. The
+#: centres are the paper's (A.5) where these suit gates that start from a ranking.
 RANGES: dict[str, list[float]] = {
     "k_coef": [1e-6, 1e-2],
     "lr": [3e-4, 5e-2],
@@ -36,6 +36,19 @@ RANGES: dict[str, list[float]] = {
     "steps": [50, 800],
     "steer_to": [0.5, 1.0],
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a trial needs to know; sent to each process."""
+
+    model: str
+    tasks: list[str]
+    n_trials: int
+    storage: str
+    config: PruneConfig
+    corpus: str | None
+    device: str | None
 
 
 def search(
@@ -50,159 +63,220 @@ def search(
     device: str | None = None,
 ) -> tuple[PruneConfig, str]:
     """Find the settings with which the circuits of `tasks` have the fewest edges, by their
-    geometric mean; a task without a circuit counts as all weights of the model. Returns them, with
-    a table, and writes `out/best.yaml`.
+    geometric mean; a task without a circuit counts as all weights of the model.
+
+    Returns them, with a table, and writes `out/best.yaml`. Other arguments are as for `run_suite`.
 
     Args:
-        n_trials: of the whole study, which goes on if it is there; the first is of the settings
-            given.
-        workers: processes, as in `run_suite`. The same command elsewhere, with the same storage,
-            shares the work.
+        n_trials: of the whole study, which is continued if it exists; the first trial is of the
+            settings given.
+        workers: processes. The same command elsewhere, with the same storage, shares the work.
         storage: a file that all can write to (default: study.journal in `out`), or the URL of a
             database.
         config: what is not searched, and where to start; its seed is also that of the search.
 
     Raises:
-        SuiteError: if Optuna is missing, the storage cannot be used, or its study is of something
-            else.
+        SuiteError: if Optuna is missing, the storage cannot be used, or its study has other
+            settings.
         PruneError: if no trial found a circuit of every task.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used.
     """
-    for what, value in (
-        ("trials", n_trials),
-        ("workers", workers),
-        ("number of tasks", len(tasks)),
-    ):
-        check(value >= 1, what, value, "at least 1")
-    config, storage = config or PruneConfig(), storage or str(Path(out, "study.journal"))
-    start = {
-        name: 1 - config.beta2 if name == "1 - beta2" else getattr(config, name) for name in RANGES
-    }
-    fixed = {
-        name: v
-        for name, v in dataclasses.asdict(config).items()
-        if not RANGES.keys() & {name, f"1 - {name}"}
-    }
-    names = [get_task(task).name for task in tasks]
-    settings = {
-        "model": find(model).resolve().name,
-        "tasks": names,
-        "ranges": RANGES,
-        "corpus": corpus,
-    }
-    settings["config"] = fixed
-    with _study(storage) as study:
-        if not study.user_attrs:
-            study.set_user_attr("settings", settings)
-        refuse_another(f"the study in {storage}", study.user_attrs.get("settings", {}), settings)
-        there = [
-            t.user_attrs.get("given")
-            for t in study.trials
-            if t.state.name in ("WAITING", "COMPLETE")
-        ]
-        if start not in there:
-            study.enqueue_trial(start, user_attrs={"given": start})
-        left = range(len(_done(study)), n_trials)
-    run = functools.partial(
-        run_trial, model, list(tasks), n_trials, storage, config, corpus, device
-    )
-    with tqdm(total=n_trials, initial=left.start, desc="trials", unit="trial") as bar:
-        for _ in in_processes(run, left, workers):
+    check(n_trials >= 1, "trials", n_trials, "at least 1")
+    check(workers >= 1, "workers", workers, "at least 1")
+    check(len(tasks) >= 1, "number of tasks", len(tasks), "at least 1")
+    config = config or PruneConfig()
+    storage = storage or str(Path(out, "study.journal"))
+    setup = _Setup(model, list(tasks), n_trials, storage, config, corpus, device)
+    given = _searched_values(config)
+    n_completed = _prepare_study(setup, given)
+    run = functools.partial(run_trial, setup)
+    missing = range(n_completed, n_trials)
+    with tqdm(total=n_trials, initial=n_completed, desc="trials", unit="trial") as bar:
+        for _ in in_processes(run, missing, workers):
             bar.update()
     with _study(storage) as study:
-        done = _done(study)
-    best = min(
-        done, key=lambda trial: ([*trial.user_attrs["edges"].values()].count(None), trial.value)
-    )
-    if None in best.user_attrs["edges"].values():
+        completed = _completed(study)
+    best = min(completed, key=_failures_and_cost)
+    if _n_failures(best):
+        n = len(completed)
         raise PruneError(
-            f"none of {len(done)} trials found a circuit of every task; try more, or other tasks"
+            f"none of {n} trials found a circuit of every task; try more, or other tasks"
         )
-    shown = dict(
-        [("as given", trial) for trial in done if trial.user_attrs.get("given") == start][:1]
-    )
-    shown[f"the best, {best.number} of {len(done)}"] = best
-    rows = [["edges, geometric mean", *(f"{trial.value:.1f}" for trial in shown.values())]]
-    rows += [
-        [name, *(str(trial.user_attrs["edges"][name]) for trial in shown.values())]
-        for name in names
-    ]
-    rows += [[name, *(f"{trial.params[name]:.3g}" for trial in shown.values())] for name in RANGES]
-    found = _changed(config, best.params)
-    write_text(Path(out, "best.yaml"), yaml.safe_dump(dataclasses.asdict(found), sort_keys=False))
-    return found, table(["", *shown], rows)
+    best_config = _with_values(config, best.params)
+    text = yaml.safe_dump(dataclasses.asdict(best_config), sort_keys=False)
+    write_text(Path(out, "best.yaml"), text)
+    return best_config, _comparison(completed, best, given)
 
 
-def run_trial(
-    model: str,
-    tasks: list[str],
-    n_trials: int,
-    storage: str,
-    config: PruneConfig,
-    corpus: str | None,
-    device: str | None,
-    _: int,
-) -> None:
-    """Prune with settings that the study proposes, unless it has its trials already."""
-    import optuna
-
-    face, tokens, means = loaded(model, corpus, device, config.batch_size, config.embed_gates)
-    with _study(storage) as study:
-        if len(_done(study)) >= n_trials:
-            return
-        trial = study.ask()
-        # A seed for each trial: the same whichever process does it, and after an interruption.
-        study.sampler = optuna.samplers.TPESampler(seed=config.seed + trial.number)
-        for name, ends in RANGES.items():
-            (trial.suggest_int if name == "steps" else trial.suggest_float)(name, *ends, log=True)
-    edges: dict[str, int | None] = {}
-    for task in map(get_task, tasks):
-        try:
-            edges[task.name] = prune(
-                face, task, tokens, _changed(config, trial.params), False, means
-            )[1].n_edges
-        except PruneError:
-            edges[task.name] = None
-    cost = geometric_mean([max(1, n_weights(face)[0] if n is None else n) for n in edges.values()])
-    with _study(storage) as study:
-        trial.set_user_attr("edges", edges)
-        study.tell(trial, cost)
+def _searched_values(config: PruneConfig) -> dict[str, Any]:
+    """The values of a configuration by the names in `RANGES`; the inverse of `_with_values`."""
+    values = {}
+    for name in RANGES:
+        if name.startswith("1 - "):
+            values[name] = 1 - getattr(config, name.removeprefix("1 - "))
+        else:
+            values[name] = getattr(config, name)
+    return values
 
 
-def _changed(config: PruneConfig, values: dict[str, Any]) -> PruneConfig:
-    fields = {
-        name.removeprefix("1 - "): 1 - v if name.startswith("1 - ") else v
-        for name, v in values.items()
-    }
+def _with_values(config: PruneConfig, values: Mapping[str, Any]) -> PruneConfig:
+    """A configuration with values by the names in `RANGES`."""
+    fields = {}
+    for name, value in values.items():
+        if name.startswith("1 - "):
+            fields[name.removeprefix("1 - ")] = 1 - value
+        else:
+            fields[name] = value
     return dataclasses.replace(config, **fields)
 
 
-def _done(study: Any) -> list[Any]:
+def _prepare_study(setup: _Setup, given: Mapping[str, Any]) -> int:
+    """Make the study if need be, and give it a trial of the settings given.
+
+    Returns:
+        How many trials are completed.
+
+    Raises:
+        SuiteError: if the study has other settings than this search.
+    """
+    settings = _settings(setup)
+    with _study(setup.storage) as study:
+        if not study.user_attrs:
+            study.set_user_attr("settings", settings)
+        before = study.user_attrs.get("settings", {})
+        refuse_another(f"the study in {setup.storage}", before, settings)
+        known = []
+        for trial in study.trials:
+            if trial.state.name in ("WAITING", "COMPLETE"):
+                known.append(trial.user_attrs.get("given"))
+        if given not in known:
+            study.enqueue_trial(given, user_attrs={"given": given})
+        return len(_completed(study))
+
+
+def _settings(setup: _Setup) -> dict[str, Any]:
+    """What all trials of a study have in common."""
+    searched = {name.removeprefix("1 - ") for name in RANGES}
+    fixed = {}
+    for name, value in dataclasses.asdict(setup.config).items():
+        if name not in searched:
+            fixed[name] = value
+    return {
+        "model": find(setup.model).resolve().name,
+        "tasks": [get_task(task).name for task in setup.tasks],
+        "ranges": RANGES,
+        "corpus": setup.corpus,
+        "config": fixed,
+    }
+
+
+def _n_failures(trial: Any) -> int:
+    """The number of tasks without a circuit."""
+    return list(trial.user_attrs["edges"].values()).count(None)
+
+
+def _failures_and_cost(trial: Any) -> tuple[int, float]:
+    return _n_failures(trial), trial.value
+
+
+def _comparison(completed: Sequence[Any], best: Any, given: Mapping[str, Any]) -> str:
+    """A table of the trial with the settings given, if there is one, and of the best."""
+    columns = {}
+    for trial in completed:
+        if trial.user_attrs.get("given") == given:
+            columns["as given"] = trial
+            break
+    columns[f"the best, {best.number} of {len(completed)}"] = best
+    tasks = list(best.user_attrs["edges"])
+    names = ["edges, geometric mean", *tasks, *RANGES]
+    cells = [_cells(trial, tasks) for trial in columns.values()]
+    rows = list(zip(names, *cells, strict=True))
+    return table(["", *columns], rows)
+
+
+def _cells(trial: Any, tasks: Sequence[str]) -> list[str]:
+    """A trial's column of the table."""
+    cells = [f"{trial.value:.1f}"]
+    for task in tasks:
+        cells.append(str(trial.user_attrs["edges"][task]))
+    for name in RANGES:
+        cells.append(f"{trial.params[name]:.3g}")
+    return cells
+
+
+def run_trial(setup: _Setup, _index: int) -> None:
+    """Prune with settings that the study proposes, unless all its trials are completed."""
+    batch_size = setup.config.batch_size
+    embed = setup.config.embed_gates
+    model, tokens, means = loaded(setup.model, setup.corpus, setup.device, batch_size, embed)
+    with _study(setup.storage) as study:
+        if len(_completed(study)) >= setup.n_trials:
+            return
+        trial = _proposed(study, setup.config.seed)
+    config = _with_values(setup.config, trial.params)
+    n_nonzero, _ = n_weights(model)
+    edges: dict[str, int | None] = {}
+    costs = []
+    for task in map(get_task, setup.tasks):
+        try:
+            _, evaluation = prune(model, task, tokens, config, False, means)
+        except PruneError:
+            edges[task.name] = None
+            costs.append(max(1, n_nonzero))
+        else:
+            edges[task.name] = evaluation.n_edges
+            costs.append(max(1, evaluation.n_edges))
+    with _study(setup.storage) as study:
+        trial.set_user_attr("edges", edges)
+        study.tell(trial, geometric_mean(costs))
+
+
+def _proposed(study: Any, seed: int) -> Any:
+    """A new trial, with the values that the study proposes."""
+    import optuna
+
+    trial = study.ask()
+    # A seed for each trial: the same whichever process runs it, and after an interruption.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + trial.number)
+    for name, (low, high) in RANGES.items():
+        if name == "steps":
+            trial.suggest_int(name, low, high, log=True)
+        else:
+            trial.suggest_float(name, low, high, log=True)
+    return trial
+
+
+def _completed(study: Any) -> list[Any]:
     return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
 @contextmanager
 def _study(storage: str) -> Iterator[Any]:
-    """The study, made if need be. Many processes can write a journal file, but not, Optuna says, a
-    sqlite one.
+    """The study, made if need be.
+
+    A file is a journal: many processes can write to one, but not, Optuna says, to one of sqlite.
+
+    Raises:
+        SuiteError: if Optuna or what the storage needs is missing, or for any error of the storage
+            within the context.
     """
     try:
         import optuna
         from optuna.storages import JournalStorage, journal
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        place: Any = storage
+        opened: Any = storage
         if "://" not in storage:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            place = JournalStorage(journal.JournalFileBackend(storage))
-        yield optuna.create_study(study_name="tl_sparse", storage=place, load_if_exists=True)
+            opened = JournalStorage(journal.JournalFileBackend(storage))
+        yield optuna.create_study(study_name="tl_sparse", storage=opened, load_if_exists=True)
     except SuiteError:
         raise
     except ImportError as error:
         raise SuiteError(
             f"{error}; pip install 'tl-sparse[search]', or what the storage needs"
         ) from error
-    except Exception as error:  # of many kinds: the file system's, each database's
+    except Exception as error:  # file systems and databases raise errors of many kinds
         raise SuiteError(
-            f"cannot use the storage {storage}: {error}; is it locked, or no study of Optuna?"
+            f"cannot use the storage {storage}: {error}; is it locked, or not a study of Optuna?"
         ) from error

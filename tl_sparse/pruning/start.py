@@ -1,0 +1,101 @@
+"""The gates before they are learned: noise around one value, or a ranking of the nodes."""
+
+import dataclasses
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_sparse.circuits import Circuit, node_hooks
+from tl_sparse.errors import PruneError
+from tl_sparse.hooks import NodeGates, TLModel
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.gates import attribution
+from tl_sparse.pruning.sizes import circuit_score
+from tl_sparse.tasks import TaskData
+
+#: Of how many nodes the first circuit of a warm start is, and by what factor the next is larger.
+FIRST_SIZE = 32
+GROWTH = 1.5
+
+
+def initial_gates(empty: Circuit, model: TLModel, config: PruneConfig) -> NodeGates:
+    """Gates for all nodes of a circuit, at `init_bias` plus noise (the paper's start)."""
+    held_at = {name: empty.means[name] for name in empty.kept}
+    if config.ablation == "zero":
+        held_at = {name: torch.zeros_like(mean) for name, mean in held_at.items()}
+    return NodeGates(
+        held_at,
+        init_bias=config.init_bias,
+        init_scale=config.init_scale,
+        temperature=config.temperature,
+        seed=config.seed,
+        tied=_tied_keys(empty, model) if config.tied_qk else None,
+    )
+
+
+def _tied_keys(empty: Circuit, model: TLModel) -> dict[str, str]:
+    """The hook point of each layer's keys → that of its queries, whose gates they share."""
+    hooks = node_hooks(model)
+    tied = {}
+    for (layer, location), key in hooks.items():
+        if location == "attn_k":
+            query = hooks[layer, "attn_q"]
+            query_shape = list(empty.means[query].shape)
+            key_shape = list(empty.means[key].shape)
+            if query_shape != key_shape:
+                raise PruneError(
+                    "tied_qk needs a key channel for each query channel; "
+                    f"[heads, channels] are {query_shape} of queries and {key_shape} of keys"
+                )
+            tied[key] = query
+    return tied
+
+
+def start_from_ranking(
+    gates: NodeGates,
+    empty: Circuit,
+    model: TLModel,
+    train: TaskData,
+    selection: TaskData,
+    config: PruneConfig,
+) -> None:
+    """Put the gates in the order of a ranking of the nodes.
+
+    As many as reach the target loss are open, from init_bias down to 0; the others are just closed.
+    Gates that are still to be learned keep their noise. For the method "random", the noise alone is
+    the ranking.
+    """
+    noise = gates.tau.detach() - config.init_bias
+    scores = noise
+    if config.method != "random":
+        scores = attribution(model, gates, train, config).abs()
+    order = scores.argsort(descending=True, stable=True)
+    rank = order.argsort()  # of each gate, from 0
+    size = _sufficient_size(rank, gates, empty, model, selection, config)
+    if_open = config.init_bias * (1 - rank / size)
+    if_closed = 0.3 * (size - rank) / len(rank)
+    tau = torch.where(rank < size, if_open, if_closed)
+    if config.method == "learned":
+        tau = tau + noise
+    gates.tau.data = tau
+
+
+def _sufficient_size(
+    rank: Int[Tensor, " gate"],
+    gates: NodeGates,
+    empty: Circuit,
+    model: TLModel,
+    selection: TaskData,
+    config: PruneConfig,
+) -> int:
+    """About how many of the nodes ranked highest reach the target loss."""
+    pairs = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
+    size = FIRST_SIZE
+    while size < len(rank):
+        circuit = dataclasses.replace(empty, kept=gates.at_nodes(rank < size))
+        if circuit_score(circuit, model, pairs, config).loss <= config.target_loss:
+            break
+        size = math.ceil(GROWTH * size)
+    return size
