@@ -2,6 +2,7 @@ from .ablation import ablating as ablating
 from .activations import abs_topk as abs_topk
 from .activations import sparse_activations as sparse_activations
 from .gates import NodeGates as NodeGates
+from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
 from .means import recording_means as recording_means

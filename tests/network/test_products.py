@@ -49,7 +49,7 @@ def product_of(W, kernels="auto"):
     """x → x · W + bias, with W a parameter."""
     owner = nn.Module()
     owner.W = W if isinstance(W, nn.Parameter) else nn.Parameter(W)
-    product = Product(owner, ["W"], "input output -> input output")
+    product = Product(owner, ["W"])
     product.kernels = kernels
     return product
 
@@ -68,7 +68,7 @@ def threads(n):
 
 
 def entries(product):
-    return product._taken[2]
+    return product._cache.entries
 
 
 def close(a, b, dtype):
@@ -200,7 +200,7 @@ def test_a_tied_unembedding_is_not_copied_to_be_looked_at(monkeypatch):
     contiguous = torch.Tensor.contiguous
     owner = nn.Module()
     owner.W = embed.T
-    product = Product(owner, ["W"], "input token -> input token")
+    product = Product(owner, ["W"])
     product.kernels = "sparse"
     first = product(x, bias)
     monkeypatch.setattr(
