@@ -160,7 +160,7 @@ def test_all_of_attention_reads_hook_attn_in_and_the_mlp_reads_hook_mlp_in():
     ):
         _, cache = model.run_with_cache(tokens)
     block, pos = model.blocks[1], cache["hook_pos"]
-    attn_out = block.attn([block.ln1(other, pos)] * 3, None)
+    attn_out = block.attn(*[block.ln1(other, pos)] * 3, None)
     torch.testing.assert_close(cache["blocks.1.hook_attn_out"], attn_out, rtol=0, atol=1e-12)
     mlp_out = block.topk_mlp_out(block.mlp(block.ln2(other, pos)))
     torch.testing.assert_close(cache["blocks.1.hook_mlp_out"], mlp_out, rtol=0, atol=1e-12)

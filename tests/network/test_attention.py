@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_sparse.network.attention import _with_sink_as_key, fused_attention
+from tl_sparse.network.fused_attention import _with_sink_as_key, fused_attention
 
 
 def by_definition(q, k, v, scale, sink):

@@ -54,7 +54,7 @@ def product_of(W, kernels="auto"):
     """x → x · W + bias, with W a parameter."""
     owner = nn.Module()
     owner.W = W if isinstance(W, nn.Parameter) else nn.Parameter(W)
-    product = Product(owner, ["W"], "input output -> input output")
+    product = Product(owner, ["W"])
     product.kernels = kernels
     return product
 
@@ -73,7 +73,7 @@ def threads(n):
 
 
 def entries(product):
-    return product._taken[2]
+    return product._cache.entries
 
 
 def close(a, b, dtype):
@@ -205,7 +205,7 @@ def test_a_tied_unembedding_is_not_copied_to_be_looked_at(monkeypatch):
     contiguous = torch.Tensor.contiguous
     owner = nn.Module()
     owner.W = embed.T
-    product = Product(owner, ["W"], "input token -> input token")
+    product = Product(owner, ["W"])
     product.kernels = "sparse"
     first = product(x, bias)
     monkeypatch.setattr(

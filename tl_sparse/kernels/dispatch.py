@@ -1,7 +1,7 @@
 """Access to compiled code, on CPUs where numba is installed (`pip install tl-sparse[fast]`).
 
-Activations stay as torch has them, a row for each token; the work is shared out by rows among as
-many threads as torch uses (`torch.set_num_threads`).
+The kernels take activations as torch has them, with a row for each token. Their work is shared out
+by rows among as many threads as torch uses (`torch.set_num_threads`).
 """
 
 import functools
@@ -10,76 +10,92 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-@functools.cache
-def _compiled() -> Any:
-    try:
-        from tl_sparse.kernels import products, topk
-
-        products.checksum(np.zeros(1, np.uint32), 0, 1)  # can it compile?
-    except ImportError:
-        return None
-    except (
-        Exception
-    ) as error:  # for one, there is no folder where numba could keep what it compiles
-        warnings.warn(
-            f"numba does not work here, so everything runs in plain torch: {error}", stacklevel=2
-        )
-        return None
-    return SimpleNamespace(**vars(products) | vars(topk))
-
-
-def kernel(name: str, x: Tensor) -> Any:
-    """The compiled function of this name, taking tensors; None if there is none for tensors like
-    `x`.
-    """
-    if x.device.type != "cpu" or x.dtype not in _BITS or (compiled := _compiled()) is None:
-        return None
-    function = getattr(compiled, name)
-    return lambda *arguments: function(
-        *(a.numpy() if isinstance(a, Tensor) else a for a in arguments)
-    )
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of floats as integers."""
-    return x.view(_BITS[x.dtype])
-
-
-#: Numbers to read or write that are worth a second thread: to wake it takes as long as a few
-#: hundred thousand.
+#: Dtypes that the kernels compute in → the integers of the same size.
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+#: How many numbers a thread must have to read or write to be worth waking, which takes as long as a
+#: few hundred thousand.
 _WORTH_SHARING = 2_000_000
 
 
+@functools.cache
+def _compiled() -> dict[str, Callable[..., Any]] | None:
+    """The compiled functions by name; None if numba is missing or does not work here."""
+    try:
+        from tl_sparse.kernels import products, topk
+
+        # numba compiles a function when it is first called, so this shows whether it can.
+        products.checksum(np.zeros(1, np.uint32), 0, 1)
+    except ImportError:
+        return None
+    except Exception as error:  # for example, there is no folder for numba's cache
+        message = f"numba does not work here, so everything runs in plain torch: {error}"
+        warnings.warn(message, stacklevel=2)
+        return None
+    return {
+        "abs_topk": topk.abs_topk,
+        "keep": topk.keep,
+        "times": topk.times,
+        "zero_all_but": topk.zero_all_but,
+        "checksum": products.checksum,
+        "compress": products.compress,
+        "transpose": products.transpose,
+        "multiply": products.multiply,
+    }
+
+
+def kernel(name: str, x: Tensor) -> Any:
+    """The compiled function called `name`, which takes tensors; None if there is none for `x`.
+
+    There is none without numba, on other devices than the CPU, and for dtypes other than float32
+    and float64.
+    """
+    if x.device.type != "cpu" or x.dtype not in _INTEGERS:
+        return None
+    compiled = _compiled()
+    if compiled is None:
+        return None
+    function = compiled[name]
+
+    def call(*arguments: Any) -> Any:
+        return function(*[a.numpy() if isinstance(a, Tensor) else a for a in arguments])
+
+    return call
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of floating-point numbers as integers."""
+    return x.view(_INTEGERS[x.dtype])
+
+
 def n_threads(size: int) -> int:
-    """How many threads share work that reads and writes so many numbers."""
+    """Among how many threads work is shared out that reads and writes `size` numbers."""
     return max(1, min(torch.get_num_threads(), size // _WORTH_SHARING))
 
 
 def shared_out(run: Callable[..., Any], n: int, size: int, *arguments: Any) -> list[Any]:
-    """`run(*arguments, first, last)` for ranges that make up [0, n), one for each of
-    `n_threads(size)`.
+    """`run(*arguments, first, last)` for ranges [first, last) that together make up [0, n).
+
+    There is a range for each of `n_threads(size)`. Returns the results in the order of the ranges.
     """
     threads = max(1, min(n, n_threads(size)))
+    if threads == 1:
+        return [run(*arguments, 0, n)]
     bounds = [n * i // threads for i in range(threads + 1)]
-    ranges = list(itertools.pairwise(bounds))
-    # This thread takes the last range: on two cores one other is enough.
-    pool = _pool(os.getpid()) if threads > 1 else None
-    others = [pool.submit(run, *arguments, *ends) for ends in ranges[:-1]] if pool else []
-    own = run(*arguments, *ranges[-1])
-    return [other.result() for other in others] + [own]
+    *others, own = itertools.pairwise(bounds)
+    pool = _pool(os.getpid())
+    futures = [pool.submit(run, *arguments, first, last) for first, last in others]
+    # This thread takes the last range, so that on two cores only one other is woken.
+    own_result = run(*arguments, *own)
+    return [future.result() for future in futures] + [own_result]
 
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """A forked process needs threads of its own."""
+    """The threads of a process, by its id: a forked process does not inherit its parent's."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tl_sparse")

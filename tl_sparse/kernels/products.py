@@ -1,8 +1,8 @@
 """Products with sparse matrices, compiled by numba.
 
-out[token] = x[token] · W takes a tile of tokens at a time and transposes it in the cache, so that
-the inner loop multiplies one weight by neighbouring numbers. Indices are unsigned: numba would look
-whether signed ones count from the end.
+`multiply` computes out[token] = x[token] · W for a tile of tokens at a time. The tile is transposed
+in the CPU's cache, so that the inner loop multiplies one weight by neighbouring numbers. Indices
+are unsigned, because numba checks whether signed ones count from the end.
 """
 
 from typing import Any
@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-Array = Any  # of numpy; numba infers the rest
+Array = Any  # a NumPy array; numba infers dtype and dimensions
 
-#: Tokens in a tile: two vectors of AVX-512, four of AVX2.
+#: Tokens in a tile: two vectors of float32 with AVX-512, four with AVX2.
 TILE = 32
-#: Columns of the output written at a time: a cache line of float32.
+#: Columns of the output that are written at a time: a cache line of float32.
 COLUMNS = 16
 
 _U = np.uint64
-# A sum over a row of weights may be taken in any order.
+# The flags allow the terms of a sum to be added in any order.
 _compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
 
 @njit(cache=True, nogil=True)
 def checksum(bits: Array, first: int, last: int) -> int:
-    """The share of the entries [first, last) in a number that any change of a single entry changes,
-    and others but for a chance of about 2^-32; `bits` are unsigned.
+    """The sum of hashes of the entries [first, last); sums of several ranges can be added up.
 
-    Each entry is mixed with its place, by steps that can all be undone (as in MurmurHash3), before
-    it is added.
+    `bits` are unsigned. Each entry is hashed together with its place by invertible steps, those of
+    MurmurHash3. So a change of a single entry always changes the sum, and any other change does
+    except with a probability of about 2^-32.
     """
     T = bits.dtype.type
     part, total, half = bits[first:last], T(0), T(4 * bits.itemsize - 1)
@@ -43,13 +43,18 @@ def checksum(bits: Array, first: int, last: int) -> int:
 
 @njit(cache=True, nogil=True)
 def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> None:
-    """The nonzero entries, row by row; those of row r are [starts[r], starts[r + 1])."""
+    """Write the nonzero entries of a matrix, row by row.
+
+    Those of row r are written from `starts[r]` up to `starts[r + 1]`. `indices` and `values` have
+    room for as many entries as were counted before.
+    """
     n, room = _U(0), _U(len(values))
     for row in range(len(matrix)):
         starts[row] = n
         for column in range(matrix.shape[1]):
             value = matrix[row, column]
-            if value != 0 and n < room:  # room for what was counted; another thread may change it
+            # There may be more entries than were counted, if another thread changes the matrix.
+            if value != 0 and n < room:
                 indices[n], values[n] = column, value
                 n += _U(1)
     starts[len(matrix)] = n
@@ -64,7 +69,7 @@ def transpose(
     to_indices: Array,
     to_values: Array,
 ) -> None:
-    """A compressed matrix → its transpose. `to_starts` is zero at first."""
+    """Write the transpose of a compressed matrix. `to_starts` must be zero before."""
     for i in range(starts[len(starts) - 1]):
         to_starts[indices[i] + 1] += 1
     for row in range(1, len(to_starts)):
@@ -79,7 +84,7 @@ def transpose(
 
 @_compile
 def _load(x: Array, first: int, n: int, tile: Array) -> None:
-    """tile[i, t] = x[first + t, i] for n ≤ TILE rows of x; zero for the others."""
+    """Copy n ≤ TILE rows of x to tile[i, t] = x[first + t, i]; the other columns become zero."""
     d = x.shape[1]
     whole = d - d % 8 if n == TILE else 0
     flat, to = x.reshape(-1), tile.reshape(-1)
@@ -105,8 +110,9 @@ def multiply(
     first: int,
     last: int,
 ) -> None:
-    """out = x · Wᵀ + bias for the tokens [first, last), W in compressed rows; an empty bias is
-    none.
+    """out = x · Wᵀ + bias for the tokens [first, last), with W in compressed rows.
+
+    An empty `bias` stands for no bias.
     """
     tile, block = np.empty((x.shape[1], TILE), x.dtype), np.empty((COLUMNS, TILE), x.dtype)
     flat_out, flat_block = out.reshape(-1), block.reshape(-1)

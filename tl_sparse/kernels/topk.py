@@ -1,8 +1,8 @@
 """The k largest magnitudes, compiled by numba.
 
-Floats are compared by their bits without the sign: as integers these have the order of the
-magnitudes, NaN above infinity. Every result of integer arithmetic is cast to the type of the bits,
-since numba would widen it, and the loops would run several times slower.
+Floating-point numbers are compared by their bits without the sign. As integers these have the order
+of the magnitudes, with NaN above infinity. Every result of integer arithmetic is cast to the dtype
+of the bits: numba would widen it otherwise, and the loops would run several times slower.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-Array = Any  # of numpy; numba infers the rest
+Array = Any  # a NumPy array; numba infers dtype and dimensions
 
 
 @njit(cache=True, nogil=True)
 def _count(bits: Array, row: int, t: int) -> int:
-    """How many magnitudes of a row have bits of at least `t`."""
+    """How many entries of a row have a magnitude whose bits are at least `t`."""
     T = bits.dtype.type
     unsigned, bound, n = T((1 << (8 * bits.itemsize - 1)) - 1), T(t), T(0)
     for i in range(bits.shape[1]):
@@ -27,17 +27,20 @@ def _count(bits: Array, row: int, t: int) -> int:
 def _threshold(
     bits: Array, first: int, last: int, k: int, minimum: int, guess: int
 ) -> tuple[int, int]:
-    """Where to cut off for `k` entries of some rows to stay when each row keeps `minimum` in any
-    case.
+    """The threshold at which `k` entries of the rows [first, last) are kept.
 
-    Returns t and n: n ≤ k entries stay if those of at least t do, and if n < k the others have the
-        bits t - 1.
+    Each row keeps at least its `minimum` largest entries. `guess` is where the search starts.
+
+    Returns:
+        The threshold t and a number n ≤ k: entries whose bits are at least t are kept, and these
+        are n. If n < k there is a tie, between entries whose bits are t - 1.
     """
     rows = last - first
-    low, high = 0, (1 << (8 * bits.itemsize - 1)) - 1  # too many stay at low, too few at high
+    # The threshold is above `low`, where too many are kept, and at most `high`, where too few are.
+    low, high = 0, (1 << (8 * bits.itemsize - 1)) - 1
     n_low, n_high = rows * bits.shape[1], rows * minimum
-    # About the distance in bits at which one more entry stays, where the magnitudes are those of a
-    # normal variable.
+    # About how far, as bits, a threshold must move for one more entry to be kept, if the entries are
+    # normally distributed.
     step = int((3 << (23 if bits.itemsize == 4 else 52)) * (1.0 / n_low))
     t, probes = guess, 0
     while high - low > 1:
@@ -53,9 +56,8 @@ def _threshold(
         else:
             high, n_high = t, n
         probes += 1
-        if (
-            probes % 4 == 0
-        ):  # halve now and then: interpolation alone can take as many probes as there are bits
+        if probes % 4 == 0:
+            # Interpolation alone can take as many probes as there are bits; halving takes few.
             t = low + (high - low) // 2
         elif low == 0 or n_high == rows * minimum:
             t += (n - k) * step
@@ -67,8 +69,9 @@ def _threshold(
 
 @njit(cache=True, nogil=True)
 def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
-    """Zero the entries of a row with bits below `t` > 0, but for their sign; mark the others, if
-    there is a mask.
+    """Zero the entries of a row whose bits are below `t` > 0, except for their sign.
+
+    The others are marked in the mask, unless it is empty.
     """
     T, byte, shift = bits.dtype.type, row // 8, np.uint8(row % 8)
     unsigned, bound = T((1 << (8 * bits.itemsize - 1)) - 1), T(t)
@@ -83,21 +86,19 @@ def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: int) -> bool:
-    """Zero all but the `k` largest entries of each row; these are marked in the mask, which may be
-    empty.
+    """Zero all but the `k` largest entries of each row, in place, and mark those in the mask.
 
-    Of the rows, the eights [first, last).
+    This is done for the rows from 8 · first up to 8 · last. The mask has a bit for each entry: that
+    of row i is bit i % 8 in row i // 8 of the mask. Without a gradient to come it may be empty, and
+    then it makes no difference which zeros are kept.
 
-    The mask has a bit for each entry: row i of `bits` has bit i % 8 in row i // 8. Rows in which a
-        tie would have to be
-    broken are left as they are, and are marked in `tied`; returns whether there are any. Without a
-    mask it makes no difference which zeros are kept.
+    Returns:
+        Whether there are ties to break. Rows with one are marked in `tied` and left as they are.
     """
     t, any_tied = 0, False
     for row in range(8 * first, min(8 * last, len(bits))):
-        t, n = _threshold(
-            bits, row, row + 1, k, 0, t
-        )  # a row's threshold is a good guess for the next
+        # The threshold of a row is a good guess for the next one.
+        t, n = _threshold(bits, row, row + 1, k, 0, t)
         tied[row] = n != k and (t > 1 or len(mask) > 0)
         any_tied = any_tied or tied[row]
         if not tied[row]:
@@ -107,7 +108,10 @@ def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: in
 
 @njit(cache=True, nogil=True)
 def keep(bits: Array, rows: Array, columns: Array, mask: Array) -> None:
-    """Zero all but the given columns of each of some rows, but for the sign; mark these columns."""
+    """Zero all but the given columns of the given rows, except for the sign.
+
+    Row `rows[i]` keeps `columns[i]`, which are marked in the mask, unless it is empty.
+    """
     T = bits.dtype.type
     sign = T(~((1 << (8 * bits.itemsize - 1)) - 1))
     for i in range(len(rows)):
@@ -122,13 +126,15 @@ def keep(bits: Array, rows: Array, columns: Array, mask: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
-    """Zero a matrix but for its `k` largest entries, of which the `minimum` largest of each row
-    come first.
+    """Zero all but the `k` largest entries of a matrix, in place.
 
-    Returns False, with nothing done, if a tie would have to be broken.
+    The `minimum` largest entries of each row are kept first.
+
+    Returns:
+        Whether that was possible. If there is a tie to break, the matrix is left as it is.
     """
     t, n = _threshold(bits, 0, len(bits), k, minimum, 0)
-    tied = n != k and t > 1  # among zeros there is nothing to choose
+    tied = n != k and t > 1  # it makes no difference which zeros are kept
     bounds = np.full(len(bits), t)
     for row in range(len(bits)):
         if _count(bits, row, t) < minimum:
@@ -146,7 +152,7 @@ def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def times(x: Array, mask: Array, out: Array, first: int, last: int) -> None:
-    """out = x · mask, of a mask as `abs_topk` makes it, for the eights [first, last) of rows."""
+    """out = x · mask for the rows from 8 · first up to 8 · last, with a mask made by `abs_topk`."""
     T = x.dtype.type
     for row in range(8 * first, min(8 * last, len(x))):
         byte, bit = row // 8, np.uint8(row % 8)

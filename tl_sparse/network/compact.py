@@ -1,10 +1,13 @@
-"""Tensors that are mostly zero, stored as what is not.
+"""Tensors that are mostly zero, stored as their nonzero entries.
 
-In a `model.safetensors` of storage "compact", such a tensor `name` is three: `name.values`, its
-entries that are not zero, in row-major order; `name.positions`, int32, where each is in the
-flattened tensor; and `name.shape`. An entry takes 8 bytes in float32 and 6 in bfloat16, so at 1 %
-density a tensor takes 1/50 and 1/33 of its bytes. -0.0 is stored: what comes back is the same, bit
-by bit.
+In a `model.safetensors` of storage "compact", such a tensor `name` is stored as three tensors:
+
+- `name.values`: its nonzero entries, in row-major order,
+- `name.positions`: the place of each one in the flattened tensor, int32,
+- `name.shape`: the shape of the tensor.
+
+An entry takes 8 bytes in float32 and 6 in bfloat16, so at a density of 1 % a tensor takes 1/50 and
+1/33 of its bytes. -0.0 counts as nonzero, so that a tensor comes back bit by bit.
 """
 
 import math
@@ -18,17 +21,20 @@ from torch import Tensor
 
 from tl_sparse.errors import CheckpointError
 
+#: What the names of the three tensors end in.
 _PARTS = ("values", "positions", "shape")
-#: What more entries in the file's header take, roughly: a tensor that saves less stays dense.
+#: Bytes that two more tensors take in the header of a file, roughly. A tensor that saves less stays
+#: dense.
 _OVERHEAD = 256
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Bytes of a floating-point number → the integers of the same size.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
 class Compact:
     """A tensor of `shape` that is zero except for `values` at the increasing row-major `positions`.
 
-    Two of them are equal if they are the same object.
+    Two of them are equal only if they are the same object.
     """
 
     values: Shaped[Tensor, "kept"]
@@ -41,50 +47,65 @@ class Compact:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Compact":
-        """What is not zero of a tensor; nothing of its memory is shared."""
+        """The nonzero entries of a tensor, copied."""
         flat = tensor.detach().flatten()
-        positions = flat.view(_BITS[flat.itemsize]).nonzero().flatten()
+        positions = _bits(flat).nonzero().flatten()
         return cls(flat[positions], positions.int(), tensor.shape)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Compact":
-        """A copy elsewhere, or of another dtype."""
-        return Compact(
-            self.values.to(device, dtype, copy=True),
-            self.positions.to(device, copy=True),
-            self.shape,
-        )
+        """A copy on another device, or of another dtype."""
+        values = self.values.to(device, dtype, copy=True)
+        positions = self.positions.to(device, copy=True)
+        return Compact(values, positions, self.shape)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Compact":
-        """With what a function makes of its tensors, such as those elsewhere."""
+        """`function` applied to the values and to the positions, for example to move them."""
         return Compact(function(self.values), function(self.positions), self.shape)
 
     def dense(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The tensor, with zeros."""
+        """The tensor, with its zeros."""
         flat = torch.zeros(math.prod(self.shape), device=device, dtype=dtype)
         flat[self.positions.to(device).long()] = self.values.to(device, dtype)
         return flat.view(self.shape)
 
 
+def _bits(flat: Tensor) -> Tensor:
+    """The bits of floating-point numbers as integers: of all numbers only +0.0 has none set."""
+    return flat.view(_INTEGERS[flat.itemsize])
+
+
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What storage "compact" writes of floating-point `tensors`; those that would not be smaller
-    stay as they are.
+    """What storage "compact" writes for floating-point `tensors`, by name.
+
+    Tensors that would not take less room stay as they are.
     """
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().flatten()
-        n_kept = int(flat.view(_BITS[flat.itemsize]).count_nonzero())
-        if n_kept * (flat.itemsize + 4) + _OVERHEAD < flat.nbytes and len(flat) < 2**31:
-            found = Compact.of(flat)
-            parts = (found.values, found.positions, torch.tensor(tensor.shape))
-            packed |= {f"{name}.{part}": value for part, value in zip(_PARTS, parts, strict=True)}
+        on_cpu = tensor.detach().cpu()
+        if _saves_memory(on_cpu):
+            compact = Compact.of(on_cpu)
+            packed[f"{name}.values"] = compact.values
+            packed[f"{name}.positions"] = compact.positions
+            packed[f"{name}.shape"] = torch.tensor(tensor.shape)
         else:
             packed[name] = tensor
     return packed
 
 
+def _saves_memory(tensor: Tensor) -> bool:
+    """Whether a tensor on the CPU takes less room compact."""
+    flat = tensor.flatten()
+    n_nonzero = int(_bits(flat).count_nonzero())
+    n_bytes = n_nonzero * (flat.itemsize + torch.int32.itemsize) + _OVERHEAD
+    positions_fit_int32 = len(flat) < 2**31
+    return n_bytes < flat.nbytes and positions_fit_int32
+
+
 def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compact]:
-    """The inverse of `pack`; nothing is expanded yet. `CheckpointError` for parts of `path` that do
-    not fit.
+    """The inverse of `pack`, except that compact tensors stay so.
+
+    Raises:
+        CheckpointError: naming `path`, if the parts of a compact tensor do not fit together.
     """
     tensors: dict[str, Tensor | Compact] = {}
     for key, tensor in packed.items():
@@ -94,28 +115,42 @@ def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compa
         elif name in packed:
             raise CheckpointError(f"{path}: {name} is there twice, dense and compact")
         elif name not in tensors:
-            tensors[name] = _checked(name, packed, path)
+            tensors[name] = _unpack_one(name, packed, path)
     return tensors
 
 
-def _checked(name: str, packed: Mapping[str, Tensor], path: Path) -> Compact:
-    values, positions, shape = (packed.get(f"{name}.{part}") for part in _PARTS)
+def _unpack_one(name: str, packed: Mapping[str, Tensor], path: Path) -> Compact:
+    values = packed.get(f"{name}.values")
+    positions = packed.get(f"{name}.positions")
+    shape = packed.get(f"{name}.shape")
     if values is None or positions is None or shape is None:
-        raise CheckpointError(
-            f"{path}: {name} needs all of {', '.join(f'{name}.{part}' for part in _PARTS)}"
-        )
-    if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8 or bool((shape < 0).any()):
+        needed = f"{name}.values, {name}.positions, {name}.shape"
+        raise CheckpointError(f"{path}: {name} needs all of {needed}")
+    size = _size(shape)
+    if size is None:
         raise CheckpointError(f"{path}: {name}.shape is no list of sizes")
     if positions.dtype != torch.int32 or positions.ndim != 1 or positions.shape != values.shape:
         raise CheckpointError(
             f"{path}: {name}.positions must be one int32 for each of {name}.values"
         )
-    size = torch.Size(shape.tolist())
-    inside = len(positions) == 0 or (
-        int(positions[0]) >= 0 and int(positions[-1]) < math.prod(size)
-    )
-    if not inside or not bool((positions[1:] > positions[:-1]).all()):
+    if not _are_increasing(positions, math.prod(size)):
         raise CheckpointError(
             f"{path}: {name}.positions must increase and be in a tensor of shape {list(size)}"
         )
     return Compact(values, positions, size)
+
+
+def _size(shape: Tensor) -> torch.Size | None:
+    """The shape that a `name.shape` holds; None if it is not a list of at most 8 sizes."""
+    if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8:
+        return None
+    sizes = shape.tolist()
+    return torch.Size(sizes) if all(size >= 0 for size in sizes) else None
+
+
+def _are_increasing(positions: Tensor, n_entries: int) -> bool:
+    """Whether positions increase, from 0 or more to less than `n_entries`."""
+    if len(positions) == 0:
+        return True
+    is_inside = int(positions[0]) >= 0 and int(positions[-1]) < n_entries
+    return is_inside and bool((positions[1:] > positions[:-1]).all())

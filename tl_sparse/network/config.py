@@ -7,8 +7,8 @@ from typing import Any, Literal
 from tl_sparse.config import check, check_known_keys, check_types, short_repr
 from tl_sparse.errors import ConfigError
 
-#: Where AbsTopK can act, named as in the published configurations, in the order of the forward
-#: pass.
+#: Where AbsTopK can act, in the order of the forward pass. The names are those of the published
+#: configurations.
 TOPK_LOCATIONS = (
     "resid_pre",
     "attn_in",
@@ -22,39 +22,40 @@ TOPK_LOCATIONS = (
     "mlp_out",
     "resid_post_mlp",
 )
-#: The eight locations of the paper's models; the residual stream itself is rarely sparsified.
+#: The eight locations of the paper's models, which do not include the residual stream itself.
 PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
 
-#: No size of a network is larger; a damaged configuration is refused before anything is allocated.
+#: Any larger size is taken for damage of the configuration, and refused before memory is allocated.
 MAX_SIZE = 100_000_000
 
 
 def paper_topk(fraction: float) -> dict[str, float]:
-    """AbsTopK with one `fraction` at the paper's eight locations (A.1; usually 1/4)."""
+    """AbsTopK at the paper's eight locations, with the same `fraction` (A.1; usually 1/4)."""
     return dict.fromkeys(PAPER_TOPK_LOCATIONS, fraction)
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """Sizes and features of a network; every feature of Gao et al. 2025, A.1 is one field.
+    """Sizes and features of a network; each feature of Gao et al. 2025, A.1 has one field.
 
     Attributes:
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, in TransformerLens' names.
-            `d_head` is free of `d_model`.
-        normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps 1e-5).
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, by TransformerLens' names.
+            `n_heads * d_head` need not be `d_model`.
+        normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps is 1e-5).
         norm_bias: whether norms have a bias (LayerNorm only).
         act_fn: the MLP's nonlinearity; "gelu" is the exact one.
-        resid_relu: apply ReLU to the residual stream after each addition to it.
+        resid_relu: whether ReLU is applied to the residual stream after each addition to it.
         abs_topk: AbsTopK location → fraction of the entries kept, k = int(fraction · dim).
-        attn_sinks: one learned logit per head in the softmax denominator.
-        bigram_table: a dense [d_vocab, d_vocab] table whose row of the current token is added to
-            the logits.
-        logits_bias: a learned vector added to the logits.
-        positions: "none"; "added" to the token embedding; or "concatenated": `d_pos` read-only
-            channels beside what each block reads.
-        sinusoidal: positions are fixed sinusoids instead of learned.
+        attn_sinks: whether each head has a learned logit in its softmax's denominator.
+        bigram_table: whether a dense table `[d_vocab, d_vocab]` adds its row of the current token
+            to the logits.
+        logits_bias: whether a learned vector is added to the logits.
+        positions: "none"; "added" to the token embedding; or "concatenated", as `d_pos` channels
+            that each block reads beside the residual stream and cannot write to.
+        d_pos: number of concatenated positional channels, else 0.
+        sinusoidal: whether positions are fixed sinusoids instead of learned.
         biases: whether the linear maps of attention and MLP have biases.
-        tied_unembed: the unembedding is the transposed embedding.
+        tied_unembed: whether the unembedding is the transposed embedding.
 
     Raises:
         ConfigError: for a value of the wrong type or out of range.
@@ -89,71 +90,66 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_sizes()
+        rms_bias = self.norm_bias and self.normalization == "rms"
+        check(not rms_bias, "norm_bias", True, "false with RMSNorm")
+        self._check_positions()
+        self._check_abs_topk()
+
+    def _check_sizes(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-            check(
-                getattr(self, name) <= MAX_SIZE, name, getattr(self, name), f"at most {MAX_SIZE:,}"
-            )
-        check(
-            not (self.norm_bias and self.normalization == "rms"),
-            "norm_bias",
-            True,
-            "false with RMSNorm",
-        )
-        concatenated = self.positions == "concatenated"
-        expected = (
-            "at least 1 with concatenated positions"
-            if concatenated
-            else "0 without concatenated positions"
-        )
-        check((self.d_pos >= 1) == concatenated and self.d_pos >= 0, "d_pos", self.d_pos, expected)
+            size = getattr(self, name)
+            check(size >= 1, name, size, "at least 1")
+            check(size <= MAX_SIZE, name, size, f"at most {MAX_SIZE:,}")
+
+    def _check_positions(self) -> None:
+        if self.positions == "concatenated":
+            expected = "at least 1 with concatenated positions"
+            check(self.d_pos >= 1, "d_pos", self.d_pos, expected)
+        else:
+            check(self.d_pos == 0, "d_pos", self.d_pos, "0 without concatenated positions")
         check(self.d_pos <= MAX_SIZE, "d_pos", self.d_pos, f"at most {MAX_SIZE:,}")
-        check(
-            not (self.sinusoidal and self.positions == "none"),
-            "sinusoidal",
-            True,
-            "false without positions",
-        )
-        check(
-            isinstance(self.abs_topk, Mapping),
-            "abs_topk",
-            self.abs_topk,
-            "a mapping of location to fraction",
-        )
+        sinusoids_of_nothing = self.sinusoidal and self.positions == "none"
+        check(not sinusoids_of_nothing, "sinusoidal", True, "false without positions")
+
+    def _check_abs_topk(self) -> None:
+        expected = "a mapping of location to fraction"
+        check(isinstance(self.abs_topk, Mapping), "abs_topk", self.abs_topk, expected)
+        # The copy is this configuration's own. Fields of a frozen dataclass are set in this way.
         object.__setattr__(self, "abs_topk", dict(self.abs_topk))
         for location, fraction in self.abs_topk.items():
             expected = f"one of {', '.join(TOPK_LOCATIONS)}"
             check(location in TOPK_LOCATIONS, "abs_topk location", location, expected)
-            number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
             dim = self.location_size(location)
+            is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+            is_valid = is_number and 0 < fraction <= 1 and int(fraction * dim) >= 1
             expected = f"a fraction of at most 1 that keeps at least one of the {dim} entries there"
-            valid = number and 0 < fraction <= 1 and int(fraction * dim) >= 1
-            check(valid, f"abs_topk[{location!r}]", fraction, expected)
+            check(is_valid, f"abs_topk[{location!r}]", fraction, expected)
 
     @property
     def d_read(self) -> int:
-        """Width of what a block reads: the residual stream and any concatenated positional
-        channels.
-        """
+        """Width of what a block reads: the residual stream and any positional channels."""
         return self.d_model + self.d_pos
 
     @property
     def n_matrix_weights(self) -> int:
         """How many weights the attention and MLP matrices of all layers have."""
-        heads = self.n_heads * self.d_head
-        return self.n_layers * (
-            heads * (3 * self.d_read + self.d_model) + self.d_mlp * (self.d_read + self.d_model)
-        )
+        attention = self.n_heads * self.d_head * (3 * self.d_read + self.d_model)
+        mlp = self.d_mlp * (self.d_read + self.d_model)
+        return self.n_layers * (attention + mlp)
 
     def location_size(self, location: str) -> int:
-        """Number of entries of the last dimension at an AbsTopK location (all heads together for q,
-        k, v).
+        """Number of entries among which AbsTopK chooses at a location.
+
+        For q, k and v these are the channels of all heads together.
         """
         if location in ("attn_in", "mlp_in"):
             return self.d_read
         if location in ("attn_q", "attn_k", "attn_v"):
             return self.n_heads * self.d_head
-        return self.d_mlp if location == "mlp_neuron" else self.d_model
+        if location == "mlp_neuron":
+            return self.d_mlp
+        return self.d_model
 
     def topk(self, location: str) -> int | None:
         """How many entries AbsTopK keeps at `location`; None where it does not act."""
@@ -173,11 +169,8 @@ class SparseConfig:
                 value.
         """
         check_known_keys(cls, values)
-        missing = [
-            f.name
-            for f in fields(cls)
-            if f.default is f.default_factory is MISSING and f.name not in values
-        ]
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
         if missing:
             raise ConfigError(f"missing configuration keys: {', '.join(missing)}")
         return cls(**values)

@@ -1,5 +1,6 @@
-"""The parts of the network around its blocks: AbsTopK, norms, embeddings, unembedding, bigram
-table.
+"""The layers around and within the blocks.
+
+AbsTopK, biases, norms, embeddings, the unembedding and the bigram table.
 """
 
 import math
@@ -18,88 +19,92 @@ from tl_sparse.network.shapes import Logits, Positions, Reads, Stream, Tokens
 
 
 class AbsTopK(nn.Module):
-    """AbsTopK at a location of the configuration; the identity where it does not act.
+    """AbsTopK at a location of the configuration; the identity if it does not act there.
 
-    It works in place where nothing else holds its input, also not autograd.
+    With `inplace` it may overwrite its input, which nothing else may then hold, autograd included.
     """
 
     def __init__(self, cfg: SparseConfig, location: str, inplace: bool = False) -> None:
         super().__init__()
-        self.k, self.dim, self.inplace = cfg.topk(location), cfg.location_size(location), inplace
+        self.k = cfg.topk(location)
+        self.dim = cfg.location_size(location)
+        self.inplace = inplace
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return x if self.k is None else abs_topk(x, self.k, self.inplace)
+        if self.k is None:
+            return x
+        return abs_topk(x, self.k, self.inplace)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
 
 
-def set_bias(module: nn.Module, name: str, shape: tuple[int, ...], learned: bool) -> None:
-    """A bias; where the network has none, the zeros that TransformerLens' tools expect to find
-    there.
+def new_bias(*shape: int, learned: bool) -> nn.Parameter | nn.Buffer:
+    """A bias, zero at first.
+
+    TransformerLens' tools expect every bias to be there. Those that a network does not learn stay
+    zero, as buffers that are not saved.
     """
-    if learned:
-        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-    else:
-        module.register_buffer(name, torch.zeros(shape), persistent=False)
+    zeros = torch.zeros(shape)
+    return nn.Parameter(zeros) if learned else nn.Buffer(zeros, persistent=False)
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm; `hook_normalized` is before the weight."""
-
-    b: Tensor
+    """RMSNorm or LayerNorm. `hook_normalized` comes before the weight, as in TransformerLens."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.centered = cfg.normalization == "layer"
         self.w = nn.Parameter(torch.ones(cfg.d_model))
-        set_bias(self, "b", (cfg.d_model,), cfg.norm_bias)
+        self.b = new_bias(cfg.d_model, learned=cfg.norm_bias)
         self.hook_scale = HookPoint()  # [batch, pos, 1]
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
-
-    def _scale(self, x: Tensor) -> Tensor:
-        # RMSNorm adds the dtype's machine epsilon, so that zero keeps its meaning in the stream
-        # (A.1).
-        eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
-        return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     def _center(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centered else x
 
+    def _scale(self, x: Tensor) -> Tensor:
+        # RMSNorm adds only the dtype's machine epsilon, so that zero keeps its meaning in the
+        # stream (A.1).
+        eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
+        return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
     def forward(self, x: Stream) -> Stream:
         x = self._center(x)
-        x = self.hook_normalized(x / self.hook_scale(self._scale(x)))
-        return torch.addcmul(self.b, x, self.w)
+        normalized = self.hook_normalized(x / self.hook_scale(self._scale(x)))
+        return torch.addcmul(self.b, normalized, self.w)
 
 
 class Read(Norm):
-    """What a block reads: the normalised stream, beside it any positional channels, then
-    AbsTopK.
-    """
-
-    b_pos: Tensor
+    """What a block reads: the normalized stream and any positional channels, then AbsTopK."""
 
     def __init__(self, cfg: SparseConfig, location: str) -> None:
         super().__init__(cfg)
         if cfg.d_pos:
             self.w_pos = nn.Parameter(torch.ones(cfg.d_pos))
-            set_bias(self, "b_pos", (cfg.d_pos,), cfg.norm_bias)
+            self.b_pos = new_bias(cfg.d_pos, learned=cfg.norm_bias)
         self.topk = AbsTopK(cfg, location, inplace=True)
         self.hook_read = HookPoint()  # [batch, pos, d_read]
 
     def forward(self, x: Stream, pos: Positions | None) -> Reads:  # type: ignore[override]
         read = super().forward(x)
         if pos is not None:
-            if x.ndim == 4:  # a copy of the stream for each head
+            each_head_reads_its_own = x.ndim == 4
+            if each_head_reads_its_own:
                 pos = pos.unsqueeze(2).expand(-1, -1, x.shape[2], -1)
-            pos = self._center(pos)
-            read = torch.cat([read, pos / self._scale(pos) * self.w_pos + self.b_pos], dim=-1)
+            read = torch.cat([read, self._normalized_positions(pos)], dim=-1)
         return self.hook_read(self.topk(read))
+
+    def _normalized_positions(self, pos: Tensor) -> Tensor:
+        pos = self._center(pos)
+        return pos / self._scale(pos) * self.w_pos + self.b_pos
 
 
 class Embed(nn.Module):
-    """Token embedding; `DataError` for ids outside the vocabulary (on a GPU torch itself stops
-    there).
+    """Token embedding.
+
+    Raises:
+        DataError: for token ids outside the vocabulary. On a GPU torch itself stops the process.
     """
 
     def __init__(self, cfg: SparseConfig) -> None:
@@ -107,12 +112,12 @@ class Embed(nn.Module):
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
 
     def forward(self, tokens: Tokens) -> Stream:
-        try:  # not W_E[tokens]: its backward differs from run to run on several threads
+        # The backward of W_E[tokens] would differ from run to run on several threads.
+        try:
             return F.embedding(tokens, self.W_E)
         except IndexError as error:
-            raise DataError(
-                f"token ids must be in [0, {len(self.W_E)}), the model's vocabulary"
-            ) from error
+            vocabulary = f"[0, {len(self.W_E)}), the model's vocabulary"
+            raise DataError(f"token ids must be in {vocabulary}") from error
 
 
 class PosEmbed(nn.Module):
@@ -136,20 +141,19 @@ def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
 
 
 class Unembed(nn.Module):
-    """Residual stream → logits, with the logits' bias."""
+    """Residual stream → logits, with the bias of the logits."""
 
     W_U: Tensor
-    b_U: Tensor
 
     def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
         super().__init__()
-        # Tied: a reference that is no submodule, so that the weight stays one parameter with one
-        # name.
+        # An ordinary attribute would make the embedding a submodule here, and W_E a parameter with
+        # two names.
         self.__dict__["tied_to"] = embed if cfg.tied_unembed else None
         if not cfg.tied_unembed:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
-        set_bias(self, "b_U", (cfg.d_vocab,), cfg.logits_bias)
-        self.times = Product(self, ["W_U"], "input token -> input token")
+        self.b_U = new_bias(cfg.d_vocab, learned=cfg.logits_bias)
+        self.times = Product(self, ["W_U"])
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name == "W_U" and self.__dict__["tied_to"] is not None:
@@ -161,9 +165,7 @@ class Unembed(nn.Module):
 
 
 class Bigram(nn.Module):
-    """The dense table whose row of the current token is added to the logits, off the residual
-    path.
-    """
+    """The dense table whose row of the current token is added to the logits, past the stream."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()

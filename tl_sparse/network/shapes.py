@@ -1,4 +1,4 @@
-"""The shapes of what flows through the network, and one position of each row of it."""
+"""The shapes of what flows through the network."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,15 +6,18 @@ from torch import Tensor
 
 Tokens = Int[Tensor, "batch pos"]
 Positions = Float[Tensor, "batch pos d_pos"]
-#: With TransformerLens' flags each head reads a copy of the stream of its own.
+#: With TransformerLens' flags, each head reads its own copy of the stream.
 Stream = Float[Tensor, "batch pos *head d_model"]
 Reads = Float[Tensor, "batch pos *head d_read"]
 Heads = Float[Tensor, "batch pos head d_head"]
 Logits = Float[Tensor, "batch pos d_vocab"]
-#: One position of each row.
-Rows = Int[Tensor, " batch"]
+#: One position in each row of a batch.
+PositionOfRow = Int[Tensor, " batch"]
 
 
-def at(x: Tensor, last: Rows) -> Tensor:
-    """`x` `[batch, pos, …]` at one position of each row, `[batch, 1, …]`."""
-    return x[torch.arange(len(last), device=x.device), last].unsqueeze(1)
+def select_position(
+    x: Float[Tensor, "batch pos *rest"], position: PositionOfRow
+) -> Float[Tensor, "batch 1 *rest"]:
+    """`x` at one position of each row."""
+    rows = torch.arange(len(position), device=x.device)
+    return x[rows, position].unsqueeze(1)
