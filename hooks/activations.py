@@ -91,8 +91,10 @@ def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "
     threshold = torch.from_numpy(partitioned[..., position, None])
     # A mask of the activation's own dtype multiplies several times faster than a boolean one.
     mask = torch.ge(magnitudes, threshold, out=torch.empty_like(magnitudes))
-    is_wrong = mask.sum(-1) != k
-    if bool(is_wrong.any()):  # equal magnitudes at the threshold, or NaN
+    # NaN is the largest magnitude, here as in torch.topk and the kernels, but it compares as smaller.
+    has_nan = magnitudes.sum(-1).isnan()
+    is_wrong = (mask.sum(-1) != k) | has_nan  # or there are equal magnitudes at the threshold
+    if bool(is_wrong.any()):
         mask[is_wrong] = _largest_by_sorting(magnitudes[is_wrong], k)
     return mask
 

@@ -108,6 +108,7 @@ def value_and_gradient(x, k):
 @given(matrices(), st.floats(0, 1))
 @example(torch.tensor([[NAN, 1.0, -NAN, INF, 0.0]]), 0.5)  # two are NaN: they are the largest
 @example(torch.tensor([[NAN, 1.0, -NAN, INF, 0.0]]), 0.0)  # a tie between NaN
+@example(torch.tensor([[NAN, 0.0, 0.0]]), 1.0)  # as many equal ones below NaN as are kept
 def test_abs_topk_and_its_gradient_are_those_without_kernels(x, share):
     k = 1 + int(share * (x.shape[1] - 2))
     out, gradient = value_and_gradient(x, k)
