@@ -106,19 +106,25 @@ def of_size(circuit: _Circuit, n_nodes: int) -> _Circuit:
             f"n_nodes = {n_nodes}; it must be in [0, {circuit.n_candidates}], "
             f"of a circuit that has scores"
         )
-    is_kept = torch.cat([circuit.kept[name].flatten() for name in scores])
-    all_scores = torch.cat([score.flatten() for score in scores.values()])
-    by_score = all_scores.argsort(descending=True, stable=True)
+    flat_masks = []
+    flat_scores = []
+    for name, score in scores.items():
+        flat_masks.append(circuit.kept[name].flatten())
+        flat_scores.append(score.flatten())
+    is_kept = torch.cat(flat_masks)
+    by_score = torch.cat(flat_scores).argsort(descending=True, stable=True)
     # Kept nodes come first even where nodes with a higher score were dropped after the search.
     kept_by_score = by_score[is_kept[by_score]]
     others_by_score = by_score[~is_kept[by_score]]
     ranking = torch.cat([kept_by_score, others_by_score])
     is_chosen = torch.zeros_like(is_kept)
     is_chosen[ranking[:n_nodes]] = True
-    masks = is_chosen.split([score.numel() for score in scores.values()])
     kept = {}
-    for (name, score), mask in zip(scores.items(), masks, strict=True):
-        kept[name] = mask.view(score.shape)
+    start = 0
+    for name, score in scores.items():
+        stop = start + score.numel()
+        kept[name] = is_chosen[start:stop].view(score.shape)
+        start = stop
     return _derived(circuit, kept, circuit.task, None)
 
 

@@ -131,9 +131,9 @@ def _run_in_pieces(circuit: Circuit, model: TLModel, prompt: _Prompt) -> _RunInP
     def hold(scale: Tensor, hook: object) -> Tensor:
         return scale.detach()
 
-    functions: dict[str, Any] = {
-        name: partial(separate, name) for name in (EMBED_HOOK, *circuit.kept)
-    }
+    functions: dict[str, Any] = {}
+    for name in (EMBED_HOOK, *circuit.kept):
+        functions[name] = partial(separate, name)
     for name in model.hook_dict:
         # Along the whole stream, a norm whose scale is not held has no derivative at all.
         if name.endswith("hook_scale"):
@@ -182,12 +182,9 @@ def _trace(run: _RunInPieces, prompt: _Prompt) -> tuple[dict[_Vertex, float], li
     links = []
     # From the top down: when a depth is reached, all influence on its vertices is known.
     for depth in range(logits_depth, 0, -1):
-        targets = [
-            vertex
-            for vertex, share in influence.items()
-            if vertex.depth == depth and share >= LEAST_INFLUENCE
-        ]
-        for target in targets:
+        for target in list(influence):
+            if target.depth != depth or influence[target] < LEAST_INFLUENCE:
+                continue
             if depth == logits_depth:
                 value = run.logits[target.index]
             else:

@@ -140,11 +140,10 @@ class Circuit(CircuitParts):
         Raises:
             CircuitError: if a hook point has no mean, or one of another shape.
         """
-        needed = {
-            name: mean
-            for name, mean in means.items()
-            if name in self.kept or name.endswith(".hook_z")
-        }
+        needed = {}
+        for name, mean in means.items():
+            if name in self.kept or name.endswith(".hook_z"):
+                needed[name] = mean
         return replace(self, means=needed)
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:

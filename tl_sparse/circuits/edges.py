@@ -54,12 +54,17 @@ def uncut_edges(circuit: CircuitParts, model: TLModel) -> list[Edge]:
 
 def edge_shares(edges: Collection[Edge], model: TLModel) -> dict[tuple[int, str, str], float]:
     """(layer, source, target) → the share of the nonzero weights there that are among `edges`."""
-    n_edges = Counter((e.source.layer, e.source.location, e.target.location) for e in edges)
+    n_edges = Counter[tuple[int, str, str]]()
+    for edge in edges:
+        n_edges[edge.source.layer, edge.source.location, edge.target.location] += 1
     n_weights = Counter[tuple[int, str, str]]()
     for layer in range(model.cfg.n_layers):
         for source, target, weights in weight_matrices(model, layer):
             n_weights[layer, source, target] += int(weights.count_nonzero())
-    return {place: n_edges[place] / max(1, n) for place, n in n_weights.items()}
+    shares = {}
+    for place, n_nonzero in n_weights.items():
+        shares[place] = n_edges[place] / max(1, n_nonzero)
+    return shares
 
 
 def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:

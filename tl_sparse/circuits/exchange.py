@@ -90,9 +90,9 @@ def _measured_by_openai(
         for name, loss in losses.items():
             if loss is not None:
                 measured[name] = {"loss": float(loss) / 2}
-        measured["pruning_losses"] = [
-            [int(step), float(loss) / 2] for step, loss in values.get("all_loss") or ()
-        ]
+        measured["pruning_losses"] = []
+        for step, loss in values.get("all_loss") or ():
+            measured["pruning_losses"].append([int(step), float(loss) / 2])
         for name in ("num_total_nodes", "prune_config"):
             if name in values:
                 measured[name] = json.loads(json.dumps(values[name], default=_json_value))
@@ -140,7 +140,7 @@ def edge_list(circuit: CircuitParts, edges: Sequence[Edge], model: TLModel) -> d
         "format": EDGES_FORMAT,
         "model_name": circuit.model_name,
         "task": circuit.task,
-        "nodes": [str(node) for node in circuit.nodes],
+        "nodes": list(map(str, circuit.nodes)),
         "edges": edge_values,
     }
 
@@ -160,11 +160,13 @@ def read_edge_list(path: Path, model: TLModel) -> CircuitParts:
     if "nodes" in values:
         nodes = [Node.parse(str(name)) for name in names]
     else:
-        ends = [node for edge in edges for node in edge.ends]
-        nodes = list(dict.fromkeys(ends))
-    indices = {
-        place: torch.tensor(indices) for place, indices in indices_by_location(nodes).items()
-    }
+        nodes = []
+        for edge in edges:
+            nodes.extend(edge.ends)
+        nodes = list(dict.fromkeys(nodes))
+    indices = {}
+    for place, place_indices in indices_by_location(nodes).items():
+        indices[place] = torch.tensor(place_indices)
     kept = _masks(model, indices)
     _check_listed_edges(path, edges, edges_between(nodes, model))
     return CircuitParts(
@@ -204,7 +206,9 @@ def _check_listed_edges(path: Path, listed: Sequence[_ListedEdge], edges: Sequen
     if the list leaves out some of these.
     """
     weights = {edge.ends: edge.weight for edge in edges}
+    left_out = set(weights)
     for edge in listed:
+        left_out.discard(edge.ends)
         actual = weights.get(edge.ends, 0.0)
         is_same = edge.weight is None or math.isclose(
             edge.weight, actual, rel_tol=TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE
@@ -215,10 +219,9 @@ def _check_listed_edges(path: Path, listed: Sequence[_ListedEdge], edges: Sequen
                 f"{path} does not fit this model: {edge.source} → {edge.target} has weight "
                 f"{actual:g} between the kept nodes, not {expected}"
             )
-    n_further = len(weights.keys() - {edge.ends for edge in listed})
-    if n_further:
+    if left_out:
         warnings.warn(
-            f"{path} leaves out {n_further} edges between its nodes; "
+            f"{path} leaves out {len(left_out)} edges between its nodes; "
             f"the circuit, which keeps nodes, has them"
         )
 

@@ -135,8 +135,11 @@ def to_mermaid(circuit: Circuit, model: TLModel) -> str:
     Raises:
         CircuitError: if there are more than `MERMAID_LINKS` links.
     """
-    names = {node: f"{node.location}_{node.layer}_{node.index}" for node in circuit.nodes}
-    boxes = [f'  {name}["{node_label(model, node)}"]' for node, name in names.items()]
+    names = {}
+    boxes = []
+    for node in circuit.nodes:
+        names[node] = f"{node.location}_{node.layer}_{node.index}"
+        boxes.append(f'  {names[node]}["{node_label(model, node)}"]')
     links = []
     for edge in circuit.edges(model):
         links.append(f"  {names[edge.source]} -->|{edge.weight:+.2f}| {names[edge.target]}")

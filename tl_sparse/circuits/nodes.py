@@ -69,10 +69,14 @@ EMBED_HOOK = "hook_embed"
 
 #: All node locations by name.
 LOCATIONS = {location.name: location for location in (*BLOCK_LOCATIONS, EMBED_LOCATION)}
-_BY_OPENAI_NAME = {location.openai_name: location for location in LOCATIONS.values()}
-#: Name in either notation → location.
-_BY_ANY_NAME = LOCATIONS | _BY_OPENAI_NAME
-_BY_HOOK_POINT = {point: location for location in BLOCK_LOCATIONS for point in location.hook_points}
+#: The same by our name and by OpenAI's.
+_BY_ANY_NAME = dict(LOCATIONS)
+#: The locations in a block by each of their hook points.
+_BY_HOOK_POINT: dict[str, NodeLocation] = {}
+for _location in LOCATIONS.values():
+    _BY_ANY_NAME[_location.openai_name] = _location
+    for _point in _location.hook_points:
+        _BY_HOOK_POINT[_point] = _location
 
 
 @dataclass(frozen=True)

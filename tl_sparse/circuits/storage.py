@@ -24,12 +24,10 @@ FORMAT_VERSION = 1
 def write_circuit(folder: Path, circuit: CircuitParts) -> None:
     """Write both files."""
     tensors: dict[str, Tensor] = {}
-    for prefix, tensor_at in (
-        ("kept/", circuit.kept),
-        ("mean/", circuit.means),
-        ("score/", circuit.scores),
-    ):
-        tensors.update({prefix + hook_name: tensor for hook_name, tensor in tensor_at.items()})
+    by_prefix = {"kept/": circuit.kept, "mean/": circuit.means, "score/": circuit.scores}
+    for prefix, tensor_at in by_prefix.items():
+        for hook_name, tensor in tensor_at.items():
+            tensors[prefix + hook_name] = tensor
     write_tensors(folder / "circuit.safetensors", tensors)
     edges = None
     if circuit.edge_set is not None:
@@ -84,23 +82,26 @@ def read_circuit(folder: Path) -> CircuitParts:
         raise CheckpointError(
             f"{path}: tensors do not fit circuit.json: {', '.join(sorted(wrong))}"
         )
-    ordered = {name: tensors[name] for name in [*expected, *head_means]}
+    parts: dict[str, dict[str, Tensor]] = {"kept": {}, "mean": {}, "score": {}}
+    for name in [*expected, *head_means]:
+        part, hook_name = name.split("/", 1)
+        parts[part][hook_name] = tensors[name]
     return CircuitParts(
-        kept=_with_prefix("kept/", ordered),
-        means=_with_prefix("mean/", ordered),
+        kept=parts["kept"],
+        means=parts["mean"],
         model=model,
         model_name=model_name,
         task=task,
         measured=measured,
         edge_set=edge_set,
-        scores=_with_prefix("score/", ordered),
+        scores=parts["score"],
     )
 
 
 def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     sketch = {}
     for parameter, numbers in values["sketch"].items():
-        sketch[str(parameter)] = [float(number) for number in numbers]
+        sketch[str(parameter)] = list(map(float, numbers))
     return Fingerprint(str(values["architecture"]), sketch)
 
 
@@ -116,13 +117,7 @@ def _expected_tensors(values: Mapping[str, Any]) -> list[str]:
         prefixes.append("mean/")
     if values.get("scores", False):
         prefixes.append("score/")
-    return [prefix + hook_name for prefix in prefixes for hook_name in list(values["hooks"])]
-
-
-def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hook point → its tensor of one kind."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    names: list[str] = []
+    for prefix in prefixes:
+        names.extend(prefix + hook_name for hook_name in values["hooks"])
+    return names
