@@ -93,7 +93,8 @@ def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "
     mask = torch.ge(magnitudes, threshold, out=torch.empty_like(magnitudes))
     # NaN is the largest magnitude, here as in torch.topk and the kernels, but it compares as smaller.
     has_nan = magnitudes.sum(-1).isnan()
-    is_wrong = (mask.sum(-1) != k) | has_nan  # or there are equal magnitudes at the threshold
+    # Equal magnitudes at the threshold also make a row wrong.
+    is_wrong = (mask.sum(-1) != k) | has_nan
     if bool(is_wrong.any()):
         mask[is_wrong] = _largest_by_sorting(magnitudes[is_wrong], k)
     return mask
