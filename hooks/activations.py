@@ -91,7 +91,7 @@ def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "
     threshold = torch.from_numpy(partitioned[..., position, None])
     # A mask of the activation's own dtype multiplies several times faster than a boolean one.
     mask = torch.ge(magnitudes, threshold, out=torch.empty_like(magnitudes))
-    # NaN is the largest magnitude, here as in torch.topk and the kernels, but it compares as smaller.
+    # NaN is the largest magnitude, as in torch.topk and the kernels, but it compares as smaller.
     has_nan = magnitudes.sum(-1).isnan()
     # Equal magnitudes at the threshold also make a row wrong.
     is_wrong = (mask.sum(-1) != k) | has_nan
