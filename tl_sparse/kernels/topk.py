@@ -39,8 +39,8 @@ def _threshold(
     # The threshold is above `low`, where too many are kept, and at most `high`, where too few are.
     low, high = 0, (1 << (8 * bits.itemsize - 1)) - 1
     n_low, n_high = rows * bits.shape[1], rows * minimum
-    # About how far, as bits, a threshold must move for one more entry to be kept, if the entries
-    # are normally distributed.
+    # About how far, in bits, the threshold must move for one more entry to be kept, if entries are
+    # normally distributed.
     step = int((3 << (23 if bits.itemsize == 4 else 52)) * (1.0 / n_low))
     t, probes = guess, 0
     while high - low > 1:

@@ -57,9 +57,9 @@ def _is_used(hook_point: nn.Module) -> bool:
     """Whether anything may see or change what passes this hook point."""
     if not isinstance(hook_point, HookPoint):
         return True  # a tool such as SAELens has put a module of its own in its place
-    return bool(
-        hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks
-    )
+    if hook_point._forward_hooks or hook_point._forward_pre_hooks:
+        return True
+    return bool(hook_point._backward_hooks)
 
 
 class Attention(WeightsHolder):
@@ -191,7 +191,10 @@ class MLP(WeightsHolder):
         self.b_in = new_bias(cfg.d_mlp, learned=cfg.biases)
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         self.b_out = new_bias(cfg.d_model, learned=cfg.biases)
-        self.times_in = Product(self, ["W_in", "W_in_pos"] if cfg.d_pos else ["W_in"])
+        if cfg.d_pos:
+            self.times_in = Product(self, ["W_in", "W_in_pos"])
+        else:
+            self.times_in = Product(self, ["W_in"])
         self.times_out = Product(self, ["W_out"])
         self.act_fn = cfg.act_fn
         # Not in place after ReLU, whose backward needs its output.
@@ -255,7 +258,8 @@ class Block(nn.Module):
         attn_out = self.hook_attn_out(self.attn(q_read, k_read, v_read, mask, last))
         if last is not None:
             resid_pre = select_position(resid_pre, last)
-            pos = None if pos is None else select_position(pos, last)
+            if pos is not None:
+                pos = select_position(pos, last)
         resid_mid = self.topk_resid_mid(self.resid_act(resid_pre + attn_out))
         resid_mid = self.hook_resid_mid(resid_mid)
 

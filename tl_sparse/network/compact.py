@@ -145,7 +145,9 @@ def _size(shape: Tensor) -> torch.Size | None:
     if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8:
         return None
     sizes = shape.tolist()
-    return torch.Size(sizes) if all(size >= 0 for size in sizes) else None
+    if any(size < 0 for size in sizes):
+        return None
+    return torch.Size(sizes)
 
 
 def _are_increasing(positions: Tensor, n_entries: int) -> bool:

@@ -154,7 +154,9 @@ class SparseConfig:
     def topk(self, location: str) -> int | None:
         """How many entries AbsTopK keeps at `location`; None where it does not act."""
         fraction = self.abs_topk.get(location)
-        return None if fraction is None else int(fraction * self.location_size(location))
+        if fraction is None:
+            return None
+        return int(fraction * self.location_size(location))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""

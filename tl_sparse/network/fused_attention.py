@@ -36,7 +36,9 @@ def fused_attention(
 def _fits_the_cpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's fused attention on the CPU takes these inputs as they are."""
     for x in (q, k, v):
-        if x.device.type != "cpu" or x.dtype != q.dtype or x.stride(-1) != 1 or x.numel() == 0:
+        if x.device.type != "cpu" or x.dtype != q.dtype:
+            return False
+        if x.stride(-1) != 1 or x.numel() == 0:
             return False
     return True
 

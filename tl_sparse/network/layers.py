@@ -46,7 +46,9 @@ def new_bias(*shape: int, learned: bool) -> nn.Parameter | nn.Buffer:
     zero, as buffers that are not saved.
     """
     zeros = torch.zeros(shape)
-    return nn.Parameter(zeros) if learned else nn.Buffer(zeros, persistent=False)
+    if learned:
+        return nn.Parameter(zeros)
+    return nn.Buffer(zeros, persistent=False)
 
 
 class Norm(nn.Module):
@@ -61,7 +63,9 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
 
     def _center(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centered else x
+        if not self.centered:
+            return x
+        return x - x.mean(-1, keepdim=True)
 
     def _scale(self, x: Tensor) -> Tensor:
         # RMSNorm adds only the dtype's machine epsilon, so that zero keeps its meaning in the
@@ -126,7 +130,10 @@ class PosEmbed(nn.Module):
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         d_pos = cfg.d_pos or cfg.d_model
-        table = _sinusoids(cfg.n_ctx, d_pos) if cfg.sinusoidal else torch.empty(cfg.n_ctx, d_pos)
+        if cfg.sinusoidal:
+            table = _sinusoids(cfg.n_ctx, d_pos)
+        else:
+            table = torch.empty(cfg.n_ctx, d_pos)
         self.W_pos = nn.Parameter(table, requires_grad=not cfg.sinusoidal)
 
     def forward(self, positions: Tokens) -> Positions:

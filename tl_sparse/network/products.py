@@ -142,7 +142,9 @@ class Product(nn.Module):
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
         """W, dense."""
         parts = [self.layout.matrix(getattr(self.owner, name)) for name in self.names]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], bias: Tensor
@@ -201,7 +203,9 @@ class Product(nn.Module):
             by_input = Compressed.of(self.matrix(), cache.n_nonzero)
             cache = replace(cache, entries=by_input.transposed)
         self._cache = cache
-        return cache.entries if is_used else None
+        if not is_used:
+            return None
+        return cache.entries
 
     def _entries_of_compact_weights(self, dtype: torch.dtype) -> Compressed:
         """`_entries` of weights that are held compact; no dense copy of them is made."""
