@@ -17,8 +17,7 @@ import torch
 from transformer_lens import ActivationCache, patching
 
 import tl_sparse
-from tl_sparse.tasks import make_task_data
-from tl_sparse.text import table
+from tl_sparse.tasks import make_task_data, table
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -21,8 +21,7 @@ import tl_sparse
 from tl_sparse.circuits import LOCATIONS, node_label, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
-from tl_sparse.tasks import Task, make_task_data
-from tl_sparse.text import table
+from tl_sparse.tasks import Task, make_task_data, table
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tl_sparse.tasks import Score, score_row
-from tl_sparse.text import table
+from tl_sparse.tasks import Score, score_row, table
 
 #: The values at which the nodes outside a circuit are held: their means, zero, or their activations
 #: on another prompt.

@@ -20,8 +20,7 @@ from tl_sparse.errors import PruneError, SuiteError
 from tl_sparse.files import write_text
 from tl_sparse.pruning import PruneConfig, prune
 from tl_sparse.suites.suite import in_processes, loaded, refuse_another
-from tl_sparse.tasks import get_task
-from tl_sparse.text import table
+from tl_sparse.tasks import get_task, table
 
 #: Field of `PruneConfig`, or 1 minus it → lowest and highest value. The scale is logarithmic. The
 #: centres are the paper's (A.5) where these suit gates that start from a ranking.

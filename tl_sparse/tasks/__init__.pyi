@@ -1,6 +1,7 @@
 from .idioms import idiom_documents as idiom_documents
 from .scores import Score as Score
 from .scores import score_row as score_row
+from .scores import table as table
 from .scores import tasks_table as tasks_table
 from .task import TASKS as TASKS
 from .task import Task as Task

@@ -1,9 +1,7 @@
-"""How well a task is done, as numbers and as a table."""
+"""How well a task is done: scores, and the text tables in which they are shown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from tl_sparse.text import table
 
 
 @dataclass(frozen=True)
@@ -42,3 +40,14 @@ def score_row(name: str, score: Score) -> list[str]:
     """The cells of one row: name, loss with its standard error, and accuracy."""
     loss = f"{score.loss:.3f} ± {score.standard_error:.3f}"
     return [name, loss, f"{score.accuracy:.1%}"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with columns aligned on the left, and a rule under the header."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in (header, rule, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -9,8 +9,7 @@ from torch import Tensor
 from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
 from tl_sparse.evaluation import Evaluation, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Score, Task, make_task_data, score_row
-from tl_sparse.text import table
+from tl_sparse.tasks import Score, Task, make_task_data, score_row, table
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
