@@ -258,7 +258,9 @@ def test_repr_says_what_matters(micro):
     assert repr(judged).splitlines()[2] == (
         f"  task loss: full {loss}, circuit {loss}, ablated 0.693, zero {loss}, resample {loss})"
     )
-    assert repr(without_means(circuit)).endswith("\n  without means: to be looked at, not run)")
+    assert repr(without_means(circuit)).endswith(
+        "\n  without means: it can be viewed, but not run)"
+    )
     empty = dataclasses.replace(
         circuit, kept={k: v & False for k, v in circuit.kept.items()}, task="", model_name=""
     )
@@ -301,7 +303,10 @@ def test_masks_and_means_must_fit():
     ("change", "message"),
     [
         ({"format": "other"}, "format is not 'tl_sparse circuit'"),
-        ({"format_version": 2}, "reads format_version 1"),
+        (
+            {"format_version": 2},
+            "format_version is 2; this version of tl_sparse reads format_version 1",
+        ),
         ({"edge_mask": True}, "missing or malformed entry"),
         ({"edge_mask": True, "edges": [["0.attn_in.0"]]}, "missing or malformed entry"),
         ({"edge_mask": True, "edges": [["0.attn_in.0", "0.resid.1"]]}, "'0.resid.1' is not a node"),
@@ -375,7 +380,8 @@ def test_node_names_in_both_notations(node, name, openai_name):
 def test_what_is_no_node_is_named(text):
     with pytest.raises(
         CircuitError,
-        match=rf"{text!r} is not a node, layer\.location\.index; locations are attn_in",
+        match=rf"{text!r} is not a node; nodes are written layer\.location\.index, and the "
+        r"locations are attn_in",
     ):
         Node.parse(text)
 

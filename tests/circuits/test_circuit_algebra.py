@@ -183,7 +183,8 @@ def test_circuits_of_different_models_are_refused(sign):
     combine = {"|": Circuit.__or__, "&": Circuit.__and__, "-": Circuit.__sub__}[sign]
     other = dataclasses.replace(EMPTY, model=fingerprint(tiny_model(**SIZES, seed=1)))
     message = (
-        rf"circuits of different models have no \{sign}: the second one's has other weights in "
+        rf"circuits of different models cannot be combined with \{sign}: "
+        r"the second circuit's model has other weights in "
     )
     with pytest.raises(CircuitError, match=message):
         combine(EMPTY, other)
@@ -191,12 +192,14 @@ def test_circuits_of_different_models_are_refused(sign):
         EMPTY, model=fingerprint(tl_sparse.create(tiny_config(), seed=0, device="cpu"))
     )
     with pytest.raises(
-        CircuitError, match=rf"no \{sign}: the second one's has another architecture"
+        CircuitError, match=rf"with \{sign}: the second circuit's model has another architecture"
     ):
         combine(EMPTY, wide)
     one = "blocks.0.hook_mlp_out"
     fewer = dataclasses.replace(EMPTY, kept={one: EMPTY.kept[one]}, means={one: EMPTY.means[one]})
-    with pytest.raises(CircuitError, match=rf"circuits over different hook points have no \{sign}"):
+    with pytest.raises(
+        CircuitError, match=rf"circuits over different hook points cannot be combined with \{sign}"
+    ):
         combine(EMPTY, fewer)
 
 
@@ -239,7 +242,7 @@ def test_impossible_sizes(size):
 
 
 def test_without_scores_there_is_no_size():
-    with pytest.raises(CircuitError, match="of a circuit that has scores"):
+    with pytest.raises(CircuitError, match="and the circuit must have scores"):
         EMPTY.of_size(3)
 
 

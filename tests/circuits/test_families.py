@@ -117,11 +117,15 @@ BRIDGED_REFUSED = {
     ),
     "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
     "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
-    "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
+    "FalconH1ForCausalLM": (
+        "FalconH1Config",
+        GROUPED,
+        "the change of the residual stream is not the sum of attn_out and mlp_out",
+    ),
     "OpenAIGPTLMHeadModel": (
         "OpenAIGPTConfig",
         dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16),
-        "nothing passes",
+        "the forward pass does not run",
     ),
     "MambaForCausalLM": (
         "MambaConfig",
@@ -502,7 +506,7 @@ def plus_one(x, hook):
     [
         ("mlp.hook_pre", shifted_by_position, "mlp_neuron is not what the weights"),
         ("attn.hook_z", normalized, "attn_out is not what"),
-        ("hook_resid_post", plus_one, "the residual stream gets more"),
+        ("hook_resid_post", plus_one, "the change of the residual stream is not the sum"),
     ],
 )
 def test_whatever_comes_between_nodes_is_noticed(point, change, why):

@@ -531,7 +531,7 @@ def test_the_curve_goes_through_the_circuit_and_ends_at_the_model():
 def test_a_curve_needs_scores():
     model = tiny_model(full_config())
     circuit = dataclasses.replace(random_circuit(model), scores={})
-    with pytest.raises(CircuitError, match="of a circuit that has scores"):
+    with pytest.raises(CircuitError, match="and the circuit must have scores"):
         faithfulness_curve(circuit, model, random_data(model))
 
 

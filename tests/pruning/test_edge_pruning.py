@@ -261,7 +261,7 @@ def test_stock_models_are_refused_when_there_is_something_to_cut():
     model = stock_model()
     with cutting(model, [], {}):
         pass
-    message = f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}"
+    message = f"edges can be cut only in models of tl_sparse, not in a {type(model).__name__}"
     with pytest.raises(PruneError, match=message), cutting(model, [edge(next(iter(KINDS)), 0)], {}):
         pytest.fail("the context opened")
 
