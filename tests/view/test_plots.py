@@ -224,9 +224,9 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
     [
         (
             "curve missing.json -o c.pdf",
-            r"c.pdf: nothing is drawn as '.pdf'; pictures end in .png or .svg",
+            r"c.pdf: figures cannot be written as '.pdf'; the name must end in .png or .svg",
         ),
-        ("curve missing.json -o c", "nothing is drawn as ''"),
+        ("curve missing.json -o c", "figures cannot be written as ''"),
         ("curve missing.json -o c.png", "cannot read missing.json"),
         (
             "curve a.json results.json -o c.png",
@@ -234,7 +234,7 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
         ),
         (
             "tasks a.json -o c.png",
-            "a.json is not what `tl-sparse suite` writes; missing or malformed: 'geometric_mean",
+            "a.json is not what `tl-sparse suite` writes; missing or malformed entry: 'geometric_mean",
         ),
         ("frontier odd.json -o c.png", "odd.json is not what `tl-sparse evaluate or suite` writes"),
         ("tasks none.json -o c.png", "there is nothing to draw in none.json"),
