@@ -57,7 +57,7 @@ def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = tho
 
 
 def set_log_y(axes: Axes, unit: float) -> None:
-    """Make the y axis logarithmic; if a value, such as a tiny loss, is below `unit`, linear there."""
+    """Make the y axis logarithmic; if a value, such as a loss, is below `unit`, linear there."""
     low, high = axes.dataLim.intervaly
     axes.set_yscale("log")
     if low < unit:

@@ -31,7 +31,7 @@ def cut_losses(
 def most_important_first(
     circuit: Circuit, nodes: Sequence[Node], losses: Sequence[float]
 ) -> list[int]:
-    """The positions of the nodes, sorted by the circuit's scores or, without scores, by `losses`."""
+    """The positions of the nodes, sorted by the circuit's scores or, without these, by `losses`."""
     importance = list(losses)
     if circuit.scores:
         importance = []
