@@ -1,4 +1,4 @@
-"""Circuits: identities, the model worked out on paper, files, and what is refused."""
+"""Circuits: identities, the hand-calculated micro model, files, and errors."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ TOKENS = torch.randint(0, 30, (6, 12), generator=torch.Generator().manual_seed(1
 
 
 def with_nodes(model, chosen) -> Circuit:
-    """The circuit that keeps what `chosen(hook name, mean)` says, with means over TOKENS."""
+    """The circuit whose masks are `chosen(hook name, mean)`, with means over TOKENS."""
     means = node_means(model, TOKENS[:, : model.cfg.n_ctx])
     return Circuit(
         {name: chosen(name, mean) for name, mean in means.items()}, means, fingerprint(model)
@@ -125,7 +125,7 @@ def test_micro_circuit_nodes_edges_and_losses_on_paper(micro):
     assert [(str(e.source), str(e.target), e.weight) for e in circuit.edges(micro)] == EDGES
     measured = evaluate(circuit, micro, make_task_data(MICRO_TASK, micro.tokenizer, 20, seed=0))
     assert measured.circuit.loss == pytest.approx(LOSS, abs=1e-6)
-    # With the circuit at its means, channel 2 is 0 and both answers have the same logit.
+    # With the circuit held at its means, channel 2 is 0 and both candidates have the same logit.
     assert measured.ablated.loss == pytest.approx(math.log(2), abs=1e-6)
     assert (measured.n_nodes, measured.n_edges, measured.n_pairs) == (3, 2, 20)
 

@@ -1,4 +1,4 @@
-"""Circuits from OpenAI's files, and circuits as lists of edges."""
+"""Circuits in OpenAI's files and in edge lists."""
 
 import json
 
@@ -17,7 +17,7 @@ from tl_sparse.network.config import SparseConfig
 from tl_sparse.tasks.task_data import make_task_data
 
 NONE = torch.tensor([], dtype=torch.int64)
-#: The circuit of the model on paper, as OpenAI would have stored it.
+#: The circuit of the hand-calculated micro model, as OpenAI would have stored it.
 CIRCUIT_DATA = {
     "0.attn.act_in": torch.tensor([0]), "0.attn.q": NONE, "0.attn.k": NONE,
     "0.attn.v": torch.tensor([0]), "0.attn.resid_delta": torch.tensor([2]), "0.mlp.act_in": NONE,
@@ -41,7 +41,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def two_heads():
-    """Two layers of two heads of four channels, with concatenated positions."""
+    """A model with two layers of two heads of four channels, and positional channels."""
     config = SparseConfig(2, 16, 2, 4, 24, 30, 12, positions="concatenated", d_pos=4)
     return tl_sparse.create(config, seed=0, device="cpu")
 
@@ -220,7 +220,7 @@ def test_openai_indices_that_are_no_plain_tensor(micro, tmp_path):
             CircuitError, match=r"0\.mlp_in: .* must be a 1-D tensor of integers, not \w+"
         ):
             Circuit.from_openai(viz_data(tmp_path, {"0.mlp.act_in": indices}), micro)
-    many = torch.zeros(1, dtype=torch.uint8).expand(1 << 40)  # would be a terabyte
+    many = torch.zeros(1, dtype=torch.uint8).expand(1 << 40)  # a terabyte if it were copied
     with pytest.raises(CircuitError, match=r"0\.mlp_in: index 0 occurs \d+ times"):
         Circuit.from_openai(viz_data(tmp_path, {"0.mlp.act_in": many}), micro)
 
