@@ -258,9 +258,8 @@ def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, mon
     assert len(calls) == (method == "learned")
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert set(NODES) <= {str(node) for node in circuit.nodes}
-    assert (circuit.n_nodes == 3) == (
-        method != "random"
-    )  # a random ranking finds them once in 2,024 times
+    # A random ranking has these three nodes first once in 2,024 times.
+    assert (circuit.n_nodes == 3) == (method != "random")
     assert circuit.measured["config"]["method"] == method
     assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
 
@@ -521,7 +520,7 @@ def test_model_without_tokenizer(micro):
 
 def test_candidate_that_is_not_a_single_token(micro):
     task = dataclasses.replace(MICRO_TASK, candidates=(" yes", " yes no"))
-    # The longest beginning of ` yes no` that is one token is ` yes `, which this tokenizer maps to the
+    # The longest beginning of ` yes no` that is one token is ` yes `. This tokenizer maps it to the
     # same token as ` yes`, the other candidate.
     with pytest.raises(
         TokenizerError,

@@ -133,7 +133,7 @@ def prune_edges(
 
     Raises:
         PruneError: if `model` is not a model of this package, or the given circuit misses the
-            target loss.
+            target loss or is not necessary.
         CircuitError: if `model` is not the circuit's model.
     """
     config = config or PruneConfig()
@@ -148,7 +148,9 @@ def prune_edges(
     with frozen(model):
         if not is_circuit(circuit, model, selection, config):
             raise PruneError(
-                f"the circuit misses the target loss {config.target_loss} before an edge is cut"
+                "before any edge is cut, the circuit misses the target loss "
+                f"{config.target_loss}, or the accuracy of the model without it exceeds "
+                f"{config.ablated_accuracy}"
             )
         some_pairs = representative(circuit, model, selection, config)
         effects = {}
