@@ -486,9 +486,8 @@ def test_folded_bridges(name):
         circuit.edges(model)
     folded = with_nodes(model, True)
     assert folded.nodes == circuit.nodes
-    assert (
-        len(folded.edges(model)) >= n_edges
-    )  # centring makes zeros nonzero in the matrices that write to the residual stream
+    # Centring makes zeros nonzero in the matrices that write to the residual stream.
+    assert len(folded.edges(model)) >= n_edges
 
 
 def shifted_by_position(x, hook):

@@ -247,10 +247,9 @@ def test_resampled_are_the_activations_of_another_prompt(n_pairs):
     early = "blocks.0.hook_mlp_out"
     differences = (found[early][:, None] - cache[early][None]).abs()
     partner = differences.flatten(2).amax(-1).argmin(1)
-    assert sorted(partner.tolist()) == list(
-        range(2 * n_pairs)
-    )  # each prompt's activations are used once
-    assert (partner != torch.arange(2 * n_pairs)).all()  # and no prompt gets its own
+    # Each prompt's activations are used once, and no prompt gets its own.
+    assert sorted(partner.tolist()) == list(range(2 * n_pairs))
+    assert (partner != torch.arange(2 * n_pairs)).all()
 
     for name in names:
         expected = cache[name][partner]
@@ -563,9 +562,8 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
     for each, sized in zip(drawn, measured, strict=True):
         assert sizes(each) == sizes(circuit)
         assert sized.n_nodes == circuit.n_nodes
-        assert (
-            sized.n_edges == len(each.edges(model)) > 0
-        )  # the edge set of another circuit does not apply
+        # The edge set of the given circuit does not apply to other nodes.
+        assert sized.n_edges == len(each.edges(model)) > 0
         assert sized.circuit == score(model, data, run_context=real(each, model))
 
 

@@ -126,9 +126,8 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
             assert read == [0, 0, 0, sign * 999, 0, 0]  # 2, the largest activation
             assert value == read
             assert side["patterns"]["0.0"] == [[round(100 / n)] * n for n in range(1, 7)]
-            assert (
-                side["logits"][0] == side["logits"][1]
-            )  # the circuit computes what the model computes
+            # The circuit computes what the model computes.
+            assert side["logits"][0] == side["logits"][1]
     read = data["nodes"][0]
     assert read["scale"] == 2.0
     positive, negative = read["passages"]
@@ -426,9 +425,8 @@ def test_hover_lights_up_paths_and_a_click_pins(data, opened):
     page = opened(data)
     page.hover("[data-name='0.attn_v.0'] circle")
     assert count(page, "path.edge.near") == 2
-    assert (
-        count(page, ".node.lit") == 3 + 2 + 2
-    )  # all three nodes, the tokens A and B, both candidates
+    # All three nodes, the tokens A and B, and both candidates are highlighted.
+    assert count(page, ".node.lit") == 3 + 2 + 2
     page.mouse.move(5, 5)
     assert count(page, ".dimmed") == 0
     page.click("[data-name='0.attn_v.0'] circle")
