@@ -1,4 +1,4 @@
-"""Circuits: identities, the model worked out on paper, files, and what is refused."""
+"""Circuits: identities, the hand-calculated micro model, files, and errors."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ TOKENS = torch.randint(0, 30, (6, 12), generator=torch.Generator().manual_seed(1
 
 
 def with_nodes(model, chosen) -> Circuit:
-    """The circuit that keeps what `chosen(hook name, mean)` says, with means over TOKENS."""
+    """The circuit whose masks are `chosen(hook name, mean)`, with means over TOKENS."""
     means = node_means(model, TOKENS[:, : model.cfg.n_ctx])
     return Circuit(
         {name: chosen(name, mean) for name, mean in means.items()}, means, fingerprint(model)
@@ -125,7 +125,7 @@ def test_micro_circuit_nodes_edges_and_losses_on_paper(micro):
     assert [(str(e.source), str(e.target), e.weight) for e in circuit.edges(micro)] == EDGES
     measured = evaluate(circuit, micro, make_task_data(MICRO_TASK, micro.tokenizer, 20, seed=0))
     assert measured.circuit.loss == pytest.approx(LOSS, abs=1e-6)
-    # With the circuit at its means, channel 2 is 0 and both answers have the same logit.
+    # With the circuit held at its means, channel 2 is 0 and both candidates have the same logit.
     assert measured.ablated.loss == pytest.approx(math.log(2), abs=1e-6)
     assert (measured.n_nodes, measured.n_edges, measured.n_pairs) == (3, 2, 20)
 
@@ -258,7 +258,9 @@ def test_repr_says_what_matters(micro):
     assert repr(judged).splitlines()[2] == (
         f"  task loss: full {loss}, circuit {loss}, ablated 0.693, zero {loss}, resample {loss})"
     )
-    assert repr(without_means(circuit)).endswith("\n  without means: to be looked at, not run)")
+    assert repr(without_means(circuit)).endswith(
+        "\n  without means: it can be viewed, but not run)"
+    )
     empty = dataclasses.replace(
         circuit, kept={k: v & False for k, v in circuit.kept.items()}, task="", model_name=""
     )
@@ -301,7 +303,10 @@ def test_masks_and_means_must_fit():
     ("change", "message"),
     [
         ({"format": "other"}, "format is not 'tl_sparse circuit'"),
-        ({"format_version": 2}, "reads format_version 1"),
+        (
+            {"format_version": 2},
+            "format_version is 2; this version of tl_sparse reads format_version 1",
+        ),
         ({"edge_mask": True}, "missing or malformed entry"),
         ({"edge_mask": True, "edges": [["0.attn_in.0"]]}, "missing or malformed entry"),
         ({"edge_mask": True, "edges": [["0.attn_in.0", "0.resid.1"]]}, "'0.resid.1' is not a node"),
@@ -375,7 +380,8 @@ def test_node_names_in_both_notations(node, name, openai_name):
 def test_what_is_no_node_is_named(text):
     with pytest.raises(
         CircuitError,
-        match=rf"{text!r} is not a node, layer\.location\.index; locations are attn_in",
+        match=rf"{text!r} is not a node; nodes are written layer\.location\.index, and the "
+        r"locations are attn_in",
     ):
         Node.parse(text)
 

@@ -1,4 +1,4 @@
-"""Circuits made of circuits by |, &, -, restricted, without and of_size."""
+"""Circuits made from other circuits by |, &, -, restricted, without and of_size."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ shares = st.sampled_from([0.0, 0.3, 0.7, 1.0])
 
 
 def made(seed, share=0.5, edges=None, task="t"):
-    """Random nodes, with random ones of the edges between them."""
+    """A circuit of random nodes and a random subset of the edges between them."""
     generator = torch.Generator().manual_seed(seed)
     kept = {
         name: torch.rand(mask.shape, generator=generator) < share
@@ -54,12 +54,12 @@ def ends(circuit):
 
 
 def between(chosen):
-    """All weights between nodes."""
+    """All nonzero weights between the chosen nodes."""
     return {pair for pair in ends(ALL) if chosen.issuperset(pair)}
 
 
 def sound(circuit):
-    """Every edge is between kept nodes, and nothing measured of another circuit is left."""
+    """Checks that all edges join kept nodes, and that no measurements of another circuit remain."""
     assert circuit.edge_set is None or circuit.edge_set == ends(circuit)
     assert ends(circuit) <= between(nodes(circuit))
     assert circuit.measured == {}
@@ -100,7 +100,7 @@ def test_edges_where_one_circuit_has_all_weights(a, whole):
         assert ends(both) == ends(a) & ends(whole)
     assert ends(a - whole) == ends(a) & between(nodes(a) - nodes(whole))
     assert (whole - a).edge_set is None
-    for either in (a | whole, whole | a):  # where all weights are edges, none is cut
+    for either in (a | whole, whole | a):  # the union with a circuit that cuts no edge cuts none
         assert either.edge_set is None
         assert ends(either) == between(nodes(a) | nodes(whole))
 
@@ -108,7 +108,7 @@ def test_edges_where_one_circuit_has_all_weights(a, whole):
 @quick
 @given(pruned, pruned, pruned)
 def test_edges_do_not_come_back_with_their_nodes(a, b, c):
-    """What went with a node of b is not in (a - b) | c unless c has it."""
+    """An edge that was removed with a node of b is in (a - b) | c only if it is in c."""
     assert ends(sound((a - b) | c)) == ends(a - b) | ends(c)
     assert ends(sound(a.restricted([0]) | c)) == ends(a.restricted([0])) | ends(c)
 
@@ -183,7 +183,8 @@ def test_circuits_of_different_models_are_refused(sign):
     combine = {"|": Circuit.__or__, "&": Circuit.__and__, "-": Circuit.__sub__}[sign]
     other = dataclasses.replace(EMPTY, model=fingerprint(tiny_model(**SIZES, seed=1)))
     message = (
-        rf"circuits of different models have no \{sign}: the second one's has other weights in "
+        rf"circuits of different models cannot be combined with \{sign}: "
+        r"the second circuit's model has other weights in "
     )
     with pytest.raises(CircuitError, match=message):
         combine(EMPTY, other)
@@ -191,12 +192,14 @@ def test_circuits_of_different_models_are_refused(sign):
         EMPTY, model=fingerprint(tl_sparse.create(tiny_config(), seed=0, device="cpu"))
     )
     with pytest.raises(
-        CircuitError, match=rf"no \{sign}: the second one's has another architecture"
+        CircuitError, match=rf"with \{sign}: the second circuit's model has another architecture"
     ):
         combine(EMPTY, wide)
     one = "blocks.0.hook_mlp_out"
     fewer = dataclasses.replace(EMPTY, kept={one: EMPTY.kept[one]}, means={one: EMPTY.means[one]})
-    with pytest.raises(CircuitError, match=rf"circuits over different hook points have no \{sign}"):
+    with pytest.raises(
+        CircuitError, match=rf"circuits over different hook points cannot be combined with \{sign}"
+    ):
         combine(EMPTY, fewer)
 
 
@@ -212,7 +215,7 @@ def scored(circuit, seed=0):
 
 
 def ranking(circuit):
-    """All nodes, the circuit's first, by score."""
+    """All nodes by score, those of the circuit before all others."""
     hooks = circuit.hooks
     by_score = {
         node: circuit.scores[hooks[node.layer, node.location]].flatten()[node.index]
@@ -239,7 +242,7 @@ def test_impossible_sizes(size):
 
 
 def test_without_scores_there_is_no_size():
-    with pytest.raises(CircuitError, match="of a circuit that has scores"):
+    with pytest.raises(CircuitError, match="and the circuit must have scores"):
         EMPTY.of_size(3)
 
 

@@ -1,4 +1,4 @@
-"""Exports: what other tools read is the circuit."""
+"""Exports: other tools read the same circuit from them."""
 
 import csv
 import dataclasses
@@ -110,7 +110,7 @@ def test_residual_joins_go_from_writes_to_later_reads_of_the_channel():
 
 
 def test_attribution_graph_on_paper(circuit, micro):
-    """A is 1, read as 2; v is 3; a sixth of it times 2 is written; the last norm divides it."""
+    """A is embedded as 1 and read as 2; v is 3; v/6 · 2 is written; the final norm divides it."""
     graph = attribution_graph(circuit, micro, MICRO_TASK)
     jsonschema.validate(graph, SCHEMA)
     assert graph["metadata"]["prompt_tokens"][0] == "<s>"

@@ -1,4 +1,4 @@
-"""Node pruning on stock models of both TransformerLens lines, family by family."""
+"""Node pruning on the stock models of TransformerLens 3 and 4, for each model family."""
 
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ on_4 = only_on(4, reason="bridges are of TransformerLens 4")
 TOKENS = torch.randint(1, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 LAYERS, D, HEADS, D_HEAD, D_MLP = 2, 16, 4, 4, 24
 
-# TransformerLens 3: the options of HookedTransformerConfig that make a family.
+# TransformerLens 3: the options of HookedTransformerConfig that define each family.
 SIZES = dict(
     n_layers=LAYERS,
     d_model=D,
@@ -73,7 +73,7 @@ HOOKED_REFUSED = {
     "keys copied for each head": LLAMA | dict(ungroup_grouped_query_attention=True),
 }
 
-# TransformerLens 4: transformers' own small models.
+# TransformerLens 4: small models of the transformers library.
 BASE = dict(
     vocab_size=40,
     hidden_size=D,
@@ -103,7 +103,7 @@ BRIDGED_ALSO = {
     "falcon": ("FalconForCausalLM", "FalconConfig", {n: ONE[n] for n in list(ONE)[:4]}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", ONE | dict(residual_multiplier=0.5)),
 }
-#: Architecture: its configuration's class and options, and part of the message that refuses it.
+#: Architecture → the class and options of its configuration, and part of the error message.
 BRIDGED_REFUSED = {
     "MixtralForCausalLM": (
         "MixtralConfig",
@@ -117,11 +117,15 @@ BRIDGED_REFUSED = {
     ),
     "Olmo2ForCausalLM": ("Olmo2Config", BASE, "attn_out is not what the weights alone"),
     "BertForMaskedLM": ("BertConfig", BASE, "attn_out is not what the weights alone"),
-    "FalconH1ForCausalLM": ("FalconH1Config", GROUPED, "the residual stream gets more"),
+    "FalconH1ForCausalLM": (
+        "FalconH1Config",
+        GROUPED,
+        "the change of the residual stream is not the sum of attn_out and mlp_out",
+    ),
     "OpenAIGPTLMHeadModel": (
         "OpenAIGPTConfig",
         dict(vocab_size=40, n_embd=D, n_layer=1, n_head=4, n_positions=16),
-        "nothing passes",
+        "the forward pass does not run",
     ),
     "MambaForCausalLM": (
         "MambaConfig",
@@ -138,7 +142,7 @@ FAMILIES = list(HOOKED if ON_3 else BRIDGED)
 
 
 def scramble(model):
-    """Every weight random, biases and norms too, and a third of the entries of matrices zero."""
+    """Randomise all parameters, also biases and norms, and zero a third of the matrix entries."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,7 +157,7 @@ def hooked(**options):
 
 
 def small(family):
-    """The smallest model of a family on this line."""
+    """A small model of a family, for the installed TransformerLens version."""
     return hooked(**HOOKED[family]) if ON_3 else bridge(of_transformers(*BRIDGED[family]))
 
 
@@ -172,9 +176,9 @@ def bridge(model):
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request):
-    """Name, model, the model to edit the weights of, hook points and means.
+    """The name, the model, the model whose weights are edited, the hook points and the means.
 
-    On TransformerLens 4 the weights to edit are those of transformers' own model.
+    On TransformerLens 4, the weights that are edited are those of the transformers model.
     """
     name = request.param
     if ON_3:
@@ -191,7 +195,7 @@ def logits(model):
 
 
 def with_nodes(model, kept, means=None):
-    """The circuit that keeps all nodes or none."""
+    """The circuit that keeps all nodes or no node."""
     means = means or node_means(model, TOKENS)
     return Circuit(
         {n: torch.full(m.shape, kept) for n, m in means.items()}, means, fingerprint(model)
@@ -199,9 +203,9 @@ def with_nodes(model, kept, means=None):
 
 
 def views(name, model):
-    """Weights [in, out] and biases of layer 1 as views into `model`.
+    """The weights [in, out] and biases of layer 1, as views into `model`.
 
-    The outputs of Q, K and V are [head, d_head].
+    The output axes of Q, K and V are [head, d_head].
     """
     if ON_3:
         return views_of_hooked(name, model)
@@ -221,7 +225,7 @@ def views_of_hooked(name, model):
     block = model.blocks[1]
     attn = block.attn
     parts = {"Q": (attn.W_Q.permute(1, 0, 2), attn.b_Q)}
-    if name == "llama":  # W_K and W_V would be copies for each query head
+    if name == "llama":  # W_K and W_V are copies that repeat each head
         parts["K"] = (attn._W_K.permute(1, 0, 2), attn._b_K)
         parts["V"] = (attn._W_V.permute(1, 0, 2), attn._b_V)
     else:
@@ -241,7 +245,7 @@ def of_linear(module):
 
 
 def of_conv1d(module):
-    """transformers' Conv1D has its weight as [in, out]."""
+    """The weight of the Conv1D of transformers is already [in, out]."""
     return module.weight, module.bias
 
 
@@ -299,14 +303,14 @@ def by_head(weight, bias):
     return weight.unflatten(1, heads), None if bias is None else bias.view(heads)
 
 
-#: Location: the matrices that read a node, and those that write it.
+#: Location → the matrices that read its nodes (READERS), or write them (WRITERS).
 READERS = {"attn_in": "QKV", "mlp_in": ("in", "gate"), "mlp_neuron": ("out",)}
 WRITERS = {"attn_q": "Q", "attn_k": "K", "attn_v": "V", "attn_out": "O", "mlp_out": ("out",)}
 
 
 @torch.no_grad()
 def cut(parts, location, index):
-    """Take a node out of the weights: nothing reads it, or nothing writes it."""
+    """Remove a node by its weights: zero those that read it, and those that write it."""
     for part in READERS.get(location, ()):
         if part in parts:
             weight, _ = parts[part]
@@ -320,7 +324,7 @@ def cut(parts, location, index):
 
 
 def read_as_zero(model, name, location, index):
-    """The value at a node for which what reads it gets 0: the norm's weight and bias may follow."""
+    """The activation that its readers see as 0, since the norm's weight and bias may follow it."""
     norm_follows = ON_3 and name in ("gpt2", "parallel", "attn_only")
     if not norm_follows or location not in ("attn_in", "mlp_in"):
         return 0.0
@@ -375,7 +379,7 @@ def test_edges_are_the_weights_between_their_nodes(family):
     shared = HEADS // len(parts["V"][0][0])
     for i, matrix in enumerate(
         found["attn_v", "attn_out"]
-    ):  # heads i, shared + i, … read the value heads 0, 1, …
+    ):  # query heads i, shared + i, … read the value heads 0, 1, …
         assert torch.equal(matrix, by_head[i::shared].flatten(0, 1))
     assert len(found["attn_v", "attn_out"]) == shared
     if "in" in parts:
@@ -440,7 +444,7 @@ def test_encoders_are_refused():
 
     model = HookedEncoder(HookedTransformerConfig(**SIZES, attention_dir="bidirectional"))
     with torch.no_grad():
-        for parameter in model.parameters():  # it leaves them as memory was
+        for parameter in model.parameters():  # HookedEncoder leaves its parameters uninitialised
             parameter.zero_()
     with pytest.raises(
         HookNameError, match=r"\(HookedEncoder\) cannot be gated: in layer 0, attn_q is not what"
@@ -466,7 +470,7 @@ def test_further_bridges(name):
     circuit, before = with_nodes(model, True), logits(model)
     with circuit.applied(model):
         assert torch.equal(logits(model), before)
-    for hook, mask in circuit.kept.items():  # what is set at any of them has a part in the logits
+    for hook, mask in circuit.kept.items():  # a value set at any hook point affects the logits
         with ablating(model, {hook: mask}, circuit.means):
             assert not torch.equal(logits(model), before), hook
 
@@ -482,7 +486,8 @@ def test_folded_bridges(name):
         circuit.edges(model)
     folded = with_nodes(model, True)
     assert folded.nodes == circuit.nodes
-    assert len(folded.edges(model)) >= n_edges  # centring fills zeros of what writes to the stream
+    # Centring makes zeros nonzero in the matrices that write to the residual stream.
+    assert len(folded.edges(model)) >= n_edges
 
 
 def shifted_by_position(x, hook):
@@ -502,7 +507,7 @@ def plus_one(x, hook):
     [
         ("mlp.hook_pre", shifted_by_position, "mlp_neuron is not what the weights"),
         ("attn.hook_z", normalized, "attn_out is not what"),
-        ("hook_resid_post", plus_one, "the residual stream gets more"),
+        ("hook_resid_post", plus_one, "the change of the residual stream is not the sum"),
     ],
 )
 def test_whatever_comes_between_nodes_is_noticed(point, change, why):
@@ -522,7 +527,7 @@ def test_models_in_lower_precision():
 
 
 def micro_dense():
-    """micro.py's model as a stock one of the Llama kind, whose MLP does nothing."""
+    """The model of micro.py as a stock Llama model, whose MLP computes zero."""
     model, norms, embed, value, output, unembed = micro_hooked() if ON_3 else micro_bridge()
     model.tokenizer = micro_tokenizer()
     with torch.no_grad():
@@ -541,7 +546,7 @@ def micro_dense():
 
 
 def micro_hooked():
-    """A model, the weights of its norms, and views of W_E, W_V, W_O and W_U."""
+    """A model, the weights of its norms, and views of its W_E, W_V, W_O and W_U."""
     sizes = dict(n_layers=1, d_model=4, n_heads=1, d_head=2, d_mlp=2, d_vocab=len(VOCABULARY))
     options = dict(n_ctx=8, eps=1e-12, rotary_dim=2, n_key_value_heads=1)
     model = hooked(**(LLAMA | sizes | options))
@@ -552,7 +557,7 @@ def micro_hooked():
 
 
 def micro_bridge():
-    """As `micro_hooked`, on TransformerLens 4."""
+    """The counterpart of `micro_hooked` for TransformerLens 4."""
     config = transformers.LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=4,

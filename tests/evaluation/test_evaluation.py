@@ -1,4 +1,4 @@
-"""How good a circuit is: scores on a task, ablations, calibration, curves and effects."""
+"""Evaluating circuits: task scores, ablations, calibration, faithfulness curves and effects."""
 
 import dataclasses
 import math
@@ -76,7 +76,7 @@ def random_data(model, n_pairs=6, seed=0, lengths=None):
 
 
 def random_circuit(model, share=0.5, seed=0):
-    """Random nodes, with random ranks."""
+    """A circuit of random nodes, with random scores."""
     means = node_means(model, random_tokens(model, seed=5))
     generator = torch.Generator().manual_seed(seed)
     kept = random_masks(means, share, generator)
@@ -89,11 +89,11 @@ def micro_data(micro, n_pairs=8):
 
 
 def loss_if_written(a):
-    """The loss of the micro model if a, and not WRITTEN, is written after A and -a after B."""
+    """The loss of the micro model if a is written after A and -a after B, instead of ±WRITTEN."""
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
 
 
-# Logits of the last positions alone
+# Logits at the last positions alone
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,7 +129,7 @@ def test_gradients_of_one_position_are_those_of_the_full_forward():
         torch.testing.assert_close(of_one[name], gradient, rtol=1e-8, atol=1e-10)
 
 
-#: The hook points of a block, in the order of the forward pass …
+#: The hook points of a block, in the order of the forward pass.
 UP_TO_ATTENTION = [
     "hook_resid_pre",
     "ln1.hook_read",
@@ -137,7 +137,7 @@ UP_TO_ATTENTION = [
     "attn.hook_k",
     "attn.hook_v",
 ]
-#: … and those after the last step that looks at other positions.
+#: The hook points of a block after attention, the last step that reads other positions.
 PAST_ATTENTION = [
     "attn.hook_z",
     "hook_attn_out",
@@ -151,7 +151,7 @@ PAST_ATTENTION = [
 
 
 def test_what_hooks_see_of_one_position():
-    """All positions up to the last attention, and one of each row past it."""
+    """They see all positions up to the last attention, and one position of each row after it."""
     model = tiny_model(full_config())
     tokens = random_tokens(model, batch=3)
     last = torch.tensor([0, 4, 7])
@@ -175,7 +175,7 @@ def test_what_hooks_see_of_one_position():
 
 
 def test_hooks_at_the_last_block_act_on_one_position():
-    """A circuit scored by the last positions alone is the circuit of the full forward."""
+    """A circuit has the same logits at the last positions alone as in the full forward pass."""
     model = tiny_model(full_config(), dtype=torch.float64)
     circuit, data = random_circuit(model), random_data(model)
     with circuit.applied(model), torch.no_grad():
@@ -233,7 +233,7 @@ def test_the_task_loss_is_the_loss_of_the_score():
 
 @pytest.mark.parametrize("n_pairs", [1, 2, 5, 8])
 def test_resampled_are_the_activations_of_another_prompt(n_pairs):
-    """At all positions before the last attention, and at the other prompt's own end after it."""
+    """They cover all positions before the last attention, and the other prompt's last after it."""
     model = tiny_model(full_config())
     data = random_data(model, n_pairs)
     names = list(node_hooks(model).values())
@@ -243,12 +243,13 @@ def test_resampled_are_the_activations_of_another_prompt(n_pairs):
     with torch.no_grad():
         _, cache = model.run_with_cache(data.tokens[:, :width])
 
-    # Whose activations each prompt got is read off an early hook point, which has all positions.
+    # An early hook point, which has all positions, shows whose activations each prompt got.
     early = "blocks.0.hook_mlp_out"
     differences = (found[early][:, None] - cache[early][None]).abs()
     partner = differences.flatten(2).amax(-1).argmin(1)
-    assert sorted(partner.tolist()) == list(range(2 * n_pairs))  # each prompt's, once
-    assert (partner != torch.arange(2 * n_pairs)).all()  # and none's own
+    # Each prompt's activations are used once, and no prompt gets its own.
+    assert sorted(partner.tolist()) == list(range(2 * n_pairs))
+    assert (partner != torch.arange(2 * n_pairs)).all()
 
     for name in names:
         expected = cache[name][partner]
@@ -268,7 +269,7 @@ def test_resampling_is_the_same_each_time():
 
 
 def test_an_empty_circuit_under_resampling_is_another_prompt():
-    """All prompts end in one token, whose embedding is zero: only nodes tell them apart."""
+    """All prompts end in a token whose embedding is zero, so only nodes tell them apart."""
     model = tiny_model(n_layers=2, dtype=torch.float64)
     data = random_data(model, n_pairs=5, lengths=torch.full((10,), 7))
     data.tokens[:, -1] = data.tokens[0, -1].clone()
@@ -287,7 +288,7 @@ def test_an_empty_circuit_under_resampling_is_another_prompt():
     assert all(prompt != partner for prompt, partner in enumerate(partners))
 
 
-# Under a circuit
+# Running a model under a circuit
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -330,7 +331,7 @@ def test_the_model_without_a_circuit_of_no_nodes_is_the_model(how):
 
 @pytest.fixture
 def without_the_written_channel(micro):
-    """The circuit on paper without its last node, whose mean is set to 1/4."""
+    """The hand-calculated circuit without its last node, whose mean is set to 1/4."""
     circuit = micro_circuit(micro)
     circuit.kept["blocks.0.hook_attn_out"][2] = False
     mean = torch.tensor([0, 0, 0.25, 0])
@@ -349,7 +350,7 @@ def test_mean_and_zero_ablation_on_paper(micro, without_the_written_channel):
 
 
 def test_resampling_on_paper(micro, without_the_written_channel):
-    """The written channel is held at what another prompt has there: A's value or B's."""
+    """The written channel is held at its activation on another prompt: the value of A or of B."""
     data = micro_data(micro)
     measured = evaluate(without_the_written_channel, micro, data, batch_size=100)
     letters = resampled(micro, data, ["hook_embed"])["hook_embed"][:, 3, 0]  # A is 1, B is -1
@@ -375,7 +376,7 @@ def test_a_circuit_of_another_model_is_refused(judge, micro):
 
 
 def circuit_without_edges(micro):
-    """The circuit on paper with scores, and with both of its edges cut."""
+    """The hand-calculated circuit with scores, and with both of its edges cut."""
     circuit = micro_circuit(micro)
     return dataclasses.replace(circuit, scores=circuit.means, edge_set=frozenset())
 
@@ -398,7 +399,7 @@ def test_judging_leaves_the_model_as_it_was(judge, micro):
 def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatch):
     before = copied_parameters(micro)
     real = evaluation.candidate_logits
-    changed = []  # of each call: whether the model is changed at that moment
+    changed = []  # for each call, whether the model is changed at that moment
 
     def failing_at_the_fourth_call(*arguments):
         cut_weights = not torch.equal(micro.blocks[0].attn.W_O, before["blocks.0.attn.W_O"])
@@ -410,7 +411,7 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
     monkeypatch.setattr(evaluation, "candidate_logits", failing_at_the_fourth_call)
     with pytest.raises(ZeroDivisionError):
         judge(circuit_without_edges(micro), micro, micro_data(micro), batch_size=4)
-    assert changed[-1]  # there was something to take back
+    assert changed[-1]  # there was a change to undo
     assert_as_before(micro, before)
 
 
@@ -418,7 +419,7 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
 
 
 def coins(shares, per=20):
-    """Logits that differ by 0, 1, 2 …, for `per` prompts each; a share has the second answer."""
+    """Logits that differ by 0, 1, 2 …, for `per` prompts each; `shares` have the second answer."""
     differences = torch.arange(len(shares)).repeat_interleave(per).float()
     logits = torch.stack([torch.zeros_like(differences), differences], 1)
     correct = torch.cat([torch.arange(per) < round(share * per) for share in shares]).long()
@@ -432,7 +433,7 @@ def calibrated(logits, scale, shift):
 
 @pytest.mark.parametrize(("low", "high"), [(0.25, 0.6), (0.5, 0.75), (0.8, 0.3), (0.1, 0.9)])
 def test_calibration_finds_the_scale_and_shift_of_coins(low, high):
-    """Where the logits differ by x, the share p is right: scale · x + shift is log(p / (1 - p))."""
+    """If a fraction p is right where logits differ by x, scale · x + shift is log(p / (1 - p))."""
     logits, data = coins([low, high])
     log_odds = [math.log(p / (1 - p)) for p in (low, high)]
     expected = (log_odds[1] - log_odds[0], log_odds[0])
@@ -483,7 +484,7 @@ def test_scores_by_hand():
     of_pairs = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
     found = score_logits(logits, data)
     assert found.loss == pytest.approx(sum(losses) / 4)
-    assert found.accuracy == 0.5  # a tie is not right
+    assert found.accuracy == 0.5  # a tie does not count as right
     assert found.standard_error == pytest.approx(abs(of_pairs[0] - of_pairs[1]) / 2)
 
 
@@ -496,7 +497,7 @@ def test_one_pair_has_no_standard_error():
 
 
 def test_the_curve_on_paper(micro):
-    """The circuit's three nodes rank first: only from three nodes on is the task done."""
+    """The circuit's three nodes rank first, and only circuits with all three do the task."""
     circuit = micro_circuit(micro)
     generator = torch.Generator().manual_seed(0)
     scores = {}
@@ -531,7 +532,7 @@ def test_the_curve_goes_through_the_circuit_and_ends_at_the_model():
 def test_a_curve_needs_scores():
     model = tiny_model(full_config())
     circuit = dataclasses.replace(random_circuit(model), scores={})
-    with pytest.raises(CircuitError, match="of a circuit that has scores"):
+    with pytest.raises(CircuitError, match="and the circuit must have scores"):
         faithfulness_curve(circuit, model, random_data(model))
 
 
@@ -539,7 +540,7 @@ def test_a_curve_needs_scores():
 
 
 def sizes(circuit):
-    """Hook name → how many nodes are kept there."""
+    """Hook name → the number of nodes kept there."""
     return {name: int(mask.sum()) for name, mask in circuit.kept.items()}
 
 
@@ -561,7 +562,8 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
     for each, sized in zip(drawn, measured, strict=True):
         assert sizes(each) == sizes(circuit)
         assert sized.n_nodes == circuit.n_nodes
-        assert sized.n_edges == len(each.edges(model)) > 0  # an edge set is not of these nodes
+        # The edge set of the given circuit does not apply to other nodes.
+        assert sized.n_edges == len(each.edges(model)) > 0
         assert sized.circuit == score(model, data, run_context=real(each, model))
 
 
@@ -585,13 +587,13 @@ def test_random_circuits_of_everything_are_the_model():
 
 
 def named_effects(circuit, micro):
-    """Node or edge, as text → its effect."""
+    """The name of each node or edge → its effect."""
     measured = effects(circuit, micro, micro_data(micro))
     return {str(part): effect for part, effect in measured.items()}
 
 
 def test_effects_on_paper(micro):
-    """A second path of half the strength: what is cut takes its share of what is written."""
+    """With a second path of half the strength, each ablated part removes its share of the write."""
     attn, mlp = micro.blocks[0].attn, micro.blocks[0].mlp
     with torch.no_grad():
         attn.W_V[0, 0, 1] = W_V / 2
@@ -600,7 +602,7 @@ def test_effects_on_paper(micro):
         mlp.W_out[0, 1] = 0.0
     circuit = micro_circuit(micro)
     circuit.kept["blocks.0.attn.hook_v"][0, 1] = True
-    circuit.kept["blocks.0.mlp.hook_post"][1] = True  # does nothing, and has no edge
+    circuit.kept["blocks.0.mlp.hook_post"][1] = True  # has no effect and no edge
     both, first, second = 1.5 * WRITTEN, WRITTEN, 0.5 * WRITTEN
     written_without = {
         "0.attn_in.0": 0.0,
@@ -621,7 +623,7 @@ def test_effects_on_paper(micro):
 
 
 def test_effects_of_an_edge_pruned_circuit(micro):
-    """An edge that is cut already has no effect to show; what is left has its effect without it."""
+    """An edge that is already cut has no effect; the other effects are measured without it."""
     circuit = micro_circuit(micro)
     circuit = circuit.without(circuit.edges(micro)[:1], micro)
     found = named_effects(circuit, micro)
@@ -643,7 +645,7 @@ def test_effects_against_cutting_by_hand():
 
 
 def test_means_are_those_of_the_corpus(micro):
-    """What effects are relative to: the micro circuit's means are 0 by its corpus."""
+    """The effects are relative to these: the micro circuit's means over its corpus are 0."""
     means = mean_activations(micro, ["blocks.0.ln1.hook_read"], [micro_corpus()])
     assert means["blocks.0.ln1.hook_read"].tolist() == pytest.approx(
         [0.0, 2 / 6, 0.0, 0.0], abs=1e-6

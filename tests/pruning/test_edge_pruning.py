@@ -1,4 +1,4 @@
-"""Edges cut by temporary weights and biases; edge pruning, and the circuits that it finds."""
+"""Cutting edges by temporary weights and biases, edge pruning, and the circuits that it finds."""
 
 import dataclasses
 import math
@@ -42,9 +42,9 @@ CONFIG = PruneConfig(
 D_MODEL, D_HEAD = 6, 5
 POSITIONAL = dict(n_layers=2, positions="concatenated", d_pos=4)
 
-#: Edges of every matrix kind, also from positional channels (6 to 9) of the reads, with what they
-#: are in the model: the weight, its entry; the bias, its entry; the hook point at which the change
-#: shows.
+#: Edges of each weight matrix, including edges from positional channels (6 to 9) of the reads.
+#: For each of them: the weight parameter, the entry in it, the bias parameter, the entry in it, and
+#: the hook point at which the cut shows.
 KINDS = {
     ("attn_in", 4, "attn_q", 7): ("attn.W_Q", (1, 4, 2), "attn.b_Q", (1, 2), "attn.hook_q"),
     ("attn_in", 8, "attn_q", 7): ("attn.W_Q_pos", (1, 2, 2), "attn.b_Q", (1, 2), "attn.hook_q"),
@@ -62,7 +62,7 @@ kinds = pytest.mark.parametrize(
 )
 
 
-#: The hook point at which the source of an edge is seen, but for attn_v, which is by head.
+#: Source location → its hook point, except for attn_v, whose activation has an axis for heads.
 SOURCES = {"attn_in": "ln1.hook_read", "mlp_in": "ln2.hook_read", "mlp_neuron": "mlp.hook_post"}
 
 
@@ -72,7 +72,7 @@ def edge(kind, layer=1, weight=0.0):
 
 
 def source_mean(means, kind):
-    """The mean of the edge's source, in layer 1."""
+    """The mean at the source of an edge of this kind in layer 1."""
     location, index, _, _ = kind
     if location == "attn_v":
         return means["blocks.1.attn.hook_v"].flatten()[index]
@@ -91,7 +91,7 @@ def means_of(model, batches=3):
 
 
 def state(model):
-    """Every parameter and buffer, also the zeros in place of biases that a model lacks."""
+    """All parameters and buffers, including the zeros that stand for missing biases."""
     tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -106,7 +106,7 @@ def logits(model):
     return model(random_tokens(model, batch=3, seed=9))
 
 
-# cutting
+# Cutting edges
 
 
 @kinds
@@ -129,14 +129,14 @@ def test_cutting_is_the_model_with_that_weight_and_bias(kind, biases):
 
 @kinds
 def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
-    """The same with no weight touched: at the target, the contribution is replaced by its mean."""
+    """Cutting equals setting the contribution at the target to its mean, with unchanged weights."""
     model = tiny_model(dtype=torch.float64, **POSITIONAL)
     means = means_of(model)
     weight, at, _, of, point = KINDS[kind]
     value = entry(model.blocks[1], weight)[at]
     location, index, _, _ = kind
     mean = source_mean(means, kind)
-    # Attention's rows sum to 1, so a mean of z is a mean of v.
+    # The rows of the attention pattern sum to 1, so the mean of z can be the mean of v.
     seen_at = SOURCES.get(location, "attn.hook_z")
     seen = {}
 
@@ -156,7 +156,7 @@ def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
 
 
 def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
-    """A sink takes a part of the attention: a head passes on less than the mean of its values."""
+    """A sink takes part of the attention, so the mean of z is smaller than that of the values."""
     model = tiny_model(dtype=torch.float64, n_layers=2, attn_sinks=True)
     with torch.no_grad():
         model.blocks[1].attn.sink.fill_(1.0)
@@ -174,7 +174,7 @@ def test_a_cut_edge_that_leaves_a_head_with_a_sink_carries_the_mean_of_z():
 
 
 def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
-    """All edges into a value channel cut is its sources at their means, for this channel."""
+    """Cutting all edges into a value channel sets it to what its sources' means give."""
     model = tiny_model(dtype=torch.float64, **POSITIONAL)
     means = means_of(model)
     into = [edge(("attn_in", i, "attn_v", 3)) for i in range(D_MODEL + 4)]
@@ -192,7 +192,7 @@ def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
 
 
 def cut_by_hand(tensors, kind, layer, mean):
-    """Cut an edge in a state: its weight is 0, and the bias takes what its mean contributes."""
+    """Cut an edge in `tensors`: zero its weight, and add the mean's contribution to the bias."""
     weight, at, bias, of, _ = KINDS[kind]
     entries = tensors[f"blocks.{layer}.{weight}"]
     tensors[f"blocks.{layer}.{bias}"][of] += entries[at] * mean
@@ -202,7 +202,7 @@ def cut_by_hand(tensors, kind, layer, mean):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_cuts_are_undone_bit_for_bit(data):
-    """In any order and number, also several at one bias, one twice, and with large means."""
+    """Any number of cuts in any order: several at one bias, repeated ones, and large means."""
     model = tiny_model(biases=data.draw(st.booleans()), **POSITIONAL)
     means = {}
     for name, mean in means_of(model, 1).items():
@@ -261,7 +261,7 @@ def test_stock_models_are_refused_when_there_is_something_to_cut():
     model = stock_model()
     with cutting(model, [], {}):
         pass
-    message = f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}"
+    message = f"edges can be cut only in models of tl_sparse, not in a {type(model).__name__}"
     with pytest.raises(PruneError, match=message), cutting(model, [edge(next(iter(KINDS)), 0)], {}):
         pytest.fail("the context opened")
 
@@ -270,8 +270,10 @@ def test_stock_models_are_refused_when_there_is_something_to_cut():
 
 
 def wide_micro():
-    """The micro model with edges that do next to nothing: they copy a bit of `end`, and of A or B,
-    to a channel that only the final norm reads."""
+    """The micro model with additional edges that have almost no effect.
+
+    They copy a small part of `end`, and of A or B, to a channel that only the final norm reads.
+    """
     micro = micro_model()
     attn = micro.blocks[0].attn
     mlp = micro.blocks[0].mlp
@@ -285,7 +287,7 @@ def wide_micro():
 
 
 def wider(circuit, *nodes):
-    """The circuit with further nodes of the first block, as (hook point, index)."""
+    """The circuit with further nodes of the first block, given as (hook point, index)."""
     kept = {name: mask.clone() for name, mask in circuit.kept.items()}
     for name, index in nodes:
         kept[f"blocks.0.{name}"][index] = True
@@ -293,7 +295,7 @@ def wider(circuit, *nodes):
 
 
 def wide_circuit(micro):
-    """All nodes that have a weight, and one, of the queries, that has none."""
+    """The circuit of all nodes with a nonzero weight, and of one query channel without any."""
     return wider(
         micro_circuit(micro),
         ("ln1.hook_read", 1),
@@ -323,7 +325,7 @@ def test_useless_edges_and_the_nodes_left_idle_go():
     assert names(circuit.edges(micro)) == WIDE
     found, evaluation = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
     assert triples(found.edges(micro)) == EDGES
-    # What never had an edge was kept for another reason than its edges, and stays.
+    # A node that never had an edge was kept for another reason, so it stays.
     assert [str(node) for node in found.nodes] == [NODES[0], "0.attn_q.0", *NODES[1:]]
     assert found.edge_set == {(e.source, e.target) for e in found.edges(micro)}
     assert found.cut_edges(micro) == []
@@ -333,7 +335,7 @@ def test_useless_edges_and_the_nodes_left_idle_go():
 
 
 def test_an_edge_between_needed_nodes_is_cut_too():
-    """Node pruning cannot: both of its nodes are needed for other edges."""
+    """Node pruning cannot remove it, because both of its nodes are needed for other edges."""
     micro = micro_model()
     with torch.no_grad():
         micro.blocks[0].attn.W_V[0, 0, 1] = W_V
@@ -364,7 +366,7 @@ def test_with_a_target_that_a_coin_reaches_nothing_is_left():
 
 
 def two_paths():
-    """The micro model with a second path as good as the first; and the circuit of both."""
+    """The micro model with a second path as good as the first, and the circuit of both paths."""
     micro = micro_model()
     attn = micro.blocks[0].attn
     A, B = VOCABULARY["A"], VOCABULARY["B"]
@@ -382,13 +384,16 @@ def two_paths():
 
 @pytest.mark.parametrize(("accuracy", "n_edges", "n_nodes"), [(1.0, 2, 3), (0.5, 3, 5)])
 def test_edges_stay_that_a_necessary_circuit_needs(accuracy, n_edges, n_nodes):
-    """Either path is enough; but the model without one still does the task with the other. For that
-    not to be, two nodes of the other, and so an edge between them, are in the circuit."""
+    """Either path is sufficient, but without one path the model still does the task with the other.
+
+    A necessary circuit therefore has two nodes of the other path too, and so an edge between them.
+    """
     micro, circuit = two_paths()
     config = dataclasses.replace(CONFIG, target_loss=0.05, ablated_accuracy=accuracy)
     found, evaluation = prune_edges(circuit, micro, MICRO_TASK, config, progress=False)
     assert (len(found.edges(micro)), found.n_nodes) == (n_edges, n_nodes)
-    assert evaluation.ablated.accuracy == (1.0 if n_edges == 2 else 0.0)  # a tie is not right
+    # A tie does not count as right.
+    assert evaluation.ablated.accuracy == (1.0 if n_edges == 2 else 0.0)
 
 
 def test_what_is_measured_of_an_edge_pruned_circuit():
@@ -402,7 +407,7 @@ def test_what_is_measured_of_an_edge_pruned_circuit():
         "selection",
         "heldout",
         "calibrated",
-    }  # none of the nodes' figures
+    }  # nothing that was measured of the node-pruned circuit
     assert found.measured["heldout"] == dataclasses.asdict(evaluation)
     assert found.measured["config"] == dataclasses.asdict(CONFIG)
     _, selection, heldout = task_splits(micro, MICRO_TASK, CONFIG)
@@ -422,7 +427,8 @@ def test_a_circuit_that_misses_the_target_is_refused():
     circuit = circuit.without([Node(0, "attn_v", 0)], micro)
     before = state(micro)
     with pytest.raises(
-        PruneError, match=r"the circuit misses the target loss 0\.\d+ before an edge is cut"
+        PruneError,
+        match=r"before any edge is cut, the circuit misses the target loss 0\.\d+, or the ",
     ):
         prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
     assert same(micro, before)
@@ -475,7 +481,7 @@ def test_edge_pruning_of_what_node_pruning_found():
 
 
 def random_circuit(model, share=0.5, edges=None, seed=0):
-    """Random nodes, with random ones of their edges."""
+    """A circuit of random nodes and a random subset of their edges."""
     generator = torch.Generator().manual_seed(seed)
     means = means_of(model)
     kept = random_masks(means, share, generator)
@@ -507,7 +513,7 @@ def test_edges_and_cut_edges_are_all_weights_between_kept_nodes(model):
     assert len(cut) > 100
     assert whole.cut_edges(model) == []
     positions = {e.source.index for e in cut if e.source.location == "attn_in"}
-    assert max(positions) >= D_MODEL  # also of positional channels
+    assert max(positions) >= D_MODEL  # edges from positional channels are included
 
 
 def test_applied_is_nodes_at_means_in_a_model_with_weights_cut(model):
@@ -571,7 +577,7 @@ def test_the_number_of_edges_is_in_the_repr():
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_a_cut_edge_of_the_micro_circuit_on_paper(kept):
-    """With a mean of 0 nothing is written without the first edge; with 1 a constant is."""
+    """Without the first edge, a mean of 0 makes the write 0; a mean of 1 makes it a constant."""
     micro = micro_model()
     circuit = micro_circuit(micro)
     circuit = circuit.with_means(

@@ -1,4 +1,4 @@
-"""The pruner: what it leaves unchanged, its splits, ranks and restarts, and what it refuses."""
+"""Node pruning: the model stays unchanged; splits, rankings, restarts, and errors."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ def test_splits_are_disjoint_and_repeatable(micro):
     again = task_splits(micro, MICRO_TASK, dataclasses.replace(CONFIG, train_pairs=8))
     assert (
         again[1].prompts == splits[1].prompts
-    )  # the judges do not depend on how much is trained on
+    )  # the other pairs do not depend on the number of training pairs
     assert again[2].prompts == splits[2].prompts
 
 
@@ -100,7 +100,7 @@ def test_a_seed_makes_pruning_repeatable(micro):
 
 @pytest.mark.parametrize("learned", [1, 3, 20])
 def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, learned):
-    """With τ ranking the three nodes first, every start must end at exactly these three."""
+    """If τ ranks the three nodes first, bisection from any size must end at exactly these three."""
     means = node_means(micro, micro_corpus())
     gates = NodeGates(means, init_bias=0.0, init_scale=0.0, seed=0)
     flat = torch.linspace(0.0, -0.5, gates.tau.numel())
@@ -119,7 +119,7 @@ def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, lear
 
 
 def test_leftover_nodes_are_dropped(micro):
-    """Ten useless nodes ranked above the circuit's own must not survive."""
+    """Ten useless nodes that rank above the circuit's own nodes must be removed."""
     means = node_means(micro, micro_corpus())
     gates = NodeGates(means, init_bias=-0.5, init_scale=0.0, seed=0)
     with torch.no_grad():
@@ -143,17 +143,17 @@ def test_leftover_nodes_are_dropped(micro):
     assert locations == {"attn_in", "attn_v", "attn_out", "mlp_neuron", "mlp_out"}
 
 
-# What ranks the nodes
+# Rankings of the nodes
 
 
 def loss_of(strength):
-    """The loss of the micro model with its circuit's three nodes at this share."""
+    """The loss of the micro model with its circuit's three nodes open to this fraction."""
     a = WRITTEN * strength**3
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
 
 
 def slope(strength):
-    """The derivative of `loss_of` by one of the three shares alone."""
+    """The derivative of `loss_of` with respect to one of the three fractions alone."""
     a = WRITTEN * strength**3
     by_a = 4 * W_U / (1 + a * a) ** 1.5  # of the difference of the logits, 4 W_U a / sqrt(1 + a²)
     return -by_a * (a / strength) / (1 + math.exp(4 * W_U * a / math.sqrt(1 + a * a)))
@@ -171,7 +171,7 @@ def test_the_slope_on_paper_is_a_derivative():
     [("attribution", [1.0]), ("integrated_gradients", [0.125, 0.375, 0.625, 0.875])],
 )
 def test_attribution_on_paper(micro, method, points, batch_size):
-    """The circuit's nodes have the same importance, Σ gradient · (x - mean), others none."""
+    """The circuit's nodes have equal attributions, Σ gradient · (x - mean); all others have 0."""
     config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
     circuit, (train, _, _) = micro_circuit(micro), task_splits(micro, MICRO_TASK, CONFIG)
     gates = NodeGates(circuit.means, init_bias=0.1, init_scale=0.0, seed=0)
@@ -185,7 +185,7 @@ def test_attribution_on_paper(micro, method, points, batch_size):
 
 
 def test_attribution_against_differences():
-    """On a random model: the loss with one node opened a bit further, by hand."""
+    """On a random model, attribution equals the finite difference of the loss for each node."""
     smooth = full_config(d_vocab=36, resid_relu=False, abs_topk={"attn_v": 0.7, "mlp_neuron": 0.7})
     model = tiny_model(smooth, dtype=torch.float64, tokenizer=micro_tokenizer())
     _, data, _ = task_splits(model, MICRO_TASK, CONFIG)
@@ -217,7 +217,7 @@ def test_attribution_against_differences():
 
 
 def ranked(micro, monkeypatch, **changes):
-    """The gates with which learning starts, hook name → τ."""
+    """Hook name → τ of the gates with which learning starts."""
     start = {}
 
     def remember(model, gates, *_):
@@ -258,7 +258,8 @@ def test_every_method_gives_a_circuit_that_reaches_the_target(micro, method, mon
     assert len(calls) == (method == "learned")
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
     assert set(NODES) <= {str(node) for node in circuit.nodes}
-    assert (circuit.n_nodes == 3) == (method != "random")  # 1 in 2,024 rankings would do it
+    # A random ranking has these three nodes first once in 2,024 times.
+    assert (circuit.n_nodes == 3) == (method != "random")
     assert circuit.measured["config"]["method"] == method
     assert circuit.of_size(circuit.n_nodes).nodes == circuit.nodes
 
@@ -300,7 +301,7 @@ def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
 
 
 def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
-    """Of four channels the first tells A from B; nothing of the answers is in the others."""
+    """Only the first of the four channels distinguishes A from B."""
     config = dataclasses.replace(CONFIG, embed_gates=True)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
@@ -320,11 +321,11 @@ def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
     assert "1 embed_out" in repr(reopened)
 
 
-# What dropped nodes are held at
+# The values at which dropped nodes are held
 
 
 def with_constant(micro):
-    """The answer depends on a constant that the MLP writes: zero ruins it, the mean does not."""
+    """The answer depends on a constant that the MLP writes: only zero ablation destroys it."""
     with torch.no_grad():
         micro.blocks[0].mlp.b_out[3] = 1.0
         micro.unembed.W_U[3, 4], micro.unembed.W_U[3, 5] = 10.0, -10.0
@@ -357,8 +358,8 @@ def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
     assert selection == pytest.approx(expected, rel=1e-3)  # under the ablation it was found with
     means = mean_activations(micro, list(circuit.kept), [micro_corpus()])
     assert all(torch.allclose(circuit.means[name], mean) for name, mean in means.items())
-    # Gates were learned with what the circuit is judged with, the circuit alone and the model
-    # without it.
+    # The gates were learned with the same held values with which the circuit alone, and the model
+    # without the circuit, are judged.
     assert len(held) == 2 * config.steps
     for values in held:
         assert values.keys() == means.keys()
@@ -370,11 +371,11 @@ def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
                 assert torch.equal(value, circuit.means[name] * (ablation == "mean"))
 
 
-# Restarts, tied gates
+# Restarts and tied gates
 
 
 def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
-    """Each with a seed of its own; the first of two that are equal."""
+    """Each restart has its own seed; of two equally small circuits, the first is kept."""
     micro.blocks[0].attn.W_V.data[0, 1, 1] = 0.1
     best = micro_circuit(micro)
 
@@ -385,7 +386,7 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
         return dataclasses.replace(best, kept=kept)
 
     found = [
-        wider(("ln1.hook_read", 1), ("attn.hook_v", (0, 1))),  # an edge more
+        wider(("ln1.hook_read", 1), ("attn.hook_v", (0, 1))),  # one more edge
         wider(*(("hook_mlp_out", i) for i in range(4))),  # four nodes more
         wider(*(("hook_mlp_out", i) for i in range(3))),  # three nodes more, but no edge
         wider(*(("ln2.hook_read", i) for i in range(3))),
@@ -407,7 +408,7 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_queries_and_keys_are_kept_together(tied):
-    """And have the same rank; on a random model."""
+    """On a random model, they also have the same rank."""
     model = tiny_model(n_layers=2, n_heads=2, d_head=3, d_vocab=36, tokenizer=micro_tokenizer())
     _, selection, _ = task_splits(model, MICRO_TASK, CONFIG)
     full = score(model, selection).loss
@@ -432,7 +433,7 @@ def test_queries_that_share_keys_cannot_be_tied_to_them(micro):
         prune(model, MICRO_TASK, micro_corpus(), tied, progress=False)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,7 @@ def test_the_model_is_as_it_was_after_an_exception(micro, module, step, monkeypa
 
 
 def test_no_set_of_nodes_is_necessary(micro):
-    """Where the prompts end in the token asked about, it reaches the answer past all nodes."""
+    """If prompts end in the token asked about, its embedding reaches the logits past all nodes."""
     with torch.no_grad():
         micro.unembed.W_U[0, 4], micro.unembed.W_U[0, 5] = W_U, -W_U
     task = dataclasses.replace(MICRO_TASK, sample=_ends_in, same_end=False)
@@ -484,7 +485,7 @@ def test_no_set_of_nodes_is_necessary(micro):
         dataclasses.replace(config, ablated_accuracy=1.0),
         progress=False,
     )
-    assert circuit.n_nodes <= 1  # nothing is needed, and one is what the search begins with
+    assert circuit.n_nodes <= 1  # no node is needed, but the search begins with one
 
 
 def _ends_in(rng):
@@ -519,8 +520,8 @@ def test_model_without_tokenizer(micro):
 
 def test_candidate_that_is_not_a_single_token(micro):
     task = dataclasses.replace(MICRO_TASK, candidates=(" yes", " yes no"))
-    # ` yes ` (to this tokenizer the same as ` yes`) stands for the longer answer, and that is the
-    # other one.
+    # The longest beginning of ` yes no` that is one token is ` yes `. This tokenizer maps it to the
+    # same token as ` yes`, the other candidate.
     with pytest.raises(
         TokenizerError,
         match=r"answers ' yes' and ' yes no' of task micro .* are ' yes' and ' yes '$",
@@ -580,7 +581,7 @@ def test_a_corpus_too_small_for_stable_means_is_warned_of(micro):
         UserWarning,
         match=r"the means over 12 tokens have a standard error of about \d+% of their size",
     ):
-        corpus_means(micro, rows[[0, 3]])  # one has an A, the other a B
+        corpus_means(micro, rows[[0, 3]])  # one row has an A, the other a B
     with pytest.warns(UserWarning, match="about inf% of their size"):
         corpus_means(micro, rows[:1])
 
@@ -610,7 +611,7 @@ def test_means_over_the_task_leave_padding_out(micro):
     ("kept", "final", "tests"), [(set(), 40, 6), ({0, 7, 8, 30}, 25, 28), (set(range(40)), 0, 40)]
 )
 def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, final, tests):
-    """In strides of 1, 2, 4, 8, 16 and 9 where all of 40 can go, one by one where none can."""
+    """All of 40 go in groups of 1, 2, 4, 8, 16 and 9; if none can go, they are tried one by one."""
     tried = []
 
     def holds(gone):
@@ -623,11 +624,11 @@ def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, 
 
 
 def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
-    """Pruning on a GPU failed in this step: a tensor was made on the default device, the CPU."""
+    """Pruning on a GPU used to fail here: a tensor was created on the default device, the CPU."""
     means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])
     gates = NodeGates(means, init_bias=0.5, init_scale=0.0, seed=0)
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
     candidates = empty(micro)
-    with torch.device("meta"):  # whatever does not name its device ends there, and fails
+    with torch.device("meta"):  # a tensor created without a device lands there, and the test fails
         found = discretise(candidates, micro, gates, selection, CONFIG)
     assert [str(node) for node in found.nodes] == NODES

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what was measured."""
+"""Figures: they draw the values that were measured."""
 
 import json
 
@@ -25,7 +25,7 @@ def figures(
     model="m",
     task="t",
 ):
-    """What `evaluate` would write, with made-up numbers; there is one more node than edges."""
+    """Invented measurements in the form that `evaluate` writes, with one more node than edges."""
     sized_scores = [
         {"n_nodes": n + 1, "n_edges": n, "circuit": score(loss, 1 - loss)}
         for n, loss in (*faithfulness_curve, circuit)
@@ -63,7 +63,7 @@ def results():
 
 
 def drawn(axes):
-    """The points of each line that has some, as lists."""
+    """The points of each line that has points, as lists."""
     return [
         [*map(list, zip(*line.get_data(), strict=True))]
         for line in axes.lines
@@ -87,14 +87,14 @@ def test_a_curve_has_each_size_the_circuit_and_random_ones(against, more):
     assert [[12 + more, 0.15]] in points
     assert [[5 + more, 0.3]] in points
     assert ([[0, 0.7], [2, 0.7]] if against == "edges" else [[13, 0.7], [13, 0.7]]) in points
-    assert [[0, 0.001], [1, 0.001]] in points  # the full model, from side to side
+    assert [[0, 0.001], [1, 0.001]] in points  # the full model, across the whole panel
     assert [[x, 1 - y] for x, y in faithfulness_curve] in drawn(accuracy)
     assert legend(figure) == ["one", "two", "random circuits", "full model", "chance"]
     assert (loss.get_xlabel(), loss.get_ylabel()) == (
         f"{against} of the circuit",
         "held-out task loss (nats)",
     )
-    # Logarithmic, also where a circuit has no edges.
+    # The axis is logarithmic even if a circuit has no edges.
     assert (loss.get_xscale(), loss.get_xlim()[0] < 0) == (
         ("log", False) if more else ("symlog", True)
     )
@@ -119,7 +119,7 @@ def test_tasks_have_a_mark_for_each_model(against, more):
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "p",
         "q",
-    ]  # nobody has a circuit for r
+    ]  # no model has a circuit for r
     assert legend(figure) == ["sparse", "dense"]
     assert [[4 + more, 0], [more, 1]] in drawn(axes)
     assert [[200 + more, 0]] in drawn(axes)
@@ -224,9 +224,9 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
     [
         (
             "curve missing.json -o c.pdf",
-            r"c.pdf: nothing is drawn as '.pdf'; pictures end in .png or .svg",
+            r"c.pdf: figures cannot be written as '.pdf'; the name must end in .png or .svg",
         ),
-        ("curve missing.json -o c", "nothing is drawn as ''"),
+        ("curve missing.json -o c", "figures cannot be written as ''"),
         ("curve missing.json -o c.png", "cannot read missing.json"),
         (
             "curve a.json results.json -o c.png",
@@ -234,7 +234,8 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
         ),
         (
             "tasks a.json -o c.png",
-            "a.json is not what `tl-sparse suite` writes; missing or malformed: 'geometric_mean",
+            "a.json is not what `tl-sparse suite` writes; "
+            "missing or malformed entry: 'geometric_mean",
         ),
         ("frontier odd.json -o c.png", "odd.json is not what `tl-sparse evaluate or suite` writes"),
         ("tasks none.json -o c.png", "there is nothing to draw in none.json"),

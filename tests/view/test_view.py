@@ -1,4 +1,4 @@
-"""The page: what is gathered for it, and how it behaves in a real browser."""
+"""The page: the data that it contains, and its behaviour in a real browser."""
 
 import dataclasses
 import html
@@ -50,7 +50,7 @@ HOSTILE = [
 
 
 def large(n_layers, width, keep=1.0):
-    """A circuit of a random share of the nodes of a model with the micro task's tokens."""
+    """A circuit of random nodes, a fraction `keep`, of a model with the micro task's tokens."""
     config = tl_sparse.SparseConfig(
         n_layers=n_layers,
         d_model=width,
@@ -95,7 +95,7 @@ def test_data_of_the_micro_circuit_on_paper(data, micro):
     read, value, written = data["nodes"]
     assert (read["openai"], value["head"], written["channel"]) == ("0.attn.act_in.0", 0, 2)
     assert [node["mean"] for node in data["nodes"]] == [0, 0, 0]
-    # Without any of its three nodes the circuit says nothing.
+    # Without any one of its three nodes, the circuit does not distinguish the candidates.
     assert [node["cut_loss"] for node in data["nodes"]] == pytest.approx(
         [math.log(2)] * 3, abs=1e-6
     )
@@ -123,10 +123,11 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
         for side, sign in zip(pair, (1, -1), strict=True):
             assert [data["vocab"][token] for token in side["tokens"]][3] == "AB"[sign < 0]
             read, value, _ = side["values"]
-            assert read == [0, 0, 0, sign * 999, 0, 0]  # 2, the largest there is
+            assert read == [0, 0, 0, sign * 999, 0, 0]  # 2, the largest activation
             assert value == read
             assert side["patterns"]["0.0"] == [[round(100 / n)] * n for n in range(1, 7)]
-            assert side["logits"][0] == side["logits"][1]  # the circuit is all of the model
+            # The circuit computes what the model computes.
+            assert side["logits"][0] == side["logits"][1]
     read = data["nodes"][0]
     assert read["scale"] == 2.0
     positive, negative = read["passages"]
@@ -153,7 +154,7 @@ def test_the_ranking_of_the_search_is_taken_where_there_is_one(micro):
     scores["blocks.0.attn.hook_v"][0, 0] = 2
     found = page_data(dataclasses.replace(circuit, scores=scores), micro, MICRO_TASK)
     assert [node["rank"] for node in found["nodes"]] == [2, 1, 0]
-    # Up to all 24 nodes, with eight times as many as in the circuit.
+    # The largest circuit has all 24 nodes, eight times as many as the circuit.
     assert [step[:2] for step in found["ladder"]][:3] == [[1, 0], [2, 1], [3, 2]]
     assert [step[0] for step in found["ladder"]][3:] == [4, 6, 8, 12, 17, 24]
     assert found["ladder"][-1][2] == pytest.approx(LOSS, abs=1e-6)
@@ -161,7 +162,7 @@ def test_the_ranking_of_the_search_is_taken_where_there_is_one(micro):
 
 
 def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
-    """Without the edge from v to what is written, the circuit says nothing."""
+    """Without the edge from v to the write, the circuit does not distinguish the candidates."""
     circuit = micro_circuit(micro)
     left = circuit.edges(micro)[:1]
     pruned = dataclasses.replace(
@@ -218,7 +219,7 @@ def test_a_task_whose_pairs_have_their_own_answers(micro):
 
 def test_without_corpus_means_task_or_tokenizer_there_is_less_to_show(micro):
     circuit = micro_circuit(micro)
-    bare = page_data(dataclasses.replace(circuit, means={}), micro)  # "micro" is none of TASKS
+    bare = page_data(dataclasses.replace(circuit, means={}), micro)  # "micro" is not in TASKS
     assert (bare["prompts"], bare["ladder"], bare["caps"]["corpus_tokens"]) == ([], [], 0)
     assert bare["nodes"][0]["cut_loss"] is bare["nodes"][0]["mean"] is None
     looked_at = page_data(dataclasses.replace(circuit, means={}), micro, MICRO_TASK)
@@ -289,7 +290,7 @@ def test_nothing_in_the_page_comes_from_elsewhere(data):
 
 
 def test_command_line(micro, tmp_path, capsys, monkeypatch):
-    """The whole way, with a model on the disk that brings no corpus."""
+    """The commands from start to end, with a model on disk that has no corpus."""
     monkeypatch.setitem(tl_sparse.tasks.TASKS, "micro", MICRO_TASK)
     monkeypatch.chdir(tmp_path)
     micro.save_pretrained(tmp_path / "micro")
@@ -335,12 +336,12 @@ def test_mistakes_leave_no_file(command, message, micro, tmp_path, capsys, monke
     assert not list(tmp_path.glob("*x.*"))
 
 
-# In a browser from here on.
+# Tests in a browser
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, the system's or playwright's; TL_SPARSE_BROWSER=required forbids to skip."""
+    """The system's or playwright's Chromium; TL_SPARSE_BROWSER=required forbids skipping."""
     with ExitStack() as stack:
         try:
             from playwright.sync_api import sync_playwright
@@ -354,7 +355,7 @@ def browser():
             chromium = playwright.chromium.launch(
                 executable_path=path, args=["--no-sandbox"] * root
             )
-        except Exception as error:  # no playwright, or no browser that starts
+        except Exception as error:  # playwright is missing, or no browser starts
             if os.environ.get("TL_SPARSE_BROWSER") == "required":
                 raise
             pytest.skip(f"no browser: {str(error).splitlines()[0]}")
@@ -364,7 +365,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens a page; afterwards no error must have come, and no request but for the file."""
+    """Opens a page; at the end, checks for errors and for requests other than for the file."""
     pages, errors, requests = [], [], []
 
     def open_page(content, **options):
@@ -424,7 +425,8 @@ def test_hover_lights_up_paths_and_a_click_pins(data, opened):
     page = opened(data)
     page.hover("[data-name='0.attn_v.0'] circle")
     assert count(page, "path.edge.near") == 2
-    assert count(page, ".node.lit") == 3 + 2 + 2  # all three nodes, A and B, both candidates
+    # All three nodes, the tokens A and B, and both candidates are highlighted.
+    assert count(page, ".node.lit") == 3 + 2 + 2
     page.mouse.move(5, 5)
     assert count(page, ".dimmed") == 0
     page.click("[data-name='0.attn_v.0'] circle")
@@ -464,7 +466,7 @@ def test_hover_lights_up_paths_and_a_click_pins(data, opened):
 def test_search_by_either_name(data, opened):
     page = opened(data)
     page.keyboard.press("/")
-    page.keyboard.type("resid_delta")  # OpenAI's
+    page.keyboard.type("resid_delta")  # OpenAI's name
     assert count(page, ".node.match") == 1
     assert page.locator("#found").inner_text() == "1"
     page.keyboard.press("Enter")
@@ -520,7 +522,7 @@ def test_keys(data, opened):
     page.keyboard.press("ArrowUp")
     assert pinned(page) == "0.attn_v.0"
     page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowRight")  # alone in its row
+    page.keyboard.press("ArrowRight")  # the only node in its row
     assert pinned(page) == "0.attn_in.0"
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
@@ -602,7 +604,7 @@ def test_sizes_and_times(n_layers, width, keep, opened, record_property):
     )
     print(f"{circuit.n_nodes} nodes, {edges} edges: {size:,} bytes, {milliseconds} ms")
     assert size <= 5_000_000
-    assert milliseconds < 3000  # a second on a machine that does nothing else
+    assert milliseconds < 3000  # about one second on an idle machine
     page.hover(f"[data-name='{circuit.nodes[0]}'] circle", force=True)
 
 

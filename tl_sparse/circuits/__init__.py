@@ -1,4 +1,4 @@
-"""Circuits: nodes, edges, files, and exchange with other tools."""
+"""Circuits: their nodes, edges and files, and their exchange with other tools."""
 
 import lazy_loader
 

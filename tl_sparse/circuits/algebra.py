@@ -1,6 +1,6 @@
-"""Circuits made of other circuits: unions, intersections, differences, and smaller or larger ones.
+"""Making circuits from other circuits: union, intersection, difference, and other sizes.
 
-All functions return a circuit of the class of the one they are given.
+Every function returns a circuit of the same class as its first argument.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -20,7 +20,7 @@ _Circuit = TypeVar("_Circuit", bound=CircuitParts)
 
 
 def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
-    """The nodes, and edges, of either circuit."""
+    """The nodes and edges that are in at least one of the two circuits."""
     edge_set = None
     if circuit.edge_set is not None and other.edge_set is not None:
         edge_set = circuit.edge_set | other.edge_set
@@ -28,7 +28,7 @@ def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
 
 
 def intersection(circuit: _Circuit, other: CircuitParts) -> _Circuit:
-    """The nodes, and edges, that are in both circuits."""
+    """The nodes and edges that are in both circuits."""
     if circuit.edge_set is None:
         edge_set = other.edge_set
     elif other.edge_set is None:
@@ -39,7 +39,7 @@ def intersection(circuit: _Circuit, other: CircuitParts) -> _Circuit:
 
 
 def difference(circuit: _Circuit, other: CircuitParts) -> _Circuit:
-    """The nodes of `circuit` that are not in the other, and the edges between them."""
+    """The nodes of `circuit` that are not in `other`, and the edges of `circuit` between them."""
     return _combined(circuit, other, "-", _and_not, circuit.edge_set)
 
 
@@ -54,20 +54,21 @@ def _combined(
     combine: Callable[[Tensor, Tensor], Tensor],
     edge_set: frozenset[tuple[Node, Node]] | None,
 ) -> _Circuit:
-    """The circuit whose masks `combine` makes of the masks of both."""
+    """The circuit whose masks are `combine` of the two circuits' masks at each hook point."""
     other_model = circuit.model.difference(other.model)
     if other_model is not None:
         raise CircuitError(
-            f"circuits of different models have no {sign}: the second one's has {other_model}"
+            f"circuits of different models cannot be combined with {sign}: "
+            f"the second circuit's model has {other_model}"
         )
     if circuit.kept.keys() != other.kept.keys():
-        raise CircuitError(f"circuits over different hook points have no {sign}")
+        raise CircuitError(f"circuits over different hook points cannot be combined with {sign}")
     kept = {name: combine(mask, other.kept[name]) for name, mask in circuit.kept.items()}
     return _derived(circuit, kept, f"({circuit.task} {sign} {other.task})", edge_set)
 
 
 def restricted(circuit: _Circuit, layers: Collection[int]) -> _Circuit:
-    """The nodes in some layers, and the edges between them."""
+    """The nodes of a circuit in `layers`, and its edges between them."""
     kept = {}
     for name, mask in circuit.kept.items():
         is_included = node_at(name, 0).layer in layers
@@ -76,7 +77,7 @@ def restricted(circuit: _Circuit, layers: Collection[int]) -> _Circuit:
 
 
 def without(circuit: _Circuit, removed: Iterable[Node | Edge], model: TLModel) -> _Circuit:
-    """The circuit without some of its nodes and edges."""
+    """The circuit without the nodes and edges in `removed`."""
     nodes = set(circuit.nodes)
     hooks = circuit.hooks
     kept = {name: mask.clone() for name, mask in circuit.kept.items()}
@@ -97,14 +98,15 @@ def without(circuit: _Circuit, removed: Iterable[Node | Edge], model: TLModel) -
 
 
 def of_size(circuit: _Circuit, n_nodes: int) -> _Circuit:
-    """The `n_nodes` nodes ranked highest, the kept ones before all others, with all weights between
-    them.
+    """The circuit of the `n_nodes` highest-ranked nodes, with all nonzero weights between them.
+
+    The kept nodes rank above all others; within each group, the scores decide.
     """
     scores = circuit.scores
     if not scores or not 0 <= n_nodes <= circuit.n_candidates:
         raise CircuitError(
             f"n_nodes = {n_nodes}; it must be in [0, {circuit.n_candidates}], "
-            f"of a circuit that has scores"
+            f"and the circuit must have scores"
         )
     flat_masks = []
     flat_scores = []
@@ -134,8 +136,9 @@ def _derived(
     task: str,
     edge_set: frozenset[tuple[Node, Node]] | None,
 ) -> _Circuit:
-    """The circuit of other nodes, with those of the edges that are between them. What was measured
-    of the first circuit does not hold for it.
+    """A circuit with other masks, which has the edges of `edge_set` that join its nodes.
+
+    `measured` is emptied, because the measurements of `circuit` do not apply to it.
     """
     derived = replace(circuit, kept=kept, task=task, edge_set=None, measured={})
     if edge_set is None:

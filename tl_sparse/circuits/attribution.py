@@ -1,5 +1,6 @@
-"""Attribution graphs: how a circuit comes to its answer after one prompt, in the JSON that the
-viewers of circuit-tracer and Neuronpedia read.
+"""Attribution graphs: how a circuit computes its answer on one prompt.
+
+The graphs are in the JSON that the viewers of circuit-tracer and Neuronpedia read.
 """
 
 import re
@@ -18,32 +19,36 @@ from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, node_at, node_label
 from tl_sparse.hooks import TLModel, frozen, hooked
 from tl_sparse.tasks import Task, get_task, make_task_data
 
-#: Nodes of the graph with less influence are left out.
+#: Nodes of the graph with less influence than this are left out.
 LEAST_INFLUENCE = 0.005
-#: The features of a location are numbered from a multiple of this.
+#: The features of each node location are numbered from a different multiple of this.
 _FEATURES_PER_LOCATION = 1_000_000
 
 
 def attribution_graph(
     circuit: Circuit, model: TLModel, task: Task | str | None = None, pair: int = 0
 ) -> dict[str, Any]:
-    """How the circuit comes to its answer after one prompt, as circuit-tracer's and Neuronpedia's
-    viewers read it.
+    """The attribution graph of the circuit on one prompt, as JSON values.
 
-    Nodes are the circuit's at a position (feature: a million times the number of the location, plus
-    the index), the prompt's tokens, and the logits of the candidates. The weight of a link is what
-    the source is beyond its mean (a token's embedding: beyond 0) times the derivative of the
-    target, all other nodes and the norms' scales held: the direct effect of cutting the source, to
-    first order. A node's influence is its share of these effects, handed down from the logits;
-    nodes with less than `LEAST_INFLUENCE` are left out.
+    The viewers of circuit-tracer and Neuronpedia read it. The nodes of the graph are the circuit's
+    nodes at each position, the tokens of the prompt, and the logits of the two candidates. The
+    feature number of a circuit's node is 1,000,000 times the number of its location, plus its
+    index.
+
+    The weight of a link is the source's deviation from its mean (for a token, its whole embedding)
+    times the derivative of the target with respect to the source, while all other nodes and the
+    scales of the norms are held constant. To first order, this is the direct effect on the target
+    of ablating the source. A node's influence is its share of these effects, passed down from the
+    logits; nodes with less influence than `LEAST_INFLUENCE` are left out.
 
     Args:
-        task: by default the circuit's own; the prompt is the first of its pair number `pair`.
+        task: the task that the prompt is from; by default the circuit's own.
+        pair: the number of the prompt pair; its first prompt is used.
 
     Raises:
-        CircuitError: if the circuit has no means, or is another model's.
+        CircuitError: if the circuit has no means, or belongs to another model.
         TaskError: if there is no such task.
-        TaskError, DataError, TokenizerError: if its prompts do not fit the model.
+        TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
     if not isinstance(task, Task):
         task = get_task(task or circuit.task)
@@ -82,12 +87,12 @@ def attribution_graph(
 class _Prompt:
     text: str
     tokens: list[int]
-    #: The tokens between which the task asks.
+    #: The two tokens that the task asks the model to choose between.
     candidates: list[int]
 
 
 def _prompt(model: TLModel, task: Task, pair: int) -> _Prompt:
-    """The first prompt of a pair."""
+    """The first prompt of pair number `pair`."""
     data = make_task_data(task, model.tokenizer, pair + 1, 0, model.cfg.n_ctx)
     row = 2 * pair
     length = int(data.last[row]) + 1
@@ -100,26 +105,28 @@ def _prompt(model: TLModel, task: Task, pair: int) -> _Prompt:
 
 @dataclass(frozen=True)
 class _RunInPieces:
-    """A forward pass that is cut at every node location: what comes after it starts from a leaf of
-    its own, so that no gradient leads through a node to what is before it.
+    """A forward pass that is detached at every node location.
 
-    All lists have one entry for each hook point, in the order of the forward pass; the first is for
+    The activation at each location is replaced by a new leaf tensor with the same values, so that
+    no gradient flows through a node to earlier nodes.
+
+    Each list has one entry for each hook point, in the order of the forward pass; the first is for
     the embedding.
     """
 
     hooks: list[str]
-    #: What reached the hook points, as functions of the leaves before.
+    #: The activations that reached the hook points, as functions of the earlier leaves.
     values: list[Float[Tensor, "pos node"]]
-    #: What was passed on from there, with the same values.
+    #: The leaves that replaced the activations, with the same values.
     leaves: list[Float[Tensor, "1 pos *node"]]
-    #: The part of the leaves that is beyond the mean; of the embedding, all.
-    beyond_mean: list[Float[Tensor, "1 pos *node"]]
-    #: At the last position.
+    #: The deviation of the kept nodes from their means; for the embedding, the whole activation.
+    deviations: list[Float[Tensor, "1 pos *node"]]
+    #: The logits at the last position.
     logits: Float[Tensor, "d_vocab"]
 
 
 def _run_in_pieces(circuit: Circuit, model: TLModel, prompt: _Prompt) -> _RunInPieces:
-    """Run the model, to which the circuit is applied, on the prompt."""
+    """Run the model on the prompt; the circuit must already be applied to it."""
     values: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
 
@@ -135,33 +142,34 @@ def _run_in_pieces(circuit: Circuit, model: TLModel, prompt: _Prompt) -> _RunInP
     for name in (EMBED_HOOK, *circuit.kept):
         functions[name] = partial(separate, name)
     for name in model.hook_dict:
-        # Along the whole stream, a norm whose scale is not held has no derivative at all.
+        # A norm is invariant to the scale of the residual stream: unless its scale is held, its
+        # derivative along the whole stream is zero.
         if name.endswith("hook_scale"):
             functions[name] = hold
     device = next(model.parameters()).device
     with hooked(model, functions):
         logits = model(torch.tensor([prompt.tokens], device=device))[0, -1]
-    beyond_mean = []
+    deviations = []
     for name, leaf in leaves.items():
-        change = leaf.detach()
+        deviation = leaf.detach()
         if name != EMBED_HOOK:
             kept = circuit.kept[name].to(device)
-            change = (change - circuit.means[name].to(device)) * kept
-        beyond_mean.append(change)
+            deviation = (deviation - circuit.means[name].to(device)) * kept
+        deviations.append(deviation)
     return _RunInPieces(
-        list(leaves), list(values.values()), list(leaves.values()), beyond_mean, logits
+        list(leaves), list(values.values()), list(leaves.values()), deviations, logits
     )
 
 
 @dataclass(frozen=True, order=True)
 class _Vertex:
-    """A node of the graph."""
+    """A node of the graph: a token, a node of the circuit at one position, or a logit."""
 
-    #: The number of its hook point in the order of the forward pass: 0 for tokens, one more than
-    #: there are for logits.
+    #: The number of its hook point in the order of the forward pass: 0 for tokens; for logits, the
+    #: number of hook points.
     depth: int
     position: int
-    #: Among the nodes of the hook point; of a logit, its token; of a token, 0.
+    #: The index among the nodes of the hook point; for a logit, its token; for a token, 0.
     index: int
 
 
@@ -173,14 +181,16 @@ class _Link:
 
 
 def _trace(run: _RunInPieces, prompt: _Prompt) -> tuple[dict[_Vertex, float], list[_Link]]:
-    """Follow the answer back from the logits to the tokens: the influence of each vertex, and the
-    links.
+    """Trace the answer back from the logits to the tokens.
+
+    Returns:
+        The influence of each vertex, and the links.
     """
     logits_depth = len(run.hooks)
     last = len(prompt.tokens) - 1
     influence = {_Vertex(logits_depth, last, token): 0.5 for token in prompt.candidates}
     links = []
-    # From the top down: when a depth is reached, all influence on its vertices is known.
+    # From the logits down: by the time a depth is reached, the influence of its vertices is final.
     for depth in range(logits_depth, 0, -1):
         for target in list(influence):
             if target.depth != depth or influence[target] < LEAST_INFLUENCE:
@@ -189,7 +199,7 @@ def _trace(run: _RunInPieces, prompt: _Prompt) -> tuple[dict[_Vertex, float], li
                 value = run.logits[target.index]
             else:
                 value = run.values[depth][target.position, target.index]
-            effects = _direct_effects(value, run.leaves, run.beyond_mean)
+            effects = _direct_effects(value, run.leaves, run.deviations)
             total = sum(map(abs, effects.values()))
             for source, effect in effects.items():
                 handed_down = influence[target] * abs(effect) / total
@@ -199,16 +209,16 @@ def _trace(run: _RunInPieces, prompt: _Prompt) -> tuple[dict[_Vertex, float], li
 
 
 def _direct_effects(
-    value: Tensor, leaves: Sequence[Tensor], beyond_mean: Sequence[Tensor]
+    value: Tensor, leaves: Sequence[Tensor], deviations: Sequence[Tensor]
 ) -> dict[_Vertex, float]:
-    """The effects on `value`, other than 0, of what each vertex is beyond its mean."""
+    """The nonzero effects on `value` of each vertex's deviation from its mean."""
     effects = {}
     gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    for depth, (gradient, change) in enumerate(zip(gradients, beyond_mean, strict=True)):
+    for depth, (gradient, deviation) in enumerate(zip(gradients, deviations, strict=True)):
         if gradient is not None:
-            effect = (gradient * change)[0].flatten(1)
+            effect = (gradient * deviation)[0].flatten(1)
             if depth == 0:
-                # The embedding of a token counts as one.
+                # The whole embedding of a token is one vertex.
                 effect = effect.sum(1, keepdim=True)
             for position, index in effect.nonzero().tolist():
                 effects[_Vertex(depth, position, index)] = float(effect[position, index])
@@ -217,7 +227,7 @@ def _direct_effects(
 
 @dataclass(frozen=True)
 class _Feature:
-    """How the viewers tell a vertex from others, and what they show of it."""
+    """The fields by which the viewers identify a vertex, and the label that they show."""
 
     layer: str
     number: int

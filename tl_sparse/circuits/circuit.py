@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 class Circuit(CircuitParts):
     """Kept nodes, means, and the model and task they belong to (Gao et al. 2025, section 2.2).
 
-    The fields stand in `CircuitParts`, with what they say of the nodes; here is what takes a model,
-    makes other circuits, or exchanges them.
+    `CircuitParts` defines the fields and the properties that depend on them alone. This class adds
+    the methods that take a model, make other circuits, or read and write circuits.
 
     Attributes:
-        kept: which nodes are kept, as a mask at each hook point, in the order of the forward pass.
-        means: mean activations over the training corpus at these hook points, and at any others: a
-            cut edge that leaves a head needs the mean of `hook_z`. Empty if they are not known:
-            such a circuit can be looked at, but no model runs under it.
+        kept: which nodes are kept: hook point → boolean mask, in the order of the forward pass.
+        means: mean activations over the training corpus at these hook points, and optionally at
+            `hook_z`, which cutting an edge that leaves a head needs. Empty if they are not known:
+            such a circuit can be viewed, but no model can run under it.
         model: the fingerprint of the model that the circuit was found in.
         model_name: the name of that model.
         task: the name of the task.
-        measured: what was measured of it, as plain JSON values: losses, settings, seeds …
-        edge_set: source and target of the edges that edge pruning has left. None if edges are not
-            pruned: then every nonzero weight between kept nodes is an edge.
-        scores: how the search ranked all nodes, the kept ones first, at the same hook points; empty
-            if it is not known.
+        measured: the measurements of the circuit as plain JSON values: losses, settings, seeds …
+        edge_set: the (source, target) pairs of the edges that edge pruning has left. None if edges
+            were not pruned: every nonzero weight between kept nodes is then an edge.
+        scores: the score by which the search ranked each node, at the same hook points; the kept
+            nodes have the highest scores. Empty if they are not known.
     """
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Circuit(CircuitParts):
             if not bool(mean.isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
 
-    # Edges, and other weights of the model
+    # Edges and other parameters of the model
 
     def check_model(self, model: TLModel) -> None:
         """Raise `CircuitError` if `model` is not the one this circuit was found in."""
@@ -79,14 +79,14 @@ class Circuit(CircuitParts):
             )
 
     def edges(self, model: TLModel) -> list[Edge]:
-        """Every nonzero weight of `model` that joins two kept nodes and is not cut, in the order of
-        the forward pass.
+        """Every nonzero weight of `model` that joins two kept nodes and is not cut.
 
-        Where several weights join the same two nodes (gated MLPs, grouped queries), each is an
-        edge.
+        The edges are in the order of the forward pass. Where several weights join the same two
+        nodes (gated MLPs, grouped-query attention), each of them is an edge.
 
         Raises:
-            CircuitError: if `model` is not this circuit's, as for `applied` and `ablated`.
+            CircuitError: if `model` is not this circuit's model; `applied` and `ablated` raise it
+                too.
         """
         self.check_model(model)
         return uncut_edges(self, model)
@@ -98,14 +98,15 @@ class Circuit(CircuitParts):
         return [edge for edge in edges_between(self.nodes, model) if edge.ends not in self.edge_set]
 
     def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
-        """(layer, source, target) → the share of the nonzero weights there that are edges of this
-        circuit.
+        """(layer, source location, target location) → the fraction of the nonzero weights between
+        these locations that are edges of this circuit.
         """
         return edge_shares(self.edges(model), model)
 
     def biases(self, model: TLModel) -> dict[Node, float]:
-        """The bias of each kept node that edges lead to, where it is not zero: the node's value
-        without its edges.
+        """The nonzero biases of the kept nodes at locations that edges lead to.
+
+        The bias is the node's value when no edge contributes to it.
         """
         self.check_model(model)
         biases = {}
@@ -116,8 +117,9 @@ class Circuit(CircuitParts):
         return biases
 
     def sinks(self, model: TLModel) -> dict[tuple[int, int], float]:
-        """(layer, head) → the logit of its attention sink, for heads with kept value channels;
-        empty for models without sinks.
+        """(layer, head) → the logit of the head's attention sink.
+
+        It covers the heads with kept value channels, and is empty for models without sinks.
         """
         self.check_model(model)
         if getattr(model.blocks[0].attn, "sink", None) is None:
@@ -134,11 +136,12 @@ class Circuit(CircuitParts):
     # The model under the circuit
 
     def with_means(self, means: NodeValues) -> Circuit:
-        """This circuit with other means: `circuit.with_means(mean_activations(model,
-        list(circuit.kept), batches))`.
+        """This circuit with other means.
+
+        For example: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
 
         Raises:
-            CircuitError: if a hook point has no mean, or one of another shape.
+            CircuitError: if a hook point has no mean, or a mean has the wrong shape.
         """
         needed = {}
         for name, mean in means.items():
@@ -147,14 +150,17 @@ class Circuit(CircuitParts):
         return replace(self, means=needed)
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
-        """Within the context, whatever `model` runs, runs under the circuit: all other nodes are at
-        their means, and if the circuit is pruned by edges, what each cut edge contributes is too.
+        """A context in which every forward pass of `model` runs under the circuit.
+
+        All other nodes are held at their means. If edges were pruned, the contribution of each cut
+        edge is held at its mean too.
         """
         self.check_model(model)
         return self.holding(model, self.dropped, self.means, self.cut_edges(model))
 
     def ablated(self, model: TLModel) -> AbstractContextManager[None]:
-        """The inverse of `applied`: the circuit's nodes are at their means, all others as they are.
+        """The inverse of `applied`: the circuit's nodes are held at their means, all others run.
+
         This shows whether the circuit is necessary.
         """
         self.check_model(model)
@@ -162,21 +168,23 @@ class Circuit(CircuitParts):
 
     @property
     def dropped(self) -> dict[str, Bool[Tensor, " *node"]]:
-        """All nodes but the kept ones."""
+        """The inverse of `kept`: masks of all nodes outside the circuit."""
         return {name: ~mask for name, mask in self.kept.items()}
 
     @contextmanager
     def holding(
         self, model: TLModel, nodes: NodeMasks, values: Mapping[str, Tensor], cut: Collection[Edge]
     ) -> Iterator[None]:
-        """Within the context, `nodes` are held at `values`, as by `hooks.ablating`, and what the
-        edges `cut` contribute is held at its mean. Whether `model` is the circuit's is not checked.
+        """A context in which `nodes` are held at `values`, and the edges `cut` at their means.
+
+        Nodes are held by `hooks.ablating`; for edges, it is their contribution that is held. This
+        does not check that `model` is the circuit's model.
         """
         if not self.means:
             raise CircuitError(
                 "this circuit has no means to hold nodes at; circuit.with_means("
                 "tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens)) "
-                "gives it some"
+                "adds them"
             )
         with cutting(model, cut, self.means), ablating(model, nodes, values):
             yield
@@ -184,39 +192,41 @@ class Circuit(CircuitParts):
     # Other circuits from this one
 
     def __or__(self, other: Circuit) -> Circuit:
-        """The nodes, and edges, of either circuit.
+        """The nodes and edges that are in at least one of the two circuits.
 
         Raises:
-            CircuitError: if the circuits are of different models, as for & and -.
+            CircuitError: if the circuits belong to different models; & and - raise it too.
         """
         return algebra.union(self, other)
 
     def __and__(self, other: Circuit) -> Circuit:
-        """The nodes, and edges, that are in both circuits."""
+        """The nodes and edges that are in both circuits."""
         return algebra.intersection(self, other)
 
     def __sub__(self, other: Circuit) -> Circuit:
-        """This circuit's nodes that are not in the other, and the edges between them."""
+        """This circuit's nodes that are not in `other`, and its edges between them."""
         return algebra.difference(self, other)
 
     def restricted(self, layers: Collection[int]) -> Circuit:
-        """This circuit's nodes in some layers, and the edges between them."""
+        """This circuit's nodes in `layers`, and its edges between them."""
         return algebra.restricted(self, layers)
 
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
-        """This circuit without some of its nodes and edges.
+        """This circuit without the nodes and edges in `parts`.
 
         Raises:
-            CircuitError: for a node or an edge that it does not have.
+            CircuitError: if a node, or an end of an edge, is not in this circuit.
         """
         return algebra.without(self, parts, model)
 
     def of_size(self, n_nodes: int) -> Circuit:
-        """The `n_nodes` nodes ranked highest, this circuit's before all others, with all weights
-        between them.
+        """The circuit of the `n_nodes` highest-ranked nodes, with all nonzero weights between them.
+
+        This circuit's nodes rank above all others; within each group, the scores decide.
 
         Raises:
-            CircuitError: if the ranking is not known, or there are not so many nodes.
+            CircuitError: if this circuit has no scores, or `n_nodes` is negative or larger than the
+                number of all nodes.
         """
         return algebra.of_size(self, n_nodes)
 
@@ -228,30 +238,38 @@ class Circuit(CircuitParts):
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> Circuit:
-        """Read what `save` wrote: a folder, or a repository of the Hugging Face hub ("user/repo").
+        """Read a circuit that `save` wrote.
+
+        Args:
+            source: a folder, or a repository on the Hugging Face Hub ("user/repo").
+            revision: the revision of the repository.
 
         Raises:
-            CheckpointError: if a file is missing, damaged, or of another format or version.
-            CircuitError: if the masks and means in it do not fit each other.
+            CheckpointError: if a file is missing, damaged, or has another format or version.
+            CircuitError: if the masks and means do not fit each other.
         """
         return cls(**vars(read_circuit(find(source, revision))))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the circuit, as `save` writes it, with a card; returns the repository's address.
+        """Upload the files that `save` writes, and a model card, to the Hugging Face Hub.
 
         Args:
-            repo_id: `"user/repo"`, made if it does not exist; the card in it is replaced.
+            repo_id: `"user/repo"`. The repository is created if it does not exist, and an existing
+                card is replaced.
             options: `private`, `revision`, `token` and `commit_message`; see
                 `tl_sparse.checkpoints.push_folder`.
 
+        Returns:
+            The address of the repository.
+
         Raises:
-            CheckpointError: if the hub cannot be reached, or refuses.
+            CheckpointError: if the Hub cannot be reached, or refuses the upload.
         """
         return push_folder(repo_id, self.save, self.card, **options)
 
     def card(self, repo_id: str) -> str:
-        """The repository's README.md: what was measured of the circuit, and how to load it."""
-        # Above this room: a marked exception, see tests/test_rooms.py.
+        """The text of the repository's README.md: the circuit's scores, and how to load it."""
+        # Imported here because `view` imports this package; see UPWARDS in tests/test_rooms.py.
         from tl_sparse.view import circuit_facts
 
         return card_text(
@@ -264,32 +282,34 @@ class Circuit(CircuitParts):
     # Exchange with other tools
 
     def edge_list(self, model: TLModel) -> dict[str, Any]:
-        """The circuit, without its means, as JSON values that any tool can read: names of nodes,
-        and edges with weights.
+        """The names of the nodes, and the edges with their weights, as plain JSON values.
+
+        The means are not included.
 
         Raises:
-            CircuitError: if `model` is not the circuit's, or the circuit has no mask at one of its
-                node locations.
+            CircuitError: if `model` is not the circuit's model, or the circuit has no mask at one
+                of the model's node locations.
         """
         return edge_list(self, self.edges(model), model)
 
     def save_edge_list(self, path: str | Path, model: TLModel) -> None:
-        """Write `edge_list` as JSON."""
+        """Write `edge_list` to a JSON file."""
         write_json(Path(path), self.edge_list(model))
 
     @classmethod
     def from_edge_list(
         cls, path: str | Path, model: TLModel, means: NodeValues | None = None
     ) -> Circuit:
-        """Read what `save_edge_list`, or another tool, wrote: the circuit of the `nodes` in an edge
-        list, or if it has none, of the ends of its `edges`.
+        """Read an edge list that `save_edge_list` or another tool wrote.
 
-        Lists of other tools need no more than `edges`. Weights may be left out, and nodes may have
-        OpenAI's names.
+        The circuit keeps the `nodes` of the list or, if it has no such entry, the ends of its
+        `edges`. A list from another tool needs only `edges`; their weights may be left out, and
+        nodes may have OpenAI's names.
 
         Raises:
             CheckpointError: if the file is missing, damaged, or not an edge list.
-            CircuitError: if a node does not exist, or an edge is not a weight of the model, to 1 %.
+            CircuitError: if a node does not exist, or the weight of an edge differs from the
+                model's by more than 1 %, or is zero there.
         """
         return cls._from_parts(read_edge_list(Path(path), model), means)
 
@@ -297,17 +317,20 @@ class Circuit(CircuitParts):
     def from_openai(
         cls, path: str | Path, model: TLModel, means: NodeValues | None = None, task: str = ""
     ) -> Circuit:
-        """A circuit that OpenAI published (a `viz_data.pt`, from `viz/` on their public storage).
+        """Read a circuit published by OpenAI: a `viz_data.pt` from `viz/` in their public storage.
 
-        Neither means nor the task's name are in the file; without means the circuit can be viewed
-        and counted, until `with_means`. Kept entries of `final_resid` are left out, since they are
-        not nodes here. `measured["openai"]` has the task losses of the `full` model and the
-        `circuit`, `pruning_losses` [step, loss] (all as means over both sides of a pair; the file
-        has sums), `num_total_nodes` and `prune_config`, as far as the file has them.
+        The file contains neither means nor the name of the task. Without means the circuit can be
+        viewed and its nodes and edges counted; `with_means` makes it runnable. The kept entries of
+        `final_resid` are left out, because they are not nodes here.
+
+        `measured["openai"]` has the task losses of the `full` model and of the `circuit`,
+        `pruning_losses` as [step, loss], `num_total_nodes` and `prune_config`, each if the file has
+        it. All losses are means over the two prompts of a pair; the file has their sums.
 
         Raises:
-            CheckpointError: if the file is missing, damaged, or not a circuit of OpenAI's.
-            CircuitError: if it, or a mean, does not fit the model; the message names the location.
+            CheckpointError: if the file is missing, damaged, or not one of OpenAI's circuits.
+            CircuitError: if the circuit, or a mean, does not fit the model; the message names the
+                location.
         """
         return cls._from_parts(read_openai_circuit(Path(path), model, task), means)
 
@@ -316,13 +339,14 @@ class Circuit(CircuitParts):
         circuit = cls(**vars(parts))
         return circuit if means is None else circuit.with_means(means)
 
-    # For people to read
+    # Display
 
     def view(self, model: TLModel, *args: Any, **options: Any) -> Page:
-        """An interactive page, shown in notebooks, with a `save(path)`; see
-        `tl_sparse.view.page_data`.
+        """An interactive page, which notebooks display and `save(path)` writes.
+
+        For the arguments see `tl_sparse.view.page_data`.
         """
-        # Above this room, as in `card`.
+        # Imported here for the same reason as in `card`.
         from tl_sparse.view import Page, page_data
 
         return Page(page_data(self, model, *args, **options))
@@ -342,11 +366,11 @@ class Circuit(CircuitParts):
             texts = [f"{name} {loss:.3f}" for name, loss in losses.items()]
             lines.append(f"task loss: {', '.join(texts)}")
         if not self.means:
-            lines.append("without means: to be looked at, not run")
+            lines.append("without means: it can be viewed, but not run")
         return "\n  ".join(lines) + ")"
 
     def _measured_losses(self) -> dict[str, float]:
-        """The task losses in `measured`, as `prune` or `from_openai` left them there."""
+        """The task losses that `prune` or `from_openai` has recorded in `measured`, by name."""
         scores = self.measured.get("heldout", self.measured.get("openai"))
         losses = {}
         if isinstance(scores, Mapping):

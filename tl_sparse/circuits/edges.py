@@ -1,7 +1,7 @@
-"""Edges of a model: which weights join nodes, and cutting them.
+"""Finding the edges between nodes, which are nonzero weights of the model, and cutting them.
 
-Gao et al. 2025 prune nodes only, and name the edges left over between them as a weakness
-(arXiv 2511.13653); cutting lets each edge be pruned by itself.
+Gao et al. 2025 (arXiv 2511.13653) prune nodes only, and name the superfluous edges that remain
+between them as a weakness. Cutting makes it possible to prune each edge separately.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model
 
-#: Node location → the matrix with a bias that leads to it.
+#: Node location → the weight matrix that leads to it and has a bias.
 _MATRIX_INTO = {matrix.target: matrix for matrix in MATRICES if matrix.bias}
 
 
@@ -45,7 +45,7 @@ def edges_between(nodes: Iterable[Node], model: TLModel) -> list[Edge]:
 
 
 def uncut_edges(circuit: CircuitParts, model: TLModel) -> list[Edge]:
-    """The edges between a circuit's nodes that edge pruning has not cut."""
+    """The edges between the circuit's nodes, without those that edge pruning has cut."""
     edges = edges_between(circuit.nodes, model)
     if circuit.edge_set is None:
         return edges
@@ -53,7 +53,9 @@ def uncut_edges(circuit: CircuitParts, model: TLModel) -> list[Edge]:
 
 
 def edge_shares(edges: Collection[Edge], model: TLModel) -> dict[tuple[int, str, str], float]:
-    """(layer, source, target) → the share of the nonzero weights there that are among `edges`."""
+    """(layer, source location, target location) → the fraction of the nonzero weights between these
+    locations that are in `edges`.
+    """
     n_edges = Counter[tuple[int, str, str]]()
     for edge in edges:
         n_edges[edge.source.layer, edge.source.location, edge.target.location] += 1
@@ -68,7 +70,7 @@ def edge_shares(edges: Collection[Edge], model: TLModel) -> dict[tuple[int, str,
 
 
 def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
-    """The bias of a node that edges lead to; None for other nodes, and where the model has none."""
+    """The bias at a node; None if its location has no bias, or the model does not have it."""
     matrix = _MATRIX_INTO.get(node.location)
     if matrix is None:
         return None
@@ -82,21 +84,21 @@ def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
 @contextmanager
 @torch.no_grad()
 def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterator[None]:
-    """Within the context, each edge contributes its mean: its weight is zero, and weight · mean is
-    added to the bias at its target.
+    """A context in which each edge contributes its mean instead of its activation.
 
-    The mean of an edge that leaves a head is that of `attn.hook_z`. If it is not known, the mean
-    of the value takes its place, which is larger where a sink takes a part of the attention.
-    Afterwards the weights are bit for bit what they were.
+    The weight of the edge is set to zero, and weight · (mean of the source) is added to the bias at
+    its target. For an edge that leaves a head, the mean is that of `attn.hook_z`; if `means` lacks
+    it, the mean of the value is used, which is larger if a sink takes part of the attention. On
+    leaving the context, the weights are restored bit for bit.
 
     Raises:
-        PruneError: if `model` is not a model of tl_sparse: others store their weights in other
-            forms.
+        PruneError: if `model` is not a model of tl_sparse, since other models store their weights
+            in other forms.
     """
     edges = list(edges)
     if edges and not is_sparse_model(model):
         raise PruneError(
-            f"edges can be cut in models of tl_sparse only, not in a {type(model).__name__}"
+            f"edges can be cut only in models of tl_sparse, not in a {type(model).__name__}"
         )
     originals: list[tuple[Tensor, Tensor]] = []
     try:
@@ -114,18 +116,18 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
 
 
 def _mean_through(edge: Edge, means: NodeValues) -> Float[Tensor, ""]:
-    """The mean of what an edge multiplies with its weight."""
+    """The mean of the activation that the weight of an edge multiplies."""
     block = f"blocks.{edge.source.layer}"
     hook_point = LOCATIONS[edge.source.location].hook_points[0]
     mean = means[f"{block}.{hook_point}"]
     if edge.source.location == "attn_v":
-        # What leaves a head is the value as attention has mixed it over positions.
+        # W_O reads z: the values after attention has averaged them over positions.
         mean = means.get(f"{block}.attn.hook_z", mean)
     return mean.flatten()[edge.source.index]
 
 
 def _weight_and_bias(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Views of the weight of an edge, and of the bias at its target, in one of our models."""
+    """Views of the weight of an edge and of the bias at its target, in a model of tl_sparse."""
     matrix = _MATRIX_INTO[edge.target.location]
     module = getattr(model.blocks[edge.source.layer], matrix.module)
     weight_name = matrix.weight

@@ -1,7 +1,7 @@
-"""Circuits from and to other formats: OpenAI's `viz_data.pt`, and plain lists of edges.
+"""Reading and writing circuits in other formats: OpenAI's `viz_data.pt`, and edge lists in JSON.
 
-What is read comes back in parts, of which `Circuit.from_openai` and `Circuit.from_edge_list` make
-circuits.
+The readers return `CircuitParts`, from which `Circuit.from_openai` and `Circuit.from_edge_list`
+make circuits.
 """
 
 import json
@@ -28,7 +28,7 @@ from tl_sparse.hooks import TLModel
 
 EDGES_FORMAT = "tl_sparse edges"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Sizes of a model that decide which nodes it has: OpenAI's name → TransformerLens'.
+#: The sizes that determine which nodes a model has: OpenAI's name → TransformerLens' name.
 _SIZES = {
     "n_layer": "n_layers",
     "d_model": "d_model",
@@ -42,19 +42,19 @@ _SIZES = {
 
 
 def read_openai_circuit(path: Path, model: TLModel, task: str) -> CircuitParts:
-    """A circuit that OpenAI published; see `Circuit.from_openai`."""
+    """Read a circuit that OpenAI published; see `Circuit.from_openai`."""
     values = read_torch(path)
     data = values.get("circuit_data")
     importances = values.get("importances", {})
     if not isinstance(data, dict) or not isinstance(importances, dict):
         raise CheckpointError(
-            f"{path} has no dictionary circuit_data: it is not a viz_data.pt of OpenAI's"
+            f"{path} has no dictionary circuit_data: it is not one of OpenAI's viz_data.pt"
         )
     _check_sizes(path, importances.get("beeg_model_config"), model)
     indices = {}
     for location_name, kept_indices in data.items():
         if location_name != "final_resid":
-            # With any index added, a location reads as a node.
+            # `Node.parse` parses locations only as part of a node, so any index is appended.
             node = Node.parse(f"{location_name}.0")
             indices[node.layer, node.location] = kept_indices
     return CircuitParts(
@@ -68,7 +68,7 @@ def read_openai_circuit(path: Path, model: TLModel, task: str) -> CircuitParts:
 
 
 def _check_sizes(path: Path, config: Any, model: TLModel) -> None:
-    """Raise `CircuitError` if the model's configuration in the file is of other sizes."""
+    """Raise `CircuitError` if the sizes of the model in the file differ from those of `model`."""
     if not isinstance(config, dict):
         return
     for openai_name, name in _SIZES.items():
@@ -83,7 +83,9 @@ def _check_sizes(path: Path, config: Any, model: TLModel) -> None:
 def _measured_by_openai(
     path: Path, values: Mapping[str, Any], importances: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What OpenAI measured, as JSON values. Their losses are sums over both sides of a pair."""
+    """OpenAI's measurements as JSON values; their losses, sums over the two prompts of a pair, are
+    halved.
+    """
     measured: dict[str, Any] = {}
     losses = {"full": importances.get("loss"), "circuit": importances.get("interv_loss")}
     try:
@@ -104,7 +106,7 @@ def _measured_by_openai(
 
 
 def _json_value(value: Any) -> Any:
-    """What stands in JSON for a value that JSON does not have."""
+    """A substitute for a value that JSON cannot represent."""
     return value.tolist() if isinstance(value, Tensor) else str(value)
 
 
@@ -113,7 +115,7 @@ def _json_value(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _ListedEdge:
-    """An edge in a list."""
+    """An edge of an edge list; `weight` is None if the list gives none."""
 
     source: Node
     target: Node
@@ -125,12 +127,12 @@ class _ListedEdge:
 
 
 def edge_list(circuit: CircuitParts, edges: Sequence[Edge], model: TLModel) -> dict[str, Any]:
-    """The values of an edge list, of a circuit with these edges; see `Circuit.edge_list`."""
+    """The edge list of a circuit with these edges, as JSON values; see `Circuit.edge_list`."""
     missing = node_hooks(model).values() - circuit.kept.keys()
     if missing:
         raise CircuitError(
-            f"an edge list is of all node locations; "
-            f"this circuit lacks {', '.join(sorted(missing))}"
+            f"an edge list needs a mask at every node location; "
+            f"this circuit has none at {', '.join(sorted(missing))}"
         )
     edge_values = []
     for edge in edges:
@@ -146,15 +148,15 @@ def edge_list(circuit: CircuitParts, edges: Sequence[Edge], model: TLModel) -> d
 
 
 def read_edge_list(path: Path, model: TLModel) -> CircuitParts:
-    """The circuit of the nodes in an edge list; see `Circuit.from_edge_list`."""
+    """Read the circuit of the nodes in an edge list; see `Circuit.from_edge_list`."""
     values = read_json(path)
     entries = values.get("edges")
     names = values.get("nodes", [])
     has_format = values.get("format", EDGES_FORMAT) == EDGES_FORMAT
     if not has_format or not isinstance(entries, list) or not isinstance(names, list):
         raise CheckpointError(
-            f"{path} is no edge list: its format is not {EDGES_FORMAT!r}, "
-            f"or its edges or nodes are no lists"
+            f"{path} is not an edge list: its format is not {EDGES_FORMAT!r}, "
+            f"or its edges or nodes are not lists"
         )
     edges = [_listed_edge(entry) for entry in entries]
     if "nodes" in values:
@@ -179,31 +181,32 @@ def read_edge_list(path: Path, model: TLModel) -> CircuitParts:
 
 
 def _listed_edge(entry: Any) -> _ListedEdge:
-    """The edge that an entry of a list stands for; `CircuitError` if it stands for none."""
+    """The edge that an entry of the list describes; `CircuitError` if the entry is malformed."""
     values: dict[Any, Any] = entry if isinstance(entry, dict) else {}
     source = values.get("source")
     target = values.get("target")
     weight = values.get("weight")
     if not isinstance(source, str) or not isinstance(target, str) or not _is_weight(weight):
         raise CircuitError(
-            f"an edge has a source and a target node and a number as weight, "
-            f"unlike {str(entry)[:80]}"
+            f"an edge needs the names of a source and a target node, and its weight must be a "
+            f"finite number, unlike {str(entry)[:80]}"
         )
     return _ListedEdge(Node.parse(source), Node.parse(target), weight)
 
 
 def _is_weight(value: Any) -> bool:
-    """Whether a value of JSON is a finite number, or None, where a list gives no weight."""
+    """Whether a JSON value is a finite number, or None for a weight that the list leaves out."""
     if value is None:
         return True
-    # By type, since isinstance takes booleans for integers. The limit is for integers that no float
-    # can hold.
+    # `isinstance` would accept booleans as integers. The limit excludes infinity and integers that
+    # are too large for a float; NaN fails the comparison.
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _check_listed_edges(path: Path, listed: Sequence[_ListedEdge], edges: Sequence[Edge]) -> None:
-    """Raise `CircuitError` if a listed edge is not among the edges between the kept nodes, and warn
-    if the list leaves out some of these.
+    """Raise `CircuitError` if a listed edge is not one of `edges`, those between the kept nodes.
+
+    Warns if the list leaves out some of `edges`.
     """
     weights = {edge.ends: edge.weight for edge in edges}
     left_out = set(weights)
@@ -222,22 +225,23 @@ def _check_listed_edges(path: Path, listed: Sequence[_ListedEdge], edges: Sequen
     if left_out:
         warnings.warn(
             f"{path} leaves out {len(left_out)} edges between its nodes; "
-            f"the circuit, which keeps nodes, has them"
+            f"the circuit includes them, because it is defined by its nodes"
         )
 
 
-# Both
+# Masks, for both formats
 
 
 def _masks(model: TLModel, indices: Mapping[tuple[int, str], Any]) -> dict[str, Tensor]:
     """Hook point → the mask that keeps the nodes whose indices are given at (layer, location).
 
-    The indices are as a file has them; `CircuitError` if they are not indices of nodes.
+    The indices come from a file and are checked: `CircuitError` if a location or an index does not
+    exist.
     """
     hooks = node_hooks(model)
     missing = sorted(indices.keys() - hooks.keys())
     if missing:
-        # The layer is wrong, since `Node.parse` has checked the location.
+        # The layer must be wrong, because `Node.parse` has already checked the location.
         layer, location = missing[0]
         raise CircuitError(
             f"{layer}.{location} does not exist: the model has {model.cfg.n_layers} layers, from 0"
@@ -254,7 +258,7 @@ def _masks(model: TLModel, indices: Mapping[tuple[int, str], Any]) -> dict[str, 
 
 
 def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:
-    """A mask that is true at `indices`; `name` is that of the location, for errors."""
+    """A mask that is true at `indices`; error messages call the location `name`."""
     is_plain = (
         isinstance(indices, Tensor) and indices.layout == torch.strided and not indices.is_meta
     )
@@ -262,8 +266,8 @@ def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:
         raise _wrong_indices(name, type(indices).__name__)
     if indices.ndim != 1 or indices.dtype not in _INTEGERS:
         raise _wrong_indices(name, f"{indices.dtype} of {list(indices.shape)}")
-    # If there are more than `size`, one of the first `size + 1` is wrong already; all of them might
-    # not fit into memory, since a small file can hold one index repeated without end.
+    # If there are more than `size` indices, one of the first `size + 1` must already be wrong. All
+    # of them might not fit into memory: a small file can hold one index, expanded to any length.
     indices = indices[: size + 1].long()
     for index, times in Counter(indices.tolist()).items():
         if not 0 <= index < size:
@@ -271,7 +275,7 @@ def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:
                 f"{name}: index {index} is out of range; they run from 0 to {size - 1}"
             )
         if times > 1:
-            raise CircuitError(f"{name}: index {index} is there twice")
+            raise CircuitError(f"{name}: index {index} occurs {times} times; each may occur once")
     return torch.zeros(size, dtype=torch.bool).index_fill(0, indices, True)
 
 

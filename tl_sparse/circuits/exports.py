@@ -1,5 +1,6 @@
-"""Circuits in the formats of other tools: networkx, GraphML, DOT, Mermaid, CSV, and the JSON of
-attribution graphs.
+"""Exporting circuits to the formats of other tools.
+
+The formats are networkx, GraphML, DOT, Mermaid, CSV, and the JSON of attribution graphs.
 """
 
 import difflib
@@ -20,24 +21,26 @@ if TYPE_CHECKING:
     import networkx
 
 
-#: Renderers of Mermaid stop at 500 links, and nobody can read as many.
+#: The largest number of links in a Mermaid graph: its renderers refuse more than 500, and such a
+#: large graph is unreadable anyway.
 MERMAID_LINKS = 400
 
 
 def export(
     circuit: Circuit, model: TLModel, path: str | Path, task: Task | str | None = None
 ) -> None:
-    """Write the circuit in the format that the file's name ends in: .graphml, .dot, .mmd (Mermaid),
-    .csv, or .json (an attribution graph).
+    """Write the circuit in the format that the file's extension names.
+
+    The extensions are .graphml, .dot, .mmd (Mermaid), .csv, and .json (an attribution graph).
 
     Args:
-        task: the task whose prompt .json shows, as in `attribution_graph`.
+        task: for .json, the task whose prompt is shown; see `attribution_graph`.
 
     Raises:
-        ConfigError: if the name ends in none of these.
+        ConfigError: if the extension is none of these.
         CheckpointError: if the file cannot be written.
-        CircuitError: if `model` is not the circuit's, or the circuit does not fit the format.
-        TaskError, TokenizerError, DataError: if .json finds no prompt.
+        CircuitError: if `model` is not the circuit's model, or the circuit does not fit the format.
+        TaskError, TokenizerError, DataError: for .json, if no prompt of the task fits the model.
     """
     path = Path(path)
     endings = [*TEXT_FORMATS, ".json"]
@@ -58,11 +61,14 @@ def export(
 
 
 def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
-    """Nodes by name with what they are and their means, edges with weights: a multigraph if several
-    edges join the same two nodes, as in a gated MLP.
+    """The circuit as a networkx graph.
+
+    Nodes are named as in `str(Node)`; their attributes are their layer, location, index, OpenAI's
+    name, kind, label and, if it is known, mean. Edges have weights. The graph is a multigraph if
+    several edges join the same two nodes, as in a gated MLP.
 
     Raises:
-        CircuitError: if `model` is not the circuit's.
+        CircuitError: if `model` is not the circuit's model.
     """
     import networkx
 
@@ -90,14 +96,14 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
 
 
 def to_graphml(circuit: Circuit, model: TLModel) -> str:
-    """What `to_networkx` gives, as networkx and most graph programs read it."""
+    """The graph of `to_networkx` in GraphML, which networkx and most graph programs read."""
     import networkx
 
     return "\n".join(networkx.generate_graphml(to_networkx(circuit, model)))
 
 
 def to_csv(circuit: Circuit, model: TLModel) -> str:
-    """One line for each edge: source, target, weight. (The names of nodes need no quotes.)"""
+    """One line for each edge: source, target, weight. The names of nodes need no quoting."""
     lines = ["source,target,weight"]
     for edge in circuit.edges(model):
         lines.append(f"{edge.source},{edge.target},{edge.weight!r}")
@@ -105,8 +111,10 @@ def to_csv(circuit: Circuit, model: TLModel) -> str:
 
 
 def to_dot(circuit: Circuit, model: TLModel) -> str:
-    """For graphviz, from bottom to top: the colour of an edge is its sign, the width its weight. A
-    dashed line leads from a write to where it is read later.
+    """The circuit in DOT, the language of Graphviz, drawn from bottom to top.
+
+    The colour of an edge shows the sign of its weight, and its width the absolute weight. Dashed
+    lines lead from each write to the later reads of the same residual channel.
     """
     edges = circuit.edges(model)
     strongest = max((abs(edge.weight) for edge in edges), default=1.0)
@@ -129,8 +137,10 @@ def to_dot(circuit: Circuit, model: TLModel) -> str:
 
 
 def to_mermaid(circuit: Circuit, model: TLModel) -> str:
-    """For Markdown, from bottom to top: edges with their weights, and dotted lines from writes to
-    where they are read later.
+    """The circuit as a Mermaid flowchart for Markdown, drawn from bottom to top.
+
+    Edges are labelled with their weights. Dotted lines lead from each write to the later reads of
+    the same residual channel.
 
     Raises:
         CircuitError: if there are more than `MERMAID_LINKS` links.
@@ -147,18 +157,19 @@ def to_mermaid(circuit: Circuit, model: TLModel) -> str:
         links.append(f"  {names[write]} -.-> {names[read]}")
     if len(links) > MERMAID_LINKS:
         raise CircuitError(
-            f"Mermaid is for circuits of at most {MERMAID_LINKS} links, not {len(links)}: use .dot"
+            f"Mermaid can show at most {MERMAID_LINKS} links, not {len(links)}: use .dot"
         )
     return "\n".join(["flowchart BT", *boxes, *links])
 
 
-#: The ending of a file's name → what makes its text.
+#: File extension → the function that returns the text of the file.
 TEXT_FORMATS = {".graphml": to_graphml, ".dot": to_dot, ".mmd": to_mermaid, ".csv": to_csv}
 
 
 def residual_joins(nodes: list[Node]) -> list[tuple[Node, Node]]:
-    """Each write with the later reads of its residual channel; `nodes` are in the order of the
-    forward pass.
+    """The pairs of a write and a later read of the same residual channel.
+
+    `nodes` must be in the order of the forward pass.
     """
     joins = []
     for i, write in enumerate(nodes):

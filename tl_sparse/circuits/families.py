@@ -1,4 +1,4 @@
-"""The hook points that carry the nodes of a model, by the family of its architecture."""
+"""Finding the hook points that carry a model's nodes, which differ between model families."""
 
 import re
 from collections.abc import Mapping
@@ -23,16 +23,16 @@ from tl_sparse.hooks import TLModel, frozen, hooked, is_sparse_model
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 
-    A model without MLPs has no nodes there. In parallel blocks attention and MLP have a read each,
-    even where one norm makes both. For a model that is not of this package, a short run shows
-    whether its hook points carry the nodes.
+    A model without MLPs has no nodes at the MLP locations. In parallel blocks, attention and MLP
+    each have their own read, even if both come from the same norm. For a model that is not from
+    this package, a short forward pass checks that its hook points carry the nodes.
 
     Args:
-        locations: the names of those that are wanted; by default, all.
+        locations: the names of the locations to return; by default all of them.
 
     Raises:
-        HookNameError: for an unknown location, and for a model that lacks a location or has
-            something else there.
+        HookNameError: if a location is unknown, or the model has no hook point for it, or the
+            activation there does not consist of nodes.
     """
     known = [location.name for location in BLOCK_LOCATIONS]
     for location_name in locations or ():
@@ -54,7 +54,7 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
 
 
 def _hook_name(model: TLModel, layer: int, location: NodeLocation) -> str:
-    """The first of a location's hook points that the model has."""
+    """The name of the first of the location's hook points that the model has."""
     names = [f"blocks.{layer}.{point}" for point in location.hook_points]
     for name in names:
         if name in model.hook_dict:
@@ -73,28 +73,31 @@ def _refusal(model: TLModel, reason: str) -> HookNameError:
     return HookNameError(f"nodes of {family} ({type(model).__name__}) cannot be gated: {reason}")
 
 
-# Do the hook points of a model that is not of this package carry nodes?
+# Checking that the hook points of a model from outside this package carry nodes
 
 
 @dataclass(frozen=True)
 class _ProbedLayer:
-    """What a run showed of one layer, in which we put values of our own in at all node locations.
+    """The activations of one layer in a forward pass with substituted values at all node locations.
 
-    Both map a location, or `resid_pre` or `resid_post`, to values of shape [batch, pos, node].
+    Both dictionaries map a location, or `resid_pre` or `resid_post`, to values of shape
+    [batch, pos, node].
     """
 
-    #: What the layer computed there, from what was put in before.
+    #: The activation that the layer computed there from the values substituted before it.
     computed: dict[str, Tensor] = field(default_factory=dict)
-    #: What was put in instead. (The residual stream has an entry, but is left as it is.)
-    put_in: dict[str, Tensor] = field(default_factory=dict)
+    #: The value substituted for it. `resid_pre` and `resid_post` have entries too, but the residual
+    #: stream is not changed.
+    substituted: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def _check_nodes(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> None:
     """Raise `HookNameError` unless the hook points of a model carry nodes.
 
-    They do if, with values of our own put in at all of them, each location is what the weights
-    alone make of the locations before it, and the residual stream gets exactly what is written.
+    Values are substituted at all of them. They carry nodes if the activation at each location then
+    depends on the earlier locations through the weights alone, and if exactly the substituted
+    writes are added to the residual stream.
     """
     if re.search("solu|_ln$", str(model.cfg.act_fn)):
         raise _refusal(model, f"{model.cfg.act_fn} mixes MLP neurons")
@@ -107,13 +110,14 @@ def _check_nodes(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> None:
             if not is_sound:
                 raise _refusal(
                     model,
-                    f"in layer {layer}, {target} is not what the weights alone make of {source}",
+                    f"in layer {layer}, {target} is not what the weights alone compute from "
+                    f"{source}",
                 )
         _check_residual_stream(model, layer, probed)
 
 
 def _probe(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> list[_ProbedLayer]:
-    """Run the model on three short sequences, with values of our own put in at `hooks`."""
+    """Run the model on three short sequences, with values substituted at `hooks`."""
     size = (3, min(4, model.cfg.n_ctx))
     generator = torch.Generator().manual_seed(0)
     layers = [_ProbedLayer() for _ in range(model.cfg.n_layers)]
@@ -132,11 +136,11 @@ def _probe(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> list[_Probed
                 model,
                 f"the activation at {points[place]} is {list(x.shape)}, not [batch, pos, node]",
             )
-        # A copy, since models add in place.
+        # Copied, because models may change the residual stream in place.
         computed = x.flatten(2).to("cpu", torch.float32, copy=True)
         layers[layer].computed[location] = computed
         values = _probe_values(location, size, computed.shape[-1], generator)
-        values = layers[layer].put_in.setdefault(location, values)
+        values = layers[layer].substituted.setdefault(location, values)
         return values.view(x.shape).to(x) if place in hooks else None
 
     tokens = torch.arange(size[1]) + model.cfg.d_vocab // 2
@@ -146,21 +150,21 @@ def _probe(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> list[_Probed
         model(tokens)
     for (layer, location), name in points.items():
         if location not in layers[layer].computed:
-            raise _refusal(model, f"nothing passes {name}")
+            raise _refusal(model, f"the forward pass does not run {name}")
     return layers
 
 
 def _probe_values(
     location: str, size: tuple[int, int], width: int, generator: torch.Generator
 ) -> Tensor:
-    """What is put in at a location: values of shape [batch, pos, node]."""
+    """The values to substitute at a location, of shape [batch, pos, node]."""
     if location == "attn_in":
-        # One entry at each position but the first: it shows its row of the weights.
+        # A one-hot vector at each position but the first: each selects one row of the weights.
         values = F.one_hot(torch.randint(width, size, generator=generator), width).float()
         values[:, 0] = 0.0
         return values
-    # The same at all positions, so that attention, which is equal everywhere, changes nothing; and
-    # in sizes that a norm would make equal.
+    # The values are equal at all positions, so that averaging them by attention changes nothing.
+    # The sequences differ in scale, so that a norm, which would remove the scale, is noticed.
     n_sequences, n_pos = size
     values = torch.randn(n_sequences, 1, width, generator=generator).repeat(1, n_pos, 1)
     factors = torch.tensor([0.0, 1.0, 3.0])
@@ -172,7 +176,7 @@ def _probe_values(
 def _joined_locations(
     model: TLModel, layer: int, probed: _ProbedLayer
 ) -> dict[tuple[str, str], Tensor]:
-    """(source, target) → the sum of the weight matrices that join them.
+    """(source, target) → the sum of the weight matrices that join these two locations.
 
     Raises:
         HookNameError: if a matrix does not fit the locations that it joins, or is missing.
@@ -193,28 +197,29 @@ def _joined_locations(
         source, target = min(missing)
         raise _refusal(
             model,
-            f"no one matrix leads from {source} to {target}, as with a mixture of experts",
+            f"no single matrix joins {source} to {target}, as in a mixture of experts",
         )
     return joined
 
 
 def _is_equal_at_all_positions(neurons: Tensor) -> bool:
-    """Whether MLP neurons depend on the MLP's read alone, which was the same at all positions."""
+    """Whether the MLP neurons are equal at all positions, as the substituted MLP reads are."""
     change = neurons - neurons[:, :1]
     return bool(change.norm() <= 0.01 * neurons.norm())
 
 
 def _is_product(probed: _ProbedLayer, source: str, target: str, weights: Tensor) -> bool:
-    """Whether the target is, up to a bias and a scale, what was put in at the source times the
-    weights.
+    """Whether the activation at the target is the product of the values substituted at the source
+    and the weights, up to a bias and a scale.
     """
     computed = probed.computed[target]
-    # Zeros were put in at the first position of reads, and in the first sequence of all others.
+    # The substituted values are zero at the first position for attn_in, and in the first sequence
+    # for all other locations.
     without_source = computed[:, :1] if source == "attn_in" else computed[:1]
     change = computed - without_source
-    product = (probed.put_in[source].to(weights) @ weights).to(change)
+    product = (probed.substituted[source].to(weights) @ weights).to(change)
     if source == "attn_in":
-        # Each position has a scale of its own, since a norm's weights scale the rows of the matrix.
+        # Each position has its own scale, since the norm's weights scale the rows of the matrix.
         change, product = change.flatten(0, 1), product.flatten(0, 1)
     else:
         change, product = change.flatten(), product.flatten()
@@ -223,13 +228,15 @@ def _is_product(probed: _ProbedLayer, source: str, target: str, weights: Tensor)
 
 
 def _check_residual_stream(model: TLModel, layer: int, probed: _ProbedLayer) -> None:
-    """Raise `HookNameError` unless a layer adds what was put in as its writes, and nothing else."""
+    """Raise `HookNameError` unless a layer adds exactly the substituted writes to the stream."""
     before = probed.computed["resid_pre"]
     after = probed.computed["resid_post"]
-    attn_out = probed.put_in["attn_out"]
-    unexplained = after - before - attn_out - probed.put_in.get("mlp_out", 0)
+    attn_out = probed.substituted["attn_out"]
+    unexplained = after - before - attn_out - probed.substituted.get("mlp_out", 0)
     eps = torch.finfo(next(model.parameters()).dtype).eps
     if not unexplained.norm() <= 0.01 * attn_out.norm() + 2 * eps * after.norm():
         raise _refusal(
-            model, f"in layer {layer}, the residual stream gets more or less than what is written"
+            model,
+            f"in layer {layer}, the change of the residual stream is not the sum of attn_out and "
+            f"mlp_out",
         )

@@ -1,5 +1,6 @@
-"""Recognising a model: the same weights have the same fingerprint in any dtype, on any device, and
-on either TransformerLens line.
+"""Fingerprints, which recognise a model by its weights.
+
+The same weights match in any dtype, on any device, and with TransformerLens 3 or 4.
 """
 
 import hashlib
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from tl_sparse.hooks import TLModel, is_sparse_model
 
-#: Two sketches that differ by less than this share of their length are of the same weights.
-#: Rounding to bfloat16 moves a sketch by about 0.001 of its length, a change of the weights by 5 %
-#: moves it by about 0.05, and the sketches of two different matrices differ by about 1.
+#: Sketches match if their distance is at most this fraction of their norm. Rounding the weights to
+#: bfloat16 moves a sketch by about 0.001 of its norm, and changing them by 5 % moves it by about
+#: 0.05; the sketches of two different matrices differ by about their norm.
 TOLERANCE = 0.01
-#: Rounding to float16 can move even the smallest weights by this much.
+#: An additional absolute tolerance, because rounding to float16 can change even the smallest
+#: weights by this much.
 ABSOLUTE_TOLERANCE = 1e-6
-#: What identifies the architecture of a model that is not of this package.
+#: The fields of `cfg` that identify the architecture of a model from outside this package.
 _CONFIG_FIELDS = (
     "n_layers",
     "d_model",
@@ -38,15 +40,15 @@ _CONFIG_FIELDS = (
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a circuit remembers of its model."""
+    """What a circuit stores in order to recognise its model."""
 
-    #: Hash of what the network computes, without its weights.
+    #: A hash of the configuration, which determines the network up to its weights.
     architecture: str
-    #: Parameter name → eight numbers, projections of its weights on fixed directions.
+    #: Parameter name → eight projections of its values onto fixed directions.
     sketch: dict[str, list[float]]
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """None if both are of the same model, else what differs."""
+        """A description of how `other` differs; None if both belong to the same model."""
         if self.architecture != other.architecture:
             return f"another architecture ({other.architecture}, not {self.architecture})"
         for name, ours in self.sketch.items():
@@ -73,11 +75,13 @@ def fingerprint(model: TLModel) -> Fingerprint:
 
 @torch.no_grad()
 def _project(weights: Tensor) -> list[float]:
-    """Eight sums of the weights with fixed signs, each over every eighth entry, scaled to about the
-    size of a weight.
+    """Eight sums of the weights with fixed signs, each over every eighth entry.
+
+    They are divided by the root of the number of weights, so that they are about as large as one
+    weight.
     """
     flat = weights.detach().flatten().to("cpu", torch.float64)
-    # The sign of a cosine of incommensurable angles: as good as random here, and the same on every
+    # The signs of the cosines of these angles are as good as random here, and the same on every
     # platform.
     angles = torch.arange(1, flat.numel() + 1, dtype=torch.float64) * 1.8393972058572117
     signed = torch.where(angles.cos() >= 0, flat, -flat)

@@ -1,5 +1,6 @@
-"""Nodes and edges of a model (Gao et al. 2025, section 2.2): at which locations they are, what
-they are called, and which weight matrices join them.
+"""Nodes and edges of a model (Gao et al. 2025, section 2.2).
+
+This defines the locations and names of nodes, and the weight matrices that join them.
 """
 
 import re
@@ -22,11 +23,11 @@ class NodeLocation:
     """A place in the network at which each entry of the activation is a node.
 
     Attributes:
-        name: as it stands in the names of nodes, after the layer.
-        openai_name: the same in OpenAI's files.
-        description: what the nodes there are.
-        hook_points: the hook points in a block that can carry its activation; a model is used
-            through the first of these that it has.
+        name: the name of the location, as part of the names of its nodes.
+        openai_name: the name of the location in OpenAI's files.
+        description: a description of its nodes for users.
+        hook_points: the hook points of a block that can carry its activation; the first one that
+            the model has is used.
         is_by_head: whether the activation has an axis for heads.
     """
 
@@ -39,9 +40,9 @@ class NodeLocation:
 
 #: The locations in each block, in the order of the forward pass.
 #:
-#: The hook points of reads are, in this order, those of our models (after AbsTopK), of a
-#: `TransformerBridge` (after the norm), and of a `HookedTransformer` (before the norm's weight,
-#: where holding an entry at its mean has the same effect).
+#: The hook points of the reads are, in this order, those of tl_sparse models (after AbsTopK), of a
+#: `TransformerBridge` (after the norm), and of a `HookedTransformer` (before the weight of the norm
+#: is applied; holding an entry at its mean has the same effect there).
 BLOCK_LOCATIONS = (
     NodeLocation(
         name="attn_in",
@@ -62,8 +63,8 @@ BLOCK_LOCATIONS = (
     NodeLocation("mlp_neuron", "mlp.post_act", "MLP neurons", ("mlp.hook_post",)),
     NodeLocation("mlp_out", "mlp.resid_delta", "written by MLP", ("hook_mlp_out",)),
 )
-#: What the tokens write. It is in no block, its nodes count as layer 0, and it is a node location
-#: only where `PruneConfig.embed_gates` asks for it.
+#: The channels of the token embedding. This location is outside the blocks, its nodes belong to
+#: layer 0, and it is used only with `PruneConfig.embed_gates`.
 EMBED_LOCATION = NodeLocation("embed_out", "embed", "written by tokens", hook_points=())
 EMBED_HOOK = "hook_embed"
 
@@ -84,16 +85,16 @@ class WeightMatrix:
     """A weight matrix that joins two node locations of a block.
 
     Attributes:
-        module: the name of the block's module that has it.
-        weight: the name of its parameter there.
+        module: the name of the module of the block that contains it.
+        weight: the name of its parameter in that module.
         source, target: the names of the locations that it joins.
-        bias: the parameter that is added at the target; "" for W_gate, since the bias of neurons
-            belongs to W_in.
-        positional_weight: the parameter with its rows for positional channels; "" if it never has
-            any.
-        grouped_weight: the parameter in which a `HookedTransformer` whose query heads share keys
-            and values stores each of these once, while `weight` repeats them for every query head;
-            "" if heads never share it.
+        bias: the parameter that is added at the target; "" for W_gate, since the bias of the
+            neurons belongs to W_in.
+        positional_weight: the parameter with the rows for positional channels; "" if no model has
+            such rows for this matrix.
+        grouped_weight: the parameter in which a `HookedTransformer` with grouped-query attention
+            stores each key and value head once, while `weight` repeats it for every query head; ""
+            for matrices that query heads never share.
     """
 
     module: str
@@ -105,7 +106,7 @@ class WeightMatrix:
     grouped_weight: str = ""
 
 
-#: From writes to later reads there is no weight: the residual stream joins them.
+#: No matrix leads from writes to later reads, because the residual stream joins them directly.
 MATRICES = (
     WeightMatrix("attn", "W_Q", "attn_in", "attn_q", "b_Q", "W_Q_pos"),
     WeightMatrix("attn", "W_K", "attn_in", "attn_k", "b_K", "W_K_pos", grouped_weight="_W_K"),
@@ -121,8 +122,8 @@ MATRICES = (
 class Node:
     """One node: an entry of the activation at a location of a layer.
 
-    `index` counts over all heads at attn_q, attn_k and attn_v (head = index // d_head), as in
-    OpenAI's files.
+    At attn_q, attn_k and attn_v, `index` runs over the channels of all heads
+    (head = index // d_head), as in OpenAI's files.
     """
 
     layer: int
@@ -134,12 +135,12 @@ class Node:
 
     @property
     def openai_name(self) -> str:
-        """The node as OpenAI writes it: `0.attn.q.5`, `0.mlp.post_act.7`."""
+        """The name of the node in OpenAI's notation, such as `0.attn.q.5` or `0.mlp.post_act.7`."""
         return f"{self.layer}.{LOCATIONS[self.location].openai_name}.{self.index}"
 
     @classmethod
     def parse(cls, text: str) -> "Node":
-        """The node of that name, which is ours (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
+        """The node with this name, in our notation (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
 
         Raises:
             CircuitError: if the text is not the name of a node.
@@ -147,15 +148,15 @@ class Node:
         match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
         if match is None or match[2] not in _BY_ANY_NAME:
             raise CircuitError(
-                f"{text!r} is not a node, layer.location.index; "
-                f"locations are {', '.join(_BY_ANY_NAME)}"
+                f"{text!r} is not a node; nodes are written layer.location.index, "
+                f"and the locations are {', '.join(_BY_ANY_NAME)}"
             )
         return cls(int(match[1]), _BY_ANY_NAME[match[2]].name, int(match[3]))
 
 
 @dataclass(frozen=True, order=True)
 class Edge:
-    """A nonzero weight whose input and output nodes are both kept."""
+    """A nonzero weight that joins two nodes."""
 
     source: Node
     target: Node
@@ -166,29 +167,29 @@ class Edge:
 
     @property
     def ends(self) -> tuple[Node, Node]:
-        """The source and the target: the edge without its weight."""
+        """The source and target nodes, without the weight."""
         return self.source, self.target
 
 
 def node_at(hook_name: str, index: int) -> Node:
-    """The node with this index at a hook point of a node location.
+    """The node with this index at a hook point.
 
     Raises:
-        HookNameError: if no nodes are at that hook point.
+        HookNameError: if the hook point does not belong to a node location.
     """
     if hook_name == EMBED_HOOK:
         return Node(0, EMBED_LOCATION.name, index)
     _, layer, point = hook_name.split(".", 2)
     if point not in _BY_HOOK_POINT:
         raise HookNameError(
-            f"{hook_name!r} is not a node location; they are, in blocks.i, "
+            f"{hook_name!r} is not a node location; the node locations of each block are "
             f"{', '.join(_BY_HOOK_POINT)}"
         )
     return Node(int(layer), _BY_HOOK_POINT[point].name, index)
 
 
 def kept_nodes(masks: NodeMasks) -> list[Node]:
-    """The nodes at which the masks are true, in their order."""
+    """The nodes at which the masks are true, in the order of the masks."""
     nodes = []
     for hook_name, mask in masks.items():
         for index in mask.flatten().nonzero()[:, 0].tolist():
@@ -197,7 +198,7 @@ def kept_nodes(masks: NodeMasks) -> list[Node]:
 
 
 def indices_by_location(nodes: Iterable[Node]) -> dict[tuple[int, str], list[int]]:
-    """(layer, location) → the indices of the nodes there, all in the order of `nodes`."""
+    """(layer, location) → the indices of the nodes there, in the order of `nodes`."""
     indices = defaultdict[tuple[int, str], list[int]](list)
     for node in nodes:
         indices[node.layer, node.location].append(node.index)
@@ -207,11 +208,10 @@ def indices_by_location(nodes: Iterable[Node]) -> dict[tuple[int, str], list[int
 def weight_matrices(
     model: TLModel, layer: int
 ) -> Iterator[tuple[str, str, Float[Tensor, "source target"]]]:
-    """Source, target and weights of each matrix that joins two locations of a layer, in the order
-    of the forward pass.
+    """The source, target and weights of each matrix that joins two locations of a layer.
 
-    Several can join the same two locations: W_in and W_gate of a gated MLP, or the parts of W_O
-    whose heads share a value channel.
+    They are in the order of the forward pass. Several matrices can join the same two locations:
+    W_in and W_gate of a gated MLP, or the parts of W_O whose query heads share a value head.
     """
     for matrix in MATRICES:
         module: Any = getattr(model.blocks[layer], matrix.module, None)
@@ -230,8 +230,9 @@ def weight_matrices(
 
 
 def _stored_weights(module: Any, matrix: WeightMatrix) -> Tensor | None:
-    """The weights in the shape in which the model stores them, positional rows below the others;
-    None if the model lacks the matrix.
+    """The weights in the shape in which the model stores them; None if it does not have the matrix.
+
+    Rows for positional channels follow the other rows.
     """
     name = matrix.weight
     if matrix.grouped_weight and hasattr(module, matrix.grouped_weight):
@@ -247,7 +248,7 @@ def _stored_weights(module: Any, matrix: WeightMatrix) -> Tensor | None:
 
 
 def n_weights(model: TLModel) -> tuple[int, int]:
-    """How many weights between nodes are not zero, and how many there are."""
+    """The number of nonzero weights between node locations, and the number of all of them."""
     n_nonzero = 0
     n_total = 0
     for layer in range(model.cfg.n_layers):
@@ -258,12 +259,12 @@ def n_weights(model: TLModel) -> tuple[int, int]:
 
 
 def node_label(model: TLModel, node: Node) -> str:
-    """A node with its head where it has one: `0.attn_v h3.5` is channel 5 of head 3."""
+    """A node's label, with its head if it has one: `0.attn_v h3.5` is channel 5 of head 3."""
     return f"{node.layer}.{node.location} {index_label(model, node.location, node.index)}"
 
 
 def index_label(model: TLModel, location: str, index: int) -> str:
-    """A node's index at its location, as head and channel where the location is by head."""
+    """The label of an index: head and channel at locations with heads, otherwise the index."""
     if not LOCATIONS[location].is_by_head:
         return str(index)
     head, channel = divmod(index, model.cfg.d_head)

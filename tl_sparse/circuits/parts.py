@@ -1,4 +1,4 @@
-"""The parts of a circuit: which nodes and edges it keeps, and what is known of it."""
+"""The data of a circuit: its nodes and edges, and what is known about it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,9 @@ from tl_sparse.hooks import NodeMasks, NodeValues
 
 @dataclass(frozen=True, eq=False)
 class CircuitParts:
-    """The data of a circuit, as files have it; `Circuit` says what each field is.
+    """The data of a circuit, as its files contain it; `Circuit` documents each field.
 
-    Whether the parts fit each other is checked when a `Circuit` is made of them.
+    `Circuit` checks that the fields are consistent; this class does not.
     """
 
     kept: NodeMasks
@@ -40,14 +40,14 @@ class CircuitParts:
 
     @property
     def n_nodes(self) -> int:
-        """How many nodes are kept."""
+        """The number of kept nodes."""
         return sum(int(mask.sum()) for mask in self.kept.values())
 
     @property
     def n_candidates(self) -> int:
-        """How many nodes there are to keep or to hold."""
+        """The number of all nodes at the circuit's hook points, kept or not."""
         return sum(mask.numel() for mask in self.kept.values())
 
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
-        """(layer, location) → indices of the kept nodes there."""
+        """(layer, location) → the indices of the kept nodes there."""
         return indices_by_location(self.nodes)

@@ -1,7 +1,7 @@
 """The files in a circuit's folder.
 
-`circuit.json` describes the circuit. `circuit.safetensors` has its masks, means and scores: each
-tensor under the name of its hook point, behind `kept/`, `mean/` or `score/`.
+`circuit.json` describes the circuit. `circuit.safetensors` has its masks, means and scores. The
+name of each tensor is the name of its hook point, prefixed with `kept/`, `mean/` or `score/`.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 
 
 def write_circuit(folder: Path, circuit: CircuitParts) -> None:
-    """Write both files."""
+    """Write both files of a circuit."""
     tensors: dict[str, Tensor] = {}
     by_prefix = {"kept/": circuit.kept, "mean/": circuit.means, "score/": circuit.scores}
     for prefix, tensor_at in by_prefix.items():
@@ -50,11 +50,11 @@ def write_circuit(folder: Path, circuit: CircuitParts) -> None:
 
 
 def read_circuit(folder: Path) -> CircuitParts:
-    """Read both files.
+    """Read both files of a circuit.
 
     Raises:
-        CheckpointError: if one is missing, damaged, or of another format or version, or if they do
-            not belong together.
+        CheckpointError: if a file is missing, damaged, or has another format or version, or if the
+            two do not belong together.
     """
     path = folder / "circuit.json"
     values = read_json(path)
@@ -63,7 +63,10 @@ def read_circuit(folder: Path) -> CircuitParts:
             f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse"
         )
     if values.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: this version reads format_version {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path}: format_version is {values.get('format_version')!r}; "
+            f"this version of tl_sparse reads format_version {FORMAT_VERSION}"
+        )
     try:
         model = _read_fingerprint(values["model"])
         model_name = str(values["model_name"])
@@ -75,7 +78,8 @@ def read_circuit(folder: Path) -> CircuitParts:
         raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
     path = folder / "circuit.safetensors"
     tensors = read_tensors(path)
-    # Means at `hook_z`, where no nodes are, may be there too: for edges cut behind a head.
+    # There may also be means at `hook_z`, which is not a node location: cutting an edge that leaves
+    # a head needs them.
     head_means = [name for name in tensors if name.startswith("mean/") and name.endswith(".hook_z")]
     wrong = (tensors.keys() - set(head_means)) ^ set(expected)
     if wrong:
@@ -110,9 +114,9 @@ def _read_edge_set(pairs: list[list[str]]) -> frozenset[tuple[Node, Node]]:
 
 
 def _expected_tensors(values: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors that `circuit.json` speaks of, in the order of its hook points."""
+    """The names of the tensors that `circuit.json` announces, in the order of its hook points."""
     prefixes = ["kept/"]
-    # Files from before these two entries were written have means and no scores.
+    # Files that were written before these two entries existed have means and no scores.
     if values.get("means", True):
         prefixes.append("mean/")
     if values.get("scores", False):

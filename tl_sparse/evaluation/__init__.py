@@ -1,4 +1,4 @@
-"""Is a circuit sufficient, and is it necessary? Scores of a model under a circuit."""
+"""Scoring a model under a circuit, which shows whether the circuit is sufficient and necessary."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Judging a circuit: is it sufficient and necessary (Gao et al. 2025, sections 2.2 and 3)?"""
+"""Judging whether a circuit is sufficient and necessary (Gao et al. 2025, sections 2.2 and 3)."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -24,12 +24,13 @@ from tl_sparse.tasks import (
     task_loss_and_accuracy,
 )
 
-#: `full_evaluation` cuts each node and edge by itself to measure its effect, unless there are more
-#: than this many: for larger circuits that takes hours.
+#: `full_evaluation` ablates each node and edge separately to measure its effect, unless there are
+#: more than this many: for larger circuits that would take hours.
 MAX_EFFECTS = 4000
 
 
-#: Makes the context in which a model runs on a batch of prompts, such as "under a circuit".
+#: A function that returns the context in which a model runs on a batch of prompts, for example
+#: under a circuit.
 RunContext = Callable[[TaskData], AbstractContextManager[None]]
 
 
@@ -37,9 +38,9 @@ RunContext = Callable[[TaskData], AbstractContextManager[None]]
 
 
 def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
-    """The logits of the two candidates after each prompt.
+    """The logits of the two candidates at the last position of each prompt.
 
-    A model of this package unembeds the last position of each prompt only.
+    A model of this package unembeds only that position.
     """
     data = data.trimmed()
     if hasattr(model, "network"):
@@ -49,7 +50,7 @@ def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
 
 
 def task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
-    """The mean loss of the task, with gradients."""
+    """The mean task loss, through which gradients flow."""
     logits = task_logits(model, data)
     losses, _ = task_loss_and_accuracy(logits, data.correct)
     return losses.mean()
@@ -62,13 +63,13 @@ def all_logits(
     batch_size: int = 256,
     run_context: RunContext | None = None,
 ) -> Float[Tensor, "prompt 2"]:
-    """The candidates' logits of every prompt, in the order of the prompts.
+    """The logits of the two candidates for every prompt, in the order of the prompts.
 
     Args:
-        batch_size: the most prompts to run at a time.
+        batch_size: the largest number of prompts to run at a time.
         run_context: the context in which each batch runs; by default the model runs as it is.
     """
-    # Pairs of like length run together, so that little is computed for padding.
+    # Pairs of similar length run together, so that little computation is spent on padding.
     pair_lengths = data.last.view(-1, 2).amax(1)
     by_length = pair_lengths.argsort(stable=True)
     batches = []
@@ -88,14 +89,15 @@ def score(
     batch_size: int = 256,
     run_context: RunContext | None = None,
 ) -> Score:
-    """The loss and accuracy of `model` on the prompts of `data`; for the arguments see
-    `all_logits`.
+    """The loss and accuracy of `model` on the prompts of `data`.
+
+    For the arguments see `all_logits`.
     """
     return score_logits(all_logits(model, data, batch_size, run_context), data)
 
 
 def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
-    """The loss and accuracy of these logits of the candidates."""
+    """The loss and accuracy of given logits of the two candidates."""
     losses, right = task_loss_and_accuracy(logits, data.correct)
     pair_losses = losses.view(-1, 2).mean(1)
     standard_error = float("nan")
@@ -105,14 +107,17 @@ def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
 
 
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
-    """How well `model` does each task of `TASKS`; None for a task that its tokenizer or its context
-    length does not allow.
+    """The score of `model` on each task of `TASKS`.
+
+    It is None for a task whose prompts do not fit the model's tokenizer or its context length.
 
     Raises:
         TokenizerError: if the model has no tokenizer.
     """
     if model.tokenizer is None:
-        raise TokenizerError("the model has no tokenizer, so text cannot become tokens for it")
+        raise TokenizerError(
+            "the model has no tokenizer, which is needed to turn prompts into tokens"
+        )
     device = next(model.parameters()).device
     scores: dict[str, Score | None] = dict.fromkeys(TASKS)
     for name, task in TASKS.items():
@@ -126,9 +131,9 @@ def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, 
 
 
 def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[float, float]:
-    """The scale of the logits, and the shift of the second candidate's, with the least loss.
+    """The scale of the logits and the shift of the second candidate's logit that minimise the loss.
 
-    They are found by 16 steps of L-BFGS (Gao et al. 2025, A.5).
+    They are fitted by 16 steps of L-BFGS (Gao et al. 2025, A.5).
     """
     with torch.enable_grad():
         logits = logits.detach().double()
@@ -160,14 +165,14 @@ def _calibrated(
 
 @torch.no_grad()
 def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[str, Tensor]:
-    """The values at which each prompt's nodes are held when they are resampled.
+    """The values at which the nodes are held in resample ablation.
 
-    These are the activations at the hook points `names` on another of the prompts, drawn at random,
-    position by position.
+    For each prompt, these are the activations at the hook points `names` on another prompt of
+    `data`, drawn at random. Each position is held at the value of the same position.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(data.last), generator=generator).to(data.last.device)
-    # The prompt before it in a random order, cyclically, is never the prompt itself.
+    # Each prompt's partner is its predecessor in a random cyclic order, so never the prompt itself.
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
     trimmed = data.trimmed()
     partners = replace(trimmed, tokens=trimmed.tokens[partner], last=trimmed.last[partner])
@@ -179,13 +184,13 @@ def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[st
 def holding_circuit(
     circuit: Circuit, model: TLModel, ablation: str = "mean", inverted: bool = False
 ) -> RunContext:
-    """The context in which `model` runs under the circuit: all other nodes are held.
+    """The `RunContext` in which `model` runs under the circuit: all other nodes are held.
 
-    Whether `model` is the circuit's is not checked.
+    This does not check that `model` is the circuit's model.
 
     Args:
         ablation: the values at which nodes are held; see `Ablation`.
-        inverted: hold the circuit's nodes instead, and cut no edges.
+        inverted: hold the circuit's nodes instead of all others, and cut no edges.
     """
     nodes = circuit.kept if inverted else circuit.dropped
     cut = () if inverted else circuit.cut_edges(model)
@@ -208,10 +213,10 @@ def holding_circuit(
 
 
 def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:
-    """The full model, the circuit alone, and the model without the circuit, on the same prompts.
+    """Score the full model, the circuit alone, and the model without the circuit on `data`.
 
     Raises:
-        CircuitError: if `model` is not the circuit's.
+        CircuitError: if `model` is not the circuit's model.
     """
     n_edges = len(circuit.edges(model))
 
@@ -239,10 +244,13 @@ def judged(
     batch_size: int,
     ablation: str,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """The circuit's `evaluate` on the held-out pairs, and the scores that its file records.
+    """Evaluate a circuit on the held-out pairs, and collect the scores that its file records.
 
     The recorded scores are those on the selection pairs, on the held-out pairs, and on the held-out
     pairs after calibration on the selection pairs.
+
+    Returns:
+        What `evaluate` returns for the held-out pairs, and the recorded scores as JSON values.
     """
     evaluation = evaluate(circuit, model, heldout, batch_size)
     run_context = holding_circuit(circuit, model, ablation)
@@ -264,10 +272,10 @@ def judged(
 def sized_score(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> SizedScore:
-    """The circuit's size and score.
+    """The size of the circuit and its score on `data`.
 
     Raises:
-        CircuitError: if `model` is not the circuit's.
+        CircuitError: if `model` is not the circuit's model.
     """
     n_edges = len(circuit.edges(model))
     circuit_score = score(model, data, batch_size, holding_circuit(circuit, model))
@@ -275,9 +283,9 @@ def sized_score(
 
 
 def scaled_sizes(circuit: Circuit, half_octaves: Iterable[int]) -> list[int]:
-    """The circuit's number of nodes times 2^(i/2) for each i in `half_octaves`, rising.
+    """The circuit's number of nodes times 2^(i/2) for each i in `half_octaves`, in rising order.
 
-    No size exceeds the number of all nodes, and none comes twice.
+    Sizes are capped at the number of all nodes, and duplicates are removed.
     """
     sizes = set()
     for i in half_octaves:
@@ -289,12 +297,12 @@ def scaled_sizes(circuit: Circuit, half_octaves: Iterable[int]) -> list[int]:
 def faithfulness_curve(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> list[SizedScore]:
-    """The scores of circuits from an eighth to eight times the size.
+    """The scores of circuits from an eighth of the circuit's size to eight times its size.
 
     Each consists of the nodes that the search ranked highest.
 
     Raises:
-        CircuitError: if `model` is not the circuit's, or the circuit has no scores.
+        CircuitError: if `model` is not the circuit's model, or the circuit has no `scores`.
     """
     sized_scores = []
     for n_nodes in scaled_sizes(circuit, range(-6, 7)):
@@ -310,9 +318,9 @@ def random_circuits(
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[SizedScore]:
-    """The scores of random circuits with as many nodes at each hook point as this one.
+    """The scores of random circuits with as many nodes at each hook point as `circuit`.
 
-    They show what its size alone achieves.
+    They show which score a circuit of this size has by chance.
     """
     generator = torch.Generator().manual_seed(seed)
     sized_scores = []
@@ -329,8 +337,10 @@ def random_circuits(
 def effects(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> dict[Node | Edge, float]:
-    """By how much the loss of the circuit rises when one node is held at its mean or one edge is
-    cut, for each node and edge.
+    """The effect of each node and edge of the circuit.
+
+    The effect is the rise of the circuit's task loss when this node alone is held at its mean, or
+    this edge alone is cut.
     """
 
     def loss(circuit: Circuit) -> float:
@@ -347,16 +357,16 @@ def effects(
 def full_evaluation(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
-    """All that this module measures of a circuit, as JSON values.
+    """All measurements of a circuit that this module makes, as JSON values.
 
-    The effects are left out if the circuit has more than `MAX_EFFECTS` nodes and edges, and the
-    faithfulness curve (`ladder`) if it has no scores.
+    The effects are empty if the circuit has more than `MAX_EFFECTS` nodes and edges, and the
+    faithfulness curve (`ladder`) is empty if it has no `scores`.
 
     Args:
-        seed: of the random circuits.
+        seed: the seed of the random circuits.
 
     Raises:
-        CircuitError: if `model` is not the circuit's.
+        CircuitError: if `model` is not the circuit's model.
     """
     parts = _parts(circuit, model)
     effect_of: dict[Node | Edge, float] = {}

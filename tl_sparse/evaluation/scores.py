@@ -1,4 +1,4 @@
-"""The scores of a circuit, as numbers and as a table."""
+"""The scores of a circuit, and a table of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,22 +6,24 @@ from typing import Any, Literal
 
 from tl_sparse.tasks import Score, score_row, table
 
-#: The values at which the nodes outside a circuit are held: their means, zero, or their activations
-#: on another prompt.
+#: The values at which nodes outside a circuit are held: their means, zero, or their activations on
+#: another prompt.
 Ablation = Literal["mean", "zero", "resample"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a circuit, and of its model, on one set of prompt pairs.
+    """The scores of a circuit and of its model on one set of prompt pairs.
 
     Attributes:
-        full: the whole model.
-        circuit: the circuit alone, all other nodes at their means: sufficient if this is good.
-        ablated: the model with the circuit's nodes at their means: necessary if this is bad.
-        zero: the circuit alone, all other nodes at zero.
-        resample: the circuit alone, all other nodes at their activations on another of the prompts;
-            see `resampled`.
+        full: the score of the full model.
+        circuit: the score of the circuit alone, with all other nodes held at their means. The
+            circuit is sufficient if this score is good.
+        ablated: the score of the model with the circuit's nodes held at their means. The circuit is
+            necessary if this score is bad.
+        zero: the score of the circuit alone, with all other nodes held at zero.
+        resample: the score of the circuit alone, with all other nodes held at their activations on
+            another prompt; see `resampled`.
         n_pairs: the number of prompt pairs.
         n_nodes: the number of the circuit's nodes.
         n_edges: the number of the circuit's edges.
@@ -48,7 +50,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SizedScore:
-    """The size of a circuit, and its score on a set of prompt pairs."""
+    """The size of a circuit and its score on a set of prompt pairs."""
 
     n_nodes: int
     n_edges: int
@@ -56,7 +58,7 @@ class SizedScore:
 
 
 def scores_table(evaluation: Evaluation) -> str:
-    """The loss and accuracy of the full model, the circuit alone, and the model without it."""
+    """A table of the scores in an `Evaluation`."""
     rows = [
         score_row("the full model", evaluation.full),
         score_row("the circuit alone (sufficient?)", evaluation.circuit),

@@ -1,4 +1,4 @@
-"""How to prune."""
+"""The settings of pruning."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,50 +22,56 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How to prune. The defaults suit small models (the paper tunes them for each model and task,
-    A.5; `tl-sparse search` does that).
+    """The settings of pruning.
+
+    The defaults suit small models. The paper tunes them for each model and task (A.5), as
+    `tl-sparse search` does.
 
     Attributes:
-        target_loss: task loss that the circuit must reach on the selection pairs (paper: 0.15).
-        method: what ranks the nodes. `learned` gates; as baselines `attribution`,
-            `integrated_gradients`, `random`.
-        steps, pairs_per_step: gate-learning steps, and prompt pairs in each.
-        k_coef: weight of the number of open gates in the objective at the first step. From there it
-            is steered: up while the task loss is below `steer_to` · target_loss, down while it is
-            above. With each step its logarithm moves by at most `steer_rate` for good (a factor of
-            100 in all), and by at most `steer_now` for the moment. One setting then fits models and
-            tasks that need different weights, and the gates do not all close at once. With both at
-            0 it is constant (the paper).
-        lr, beta1, beta2, weight_decay, grad_clip: AdamW's, and the norm gradients are clipped to;
-            the learning rate falls linearly to 0.
-        warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs,
-            from init_bias down to 0 over the first that reach the target loss, the others just
-            closed. This saves most of the steps. Otherwise all start at init_bias (the paper).
-        init_bias, init_scale: the noise init_scale · N(0, 1) is added to each start. Without a warm
-            start and with a tiny scale all gates can close together.
-        temperature: of the surrogate gradient.
-        tied_qk: a query channel and its key channel share a gate.
-        embed_gates: the channels of the token embedding are nodes too.
-        ablation: what nodes outside the circuit are held at: their `mean` over the corpus, `zero`,
-            or, with `resample`, their activations on another prompt.
-        means_over: the means are those over the corpus (the paper), or for comparison over the
-            task's training pairs.
-        necessity: weight of a further term in the objective, max(0, ln 2 - task loss of the model
-            without the circuit), on half of the pairs; it finds backup paths that the circuit alone
-            does not need. 0 is the paper's objective.
-        ablated_accuracy: largest accuracy on the selection pairs that the model without the circuit
-            may have; 1 asks for a sufficient circuit only, as the paper does.
-        restarts: searches with other initial gates and another order of pairs; the circuit with the
-            fewest edges is kept.
-        train_pairs, selection_pairs, heldout_pairs: prompt pairs to learn gates on, to choose the
-            size on, and to judge on; all different.
-        cleanup_pairs: selection pairs on which sizes are tried, and on which nodes and edges are
-            removed that the circuit does not need.
-        batch_size: prompts, or rows of the corpus, run at once without gradients.
-        seed: of the pairs, the initial gates and the order of training.
+        target_loss: the task loss that the circuit must reach on the selection pairs (paper: 0.15).
+        method: the method that ranks the nodes: `learned` gates or, as baselines, `attribution`,
+            `integrated_gradients` or `random`.
+        steps, pairs_per_step: the number of gate-learning steps, and of prompt pairs in each step.
+        k_coef: the weight of the number of open gates in the objective at the first step. It is
+            then steered: it rises while the task loss is below `steer_to` · target_loss, and falls
+            while the loss is above. In each step its logarithm moves by at most `steer_rate`
+            permanently (by a factor of at most 100 in total), and by at most `steer_now` for this
+            step alone. One setting then fits models and tasks that need different weights, and the
+            gates do not all close at once. If `steer_rate` and `steer_now` are 0, the weight is
+            constant, as in the paper.
+        lr, beta1, beta2, weight_decay, grad_clip: the settings of AdamW, and the norm to which
+            gradients are clipped. The learning rate falls linearly to 0.
+        warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs.
+            The first ones, as many as reach the target loss, start at values from init_bias down to
+            0; the others start just closed. This saves most of the steps. Without a warm start, all
+            gates start at init_bias, as in the paper.
+        init_bias, init_scale: the start value of the gates, and the scale of the noise
+            init_scale · N(0, 1) that is added to it. Without a warm start, all gates can close
+            together if the scale is tiny.
+        temperature: the temperature of the surrogate gradient.
+        tied_qk: whether each query channel shares a gate with its key channel.
+        embed_gates: whether the channels of the token embedding are nodes too.
+        ablation: the values at which nodes outside the circuit are held: their `mean`, `zero` or,
+            with `resample`, their activations on another prompt.
+        means_over: whether means are taken over the corpus (as in the paper) or, for comparison,
+            over the task's training pairs.
+        necessity: the weight of a further term in the objective, max(0, ln 2 - task loss of the
+            model without the circuit), computed on half of the pairs. It finds backup paths that
+            the circuit alone does not need. With 0, the objective is that of the paper.
+        ablated_accuracy: the largest accuracy on the selection pairs that the model without the
+            circuit may have. With 1, the circuit need only be sufficient, as in the paper.
+        restarts: the number of searches, each with other initial gates and another order of the
+            pairs. The circuit with the fewest edges is kept.
+        train_pairs, selection_pairs, heldout_pairs: the numbers of prompt pairs for learning gates,
+            for choosing the size, and for judging the circuit. The three sets are disjoint.
+        cleanup_pairs: the number of selection pairs on which sizes are tried quickly, and on which
+            the nodes and edges that the circuit does not need are found.
+        batch_size: the number of prompts, or rows of the corpus, to run at once without gradients.
+        seed: the seed of the pairs, the initial gates and the order of training.
 
     Raises:
-        ConfigError: for an impossible value, naming the field, the value and the valid range.
+        ConfigError: for an impossible value; the message names the field, the value and the valid
+            range.
     """
 
     target_loss: float = 0.15

@@ -1,4 +1,4 @@
-"""Ranking the nodes: by learning a gate for each, or by attribution."""
+"""Ranking the nodes by learning a gate for each of them, or by attribution."""
 
 import math
 from collections.abc import Iterator
@@ -14,17 +14,18 @@ from tl_sparse.hooks import NodeGates, TLModel, hooked
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
-#: How far steering may take the weight of the number of open gates from `k_coef`, as a factor.
+#: The factor by which steering may raise or lower the weight of the number of open gates.
 STEERING_RANGE = 100
+#: The task loss at chance, in nats.
 LOSS_OF_A_COIN = math.log(2)
 
 
 def learn_gates(
     model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool
 ) -> None:
-    """Minimise task loss + k · open gates over the gates alone (A.5).
+    """Minimise task loss + k · (number of open gates) with respect to the gates alone (A.5).
 
-    The factor k starts at `k_coef` and is steered by the task loss; see `SizePenalty`.
+    The weight k starts at `k_coef` and is steered by the task loss; see `SizePenalty`.
     """
     optimizer = torch.optim.AdamW(
         [gates.tau],
@@ -44,8 +45,8 @@ def learn_gates(
         if config.necessity > 0:
             half = batch.pairs(range(max(1, batch.n_pairs // 2)))
             loss_without = _gated_loss(model, gates, half, config, inverted=True)
-            still_known = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
-            objective = objective + config.necessity * still_known
+            below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
+            objective = objective + config.necessity * below_chance
         optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
@@ -58,10 +59,10 @@ def learn_gates(
 
 
 class SizePenalty:
-    """The factor k of the number of open gates in the objective, steered by the task loss.
+    """The weight k of the number of open gates in the objective, steered by the task loss.
 
-    While the task loss is below `steer_to` · target loss, there are gates to spare and k rises;
-    while it is above, k falls.
+    While the task loss is below `steer_to` · `target_loss`, more gates can close and k rises; while
+    it is above, k falls.
     """
 
     def __init__(self, config: PruneConfig) -> None:
@@ -72,9 +73,9 @@ class SizePenalty:
         self.highest = self.log_k + math.log(STEERING_RANGE)
 
     def steered(self, loss: float) -> float:
-        """k for a step with this task loss.
+        """The value of k for a step with this task loss.
 
-        The logarithm of k moves by at most `steer_rate` for good, and by at most `steer_now` for
+        The logarithm of k moves by at most `steer_rate` permanently, and by at most `steer_now` for
         this step alone.
         """
         if self.smoothed_loss is None:
@@ -92,7 +93,7 @@ class SizePenalty:
 def _gated_loss(
     model: TLModel, gates: NodeGates, pairs: TaskData, config: PruneConfig, inverted: bool = False
 ) -> Float[Tensor, ""]:
-    """The task loss under the gates; inverted, that of the model without the circuit."""
+    """The task loss under the gates or, if `inverted`, that of the model without the circuit."""
     values = None
     if config.ablation == "resample":
         values = resampled(model, pairs, gates.index)
@@ -101,10 +102,10 @@ def _gated_loss(
 
 
 def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
-    """Random pairs, without end.
+    """An endless iterator over random batches of pairs.
 
-    Of 16 batches drawn together, each has pairs of similar length, so that little is computed for
-    padding.
+    16 batches are drawn at a time and sorted by length, so that each has pairs of similar length
+    and little computation is spent on padding.
     """
     generator = torch.Generator().manual_seed(config.seed)
     size = min(config.pairs_per_step, data.n_pairs)
@@ -120,15 +121,14 @@ def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
 def attribution(
     model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
 ) -> Float[Tensor, " gate"]:
-    """How much opening each gate changes the task loss, to first order: Σ gradient · (activation −
-    mean).
+    """The change of the task loss when each gate opens, to first order.
 
-    For the method "attribution", the gradient is that of the model as it is. Otherwise these are
-    integrated gradients: the mean of the gradients at points on the way from all nodes at their
-    means to the model as it is.
+    It is Σ gradient · (activation − mean). For the method "attribution", the gradient is that of
+    the full model. For all other methods these are integrated gradients: the gradient is averaged
+    over four points on the line from all nodes at their means to the full model.
 
-    As a ranking, both are baselines: learned gates find far smaller circuits (A.5). As a start for
-    learning, integrated gradients save most of its steps.
+    As final rankings, both are baselines, because learned gates find far smaller circuits (A.5). As
+    the start of gate learning, integrated gradients save most of the steps.
     """
     data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
     batches = torch.arange(data.n_pairs).split(max(1, config.batch_size // 2))
@@ -147,5 +147,5 @@ def attribution(
 
 
 def _mix(mean: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
-    """The mean where `opened` is 0, the activation where it is 1, and a mixture in between."""
+    """The mean where `opened` is 0, the activation where it is 1, interpolated in between."""
     return torch.lerp(mean.expand_as(activation), activation, opened)

@@ -1,7 +1,7 @@
-"""Finding the circuit of a task: nodes ranked by learned gates, as few of them kept as the target
-loss allows, then the edges between them.
+"""Finding the circuit of a task (Gao et al. 2025, sections 2.2 and A.5).
 
-Gao et al. 2025, sections 2.2 and A.5. Works through hook names alone; the model is not changed.
+Learned gates rank the nodes, and as few of them are kept as the target loss allows. Edges can then
+be pruned too. Node pruning uses hooks alone; edge pruning changes weights, and restores them.
 """
 
 import dataclasses
@@ -33,21 +33,24 @@ def prune(
     progress: bool = True,
     means: NodeValues | None = None,
 ) -> tuple[Circuit, Evaluation]:
-    """Find the circuit of `task` in `model`, and judge it on held-out pairs.
+    """Find the circuit of `task` in `model`, and evaluate it on held-out pairs.
 
     Args:
         model: a TransformerLens model with a tokenizer.
-        task: what the circuit is to do.
+        task: the task that the circuit must do.
         corpus: tokens of the training distribution, over which the means are taken.
-        config: how to prune.
-        progress: show a bar with the task loss and the number of open gates.
-        means: those over `corpus`, if `corpus_means` has already given them.
+        config: the settings of pruning; by default `PruneConfig()`.
+        progress: show a progress bar with the task loss and the number of open gates.
+        means: the means over `corpus`, if `corpus_means` has already computed them.
+
+    Returns:
+        The circuit, and its scores on the held-out pairs.
 
     Raises:
-        PruneError: if the model itself, or every set of its nodes, misses the target loss.
+        PruneError: if the full model or every set of its nodes misses the target loss.
         TokenizerError: if the model has no tokenizer, or a candidate is not a single token of it.
-        TaskError, DataError: if the prompts do not fit; HookNameError: if the model has no such
-            nodes.
+        TaskError, DataError: if the prompts do not fit the model.
+        HookNameError: if the hook points of the model do not carry nodes.
     """
     config = config or PruneConfig()
     train, selection, heldout = task_splits(model, task, config)
@@ -68,7 +71,7 @@ def prune(
 
 
 def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: PruneConfig) -> None:
-    """Raise `PruneError` if the model itself misses the target loss."""
+    """Raise `PruneError` if the full model misses the target loss."""
     full = score(model, selection, config.batch_size)
     if full.loss > config.target_loss:
         raise PruneError(
@@ -79,7 +82,7 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
 
 
 def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneConfig) -> Circuit:
-    """A circuit without nodes; its masks name all that there are to keep."""
+    """A circuit that keeps no node; its masks cover all nodes that pruning can keep."""
     nothing_kept = {}
     for name in gated_hooks(model, config.embed_gates):
         nothing_kept[name] = torch.zeros_like(means[name], dtype=torch.bool)
@@ -95,7 +98,7 @@ def _search(
     config: PruneConfig,
     progress: bool,
 ) -> Circuit:
-    """One circuit: its nodes ranked, then as few of them as make a circuit."""
+    """Rank the nodes, and find the smallest circuit of those ranked highest."""
     gates = initial_gates(empty, model, config)
     if config.warm_start or config.method != "learned":
         start_from_ranking(gates, empty, model, train, selection, config)
@@ -111,23 +114,27 @@ def prune_edges(
     config: PruneConfig | None = None,
     progress: bool = True,
 ) -> tuple[Circuit, Evaluation]:
-    """Cut every edge of a circuit that its task does not need, and drop the nodes that then have no
-    edges.
+    """Cut every edge of a circuit that its task does not need.
 
-    The edge with the least effect is tried first. The new circuit reaches the same target loss. Its
-    figures must not be mixed with those of circuits that are pruned by nodes alone.
+    Nodes whose edges are all cut are removed too. The edge with the least effect is tried first.
+    The new circuit reaches the same target loss. Its numbers of nodes and edges must not be mixed
+    with those of circuits from which only nodes are pruned.
 
     Args:
-        circuit: what `prune` found, or any other circuit of the task.
-        model: the model of the circuit, which must be one of this package.
-        task: what the circuit does.
-        config: as for `prune`, so that the selection and held-out pairs are the same.
-        progress: show a bar while the effects of the edges are measured.
+        circuit: a circuit that `prune` found, or any other circuit of the task.
+        model: the circuit's model, which must be a model of this package.
+        task: the task of the circuit.
+        config: the settings that `prune` was given, so that the selection and held-out pairs are
+            the same.
+        progress: show a progress bar while the effects of the edges are measured.
+
+    Returns:
+        The new circuit, and its scores on the held-out pairs.
 
     Raises:
-        PruneError: if `model` is not one of this package, or the circuit itself misses the target
-            loss.
-        CircuitError: if `model` is not the circuit's.
+        PruneError: if `model` is not a model of this package, or the given circuit misses the
+            target loss or is not necessary.
+        CircuitError: if `model` is not the circuit's model.
     """
     config = config or PruneConfig()
     _, selection, heldout = task_splits(model, task, config)
@@ -141,7 +148,9 @@ def prune_edges(
     with frozen(model):
         if not is_circuit(circuit, model, selection, config):
             raise PruneError(
-                f"the circuit misses the target loss {config.target_loss} before an edge is cut"
+                "before any edge is cut, the circuit misses the target loss "
+                f"{config.target_loss}, or the accuracy of the model without it exceeds "
+                f"{config.ablated_accuracy}"
             )
         some_pairs = representative(circuit, model, selection, config)
         effects = {}
@@ -156,7 +165,7 @@ def prune_edges(
 
 
 def _ends(edges: Collection[Edge]) -> set[Node]:
-    """The nodes that some of the edges join."""
+    """All source and target nodes of the edges."""
     ends = set()
     for edge in edges:
         ends.add(edge.source)
@@ -167,7 +176,7 @@ def _ends(edges: Collection[Edge]) -> set[Node]:
 def task_splits(
     model: TLModel, task: Task, config: PruneConfig
 ) -> tuple[TaskData, TaskData, TaskData]:
-    """Disjoint pairs to train gates on, to choose the size on, and to judge on."""
+    """Disjoint pairs for training the gates, for choosing the size, and for judging the circuit."""
     device = next(model.parameters()).device
     used = set[str]()
 
@@ -176,7 +185,7 @@ def task_splits(
         used.update(data.prompts)
         return data.to(device)
 
-    # The training pairs come last, so that their number does not change the others.
+    # The training pairs are made last, so that their number does not affect the other two sets.
     selection = unused_pairs(config.selection_pairs, 3 * config.seed)
     heldout = unused_pairs(config.heldout_pairs, 3 * config.seed + 1)
     train = unused_pairs(config.train_pairs, 3 * config.seed + 2)
@@ -191,8 +200,10 @@ def _judged(
     config: PruneConfig,
     measured: dict[str, Any],
 ) -> tuple[Circuit, Evaluation]:
-    """How the circuit does on the held-out pairs; and the circuit itself, on the CPU, with what was
-    measured of it.
+    """Evaluate the circuit on the held-out pairs.
+
+    Returns:
+        The circuit, moved to the CPU and with its measurements, and the evaluation.
     """
     circuit = dataclasses.replace(
         circuit,

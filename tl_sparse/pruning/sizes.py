@@ -1,4 +1,4 @@
-"""Choosing a size: from a ranking of the nodes to the smallest circuit that reaches the target."""
+"""Finding the smallest circuit that reaches the target loss, given a ranking of the nodes."""
 
 import dataclasses
 import math
@@ -16,14 +16,15 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import Score, TaskData, task_loss_and_accuracy
 
 T = TypeVar("T")
-#: From one size to the next, on the way from the learned size to one that is enough or too small.
+#: The factor between successive sizes while the search moves outwards from the learned size.
 SIZE_FACTOR = 1.3
 
 
 def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig) -> bool:
     """Whether the circuit is sufficient and necessary.
 
-    Sufficient: it reaches the target loss. Necessary: the model without it loses the task.
+    It is sufficient if it reaches the target loss. It is necessary if the accuracy of the model
+    without it is at most `ablated_accuracy`; if that is 1, this is not tested.
     """
     if circuit_score(circuit, model, data, config).loss > config.target_loss:
         return False
@@ -36,25 +37,25 @@ def is_circuit(circuit: Circuit, model: TLModel, data: TaskData, config: PruneCo
 def circuit_score(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig, inverted: bool = False
 ) -> Score:
-    """The score of the circuit alone; inverted, of the model without it."""
+    """The score of the circuit alone or, if `inverted`, of the model without it."""
     under = holding_circuit(circuit, model, config.ablation, inverted)
     return score(model, data, config.batch_size, under)
 
 
 class _Ranking:
-    """Circuits of the nodes whose gates rank highest."""
+    """Makes circuits of the nodes whose gates rank highest."""
 
     def __init__(self, empty: Circuit, gates: NodeGates) -> None:
         self.empty = empty
         self.gates = gates
         self.order = gates.tau.detach().argsort(descending=True, stable=True)
-        self.rank = self.order.argsort()  # of each gate, from 0
+        self.rank = self.order.argsort()  # the rank of each gate, from 0
 
     def __len__(self) -> int:
         return len(self.order)
 
     def circuit(self, size: int, removed: Sequence[int] = ()) -> Circuit:
-        """The circuit of the first `size` gates, without those in `removed`."""
+        """The circuit of the `size` highest-ranked gates, without the gates in `removed`."""
         kept = self.rank < size
         if removed:
             kept[list(removed)] = False
@@ -64,19 +65,20 @@ class _Ranking:
 def discretise(
     empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
 ) -> Circuit:
-    """The smallest number of top-ranked nodes that make a circuit on the selection pairs (A.5), and
-    of these only the ones that it needs.
+    """The smallest circuit of top-ranked nodes on the selection pairs (A.5).
+
+    With learned gates, nodes that this circuit does not need are then removed from it.
 
     Raises:
-        PruneError: if not even all nodes make a circuit.
+        PruneError: if not even the set of all nodes passes `is_circuit`.
     """
     ranking = _Ranking(empty, gates)
     size = _smallest_size(ranking, model, selection, config)
     some_pairs = representative(ranking.circuit(size), model, selection, config)
     candidates: list[int] = []
     if config.method == "learned":
-        # Gates learn all at once: some stay open that no kept node reads, or whose part another
-        # node has taken over. The lowest is tried first.
+        # All gates are learned together, so some remain open although no kept node reads their
+        # node, or another node has taken over its function. The lowest-ranked is tried first.
         candidates = ranking.order[:size].flip(0).tolist()
     removed = eliminate(
         candidates,
@@ -86,18 +88,19 @@ def discretise(
     circuit = ranking.circuit(size, removed)
     scores: dict[str, Tensor] = {}
     for name, tau in gates.at_nodes(gates.tau.detach()).items():
-        scores[name] = tau + 2 * circuit.kept[name]  # τ is in [-1, 1], so the kept nodes come first
+        # τ is in [-1, 1], so adding 2 ranks the kept nodes above all others.
+        scores[name] = tau + 2 * circuit.kept[name]
     return dataclasses.replace(circuit, scores=scores)
 
 
 def _smallest_size(
     ranking: _Ranking, model: TLModel, selection: TaskData, config: PruneConfig
 ) -> int:
-    """The smallest number of top-ranked nodes that make a circuit.
+    """The smallest number of top-ranked nodes that pass `is_circuit`.
 
-    Bisection between a size that is too small and one that is enough. Both are found by going
-    outwards from the learned size, because the loss is not monotonic over the whole ranking, but
-    nearly so around there.
+    It is found by bisection between a size that is too small and a size that is enough. Both are
+    searched outwards from the learned size, because the loss is nearly monotonic there, but not
+    over the whole ranking.
     """
 
     def is_enough(size: int, pairs: TaskData) -> bool:
@@ -116,13 +119,13 @@ def _smallest_size(
         enough = min(len(ranking), math.ceil(enough * SIZE_FACTOR))
     some_pairs = representative(ranking.circuit(enough), model, selection, config)
     while enough - too_small > 1:
-        # While no size is known to be too small, downwards from the learned one.
+        # Until a size is known to be too small, the search moves down from the learned size.
         size = (enough + too_small) // 2 if too_small else int(enough / SIZE_FACTOR)
         if is_enough(size, some_pairs):
             enough = size
         else:
             too_small = size
-    # What is enough for some of the pairs may be too small for all of them.
+    # A size that is enough on some of the pairs may be too small on all of them.
     while enough < len(ranking) and not is_enough(enough, selection):
         enough += math.ceil(enough / 20)
     return enough
@@ -131,10 +134,10 @@ def _smallest_size(
 def representative(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig
 ) -> TaskData:
-    """`cleanup_pairs` of the pairs, on which many circuits can be tried quickly.
+    """A sample of `cleanup_pairs` pairs, on which many circuits can be tested quickly.
 
-    They are evenly spaced in the order of the circuit's loss on the pairs, so that its mean loss
-    over them is nearly that over all pairs.
+    The pairs are sorted by the circuit's loss and sampled at even intervals, so that its mean loss
+    over the sample is close to its mean loss over all pairs.
     """
     under = holding_circuit(circuit, model, config.ablation)
     logits = all_logits(model, data, config.batch_size, under)
@@ -148,12 +151,13 @@ def representative(
 def eliminate(
     candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]
 ) -> list[T]:
-    """The candidates that can be taken away.
+    """The candidates that can be removed from a circuit.
 
     Args:
         candidates: nodes or edges, in the order in which they are tried.
-        holds: a quick test: whether there is still a circuit without these.
-        decides: the same as a thorough test. If too many are gone by it, the last ones come back.
+        holds: a quick test of whether the rest is still a circuit without the given candidates.
+        decides: the same as a thorough test. If it fails, the candidates that were removed last are
+            restored until it passes.
     """
     removed = _removed_by_test(candidates, holds)
     n_gone = 0
@@ -169,8 +173,10 @@ def eliminate(
 
 
 def _removed_by_test(candidates: Sequence[T], holds: Callable[[list[T]], bool]) -> list[T]:
-    """Take candidates away in groups, larger after each group that can go, smaller after one that
-    cannot.
+    """The candidates that can be removed according to `holds`.
+
+    They are tried in groups. The group size doubles after each group that can be removed, and is
+    halved after each group that cannot.
     """
     removed: list[T] = []
     first = 0

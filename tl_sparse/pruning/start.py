@@ -1,4 +1,4 @@
-"""The gates before they are learned: noise around one value, or a ranking of the nodes."""
+"""Initial values of the gates: one value with noise, or values in the order of a ranking."""
 
 import dataclasses
 import math
@@ -15,13 +15,14 @@ from tl_sparse.pruning.gates import attribution
 from tl_sparse.pruning.sizes import circuit_score
 from tl_sparse.tasks import TaskData
 
-#: Of how many nodes the first circuit of a warm start is, and by what factor the next is larger.
+#: The size of the first circuit that a warm start tries, and the factor by which each further
+#: circuit is larger.
 FIRST_SIZE = 32
 GROWTH = 1.5
 
 
 def initial_gates(empty: Circuit, model: TLModel, config: PruneConfig) -> NodeGates:
-    """Gates for all nodes of a circuit, at `init_bias` plus noise (the paper's start)."""
+    """Gates for all nodes, initialised to `init_bias` plus noise, as in the paper."""
     held_at = {name: empty.means[name] for name in empty.kept}
     if config.ablation == "zero":
         held_at = {name: torch.zeros_like(mean) for name, mean in held_at.items()}
@@ -36,7 +37,7 @@ def initial_gates(empty: Circuit, model: TLModel, config: PruneConfig) -> NodeGa
 
 
 def _tied_keys(empty: Circuit, model: TLModel) -> dict[str, str]:
-    """The hook point of each layer's keys → that of its queries, whose gates they share."""
+    """Key hook point → the query hook point of the same layer, whose gates the keys share."""
     hooks = node_hooks(model)
     tied = {}
     for (layer, location), key in hooks.items():
@@ -47,7 +48,7 @@ def _tied_keys(empty: Circuit, model: TLModel) -> dict[str, str]:
             if query_shape != key_shape:
                 raise PruneError(
                     "tied_qk needs a key channel for each query channel; "
-                    f"[heads, channels] are {query_shape} of queries and {key_shape} of keys"
+                    f"[n_heads, d_head] is {query_shape} for queries and {key_shape} for keys"
                 )
             tied[key] = query
     return tied
@@ -61,18 +62,18 @@ def start_from_ranking(
     selection: TaskData,
     config: PruneConfig,
 ) -> None:
-    """Put the gates in the order of a ranking of the nodes.
+    """Set the gates to values in the order of a ranking of the nodes.
 
-    As many as reach the target loss are open, from init_bias down to 0; the others are just closed.
-    Gates that are still to be learned keep their noise. For the method "random", the noise alone is
-    the ranking.
+    As many gates as reach the target loss are open, with values from init_bias down to 0; the
+    others are just closed. If the gates are still to be learned, their noise is added. For the
+    method "random", the noise alone is the ranking.
     """
     noise = gates.tau.detach() - config.init_bias
     scores = noise
     if config.method != "random":
         scores = attribution(model, gates, train, config).abs()
     order = scores.argsort(descending=True, stable=True)
-    rank = order.argsort()  # of each gate, from 0
+    rank = order.argsort()  # the rank of each gate, from 0
     size = _sufficient_size(rank, gates, empty, model, selection, config)
     if_open = config.init_bias * (1 - rank / size)
     if_closed = 0.3 * (size - rank) / len(rank)
@@ -90,7 +91,7 @@ def _sufficient_size(
     selection: TaskData,
     config: PruneConfig,
 ) -> int:
-    """About how many of the nodes ranked highest reach the target loss."""
+    """Approximately how many of the highest-ranked nodes are needed to reach the target loss."""
     pairs = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
     size = FIRST_SIZE
     while size < len(rank):

@@ -1,4 +1,4 @@
-"""Circuits for people to look at: pages, tables and plots."""
+"""Pages, tables and plots that show circuits."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The activations of a circuit's nodes, and where in the corpus they are strongest."""
+"""The activations of a circuit's nodes, and the passages of the corpus where they are strongest."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tl_sparse.view.writing import Vocabulary, activation_levels, four_digits
 
 @dataclass(frozen=True)
 class NodePoint:
-    """Where the activation of a node is: the name of the hook point, and the index there."""
+    """Where the activation of a node is found: the name of the hook point, and the index there."""
 
     hook: str
     index: int
@@ -24,8 +24,10 @@ class NodePoint:
 
 @dataclass(frozen=True)
 class NodeRun:
-    """What a model computes on a batch of prompts: logits, the activations of the nodes, and the
-    attention patterns of some heads by "layer.head".
+    """The recorded activations of a model on a batch of prompts.
+
+    They are the logits, the activations of the nodes, and the attention patterns of some heads,
+    with keys of the form "layer.head".
     """
 
     logits: Float[Tensor, "batch pos vocab"]
@@ -34,7 +36,7 @@ class NodeRun:
 
 
 def node_points(circuit: Circuit, nodes: Iterable[Node]) -> list[NodePoint]:
-    """Where the activations of these nodes are."""
+    """Where the activations of `nodes` are found."""
     hooks = circuit.hooks
     return [NodePoint(hooks[node.layer, node.location], node.index) for node in nodes]
 
@@ -45,10 +47,11 @@ def run_nodes(
     points: Sequence[NodePoint],
     heads: Iterable[tuple[int, int]] = (),
 ) -> NodeRun:
-    """Run the model as it is, and record some nodes and the patterns of some heads.
+    """Run the model without changing it, and record nodes and attention patterns.
 
     Args:
-        heads: layer and number of each head.
+        points: where the activations of the nodes are found.
+        heads: the layer and number of each head whose attention pattern is recorded.
     """
     hooks = {point.hook for point in points}
     for layer, _ in heads:
@@ -67,7 +70,7 @@ def run_nodes(
 def part_of_corpus(
     corpus: Int[Tensor, "seq pos"], points: Sequence[NodePoint]
 ) -> Int[Tensor, "row pos"]:
-    """As many rows of the corpus as `LIMITS.corpus_values` allows to run."""
+    """The first rows of the corpus, as many as `LIMITS.corpus_values` allows."""
     values_per_row = len(points) * corpus.shape[1]
     n_rows = max(1, LIMITS.corpus_values // values_per_row)
     return corpus[:n_rows].long()
@@ -96,8 +99,10 @@ def node_scales(
 
 
 def histogram(values: Float[Tensor, "seq pos"]) -> dict[str, Any]:
-    """How often a node has which activation: the ends of the histogram, and the counts in bins of
-    equal width between them.
+    """A histogram of a node's activations.
+
+    It consists of the smallest and the largest activation, and the counts in bins of equal width
+    between them.
     """
     low = float(values.min())
     high = float(values.max())
@@ -114,9 +119,14 @@ def strongest_passages(
     scale: Float[Tensor, ""],
     vocabulary: Vocabulary,
 ) -> list[list[Any]]:
-    """The passages in which a node is most positive or, by `sign`, most negative, strongest first.
+    """The passages in which a node's activation is strongest, the strongest first.
 
-    Each consists of the tokens, the node's activation at each, and where among them the peak is.
+    Each passage consists of its tokens, the node's activation at each token, and the position of
+    the peak among them.
+
+    Args:
+        sign: 1 for the most positive activations, -1 for the most negative.
+        scale: the activation that is written as `LIMITS.activation_levels`.
     """
     peaks, positions = (sign * values).max(1)
     strongest_first = peaks.argsort(descending=True, stable=True)

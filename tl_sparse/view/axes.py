@@ -1,4 +1,4 @@
-"""The look of all figures: panels, colours and marks, logarithmic axes, legends."""
+"""The style of all figures: panels, colours and markers, logarithmic axes, and legends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Okabe and Ito's colours, which colour-blind people can tell apart. Seven colours and eight marks
-#: come together again only after 56 series.
+#: The palette of Okabe and Ito, whose colours colour-blind readers can tell apart. With seven
+#: colours and eight markers, a combination repeats only after 56 series.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
 
 
 def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with `n` panels beside each other."""
+    """A figure of `size` inches with `n` panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -31,12 +31,12 @@ def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """The colour and mark of the series with this number."""
+    """The colour and marker of the series with this number."""
     return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
 
 
 def thousands(value: float, _: float) -> str:
-    """A size as a tick label: 300, 3k."""
+    """A size as a tick label, such as 300 or 3k."""
     if value < 1000:
         return f"{value:g}"
     return f"{value / 1000:g}k"
@@ -47,7 +47,7 @@ def percent(share: float, _: float) -> str:
 
 
 def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = thousands) -> None:
-    """Make the x axis logarithmic, and linear below `unit` if a value is there, such as 0 edges."""
+    """Make the x axis logarithmic; if a value, such as 0 edges, is below `unit`, linear there."""
     low, high = axes.dataLim.intervalx
     axes.set_xscale("log")
     if low < unit:
@@ -57,7 +57,7 @@ def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = tho
 
 
 def set_log_y(axes: Axes, unit: float) -> None:
-    """The same for the y axis, where a loss can be nearly 0."""
+    """Make the y axis logarithmic; if a value, such as a loss, is below `unit`, linear there."""
     low, high = axes.dataLim.intervaly
     axes.set_yscale("log")
     if low < unit:
@@ -69,7 +69,7 @@ def set_log_y(axes: Axes, unit: float) -> None:
 def _set_log_ticks(
     axis: Axis, low: float, high: float, unit: float, text: Callable[[float, float], str]
 ) -> None:
-    """Ticks at 0 and from `unit` on: the smaller the range of the data, the more in a decade."""
+    """Set ticks at 0 and from `unit` upwards; the smaller the data's range, the more per decade."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     span = high / max(low, unit)
@@ -87,7 +87,7 @@ def _set_log_ticks(
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """A legend above the panels, in as many columns as its longest entry lets fit."""
+    """Add a legend above the panels, in as many columns as fit with its longest entry."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels))
     columns = int(9 * figure.get_figwidth() / (6 + longest))

@@ -1,4 +1,4 @@
-"""The contents of a circuit's page, as JSON values; `page` makes HTML of them."""
+"""The contents of a circuit's page, as JSON values; the module `page` turns them into HTML."""
 
 import shlex
 from collections.abc import Sequence
@@ -32,19 +32,20 @@ from tl_sparse.view.writing import Vocabulary, four_digits
 
 @dataclass
 class PageContents:
-    """All that a page shows.
+    """The contents of a page.
 
     Attributes:
-        summary: what heads the page; see `_summary`.
+        summary: the values at the head of the page; see `_summary`.
         nodes: the nodes that are drawn.
-        edges: source, target and weight; here and elsewhere, nodes are named by their position in
-            `nodes`.
-        ends: see `task_ends`.
-        vocabulary: the texts of all tokens.
+        edges: the source, target and weight of each edge that is drawn. Here and in the other
+            fields, nodes are identified by their position in `nodes`.
+        ends: the tokens and candidates of the task, and their weights; see `task_ends`.
+        vocabulary: the texts of all tokens that the page shows.
         prompts: pairs of prompts.
-        curve: see `cuts.curve_by_size`.
-        corpus_tokens: how many tokens of the corpus were run.
-        loss: the loss of the circuit on the pairs on which cuts are measured; None if they are not.
+        curve: the faithfulness curve; see `cuts.curve_by_size`.
+        corpus_tokens: the number of tokens of the corpus that were run.
+        loss: the loss of the circuit on the pairs on which the ablation of each node is measured;
+            None if it is not measured.
     """
 
     summary: dict[str, Any]
@@ -58,7 +59,7 @@ class PageContents:
     loss: float | None = None
 
     def as_json(self, circuit: Circuit) -> dict[str, Any]:
-        """The JSON that page.js reads."""
+        """The JSON values that page.js reads."""
         data: dict[str, Any] = {
             "summary": self.summary,
             "nodes": [node.as_json() for node in self.nodes],
@@ -82,19 +83,21 @@ def page_data(
     corpus: Int[Tensor, "seq pos"] | None = None,
     min_weight: float = 0.0,
 ) -> dict[str, Any]:
-    """Everything that a page of the circuit shows, as JSON values.
+    """The contents of a page about the circuit, as JSON values.
 
     Args:
-        task: the task of the prompts, candidates and effects; by default the circuit's, if it is
-            one of `TASKS`.
-        corpus: tokens for histograms and passages; without them the page has none, and says so.
-        min_weight: leave out edges of a smaller absolute weight, and nodes that then have none.
+        task: the task of the prompts, candidates and effects; by default the circuit's own, if it
+            is one of `TASKS`.
+        corpus: tokens for histograms and passages. Without them the page has neither, and states
+            this.
+        min_weight: leave out edges with a smaller absolute weight, and nodes that then have no
+            edges.
 
     Raises:
-        CircuitError: if the circuit has no nodes, is too large to draw (the message offers a
-            `min_weight`), or is another model's.
+        CircuitError: if the circuit has no nodes, is too large to draw (the message suggests a
+            `min_weight`), or belongs to another model.
         TaskError: if there is no such task.
-        TaskError, DataError, TokenizerError: if its prompts do not fit the model.
+        TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
     nodes, edges = drawn(circuit, model, min_weight)
     task = _task_to_show(circuit, model, task)
@@ -132,8 +135,9 @@ def page_data(
 
 
 def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> Task | None:
-    """The task that was asked for or the circuit's; None if it is not known or there is no
-    tokenizer.
+    """The given task or, by default, the circuit's own.
+
+    It is None if the circuit's task is not one of `TASKS`, or the model has no tokenizer.
     """
     if isinstance(task, str):
         task = get_task(task)
@@ -143,7 +147,7 @@ def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> 
 
 
 def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]:
-    """Each edge as number of the source, number of the target, weight."""
+    """Each edge as the number of its source, the number of its target, and its weight."""
     number_of = {node: number for number, node in enumerate(nodes)}
     numbered: list[list[float]] = []
     for edge in edges:
@@ -155,9 +159,9 @@ def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]
 def _measure_cuts(
     page: PageContents, circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
 ) -> None:
-    """Add the scores of the circuit and of smaller and larger ones, and the effect of each node.
+    """Add the scores of the circuit, the effect of each node, and the faithfulness curve.
 
-    There is no faithfulness curve where not all nodes are drawn.
+    The curve is added only if all nodes of the circuit are drawn.
     """
     if not page.summary["scores"]:
         page.summary["scores"] = asdict(evaluate(circuit, model, pairs))
@@ -191,7 +195,7 @@ def _show_corpus(
 
 
 def _stated_limits(circuit: Circuit, corpus_tokens: int) -> dict[str, Any]:
-    """What the page says of its own limits, and of how it was made."""
+    """The limits of the page and how it was made, which the page states."""
     full_model = "the full model: without means the circuit cannot run"
     return {
         "passages": LIMITS.passages,
@@ -210,7 +214,7 @@ def _stated_limits(circuit: Circuit, corpus_tokens: int) -> dict[str, Any]:
 def _summary(
     circuit: Circuit, model: TLModel, task: Task | None, min_weight: float
 ) -> dict[str, Any]:
-    """What heads the page; the counts are of the whole circuit, drawn or not."""
+    """The values at the head of the page; the counts include nodes and edges that are not drawn."""
     model_name = circuit.model_name or str(getattr(model.cfg, "model_name", ""))
     measured = circuit.measured
     return {

@@ -1,4 +1,4 @@
-"""What a circuit loses when its nodes are cut."""
+"""The scores of a circuit when some of its nodes are ablated."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from tl_sparse.view.limits import LIMITS
 
 
 def circuit_loss(circuit: Circuit, model: TLModel, pairs: TaskData) -> float:
-    """The loss of the circuit on some pairs."""
+    """The task loss of the circuit on `pairs`."""
     return score(model, pairs, run_context=holding_circuit(circuit, model)).loss
 
 
 def cut_losses(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
 ) -> list[float]:
-    """The loss of the circuit without each of its `nodes` alone."""
+    """For each of `nodes`, the task loss of the circuit without this node."""
     losses = []
     for node in tqdm(nodes, "cutting nodes", disable=None):
         without_node = circuit.without([node], model)
@@ -31,7 +31,7 @@ def cut_losses(
 def most_important_first(
     circuit: Circuit, nodes: Sequence[Node], losses: Sequence[float]
 ) -> list[int]:
-    """The positions of the nodes, by the scores of the search; without them by `cut_losses`."""
+    """The positions of the nodes, sorted by the circuit's scores or, without these, by `losses`."""
     importance = list(losses)
     if circuit.scores:
         importance = []
@@ -43,13 +43,13 @@ def most_important_first(
 def curve_by_size(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
 ) -> list[list[float]]:
-    """The number of nodes and edges, loss, and accuracy of circuits of rising size.
+    """The number of nodes, number of edges, task loss and accuracy of circuits of rising size.
 
-    They are the first of the circuit's nodes and, if the search ranked all nodes, circuits up to
-    eight times as large.
+    These circuits consist of the first of `nodes`. If the circuit has scores, they are followed by
+    circuits up to eight times as large.
 
     Args:
-        nodes: those of the circuit, the most important first.
+        nodes: the nodes of the circuit, the most important first.
     """
     n_sizes = LIMITS.curve_sizes
     sizes = {round(len(nodes) ** (step / (n_sizes - 1))) for step in range(n_sizes)}

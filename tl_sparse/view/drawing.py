@@ -1,4 +1,4 @@
-"""Which nodes and edges of a circuit a page draws."""
+"""Selecting the nodes and edges of a circuit that a page draws."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,11 +14,12 @@ def drawn(
     """The nodes and edges to draw, in the order of the forward pass.
 
     Args:
-        min_weight: leave out edges of a smaller absolute weight, and nodes that then have none.
+        min_weight: leave out edges with a smaller absolute weight, and nodes that then have no
+            edges.
 
     Raises:
-        CircuitError: if there are no nodes or too many nodes or edges, or `model` is not the
-            circuit's.
+        CircuitError: if there are no nodes to draw, or too many nodes or edges, or `model` is not
+            the circuit's model.
     """
     nodes = circuit.nodes
     edges = circuit.edges(model)
@@ -37,7 +38,7 @@ def drawn(
         offer = ""
         if edges:
             weight = _sufficient_min_weight(edges)
-            offer = f"; min_weight = {weight:.3g} leaves those that can"
+            offer = f"; min_weight = {weight:.3g} leaves few enough"
         raise CircuitError(
             f"{len(nodes):,} nodes and {len(edges):,} edges are more than the "
             f"{LIMITS.nodes:,} and {LIMITS.edges:,} that can be drawn{offer}"
@@ -48,7 +49,7 @@ def drawn(
 def _sufficient_min_weight(edges: Sequence[Edge]) -> float:
     """A `min_weight` that leaves few enough edges and nodes.
 
-    With a tenth to spare, since the message rounds it.
+    It leaves a tenth fewer edges than would be possible, because the error message rounds it.
     """
     weights = sorted((abs(edge.weight) for edge in edges), reverse=True)
     n_edges = min(len(edges), LIMITS.edges)

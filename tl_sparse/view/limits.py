@@ -1,30 +1,30 @@
-"""What a page holds at most."""
+"""The limits of what a page contains."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PageLimits:
-    """What a page holds at most. The page itself tells its reader most of these.
+    """The limits of what a page contains. The page states most of them to its reader.
 
     Attributes:
-        nodes: nodes of the graph.
-        edges: edges of the graph.
-        page_bytes: size of the HTML file.
-        prompt_pairs: pairs of prompts to look at.
-        effect_pairs: pairs of prompts over which the loss after a cut is measured.
-        curve_sizes: circuits on the faithfulness curve up to the size of this one.
-        passages: passages of the corpus for each node and sign.
-        tokens_before_peak: tokens of a passage before its strongest.
-        tokens_from_peak: tokens of a passage from its strongest on.
-        prompt_tokens: tokens of a prompt, its last.
-        token_chars: characters of a token.
-        top_tokens: tokens for each channel and sign, those with the largest weights.
-        histogram_bins: bins of a node's histogram.
-        corpus_values: activations on the corpus that are held in memory; the more nodes there are,
-            the fewer rows of the corpus are run.
-        activation_levels: activations are written as whole numbers up to this one, times a scale
-            for each node.
+        nodes: the largest number of nodes in the graph.
+        edges: the largest number of edges in the graph.
+        page_bytes: the largest size of the HTML file, in bytes.
+        prompt_pairs: the number of prompt pairs that are shown.
+        effect_pairs: the number of prompt pairs on which the effect of ablating a node is measured.
+        curve_sizes: the number of points on the faithfulness curve up to the circuit's own size.
+        passages: the number of passages of the corpus for each node and sign.
+        tokens_before_peak: the number of tokens in a passage before its strongest token.
+        tokens_from_peak: the number of tokens in a passage from its strongest token onwards.
+        prompt_tokens: the number of tokens of a prompt that are shown, counted from its end.
+        token_chars: the number of characters of a token that are shown.
+        top_tokens: the number of tokens for each channel and sign, those with the largest weights.
+        histogram_bins: the number of bins in the histogram of a node.
+        corpus_values: the number of activations on the corpus that are held in memory. With more
+            nodes, fewer rows of the corpus are run.
+        activation_levels: activations are written as integers of at most this absolute value; each
+            node has its own scale.
     """
 
     nodes: int = 1_500

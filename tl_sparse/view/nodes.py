@@ -1,4 +1,4 @@
-"""What a page says of nodes, and of the tokens that they read and write."""
+"""The page's descriptions of nodes, and of the tokens that they read and write."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,20 +18,26 @@ from tl_sparse.view.writing import Vocabulary, four_digits
 
 @dataclass
 class PageNode:
-    """What a page says of a node. The fields are keys of the page's JSON, in its order.
+    """The page's description of a node. The fields are keys of the page's JSON, in its order.
 
     Attributes:
-        head: None where nodes have no head.
-        mean: the mean at which the node is held; None if the circuit has no means.
-        cut_loss: the loss of the circuit without this node; None if it is not measured.
-        passages: the most positive and the most negative ones; see `strongest_passages`.
-        channel: of reads and writes, the channel of the residual stream; a positional channel is
-            "p" with its number.
-        tokens: of reads and writes in other channels, the tokens that embedding or unembedding join
-            them to with the largest positive and negative weights, each with its weight.
+        name: the name of the node in our notation.
+        openai: the name of the node in OpenAI's notation.
+        label: the name with the head, if the node has one; see `node_label`.
+        kind: a description of the nodes at this location.
+        head: the number of the head; None at locations without heads.
+        mean: the mean at which the node is held when it is ablated; None if the circuit has no
+            means.
+        cut_loss: the task loss of the circuit without this node; None if it is not measured.
+        passages: the passages with the most positive activations, and those with the most negative
+            ones; see `strongest_passages`.
+        channel: for reads and writes, the channel of the residual stream. A positional channel is
+            "p" followed by its number.
+        tokens: for reads and writes in other channels, the tokens with the largest positive and the
+            largest negative weights in the embedding or unembedding, each with its weight.
         rank: how many nodes of the circuit are more important; None if it is not measured.
         scale: the activation that is written as `LIMITS.activation_levels`.
-        histogram: of the activations on the corpus; None if there is no corpus.
+        histogram: a histogram of the activations on the corpus; None without a corpus.
     """
 
     name: str
@@ -52,7 +58,7 @@ class PageNode:
     histogram: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by name; some are left out where there is nothing to say."""
+        """The fields by name; some are left out if they are None."""
         values = dict(vars(self))
         for name in ("channel", "tokens", "rank", "histogram"):
             if values[name] is None:
@@ -63,7 +69,7 @@ class PageNode:
 def page_nodes(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], vocabulary: Vocabulary
 ) -> list[PageNode]:
-    """What is known of the nodes before any token is run."""
+    """Descriptions of the nodes without their activations, which need a forward pass."""
     described = []
     for node, point in zip(nodes, node_points(circuit, nodes), strict=True):
         head = None
@@ -92,10 +98,11 @@ def page_nodes(
 def task_ends(
     model: TLModel, nodes: Sequence[Node], task: Task | None, vocabulary: Vocabulary
 ) -> dict[str, Any]:
-    """The ends of a circuit for a task, `tokens` and `candidates`, and what joins nodes to them.
+    """The `tokens` and `candidates` of a task, and the weights that join them to nodes.
 
-    `embed` has the nonzero entries of the embedding, each with the positions of its token and its
-    node; `unembed` those of the unembedding, with the positions of its node and its candidate.
+    `embed` lists the nonzero weights of the embedding between these tokens and reads, each with the
+    position of its token and of its node. `unembed` lists the nonzero weights of the unembedding
+    between writes and the candidates, each with the position of its node and of its candidate.
     """
     tokens: list[int] = []
     candidates: list[int] = []
@@ -130,7 +137,7 @@ def _writes(node: Node) -> bool:
 def _describe_channel(
     page_node: PageNode, model: TLModel, node: Node, vocabulary: Vocabulary
 ) -> None:
-    """Give a read or write its channel and the tokens of the channel."""
+    """Set the channel of a read or write, and the tokens with the largest weights in it."""
     if node.index >= model.cfg.d_model:
         page_node.channel = f"p{node.index - model.cfg.d_model}"
         return
@@ -145,7 +152,7 @@ def _describe_channel(
 def _top_tokens(
     weights: Float[Tensor, " vocab"], sign: int, vocabulary: Vocabulary
 ) -> list[list[Any]]:
-    """The tokens with the largest weights of this sign, each with its weight."""
+    """The tokens with the largest absolute weights of this sign, each with its weight."""
     top = (sign * weights).topk(min(LIMITS.top_tokens, len(weights)))
     tokens = top.indices.tolist()
     vocabulary.add(tokens)
@@ -157,7 +164,7 @@ def _top_tokens(
 
 
 def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
-    """What a 1 in a channel adds to each logit, before the final norm divides by its scale."""
+    """The contribution to each logit of a 1 in this channel, without the final norm's scale."""
     row: Tensor = model.unembed.W_U.detach()[channel]
     norm = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
     if norm is None:

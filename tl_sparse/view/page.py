@@ -17,20 +17,22 @@ from tl_sparse.view.limits import LIMITS
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page, to be saved or to be the value of a notebook's cell.
+    """An interactive page, which can be saved, and which a notebook displays.
 
     Attributes:
-        data: what `page_data` gathered.
+        data: the contents, as `page_data` returns them.
     """
 
     data: dict[str, Any]
 
     @cached_property
     def html(self) -> str:
-        """The whole page; the last prompts and passages are left out if it would be too large.
+        """The HTML of the page.
+
+        If it would be too large, the last prompt pairs are left out, then the last passages.
 
         Raises:
-            CircuitError: if it still has more than `LIMITS.page_bytes`.
+            CircuitError: if it is still larger than `LIMITS.page_bytes`.
         """
         data = self.data
         n_passages = LIMITS.passages
@@ -44,7 +46,7 @@ class Page:
             page = _fill_template(data)
         if len(page) > LIMITS.page_bytes:
             raise CircuitError(
-                f"the page would have {len(page):,} bytes; draw fewer edges, with min_weight"
+                f"the page would have {len(page):,} bytes; draw fewer edges by setting min_weight"
             )
         return page
 
@@ -57,7 +59,7 @@ class Page:
         write_text(Path(path), self.html)
 
     def _repr_html_(self) -> str:
-        # In a sandbox of its own, the page can neither read the notebook nor be styled by it.
+        # In its own sandbox, the page can neither read the notebook nor be styled by it.
         source = html.escape(self.html)
         style = "width:100%;height:900px;border:0"
         attributes = f'sandbox="allow-scripts" title="circuit" style="{style}"'
@@ -75,24 +77,27 @@ def _with_passages(data: dict[str, Any], n_passages: int) -> dict[str, Any]:
 
 
 def _fill_template(data: dict[str, Any]) -> str:
-    """The page of `data`. In ASCII and without `<`, no text of a model or a corpus can end the
-    element it is in.
+    """The HTML of a page with these contents.
+
+    The contents are written in ASCII and without `<`, so that no text from a model or a corpus can
+    close the element that contains it.
     """
     parts = {}
     for name in ("page.css", "d3.min.js", "page.js", "template.html"):
         parts[name] = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    # Only these two scripts may run, and nothing may be fetched: a second fence around the first.
+    # A second safeguard: the content security policy lets only these two scripts run, and forbids
+    # all requests.
     parts["scripts"] = f"{_digest(parts['d3.min.js'])} {_digest(parts['page.js'])}"
     task = data["summary"]["task"] or "A circuit"
     model = data["summary"]["model"] or "a model"
     parts["title"] = html.escape(f"{task} in {model}")
-    # JSON has no NaN and no infinity: they become null.
+    # JSON has no NaN or infinity, so both are replaced with null.
     finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
     parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])
 
 
 def _digest(script: str) -> str:
-    """A script as the content security policy names it."""
+    """The hash by which the content security policy identifies a script."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest())
     return f"'sha256-{digest.decode()}'"

@@ -1,6 +1,4 @@
-"""Figures: the loss of circuits by size, the size of circuits by task, the sparsity of a model by
-layer.
-"""
+"""Figures of the loss of circuits by size, their size by task, and a model's sparsity by layer."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ ENDINGS = (".png", ".svg")
 Size = Literal["edges", "nodes"]
 Measure = Literal["loss", "accuracy"]
 Point = tuple[float, float]
-#: (name, layer) → the share of entries that are not zero.
+#: (name, layer) → the fraction of entries that are nonzero.
 Shares = dict[tuple[str, int], float]
 
 
@@ -53,16 +51,18 @@ def check_drawing(path: str | Path) -> None:
     ending = Path(path).suffix
     if ending not in ENDINGS:
         allowed = " or ".join(ENDINGS)
-        raise ConfigError(f"{path}: nothing is drawn as {ending!r}; pictures end in {allowed}")
+        raise ConfigError(
+            f"{path}: figures cannot be written as {ending!r}; the name must end in {allowed}"
+        )
     if not find_spec("matplotlib"):
         raise ConfigError("drawing needs matplotlib: pip install 'tl-sparse[plots]'")
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG or SVG, by the ending of `path`.
+    """Write a figure as PNG or SVG, depending on the extension of `path`.
 
     Raises:
-        ConfigError: for another ending.
+        ConfigError: for any other extension.
         CheckpointError: if the file cannot be written.
     """
     check_drawing(path)
@@ -74,15 +74,17 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> Figure:
-    """The faithfulness curve: held-out loss in nats, and accuracy, by the size of the circuit.
+    """Draw the faithfulness curve: held-out loss in nats, and accuracy, by the size of the circuit.
 
-    The circuit itself is the large mark; the line beside it is of the nodes ranked highest.
+    The large marker is the circuit itself. The line shows circuits of the highest-ranked nodes.
 
     Args:
-        figures: what `full_evaluation` gives and `tl-sparse evaluate` writes, by the names to show.
+        figures: name to show → the measurements that `full_evaluation` returns and
+            `tl-sparse evaluate` writes.
 
     Raises:
-        DataError: if there is nothing to draw, or something is not such figures.
+        DataError: if there is nothing to draw, or a value does not have the form of such
+            measurements.
     """
     _check_not_empty(figures)
     figure, (loss_axes, accuracy_axes) = figure_with_panels(2, (8.2, 3.9))
@@ -135,16 +137,18 @@ def _draw_curve(
 
 
 def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "results") -> Figure:
-    """The size of each task's node-pruned circuits: a mark for each model, a line over the seeds.
+    """Draw the size of each task's node-pruned circuits.
 
-    The dotted line, of edges, is the geometric mean over the tasks that all models solve.
+    Each model has a marker at the median over the seeds, and a line from the smallest to the
+    largest size. If the size is the number of edges, a dotted line shows each model's geometric
+    mean over the tasks that all models solve.
 
     Args:
-        results: what `run_suite` returns and `tl-sparse suite` writes.
-        name: what an error calls the results.
+        results: the results that `run_suite` returns and `tl-sparse suite` writes.
+        name: the name of the results in error messages.
 
     Raises:
-        DataError: if `results` are not such results, or have no circuit.
+        DataError: if `results` do not have the form of such results, or contain no circuit.
     """
     with _reading(name, "suite"):
         means: Mapping[str, float] = {}
@@ -174,7 +178,7 @@ def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "resu
 def _node_pruned_sizes(
     models: Mapping[str, Any], against: Size
 ) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Model → task → the median and range of the size; without tasks that have no circuit."""
+    """Model → task → the median and range of the size; tasks without a circuit are left out."""
     sizes: dict[str, dict[str, Mapping[str, float]]] = {}
     for model, entries in models.items():
         sizes[model] = {}
@@ -185,7 +189,7 @@ def _node_pruned_sizes(
 
 
 def _largest_first(sizes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """The tasks, by the largest of the models' median sizes."""
+    """The tasks in falling order of the largest median size over the models."""
     medians = defaultdict[str, list[float]](list)
     for size_of in sizes.values():
         for task, size in size_of.items():
@@ -201,17 +205,18 @@ def _each(size_of: Mapping[str, Mapping[str, float]], statistic: str) -> list[fl
 
 
 def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> Figure:
-    """Held-out loss in nats by size, of many circuits.
+    """Draw the held-out loss in nats of many circuits by their size.
 
-    Of a full evaluation, the circuit and those of its faithfulness curve are drawn, with a line
-    along the best of each task and model; of a suite, the medians over the seeds of each task's
-    circuits.
+    For a full evaluation, these are the circuit and the circuits of its faithfulness curve, and a
+    line shows the least loss up to each size for each model and task. For a suite, these are the
+    medians over the seeds of each task's circuits.
 
     Args:
-        sources: what `full_evaluation` or `run_suite` give and their commands write, by any names.
+        sources: any name → the values that `full_evaluation` or `run_suite` returns, and the
+            commands `tl-sparse evaluate` and `tl-sparse suite` write.
 
     Raises:
-        DataError: as for `curve`.
+        DataError: if there is nothing to draw, or a value does not have the form of such values.
     """
     _check_not_empty(sources)
     points = defaultdict[str, list[Point]](list)
@@ -245,7 +250,7 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
 
 
 def _suite_points(models: Mapping[str, Any], against: Size) -> Iterator[tuple[str, list[Point]]]:
-    """Label, median sizes and losses, for each model and way of pruning."""
+    """For each model and kind of pruning, a label and the (median size, median loss) points."""
     for model, entries in models.items():
         for pruning, words in (
             ("node_pruned", "nodes pruned"),
@@ -264,15 +269,16 @@ def _suite_points(models: Mapping[str, Any], against: Size) -> Iterator[tuple[st
 
 @torch.no_grad()
 def sparsity(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Figure:
-    """The shares of nonzero weights of each matrix and of nonzero activations at each node
-    location, by layer.
+    """Draw the fractions of nonzero weights and of nonzero activations, by layer.
+
+    There is one row for each weight matrix, and one for each node location.
 
     Args:
         corpus: the tokens over which activations are counted.
 
     Raises:
-        DataError: if there are no tokens.
-        HookNameError: if the model has no nodes.
+        DataError: if `corpus` has no tokens.
+        HookNameError: if the hook points of the model do not carry nodes.
     """
     activations = _activation_shares(model, corpus)
     weights = _weight_shares(model)
@@ -287,7 +293,7 @@ def sparsity(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Figure:
 
 
 def _weight_shares(model: TLModel) -> Shares:
-    """The nonzero share of each matrix; embedding and unembedding stand at layer n_layers."""
+    """The nonzero fraction of each matrix; embedding and unembedding count as layer n_layers."""
     n_layers = model.cfg.n_layers
     nonzero = defaultdict[tuple[str, int], list[Tensor]](list)
     for layer in range(n_layers):
@@ -302,7 +308,7 @@ def _weight_shares(model: TLModel) -> Shares:
 
 
 def _activation_shares(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Shares:
-    """The nonzero share of the activations at each node location."""
+    """The nonzero fraction of the activations at each node location."""
     hooks = node_hooks(model)
     _check_not_empty(corpus)
     means = Means()
@@ -322,7 +328,7 @@ def _activation_shares(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Shares
 
 
 def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
-    """A row for each name, with a mark for each layer."""
+    """Draw a row for each name, with a marker for each layer."""
     names: list[str] = []
     layers: list[int] = []
     for name, layer in shares:
@@ -332,7 +338,7 @@ def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
             layers.append(layer)
     for layer in layers:
         offset = 0.0
-        if layer < n_layers:  # marks of different layers do not hide each other
+        if layer < n_layers:  # keeps the markers of different layers from hiding each other
             offset = 0.5 * ((layer + 0.5) / n_layers - 0.5)
         x = []
         y = []
@@ -342,14 +348,14 @@ def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
                 y.append(row + offset)
         label = _layer_label(layer, n_layers)
         axes.plot(x, y, ls="", ms=5, label=label, **_layer_style(layer, n_layers))
-    axes.plot([0.01, 1], [0, 0], alpha=0)  # keeps shares from 1% to 100% in sight
+    axes.plot([0.01, 1], [0, 0], alpha=0)  # makes the axis include 1% to 100%
     axes.set(yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()
     set_log_x(axes, unit=1e-3, text=percent)
 
 
 def _layer_label(layer: int, n_layers: int) -> str | None:
-    """The legend has every layer of a small model, and the first and last of others."""
+    """The legend lists every layer of a small model, and the first and last of a larger one."""
     is_block = layer < n_layers
     if layer in (0, n_layers - 1) or (n_layers <= 6 and is_block):
         return f"layer {layer}"
@@ -378,12 +384,12 @@ def _check_not_empty(values: Sized, *names: str) -> None:
 
 @contextmanager
 def _reading(name: str, command: str) -> Iterator[None]:
-    """Raise `DataError` if an entry of what is drawn is missing or malformed."""
+    """Raise `DataError` if an entry that is read within the context is missing or malformed."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f"{name} is not what `tl-sparse {command}` writes; missing or malformed: {error}"
+            f"{name} is not what `tl-sparse {command}` writes; missing or malformed entry: {error}"
         ) from error
 
 

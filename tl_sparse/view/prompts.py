@@ -1,4 +1,4 @@
-"""Pairs of prompts with what the model, and the circuit, make of them."""
+"""Prompt pairs with the logits, activations and attention patterns that a page shows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from tl_sparse.view.writing import Vocabulary, activation_levels, four_digits
 
 @dataclass(frozen=True)
 class PromptSide:
-    """One prompt of a pair: its last tokens. The fields are keys of the page's JSON.
+    """The last tokens of one prompt of a pair. The fields are keys of the page's JSON.
 
     Attributes:
-        tokens: their ids.
-        right: which of the two candidates is right, 0 or 1.
-        answer: the id of the right candidate.
-        logits: those of the two candidates, for each run.
-        values: the activation of each node at each token, as `activation_levels`.
-        patterns: "layer.head" → for each query, the attention to each key up to it in percent.
+        tokens: the ids of the tokens.
+        right: the index of the correct candidate, 0 or 1.
+        answer: the token id of the correct candidate.
+        logits: the logits of the two candidates for each run.
+        values: the activation of each node at each token, as integers; see `activation_levels`.
+        patterns: "layer.head" → for each query, the attention in percent to each key up to it.
     """
 
     tokens: list[int]
@@ -42,7 +42,7 @@ def run_prompts(
     points: Sequence[NodePoint],
     heads: Sequence[tuple[int, int]],
 ) -> list[NodeRun]:
-    """Run the prompts through the full model and then, if it has means, the circuit."""
+    """Run the full model on the prompts and then, if the circuit has means, the circuit."""
     runs = [run_nodes(model, prompts.tokens, points, heads)]
     if circuit.means:
         with circuit.applied(model):
@@ -56,7 +56,7 @@ def prompt_pairs(
     scales: Float[Tensor, " node"],
     vocabulary: Vocabulary,
 ) -> list[tuple[PromptSide, PromptSide]]:
-    """The pairs as the page shows them: logits of all runs, all else of the last."""
+    """The pairs as the page shows them: the logits are from all runs, all else is from the last."""
     logits = [candidate_logits(run.logits, prompts) for run in runs]
     levels = activation_levels(runs[-1].values, scales)
     sides = []
@@ -87,8 +87,9 @@ def _rounded(logits: Float[Tensor, " candidate"]) -> list[float]:
 def _percent_up_to_query(
     patterns: Mapping[str, Float[Tensor, "batch query key"]], row: int, start: int, stop: int
 ) -> dict[str, list[list[int]]]:
-    """The attention patterns between some positions of a prompt, in percent, without the keys after
-    each query.
+    """The attention patterns in percent between the positions from `start` to `stop` of a prompt.
+
+    The keys after each query are left out.
     """
     lower_triangles = {}
     for name, pattern in patterns.items():

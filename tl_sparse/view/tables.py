@@ -1,4 +1,4 @@
-"""A circuit as tables that a person can read."""
+"""Circuits and their measurements as text tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +13,14 @@ from tl_sparse.tasks import Score, Task, make_task_data, score_row, table
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
-    """A description of the circuit of `task` in `model`, a model of this package.
+    """A description of the circuit of `task` in `model`, which must be a model of this package.
 
-    It has the nodes by layer and kind, each edge with its weight, the entries of embedding and
-    unembedding for the task's tokens (for one pair's, if each pair has its own), and the scores.
+    It lists the nodes by layer and location, each edge with its weight, the weights of embedding
+    and unembedding for the task's tokens (or for those of one pair, if each pair has its own), and
+    the scores.
 
     Raises:
-        CircuitError: if `model` is not the circuit's.
+        CircuitError: if `model` is not the circuit's model.
     """
     title = f"Circuit of {task.name} in {circuit.model_name}"
     if task.candidates:
@@ -37,7 +38,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
 
 
 def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
-    """What `full_evaluation` gives, with the `most` largest effects."""
+    """Tables of what `full_evaluation` returns, with the `most` largest effects."""
     kinds = [[kind, str(number)] for kind, number in measured["kinds"].items()]
     effects = [[part, f"{effect:+.3f}"] for part, effect in measured["effects"].items()]
     random_table = _sizes_table("nodes at random", measured["random"])
@@ -52,9 +53,9 @@ def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
 
 
 def circuit_facts(circuit: Circuit) -> str:
-    """What is known of a circuit without its model.
+    """A description of a circuit that does not need its model.
 
-    That is its nodes by location and, if `prune` has found it, its scores.
+    It has the number of nodes at each location and, if `prune` found the circuit, its scores.
     """
     heldout = circuit.measured.get("heldout")
     if heldout is None:
@@ -64,8 +65,11 @@ def circuit_facts(circuit: Circuit) -> str:
 
 
 def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
-    """The tokens in which the prompts of a pair differ, followed by its two candidates; and the
-    candidates alone.
+    """The tokens of one pair of the task that a description of its circuit shows.
+
+    Returns:
+        The tokens in which the two prompts differ, followed by the two candidates; and the two
+        candidates alone.
 
     Raises:
         TaskError, TokenizerError: if the task does not fit the model's tokenizer.
@@ -107,8 +111,10 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
 
 
 def _token_tables(circuit: Circuit, model: TLModel, task: Task) -> list[str]:
-    """The entries of embedding and unembedding for the task's tokens, in the channels that the
-    circuit reads and writes; none where there is no such entry.
+    """Tables of the embedding and unembedding weights of the task's tokens.
+
+    They cover the channels that the circuit reads and writes. A table without nonzero weights is
+    left out.
     """
     tokens, candidates = task_tokens(model, task)
     whose = "the task's" if task.candidates else "one pair's"
@@ -127,9 +133,10 @@ def _token_tables(circuit: Circuit, model: TLModel, task: Task) -> list[str]:
 
 
 def _channels(circuit: Circuit, model: TLModel, ending: str) -> list[int]:
-    """The channels of the residual stream that the nodes at locations with this ending stand for.
+    """The residual channels of the circuit's nodes at locations whose names end in `ending`.
 
-    Indices from d_model on are positional channels, which no token has.
+    Indices from d_model upwards are left out: they are positional channels, in which tokens have no
+    embedding weights.
     """
     channels = set()
     for node in circuit.nodes:
@@ -144,7 +151,7 @@ def _channels_table(
     tokens: Sequence[int],
     matrix: Float[Tensor, "channel vocab"],
 ) -> str:
-    """The entries of some tokens in some channels, without channels that have none; "" for none."""
+    """A table of the nonzero weights of `tokens` in `channels`; "" if there are none."""
     rows = []
     entries = matrix.detach()[channels][:, tokens].tolist()
     for channel, weights in zip(channels, entries, strict=True):
@@ -158,7 +165,7 @@ def _channels_table(
 
 
 def _sizes_table(heading: str, sized_scores: Sequence[Mapping[str, Any]]) -> str:
-    """The scores of circuits by size."""
+    """A table of the scores of circuits by size."""
     rows = []
     for sized in sized_scores:
         _, loss, accuracy = score_row("", Score(**sized["circuit"]))
@@ -167,7 +174,7 @@ def _sizes_table(heading: str, sized_scores: Sequence[Mapping[str, Any]]) -> str
 
 
 def _random_ranges(sized_scores: Sequence[Mapping[str, Any]]) -> str:
-    """The mean and range of loss and accuracy over random circuits."""
+    """Lines with the mean and the range of loss and accuracy over random circuits."""
     lines = []
     for measure, digits in (("loss", ".3f"), ("accuracy", ".1%")):
         values = [sized["circuit"][measure] for sized in sized_scores]

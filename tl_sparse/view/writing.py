@@ -1,4 +1,4 @@
-"""How a page writes numbers and tokens."""
+"""Converting numbers and tokens to the form in which a page contains them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def four_digits(value: float | Tensor) -> float:
 def activation_levels(
     values: Float[Tensor, "*batch"], scale: Float[Tensor, "*batch"]
 ) -> Int[Tensor, "*batch"]:
-    """Activations as whole numbers, of which `scale` is `LIMITS.activation_levels`."""
+    """Activations as integers: an activation of `scale` becomes `LIMITS.activation_levels`."""
     return (values / scale * LIMITS.activation_levels).round().int()
 
 
@@ -25,7 +25,7 @@ class Vocabulary:
     """The texts of all tokens that a page shows.
 
     Attributes:
-        texts: token id → its text, shortened.
+        texts: token id → the text of the token, shortened to `LIMITS.token_chars`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -33,7 +33,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Add the texts of some tokens."""
+        """Add the texts of `tokens`."""
         for token in set(tokens) - self.texts.keys():
             self.texts[token] = self._text(token)
 
