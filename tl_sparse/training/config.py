@@ -191,7 +191,7 @@ class TrainConfig:
         n_weights = self.model.n_matrix_weights
         least_count = math.ceil(least_fraction * n_weights)
         is_possible = self.l0_count == 0 or least_count <= self.l0_count <= n_weights
-        expected = f"0, or from {least_count:,} to the {n_weights:,} matrix weights, {why}"
+        expected = f"0, or from {least_count:,} to {n_weights:,}, all matrix weights, {why}"
         check(is_possible, "l0_count", self.l0_count, expected)
 
         embed = self.l0_fraction_embed
