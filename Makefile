@@ -1,5 +1,5 @@
-# Needs make, Python >= 3.10 with pip, and the network when an environment is made.
-# Kept to what macOS' make 3.81 and BSD tools understand.
+# This needs make, Python >= 3.10 with pip, and the network when an environment is created.
+# It uses only features that GNU make 3.81 (macOS) and the BSD tools have.
 PYTHON ?= python3
 TL4 := .venv-tl4
 TL3 := .venv-tl3
@@ -8,7 +8,7 @@ SPEC_tl3 := transformer-lens==3.8.0
 TOOLS_tl4 := test,dev
 TOOLS_tl3 := test,tools
 
-# Twice quiet: errors only.
+# -qq prints errors only.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 BENCHMARKS := tests/benchmarks
 MARKS = -m "not slow"
@@ -17,35 +17,35 @@ test-all: MARKS =
 .NOTPARALLEL:
 .PHONY: help demo test test-all test-tl4 test-tl3 bench lint types api wheel clean
 
-help:  ## show this list
+help:  ## show this list of targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-demo: $(TL4)/.installed  ## run the main job on a small scale; results in demo/
+demo: $(TL4)/.installed  ## find a circuit in the bundled model; results in demo/
 	$(TL4)/bin/tl-sparse demo --out demo
 
-test: lint types test-tl4 test-tl3  ## lint, types, and the tests on both TransformerLens lines
-test-all: lint types test-tl4 test-tl3  ## the same, with the tests marked slow
+test: lint types test-tl4 test-tl3  ## lint, types, and the tests on TransformerLens 3.8 and 4
+test-all: lint types test-tl4 test-tl3  ## the same, including the tests marked slow
 test-tl4: $(TL4)/.tools  ## the tests on the newest TransformerLens 4
 	@$(call pytest,$(TL4))
 test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8
 	@$(call pytest,$(TL3))
 
-# A test that would download something fails at once, on every machine.
+# Offline mode, so that a test that would download something fails at once on every machine.
 pytest = $1/bin/python -c "import platform; from importlib.metadata import version as v; \
 	print('== TransformerLens', v('transformer-lens'), '| torch', v('torch'), '| Python', platform.python_version())" \
 	&& HF_HUB_OFFLINE=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS)
 
-bench: $(TL4)/.tools $(TL3)/.tools  ## measure again what the README claims (tests/benchmarks)
+bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
 	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
 
-lint: $(TL4)/.tools  ## ruff: lint and format
+lint: $(TL4)/.tools  ## check lint and format with ruff
 	$(TL4)/bin/ruff check .
 	$(TL4)/bin/ruff format --check .
 
-types: $(TL4)/.tools  ## mypy, on a build of the package
-	@# A build, since mypy cannot see in the source tree that hooks/ is tl_sparse.hooks; no isolation:
-	@# then nothing is downloaded. Old files in build/ would go into the new build.
+types: $(TL4)/.tools  ## check types with mypy, on a build of the package
+	@# mypy needs a build, since it cannot see in the source tree that hooks/ is tl_sparse.hooks.
+	@# Without build isolation nothing is downloaded. Old files in build/ would end up in the new build.
 	@rm -rf build .types-build
 	@$(TL4)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --target .types-build .
 	@diff -rq -x __pycache__ -x '.*' -x hooks tl_sparse .types-build/tl_sparse \
@@ -56,15 +56,15 @@ types: $(TL4)/.tools  ## mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
-ROOMS := hooks network tasks data faces checkpoints training circuits evaluation pruning view suites
+SUBPACKAGES := hooks network tasks data faces checkpoints training circuits evaluation pruning view suites
 
-api: $(TL4)/.tools  ## pages of the docstrings, in api/
-	@# EAGER_IMPORT: pdoc shows what a module holds, and here names are imported when they are used.
+api: $(TL4)/.tools  ## write HTML pages of the docstrings to api/
+	@# pdoc shows the names in a module, and without EAGER_IMPORT these are imported only on first use.
 	@rm -rf api
-	@EAGER_IMPORT=1 $(TL4)/bin/python -m pdoc -d google -o api tl_sparse tl_sparse.errors $(ROOMS:%=tl_sparse.%)
+	@EAGER_IMPORT=1 $(TL4)/bin/python -m pdoc -d google -o api tl_sparse tl_sparse.errors $(SUBPACKAGES:%=tl_sparse.%)
 	@echo "open api/index.html"
 
-wheel: $(TL4)/.tools  ## sdist and wheel, in dist/
+wheel: $(TL4)/.tools  ## build the sdist and the wheel in dist/
 	rm -rf build dist
 	$(TL4)/bin/python -m build --no-isolation .
 
@@ -73,15 +73,16 @@ clean:  ## remove environments, builds, caches and demo/
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Environments: .installed is the package alone (all the demo needs), .tools adds tests and checks.
-# They are brought up to date when one of these files changes; `make clean` first for fresh ones.
+# Environments: .installed has the package alone, which is enough for the demo, and .tools adds the
+# test and development tools. Both are updated when one of these files changes; run `make clean` first
+# to create them anew.
 INPUTS := pyproject.toml constraints.txt Makefile
 
 $(TL4)/.installed $(TL3)/.installed: .venv-%/.installed: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed, \
 	this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
-	@echo "Installing into $(@D): minutes the first time"
-	@# Debian without python3-venv cannot put pip into an environment: python3's own pip does it then.
+	@echo "Installing into $(@D), which takes minutes the first time"
+	@# On Debian without python3-venv, venv cannot install pip, so the pip of python3 installs it.
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 \
 	|| $(PYTHON) -m venv --clear $(@D) >/dev/null 2>&1 \
 	|| { $(PYTHON) -m venv --clear --without-pip $(@D) \

@@ -1,10 +1,10 @@
-"""Make the models that come with the package, tl_sparse/models, from two finished runs.
+"""Make the models that are bundled with the package, in tl_sparse/models, from two finished runs.
 
     tl-sparse train examples/tiny-python-sparse.yaml --out runs/tiny-python-sparse
     tl-sparse train examples/tiny-python-dense.yaml --out runs/tiny-python-dense
     python examples/bundle.py runs/tiny-python-sparse runs/tiny-python-dense
 
-What is large and dense is rounded to float16; all that the cards say was measured afterwards.
+Dense weights are rounded to float16, and everything in the model cards is measured after that.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def bundle(run: Path, folder: Path) -> None:
 
 
 def write_rounded(run: Path, folder: Path) -> None:
-    """Save the run's model and corpus sample in fewer bytes."""
+    """Save the model and the corpus sample of a run with fewer bits per number."""
     model = tl_sparse.load(run, device="cpu")
     model.save_pretrained(folder)
     state = model.state_dict()
@@ -60,9 +60,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="finished runs; each is bundled under its folder's name"
+        "runs",
+        nargs="+",
+        type=Path,
+        help="finished runs; each is bundled under the name of its folder",
     )
-    parser.add_argument("--out", type=Path, default=MODELS)
+    parser.add_argument(
+        "--out", type=Path, default=MODELS, help="folder for the models (default: %(default)s)"
+    )
     args = parser.parse_args()
     for run in args.runs:
         folder = args.out / run.name

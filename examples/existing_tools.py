@@ -1,6 +1,6 @@
-"""TransformerLens' own tools on a sparse model, alone and under a circuit: logit differences,
-activation patching, and attribution by gradients. Nothing in here knows that the model is sparse;
-it runs on TransformerLens 3 and 4.
+"""TransformerLens' own tools on a sparse model, with and without a circuit applied: logit
+differences, activation patching, and gradient attribution. None of this code depends on the model
+being sparse, and it runs on TransformerLens 3 and 4.
 
     python examples/existing_tools.py                        # prunes first, in about a minute
     python examples/existing_tools.py --circuit my-circuit
@@ -23,9 +23,11 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument(
-    "--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)"
+    "--model",
+    default="tiny-python-sparse",
+    help="folder or name of the model (default: %(default)s)",
 )
-parser.add_argument("--circuit", help="a saved circuit of the task (default: prune one)")
+parser.add_argument("--circuit", help="folder of a saved circuit of the task (default: prune one)")
 args = parser.parse_args()
 
 model = tl_sparse.load(args.model, device="cpu")
@@ -36,7 +38,7 @@ else:
     corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx)
     circuit, _ = tl_sparse.prune(model, task, corpus)
 data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0, n_ctx=model.cfg.n_ctx).trimmed()
-# Two prompts of one length, which differ in the quote that opens the string.
+# The two prompts have the same length and differ in the quote that opens the string.
 clean = data.tokens[:1]
 corrupt = data.tokens[1:]
 right, wrong = data.candidates[0]
@@ -50,14 +52,14 @@ def logit_difference(logits):
 
 @dataclass
 class Baseline:
-    """Logit differences on both prompts, and all activations on the clean one."""
+    """Logit differences on both prompts, and all activations on the clean prompt."""
 
     clean: torch.Tensor
     corrupt: torch.Tensor
     clean_cache: ActivationCache
 
     def recovered(self, logits):
-        """0: as on the corrupt prompt; 1: as on the clean one."""
+        """The recovered share of the logit difference: 0 is the corrupt prompt, 1 the clean one."""
         return (logit_difference(logits) - self.corrupt) / (self.clean - self.corrupt)
 
 
@@ -79,8 +81,8 @@ print(f"\nLogit of {task.candidates[0]!r} minus that of {task.candidates[1]!r}\n
 print(table(["prompt", "the model", "under the circuit"], rows))
 
 
-# %% Activation patching, TransformerLens' own: heads, and the stream at each position, of the clean
-# run put into the corrupt one.
+# %% Activation patching with TransformerLens: the output of each head, and resid_pre at each
+# position, are patched from the clean run into the corrupt run.
 def patch_heads_and_stream(baseline):
     inputs = (model, corrupt, baseline.clean_cache, baseline.recovered)
     heads = patching.get_act_patch_attn_head_out_all_pos(*inputs)
@@ -94,10 +96,10 @@ def print_best(place, heads, stream):
     position = int(before_first_layer.argmax())
     token = model.tokenizer.decode([int(clean[0, position])])
     print(
-        f"\nIn {place}, head {layer}.{head} recovers most, {heads.max():.0%}; "
-        f"the median head {heads.median():.0%}. "
-        f"Of the positions before the first layer it is {position}, {token!r}, "
-        f"with {before_first_layer[position]:.0%}."
+        f"\nIn {place}, patching head {layer}.{head} recovers most, {heads.max():.0%}; "
+        f"the median head recovers {heads.median():.0%}. "
+        f"Of the positions of resid_pre before the first layer, position {position}, {token!r}, "
+        f"recovers most, {before_first_layer[position]:.0%}."
     )
 
 
@@ -107,8 +109,8 @@ with circuit.applied(model):
 print_best("the model", *patched_alone)
 print_best("the circuit", *patched_under_circuit)
 
-# %% Attribution by gradients, through backward hooks: (clean − corrupt) · gradient of every node,
-# in the whole model, summed over positions.
+# %% Gradient attribution with backward hooks: (clean − corrupt) · gradient for every node, in the
+# whole model, summed over positions.
 gradients = {}
 
 
@@ -125,7 +127,7 @@ for name in circuit.kept:
     changes[name] = (alone.clean_cache[name] - corrupt_cache[name]).detach()
     attributions[name] = (changes[name] * gradients[name]).sum((0, 1)).flatten()
 
-# A node is a hook and an index into its activation.
+# A node is the name of a hook and an index into its activation.
 nodes = []
 inside = []
 for name, mask in circuit.kept.items():
@@ -144,13 +146,13 @@ ranked = sorted(nodes, key=attribution_size, reverse=True)
 n_shared = len(set(ranked[: len(inside)]) & set(inside))
 print(
     f"\nOf the {len(inside)} nodes with the largest attribution, "
-    f"{n_shared} are among the {len(inside)} of the circuit. "
-    f"Of as many drawn from all {len(nodes):,} it would be {len(inside) ** 2 / len(nodes):.1f}."
+    f"{n_shared} are among the {len(inside)} of the circuit. Of as many nodes drawn at random from "
+    f"all {len(nodes):,}, {len(inside) ** 2 / len(nodes):.1f} would be expected to be."
 )
 
 
-# %% Patching nodes one by one: those of the circuit, and as many outside, drawn from those that
-# differ between the two prompts, since patching the others could do nothing.
+# %% Patch nodes one by one: the nodes of the circuit, and as many nodes outside it. The latter are
+# drawn from nodes that differ between the two prompts, since patching the others has no effect.
 def put_clean(indices, clean_activation, activation, hook):
     activation.flatten(2)[:, :, indices] = clean_activation.flatten(2)[:, :, indices]
     return activation
@@ -158,7 +160,7 @@ def put_clean(indices, clean_activation, activation, hook):
 
 @torch.no_grad()
 def patched(chosen, baseline):
-    """What is recovered when the chosen nodes are as on the clean prompt, at all positions."""
+    """The recovered share when the chosen nodes are patched from the clean prompt everywhere."""
     indices = defaultdict(list)
     for name, index in chosen:
         indices[name].append(index)
@@ -195,6 +197,10 @@ for place, chosen in (("inside the circuit", inside), ("outside, at random", dra
             f"{sum(circuit_effects) / len(circuit_effects):.1%}",
         ]
     )
-print("\nWhat patching recovers: one node at a time (absolute values), and all of them at once\n")
+print(
+    "\nShare recovered by patching: one node at a time (absolute values), and all of them at once\n"
+)
 print(table(["nodes", "number", "mean", "largest", "at once", "mean, under the circuit"], rows))
-print(f"\nAll {len(outside):,} nodes outside at once recover {patched(outside, alone):.1%}.")
+print(
+    f"\nPatching all {len(outside):,} outside nodes at once recovers {patched(outside, alone):.1%}."
+)

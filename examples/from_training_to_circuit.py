@@ -1,11 +1,11 @@
-"""From nothing to a circuit: train a sparse model, see which tasks it solves, and cut out the
-circuit of one.
+"""From training to a circuit: train a sparse model, measure which tasks it solves, and prune it to
+the circuit of one of them.
 
     python examples/from_training_to_circuit.py --out my-run          # minutes on two cores
-    python examples/from_training_to_circuit.py --out my-run --quick  # half a minute; learns little
+    python examples/from_training_to_circuit.py --out my-run --quick  # half a minute, learns little
 """
 
-# %% Where the results go.
+# %% The arguments, and the folder for the results.
 import argparse
 import dataclasses
 import math
@@ -23,15 +23,19 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument(
-    "--out", type=Path, default=Path("my-run"), help="new folder (default: %(default)s)"
+    "--out",
+    type=Path,
+    default=Path("my-run"),
+    help="a new folder for the results (default: %(default)s)",
 )
 parser.add_argument(
-    "--quick", action="store_true", help="a smaller model, little training, few prompts"
+    "--quick", action="store_true", help="use a smaller model, little training and few prompts"
 )
 args = parser.parse_args()
 check_new_folder(args.out)
 
-# %% Train. A `TrainConfig` without arguments is the preset `laptop`: two layers, 4 % of weights.
+# %% Train a model. A `TrainConfig` without arguments is the preset `laptop`, which has two layers
+# and 4 % of its weights nonzero.
 config = tl_sparse.TrainConfig()
 pruning = tl_sparse.PruneConfig()
 if args.quick:
@@ -43,16 +47,17 @@ if args.quick:
     pruning = tl_sparse.PruneConfig(steps=60, train_pairs=128, selection_pairs=32, heldout_pairs=32)
 model, record = tl_sparse.train(config, args.out / "model")
 print(
-    f"{record['nonzero_weights']:,} of {record['weights']:,} weights, "
-    f"loss {record['validation_loss']:.3f}"
+    f"{record['nonzero_weights']:,} of {record['weights']:,} weights are nonzero, "
+    f"validation loss {record['validation_loss']:.3f}"
 )
 
-# %% Which of the paper's tasks does it solve?
+# %% Measure which of the paper's tasks the model solves.
 scores = task_scores(model, n_pairs=64 if args.quick else 256)
 print(tasks_table(scores))
 
-# %% Prune the one it does best, of those whose answer the last token does not give away: to the
-# usual target loss, or if the model itself misses that, halfway from its own loss to guessing.
+# %% Prune the model for the task with the lowest loss among those whose prompts end in the same
+# token. The target loss is the default one or, if this is larger, halfway from the model's own loss
+# to that of guessing.
 losses = {}
 for name, score in scores.items():
     if score is not None and TASKS[name].same_end:
@@ -65,14 +70,14 @@ circuit, evaluation = tl_sparse.prune(model, task, corpus, pruning)
 circuit.save(args.out / "circuit")
 print(tl_sparse.report(circuit, model, task, evaluation))
 
-# %% Cut the edges that the task does not need.
+# %% Prune the edges that the task does not need.
 fewer, _ = tl_sparse.prune_edges(circuit, model, task, pruning)
 fewer.save(args.out / "fewer-edges")
 n_edges = len(circuit.edges(model))
 print(f"{len(fewer.edges(model))} of {n_edges} edges are left, and {fewer.n_nodes} nodes")
 
-# %% Judge both on held-out pairs: at each size, beside random circuits, and with each node and edge
-# cut alone.
+# %% Evaluate both circuits on held-out pairs: at each size, in comparison with random circuits, and
+# with each node and each edge ablated alone.
 *_, heldout = task_splits(model, task, pruning)
 figures = {
     "pruned by nodes": full_evaluation(circuit, model, heldout),
@@ -81,7 +86,7 @@ figures = {
 print(evaluation_tables(figures["by edges too"], most=10))
 write_json(args.out / "figures.json", figures["by edges too"])
 
-# %% Look at them: a picture, and a page for any browser.
+# %% Save a plot of both circuits, and an interactive page that any browser shows.
 plots.save(plots.curve(figures), args.out / "curve.png")
 fewer.view(model, corpus=corpus).save(args.out / "page.html")
 names = sorted(os.listdir(args.out))

@@ -1,11 +1,10 @@
-"""Train a grid of small models and compare their validation losses: a table, a plot and the
-numbers.
+"""Train a grid of small models, and compare their validation losses in a table and a plot.
 
-    python examples/sweep.py size --out results        # L0 against width
-    python examples/sweep.py recipe --out results      # learning rate, ε, minimum nonzeros, …
+    python examples/sweep.py size --out results        # L0 and width
+    python examples/sweep.py recipe --out results      # learning rate, ε, min_nonzero, …
 
-Every finished model's numbers are kept in a file of its own, so that an interrupted sweep goes on
-where it was.
+The numbers of each finished model are saved in a file of its own, so that an interrupted sweep
+continues where it stopped.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from tl_sparse.training import RECIPES, laptop_model
 
 
 def size_grid(config: TrainConfig) -> dict[str, TrainConfig]:
-    """Three widths with three numbers of nonzero weights each."""
+    """Three widths, each with three numbers of nonzero weights (L0)."""
     grid = {}
     for width in (64, 128, 256):
         model = dataclasses.replace(
@@ -35,7 +34,7 @@ def size_grid(config: TrainConfig) -> dict[str, TrainConfig]:
     return grid
 
 
-# What the recipe grid changes of the preset: one setting, or those that go together.
+# The changes of the recipe grid to the preset: one setting each, or several that belong together.
 CHANGES: list[dict[str, object]] = [
     {},
     {"lr": 5e-3},
@@ -57,7 +56,7 @@ CHANGES: list[dict[str, object]] = [
 
 
 def recipe_grid(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The settings of the preset, changed in one respect at a time."""
+    """The preset with each of `CHANGES`, the preset without positions, and each recipe."""
     grid = {}
     for change in CHANGES:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
@@ -91,7 +90,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Validation loss against the number of nonzero weights, a line for each total."""
+    """Validation loss against the number of nonzero weights, with a line for each model size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,16 +111,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("grid", choices=GRIDS, help="the grid of models to train")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument(
-        "--processes", type=int, default=2, help="models trained at once, each with one thread"
+        "--processes",
+        type=int,
+        default=2,
+        help="number of models trained at once, each with one thread (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument(
-        "--idiom-chars", type=int, default=3_000_000, help="of training text (default: %(default)s)"
+        "--steps", type=int, default=600, help="training steps of each model (default: %(default)s)"
     )
-    parser.add_argument("--only", type=int, help="of the grid only the first so many")
+    parser.add_argument(
+        "--idiom-chars",
+        type=int,
+        default=3_000_000,
+        help="characters of synthetic training text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only", type=int, help="train only this many models, the first of the grid"
+    )
     args = parser.parse_args()
     config = TrainConfig(steps=args.steps, data=DataConfig(idiom_chars=args.idiom_chars))
     grid = GRIDS[args.grid](config)

@@ -1,14 +1,14 @@
-"""How a small sparse model closes strings, node by node, and an input on which its circuit says it
-will fail.
+"""How a small sparse model closes strings, node by node, and an input on which its circuit predicts
+that it fails.
 
     python examples/the_quote_circuit.py                     # prunes first, in about a minute
     python examples/the_quote_circuit.py --circuit my-circuit
 
-Nothing here knows the answer: each number and each conclusion is computed from the model and its
-circuit.
+The answer is not written into this script: each number and each conclusion is computed from the
+model and its circuit.
 """
 
-# %% The model, its task, and the circuit: found here, or opened.
+# %% The model, the task, and its circuit, which is either pruned here or loaded.
 import argparse
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,11 +27,13 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument(
-    "--model", default="tiny-python-sparse", help="a folder or name (default: %(default)s)"
+    "--model",
+    default="tiny-python-sparse",
+    help="folder or name of the model (default: %(default)s)",
 )
-parser.add_argument("--circuit", help="a saved circuit of the task (default: prune one)")
+parser.add_argument("--circuit", help="folder of a saved circuit of the task (default: prune one)")
 parser.add_argument(
-    "--pairs", type=int, default=100, help="of prompts, for every number (default: %(default)s)"
+    "--pairs", type=int, default=100, help="number of pairs of prompts (default: %(default)s)"
 )
 args = parser.parse_args()
 
@@ -47,7 +49,7 @@ edges = circuit.edges(model)
 n_ctx = model.cfg.n_ctx - 1  # room for one more token
 data = make_task_data(task, model.tokenizer, args.pairs, seed=1, n_ctx=n_ctx)
 answers = data.candidates[0]
-# What opens the string that each answer closes.
+# The text that opens the string which each answer closes.
 marks = [f"({answer[0]}" for answer in task.candidates]
 print(circuit)
 print(
@@ -55,8 +57,8 @@ print(
     f"{task.candidates[0]!r} or {task.candidates[1]!r}?"
 )
 
-# %% What each node's value depends on: over the corpus, how much of its variance the token at that
-# position explains, how much the position, and at which of them the values are highest and lowest.
+# %% What each node's value depends on, over the corpus: the shares of its variance that the token
+# and the position explain, and the tokens or positions with the highest and lowest mean values.
 rows = corpus[:64]
 positions = torch.arange(rows.shape[1]).repeat(len(rows))
 with recording(model, circuit.kept) as in_corpus:
@@ -70,8 +72,13 @@ def values(node, activations):
 
 @dataclass
 class Dependence:
-    """What share of the variance the groups explain, and those of at least five members with the
-    three highest and the three lowest means."""
+    """How a node's value depends on a grouping by token or by position.
+
+    Attributes:
+        explained: the share of the variance that the groups explain.
+        highest: the three groups with the highest means, of those with at least five members.
+        lowest: likewise, the three groups with the lowest means.
+    """
 
     explained: float
     highest: list[int]
@@ -117,11 +124,12 @@ for node in circuit.nodes:
             f"{' '.join(highest)} … {' '.join(lowest)}",
         ]
     )
-print("\nWhat the nodes depend on, over the corpus (@: positions)\n")
+print("\nWhat the nodes depend on, over the corpus (@ marks positions)\n")
 print(table(["node", "kind", "token", "position", "highest … lowest on"], lines))
 
-# %% What each node does in the task: its value in the two kinds of prompts, where the string opens
-# and at the end; its edges; and what becomes of the loss when it alone is held at its mean.
+# %% What each node does in the task: its mean value in the prompts of each answer, where the string
+# opens and at the last token; the edges into it; and the change of the loss when it alone is
+# mean-ablated.
 prompts = torch.arange(len(data.tokens))
 differs = data.tokens[::2] != data.tokens[1::2]
 opened = differs.int().argmax(1).repeat_interleave(2)  # the first position at which a pair differs
@@ -157,12 +165,12 @@ for node in circuit.nodes:
             ", ".join(sources) or "the stream",
         ]
     )
-print(f"\nWhat they do in the task: mean values after {marks[0]} / after {marks[1]}\n")
+print(f"\nWhat the nodes do in the task: mean values after {marks[0]} / after {marks[1]}\n")
 print(table(["node", "where it opens", "at the end", "loss if cut", "reads"], lines))
 
 
-# %% Which head moves what: where the last token attends in the heads that carry values of the
-# circuit.
+# %% Which head moves which information: where the last token attends in the heads with value nodes
+# in the circuit.
 def pattern_hook(layer):
     return f"blocks.{layer}.attn.hook_pattern"
 
@@ -177,17 +185,18 @@ for layer, head in heads:
     attention = patterns[pattern_hook(layer)][prompts, head, data.last]
     on_mark = attention[prompts, opened]
     on_quotes = (attention * has_quote).sum(1)
-    on_tokens = attention.sum(1)  # what is missing to 1 is on the sink, if there is one
+    on_tokens = attention.sum(1)  # the remainder to 1 is on the attention sink, if there is one
     evenly = 1 / (data.last + 1)
     print(
-        f"\nHead {layer}.{head}: the last token attends {on_mark.mean():.0%} to what opened the "
-        f"string, {(on_quotes - on_mark).mean():.0%} to other tokens with a quote, "
-        f"{(on_tokens - on_quotes).mean():.0%} to the rest, "
-        f"{(1 - on_tokens).mean().abs():.0%} to none; evenly it would be {evenly.mean():.0%} each."
+        f"\nHead {layer}.{head}: the last token attends {on_mark.mean():.0%} to the token that "
+        f"opened the string, {(on_quotes - on_mark).mean():.0%} to other tokens with a quote, "
+        f"{(on_tokens - on_quotes).mean():.0%} to the remaining tokens, and "
+        f"{(1 - on_tokens).mean().abs():.0%} to no token; uniform attention would be "
+        f"{evenly.mean():.0%} to each token."
     )
 
-# %% Which logits each write raises, the final norm's scale aside: of the two answers, and of all
-# tokens.
+# %% Which logits each node that writes to the residual stream raises, ignoring the scale of the
+# final norm: those of the two answers, and the largest of all tokens.
 readout = model.W_U
 if getattr(model.ln_final, "w", None) is not None:
     readout = model.ln_final.w[:, None] * model.W_U
@@ -211,10 +220,10 @@ for node in circuit.nodes:
         ]
     )
 header = ["write", *map(repr, task.candidates), "moves the answers apart by", "strongest on"]
-print("\nEntries of the unembedding, and what they make of the values above\n")
+print("\nUnembedding entries of the writing nodes, and the effect of the mean values above\n")
 print(table(header, lines))
 
-# %% So the paths from the values that heads move to the answers.
+# %% The paths from the value nodes of the heads to the answers.
 targets = defaultdict(list)
 for edge in edges:
     targets[edge.source].append(edge.target)
@@ -231,16 +240,16 @@ def paths(node):
             yield [node, *rest]
 
 
-print("\nPaths from values to answers, with what the last node of each moves these apart\n")
+print("\nPaths from value nodes to the answers, and how far the last node moves these apart\n")
 for path in islice(chain.from_iterable(map(paths, value_nodes)), 12):
     labels = [node_label(model, node) for node in path]
     print(f"  {' → '.join(labels)}: {moved_apart[path[-1]]:+.2f}")
 
 
-# %% A prediction. Python allows quotes of the other kind in a string: by which token that has some,
-# put right behind what opened the string, is the circuit led astray most?
+# %% A prediction. A string in Python may contain the other kind of quote. Which token with such a
+# quote, inserted directly after the token that opened the string, misleads the circuit most?
 def last_logits(row, tokens):
-    """Under the circuit, after a prompt as it is, and with each of the tokens in its string."""
+    """The circuit's logits after a prompt, unchanged and with each of the tokens in its string."""
     prompt = data.tokens[row, : data.last[row] + 1]
     start = int(opened[row]) + 1
     changed = [torch.cat([prompt[:start], token, prompt[start:]]) for token in tokens.view(-1, 1)]
@@ -264,16 +273,16 @@ for side in (0, 1):
     smallest = min(with_token)
     worst.append(vocabulary[tokens[with_token.index(smallest)]])
     print(
-        f"\nIn a string that {marks[side]} opens, of {len(tokens)} tokens {worst[side]!r} is "
-        f"worst: the right answer's logit is {smallest:+.2f} ahead with it, "
-        f"{without:+.2f} without, "
-        f"{sum(with_token) / len(with_token):+.2f} on average"
+        f"\nIn a string that {marks[side]} opens, the worst of {len(tokens)} tokens is "
+        f"{worst[side]!r}: the logit of the right answer minus that of the wrong one is "
+        f"{smallest:+.2f} with it, {without:+.2f} without it, and "
+        f"{sum(with_token) / len(with_token):+.2f} on average over the tokens"
     )
 
 
-# %% The check, on the full model: prompts in whose string that token stands, in a call that is
-# closed again, beside ordinary ones, and some with the same words but no quotes. The right answer
-# stays: the outer string is still open.
+# %% The check on the full model: prompts whose string contains that token, in a call that is closed
+# again, compared with ordinary prompts and with prompts that have the same words but no quotes. The
+# right answer does not change, because the outer string is still open.
 def first_difference(first, second):
     index = 0
     while first[index] == second[index]:
@@ -282,16 +291,16 @@ def first_difference(first, second):
 
 
 def sample_with(inserts, rng):
-    """A pair of the task with a text inserted into the open string of each prompt."""
+    """A pair of the task with a text inserted at the start of each prompt's open string."""
     pair = task.sample(rng)
-    start = first_difference(*pair) + 1  # after the quote that opens
+    start = first_difference(*pair) + 1  # after the quote that opens the string
     changed = []
     for prompt, insert in zip(pair, inserts, strict=True):
         changed.append(prompt[:start] + insert + prompt[start:])
     return tuple(changed)
 
 
-# Each call opens with the worst token and closes with the other answer.
+# Each call begins with the worst token and ends with the other answer.
 calls = (f"see{worst[0]}it{task.candidates[1]} ", f"see{worst[1]}it{task.candidates[0]} ")
 inserts = {
     "ordinary": ("", ""),
@@ -312,14 +321,15 @@ for kind, texts in inserts.items():
     by_model[kind] = 1 - score(model, prompts_of_kind).accuracy
     last_line = prompts_of_kind.prompts[0].splitlines()[-1]
     lines.append([kind, f"{by_circuit[kind]:.0%}", f"{by_model[kind]:.0%}", repr(last_line)])
-header = ["prompts", "by the circuit", "by the full model", "for example, the last line"]
-print(f"\nHow often the wrong quote is chosen, of {2 * args.pairs} prompts\n")
+header = ["prompts", "by the circuit", "by the full model", "last line of an example"]
+print(f"\nShare of {2 * args.pairs} prompts for which the wrong quote is chosen\n")
 print(table(header, lines))
 predicted = by_circuit["with 2 in the other quotes"]
 fooled = by_model["with 2 in the other quotes"]
 ordinary = by_model["ordinary"]
 verdict = "holds" if min(predicted, fooled) > 0.5 > ordinary else "does not hold"
 print(
-    f"\nThe circuit is wrong on {predicted:.0%} of the last, and the full model on {fooled:.0%} of "
-    f"them, beside {ordinary:.0%} of ordinary prompts: the prediction {verdict}."
+    f"\nOn the last kind of prompt the circuit is wrong in {predicted:.0%} of cases and the full "
+    f"model in {fooled:.0%}, compared with {ordinary:.0%} on ordinary prompts: the prediction "
+    f"{verdict}."
 )

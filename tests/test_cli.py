@@ -418,7 +418,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         ),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT", "--lr", "-1"], "lr = -1.0"),
         (["prune", "MODEL", "single_double_quote", "--out", "OUT"], "above the target loss 0.15"),
-        (["demo", "--out", "FULL"], "holds other files than an earlier demo's"),
+        (["demo", "--out", "FULL"], "holds files that are not from an earlier demo"),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(arguments, message, trained, tmp_path, capsys):

@@ -188,12 +188,12 @@ def test_a_configuration_cannot_change_after_its_checks():
         (
             TrainConfig,
             dict(l0_count=13183),
-            "l0_count = 13183 .* 0, or from 13,184 to the 421,888 weights",
+            "l0_count = 13183 .* 0, or from 13,184 to 421,888 weights",
         ),
         (
             TrainConfig,
             dict(l0_count=430000),
-            "l0_count = 430000 .* 0, or from 13,184 to the 421,888",
+            "l0_count = 430000 .* 0, or from 13,184 to 421,888",
         ),
         (
             TrainConfig,

@@ -105,7 +105,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_been(place, tried, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "prune", interrupted)
-        with pytest.raises(SuiteError, match="interrupted; what is finished is kept"):
+        with pytest.raises(SuiteError, match="interrupted; finished work is kept"):
             search(model, tasks, out / "new", 2, config=CONFIG)
     assert "as given" in search(model, tasks, out / "new", 2, config=CONFIG)[1]
     assert len(found) == 1
@@ -144,7 +144,7 @@ def test_a_study_of_something_else_is_refused(place, tried, tmp_path, monkeypatc
     search(model, tasks, out, 1, config=CONFIG)
     with pytest.raises(
         SuiteError,
-        match=r"journal was made with tasks = \['easy', 'hard'\], now \['easy'\]\. Go on",
+        match=r"journal was made with tasks = \['easy', 'hard'\], now \['easy'\]\. Continue",
     ):
         search(model, tasks[:1], out, 2, config=CONFIG)
     with pytest.raises(SuiteError, match="model = 'one', now 'two'"):
@@ -162,13 +162,14 @@ def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("no journal\n")
     with pytest.raises(
         SuiteError,
-        match=r"cannot use the storage .*text: .*is it locked, or not a study of Optuna\?",
+        match=r"cannot use the storage .*text: .*it may be locked, or not an Optuna study",
     ):
         search(model, tasks, out, 1, storage=str(tmp_path / "text"), config=CONFIG)
     with pytest.raises(SuiteError, match=r"cannot use the storage .*text/study"):
         search(model, tasks, out, 1, storage=str(tmp_path / "text" / "study"), config=CONFIG)
     with pytest.raises(
-        SuiteError, match=r"pip install 'tl-sparse\[search\]', or what the storage needs"
+        SuiteError,
+        match=r"pip install 'tl-sparse\[search\]', or the package that the storage needs",
     ):
         search(model, tasks, out, 1, storage="postgresql+psycopg2://nowhere/study", config=CONFIG)
     database = tmp_path / "study.db"

@@ -141,7 +141,7 @@ def test_an_interrupted_suite_keeps_what_is_finished_and_goes_on(place, monkeypa
     calls = counting(monkeypatch, stop_at=3)
     command = ["suite", *models, "--out", str(out), "--tasks", tasks[0], "--seeds", "0,1", *FLAGS]
     assert main(command) == 1
-    assert "interrupted; what is finished is kept" in capsys.readouterr().err
+    assert "interrupted; finished work is kept" in capsys.readouterr().err
     assert sorted(path.parent.name for path in out.glob("*/micro/*/job.json")) == ["0", "1"]
     assert not list(out.rglob(".*"))
     assert not (out / "results.json").exists()
@@ -155,7 +155,7 @@ def test_a_folder_of_other_settings_is_refused(place, tmp_path):
     run_suite(models[:1], tasks[:1], out, (0,), CONFIG)
     before = sorted(out.rglob("*"))
     with pytest.raises(
-        SuiteError, match=r"one/micro/0 was made with steps = 30, now 31\. Go on with those"
+        SuiteError, match=r"one/micro/0 was made with steps = 30, now 31\. Continue with those"
     ):
         run_suite(models[:1], tasks[1:], out, (1,), dataclasses.replace(CONFIG, steps=31))
     with pytest.raises(SuiteError, match="corpus = None, now 'builtin'"):
@@ -200,7 +200,8 @@ def test_seeds_are_numbers(place, capsys):
     models, _, out = place
     assert main(["suite", *models, "--out", str(out), "--seeds", "0,a"]) == 1
     assert (
-        "seeds = '0,a' is not possible; it must be numbers with commas" in capsys.readouterr().err
+        "seeds = '0,a' is not possible; it must be whole numbers separated by commas"
+        in capsys.readouterr().err
     )
 
 
@@ -215,7 +216,7 @@ def test_processes_find_the_same_circuits(place):
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(SuiteError, match="a process died, perhaps for lack of memory"):
+    with pytest.raises(SuiteError, match="a process died, perhaps because memory ran out"):
         list(in_processes(os._exit, [3], 2))
 
 

@@ -314,7 +314,7 @@ def test_each_pair_may_have_its_own_answers(tokenizer):
 @pytest.mark.parametrize(
     ("given", "candidates", "wanted"),
     [
-        (("a", "b"), None, "two prompts and two answers, as candidates is None"),
+        (("a", "b"), None, "two prompts and two answers, since candidates is None"),
         (("a", "b", "x", "y"), (" x", " y"), "two prompts"),
         (("a",), (" x", " y"), "two prompts"),
         (("a", 2), (" x", " y"), "two prompts"),
@@ -324,7 +324,8 @@ def test_a_sample_that_is_no_pair(tokenizer, given, candidates, wanted):
     everything = (*given, *(candidates or ()))
     message = (
         re.escape(
-            f"sample of task stub must give {wanted}; with the candidates it gave {everything}"
+            f"sample of task stub must return {wanted}; with the candidates added, it returned "
+            f"{everything}"
         )
         + "$"
     )
@@ -480,7 +481,8 @@ def test_what_a_file_may_hold_beside_pairs(tmp_path):
 
 
 SHAPE = (
-    'must be {"prompts": ["…", "…"], "answers": ["…", "…"]}, no text empty and no two alike, not '
+    'must be {"prompts": ["…", "…"], "answers": ["…", "…"]}, without empty texts, with two '
+    "different prompts and two different answers, not "
 )
 GOOD = '{"prompts": ["a", "b"], "answers": ["x", "y"]}'
 
@@ -505,7 +507,7 @@ GOOD = '{"prompts": ["a", "b"], "answers": ["x", "y"]}'
         ('{"prompts": ["c", "c"], "answers": ["x", "y"]}', f"line 2 {SHAPE}"),
         ('{"prompts": ["c", "d"], "answers": ["x", "x"]}', f"line 2 {SHAPE}"),
         ('["c", "d"]', f'line 2 {SHAPE}["c", "d"]'),
-        (GOOD, "line 2: an earlier line has the same two prompts; leave one out"),
+        (GOOD, "line 2: an earlier line has the same two prompts; remove one of them"),
         (
             '{"prompts": ["b", "a"], "answers": ["z", "w"]}',
             "line 2: an earlier line has the same two prompts",
@@ -535,7 +537,7 @@ def test_files_that_are_no_tasks(tmp_path):
         get_task(str(path))
     path.write_text(" \n")
     with pytest.raises(
-        DataError, match=r"pairs\.jsonl is empty; it must have a pair in each line, {\"prompts\""
+        DataError, match=r"pairs\.jsonl is empty; it must have a pair on each line, {\"prompts\""
     ):
         get_task(str(path))
 

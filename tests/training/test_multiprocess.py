@@ -124,7 +124,7 @@ def test_accumulation_and_compile_change_nothing(seen):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(seen, folder):
     start = "TrainError: training ended after step 8 of 12: stopped by SIGTERM"
-    end = f"; its state is in {folder / 'stopped'}, and resume goes on"
+    end = f"; its state is saved in {folder / 'stopped'}, from which resume continues"
     first, second = [process["stopped"] for process in seen]
     assert first["error"] == start + end
     assert second["error"] == start
@@ -153,7 +153,8 @@ def test_a_batch_that_cannot_be_divided_is_refused(seen, folder):
 
 
 def test_the_command_stops_with_one_state_and_goes_on(errors_of_the_command, seen, folder):
-    stopped = f"stopped by SIGTERM; its state is in {folder / 'command'}, and resume goes on"
+    stopped = f"stopped by SIGTERM; its state is saved in {folder / 'command'}"
+    stopped += ", from which resume continues"
     assert errors_of_the_command.count(stopped) == 1
     assert seen[0]["command"]["error"] is None
     assert 0 < len(seen[0]["command"]["hashes"]) < 150

@@ -188,8 +188,8 @@ def test_a_signal_saves_and_stops(number, by_one_thread, tmp_path):
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 1
-    stopped = f"stopped by {signal.Signals(number).name}; its state is in {tmp_path / 'run'}"
-    assert f"{stopped}, and resume goes on" in errors
+    stopped = f"stopped by {signal.Signals(number).name}; its state is saved in {tmp_path / 'run'}"
+    assert f"{stopped}, from which resume continues" in errors
     process = start(tmp_path / "run", "resume")
     process.communicate()
     assert_same_run(tmp_path / "run", by_one_thread)
@@ -302,7 +302,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(lr=0.5), "was trained with lr = 0.01, not 0.5; to resume, ask for the same"),
+        (dict(lr=0.5), "was trained with lr = 0.01, not 0.5; to resume, use the same value"),
         (dict(steps=61), "was trained with steps = 60, not 61"),
         (
             dict(data=DataConfig(stdlib_chars=0, idiom_chars=30_000, seed=1)),
@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(damage, interrupted, uninter
         raw[-100] ^= 1
     last.write_bytes(raw)
     with pytest.raises(
-        TrainError, match=rf"{last} is .*damaged.*; remove it to go on from {earlier.name}"
+        TrainError, match=rf"{last} is .*damaged.*; remove it to continue from {earlier.name}"
     ):
         train(CONFIG, interrupted, device="cpu", progress=False, resume=True)
     last.unlink()
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tl_sparse.training.runs.write_tensors", filling_up)
     with pytest.raises(
-        TrainError, match=r"cannot write .*step-00000021.*No space left on device.*as they were"
+        TrainError, match=r"cannot write .*step-00000021.*No space left on device.*are unchanged"
     ):
         train(CONFIG, tmp_path / "run", device="cpu", progress=False)
     monkeypatch.setattr("tl_sparse.training.runs.write_tensors", real)

@@ -240,7 +240,10 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
         ("frontier odd.json -o c.png", "odd.json is not what `tl-sparse evaluate or suite` writes"),
         ("tasks none.json -o c.png", "there is nothing to draw in none.json"),
         ("frontier none.json -o c.png", "there is nothing to draw in none.json"),
-        ("tasks results.json results.json -o c.png", "tasks is drawn of one source, not of 2"),
+        (
+            "tasks results.json results.json -o c.png",
+            "tasks is plotted from one source, not from 2",
+        ),
         ("sparsity nowhere -o c.png", "'nowhere' is not a folder"),
         ("curve a.json -o micro/config.json/c.png", "cannot write"),
     ],

@@ -1,4 +1,4 @@
-"""What commands share: their parsers, and configurations from flags and files."""
+"""Shared code of the commands: their parsers, and configurations from flags and files."""
 
 import argparse
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tl_sparse.config import merged
 
-#: What `parser.add_subparsers` returns; argparse has no public name for it.
+#: The type of what `parser.add_subparsers` returns, for which argparse has no public name.
 Commands = Any
 
 MODEL_HELP = "The model: a folder, or a name that tl_sparse.load knows."
 CORPUS_HELP = (
-    "Text to take the means over: a folder, a glob, a file or 'builtin' (default: the sample that "
-    "is stored with the model)."
+    "The text over which mean activations are taken: a folder, a glob pattern, a file or 'builtin' "
+    "(default: the sample that is stored with the model)."
 )
 
 
@@ -27,9 +27,14 @@ def add_command(
     run: Callable[[argparse.Namespace], None],
     *configs: type,
 ) -> argparse.ArgumentParser:
-    """Add a command, which `run` does, with the flag --device.
+    """Add a command with the flag --device.
 
-    The docstrings of `configs`, config dataclasses, stand below the list of flags.
+    Args:
+        commands: the subparsers to add it to.
+        name: the name of the command.
+        help: what the command does, in one line.
+        run: the function that runs the command with the parsed arguments.
+        configs: config dataclasses whose docstrings are shown below the list of flags.
     """
     docstrings = []
     for config in configs:
@@ -52,10 +57,10 @@ def add_command(
 def add_config_flags(
     parser: argparse.ArgumentParser, defaults: Any, skip: Sequence[str] = ()
 ) -> None:
-    """Add a flag for each field of a config dataclass, but for those in `skip`.
+    """Add a flag for each field of a config dataclass except those in `skip`.
 
-    What the fields mean stands below the list of flags. A flag that is not given leaves no
-    attribute in the parsed arguments, and so changes nothing: see `given_fields`.
+    `add_command` shows the meaning of the fields below the list of flags. A flag that is not given
+    leaves no attribute in the parsed arguments and so changes nothing; see `given_fields`.
     """
     types = get_type_hints(type(defaults))
     for field in dataclasses.fields(defaults):
@@ -67,13 +72,13 @@ def add_config_flags(
 
 
 def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
-    """What argparse needs to know of a field's flag."""
+    """The arguments of `add_argument` for the flag of a field."""
     if name == "abs_topk":
-        # A mapping of locations to fractions; one number stands for those of the paper.
+        # The field maps locations to fractions; the flag is one fraction for the paper's locations.
         return {
             "type": float,
-            "help": "The fraction that AbsTopK keeps at the paper's eight locations; 1: no AbsTopK "
-            "(default: 0.25).",
+            "help": "The share of activations that AbsTopK keeps at the paper's eight locations; "
+            "1 uses no AbsTopK (default: 0.25).",
         }
     options: dict[str, Any] = {"help": f"(default: {default})"}
     if declared is bool:
@@ -99,7 +104,7 @@ def given_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def changed_by_file(config: Any, path: str | None) -> Any:
-    """The configuration, changed by a YAML file if there is one."""
+    """The configuration with the changes of a YAML file, if one is given."""
     if path is None:
         return config
 

@@ -1,4 +1,4 @@
-"""`tl-sparse view`, `export` and `evaluate`: what is done with a circuit that was found."""
+"""`tl-sparse view`, `export` and `evaluate`, which take a saved circuit."""
 
 import argparse
 import dataclasses
@@ -13,16 +13,21 @@ from tl_sparse.pruning import PruneConfig
 
 
 def _add_circuit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("circuit", help="The circuit: a folder, or a repository of the hub.")
+    parser.add_argument(
+        "circuit", help="The circuit: a folder, or a repository on the Hugging Face hub."
+    )
     parser.add_argument(
         "--model",
-        help="The model: a folder, or a name that tl_sparse.load knows (default: the circuit's).",
+        help="The model: a folder, or a name that tl_sparse.load knows (default: the model "
+        "that the circuit names).",
     )
-    parser.add_argument("--task", help="The task of the prompts (default: the circuit's).")
+    parser.add_argument(
+        "--task", help="The task of the prompts (default: the task of the circuit)."
+    )
 
 
 def _open(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The circuit, its model, and the source of the model: a folder or a name."""
+    """The circuit, its model, and the source of the model, which is a folder or a name."""
     circuit = tl_sparse.Circuit.load(args.circuit)
     source = args.model or circuit.model_name
     if not source:
@@ -38,20 +43,23 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 def add_view(commands: Commands) -> None:
     parser = add_command(
-        commands, "view", "Write an interactive page of a circuit, one HTML file.", _run_view
+        commands,
+        "view",
+        "Write an interactive page about a circuit, as a single HTML file.",
+        _run_view,
     )
     _add_circuit(parser)
     parser.add_argument("-o", "--out", required=True, help="The page, an HTML file.")
     parser.add_argument(
         "--corpus",
-        help="The text of the passages, as in prune (default: the sample that is stored with the "
-        "model).",
+        help="The text of the passages: a folder, a glob pattern, a file or 'builtin' (default: "
+        "the sample that is stored with the model).",
     )
     parser.add_argument(
         "--min-weight",
         type=float,
         default=0.0,
-        help="Leave out edges of a smaller absolute weight.",
+        help="Leave out edges whose absolute weight is smaller than this (default: %(default)s).",
     )
 
 
@@ -59,7 +67,7 @@ def _run_view(args: argparse.Namespace) -> None:
     from tl_sparse.files import replacing
 
     circuit, model, source = _open(args)
-    # The file is opened first, since what follows takes a while.
+    # Opened first, so that an error in the path is reported before the slow work.
     with replacing(Path(args.out)) as temporary:
         corpus = _passages(model, source, args.corpus)
         page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
@@ -68,13 +76,16 @@ def _run_view(args: argparse.Namespace) -> None:
 
 
 def _passages(model: Any, source: str, corpus: str | None) -> Any:
-    """The tokens of the page's passages; None if the model has no text and none was asked for."""
+    """The tokens of the passages; None if the model has no text and none was given."""
     try:
         return tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
     except DataError as error:
         if corpus is not None:
             raise
-        print(f"tl-sparse: the page has no passages: {error} (--corpus)", file=sys.stderr)
+        print(
+            f"tl-sparse: the page has no passages: {error}; give their text with --corpus",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -85,8 +96,8 @@ def add_export(commands: Commands) -> None:
         "-o",
         "--out",
         required=True,
-        help="The file, whose ending names the format: .graphml, .dot, .mmd (Mermaid), .csv, .json "
-        "(attribution graph).",
+        help="The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv "
+        "or .json (attribution graph).",
     )
 
 
@@ -103,22 +114,23 @@ def add_evaluate(commands: Commands) -> None:
         commands, "evaluate", "Measure a circuit on held-out pairs.", _run_evaluate
     )
     _add_circuit(parser)
-    parser.add_argument("-o", "--out", help="A JSON file for all figures.")
+    parser.add_argument("-o", "--out", help="A JSON file for all results.")
     parser.add_argument(
         "--corpus",
-        help="Text to take the means over: a folder, a glob, a file or 'builtin' (default: the "
-        "means that are stored with the circuit).",
+        help="The text over which mean activations are taken: a folder, a glob pattern, a file or "
+        "'builtin' (default: the means that are stored with the circuit).",
     )
     parser.add_argument(
         "--pairs",
         type=int,
-        help="The number of pairs (default: as many as when the circuit was found).",
+        help="The number of pairs (default: as many as the circuit was evaluated on when it was "
+        "found).",
     )
     parser.add_argument(
         "--seed",
         type=int,
-        help="The seed of the pairs and of random circuits (default: the pairs with which the "
-        "circuit was judged when it was found).",
+        help="The seed of the pairs and of the random circuits (default: the pairs on which the "
+        "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
 
 
@@ -140,7 +152,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:
-    """The circuit, with the means over a corpus."""
+    """The circuit, with mean activations over a corpus."""
     from tl_sparse.circuits import EMBED_HOOK
     from tl_sparse.pruning import corpus_means
 
@@ -149,10 +161,10 @@ def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> An
 
 
 def _config_of(circuit: Any) -> PruneConfig:
-    """The configuration that the circuit was found with, as far as it is recorded.
+    """The recorded configuration with which the circuit was found.
 
-    Fields that this version does not know are ignored, and those that are missing have their
-    defaults: the circuit may be another version's.
+    The circuit may come from another version, so unknown fields are ignored and missing fields have
+    their defaults.
     """
     recorded = circuit.measured.get("config", {})
     known = [field.name for field in dataclasses.fields(PruneConfig)]
@@ -162,8 +174,10 @@ def _config_of(circuit: Any) -> PruneConfig:
 def _heldout_pairs(
     circuit: Any, model: Any, task: Any, config: PruneConfig, args: argparse.Namespace
 ) -> Any:
-    """The pairs on which pruning judged the circuit, or new ones if it was not pruned here or
-    --pairs or --seed asks for others; these are none of those that the circuit was found with.
+    """The held-out pairs on which pruning evaluated the circuit, or new ones.
+
+    New pairs are drawn if the circuit records no configuration, or if --pairs or --seed is given.
+    They exclude the prompts on which the circuit was trained and selected.
     """
     from tl_sparse.pruning import task_splits
 

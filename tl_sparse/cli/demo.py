@@ -17,12 +17,15 @@ from tl_sparse.training import TrainConfig
 
 def add_demo(commands: Commands) -> None:
     parser = add_command(
-        commands, "demo", "Find how a small sparse model closes strings, in a minute.", _run_demo
+        commands,
+        "demo",
+        "Find the circuit with which a small sparse model closes strings, in a minute.",
+        _run_demo,
     )
     parser.add_argument(
         "--out",
         default="demo",
-        help="A folder for the results; those of an earlier demo are replaced (default: "
+        help="A folder for the results, in which those of an earlier demo are replaced (default: "
         "%(default)s).",
     )
     parser.add_argument(
@@ -31,19 +34,22 @@ def add_demo(commands: Commands) -> None:
         help="Train a model first, which takes minutes (default: use the bundled model).",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="The seed of everything (default: %(default)s)."
+        "--seed",
+        type=int,
+        default=0,
+        help="The seed of training and pruning (default: %(default)s).",
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=TrainConfig().steps,
-        help="The number of training steps (default: %(default)s).",
+        help="The number of training steps with --train (default: %(default)s).",
     )
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    """Prune and explain, after training if that is asked for."""
-    # First, so that a mistake in it is named before anything is removed.
+    """Train a model if --train is given, then prune it and print the report of the circuit."""
+    # Made first, so that a mistake in it is reported before anything is removed.
     config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
     prune_config = PruneConfig(seed=args.seed)
     started = time.perf_counter()
@@ -53,7 +59,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     model = "tiny-python-sparse"
     if args.train:
         model = str(out / "model")
-        print("Training a small transformer on Python code, nearly all weights at zero")
+        print("Training a small transformer on Python code, with nearly all weights at zero")
         _, record = tl_sparse.train(config, model, args.device)
         print(training_summary(record))
     strings = "print('… → ') and print(\"… → \")"
@@ -70,7 +76,7 @@ def _remove_earlier(out: Path) -> None:
     ours = {"model", "circuit"}
     if not out.is_dir() or {path.name for path in out.iterdir()} - ours:
         raise TLSparseError(
-            f"{out} holds other files than an earlier demo's; give another folder with --out"
+            f"{out} holds files that are not from an earlier demo; give another folder with --out"
         )
     for name in ours:
         shutil.rmtree(out / name, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The entry point, and the parser of all commands.
 
-Nothing here or at the top of the commands' files imports torch, so that `--help` is fast: a command
-imports what it needs when it runs.
+Neither this file nor the top level of the commands' files imports torch, so that `--help` is fast.
+A command imports what it needs when it runs.
 """
 
 import argparse
@@ -21,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after `tl-sparse`; None: those of this process.
+        argv: the arguments after `tl-sparse`; None uses those of this process.
 
     Returns:
-        The exit status: 1 after an error of the user's, which is printed in one line.
+        The exit status: 0, or 1 after a `TLSparseError`, which is printed without a traceback.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands, in the order in which `--help` lists them.
 
-    The parsed arguments have the command's function as `run`, which takes these arguments.
+    The parsed arguments have an attribute `run`, the function that runs the command with them.
     """
     parser = argparse.ArgumentParser(
         prog="tl-sparse",

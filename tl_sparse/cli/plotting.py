@@ -9,30 +9,31 @@ from tl_sparse.errors import ConfigError
 
 
 def add_plot(commands: Commands) -> None:
-    parser = add_command(commands, "plot", "Draw circuits, suites and models.", _run_plot)
+    parser = add_command(commands, "plot", "Plot circuits, suites and models.", _run_plot)
     parser.add_argument(
         "kind",
         choices=("curve", "tasks", "frontier", "sparsity"),
-        help="curve: the loss and accuracy of a circuit by its size. tasks: the size of the "
-        "circuits of a suite by task. frontier: the loss by size of many circuits. sparsity: the "
-        "nonzero weights and activations of a model by layer.",
+        help="curve: the loss and accuracy of circuits against their size. tasks: the size of a "
+        "suite's circuits for each task. frontier: the loss of many circuits against their size. "
+        "sparsity: the nonzero weights and activations in each layer of a model.",
     )
     parser.add_argument(
         "source",
         nargs="+",
-        help="Files that `evaluate -o` or `suite` wrote; for sparsity, one model.",
+        help="curve: files that `evaluate -o` wrote. frontier: such files, or the results.json of "
+        "suites. tasks: the results.json of a suite. sparsity: one model.",
     )
-    parser.add_argument("-o", "--out", required=True, help="The picture, *.png or *.svg.")
+    parser.add_argument("-o", "--out", required=True, help="The image file, *.png or *.svg.")
     parser.add_argument(
         "--against",
         choices=("edges", "nodes"),
         default="edges",
-        help="What the size of a circuit counts (default: %(default)s).",
+        help="What the size of a circuit is measured in (default: %(default)s).",
     )
     parser.add_argument(
         "--corpus",
-        help="For sparsity: the text of the activations (default: the sample that is stored with "
-        "the model).",
+        help="sparsity: the text on which activations are counted (default: the sample that is "
+        "stored with the model).",
     )
 
 
@@ -43,7 +44,7 @@ def _run_plot(args: argparse.Namespace) -> None:
     plots.check_drawing(args.out)
     first = args.source[0]
     if len(args.source) > 1 and args.kind in ("tasks", "sparsity"):
-        raise ConfigError(f"{args.kind} is drawn of one source, not of {len(args.source)}")
+        raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
     if args.kind == "sparsity":
         model = tl_sparse.load(first, args.device)
         corpus = tl_sparse.load_corpus(first, model.tokenizer, model.cfg.n_ctx, args.corpus)

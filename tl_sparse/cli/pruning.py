@@ -1,4 +1,4 @@
-"""`tl-sparse prune`, and `suite` and `search`, which prune many times."""
+"""`tl-sparse prune`, and `tl-sparse suite` and `search`, which prune many times."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,8 @@ def add_prune(commands: Commands) -> None:
     parser.add_argument(
         "--edges",
         action="store_true",
-        help="Prune the circuit's edges, too; the result is in the folder `edges` in --out.",
+        help="Also prune the edges of the circuit, and save the result in the folder `edges` in "
+        "--out.",
     )
     _add_pruning_flags(parser)
 
@@ -55,9 +56,10 @@ def prune_and_report(
     corpus: str | None = None,
     edges: bool = False,
 ) -> None:
-    """Find the circuit of a task in a model; save it in `out`, and save and print its report.
+    """Find the circuit of a task in a model, save it in `out`, and save and print its report.
 
-    With `edges`, the circuit is then pruned by edges, into the folder `edges` in `out`.
+    With `edges`, the circuit is then also pruned by edges, and the result is saved in the folder
+    `edges` in `out`.
     """
     task = tl_sparse.get_task(task_name)
     model = tl_sparse.load(source, device)
@@ -91,7 +93,8 @@ def add_suite(commands: Commands) -> None:
     )
     parser.add_argument(
         "--tasks",
-        help="The tasks: names, or files of pairs, separated by commas (default: all twenty).",
+        help="The tasks: names or files of pairs, *.jsonl, separated by commas (default: all "
+        "twenty built-in tasks).",
     )
     parser.add_argument(
         "--seeds", default="0,1,2", help="The seeds, separated by commas (default: %(default)s)."
@@ -118,16 +121,20 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
-        expected = "numbers with commas: 0,1,2"
+        expected = "whole numbers separated by commas, such as 0,1,2"
         raise ConfigError(f"seeds = {text!r} is not possible; it must be {expected}") from None
 
 
 def add_search(commands: Commands) -> None:
     parser = add_command(
-        commands, "search", "Find good settings of prune, with Optuna.", _run_search, PruneConfig
+        commands,
+        "search",
+        "Search for good settings of prune with Optuna.",
+        _run_search,
+        PruneConfig,
     )
     parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("task", nargs="+", help="The tasks: names, or files of pairs, *.jsonl.")
+    parser.add_argument("task", nargs="+", help="The tasks: names or files of pairs, *.jsonl.")
     parser.add_argument(
         "--trials",
         type=int,
@@ -136,8 +143,8 @@ def add_search(commands: Commands) -> None:
     )
     parser.add_argument(
         "--storage",
-        help="A file, or the URL of a database, that all who work on the study share "
-        "(default: a file in --out).",
+        help="A file or the URL of a database, which all machines that work on the study share "
+        "(default: study.journal in --out).",
     )
     _add_shared_work(parser)
     _add_pruning_flags(parser)
@@ -160,12 +167,14 @@ def _run_search(args: argparse.Namespace) -> None:
         device=args.device,
     )
     best = Path(args.out, "best.yaml")
-    print(f"\n{table}\n\nSaved {best}, for --config of prune and suite")
+    print(f"\n{table}\n\nSaved {best}; give it to prune or suite with --config")
 
 
 def _add_shared_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", required=True, help="A folder for the results; what was begun in it goes on."
+        "--out",
+        required=True,
+        help="A folder for the results; unfinished work in it is continued.",
     )
     parser.add_argument(
         "--workers", type=int, default=1, help="The number of processes (default: %(default)s)."
@@ -173,17 +182,17 @@ def _add_shared_work(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pruning_flags(parser: argparse.ArgumentParser, *skip: str) -> None:
-    """Add what all commands here have in common, but for fields of PruneConfig in `skip`."""
+    """Add the flags that these commands share, except for the fields of PruneConfig in `skip`."""
     parser.add_argument("--corpus", help=CORPUS_HELP)
     parser.add_argument(
         "--config",
-        help="A YAML file with fields of PruneConfig, such as search writes. Flags change the "
+        help="A YAML file with fields of PruneConfig, such as `search` writes. Flags override the "
         "file.",
     )
     add_config_flags(parser, PruneConfig(), skip=skip)
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:
-    """The defaults, changed by the file, changed by the flags."""
+    """The defaults, overridden by the file, which is overridden by the flags."""
     config = changed_by_file(PruneConfig(), args.config)
     return dataclasses.replace(config, **given_fields(args, PruneConfig))

@@ -31,14 +31,14 @@ def add_train(commands: Commands) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        help="A YAML file with fields of TrainConfig; `model` and `data` hold fields of "
-        "SparseConfig and DataConfig. It changes the preset, and flags change the file.",
+        help="A YAML file with fields of TrainConfig, in which `model` and `data` hold fields of "
+        "SparseConfig and DataConfig. The file overrides the preset, and flags override the file.",
     )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default="laptop",
-        help="The configuration that the file and the flags change (default: %(default)s).",
+        help="The configuration that the file and the flags override (default: %(default)s).",
     )
     parser.add_argument(
         "--recipe",
@@ -50,7 +50,7 @@ def add_train(commands: Commands) -> None:
         "--out", required=True, help="A new folder for the model and the record of its training."
     )
     parser.add_argument(
-        "--resume", action="store_true", help="Go on with the unfinished run in --out."
+        "--resume", action="store_true", help="Continue the unfinished run in --out."
     )
     laptop = preset("laptop")
     add_config_flags(parser, laptop.model)
@@ -59,7 +59,7 @@ def add_train(commands: Commands) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> None:
-    # First, so that a mistake in it is named before anything slow is imported.
+    # Made first, so that a mistake in it is reported before the slow imports.
     config = train_config(args)
     _, record = tl_sparse.train(config, args.out, args.device, resume=args.resume)
     is_main_process = os.environ.get("RANK", "0") == "0"
@@ -69,7 +69,7 @@ def _run_train(args: argparse.Namespace) -> None:
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    """The preset, changed by the file, changed by the flags."""
+    """The preset, overridden by the file, which is overridden by the flags."""
     config = changed_by_file(preset(args.preset, args.recipe), args.config)
     changes = given_fields(args, TrainConfig)
     changes["model"] = given_fields(args, SparseConfig)
@@ -81,7 +81,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def training_summary(record: dict[str, Any]) -> str:
-    """What training did, in one line."""
+    """A summary of the training record, in one line."""
     tokens = f"{record['training_tokens_seen']:,} tokens"
     seconds = f"{record['seconds']['training']:.0f} s"
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"

@@ -10,23 +10,26 @@ class DataConfig:
     """Which text to train on.
 
     Attributes:
-        source: "builtin" (the standard library of the running Python, and synthetic idioms), or the
-            user's own text: a folder (every *.py and *.txt below it), a glob pattern, or one file;
-            or "hf:owner/name", or "hf:" and a local folder or file, for what
-            `datasets.load_dataset` reads, streamed and shuffled in a buffer.
-        subset: the part of an "hf:" dataset that is read; "" for its only one.
-        split: the split of an "hf:" dataset that is read.
+        source: "builtin" for the standard library of the running Python and synthetic idioms; a
+            folder (every *.py and *.txt file below it), a glob pattern or one file for your own
+            text; or "hf:owner/name", or "hf:" followed by a local folder or file, for a dataset
+            that `datasets.load_dataset` reads, which is streamed and shuffled in a buffer.
+        subset: the subset of an "hf:" dataset to read; "" if it has only one.
+        split: the split of an "hf:" dataset to read.
         text_column: the column of an "hf:" dataset that holds a document in each row.
-        max_chars: no further document of an "hf:" dataset is taken after so many characters.
-        stdlib_chars: characters of the standard library, at most; for "builtin" only.
-        idiom_chars: characters of synthetic idioms, at least; for "builtin" only.
-        validation_fraction: share of the text kept for validation; of an "hf:" dataset, a share of
-            the documents, until they have 2,000,000 characters.
+        max_chars: the number of characters after which no further document of an "hf:" dataset is
+            read.
+        stdlib_chars: the largest number of characters from the standard library; only for
+            "builtin".
+        idiom_chars: the smallest number of characters of synthetic idioms; only for "builtin".
+        validation_fraction: the share of the text that is held out for validation. For an "hf:"
+            dataset it is the share of the documents, until 2,000,000 characters are held out.
         seed: decides which standard library files are read, the idioms, the order of a stream, and
-            the split.
+            the split into training and validation text.
 
     Raises:
-        ConfigError: for an impossible value, naming the field, the value and the valid range.
+        ConfigError: for an impossible value; the message gives the field, the value and the valid
+            range.
     """
 
     source: str = "builtin"
@@ -43,7 +46,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        expected = '"builtin", a folder, a glob pattern, a file or "hf:" and a dataset'
+        expected = '"builtin", a folder, a glob pattern, a file, or "hf:" followed by a dataset'
         check(self.source not in ("", "hf:"), "source", self.source, expected)
         check(self.max_chars >= 1, "max_chars", self.max_chars, "at least 1")
         for name in ("stdlib_chars", "idiom_chars", "seed"):

@@ -1,4 +1,4 @@
-"""Text packed as rows of tokens, in files that are mapped, not read, into memory."""
+"""Text packed as rows of tokens, in files that are memory-mapped rather than read whole."""
 
 import copy
 import hashlib
@@ -25,17 +25,21 @@ from tl_sparse.data.stream import Stream
 from tl_sparse.data.tokenizer import load_tokenizer, train_tokenizer
 from tl_sparse.errors import DataError, TokenizerError, TrainError
 
-#: How many characters of a stream train the tokenizer.
+#: The number of characters of a stream that the tokenizer is trained on.
 STREAM_TOKENIZER_CHARS = 5_000_000
-_DOCUMENTS_PER_BATCH = 64  # bounds the memory that the tokenizer's result objects take
+_DOCUMENTS_PER_BATCH = 64  # bounds the memory of the tokenizer's result objects
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads: the tokenizer trained on its text, and tokens [seq, n_ctx], uint16 or
-    int32, mapped from files.
+    """The tokens of a training run.
 
-    `about` has a description of the text, and SHA-256 and sizes in bytes of the files.
+    Attributes:
+        tokenizer: the tokenizer, trained on the text of the run.
+        train: the training tokens, uint16 or int32, memory-mapped from a file.
+        validation: the validation tokens, likewise.
+        about: a description of the text, the SHA-256 hash of the tokens, and the sizes of the files
+            in bytes.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -54,18 +58,24 @@ def packed_corpus(
     folder: Path | None = None,
     about: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Train a tokenizer of `d_vocab` tokens on the text of `config`, in which the `required`
-    strings are tokens, and pack the text as rows of `n_ctx` tokens, in an order that `seed`
-    decides.
+    """Train a tokenizer on the text of `config`, and pack the text as rows of tokens.
 
-    The files appear in `folder` all together or not at all; None makes temporary ones. `about` is
-    that of a corpus that was in `folder` before: if its files are still there, with their sizes,
-    they are read, and otherwise made again.
+    Args:
+        config: the text.
+        d_vocab: the size of the tokenizer's vocabulary.
+        n_ctx: the number of tokens in each row.
+        seed: decides the order of the documents.
+        required: strings that must be single tokens.
+        folder: the folder for the files, which appear there all together or not at all; None makes
+            temporary files.
+        about: the `Corpus.about` of a corpus that was in `folder` before. If its files are still
+            there and have the same sizes, they are read; otherwise they are made again.
 
     Raises:
-        DataError: as `load_documents` and `pack_tokens`, or the disk is full.
-        TokenizerError: as `train_tokenizer`.
-        TrainError: the text is no longer the one that `about` describes.
+        DataError: as for `load_documents` and `pack_tokens`, or if the files cannot be written, for
+            example because the disk is full.
+        TokenizerError: as for `train_tokenizer`.
+        TrainError: if the text is no longer the text that `about` describes.
     """
     if folder is not None and about is not None:
         stored = _read_corpus(folder, n_ctx, about)
@@ -82,8 +92,8 @@ def packed_corpus(
             corpus = _write_corpus(packed, documents, tokenizer, n_ctx, seed)
             if about is not None and corpus.about["sha256"] != about.get("sha256"):
                 raise TrainError(
-                    f"{parent} was trained on other text: {config} does not give its tokens "
-                    "any more"
+                    f"{parent} was trained on different text: {config} no longer gives the same "
+                    "tokens"
                 )
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -100,20 +110,20 @@ def pack_tokens(
 ) -> Int32[Tensor, "seq n_ctx"]:
     """The documents as rows of exactly `n_ctx` tokens, for next-token prediction.
 
-    The documents are shuffled with `seed` and joined, each with the end-of-text token before it; a
-    row may hold the end of one document and the beginning of the next. The last, incomplete row is
-    dropped. A stream, which is shuffled already, is packed in the order in which it comes.
+    The documents are shuffled with `seed` and concatenated, with the end-of-text token before each;
+    a row may hold the end of one document and the beginning of the next. The last row is dropped if
+    it is incomplete. A stream is already shuffled, and is packed in its own order.
 
     Raises:
-        DataError: the documents do not fill one row.
-        TokenizerError: the tokenizer has no end-of-text token.
+        DataError: if the documents do not fill one row.
+        TokenizerError: if the tokenizer has no end-of-text token.
     """
     with TemporaryFile() as file:
         return _write_rows(file, documents, tokenizer, n_ctx, seed).int()
 
 
 def _read_corpus(folder: Path, n_ctx: int, about: dict[str, Any]) -> Corpus | None:
-    """The corpus in `folder`, if it is whole."""
+    """The corpus in `folder`; None if a file is missing or has another size."""
     try:
         for name, size in about["bytes"].items():
             if (folder / name).stat().st_size != size:
@@ -144,7 +154,7 @@ def _write_corpus(
     n_ctx: int,
     seed: int,
 ) -> Corpus:
-    """The tokenizer's files, and a file of tokens for each side of the split."""
+    """Write the tokenizer, and one file of tokens for each side of the split."""
     tokenizer.save_pretrained(folder)
     with open(folder / "train", "w+b") as file:
         train = _write_rows(file, documents.train, tokenizer, n_ctx, seed)
@@ -169,8 +179,9 @@ def _write_rows(
     n_ctx: int,
     seed: int,
 ) -> Int[Tensor, "seq n_ctx"]:
-    """`pack_tokens` into an empty, open file, from which the rows are mapped. Only one batch of
-    documents at a time is in memory.
+    """Do the work of `pack_tokens`, in an empty, open file from which the rows are memory-mapped.
+
+    Only one batch of documents is in memory at a time.
     """
     end_of_text = tokenizer.eos_token_id
     if end_of_text is None:
@@ -191,7 +202,7 @@ def _write_rows(
         n_tokens += len(tokens)
     if n_tokens < n_ctx:
         raise DataError(
-            f"the documents are {n_tokens} tokens, fewer than one row of n_ctx = {n_ctx}"
+            f"the documents have {n_tokens} tokens, fewer than one row of n_ctx = {n_ctx}"
         )
     n_rows = n_tokens // n_ctx
     file.truncate(n_rows * n_ctx * dtype.itemsize)
@@ -199,8 +210,10 @@ def _write_rows(
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of what encodes text. The original may still truncate and pad as it was last asked to,
-    for example by `model.to_tokens`.
+    """A copy of the tokenizer's backend that neither truncates nor pads.
+
+    The original keeps the truncation and padding of its last call, for example by
+    `model.to_tokens`.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
@@ -218,7 +231,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _token_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:
-    """uint16 if every token fits, else int32."""
+    """uint16 if every token id fits into it, else int32."""
     largest = max(tokenizer.get_vocab().values())
     return np.dtype("H" if largest < 2**16 else "i")
 
@@ -226,8 +239,8 @@ def _token_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:
 def _mapped(
     file: Path | IO[bytes], tokenizer: PreTrainedTokenizerFast, n_ctx: int
 ) -> Int[Tensor, "seq n_ctx"]:
-    """The rows in a file of tokens."""
-    # "c" is copy-on-write: writing into the tensor leaves the file as it is. With "r", torch would
-    # warn that the memory cannot be written to.
+    """The rows of a file of tokens, memory-mapped."""
+    # Mode "c" is copy-on-write, so writing into the tensor does not change the file. With mode "r",
+    # torch would warn that the memory is read-only.
     tokens = np.memmap(file, _token_dtype(tokenizer), "c")
     return torch.from_numpy(tokens).view(-1, n_ctx)

@@ -1,4 +1,4 @@
-"""Documents to train and to validate on, from every source that a `DataConfig` can name."""
+"""Training and validation documents from every source that a `DataConfig` can name."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,12 @@ from tl_sparse.tasks import idiom_documents
 
 @dataclass(frozen=True)
 class Documents:
-    """Whole documents, none of them on both sides; `description` says in a line where they come
-    from.
+    """The documents of a run; none of them is on both sides of the split.
+
+    Attributes:
+        train: the training documents.
+        validation: the validation documents.
+        description: where the documents come from, in one line.
     """
 
     train: list[str] | Stream
@@ -27,13 +31,13 @@ def load_documents(config: DataConfig) -> Documents:
     """Read or generate the documents of `config` and split them into training and validation
     documents.
 
-    The split is by document, the same for the same seed, whatever order the file system lists files
-    in. Only a single document is itself cut in two, at the end of a line.
+    The split is by document. It depends on the seed, and not on the order in which the file system
+    lists the files. If there is only one document, it is cut in two at the end of a line.
 
     Raises:
-        DataError: there are no files or there is no such dataset, or one is unreadable, not (UTF-8)
-            text, or nothing but white space, or there is too little to leave a document on each
-            side.
+        DataError: if there are no files or the dataset does not exist; if a file cannot be read, is
+            not UTF-8 text, or all files hold only white space; or if there is too little text to
+            leave a document on each side of the split.
     """
     if config.source.startswith("hf:"):
         return _streamed(config)
@@ -44,7 +48,7 @@ def load_documents(config: DataConfig) -> Documents:
         return _cut_in_two(documents[0], config.validation_fraction, description)
     train: list[str] = []
     validation: list[str] = []
-    for group in groups.values():  # each by itself, so that both sides have the same mixture
+    for group in groups.values():  # split each group, so that both sides have the same mixture
         held_out = _held_out(group, config.validation_fraction, config.seed)
         for number, document in enumerate(group):
             side = validation if number in held_out else train
@@ -67,7 +71,7 @@ def _streamed(config: DataConfig) -> Documents:
 
 
 def _groups(config: DataConfig) -> dict[str, list[str]]:
-    """All documents, by what they are."""
+    """All documents, by the name of their group."""
     if config.source != "builtin":
         return {config.source: user_documents(config.source)}
     return {
@@ -87,11 +91,12 @@ def _description(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _held_out(documents: Sequence[str], fraction: float, seed: int) -> set[int]:
-    """The numbers of the documents that are for validation: at least one and at most all but one,
-    or none of a single document.
+    """The indices of the documents that are held out for validation.
 
-    They are drawn at random and fit into `fraction` of the characters; a share of the documents
-    could be one long file. If none fits, it is the shortest.
+    At least one document is held out and at least one is left; of a single document, none is held
+    out. They are drawn at random such that they fit into `fraction` of the characters, rather than
+    of the documents, since one of these could be a very long file. If no document fits, the
+    shortest one is held out.
     """
     n_documents = len(documents)
     if n_documents < 2:
@@ -107,7 +112,7 @@ def _held_out(documents: Sequence[str], fraction: float, seed: int) -> set[int]:
 
 
 def _cut_in_two(document: str, fraction: float, description: str) -> Documents:
-    """The last `fraction` of the only document is for validation, from the beginning of a line."""
+    """Hold out about the last `fraction` of the only document, from the beginning of a line."""
     cut = document.rfind("\n", 0, round(len(document) * (1 - fraction))) + 1
     head = document[:cut]
     tail = document[cut:]

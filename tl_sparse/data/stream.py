@@ -1,4 +1,4 @@
-"""Datasets that are streamed rather than read into memory, with `datasets.load_dataset`."""
+"""Datasets that `datasets.load_dataset` streams rather than reads into memory."""
 
 import random
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ from typing import Any
 from tl_sparse.data.config import DataConfig
 from tl_sparse.errors import DataError
 
-#: How many documents the buffer holds that shuffles a stream.
+#: The number of documents in the buffer in which a stream is shuffled.
 STREAM_BUFFER = 1_000
-#: How many characters of a stream are held out for validation, at most one document more.
+#: Documents of a stream are held out for validation until they have this many characters.
 STREAM_VALIDATION_CHARS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The documents of an "hf:" dataset except those `held_out`, read anew, in the same order, at
-    every iteration.
+    """The documents of an "hf:" dataset except those in `held_out`. Every iteration reads them
+    anew, in the same order.
 
     Attributes:
-        config: names the dataset; it ends after `max_chars` characters.
-        held_out: the numbers of documents to leave out.
+        config: names the dataset, and ends it after `max_chars` characters.
+        held_out: the indices of the documents to leave out.
 
     Raises:
-        DataError: at iteration, if the dataset cannot be read or a document is not text.
+        DataError: during iteration, if the dataset cannot be read or a document is not text.
     """
 
     config: DataConfig
@@ -57,7 +57,7 @@ class Stream:
                 streaming=True,
             )
             yield from dataset.shuffle(self.config.seed, buffer_size=STREAM_BUFFER)
-        except Exception as error:  # of many kinds: the network's, the parsers' of each format, …
+        except Exception as error:  # the network and the parsers raise errors of many kinds
             raise DataError(
                 f"cannot read the dataset {self.config.source}: {error}; "
                 'it must be "hf:owner/name" as on the Hugging Face hub, with a subset and a split '
@@ -65,7 +65,7 @@ class Stream:
             ) from error
 
     def _location(self) -> dict[str, str]:
-        """Where `load_dataset` finds the dataset, as its arguments."""
+        """The arguments with which `load_dataset` finds the dataset."""
         path = Path(self.config.source.removeprefix("hf:")).expanduser()
         if path.is_file():
             return {"path": str(path.parent), "data_files": path.name}
@@ -89,11 +89,13 @@ class Stream:
 
 
 def held_out_documents(config: DataConfig) -> dict[int, str]:
-    """The documents of a stream that are for validation, by their numbers: the first, never the
-    second, which is left to train on, and a random share of the others.
+    """The documents of a stream that are held out for validation, by their index in the stream.
+
+    The first document is always held out, and the second never is, so that there is one on each
+    side of the split. Of the others a random share is held out.
 
     Raises:
-        DataError: the dataset cannot be read, or has fewer than two documents.
+        DataError: if the dataset cannot be read, or has fewer than two documents.
     """
     rng = random.Random(config.seed)
     held_out: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Documents read from files: the standard library's, or the user's own."""
+"""Documents from files, either of the standard library or of the user."""
 
 import glob
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tl_sparse.errors import DataError
 
-# Folders of the standard library that hold no ordinary code: tests, tables, data, and what pip
-# installed.
+# Folders of the standard library that hold no ordinary code: tests, tables, data, and installed
+# packages.
 _SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -27,8 +27,9 @@ _SKIPPED_FOLDERS = {
 
 
 def stdlib_documents(n_chars: int, seed: int) -> list[str]:
-    """Files of the running Python's standard library, in an order that `seed` decides, with
-    `n_chars` characters in all; the last file is cut at the end of a line.
+    """Files of the running Python's standard library, in an order that `seed` decides.
+
+    They have at most `n_chars` characters in all; the last file is cut at the end of a line.
     """
     paths = _stdlib_paths()
     random.Random(seed).shuffle(paths)
@@ -49,11 +50,14 @@ def stdlib_documents(n_chars: int, seed: int) -> list[str]:
 
 
 def user_documents(source: str) -> list[str]:
-    """The text of each file that `source`, a folder, a glob pattern or a file, stands for, without
-    those of nothing but white space.
+    """The text of each file of `source`, except files that hold only white space.
+
+    Args:
+        source: a folder, a glob pattern or a file.
 
     Raises:
-        DataError: there are no files, or none with text, or one cannot be read or is not text.
+        DataError: if there are no files, no file holds text, or a file cannot be read or is not
+            text.
     """
     paths = _user_paths(source)
     if not paths:
@@ -63,14 +67,14 @@ def user_documents(source: str) -> list[str]:
         )
     documents = [text for text in map(_read, paths) if text.strip()]
     if not documents:
-        raise DataError(f"nothing but white space in the {len(paths)} files of {source}")
+        raise DataError(f"the {len(paths)} files of {source} hold only white space")
     return documents
 
 
 def _stdlib_paths() -> list[Path]:
     paths = []
     for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        # What is not in this list is not walked into.
+        # `os.walk` enters only the folders that are left in this list.
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(paths)
@@ -88,7 +92,7 @@ def _user_paths(source: str) -> list[Path]:
 
 
 def _read(path: Path) -> str:
-    """The text of a file, with every line end as one newline."""
+    r"""The text of a file, in which every line ends in "\n"."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

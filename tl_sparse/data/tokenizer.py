@@ -1,11 +1,11 @@
 """Byte-level BPE tokenizers for Python code, in which the candidates of the tasks are single
 tokens.
 
-The usual byte-level pre-tokenizer never lets `):` take its newline or `=` its `None`, so the tasks
-of the paper (Gao et al. 2025, arXiv 2511.13653, Table 1: `):\\n`, `=None`, `True:\\n`, …) need one
-of their own: `PIECES` below. Two properties matter more than compression: a quote that opens a
-string is never in one token with a letter of that string, and the quote that closes it is never in
-one token with the newline after it.
+The usual byte-level pre-tokenizer separates `):` from the newline after it and `=` from `None`. The
+tasks of the paper (Gao et al. 2025, arXiv 2511.13653, Table 1: `):\\n`, `=None`, `True:\\n`, …)
+therefore need a pre-tokenizer of their own, which is `PIECES` below. Two properties matter more
+than compression: the quote that opens a string never shares a token with a letter of that string,
+and the quote that closes it never shares a token with the newline after it.
 """
 
 import base64
@@ -22,26 +22,27 @@ from tl_sparse.errors import TokenizerError
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
 
-# What text is cut into before BPE; merges happen inside a piece, never across two. The first
-# alternative that matches wins, and together they match any text, so nothing is lost.
+# The pieces into which text is cut before BPE, which merges within a piece and never across pieces.
+# The first alternative that matches wins, and together they match any text, so nothing is lost.
 PIECES = "|".join(
     (
-        r" {2,}",  # indentation, whole: an indented word has no space of its own
-        r"\n+",  # newlines by themselves: `')` is the same token before a newline and elsewhere …
-        r" ?True:?\n",  # … but `True` takes its newline (tasks var_if and while_return_true)
+        r" {2,}",  # a whole indentation: the word after it gets no space
+        r"\n+",  # newlines alone, so that `')` is the same token before a newline and elsewhere
+        r" ?True:?\n",  # `True` with its newline, for the task var_if
         r"=None(?![\p{L}\p{N}_])",  # the default of a parameter
-        # A word with its space, or with the dot that makes it an attribute.
+        # A word with the space before it, or with the dot that makes it an attribute.
         r"[ .]?[\p{L}_][\p{L}\p{N}_]*",
         r" ?\p{N}+",
-        # Punctuation runs together, up to the dot of an attribute; a final colon takes its newline.
+        # A run of punctuation, which ends before the dot of an attribute. If it ends in a colon, it
+        # includes the newline after that.
         r" ?(?:(?!\.[\p{L}_])[^\s\p{L}\p{N}_])+(?:(?<=:)\n)?",
-        r"\s",  # any other white space, one by one
+        r"\s",  # any other white space, one character at a time
     )
 )
 
-# A required string is added to the training text once per this many characters: far more often than
-# the rarest merges of any useful vocabulary occur, so that it is merged before the vocabulary is
-# full.
+# A required string is added to the training text once per this many characters. That is far more
+# often than the rarest merges of any useful vocabulary occur, so the string is merged before the
+# vocabulary is full.
 _REQUIRED_EVERY = 200
 
 
@@ -51,14 +52,14 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer of exactly `vocab_size` entries. The texts are read once;
     the same texts give the same tokenizer.
 
-    `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning, end, padding and
-    unknown token. Decoding the ids of a text gives back that text, whatever it holds. Each of the
-    `required` strings is one token, even when it is rare in `texts`.
+    `<|endoftext|>` has the last id, `vocab_size - 1`, and is the beginning-of-text, end-of-text,
+    padding and unknown token. Decoding the ids of any text gives back exactly that text. Each of
+    the `required` strings is a single token, even when it is rare in `texts`.
 
     Raises:
-        TokenizerError: `vocab_size` is below 257, the text is too small for it, or a required
-            string cannot be one token, because the pre-tokenizer cuts it (`PIECES`) or the
-            vocabulary has no room for it.
+        TokenizerError: if `vocab_size` is below 257, if the text is too small for it, or if a
+            required string cannot be a single token, because the pre-tokenizer cuts it (`PIECES`)
+            or the vocabulary has no room for it.
     """
     if vocab_size < 257:
         raise TokenizerError(
@@ -86,7 +87,7 @@ def train_tokenizer(
 
 
 def _code_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Cuts text into `PIECES`, and writes each as bytes."""
+    """A pre-tokenizer that cuts text into `PIECES` and spells each of them as bytes."""
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pieces, as_bytes])
@@ -109,8 +110,8 @@ def _check_one_piece(backend: Tokenizer, text: str) -> None:
 
 
 def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[str]:
-    """`texts`, then the required strings, often enough to be merged before the vocabulary is
-    full.
+    """`texts`, and then the required strings, repeated often enough that they are merged before the
+    vocabulary is full.
     """
     n_chars = 0
     for text in texts:
@@ -123,8 +124,9 @@ def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[st
 def _with_end_of_text(backend: Tokenizer) -> Tokenizer:
     """The trained tokenizer with `<|endoftext|>` as its last entry.
 
-    The trainer puts special tokens first, and one added afterwards is not counted in the size of
-    the vocabulary; only in the vocabulary itself is `<|endoftext|>` both last and counted.
+    The trainer would put a special token first, and a special token that is added afterwards does
+    not count towards the size of the vocabulary. Written into the vocabulary itself,
+    `<|endoftext|>` is last and counts.
     """
     state = json.loads(backend.to_str())
     state["model"]["vocab"][END_OF_TEXT] = backend.get_vocab_size()
@@ -138,10 +140,10 @@ def _for_transformers(backend: Tokenizer, **special_tokens: str) -> PreTrainedTo
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of the one token that `text` is.
+    """The token id of `text`, which must be a single token.
 
     Raises:
-        TokenizerError: it is not one token; the message has those that it is split into.
+        TokenizerError: if it is not a single token; the message lists the tokens it is split into.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
@@ -157,14 +159,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a file, or from the folder that holds it: a `tokenizer.json`, alone or
     beside transformers' own files; a `*.tiktoken` file; or `vocab.json` with `merges.txt`.
 
-    Nothing is downloaded and no code from the folder is run. The latter two kinds of file do not
-    say how text is cut before BPE: it is cut as in GPT-2. A `.tiktoken` file has no special tokens
-    either: `<|endoftext|>` gets the id after the last. Where the files name no special tokens and
-    the vocabulary has `<|endoftext|>`, as in OpenAI's `tinypython_2k`, that becomes all four of
-    them.
+    Nothing is downloaded and no code from the folder is run. The last two formats do not specify
+    how text is cut before BPE, so it is cut as in GPT-2. A `.tiktoken` file has no special tokens
+    either; `<|endoftext|>` gets the id after the last one. If the files name no special tokens and
+    the vocabulary has `<|endoftext|>`, as in OpenAI's `tinypython_2k`, this becomes the
+    beginning-of-text, end-of-text, padding and unknown token.
 
     Raises:
-        TokenizerError: there is no tokenizer, or it cannot be read.
+        TokenizerError: if there is no tokenizer, or it cannot be read.
     """
     path = find_tokenizer(source)
     if path is None:
@@ -181,7 +183,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 
 def find_tokenizer(source: str | Path) -> Path | None:
-    """The file that `load_tokenizer` reads, if there is one."""
+    """The file that `load_tokenizer` reads; None if there is none."""
     folder = Path(source)
     paths = [folder, folder / "tokenizer.json", *sorted(folder.glob("*.tiktoken"))]
     if (folder / "merges.txt").is_file():
@@ -203,15 +205,16 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _like_gpt2(model: models.BPE) -> PreTrainedTokenizerFast:
-    """A tokenizer that cuts text as GPT-2's does before this model merges it."""
+    """A tokenizer that cuts text as GPT-2 does, and then merges it with `model`."""
     return _for_transformers(
         _byte_level_bpe(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
     )
 
 
 def _tiktoken_model(path: Path) -> models.BPE:
-    """The model of a file with a token in base64 and its rank on each line; two tokens merge if
-    they make a third.
+    """The BPE model of a file that has a token in base64 and its rank on each line.
+
+    The file lists no merges: two tokens merge if their concatenation is a token.
     """
     letters = bytes_to_unicode()
     vocab: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Many prunings: every task of a list, and the search for the settings that suit a model."""
+"""Pruning many times: for lists of tasks and models, and to search for good settings."""
 
 import lazy_loader
 

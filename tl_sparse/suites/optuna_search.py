@@ -1,5 +1,6 @@
-"""Hyper-parameters of the pruner, found by Optuna (Gao et al. 2025, A.5, search them for each model
-and task).
+"""A search for the hyper-parameters of the pruner with Optuna.
+
+Gao et al. 2025 (section A.5) search them for each model and task.
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ from tl_sparse.pruning import PruneConfig, prune
 from tl_sparse.suites.suite import in_processes, loaded, refuse_another
 from tl_sparse.tasks import get_task, table
 
-#: Field of `PruneConfig`, or 1 minus it → lowest and highest value. The scale is logarithmic. The
-#: centres are the paper's (A.5) where these suit gates that start from a ranking.
+#: The lowest and highest value of each field of `PruneConfig`, or of 1 minus the field. Values are
+#: searched on a logarithmic scale. The centres are those of the paper (section A.5), where these
+#: suit gates that are initialised from a ranking.
 RANGES: dict[str, list[float]] = {
     "k_coef": [1e-6, 1e-2],
     "lr": [3e-4, 5e-2],
@@ -39,7 +41,7 @@ RANGES: dict[str, list[float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Setup:
-    """What a trial needs to know; sent to each process."""
+    """The arguments of a trial, which are sent to each process."""
 
     model: str
     tasks: list[str]
@@ -62,20 +64,27 @@ def search(
     device: str | None = None,
 ) -> tuple[PruneConfig, str]:
     """Find the settings with which the circuits of `tasks` have the fewest edges, by their
-    geometric mean; a task without a circuit counts as all weights of the model.
+    geometric mean.
 
-    Returns them, with a table, and writes `out/best.yaml`. Other arguments are as for `run_suite`.
+    A task without a circuit counts as if its circuit had all nonzero weights of the model as edges.
+    The settings are also written to `out/best.yaml`. Arguments that are not listed here are as for
+    `run_suite`.
 
     Args:
-        n_trials: of the whole study, which is continued if it exists; the first trial is of the
-            settings given.
-        workers: processes. The same command elsewhere, with the same storage, shares the work.
-        storage: a file that all can write to (default: study.journal in `out`), or the URL of a
-            database.
-        config: what is not searched, and where to start; its seed is also that of the search.
+        n_trials: the number of trials in the whole study, which is continued if it exists. The
+            first trial has the settings in `config`.
+        workers: the number of processes. The same command on other machines shares the work if it
+            has the same storage.
+        storage: a file that all processes can write to (default: study.journal in `out`), or the
+            URL of a database.
+        config: the settings of the first trial, and the values of fields that are not searched. Its
+            seed is also the seed of the search.
+
+    Returns:
+        The best settings, and a table that compares them with `config`.
 
     Raises:
-        SuiteError: if Optuna is missing, the storage cannot be used, or its study has other
+        SuiteError: if Optuna is not installed, the storage cannot be used, or its study has other
             settings.
         PruneError: if no trial found a circuit of every task.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used.
@@ -99,7 +108,7 @@ def search(
     if _n_failures(best):
         n = len(completed)
         raise PruneError(
-            f"none of {n} trials found a circuit of every task; try more, or other tasks"
+            f"none of {n} trials found a circuit of every task; try more trials or other tasks"
         )
     best_config = _with_values(config, best.params)
     text = yaml.safe_dump(dataclasses.asdict(best_config), sort_keys=False)
@@ -108,7 +117,7 @@ def search(
 
 
 def _searched_values(config: PruneConfig) -> dict[str, Any]:
-    """The values of a configuration by the names in `RANGES`; the inverse of `_with_values`."""
+    """The searched values of a configuration, by name in `RANGES`; inverts `_with_values`."""
     values = {}
     for name in RANGES:
         if name.startswith("1 - "):
@@ -119,7 +128,7 @@ def _searched_values(config: PruneConfig) -> dict[str, Any]:
 
 
 def _with_values(config: PruneConfig, values: Mapping[str, Any]) -> PruneConfig:
-    """A configuration with values by the names in `RANGES`."""
+    """A configuration with the given searched values, by name in `RANGES`."""
     fields = {}
     for name, value in values.items():
         if name.startswith("1 - "):
@@ -130,10 +139,10 @@ def _with_values(config: PruneConfig, values: Mapping[str, Any]) -> PruneConfig:
 
 
 def _prepare_study(setup: _Setup, given: Mapping[str, Any]) -> int:
-    """Make the study if need be, and give it a trial of the settings given.
+    """Create the study if it does not exist, and enqueue a trial of the given settings.
 
     Returns:
-        How many trials are completed.
+        The number of completed trials.
 
     Raises:
         SuiteError: if the study has other settings than this search.
@@ -154,7 +163,7 @@ def _prepare_study(setup: _Setup, given: Mapping[str, Any]) -> int:
 
 
 def _settings(setup: _Setup) -> dict[str, Any]:
-    """What all trials of a study have in common."""
+    """The settings that all trials of a study share."""
     searched = {name.removeprefix("1 - ") for name in RANGES}
     fixed = {}
     for name, value in dataclasses.asdict(setup.config).items():
@@ -170,7 +179,7 @@ def _settings(setup: _Setup) -> dict[str, Any]:
 
 
 def _n_failures(trial: Any) -> int:
-    """The number of tasks without a circuit."""
+    """The number of tasks for which a trial found no circuit."""
     return list(trial.user_attrs["edges"].values()).count(None)
 
 
@@ -179,7 +188,7 @@ def _failures_and_cost(trial: Any) -> tuple[int, float]:
 
 
 def _comparison(completed: Sequence[Any], best: Any, given: Mapping[str, Any]) -> str:
-    """A table of the trial with the settings given, if there is one, and of the best."""
+    """A table of the trial with the given settings, if it was completed, and of the best trial."""
     columns = {}
     for trial in completed:
         if trial.user_attrs.get("given") == given:
@@ -194,7 +203,7 @@ def _comparison(completed: Sequence[Any], best: Any, given: Mapping[str, Any]) -
 
 
 def _cells(trial: Any, tasks: Sequence[str]) -> list[str]:
-    """A trial's column of the table."""
+    """The table column of a trial."""
     cells = [f"{trial.value:.1f}"]
     for task in tasks:
         cells.append(str(trial.user_attrs["edges"][task]))
@@ -204,7 +213,7 @@ def _cells(trial: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def run_trial(setup: _Setup, _index: int) -> None:
-    """Prune with settings that the study proposes, unless all its trials are completed."""
+    """Run one trial with settings that the study proposes, unless enough trials are completed."""
     batch_size = setup.config.batch_size
     embed = setup.config.embed_gates
     model, tokens, means = loaded(setup.model, setup.corpus, setup.device, batch_size, embed)
@@ -231,11 +240,12 @@ def run_trial(setup: _Setup, _index: int) -> None:
 
 
 def _proposed(study: Any, seed: int) -> Any:
-    """A new trial, with the values that the study proposes."""
+    """A new trial with the values that the study proposes."""
     import optuna
 
     trial = study.ask()
-    # A seed for each trial: the same whichever process runs it, and after an interruption.
+    # Each trial has its own seed, which depends neither on the process that runs it nor on earlier
+    # interruptions.
     study.sampler = optuna.samplers.TPESampler(seed=seed + trial.number)
     for name, (low, high) in RANGES.items():
         if name == "steps":
@@ -251,13 +261,14 @@ def _completed(study: Any) -> list[Any]:
 
 @contextmanager
 def _study(storage: str) -> Iterator[Any]:
-    """The study, made if need be.
+    """The study, which is created if it does not exist.
 
-    A file is a journal: many processes can write to one, but not, Optuna says, to one of sqlite.
+    A file is opened as a journal, because many processes can write to a journal; for an SQLite file
+    Optuna advises against that.
 
     Raises:
-        SuiteError: if Optuna or what the storage needs is missing, or for any error of the storage
-            within the context.
+        SuiteError: if Optuna or a package for the storage is not installed, or for any error of the
+            storage within the context.
     """
     try:
         import optuna
@@ -273,9 +284,9 @@ def _study(storage: str) -> Iterator[Any]:
         raise
     except ImportError as error:
         raise SuiteError(
-            f"{error}; pip install 'tl-sparse[search]', or what the storage needs"
+            f"{error}; pip install 'tl-sparse[search]', or the package that the storage needs"
         ) from error
     except Exception as error:  # file systems and databases raise errors of many kinds
         raise SuiteError(
-            f"cannot use the storage {storage}: {error}; is it locked, or not a study of Optuna?"
+            f"cannot use the storage {storage}: {error}; it may be locked, or not an Optuna study"
         ) from error

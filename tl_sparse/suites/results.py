@@ -1,4 +1,4 @@
-"""What the circuits of a suite have in common and how they differ: as JSON and as a table."""
+"""The results of a suite over its circuits, as JSON and as a table."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,18 +11,18 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.evaluation import Evaluation
 from tl_sparse.files import read_json
 
-#: The two circuits of a job, which are never mixed.
+#: The two kinds of circuit of a job, which are never summarised together.
 NODE_PRUNED = "node_pruned"
 EDGE_PRUNED = "edge_pruned"
-#: What results.json says of each figure, over the seeds.
+#: The summaries over the seeds that results.json gives of each figure.
 SUMMARIES: dict[str, Callable[[list[float]], float]] = {
     "mean": mean,
     "median": median,
     "min": min,
     "max": max,
 }
-#: Figure → how results.md writes it. All but the overlap, which is one of two circuits, are fields
-#: of `CircuitFigures`.
+#: Figure → its format in results.md. All figures are fields of `CircuitFigures` except the overlap,
+#: which belongs to a pair of circuits.
 FORMATS = {
     "nodes": "g",
     "edges": "g",
@@ -37,7 +37,7 @@ Summaries = dict[str, dict[str, float]]
 
 
 class Job(NamedTuple):
-    """One circuit to find. Its folder is there whole or not at all."""
+    """One circuit to find. Its folder is written completely or not at all."""
 
     model: str
     task: str
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class CircuitFigures:
-    """What job.json says of one circuit."""
+    """The figures of one circuit in job.json."""
 
     nodes: int
     edges: int
@@ -90,11 +90,11 @@ ModelResults = dict[str, dict[str, dict[str, Any]]]
 
 
 def collected(jobs: Iterable[Job]) -> dict[str, Any]:
-    """What finished jobs found, by model and task, over the seeds; never mixing circuits pruned by
-    nodes and by edges.
+    """The results of finished jobs by model and task, summarised over the seeds.
 
-    Geometric means are of the median edges (at least 1), over the tasks that every model solved
-    with every seed; ratios are to the model with the fewest.
+    Circuits pruned by nodes and circuits pruned by edges are summarised separately. Geometric means
+    are taken of the median numbers of edges (at least 1), over the tasks that every model solved
+    with every seed. Ratios are relative to the model with the fewest edges.
     """
     models: ModelResults = {}
     for (model, task), reports in _reports(jobs).items():
@@ -116,7 +116,7 @@ def collected(jobs: Iterable[Job]) -> dict[str, Any]:
 
 
 def _reports(jobs: Iterable[Job]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(model, task) → seed → what job.json says."""
+    """(model, task) → seed → the contents of job.json."""
     reports: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
         model, task, seed = job.folder.parts[-3:]
@@ -151,7 +151,7 @@ def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
 
 
 def _overlaps(circuits: Iterable[CircuitFigures]) -> list[float]:
-    """The Jaccard index of the nodes of each two circuits."""
+    """The Jaccard index of the nodes, for every pair of circuits."""
     overlaps = []
     for first, second in itertools.combinations(circuits, 2):
         in_both = set(first.kept) & set(second.kept)
@@ -170,7 +170,7 @@ def _solved_by_all(models: ModelResults) -> list[str]:
 
 
 def _mean_edges(models: ModelResults, tasks: Sequence[str], kind: str) -> dict[str, float]:
-    """Model → the geometric mean of its edges over these tasks, if it has circuits of all."""
+    """Model → the geometric mean of its edges over these tasks, if it has a circuit of each."""
     means = {}
     for model, results in models.items():
         summaries = [results[task][kind] for task in tasks]
@@ -183,7 +183,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     """The results as Markdown.
 
     Args:
-        results: what `run_suite` returns.
+        results: the result of `run_suite`.
     """
     figures = [name.replace("_", " ") for name in FORMATS]
     header = ["model", "task", *figures, "edge-pruned: nodes", "edges"]
@@ -205,17 +205,17 @@ def results_table(results: Mapping[str, Any]) -> str:
         rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = [
-        "Median (range) over seeds, on held-out pairs; overlap: mean Jaccard index of the nodes of "
-        "two seeds. Only the",
-        "last two columns are of circuits pruned by edges. Geometric means are over the tasks that "
-        "all models solved",
+        "Cells are the median (range) over seeds, on held-out pairs. The overlap is the mean "
+        "Jaccard index of the nodes found with",
+        "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
+        "are over the tasks that all models solved",
         f"with every seed: {', '.join(results['solved_by_all']) or 'none'}.",
     ]
     return "\n".join([*lines, "", *note, "", *problems]) + "\n"
 
 
 def _cell(summaries: Mapping[str, Mapping[str, float]], name: str) -> str:
-    """A figure's median and range; of the overlap, its mean and range."""
+    """The median and range of a figure, or the mean and range of the overlap."""
     if name not in summaries:
         return "–"
     summary = summaries[name]

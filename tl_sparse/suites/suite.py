@@ -1,5 +1,7 @@
-"""Circuits of many tasks in many models, found by several processes: resumable, ending in a table,
-JSON and a plot.
+"""Search for the circuits of many tasks in many models.
+
+Several processes can share the work, an interrupted suite can be resumed, and the results are
+written as a table, JSON and a plot.
 """
 
 import dataclasses
@@ -40,9 +42,9 @@ from tl_sparse.tasks import Task, get_task
 from tl_sparse.view import plots
 
 T = TypeVar("T")
-#: A circuit of more edges is not pruned by edges, because each is tried alone.
+#: A circuit with more edges is not pruned by edges, because each edge is tried separately.
 MAX_EDGES = 2000
-#: Where a job's circuits are in its folder.
+#: Kind of circuit → where it is saved in the folder of the job.
 CIRCUIT_FOLDERS = {NODE_PRUNED: ".", EDGE_PRUNED: "edges"}
 
 
@@ -56,26 +58,30 @@ def run_suite(
     workers: int = 1,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Find the circuit of each task in each model with each seed; in weight-sparse models, prune it
-    by edges too.
+    """Find the circuit of each task in each model with each seed; in weight-sparse models, also
+    prune it by edges.
 
-    They are saved in `out/model/task/seed` and its folder `edges`; what is there already is not
-    searched again. results.json has the figures, results.md the same as tables, and results.svg a
-    plot, if matplotlib is installed.
+    The circuits are saved in `out/model/task/seed`, and those pruned by edges in its folder
+    `edges`. A circuit that is already there is not searched again. The results are written to
+    results.json, as a table to results.md, and as a plot to results.svg if matplotlib is installed.
 
     Args:
-        models, tasks, corpus: folders, files or names, as for `load`, `get_task`, `load_corpus`.
+        models, tasks, corpus: folders, files or names, as for `load`, `get_task` and `load_corpus`.
+        out: the folder for the circuits and the results.
+        seeds: the pruning seeds.
         config: how to prune; its own seed is not used.
-        workers: processes with one thread each. A script that asks for more than one needs
-            `if __name__ == "__main__":`.
+        workers: the number of processes, each with one thread. A script that uses more than one
+            needs `if __name__ == "__main__":`.
+        device: the device, as for `load`.
 
     Returns:
-        What is in results.json.
+        The contents of results.json.
 
     Raises:
-        SuiteError: if the folder is of other settings, a process died, or Ctrl-C was pressed.
-        CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. That
-            a model has no circuit for a task stops nothing: the results say why.
+        SuiteError: if `out` holds a suite with other settings, a process died, or Ctrl-C was
+            pressed.
+        CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. A
+            task for which a model has no circuit is not an error; the results give the reason.
     """
     config = dataclasses.replace(config or PruneConfig(), seed=0)
     check(workers >= 1, "workers", workers, "at least 1")
@@ -103,19 +109,19 @@ def run_suite(
 
 
 def _check_distinct(field: str, given: Sequence[object], names: Sized) -> None:
-    """Raise `ConfigError` if nothing is given, or two of what is given have one name."""
+    """Raise `ConfigError` if nothing is given, or two of the given items have the same name."""
     is_valid = 0 < len(given) == len(names)
-    check(is_valid, field, list(given), "one or more, all of different names")
+    check(is_valid, field, list(given), "one or more, all with different names")
 
 
 def _refuse_other_jobs(out: Path, settings: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Raise `SuiteError` if a job in this folder has other settings.
+    """Raise `SuiteError` if a job in the folder of the suite has other settings.
 
     Args:
         out: the folder of the suite.
-        settings: those of this suite.
-        sources: name → where the model of this name comes from. Models may be added to a suite, but
-            not one of the same name from another place.
+        settings: the settings of this suite.
+        sources: the name of each model → its source. Models may be added to a suite, but not a
+            model with an existing name and another source.
     """
     for path in out.glob("*/*/*/job.json"):
         before = read_json(path).get("settings", {})
@@ -141,8 +147,12 @@ def _has_circuit(results: Mapping[str, Any]) -> bool:
 
 
 def refuse_another(place: object, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `SuiteError`, which names what differs, unless the settings found in a place are those
-    of now.
+    """Raise a `SuiteError` that names the differences between stored and current settings, if any.
+
+    Args:
+        place: where the settings are stored, for the message.
+        before: the stored settings.
+        now: the current settings.
     """
     old = _flat(before)
     changes = []
@@ -151,13 +161,13 @@ def refuse_another(place: object, before: Mapping[str, Any], now: Mapping[str, A
             changes.append(f"{name} = {old.get(name)!r}, now {value!r}")
     if changes:
         raise SuiteError(
-            f"{place} was made with {'; '.join(changes)}. Go on with those settings, or give a new "
-            "place"
+            f"{place} was made with {'; '.join(changes)}. Continue with those settings, or give "
+            "another folder or storage"
         )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the fields of `config` beside the others."""
+    """Settings in which the fields of `config` are at the top level."""
     return {**settings, **settings.get("config", {}), "config": None}
 
 
@@ -176,11 +186,11 @@ def in_processes(
             yield from _in_pool(function, arguments, workers)
     except KeyboardInterrupt:
         raise SuiteError(
-            "interrupted; what is finished is kept, and the same command goes on from there"
+            "interrupted; finished work is kept, and the same command continues from there"
         ) from None
     except BrokenProcessPool as error:
         raise SuiteError(
-            "a process died, perhaps for lack of memory; go on with fewer --workers"
+            "a process died, perhaps because memory ran out; continue with fewer --workers"
         ) from error
 
 
@@ -201,18 +211,18 @@ def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@functools.lru_cache(maxsize=1)  # jobs come model by model
+@functools.lru_cache(maxsize=1)  # jobs are ordered by model
 def loaded(
     source: str, corpus: str | None, device: str | None, batch: int, embed: bool
 ) -> tuple[TLModel, Tensor, NodeValues]:
-    """A model, tokens [seq, pos] of its corpus, and `corpus_means` of these: once in a process."""
+    """A model, the tokens [seq, pos] of its corpus, and their `corpus_means`; cached."""
     model = load(source, device)
     tokens = load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
     return model, tokens, corpus_means(model, tokens, batch, embed)
 
 
 def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Job) -> None:
-    """Find one circuit and save it, or why there is none."""
+    """Find one circuit and save it, or save the reason why there is none."""
     model, tokens, means = loaded(job.model, corpus, device, config.batch_size, config.embed_gates)
     settings = {"config": dataclasses.asdict(config), "corpus": corpus, "model": job.model}
     report: dict[str, Any] = {"settings": settings, "problem": None}
@@ -230,7 +240,7 @@ def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Jo
 def _searched(
     model: TLModel, task: Task, tokens: Tensor, means: NodeValues, config: PruneConfig
 ) -> Iterator[tuple[str, Circuit, CircuitFigures]]:
-    """The circuit that is pruned by nodes and, in a weight-sparse model, the one by edges too."""
+    """The circuit pruned by nodes and, in a weight-sparse model, also the one pruned by edges."""
     started = time.perf_counter()
     circuit, evaluation = prune(model, task, tokens, config, False, means)
     seconds = time.perf_counter() - started
@@ -249,12 +259,12 @@ def _can_cut_edges(model: TLModel, evaluation: Evaluation) -> bool:
 
 
 def _save(folder: Path, report: Mapping[str, Any], circuits: Mapping[str, Circuit]) -> None:
-    """Write the folder of a job, whole or not at all."""
+    """Write the folder of a job, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         written = Path(temporary, "job")
         write_json(written / "job.json", report)
         for kind, circuit in circuits.items():
             circuit.save(written / CIRCUIT_FOLDERS[kind])
-        if not folder.exists():  # else another suite was faster
+        if not folder.exists():  # otherwise, another suite wrote it first
             written.replace(folder)

@@ -1,19 +1,20 @@
 """Seeded synthetic Python files made of the simple idioms that the tasks ask about.
 
-The standard library alone is too varied for a small model to learn from a few million characters,
-say, which quote closes a string. These files hold every construct of the tasks (Gao et al. 2025,
-arXiv 2511.13653, Table 1) many times, in simple code.
+The standard library is so varied that a small model cannot learn from a few million characters of
+it, for example, which quote closes a string. These files hold every construct of the tasks (Gao et
+al. 2025, arXiv 2511.13653, Table 1) many times, in simple code.
 
 A file is filled in from the templates in idioms.yaml. In a template `<kind>` stands for a fresh
 draw of that kind, and `<kind1>`, `<kind2>` … for draws that differ from each other and stay the
-same throughout the template. The name of a group of templates is a kind as well: one of them,
-filled in.
+same throughout the template. The name of a group of templates is also a kind: it stands for one
+template of that group, filled in.
 
-A good half of each file consists of pairs from tasks.yaml, one side of each. `task.py` makes its
-prompts from the same templates and words, so that a model trained on these files can do the tasks.
+A little more than half of each file consists of one side of pairs from tasks.yaml. `task.py` makes
+its prompts from the same templates and words, so that a model trained on these files can do the
+tasks.
 
-For a given seed the text must never change: bundled models and stored runs depend on it. So every
-call of a random generator in this file has to stay where it is, in the same order.
+For a given seed the text must never change, because bundled models and stored runs depend on it.
+The random generator must therefore be called at the same places in this file, in the same order.
 """
 
 import random
@@ -31,21 +32,22 @@ def _read_yaml(name: str) -> dict[str, Any]:
 
 
 _IDIOMS = _read_yaml("idioms.yaml")
-#: Names and words by kind, none a keyword. A word given twice is drawn twice as often. `var` and
-#: `vars` have no word in common, so both can be parameters of one function.
+#: Names and words by kind; none of them is a Python keyword. A word that is listed twice is drawn
+#: twice as often. `var` and `vars` share no word, so both can be parameters of one function.
 WORDS: dict[str, tuple[str, ...]] = {
     kind: tuple(words.split()) for kind, words in _IDIOMS.pop("words").items()
 }
-#: Templates by group; one given twice is drawn twice as often.
+#: Templates by group; a template that is listed twice is drawn twice as often.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     group: tuple(templates) for group, templates in _IDIOMS.items()
 }
-#: What tasks.yaml says of each task.
+#: The entry of each task in tasks.yaml.
 PAIRS: dict[str, dict[str, Any]] = _read_yaml("tasks.yaml")
 
 _TASK_NAMES = tuple(PAIRS)
 _TASK_SHARES = tuple(task.get("share", 1) for task in PAIRS.values())
-# How many words of a kind a document uses: names come back within a document, as in real code.
+# The number of words of each kind that one document uses, so that names recur within a document, as
+# they do in real code.
 _NAMES_PER_DOCUMENT = {"var": 8, "vars": 5, "fn": 7, "method": 5, "obj": 3}
 _PHRASES = (
     "<noun>",
@@ -64,9 +66,10 @@ class _Place(NamedTuple):
     """A place in a template.
 
     Attributes:
-        kind: what goes there; "body" is one to three statements.
-        number: 0 for a fresh draw; places of one kind and number hold the same text.
-        indent: how many spaces stand before it, which the later lines of a body need as well.
+        kind: the kind of text that goes there; "body" is one to three statements.
+        number: 0 for a fresh draw; places with the same kind and the same nonzero number hold the
+            same text.
+        indent: the number of spaces before a body, by which its later lines are indented as well.
     """
 
     kind: str
@@ -76,7 +79,7 @@ class _Place(NamedTuple):
 
 @cache
 def _parsed(template: str) -> tuple[str, list[_Place]]:
-    """A template as text for `str.format`, and its places."""
+    """The template as a format string for `str.format`, and its places."""
     places = []
     for match in _PLACE.finditer(template):
         kind, digit = match.groups()
@@ -88,12 +91,12 @@ def _parsed(template: str) -> tuple[str, list[_Place]]:
 
 
 def both_sides(text: str) -> tuple[str, str]:
-    """`text` with every `«a|b»` as its a, and as its b."""
+    """`text` with every `«a|b»` replaced by its a, and `text` with every one replaced by its b."""
     return _CHOICE.sub(r"\1", text), _CHOICE.sub(r"\2", text)
 
 
 class Writer:
-    """Fills in templates with the names of one document: a few of each kind, drawn with `rng`."""
+    """Fills in templates for one document with a few names of each kind, drawn with `rng`."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -127,7 +130,7 @@ class Writer:
         return text.format(*values)
 
     def phrase(self) -> str:
-        """One to four words, as a string in code would have them."""
+        """A phrase of one to four words, such as a string in code would hold."""
         (pattern,) = self.rng.choices(_PHRASES, cum_weights=_PHRASE_CUMULATIVE_WEIGHTS)
         return self.fill(pattern)
 
@@ -143,22 +146,22 @@ class Writer:
         return self.fill(self.choose(group))
 
     def choose(self, group: str) -> str:
-        """One of a group of templates (several times faster than `rng.choice`)."""
+        """A random template of a group (several times faster than `rng.choice`)."""
         templates = TEMPLATES[group]
         return templates[int(self.rng.random() * len(templates))]
 
     def statement(self) -> str:
-        """A statement of one line or several."""
+        """A statement of one or more lines."""
         if self.rng.random() < 0.5:
             return self.line()
         return self.fill(self.choose("statements"))
 
     def pair(self, task: str) -> str:
-        """Three other templates, two of one side and one of the other, then both sides of a pair of
-        that task.
+        """Three lines of context, and then a pair of the task with its choices marked `«a|b»`.
 
-        So the cues of both answers have come before, and which came more often does not tell the
-        answer.
+        Each line of context is a filled-in template. Two of them show one side of the choice and
+        one shows the other, at random, so that the cues for both answers have occurred before, and
+        which of them occurred more often does not give away the answer.
         """
         templates = PAIRS[task]["templates"]
         context_templates = PAIRS[task].get("context", templates)
@@ -181,7 +184,7 @@ class Writer:
         return text
 
     def _block(self) -> str:
-        """What stands between two blank lines of a document."""
+        """The text between two blank lines of a document."""
         pick = self.rng.random()
         if pick < 0.5:
             (task,) = self.rng.choices(_TASK_NAMES, _TASK_SHARES)
@@ -193,7 +196,7 @@ class Writer:
         return self.fill(self.choose("classes"))
 
     def _statements(self, spread: float) -> str:
-        """At least one statement and fewer than `spread` more."""
+        """One statement, followed by fewer than `spread` further statements."""
         n_statements = 1 + int(self.rng.random() * spread)
         return "\n".join(self.statement() for _ in range(n_statements))
 
@@ -206,7 +209,7 @@ class Writer:
         return self._composed[kind]()
 
     def _draw_another(self, kind: str, taken: Collection[str]) -> str:
-        """A draw that is not one of `taken`."""
+        """A draw that differs from everything in `taken`."""
         drawn = self._draw(kind)
         while drawn in taken:
             drawn = self._draw(kind)
@@ -226,15 +229,15 @@ class Writer:
         return "'" if self.rng.random() < 0.5 else '"'
 
     def _number(self) -> str:
-        return str(int(self.rng.random() ** 3 * 100))  # mostly small
+        return str(int(self.rng.random() ** 3 * 100))  # mostly small numbers
 
 
 def idiom_documents(n_chars: int, seed: int) -> list[str]:
-    """Synthetic Python files of at least `n_chars` characters together, and less than one file
-    more.
+    """Synthetic Python files that have at least `n_chars` characters in all, and no file more than
+    that takes.
 
-    The same arguments give the same files; a larger `n_chars` gives the same files and more of
-    them.
+    The same arguments give the same files; a larger `n_chars` gives the same files, followed by
+    further ones.
     """
     rng = random.Random(seed)
     documents: list[str] = []

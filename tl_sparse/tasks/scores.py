@@ -1,4 +1,4 @@
-"""How well a task is done: scores, and the text tables in which they are shown."""
+"""The loss and accuracy of a task, and the text tables in which such scores are shown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """How well a task is done.
+    """How well a model does a task.
 
     Attributes:
-        loss: cross-entropy between the two candidates in nats, averaged over pairs and both sides.
-        standard_error: of the loss, over pairs (the two sides of a pair are not independent).
-        accuracy: share of prompts at which the right candidate has the larger logit.
+        loss: cross-entropy between the two candidates in nats, averaged over both prompts
+            of all pairs.
+        standard_error: standard error of the loss, taken over pairs, because the two prompts of a
+            pair are not independent.
+        accuracy: share of prompts for which the right candidate has the larger logit.
     """
 
     loss: float
@@ -20,7 +22,7 @@ class Score:
 
 
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
-    """A table of each task's loss and accuracy, best first, from what `task_scores` returns."""
+    """A table of each task's loss and accuracy, lowest loss first, from `task_scores`."""
     scored: dict[str, Score] = {}
     missing: list[str] = []
     for name, score in scores.items():
@@ -37,7 +39,7 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
 
 
 def score_row(name: str, score: Score) -> list[str]:
-    """The cells of one row: name, loss with its standard error, and accuracy."""
+    """The cells of one table row: name, loss with its standard error, and accuracy."""
     loss = f"{score.loss:.3f} ± {score.standard_error:.3f}"
     return [name, loss, f"{score.accuracy:.1%}"]
 

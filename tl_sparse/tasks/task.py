@@ -1,15 +1,16 @@
 """Binary next-token tasks over Python code: pairs of prompts that differ minimally (Gao et al.
 2025, arXiv 2511.13653, Table 1).
 
-In a pair each prompt has its own right answer among the same two candidate tokens. The loss of a
-task is the cross-entropy between the two candidates after the last token, averaged over both
-prompts of all pairs. All tasks in `TASKS` but the first are filled in from the templates in
-tasks.yaml; others can be made from a function (`Task`) or a file (`Task.from_jsonl`), for any model
-with a tokenizer.
+The two prompts of a pair share two candidate tokens, and each candidate is the right answer to one
+of the prompts. The loss of a task is the cross-entropy between the two candidates after the last
+token, averaged over both prompts of all pairs. All tasks in `TASKS` except the first are filled in
+from the templates in tasks.yaml. Other tasks can be made from a function (`Task`) or a file
+(`Task.from_jsonl`), for any model with a tokenizer.
 
-A prompt's context has distractors, such as other strings, already closed, in both quote styles.
-They are the same in both prompts of a pair, so only what the task is about tells which candidate is
-right. Both prompts end in the same token, except where that token is what the task is about.
+The context of a prompt holds distractors, such as other strings in both quote styles that are
+already closed. They are the same in both prompts of a pair, so only the cue that the task tests
+tells which candidate is right. Both prompts end in the same token, except where that token is
+itself the cue.
 """
 
 import difflib
@@ -28,7 +29,7 @@ _PAIR_FORMAT = '{"prompts": ["…", "…"], "answers": ["…", "…"]}'
 
 
 class Pair(NamedTuple):
-    """Two prompts, then the right answer to each."""
+    """Two prompts, followed by the right answer to each."""
 
     first_prompt: str
     second_prompt: str
@@ -44,16 +45,16 @@ class Pair(NamedTuple):
 class Task:
     """A choice between two next tokens.
 
-    A function makes one, `Task("plural", "is or are?", (" is", " are"), lambda rng: ("The cat",
-    "The cats"), False)`, or a file, `Task.from_jsonl("pairs.jsonl")`.
+    A task is made from a function, `Task("plural", "is or are?", (" is", " are"), lambda rng: ("The
+    cat", "The cats"), False)`, or from a file, `Task.from_jsonl("pairs.jsonl")`.
 
     Attributes:
-        name: its key in `TASKS`, if it is there.
-        description: one line.
+        name: the name of the task; a built-in task has it as its key in `TASKS`.
+        description: what the model has to do, in one line.
         candidates: the two answers, or None if each pair has its own.
-        sample: draws one pair: a tuple of its two prompts, followed by its two answers if
-            `candidates` is None. The right answer to prompt i is answer i.
-        same_end: both prompts of a pair end in the same token.
+        sample: draws one pair and returns a tuple of its two prompts, followed by its two answers
+            if `candidates` is None. The right answer to prompt i is answer i.
+        same_end: whether both prompts of a pair end in the same token.
     """
 
     name: str
@@ -64,42 +65,45 @@ class Task:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, name: str | None = None) -> "Task":
-        """The task with the pairs in a file, one on each line: `{"prompts": ["…", "…"], "answers":
+        """The task whose pairs are in a file, one on each line: `{"prompts": ["…", "…"], "answers":
         ["…", "…"]}`.
 
-        The pairs are drawn in an order that the seed decides, and none twice. Other keys and empty
-        lines are ignored. Without `name` the task is named after the file, without `.jsonl`.
+        `make_task_data` draws the pairs in an order that the seed decides, and no pair twice. Other
+        keys and empty lines are ignored. Without `name` the task is named after the file, without
+        `.jsonl`.
 
         Raises:
-            DataError: the file cannot be read, has no pairs or the same prompts twice, or one of
-                its lines is not a pair.
+            DataError: if the file cannot be read, has no pairs, has the same two prompts twice, or
+                has a line that is not a pair.
         """
         sample = partial(_one_of, _pairs_in_file(path))
         return cls(name or Path(path).stem, f"the pairs in {path}", None, sample)
 
     def pair(self, rng: random.Random) -> Pair:
-        """Draw a pair with `sample`, and add the candidates as its answers if it has none.
+        """Draw a pair with `sample`; its answers are `candidates`, unless that is None.
 
         Raises:
-            TaskError: `sample` does not return what it must.
+            TaskError: if `sample` does not return two prompts, followed by two answers if
+                `candidates` is None.
         """
         texts = (*self.sample(rng), *(self.candidates or ()))
         if len(texts) == 4 and all(isinstance(text, str) for text in texts):
             return Pair(*texts)
         wanted = "two prompts"
         if self.candidates is None:
-            wanted += " and two answers, as candidates is None"
+            wanted += " and two answers, since candidates is None"
         raise TaskError(
-            f"sample of task {self.name} must give {wanted}; with the candidates it gave {texts}"
+            f"sample of task {self.name} must return {wanted}; with the candidates added, it "
+            f"returned {texts}"
         )
 
 
 def get_task(name: str) -> Task:
-    """The built-in task of that name, or the task from a file if `name` ends in `.jsonl`.
+    """The built-in task of that name, or the task from that file if `name` ends in `.jsonl`.
 
     Raises:
-        TaskError: there is no such task; the message has the nearest name and all names.
-        DataError: `Task.from_jsonl` cannot read the file.
+        TaskError: if there is no such task; the message gives the nearest name and all names.
+        DataError: if `Task.from_jsonl` cannot read the file.
     """
     if name in TASKS:
         return TASKS[name]
@@ -129,20 +133,28 @@ def _pairs_in_file(path: str | Path) -> tuple[Pair, ...]:
         pair = _pair_in_line(line, place)
         prompts = frozenset(pair.prompts)
         if prompts in pairs:
-            raise DataError(f"{place}: an earlier line has the same two prompts; leave one out")
+            raise DataError(
+                f"{place}: an earlier line has the same two prompts; remove one of them"
+            )
         pairs[prompts] = pair
     if not pairs:
-        raise DataError(f"{path} is empty; it must have a pair in each line, {_PAIR_FORMAT}")
+        raise DataError(f"{path} is empty; it must have a pair on each line, {_PAIR_FORMAT}")
     return tuple(pairs.values())
 
 
 def _pair_in_line(line: str, place: str) -> Pair:
-    """The pair on a line of a file; `place` names file and line in the `DataError` for a line that
-    is not a pair.
+    """The pair on a line of a file.
+
+    Args:
+        line: the line.
+        place: the file and line number, for error messages.
+
+    Raises:
+        DataError: if the line is not a pair.
     """
     try:
         value = json.loads(line)
-        # Half a surrogate pair is valid JSON but cannot be encoded, and so has no tokens.
+        # A lone surrogate is valid JSON, but it cannot be encoded and so has no tokens.
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not valid JSON: {error}") from error
@@ -152,7 +164,8 @@ def _pair_in_line(line: str, place: str) -> Pair:
             if all(pair) and prompts[0] != prompts[1] and answers[0] != answers[1]:
                 return pair
     raise DataError(
-        f"{place} must be {_PAIR_FORMAT}, no text empty and no two alike, not {line[:80]}"
+        f"{place} must be {_PAIR_FORMAT}, without empty texts, with two different prompts and two "
+        f"different answers, not {line[:80]}"
     )
 
 
@@ -160,8 +173,8 @@ def _pair_in_line(line: str, place: str) -> Pair:
 
 
 def _closed_strings(rng: random.Random) -> tuple[str, str]:
-    """Closed strings in both quote styles, then a call whose string is open: `print('the red
-    house`.
+    """Lines with closed strings in both quote styles, and then a call whose string is still open:
+    `print('the red house`.
     """
     writer = Writer(rng)
     context = ""
@@ -174,7 +187,7 @@ def _closed_strings(rng: random.Random) -> tuple[str, str]:
 
 
 def _from_templates(name: str, rng: random.Random) -> tuple[str, str]:
-    """A pair of tasks.yaml up to where the answer stands, its last `«a|b»`."""
+    """The prompts of a pair: its text before the answer, which is the last `«a|b»`."""
     text = Writer(rng).pair(name)
     return both_sides(text[: text.rindex("«")])
 
@@ -196,5 +209,5 @@ _QUOTE_TASK = Task(
     candidates=("')", '")'),
     sample=_closed_strings,
 )
-#: The tasks of the paper by name.
+#: The built-in tasks, which are those of the paper, by name.
 TASKS: dict[str, Task] = {task.name: task for task in (_QUOTE_TASK, *map(_task_from_yaml, PAIRS))}

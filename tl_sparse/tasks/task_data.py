@@ -1,4 +1,4 @@
-"""The pairs of a task as tokens, checked to be fair, and the loss on them."""
+"""The pairs of a task as tokens, which are checked to be fair, and the loss on them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class TaskData:
-    """The pairs of a task as tokens; pair i is the prompts 2i and 2i + 1.
+    """The pairs of a task as tokens; prompts 2i and 2i + 1 are pair i.
 
     Attributes:
         task: the name of the task.
         prompts: the text of each prompt.
-        tokens: each prompt's tokens after the beginning-of-text token, padded on the right. A
-            causal model needs no mask for that: no position up to `last` sees the padding.
+        tokens: the beginning-of-text token and the tokens of each prompt, padded on the right. A
+            causal model needs no mask for the padding, since no position up to `last` attends to
+            it.
         last: the position of each prompt's last token, where the answer is predicted.
         candidates: the ids of each prompt's two candidates, the same for both prompts of a pair.
-        correct: which candidate is right for each prompt, 0 or 1.
+        correct: the index of the right candidate for each prompt, 0 or 1.
     """
 
     task: str
@@ -54,11 +55,11 @@ class TaskData:
         )
 
     def trimmed(self) -> TaskData:
-        """The same data without the padding that no prompt needs."""
+        """The same data without the positions that are padding in every prompt."""
         return replace(self, tokens=self.tokens[:, : int(self.last.max()) + 1])
 
     def pairs(self, indices: Sequence[int] | Int[Tensor, " chosen"]) -> TaskData:
-        """The pairs at `indices`, in that order; the padding keeps its width."""
+        """The pairs at `indices`, in that order, padded to the same length as before."""
         chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
         rows = torch.stack((2 * chosen, 2 * chosen + 1), dim=1).flatten()
         return replace(
@@ -79,25 +80,30 @@ def make_task_data(
     n_ctx: int | None = None,
     exclude: Collection[str] = (),
 ) -> TaskData:
-    """Draw `n_pairs` pairs of prompts, all different, and check that each is a fair pair for this
-    tokenizer.
+    """Draw `n_pairs` pairs whose prompts are all different, and check that each pair is fair for
+    this tokenizer.
 
-    Where an answer is not one token after its prompt, the longest beginning of it that is one token
-    stands for it: `)` for `):\\n`.
+    If an answer is not a single token after its prompt, its longest prefix that is a single token
+    becomes the candidate: `)` for `):\\n`.
 
     Args:
-        seed: the same arguments give the same pairs.
-        n_ctx: the model's context; a prompt must fit it together with the beginning-of-text token.
-        exclude: prompts not to draw. With `exclude=selection.prompts` the pairs to judge a circuit
-            by are disjoint from those it was selected with.
+        task: the task to draw from.
+        tokenizer: the model's tokenizer.
+        n_pairs: the number of pairs.
+        seed: the seed of the draws; the same arguments give the same pairs.
+        n_ctx: the model's context length, into which each prompt must fit together with the
+            beginning-of-text token; None does not check this.
+        exclude: prompts that must not be drawn. With `exclude=selection.prompts` the pairs that
+            judge a circuit are disjoint from those it was selected with.
 
     Raises:
-        TaskError: `n_pairs` is below 1; the task cannot give so many pairs; the two prompts of a
-            pair have the same tokens; or they end in different tokens although the task is not
-            about that, or although they begin with different tokens, too.
-        TokenizerError: the answers to a pair, whole or shortened, are not two different tokens that
-            leave those of the prompts as they are, or the tokenizer has no beginning-of-text token.
-        DataError: a prompt is longer than `n_ctx`.
+        TaskError: if `n_pairs` is below 1; if the task cannot give that many pairs; if the two
+            prompts of a pair have the same tokens; if they end in different tokens although the
+            task has `same_end`; or if they neither begin nor end in the same token.
+        TokenizerError: if the answers to a pair, whole or shortened, are not two different tokens
+            that leave the tokens of the prompts unchanged, or if the tokenizer has no
+            beginning-of-text token.
+        DataError: if a prompt is longer than `n_ctx`.
     """
     if n_pairs < 1:
         raise TaskError(f"n_pairs is {n_pairs}; it must be at least 1")
@@ -140,11 +146,11 @@ def candidate_logits(
 def task_loss_and_accuracy(
     logits: Float[Tensor, "prompt 2"], correct: Int[Tensor, " prompt"]
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
-    """The cross-entropy between the two candidates, and whether the right one is ahead, for each
-    prompt.
+    """For each prompt, the cross-entropy between the two candidates, and whether the right one has
+    the larger logit.
 
-    The loss of the task is the mean of the first, its accuracy the mean of the second. A tie is not
-    ahead.
+    The loss of the task is the mean of the former, and its accuracy is the mean of the latter. A
+    tie counts as wrong.
     """
     losses = torch.nn.functional.cross_entropy(logits, correct, reduction="none")
     right, wrong = logits.gather(1, torch.stack((correct, 1 - correct), dim=1)).unbind(1)
@@ -154,11 +160,11 @@ def task_loss_and_accuracy(
 def _distinct_pairs(
     task: Task, n_pairs: int, rng: random.Random, exclude: Collection[str]
 ) -> list[Pair]:
-    """`n_pairs` pairs whose prompts are all different and none in `exclude`."""
+    """`n_pairs` pairs whose prompts are all different and not in `exclude`."""
     taken = set(exclude)
     pairs: list[Pair] = []
-    # Enough draws to see every pair of a file, from which they are drawn at random: the odds of
-    # missing one of N pairs in 100 N draws are e^-100.
+    # A task from a file draws its N pairs at random with replacement. The probability that a given
+    # pair is missing from 100 N draws is e^-100, so these draws are enough to see all of them.
     for _ in range(100 * (n_pairs + len(exclude)) + 1000):
         pair = task.pair(rng)
         if taken.isdisjoint(pair.prompts):
@@ -168,7 +174,7 @@ def _distinct_pairs(
             return pairs
     raise TaskError(
         f"task {task.name} gave only {len(pairs)} of {n_pairs} pairs of distinct prompts, "
-        f"{len(exclude)} prompts excluded; ask for fewer"
+        f"{len(exclude)} prompts excluded; ask for fewer pairs"
     )
 
 
@@ -177,9 +183,10 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _check_fair(task: Task, pair: Pair, first_ids: list[int], second_ids: list[int]) -> None:
-    """Raise `TaskError` for prompts, with these tokens, that do not make a fair pair."""
+    """Raise `TaskError` if prompts with these tokens do not make a fair pair."""
     same_end = first_ids[-1] == second_ids[-1]
-    same_beginning = first_ids[:2] == second_ids[:2]  # after the beginning-of-text token
+    # The first token of every prompt is the beginning-of-text token, so the second one is compared.
+    same_beginning = first_ids[:2] == second_ids[:2]
     if first_ids == second_ids:
         fault = "have the same tokens"
     elif task.same_end and not same_end:
@@ -194,8 +201,8 @@ def _check_fair(task: Task, pair: Pair, first_ids: list[int], second_ids: list[i
     )
 
 
-class _Beginning(NamedTuple):
-    """The longest beginning of an answer that is one token; without text if there is none."""
+class _Prefix(NamedTuple):
+    """The longest prefix of an answer that is a single token; its text is None if there is none."""
 
     text: str | None
     token: int
@@ -208,8 +215,10 @@ def _candidates(
     first_ids: list[int],
     second_ids: list[int],
 ) -> list[int]:
-    """The tokens of the two answers to prompts with these tokens; `TokenizerError` if they are not
-    two different tokens.
+    """The candidate tokens of a pair whose prompts have these tokens.
+
+    Raises:
+        TokenizerError: if the answers are not two different tokens.
     """
     first = _one_token(tokenizer, pair.first_prompt, pair.first_answer, first_ids)
     second = _one_token(tokenizer, pair.second_prompt, pair.second_answer, second_ids)
@@ -225,15 +234,15 @@ def _candidates(
 
 def _one_token(
     tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, prompt_ids: list[int]
-) -> _Beginning:
-    """The longest beginning of `answer` that adds exactly one token to those of `prompt`."""
+) -> _Prefix:
+    """The longest prefix of `answer` that adds exactly one token to those of `prompt`."""
     for length in range(len(answer), 0, -1):
         text = answer[:length]
         *before, token = _encode(tokenizer, prompt + text)
         is_known = token != tokenizer.unk_token_id or text == tokenizer.unk_token
         if before == prompt_ids and is_known:
-            return _Beginning(text, token)
-    return _Beginning(None, -1)
+            return _Prefix(text, token)
+    return _Prefix(None, -1)
 
 
 def _check_context(task: Task, prompts: list[str], lengths: list[int], n_ctx: int) -> None:

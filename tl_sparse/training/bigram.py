@@ -1,4 +1,4 @@
-"""The bigram table's values at the start of training."""
+"""The initial values of the bigram table."""
 
 import torch
 from jaxtyping import Int
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tl_sparse.hooks import TLModel
 
-_ROWS_AT_ONCE = 4096  # bounds the memory that counting takes
+_ROWS_AT_ONCE = 4096  # bounds the memory of counting
 
 
 @torch.no_grad()
@@ -18,8 +18,8 @@ def start_bigram_from_counts(
     Args:
         model: a model with a bigram table.
         tokens: the training tokens.
-        prior: how many counts of the unigram distribution are added to each row; they smooth the
-            rows of rare tokens.
+        prior: the number of counts, distributed as the unigrams are, that is added to each row to
+            smooth the rows of rare tokens.
     """
     table = model.network.bigram.W_bigram
     counts = _bigram_counts(tokens, d_vocab=len(table)).double()
@@ -29,7 +29,10 @@ def start_bigram_from_counts(
 
 
 def _bigram_counts(tokens: Int[Tensor, "seq pos"], d_vocab: int) -> Int[Tensor, "d_vocab d_vocab"]:
-    """How often the second token follows the first, in the same row of `tokens`."""
+    """The number of times that one token follows another within a row of `tokens`.
+
+    The rows of the result are the current token, and the columns the next token.
+    """
     counts = torch.zeros(d_vocab**2, dtype=torch.long)
     for rows in tokens.split(_ROWS_AT_ONCE):
         pairs = rows[:, :-1].long() * d_vocab + rows[:, 1:].long()

@@ -1,4 +1,4 @@
-"""How to train: the hyper-parameters and their checks."""
+"""The hyper-parameters of training, and their checks."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from tl_sparse.network import SparseConfig, paper_topk
 
 
 def laptop_model() -> SparseConfig:
-    """The architecture that trains in minutes on two cores."""
+    """An architecture that trains in minutes on two CPU cores."""
     return SparseConfig(
         n_layers=2,
         d_model=128,
@@ -30,64 +30,73 @@ def laptop_model() -> SparseConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults make a small sparse model in about two minutes on two cores.
+    """The hyper-parameters of training. The defaults train a small sparse model in about two
+    minutes on two CPU cores.
 
-    "Published script" and "paper's text" are the two recipes of `RECIPES`: the authors' training
-    script, and Gao et al. 2025 (arXiv 2511.13653), to whose sections the numbers refer.
+    "Published script" and "paper's text" refer to the two recipes of `RECIPES`: the authors'
+    training script, and Gao et al. 2025 (arXiv 2511.13653), to which section numbers refer as well.
 
     Attributes:
         model: the architecture.
-        data: the text.
-        steps, batch_size: optimizer steps, and sequences of `n_ctx` tokens in each, over all
-            processes.
-        lr, eps, beta1, beta2: of Adam. The learning rate is further multiplied by the warm-up and
-            decay.
-        warmup_fraction: share of the steps in which the learning rate rises; it then falls to 0.
-        sharkfin: also multiply the learning rate by sqrt(l0_fraction / current fraction), which is
-            the factor 1/sqrt(L0) of A.2.
-        gradient: "divide" it by its root mean square over all parameters (published script), or
-            "clip" that to 1 (the paper's text).
-        weight_decay: λ. Matrices shrink by λ · lr · w.
-        decay: whether they do so "after" the top-k (published script), or before the step, as
-            "adamw" does.
-        l0_fraction: share of each weight matrix that is nonzero in the end; 1 trains a dense model.
-        l0_count: the same as a number of nonzero weights in the matrices of all layers; 0: use
-            `l0_fraction`.
-        l0_fraction_embed: the same share for the embedding and the unembedding; 0: the matrices'
-            (the paper's text).
-        l0_groups: the same share for groups of weights by name: {"blocks.*.mlp.W_in": 0.1}; see
-            `WeightSparsity`.
-        fused_qkv: Q, K and V share one budget (published script); else each has its own.
-        sparse_biases: the biases of attention and MLPs become sparse, too (the paper's text).
-        anneal_start, anneal_stop: where in training, as shares of the steps, the fractions begin
-            and end to fall from 1 to their final values.
-        anneal_shape: "linear" (A.2) or "exponential".
-        min_nonzero: entries kept at least per neuron and attention channel.
-        topk_anneal_start, topk_anneal_stop: where in training the fractions of AbsTopK begin and
-            end to fall from 1 to the model's; both 0: they are the model's from the beginning.
-        bigram_from_counts: start the bigram table at the log-frequencies of the training tokens.
+        data: the training text.
+        steps, batch_size: the number of optimizer steps, and the number of sequences of `n_ctx`
+            tokens in each step, summed over all processes.
+        lr, eps, beta1, beta2: the parameters of Adam. The learning rate is also multiplied by the
+            warm-up and decay schedule.
+        warmup_fraction: the share of the steps in which the learning rate rises linearly; after
+            these it falls linearly to 0.
+        sharkfin: whether to multiply the learning rate also by sqrt(l0_fraction / current
+            fraction), which is the factor 1/sqrt(L0) of section A.2.
+        gradient: "divide" divides the gradient by its root mean square over all parameters
+            (published script); "clip" clips this root mean square to 1 (paper's text).
+        weight_decay: the coefficient λ, with which each matrix shrinks by λ · lr · w in a step.
+        decay: "after" decays the matrices after the top-k (published script); "adamw" decays them
+            before the optimizer step, as AdamW does (paper's text).
+        l0_fraction: the share of each weight matrix that is nonzero at the end of training; 1
+            trains a dense model.
+        l0_count: the number of nonzero weights in the matrices of all layers together, instead of
+            `l0_fraction`; 0 uses `l0_fraction`.
+        l0_fraction_embed: the nonzero share of the embedding and the unembedding; 0 uses the share
+            of the other matrices (paper's text).
+        l0_groups: the nonzero shares of groups of weights by name, for example
+            {"blocks.*.mlp.W_in": 0.1}; see `WeightSparsity`.
+        fused_qkv: whether Q, K and V share one budget of nonzero weights (published script) or each
+            has its own (paper's text).
+        sparse_biases: whether the biases of attention and MLPs become sparse as well (paper's
+            text).
+        anneal_start, anneal_stop: when, as shares of the steps, the nonzero shares start to fall
+            from 1 and when they reach their final values.
+        anneal_shape: the schedule between these two, "linear" (section A.2) or "exponential".
+        min_nonzero: the smallest number of nonzero entries per neuron and attention channel.
+        topk_anneal_start, topk_anneal_stop: when, as shares of the steps, the fractions of AbsTopK
+            start to fall from 1 and when they reach those of the model; if both are 0, they are
+            those of the model from the first step.
+        bigram_from_counts: whether the bigram table starts at the log-frequencies of the training
+            tokens.
         last_bigram_row: whether the last row of the bigram table is trained; the published script
             never trains it.
-        accumulation: number of parts into which each batch is split; they are in memory one after
-            the other.
+        accumulation: the number of parts into which each batch is split. They are processed one
+            after the other to save memory.
         precision: "bfloat16" multiplies matrices in bfloat16; weights, moments and the loss are
             always float32.
-        compile: run the model through torch.compile.
-        max_jump: training stops, its state saved, if the loss of a step is this many nats above the
-            mean of the hundred steps before.
-        checkpoint_steps, checkpoint_minutes: a checkpoint to resume from is written every so many
-            steps, and also every so many minutes; 0 steps: by minutes only.
-        keep_checkpoints: how many of the latest checkpoints are kept until training is done.
-        validate_steps: measure the validation loss every so many steps; 0: only in the end.
-        target_validation_loss: stop as soon as the validation loss is this low (to train a dense
-            twin of a sparse model); 0: never.
-        track: also send every line of the log to this tracker; tensorboard's files are in the run's
-            folder.
-        seed: of the weights and of the order of the data; --seed of the command line is also
-            `data.seed`, which chooses the text.
+        compile: whether to run the model through torch.compile.
+        max_jump: training saves its state and stops if the loss of a step is this many nats above
+            the mean of the hundred steps before.
+        checkpoint_steps, checkpoint_minutes: the number of steps and the number of minutes after
+            which a checkpoint to resume from is written; 0 steps uses the minutes only.
+        keep_checkpoints: the number of latest checkpoints that are kept until training is done.
+        validate_steps: the number of steps between measurements of the validation loss; 0 measures
+            it only at the end.
+        target_validation_loss: training stops as soon as the validation loss is this low, for
+            example to train a dense twin of a sparse model; 0 never stops it early.
+        track: a tracker that also receives every line of the log; the files of tensorboard are in
+            the folder of the run.
+        seed: the seed of the weights and of the order of the data. On the command line, --seed also
+            sets `data.seed`, which chooses the text.
 
     Raises:
-        ConfigError: for an impossible value, naming the field, the value and the valid range.
+        ConfigError: for an impossible value; the message gives the field, the value and the valid
+            range.
     """
 
     model: SparseConfig = field(default_factory=laptop_model)
@@ -162,7 +171,7 @@ class TrainConfig:
             check(value >= 0, name, value, "at least 0")
 
     def _check_compile(self) -> None:
-        """A compiled model has the k of each AbsTopK built in, so k may not change."""
+        """Check that no k changes, since the k of each AbsTopK is built into a compiled model."""
         k_changes = self.topk_anneal_stop > 0
         expected = "false while the fractions of AbsTopK change (topk_anneal_stop)"
         check(not (self.compile and k_changes), "compile", True, expected)
@@ -177,12 +186,12 @@ class TrainConfig:
         """Check the numbers and shares of nonzero weights, also against `min_nonzero`."""
         d_model = self.model.d_model
         least_fraction = self.min_nonzero / d_model
-        why = f"since min_nonzero = {self.min_nonzero} of the {d_model} entries of each neuron stay"
+        why = f"since min_nonzero keeps {self.min_nonzero} of the {d_model} entries of each neuron"
 
         n_weights = self.model.n_matrix_weights
         least_count = math.ceil(least_fraction * n_weights)
         is_possible = self.l0_count == 0 or least_count <= self.l0_count <= n_weights
-        expected = f"0, or from {least_count:,} to the {n_weights:,} weights there are, {why}"
+        expected = f"0, or from {least_count:,} to {n_weights:,}, all matrix weights, {why}"
         check(is_possible, "l0_count", self.l0_count, expected)
 
         embed = self.l0_fraction_embed
@@ -201,13 +210,13 @@ class TrainConfig:
 
     @property
     def matrix_fraction(self) -> float:
-        """The share of the weights of the matrices in all layers that is nonzero in the end."""
+        """The share of the matrix weights of all layers that is nonzero at the end of training."""
         if self.l0_count:
             return self.l0_count / self.model.n_matrix_weights
         return self.l0_fraction
 
 
 def _check_window(prefix: str, start: float, stop: float) -> None:
-    """Check the fields prefix_start and prefix_stop, shares of the steps."""
+    """Check the fields {prefix}_start and {prefix}_stop, which are shares of the steps."""
     check(0 <= start <= stop, f"{prefix}_start", start, f"in [0, {prefix}_stop]")
     check(stop <= 1, f"{prefix}_stop", stop, f"in [{prefix}_start, 1]")

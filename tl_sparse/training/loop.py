@@ -1,4 +1,4 @@
-"""A whole training run, from text to a saved folder."""
+"""A whole training run, from the text to a saved model."""
 
 import dataclasses
 import math
@@ -37,32 +37,34 @@ def train(
     progress: bool = True,
     resume: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train a model from text to a saved folder.
+    """Train a model on text, and save it in a folder.
 
-    While it trains, `out` holds `log.jsonl` (a line with the mean loss of every 20 steps),
-    `checkpoints/`, and `data/`: the tokens, which are read from there and not again from the text
-    when the run is resumed. Ctrl-C and SIGTERM write a checkpoint and stop; so do a loss that is
-    not a number, and one that jumps.
+    During training, `out` holds `log.jsonl` (one line for every 20 steps, with their mean loss),
+    `checkpoints/`, and `data/` with the tokens, so that a resumed run need not read the text again.
+    On Ctrl-C or SIGTERM, or if the loss is not a number or jumps, a checkpoint is written and
+    training stops.
 
-    Under `accelerate launch` all processes train one model, each on its part of every batch. They
-    stop together; only the main one writes, and shows the bar. All read `out` to resume.
+    Under `accelerate launch` all processes train one model, each of them on its part of every
+    batch. They stop together. Only the main process writes files and shows the progress bar, but
+    every process must be able to read `out` in order to resume.
 
     Args:
-        config: architecture, data and hyper-parameters; `d_vocab` is also the size of the
+        config: the architecture, data and hyper-parameters. `d_vocab` is also the size of the
             tokenizer, which is trained on the same text.
-        out: folder for the model, its tokenizer, `training.json` (the record) and a sample of the
-            training tokens, from which the pruner takes means; None saves nothing.
-        device: None is the GPU if there is one, else the CPU; of several processes each takes its
-            own GPU.
-        progress: show a bar with loss, L0 and tokens per second.
-        resume: go on with the unfinished run in `out`; on the same device what follows is what
-            would have followed without the interruption, bit for bit.
+        out: a folder for the model, its tokenizer, `training.json` (the record) and a sample of the
+            training tokens, over which the pruner takes mean activations; None saves nothing.
+        device: the device; None is the GPU if there is one, else the CPU. Of several processes,
+            each takes its own GPU.
+        progress: whether to show a progress bar with loss, L0 and tokens per second.
+        resume: whether to continue the unfinished run in `out`. On the same device the result is
+            bit for bit that of a run without the interruption.
 
     Returns:
-        The model, in eval mode, and the record of how it was made.
+        The model, in eval mode, and the record of its training.
 
     Raises:
-        ConfigError, DataError, TokenizerError: before anything is trained or written.
+        ConfigError, DataError, TokenizerError: if the configuration or the text cannot be used;
+            these are raised before anything is trained or written.
         TrainError: if training stops early, or there is nothing to resume.
     """
     folder = None if out is None else Path(out)
@@ -85,7 +87,7 @@ def train(
 def _check_folder(folder: Path | None, resume: bool) -> None:
     if resume and (folder is None or not Run.is_unfinished(folder)):
         raise TrainError(
-            f"there is no unfinished run in {folder}; a run that ended has a training.json instead"
+            f"there is no unfinished run in {folder}; a finished run has a training.json instead"
         )
     if folder is not None and not resume:
         check_new_folder(folder)
@@ -94,9 +96,10 @@ def _check_folder(folder: Path | None, resume: bool) -> None:
 def _open(
     config: TrainConfig, folder: Path | None, resume: bool, processes: Processes
 ) -> tuple[Run | None, Corpus]:
-    """The run in `folder`, if there is one, and the text as tokens."""
+    """The run in `folder`, or None without a folder, and the text as tokens."""
     required = _candidates()
-    # The main process packs the text; then the others read it, as one reads it to resume.
+    # The main process packs the text, and the others then read the packed tokens as a resumed run
+    # does.
     with processes.main_first():
         if folder is None:
             run = None
@@ -105,15 +108,16 @@ def _open(
             run = Run(folder, config, resume or not processes.main)
             corpus = run.corpus(required)
     n_rows = len(corpus.train)
-    # A text of fewer sequences than a batch is one batch, which all processes must share equally.
+    # A text with fewer sequences than a batch is a single batch, which must be divisible among the
+    # processes.
     is_possible = n_rows >= config.batch_size or n_rows % processes.count == 0
-    expected = f"at most {n_rows}, the sequences of this text"
+    expected = f"at most {n_rows}, the number of sequences in this text"
     check(is_possible, "batch_size", config.batch_size, expected)
     return run, corpus
 
 
 def _candidates() -> list[str]:
-    """The answers that the tasks choose between; each must be one token of the tokenizer."""
+    """The answers of the tasks, each of which must be a single token of the tokenizer."""
     candidates: set[str] = set()
     for task in TASKS.values():
         candidates.update(task.candidates or ())
@@ -131,10 +135,10 @@ def _new_trainer(config: TrainConfig, corpus: Corpus, processes: Processes) -> T
 def _take_steps(
     trainer: Trainer, corpus: Corpus, run: Run | None, resume: bool, progress: bool
 ) -> tuple[Float[Tensor, " step"], int]:
-    """Take the steps that remain: all, or those after the last checkpoint.
+    """Take all steps, or those after the last checkpoint if the run is resumed.
 
     Returns:
-        The losses of all steps of the run, and the number of the first step that was taken here.
+        The losses of all steps of the run, and the number of the first step that this call took.
     """
     processes = trainer.processes
     processes.start_tracker(trainer.config)
@@ -142,7 +146,7 @@ def _take_steps(
     if run is not None and resume:
         _restore(trainer, losses, run)
     first = trainer.steps_done
-    if not processes.main:  # only the main process writes, and shows the bar
+    if not processes.main:  # only the main process writes files and shows the bar
         run = None
         progress = False
     monitor = Monitor(trainer, losses, corpus, run, progress)
@@ -155,7 +159,7 @@ def _take_steps(
 
 
 def _restore(trainer: Trainer, losses: Float[Tensor, " step"], run: Run) -> None:
-    """Put the trainer, the losses and the log into the state of the last checkpoint."""
+    """Restore the trainer, the losses and the log to the last checkpoint."""
     state, past_losses = run.restore()
     done = len(past_losses)
     trainer.load_state(state, steps_done=done)
@@ -165,7 +169,7 @@ def _restore(trainer: Trainer, losses: Float[Tensor, " step"], run: Run) -> None
 
 
 def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -> None:
-    """Step until the last step, the target loss, or a reason to stop."""
+    """Take steps until the last step, the target validation loss, or a reason to stop early."""
     config = trainer.config
     processes = trainer.processes
     device = next(trainer.model.parameters()).device
@@ -189,12 +193,12 @@ def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -
 
 
 def _stop(trainer: Trainer, run: Run | None, reason: str) -> NoReturn:
-    """Raise `TrainError`, once all processes are here."""
-    # A process that ends takes the others with it, even one that writes.
+    """Raise `TrainError` in all processes, once they have all arrived here."""
+    # A process that exits ends the others, and the main process may still be writing.
     trainer.processes.wait()
     message = f"training ended after step {trainer.steps_done} of {trainer.config.steps}: {reason}"
     if run is not None:
-        message += f"; its state is in {run.folder}, and resume goes on"
+        message += f"; its state is saved in {run.folder}, from which resume continues"
     raise TrainError(message)
 
 
@@ -205,7 +209,7 @@ def _record(
     first: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """How a model was made, and how good it is: what training.json holds."""
+    """The contents of training.json: how the model was trained, and how good it is."""
     config = trainer.config
     model = trainer.model
     step_tokens = tokens_per_step(config, corpus.train)
@@ -231,7 +235,7 @@ def _record(
 
 
 def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> None:
-    """Write the model, a sample of its text and its record; end the run."""
+    """Write the model, a sample of its training tokens and its record, and end the run."""
     model.save_pretrained(run.folder)
     sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
     write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})

@@ -1,4 +1,4 @@
-"""How good a model is while it trains: its loss on other text, and its dead neurons."""
+"""Measures of a model during training: its loss on held-out text, and its dead neurons."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def evaluate_loss(model: TLModel, tokens: Int[Tensor, "seq pos"], batch_size: in
 
 @torch.no_grad()
 def dead_neurons(model: TLModel, tokens: Int[Tensor, "seq pos"]) -> float:
-    """The share of MLP neurons that are zero, after AbsTopK, at every one of the tokens."""
+    """The share of MLP neurons whose activation, after AbsTopK, is zero at every token."""
     device = next(model.parameters()).device
-    active: list[Tensor] = []  # of each layer: which neurons are nonzero anywhere
+    active: list[Tensor] = []  # for each layer, whether each neuron is ever nonzero
 
     def record(post: Tensor, hook: Any) -> None:
         active.append(post.detach().ne(0).flatten(0, 1).any(0))

@@ -1,4 +1,4 @@
-"""What is watched while a model trains: the losses, the log, and the progress bar."""
+"""Monitoring of a training run: its losses, log and progress bar."""
 
 import torch
 from jaxtyping import Float
@@ -11,26 +11,27 @@ from tl_sparse.training.runs import Run
 from tl_sparse.training.tokens import tokens_per_step
 from tl_sparse.training.trainer import Trainer
 
-#: A line of the log is written, and the bar's text renewed, every so many steps.
+#: The number of steps between two lines of the log, and two updates of the progress bar's text.
 LOG_STEPS = 20
-#: The share of dead neurons is measured every so many steps; a multiple of LOG_STEPS.
+#: The number of steps between measurements of the share of dead neurons; a multiple of LOG_STEPS.
 DEAD_NEURONS_STEPS = 100
-#: A loss has jumped if it is far above the mean of so many losses before it.
+#: The number of earlier losses with whose mean a loss is compared to see whether it has jumped.
 USUAL_STEPS = 100
 
 
 class Monitor:
-    """Watches a trainer from one step to the next.
+    """Watches a trainer, one step at a time.
 
     Args:
         trainer: the trainer, before the first step that is watched.
-        losses: the losses of all steps of the run; this fills in those that are watched.
-        corpus: the tokens of the run; its validation rows are measured.
-        run: where the log is written; None: nowhere.
+        losses: the losses of all steps of the run, which are filled in as the steps are taken.
+        corpus: the tokens of the run; validation loss and dead neurons are measured on its
+            validation rows.
+        run: the run whose log is written; None writes no log.
         show_bar: whether to show the progress bar.
 
     Attributes:
-        bar: the progress bar; to iterate over it gives the numbers of the steps that remain.
+        bar: the progress bar; iterating over it yields the numbers of the remaining steps.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Monitor:
         self.run = run
         self.first_step = trainer.steps_done
         self.tokens_per_step = tokens_per_step(trainer.config, corpus.train)
-        self.dead_neurons: float | None = None  # as last measured
+        self.dead_neurons: float | None = None  # the latest measurement
         n_steps = trainer.config.steps
         self.bar = tqdm(
             range(self.first_step, n_steps),
@@ -59,13 +60,13 @@ class Monitor:
         )
 
     def reason_to_stop(self, step: int) -> str:
-        """Why training has to stop after step number `step`; empty if it can go on."""
+        """Why training has to stop after step number `step`; empty if it can continue."""
         config = self.trainer.config
         loss = float(self.losses[step])
         usual = loss
         if step > 0:
             usual = float(self.losses[max(0, step - USUAL_STEPS) : step].mean())
-        is_usual = loss - usual < config.max_jump  # False also if it is not a number
+        is_usual = loss - usual < config.max_jump  # also False if the loss is not a number
         if not is_usual:
             advice = f"a smaller lr than {config.lr} may help"
             return f"the loss went from {usual:.3f} to {loss:.3f}; {advice}"
@@ -75,14 +76,14 @@ class Monitor:
         return ""
 
     def is_due(self, done: int, interval: int = LOG_STEPS) -> bool:
-        """Whether something is due after `done` steps: at every `interval`, and in the end."""
+        """Whether `done` is a multiple of `interval`, or the last step."""
         return done % interval == 0 or done == self.trainer.config.steps
 
     def log(self, done: int) -> dict[str, float]:
-        """Measure the model after `done` steps; write that to the log, the tracker and the bar.
+        """Measure the model after `done` steps, and report it to the log, the tracker and the bar.
 
         Returns:
-            What was measured, as the log has it.
+            The measurements by name, as they are in the log.
         """
         measured = self._measure(done)
         if self.run is not None:
@@ -106,13 +107,13 @@ class Monitor:
             rows = self.validation[: config.batch_size]
             self.dead_neurons = dead_neurons(trainer.model, rows)
             measured["dead_neurons"] = self.dead_neurons
-        # At the first line of the log after each multiple of validate_steps.
+        # Measured at the first line of the log at or after each multiple of validate_steps.
         if config.validate_steps and done % config.validate_steps < LOG_STEPS:
             measured["validation_loss"] = self._validation_loss()
         return measured
 
     def _validation_loss(self) -> float:
-        """The loss on the validation rows, on whose mean all processes agree."""
+        """The loss on the validation rows, averaged so that all processes have the same value."""
         model = self.trainer.model
         loss = evaluate_loss(model, self.validation, self.trainer.config.batch_size)
         device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Training configurations by name: sizes, and the two published recipes."""
+"""Named training configurations: presets of several sizes, and the two published recipes."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,8 +7,8 @@ from tl_sparse.config import check
 from tl_sparse.network import SparseConfig, paper_topk
 from tl_sparse.training.config import TrainConfig, laptop_model
 
-#: Fields of TrainConfig by recipe: where the authors' published training script and the text of
-#: their paper differ (Gao et al. 2025, arXiv 2511.13653, sections 2.1 and A.2).
+#: Recipe → the fields of `TrainConfig` in which the authors' published training script and the text
+#: of their paper differ (Gao et al. 2025, arXiv 2511.13653, sections 2.1 and A.2).
 RECIPES: dict[str, dict[str, Any]] = {
     "published": dict(
         gradient="divide",
@@ -28,16 +28,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, recipe: str | None = None) -> TrainConfig:
-    """A training configuration by name: "laptop" (minutes on two cores), "small", "paper-1x" …
-    "paper-8x".
+    """The training configuration of a preset.
 
     Args:
-        name: of the preset.
-        recipe: "published" or "paper", to follow either to the letter; None: the published update
-            rule, and the last row of the bigram table is trained as the others are.
+        name: "laptop" (trains in minutes on two CPU cores), "small", or "paper-1x", "paper-2x",
+            "paper-4x" or "paper-8x".
+        recipe: "published" or "paper", to follow that recipe to the letter. None uses the published
+            update rule, except that the last row of the bigram table is trained like the others.
 
     Raises:
-        ConfigError: for another name.
+        ConfigError: if there is no such preset or recipe.
     """
     check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     config = _PRESETS[name]
@@ -48,7 +48,7 @@ def preset(name: str, recipe: str | None = None) -> TrainConfig:
 
 
 def _small() -> TrainConfig:
-    """Twice as wide as "laptop", trained for five times as many steps, and sparser."""
+    """A model twice as wide as "laptop" and sparser, trained for five times as many steps."""
     return TrainConfig(
         replace(laptop_model(), d_model=256, n_heads=16, d_mlp=1024),
         steps=6000,
@@ -60,11 +60,12 @@ def _small() -> TrainConfig:
 
 
 def _paper(width: int) -> TrainConfig:
-    """The published sizes (Gao et al. 2025, section A.1): d_model is 256 · width.
+    """A model of the published sizes (Gao et al. 2025, section A.1), with d_model = 256 · width.
 
-    Every width has as many nonzero weights as 4x, the published script's example, has with 1/64.
-    Learning rate, batch and number of steps (32 billion tokens) are that script's; the embeddings'
-    fraction is larger by the width; the largest model is annealed until 80 % of training (A.2).
+    Every width has as many nonzero weights as width 4 has at the fraction 1/64, which is the
+    example of the published script. The learning rate, batch size and number of steps (32 billion
+    tokens) are also those of that script. The fraction of the embeddings is `width` times that of
+    the other matrices. The largest model is annealed until 80 % of training (section A.2).
     """
     d_model = 256 * width
     fraction = 1 / 64 * (4 / width) ** 2

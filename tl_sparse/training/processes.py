@@ -1,6 +1,6 @@
-"""One run in several processes, and its trackers.
+"""A run in several processes, and its trackers.
 
-Both are accelerate's, which is imported only where it is needed.
+Both use accelerate, which is imported only where it is needed.
 """
 
 import dataclasses
@@ -21,20 +21,22 @@ from tl_sparse.training.signals import SIGNALS
 
 
 class Processes:
-    """The processes of a run, each with the whole model; without arguments, this one alone.
+    """The processes of a run, each of which holds the whole model. Without arguments there is only
+    this process.
 
-    The model is not wrapped. Every process takes the gradients of its part of the batch; once these
-    are averaged, all do the same step on the same weights.
+    The model is not wrapped. Every process computes the gradients of its part of the batch; the
+    gradients are averaged, and all processes then take the same step on the same weights.
 
     Args:
-        accelerator: accelerate's, if there are several processes or a tracker.
+        accelerator: an `accelerate.Accelerator`, if there are several processes or a tracker.
         device: the device of this process.
 
     Attributes:
-        count: how many processes there are.
-        main: whether this is the process that writes.
+        count: the number of processes.
+        main: whether this is the main process, which writes the files.
         received: the signals that this process has received.
-        stop: a signal that any process had received before the last `average`; None: no process.
+        stop: a signal that some process had received before the last call of `average`; None if no
+            process had received one.
     """
 
     def __init__(self, accelerator: Any = None, device: torch.device | None = None) -> None:
@@ -52,18 +54,18 @@ class Processes:
     def launched(
         cls, config: TrainConfig, folder: str | Path | None, device: torch.device
     ) -> "Processes":
-        """As many as `accelerate launch` started, with the tracker that `config` asks for.
+        """The processes that `accelerate launch` started, with the tracker that `config` names.
 
         Raises:
-            ConfigError: if the batch cannot be divided, `device` is one for all, or the tracker is
-                not installed.
+            ConfigError: if the batch cannot be divided among the processes, if `device` names one
+                GPU for several processes, or if the tracker is not installed.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         can_divide = config.batch_size % count == 0
         expected = f"a multiple of the {count} processes"
         check(can_divide, "batch_size", config.batch_size, expected)
         is_shared = count > 1 and device.index is not None
-        expected = "without a number: each of several processes takes its own"
+        expected = "without a number, because each of the processes takes its own"
         check(not is_shared, "device", str(device), expected)
         if count == 1 and config.track == "none":
             return cls(device=device)
@@ -78,11 +80,11 @@ class Processes:
         if count > 1:
             device = accelerator.device
         processes = cls(accelerator, device)
-        processes.wait()  # nobody writes before all have seen what the folder holds
+        processes.wait()  # nothing is written before all have checked the folder
         return processes
 
     def part(self, batch: Int[Tensor, "batch pos"]) -> Int[Tensor, "part pos"]:
-        """The rows of a batch that are this process's."""
+        """The rows of a batch that this process handles."""
         if self.count == 1:
             return batch
         return batch.chunk(self.count)[self.accelerator.process_index]
@@ -91,10 +93,10 @@ class Processes:
     def average(
         self, loss: Float[Tensor, ""], parameters: Sequence[Tensor] = ()
     ) -> Float[Tensor, ""]:
-        """Average over the processes what a step needs from all of them, in one exchange.
+        """Average the loss and the gradients of a step over the processes, in one exchange.
 
-        The gradients of `parameters` become their mean, and `stop` is set in all processes or in
-        none.
+        The gradients of `parameters` are replaced by their mean. The signals that were received are
+        exchanged as well, so that `stop` is set in all processes or in none.
 
         Returns:
             The mean loss.
@@ -114,39 +116,39 @@ class Processes:
         return loss
 
     def _means(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The mean of each tensor over the processes, flat."""
+        """The mean of each tensor over the processes, flattened."""
         flat = [tensor.flatten() for tensor in tensors]
         mean: Tensor = self.accelerator.reduce(torch.cat(flat), "mean")
         return mean.split([len(part) for part in flat])
 
     def main_first(self) -> AbstractContextManager[None]:
-        """A context that the main process goes through before the others enter it."""
+        """A context that the other processes enter only once the main process has left it."""
         if self.count == 1:
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.main_process_first()
         return context
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             self.accelerator.wait_for_everyone()
 
     def start_tracker(self, config: TrainConfig) -> None:
-        """Begin a run of the tracker, if there is one."""
+        """Start a run of the tracker, if there is one."""
         if self.accelerator is not None:
             settings = _flat(dataclasses.asdict(config))
             self.accelerator.init_trackers("tl_sparse", settings)
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
-        """Give a line of the log to the tracker, if there is one."""
+        """Send a line of the log to the tracker, if there is one."""
         if self.accelerator is not None:
             self.accelerator.log(values, step)
 
     def end_tracker(self) -> None:
-        """End what `start_tracker` began."""
+        """End the run that `start_tracker` started."""
         if self.accelerator is None:
             return
-        # Not accelerate's `end_training`, which would also end the connection of the processes.
+        # accelerate's `end_training` would also close the connection between the processes.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -160,7 +162,7 @@ def _check_installed(tracker: str) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings, their keys joined by dots: a tracker takes no others."""
+    """The values of nested mappings, with keys joined by dots, since trackers take no mappings."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -19,23 +19,23 @@ from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, 
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.tokens import packed_for
 
-#: Fields of TrainConfig that may differ when a run is resumed: they change no weight.
+#: Fields of `TrainConfig` that may differ when a run is resumed, because they affect no weight.
 _FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
 
 
 class Run:
-    """What `train` writes while it trains; see its docstring.
+    """The files that `train` writes during training; see its docstring.
 
-    A checkpoint is a safetensors file step-NUMBER with the tensors of the trainer's state, the
-    losses of all steps so far as "losses", and "checksum" over all of these.
+    A checkpoint is a file step-NUMBER.safetensors. It holds the tensors of the trainer's state, the
+    losses of all steps so far as "losses", and a checksum of all of these as "checksum".
 
     Args:
         folder: the run's folder.
-        config: how the run trains.
-        resume: whether to go on from the last checkpoint in `folder`.
+        config: the configuration of the run.
+        resume: whether to continue from the last checkpoint in `folder`.
 
     Raises:
-        TrainError: to resume, if the run in `folder` had another configuration.
+        TrainError: if `resume` is set and the run in `folder` has another configuration.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, resume: bool) -> None:
@@ -45,7 +45,7 @@ class Run:
         self.log = folder / "log.jsonl"
         self.data = folder / "data"
         self._settings = folder / "run.json"
-        self._about_data: dict[str, Any] | None = None  # of the data that is there to resume
+        self._about_data: dict[str, Any] | None = None  # of the packed tokens, when resuming
         if resume:
             stored = read_json(self._settings)
             _check_same(stored.get("config", {}), config, folder)
@@ -60,7 +60,7 @@ class Run:
     def corpus(self, required: Sequence[str]) -> Corpus:
         """The run's tokens, packed in its folder.
 
-        To resume, they are the same again: see `packed_corpus`.
+        A resumed run gets the same tokens as before; see `packed_corpus`.
         """
         corpus = packed_for(self.config, required, self.data, self._about_data)
         if self._about_data is None:
@@ -69,21 +69,21 @@ class Run:
         return corpus
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step` steps."""
+        """Whether a checkpoint is due after `step` steps."""
         interval = self.config.checkpoint_steps
         if interval and step % interval == 0:
             return True
         return time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
 
     def save(self, state: Mapping[str, Tensor], losses: Float[Tensor, " step"]) -> None:
-        """Write a checkpoint after len(losses) steps, and drop the oldest ones.
+        """Write the checkpoint after len(losses) steps, and remove the oldest checkpoints.
 
         Args:
-            state: the trainer's.
-            losses: of all steps so far.
+            state: the state of the trainer.
+            losses: the losses of all steps so far.
 
         Raises:
-            TrainError: if it cannot be written; those before it are as they were.
+            TrainError: if it cannot be written; the earlier checkpoints are then unchanged.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         tensors["losses"] = losses.cpu()
@@ -91,16 +91,16 @@ class Run:
         path = self.checkpoints / f"step-{len(losses):08}.safetensors"
         try:
             write_tensors(path, tensors)
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except Exception as error:  # safetensors raises its own errors, such as for a full disk
             raise TrainError(
-                f"cannot write {path}: {error}; the checkpoints before it are as they were"
+                f"cannot write {path}: {error}; the earlier checkpoints are unchanged"
             ) from error
         for old in self._paths()[: -self.config.keep_checkpoints]:
             old.unlink()
         self._saved = time.monotonic()
 
     def restore(self) -> tuple[dict[str, Tensor], Float[Tensor, " step"]]:
-        """Read the last checkpoint: the trainer's state, and the losses of all steps until then.
+        """Read the last checkpoint: the state of the trainer, and the losses of all steps up to it.
 
         Raises:
             TrainError: if there is no checkpoint, or it is damaged.
@@ -116,15 +116,15 @@ class Run:
                 raise CheckpointError(f"{last} is damaged: its checksum is wrong")
         except (CheckpointError, KeyError) as error:
             if earlier:
-                advice = f"remove it to go on from {earlier[-1].name}"
+                advice = f"remove it to continue from {earlier[-1].name}"
             else:
-                advice = "there is none before it"
+                advice = "there is no earlier checkpoint"
             raise TrainError(f"{error}; {advice}") from error
         losses = stored.pop("losses")
         return stored, losses
 
     def cut_log(self, done: int) -> None:
-        """Remove the lines of steps after `done`, which will be written again."""
+        """Remove the lines of the log after step `done`, which will be written again."""
         if self.log.is_file():
             lines = self.log.read_text().splitlines(keepends=True)
         else:
@@ -138,8 +138,8 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def finish(self) -> None:
-        """Remove what is of use only while the run goes on."""
-        # Packing that was interrupted leaves temporary folders beside `data`.
+        """Remove the files that are only needed until training is done."""
+        # If packing was interrupted, it left temporary folders beside `data`.
         temporary = self.folder.glob(f".{self.data.name}.*")
         for path in (self.checkpoints, self.data, *temporary):
             shutil.rmtree(path, ignore_errors=True)
@@ -159,12 +159,15 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
-    """Raise `TrainError` that names the first difference between a run's configuration as stored
-    and the one it is to go on with.
+    """Raise `TrainError` if a run's stored configuration differs from the one to resume it with.
+
+    The message names the first field that differs.
     """
-    # Through JSON, as `before` was: it makes lists of tuples.
+    # `before` was read from JSON, in which tuples become lists.
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
             difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
-            raise TrainError(f"{folder} was trained with {difference}; to resume, ask for the same")
+            raise TrainError(
+                f"{folder} was trained with {difference}; to resume, use the same value"
+            )

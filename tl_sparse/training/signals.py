@@ -1,4 +1,4 @@
-"""The signals that stop a run."""
+"""The signals that stop a training run."""
 
 import signal
 import threading
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: What stops a run, in all of its processes after the same step: Ctrl-C, and a polite `kill`.
+#: Ctrl-C and the default signal of `kill`. They stop all processes of a run after the same step.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def noticing_signals() -> Iterator[list[int]]:
-    """Within the context, each of `SIGNALS` is only noted in the list, so that a step can end.
+    """A context in which each of `SIGNALS` is only recorded in a list, so that a step can finish.
 
-    A second one of the same kind does what it would have done outside. Python handles signals in
-    the main thread alone; in another thread nothing is noted, and nothing changes.
+    A second signal of the same kind has its usual effect. Python handles signals only in the main
+    thread, so in any other thread this context records nothing and changes nothing.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""The tokens that a run reads, and the order in which its batches take them."""
+"""The tokens of a training run, and the order of its batches."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,7 +19,7 @@ def packed_for(
     folder: Path | None = None,
     about: dict[str, Any] | None = None,
 ) -> Corpus:
-    """The tokenizer and tokens that a run of `config` reads; see `packed_corpus`."""
+    """The tokenizer and tokens for a run of `config`; see `packed_corpus`."""
     return packed_corpus(
         config.data,
         d_vocab=config.model.d_vocab,
@@ -34,23 +34,24 @@ def packed_for(
 def batches(
     tokens: Int[Tensor, "seq pos"], batch_size: int, seed: int, start: int = 0
 ) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Endless batches of rows, in an order that depends on the seed alone.
+    """Endless batches of rows, in an order that depends only on the seed.
 
-    Each epoch takes every row at most once: the rows left over at its end, fewer than a batch, are
-    skipped.
+    Each epoch takes every row at most once. At the end of an epoch, rows that do not fill a batch
+    are skipped.
 
     Args:
         tokens: the rows.
-        batch_size: rows in each batch; if there are fewer, every batch has all of them.
-        seed: of the order.
-        start: number of the first batch to give, from 0; a run that is resumed skips those before.
+        batch_size: the number of rows in each batch; if there are fewer rows in all, every batch
+            has all of them.
+        seed: the seed of the order.
+        start: the number of the first batch, from 0; a resumed run skips the batches before it.
     """
     for rows in islice(_batch_indices(len(tokens), batch_size, seed), start, None):
         yield tokens[rows].long()
 
 
 def _batch_indices(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
-    """The row numbers of every batch, drawn anew for each epoch."""
+    """The row indices of each batch, in a new order for each epoch."""
     generator = torch.Generator().manual_seed(seed)
     full = min(batch_size, n_rows)
     while True:
@@ -61,5 +62,5 @@ def _batch_indices(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tens
 
 
 def tokens_per_step(config: TrainConfig, rows: Int[Tensor, "seq pos"]) -> int:
-    """The tokens in a batch of `rows`, over all processes."""
+    """The number of tokens in a batch of `rows`, summed over all processes."""
     return min(config.batch_size, len(rows)) * config.model.n_ctx

@@ -1,7 +1,7 @@
-"""Weight-sparse training a step at a time.
+"""Weight-sparse training, one step at a time.
 
 The update rule is that of Gao et al. 2025 (arXiv 2511.13653), sections 2.1 and A.2, and of the
-authors' published training script; where the two differ, the configuration chooses.
+authors' published training script. Where the two differ, the configuration selects one of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,19 +20,19 @@ from tl_sparse.training.processes import Processes
 
 
 class Trainer:
-    """The update rule, a step at a time.
+    """The update rule, applied one step at a time.
 
     By default, a step divides the gradients by their root mean square, takes one Adam step without
-    decay, keeps only the largest entries of every weight matrix, and then decays the matrices.
+    weight decay, keeps only the largest entries of every weight matrix, and then decays the
+    matrices.
 
     Args:
-        model: one of this package's models; its parameters without `requires_grad` stay as they
-            are.
+        model: a model of this package; parameters without `requires_grad` are not changed.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
-        processes: the processes that train together; None: this one alone.
+        processes: the processes that train together; None for this process alone.
 
     Raises:
-        ConfigError: for a pattern in `config.l0_groups` that fits no weights.
+        ConfigError: if a pattern in `config.l0_groups` matches no weights.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Trainer:
         self._annealed_topks = _annealed_topks(model, config)
 
     def _adam(self) -> torch.optim.Optimizer:
-        """Adam over all parameters; decay before the step is AdamW's, only of the matrices."""
+        """Adam over all parameters, or AdamW, which decays the matrices before the step."""
         config = self.config
         can_fuse = all(
             p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters
         )
         options: dict[str, Any] = {
-            "lr": 0.0,  # every step sets its own
+            "lr": 0.0,  # set in every step
             "betas": (config.beta1, config.beta2),
             "eps": config.eps,
             "fused": can_fuse,
@@ -75,15 +75,15 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """How many steps have changed the model; also the number of the next step, from 0."""
+        """The number of steps taken, which is also the number of the next step, from 0."""
         return self.sparsity.steps
 
     def lr(self, step: int) -> float:
         """The learning rate of step number `step`, from 0.
 
-        It rises linearly during the warm-up, then falls linearly to 0. Sharkfin also multiplies it
-        by sqrt(final fraction / fraction at this step), where the fraction is that of nonzero
-        weights: the factor 1/sqrt(L0) of section A.2.
+        It rises linearly during the warm-up, and then falls linearly to 0. Sharkfin also multiplies
+        it by sqrt(final fraction / fraction at this step) of nonzero weights, which is the factor
+        1/sqrt(L0) of section A.2.
         """
         config = self.config
         warmup = int(config.warmup_fraction * config.steps)
@@ -102,8 +102,8 @@ class Trainer:
             tokens: this process's part of the batch.
 
         Returns:
-            The mean next-token loss of the whole batch, in nats, before the step. If it is not a
-            finite number, nothing has changed.
+            The mean next-token loss of the whole batch before the step, in nats. If it is not a
+            finite number, the step is not taken.
         """
         lr = self.lr(self.steps_done)
         for group in self.optimizer.param_groups:
@@ -118,7 +118,7 @@ class Trainer:
             return loss
 
         self._normalize_gradients()
-        with self.sparsity.attached(self.optimizer):  # the top-k, after the optimizer's step
+        with self.sparsity.attached(self.optimizer):  # applies the top-k after the optimizer step
             self.optimizer.step()
         self.optimizer.zero_grad()
         if self.config.decay == "after":
@@ -126,7 +126,7 @@ class Trainer:
         return loss
 
     def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Add up the gradients of the batch's mean loss, part by part; returns that loss."""
+        """Accumulate the gradients of the batch's mean loss, part by part, and return that loss."""
         total = torch.zeros((), device=tokens.device)
         in_bfloat16 = self.config.precision == "bfloat16"
         for part in tokens.chunk(self.config.accumulation):
@@ -139,40 +139,39 @@ class Trainer:
 
     @torch.no_grad()
     def _normalize_gradients(self) -> None:
-        """Divide all gradients by their root mean square over all entries of all parameters, as the
-        published script does, or clip that root mean square to 1, as the paper's text says.
+        """Divide the gradients by their root mean square over all entries of all parameters, as in
+        the published script, or clip that root mean square to 1, as in the paper's text.
         """
         config = self.config
         if config.model.bigram_table and not config.last_bigram_row:
-            # Zero, not left out: its entries count in the mean.
+            # Set to zero rather than left out, because its entries count in the mean.
             self.model.network.bigram.W_bigram.grad[-1] = 0
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         entries = sum(gradient.numel() for gradient in gradients)
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         rms = (squares / entries).sqrt()
         if config.gradient == "divide":
-            divisor = rms + 1e-5  # of the published script
+            divisor = rms + 1e-5  # the published script adds 1e-5
         else:
             divisor = rms.clamp(min=1)
         torch._foreach_mul_(gradients, 1 / divisor)
 
     @torch.no_grad()
     def _decay_matrices(self, lr: float) -> None:
-        """Decay as published, w -= λ · lr · w.
+        """Decay the matrices as the published script does, by w -= λ · lr · w.
 
-        To multiply by 1 - λ · lr rounds otherwise: after 36 steps of the authors' trajectory that
-        decides a weight's place in the top-k differently.
+        Multiplying by 1 - λ · lr instead would round differently. After 36 steps of the authors'
+        trajectory, that changes whether a weight is in the top-k.
         """
         alpha = -self.config.weight_decay * lr
         torch._foreach_add_(self.matrices, self.matrices, alpha=alpha)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on besides configuration, data, and `steps_done`.
+        """The tensors on which the next step depends, besides configuration, data and `steps_done`.
 
         Returns:
-            The model's weights as "model/NAME", and Adam's state of every parameter as
-            "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME". These are the tensors themselves, not
-            copies.
+            The weights of the model as "model/NAME", and Adam's state for each parameter as
+            "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME". They are not copied.
         """
         state = {}
         for name, weight in self.model.state_dict().items():
@@ -185,7 +184,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """Continue from what `state` returned after `steps_done` steps."""
+        """Continue from the state that `state` returned after `steps_done` steps."""
         for name, weight in self.model.state_dict().items():
             weight.copy_(state[f"model/{name}"])
         parameters = dict(self.model.named_parameters())
@@ -200,15 +199,17 @@ class Trainer:
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
-    """The mean next-token loss, which is the model's `return_type="loss"` without its copies of the
+    """The mean next-token loss, in nats.
+
+    It equals the loss that the model returns with `return_type="loss"`, but without copies of the
     logits.
     """
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last token
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no target
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
-    """The top-k of the weights, with one schedule for the fraction of every group."""
+    """The top-k of the weights, with an annealing schedule for the fraction of each group."""
     start = config.anneal_start * config.steps
     stop = config.anneal_stop * config.steps
 
@@ -227,7 +228,13 @@ def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
 
 @dataclass(frozen=True)
 class _AnnealedTopK:
-    """An AbsTopK of the model, the k that it ends with, and the fraction it keeps at each step."""
+    """An AbsTopK module whose k is annealed.
+
+    Attributes:
+        module: the module.
+        final_k: its k at the end of the schedule.
+        fraction: step → the fraction of activations that it keeps.
+    """
 
     module: AbsTopK
     final_k: int
