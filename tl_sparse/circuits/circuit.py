@@ -58,13 +58,13 @@ class Circuit(CircuitParts):
         if self.scores and self.kept.keys() != self.scores.keys():
             raise CircuitError("kept nodes and scores must name the same hook points")
         for name, mask in self.kept.items():
-            mean = self.means[name] if self.means else torch.zeros(mask.shape)
-            if mask.dtype != torch.bool or mask.shape != mean.shape:
+            shape = self.means[name].shape if self.means else mask.shape
+            if mask.dtype != torch.bool or mask.shape != shape:
                 raise CircuitError(
-                    f"{name}: kept must be a boolean mask of the means' shape {list(mean.shape)}, "
+                    f"{name}: kept must be a boolean mask of the means' shape {list(shape)}, "
                     f"not {mask.dtype} of {list(mask.shape)}"
                 )
-            if not bool(mean.isfinite().all()):
+            if self.means and not bool(self.means[name].isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
 
     # Edges and other parameters of the model
@@ -92,7 +92,10 @@ class Circuit(CircuitParts):
         return uncut_edges(self, model)
 
     def cut_edges(self, model: TLModel) -> list[Edge]:
-        """The nonzero weights between kept nodes that edge pruning has cut."""
+        """The nonzero weights between kept nodes that edge pruning has cut.
+
+        This does not check that `model` is the circuit's model.
+        """
         if self.edge_set is None:
             return []
         return [edge for edge in edges_between(self.nodes, model) if edge.ends not in self.edge_set]
@@ -126,7 +129,7 @@ class Circuit(CircuitParts):
             return {}
         heads = set()
         for node in self.nodes:
-            if node.location == "attn_v":
+            if node.location == "attn_v":  # whose nodes are numbered head by head
                 heads.add((node.layer, node.index // model.cfg.d_head))
         sinks = {}
         for layer, head in sorted(heads):
@@ -161,7 +164,7 @@ class Circuit(CircuitParts):
     def ablated(self, model: TLModel) -> AbstractContextManager[None]:
         """The inverse of `applied`: the circuit's nodes are held at their means, all others run.
 
-        This shows whether the circuit is necessary.
+        This shows whether the circuit is necessary. Edges play no part in it: only nodes are held.
         """
         self.check_model(model)
         return self.holding(model, self.kept, self.means, ())
@@ -193,6 +196,9 @@ class Circuit(CircuitParts):
 
     def __or__(self, other: Circuit) -> Circuit:
         """The nodes and edges that are in at least one of the two circuits.
+
+        As in all circuits made from others, the means and scores are this circuit's, and nothing
+        has been measured.
 
         Raises:
             CircuitError: if the circuits belong to different models; & and - raise it too.
@@ -248,7 +254,7 @@ class Circuit(CircuitParts):
             CheckpointError: if a file is missing, damaged, or has another format or version.
             CircuitError: if the masks and means do not fit each other.
         """
-        return cls(**vars(read_circuit(find(source, revision))))
+        return cls._from_parts(read_circuit(find(source, revision)), means=None)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the files that `save` writes, and a model card, to the Hugging Face Hub.

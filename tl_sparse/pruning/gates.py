@@ -1,4 +1,7 @@
-"""Ranking the nodes by learning a gate for each of them, or by attribution."""
+"""Ranking the nodes by learning a gate for each of them, or by attribution.
+
+"(A.5)" and the like are sections of Gao et al. 2025, arXiv 2511.13653.
+"""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ from tl_sparse.hooks import NodeGates, TLModel, hooked
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
-#: The factor by which steering may raise or lower the weight of the number of open gates.
+#: The lasting part of steering keeps the weight of the number of open gates within this factor of
+#: `k_coef`, above or below.
 STEERING_RANGE = 100
 #: The task loss at chance, in nats.
 LOSS_OF_A_COIN = math.log(2)
@@ -25,7 +29,10 @@ def learn_gates(
 ) -> None:
     """Minimise task loss + k · (number of open gates) with respect to the gates alone (A.5).
 
-    The weight k starts at `k_coef` and is steered by the task loss; see `SizePenalty`.
+    The weight k starts at `k_coef` and is steered by the task loss; see `SizePenalty`. A third term
+    is added if `necessity` is not 0: necessity · max(0, ln 2 - task loss without the circuit).
+
+    The caller has frozen the model. The ranking is the order of `gates.tau` afterwards.
     """
     optimizer = torch.optim.AdamW(
         [gates.tau],
@@ -40,9 +47,10 @@ def learn_gates(
     for step in bar:
         batch = next(batches)
         loss = _gated_loss(model, gates, batch, config)
-        k = penalty.steered(loss.item())
+        k = penalty.update(loss.item())
         objective = loss + k * gates.expected_size()
         if config.necessity > 0:
+            # Half of the pairs, to save time. A batch is sorted by length: these are the shorter.
             half = batch.pairs(range(max(1, batch.n_pairs // 2)))
             loss_without = _gated_loss(model, gates, half, config, inverted=True)
             below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
@@ -72,11 +80,11 @@ class SizePenalty:
         self.lowest = self.log_k - math.log(STEERING_RANGE)
         self.highest = self.log_k + math.log(STEERING_RANGE)
 
-    def steered(self, loss: float) -> float:
-        """The value of k for a step with this task loss.
+    def update(self, loss: float) -> float:
+        """Take in the task loss of a step, and return the value of k for that step.
 
-        The logarithm of k moves by at most `steer_rate` permanently, and by at most `steer_now` for
-        this step alone.
+        `log_k` moves by at most `steer_rate` and stays there. Up to `steer_now` more is added or
+        taken away for this step alone.
         """
         if self.smoothed_loss is None:
             self.smoothed_loss = loss
@@ -121,7 +129,7 @@ def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
 def attribution(
     model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
 ) -> Float[Tensor, " gate"]:
-    """The change of the task loss when each gate opens, to first order.
+    """The signed change of the task loss when each gate opens, to first order.
 
     It is Σ gradient · (activation − mean). For the method "attribution", the gradient is that of
     the full model. For all other methods these are integrated gradients: the gradient is averaged
@@ -131,7 +139,9 @@ def attribution(
     the start of gate learning, integrated gradients save most of the steps.
     """
     data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
-    batches = torch.arange(data.n_pairs).split(max(1, config.batch_size // 2))
+    batch_size = max(1, config.batch_size // 2)  # in pairs, of two prompts each
+    batches = torch.arange(data.n_pairs).split(batch_size)
+    # The midpoints of four equal parts of the line.
     openings = [1.0] if config.method == "attribution" else [1 / 8, 3 / 8, 5 / 8, 7 / 8]
     total = torch.zeros_like(gates.tau)
     for opening in openings:

@@ -27,7 +27,8 @@ class Trainer:
     matrices.
 
     Args:
-        model: a model of this package; parameters without `requires_grad` are not changed.
+        model: a model of this package. Parameters without `requires_grad` get no optimizer step,
+            but the weight top-k and the decay act on every weight matrix.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
         processes: the processes that train together; None for this process alone.
 
@@ -112,13 +113,15 @@ class Trainer:
             topk.set_k(self.steps_done)
 
         loss = self._backward(tokens)
-        loss = self.processes.average(loss, self.parameters)
+        loss = self.processes.average(loss, self.parameters)  # the gradients are averaged too
         if not bool(loss.isfinite()):
             self.optimizer.zero_grad()
             return loss
 
         self._normalize_gradients()
-        with self.sparsity.attached(self.optimizer):  # applies the top-k after the optimizer step
+        # Attached to the optimizer, the sparsity applies the top-k after the optimizer's step and
+        # counts the step.
+        with self.sparsity.attached(self.optimizer):
             self.optimizer.step()
         self.optimizer.zero_grad()
         if self.config.decay == "after":
