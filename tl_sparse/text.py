@@ -1,10 +1,10 @@
-"""Text laid out for people to read."""
+"""Plain-text tables."""
 
 from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with columns aligned on the left, and a rule under the header."""
+    """A table with left-aligned columns and a rule under the header."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = []
