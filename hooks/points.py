@@ -14,7 +14,8 @@ from tl_sparse.errors import HookNameError
 #: A TransformerLens model: a HookedRootModule such as HookedTransformer on version 3, or a
 #: TransformerBridge on version 4. The two share no base class, so this type accepts anything.
 TLModel = Any
-#: A function for a hook point, called by TransformerLens: `(activation, hook) -> replacement or None`.
+#: A function at a hook point, as TransformerLens calls it: `(activation, hook)`. It returns the
+#: replacement of the activation, or None.
 HookFn = Callable[[Tensor, Any], Tensor | None]
 #: Hook name → one number (or, in `NodeMasks`, one boolean) for each node at that hook point, with
 #: the shape of the activation without batch and position.
