@@ -39,8 +39,8 @@ class SparseConfig:
     """Sizes and features of a network, with one field per feature of Gao et al. 2025, A.1.
 
     Attributes:
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, with TransformerLens' names.
-            `n_heads * d_head` need not equal `d_model`.
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, named as in
+            TransformerLens. `n_heads * d_head` need not equal `d_model`.
         normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps is 1e-5).
         norm_bias: whether norms have a bias (LayerNorm only).
         act_fn: the MLP's nonlinearity; "gelu" is the exact GELU, not its tanh approximation.
@@ -51,7 +51,7 @@ class SparseConfig:
             added to the logits.
         logits_bias: whether a learned vector is added to the logits.
         positions: "none"; "added" to the token embedding; or "concatenated", as `d_pos` channels
-            that each block reads beside the residual stream and cannot write to.
+            that each block reads together with the residual stream and cannot write to.
         d_pos: the number of concatenated positional channels; 0 for other positions.
         sinusoidal: whether positions are fixed sinusoids instead of learned.
         biases: whether the linear maps of attention and MLP have biases.
