@@ -46,7 +46,7 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Give the bridge the network's modules; TransformerBridge calls this in its set-up."""
-        # `boot_transformers` builds TransformerLens' own class, whose forward method does not handle
+        # `boot_transformers` builds TransformerLens' own class, whose forward method cannot handle
         # padding or the bigram table.
         bridge.__class__ = SparseTransformerBridge
         for name, value in tl_config_fields(bridge.network).items():

@@ -271,9 +271,9 @@ class SparseModel(nn.Module):
         """Raise `UnsupportedError`: the weights of this model cannot be folded or centered."""
         raise UnsupportedError(
             "the weights of this model must stay as they are: the entries that AbsTopK keeps "
-            "depend on the scale of every channel, so norm weights and biases cannot be folded into other "
-            "weights, and weights cannot be centered. Analyse the model as loaded: hooks show each "
-            "activation before and after the weight of its norm"
+            "depend on the scale of every channel, so norm weights and biases cannot be folded "
+            "into other weights, and weights cannot be centered. Analyse the model as loaded: hooks "
+            "show each activation before and after the weight of its norm"
         )
 
     process_weights = process_weights_ = fold_layer_norm = fold_value_biases = _refuse_processing
