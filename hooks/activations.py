@@ -60,7 +60,7 @@ class _AbsTopK(torch.autograd.Function):
         tied = rows.new_empty(len(rows), dtype=torch.bool)
         arguments = bits(rows), k, mask, tied
         if any(shared_out(kernel("abs_topk", x), n_eights, rows.numel(), *arguments)):
-            # The kernel does not change rows with a tie at the threshold, so it is broken here.
+            # The kernel does not change rows with a tie at the threshold, so ties are broken here.
             kept = rows[tied].abs().topk(k, sorted=False).indices
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], kept, mask)
         ctx.mark_dirty(x)

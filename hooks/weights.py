@@ -102,7 +102,7 @@ class WeightGroup:
 def top_mask(
     magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int
 ) -> Bool[Tensor, "row column"]:
-    """Mask of the `k` largest entries, where the `min_per_row` largest of each row go first (A.2).
+    """Mask of the `k` largest entries; the `min_per_row` largest of each row go first (A.2).
 
     Exactly max(k, number of protected entries) are kept, even when magnitudes are tied.
     """

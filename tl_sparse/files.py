@@ -155,7 +155,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 def _load_torch(path: Path) -> Any:
     """`torch.load` of tensors only, onto the CPU, with the checks that torch leaves out."""
     record_sizes: set[int] | None = None
-    if zipfile.is_zipfile(path):  # files written before torch 1.6 are not
+    if zipfile.is_zipfile(path):  # files from before torch 1.6 are not archives
         with zipfile.ZipFile(path) as archive:
             _check_records(archive, path.stat().st_size)
             record_sizes = {record.file_size for record in archive.infolist()}

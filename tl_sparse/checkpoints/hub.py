@@ -49,7 +49,8 @@ def push_folder(
                 revision=revision,
                 commit_message=commit_message,
             )
-        # Any exception, because huggingface_hub also raises those of httpx or httpx2.
+        # Any exception: depending on its version, huggingface_hub also raises those of httpx or
+        # httpx2.
         except Exception as error:
             raise CheckpointError(f"cannot push to {repo_id!r}: {error}{_hint(error)}") from error
     return str(url)

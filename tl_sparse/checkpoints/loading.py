@@ -82,7 +82,7 @@ def load(
 
 
 def _tokenizer_for(folder: Path, config: SparseConfig, is_local: bool) -> Path | None:
-    """The folder of a model's tokenizer: that of the model, or for OpenAI's models the cache."""
+    """The folder of the tokenizer: the model's own, or the one that OpenAI's models share."""
     beside = find_tokenizer(folder)
     openai_config = folder / "beeg_config.json"
     if beside is not None or not openai_config.is_file():

@@ -248,7 +248,7 @@ def _positions(is_concatenated: bool, is_in_file: bool) -> str:
 
 
 def without_buffers(tensors: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors without buffers, whose names have one of the `endings`."""
+    """The tensors without buffers: those whose names end in `endings`, which we do not need."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
 
 

@@ -131,7 +131,8 @@ def _snapshot(
             ignore_patterns=["*/*"],
             local_files_only=local_only,
         )
-    # Any exception, because huggingface_hub also raises those of httpx or httpx2.
+    # Any exception: depending on its version, huggingface_hub also raises those of httpx or
+    # httpx2.
     except Exception as error:
         raise CheckpointError(f"{repo!r} {_hub_problem(error, repo, revision)}") from error
     return Path(path)

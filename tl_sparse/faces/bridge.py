@@ -27,7 +27,7 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         self.reads_bigram_table = False
 
     def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
-        """Refuse logits from the residual stream alone; TransformerLens' logit lenses call this.
+        """Check logits that TransformerLens' logit lenses read from the residual stream alone.
 
         Raises:
             UnsupportedError: if the model has a bigram table.

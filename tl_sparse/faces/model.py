@@ -272,8 +272,8 @@ class SparseModel(nn.Module):
         raise UnsupportedError(
             "the weights of this model must stay as they are: the entries that AbsTopK keeps "
             "depend on the scale of every channel, so norm weights and biases cannot be folded "
-            "into other weights, and weights cannot be centered. Analyse the model as loaded: hooks "
-            "show each activation before and after the weight of its norm"
+            "into other weights, and weights cannot be centered. Analyse the model as loaded: "
+            "hooks show each activation before and after the weight of its norm"
         )
 
     process_weights = process_weights_ = fold_layer_norm = fold_value_biases = _refuse_processing
@@ -305,7 +305,7 @@ class SparseModel(nn.Module):
         return out, cache
 
     def warn_if_not_additive(self, what: str) -> None:
-        """Warn that `what` assumes a residual stream that is a sum of components, if it is not.
+        """If the residual stream is not a sum of components, warn that `what` assumes it is.
 
         Args:
             what: the name of the method or flag that adds or subtracts components.
@@ -367,7 +367,7 @@ def _check_return_type(return_type: str | None) -> None:
 
 
 def _input_resid(input: object) -> Stream:
-    """The residual stream that is the input with `start_at_layer`, with a batch dimension."""
+    """The input of a run with `start_at_layer`: a residual stream, with a batch dimension."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
     return input if input.ndim == 3 else input[None]

@@ -33,9 +33,8 @@ def model_facts(model_repr: str, config: SparseConfig, record: Mapping[str, Any]
         lines.append(f"training: {json.dumps(training, indent=2, ensure_ascii=False)}")
     if "tasks" in record:
         scores: dict[str, Score | None] = {}
-        for name, score in record[
-            "tasks"
-        ].items():  # None: the task does not work with this tokenizer
+        # A score is None if the task does not work with this tokenizer.
+        for name, score in record["tasks"].items():
             scores[name] = Score(**score) if score else None
         lines.append("")
         lines.append("Tasks, a choice between two next tokens (a coin has loss 0.693):")

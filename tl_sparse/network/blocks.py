@@ -102,7 +102,7 @@ class Attention(WeightsHolder):
         self.topk_out = AbsTopK(cfg, "attn_out", inplace=True)
 
         self.flags: Any = HookFlags()
-        self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK; so are k and v
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK; also for k and v
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], without the sink
@@ -231,9 +231,9 @@ class Block(nn.Module):
         self.topk_resid_post = AbsTopK(cfg, "resid_post_mlp")
         self.flags: Any = HookFlags()
         # All hook points are [batch, pos, d_model], unless another shape is given.
-        self.hook_resid_pre = HookPoint()  # after AbsTopK, where it acts
+        self.hook_resid_pre = HookPoint()  # after any AbsTopK, like those below
         self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], a copy for each head
-        self.hook_q_input = HookPoint()  # the same shape; so have k and v
+        self.hook_q_input = HookPoint()  # the same shape; also for k and v
         self.hook_k_input = HookPoint()
         self.hook_v_input = HookPoint()
         self.hook_attn_out = HookPoint()

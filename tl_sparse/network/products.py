@@ -163,12 +163,12 @@ class Product(nn.Module):
 
     @property
     def _is_compact(self) -> bool:
-        """Whether the owner holds these weights compact. It holds either all or none so."""
+        """Whether the owner holds these weights compact; it does so for all of them or none."""
         return self.names[0] in self.owner.__dict__.get("compact", ())
 
     @torch.no_grad()
     def _entries(self, x: Float[Tensor, "*batch d_in"]) -> Compressed | None:
-        """The nonzero weights as Wᵀ; None if the product with `x` must be, or is faster, dense."""
+        """The nonzero weights as Wᵀ; None if the product with `x` is to be dense."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
         if kernel("multiply", x) is None:
