@@ -1,5 +1,5 @@
-"""Everything that acts on activations or weights during a run, by hook name, on any TransformerLens
-model.
+"""Tools that act on the activations of any TransformerLens model at its hook points, and on its
+weights during training.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Ablation: nodes of any TransformerLens model are held at given values."""
+"""Ablation: hold chosen nodes of any TransformerLens model at given values."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,23 +18,26 @@ def ablating(
     nodes: NodeMasks,
     values: Mapping[str, Float[Tensor, " *node"] | Float[Tensor, "batch pos *node"]],
 ) -> Iterator[None]:
-    """Within the context, the chosen nodes have the given values at all positions.
+    """Within the context, hold the chosen nodes at the given values, at every position.
 
     Args:
         model: any TransformerLens model.
-        nodes: hook name → which nodes are ablated, in the shape of an activation without batch and
-            position.
-        values: hook name → what they are set to: their means, zeros, or activations of another run.
+        nodes: hook name → mask of the nodes to ablate, with the shape of an activation without
+            batch and position.
+        values: hook name → the values that replace the activations of the ablated nodes, for
+            example their means, zeros, or their activations in another run.
 
     Raises:
-        HookNameError: for a hook name that the model, or `values`, does not have.
+        HookNameError: if `model` has no hook point of such a name, or `values` lacks the name.
     """
     check_hook_names(model, nodes)
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     functions = {}
     for name, ablated in nodes.items():
-        if ablated.any():  # without a hook, a model that keeps all nodes is exactly the model
+        # Where all nodes are kept, no hook is attached, so that the model runs exactly as without
+        # ablation.
+        if ablated.any():
             functions[name] = partial(_ablate, ablated, values[name])
     with hooked(model, functions):
         yield

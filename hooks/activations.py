@@ -1,4 +1,4 @@
-"""Activation sparsity: AbsTopK, as a function and at hook points of any TransformerLens model."""
+"""Activation sparsity by AbsTopK, as a function and at hook points of any TransformerLens model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ def abs_topk(
 ) -> Float[Tensor, "*batch dim"]:
     """Keep the `k` entries of largest magnitude in the last dimension, and zero the rest.
 
-    This is AbsTopK of Gao et al. 2025, A.1. Exactly `k` entries are kept, also among equal
-    magnitudes. Gradients pass through the kept entries only.
+    This is AbsTopK of Gao et al. 2025, A.1. Exactly `k` entries are kept, even when magnitudes are
+    tied. Gradients pass through the kept entries only.
     With `inplace`, `x` may be overwritten, which saves memory.
     """
     if k >= x.shape[-1]:
@@ -46,8 +46,8 @@ def _on_cpu(x: Float[Tensor, "*batch dim"], k: int, inplace: bool) -> Float[Tens
 class _AbsTopK(torch.autograd.Function):
     """AbsTopK in place on a contiguous `x`, by the compiled kernels.
 
-    The backward pass needs one bit for each entry: whether it was kept. A byte of the mask has
-    those of eight rows.
+    For the backward pass, a mask stores one bit per entry, which says whether the entry was kept.
+    Each byte of the mask packs the bits of one column in eight rows.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class _AbsTopK(torch.autograd.Function):
         tied = rows.new_empty(len(rows), dtype=torch.bool)
         arguments = bits(rows), k, mask, tied
         if any(shared_out(kernel("abs_topk", x), n_eights, rows.numel(), *arguments)):
-            # The kernel leaves rows with equal magnitudes at the threshold as they are.
+            # The kernel does not change rows with a tie at the threshold, so ties are broken here.
             kept = rows[tied].abs().topk(k, sorted=False).indices
             kernel("keep", x)(bits(rows), tied.nonzero()[:, 0], kept, mask)
         ctx.mark_dirty(x)
@@ -71,7 +71,7 @@ class _AbsTopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         rows = grad.contiguous().view(-1, grad.shape[-1])
-        if torch.is_grad_enabled():  # for gradients of gradients
+        if torch.is_grad_enabled():  # differentiable, for second derivatives
             bit = torch.arange(8, dtype=torch.uint8, device=mask.device)[:, None]
             kept = mask[:, None].bitwise_right_shift(bit).bitwise_and(1).flatten(0, 1)
             return (rows * kept[: len(rows)]).view_as(grad), None
@@ -81,7 +81,7 @@ class _AbsTopK(torch.autograd.Function):
 
 
 def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
-    """1 for the `k` largest entries of each row, 0 for the rest."""
+    """A mask in the dtype of `magnitudes`: 1 at the `k` largest entries of each row, else 0."""
     if magnitudes.device.type != "cpu" or magnitudes.dtype not in (torch.float32, torch.float64):
         return _largest_by_sorting(magnitudes, k)
     # On a CPU, NumPy's vectorised quickselect finds the k-th largest several times faster than
@@ -89,7 +89,7 @@ def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "
     position = magnitudes.shape[-1] - k
     partitioned = np.partition(magnitudes.numpy(), position, axis=-1)
     threshold = torch.from_numpy(partitioned[..., position, None])
-    # A mask of the activation's own dtype multiplies several times faster than a boolean one.
+    # Multiplying by a mask of the activation's dtype is several times faster than by a boolean one.
     mask = torch.ge(magnitudes, threshold, out=torch.empty_like(magnitudes))
     # NaN is the largest magnitude, as in torch.topk and the kernels, but it compares as smaller.
     has_nan = magnitudes.sum(-1).isnan()
@@ -113,8 +113,9 @@ def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterat
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
-        fractions: hook name → fraction of the entries kept at each position; the heads of a
-            `[batch, pos, head, d_head]` activation are taken together, as in the paper's models.
+        fractions: hook name → fraction of the entries kept at each position. In an activation
+            `[batch, pos, head, d_head]`, the entries of all heads compete together, as in the
+            paper's models.
 
     Raises:
         HookNameError: for a hook name that the model does not have.

@@ -18,12 +18,12 @@ from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 class NodeGates(nn.Module):
     """Gates at hook points of a TransformerLens model, one for every entry of `means`.
 
-    A gate is open where its parameter τ is above 0: the node then has its activation. Where the
-    gate is closed, the node is held at its mean.
+    A gate is open if its parameter τ is above 0; the node then keeps its activation. If the gate is
+    closed, the node is held at its mean.
 
     Attributes:
-        tau: τ of each gate.
-        index: hook name → for each node there, which gate is its own.
+        tau: the parameters τ of all gates, as one vector.
+        index: hook name → the index in `tau` of each node's gate, `[*node]`.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class NodeGates(nn.Module):
         """Make the gates.
 
         Args:
-            means: hook name → the mean of each node there.
+            means: hook name → the mean activation of each node at that hook point.
             init_bias, init_scale: τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1].
-            temperature: T of the backward pass; see `_Gate`.
-            seed: of the noise in the initial τ.
-            tied: hook name → an earlier hook name, whose gates the nodes there share.
+            temperature: the temperature T of the surrogate gradient; see `_Gate`.
+            seed: the seed of the noise in the initial τ.
+            tied: hook name → a hook name earlier in `means`, whose gates it shares node by node.
         """
         super().__init__()
         self.means = {name: mean.clone() for name, mean in means.items()}
@@ -60,7 +60,8 @@ class NodeGates(nn.Module):
             n_gates += mean.numel()
         noise = torch.randn(n_gates, generator=torch.Generator().manual_seed(seed))
         initial_tau = (init_bias + init_scale * noise).clamp(-1, 1)
-        # One flat parameter for all hook points: one optimizer state, one ranking of all nodes.
+        # One vector for all hook points, so that there is one optimizer state and one ranking of
+        # all nodes.
         self.tau = nn.Parameter(initial_tau.to(next(iter(means.values()))))
 
     @contextmanager
@@ -71,10 +72,10 @@ class NodeGates(nn.Module):
 
         Args:
             model: any TransformerLens model.
-            inverted: hold the open nodes and keep the closed ones: the model without the circuit,
-                instead of the circuit alone.
-            values: hook name → what nodes are held at in place of their means, such as their
-                activations on other prompts.
+            inverted: hold the nodes whose gates are open and keep the others, which runs the model
+                without the circuit instead of the circuit alone.
+            values: hook name → the values that nodes are held at instead of their means, such as
+                their activations on other prompts.
 
         Raises:
             HookNameError: for a hook name that the model does not have.
@@ -94,11 +95,11 @@ class NodeGates(nn.Module):
         return gated
 
     def at_nodes(self, of_gates: Tensor) -> dict[str, Tensor]:
-        """From one value per gate, the values of the nodes: hook name → `[*node]`."""
+        """Map one value per gate to the nodes of the gates: hook name → `[*node]`."""
         return {name: of_gates[index] for name, index in self.index.items()}
 
     def kept(self) -> dict[str, Bool[Tensor, " *node"]]:
-        """Hook name → which gates are open."""
+        """Hook name → mask of the nodes whose gates are open."""
         return self.at_nodes(self.tau.detach() > 0)
 
     def expected_size(self) -> Float[Tensor, ""]:
@@ -108,15 +109,15 @@ class NodeGates(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep τ in [-1, 1]; called after every optimizer step (A.5)."""
+        """Clamp τ to [-1, 1]; to be called after every optimizer step (A.5)."""
         self.tau.clamp_(-1, 1)
 
 
 class _Gate(torch.autograd.Function):
-    """x where the gate is open, else the value that the node is held at.
+    """The gated activation: x where the gate is open, else the value that the node is held at.
 
-    A step from closed to open has no useful derivative, so the gradient of τ is that of a gate that
-    opens gradually, by sigmoid(τ / T) (A.5).
+    The step from closed to open has no useful derivative, so the gradient of τ is that of a soft
+    gate, sigmoid(τ / T) (A.5).
     """
 
     @staticmethod
@@ -127,7 +128,7 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(x, tau, value, is_open)
         ctx.temperature = temperature
         ctx.sign = -1.0 if inverted else 1.0
-        # To multiply by 0 or 1 is exact, and on a CPU several times faster than torch.where.
+        # Multiplying by 0 or 1 is exact, and on a CPU several times faster than torch.where.
         gate = is_open.to(x.dtype)
         return torch.addcmul(value * (1 - gate), x, gate)
 
@@ -136,7 +137,7 @@ class _Gate(torch.autograd.Function):
         x, tau, value, is_open = ctx.saved_tensors
         # The gradient of the gate: Σ grad · (x − value) over batch and position.
         if value.shape == tau.shape:
-            # The same without a tensor of the activation's size for x − value.
+            # The same sum, without allocating x − value, which is as large as the activation.
             grad_gate = (grad * x).sum((0, 1)) - grad.sum((0, 1)) * value
         else:
             grad_gate = (grad * (x - value)).sum((0, 1))

@@ -1,4 +1,4 @@
-"""How a weight of any number of dimensions makes the matrix that it multiplies with."""
+"""How a weight of any number of dimensions is laid out as a matrix."""
 
 import math
 from collections.abc import Sequence
@@ -12,35 +12,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Which axes of a weight make the rows of its matrix, and which ones make the columns.
+    """Which axes of a weight become the rows of its matrix, and which become the columns.
 
-    W_O `[head, d_head, d_model]`, for example, multiplies as a matrix with a row for each channel
-    of each head and a column for each channel of the residual stream. Its layout is
+    For example, W_O `[head, d_head, d_model]` acts as a matrix with one row per channel of each
+    head and one column per channel of the residual stream. Its layout is
     `MatrixLayout(rows=(0, 1), columns=(2,))`.
 
     Attributes:
-        rows: axes of the weight; the index along the last one changes from each row to the next.
-        columns: all other axes, in the same order of change.
+        rows: the axes that become rows, flattened in row-major order (the last one varies fastest).
+        columns: all other axes, flattened in the same way.
     """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Numbers of rows and columns of the matrix that a weight of `shape` makes."""
+        """The numbers of rows and columns of the matrix of a weight of `shape`."""
         n_rows = math.prod([shape[axis] for axis in self.rows])
         n_columns = math.prod([shape[axis] for axis in self.columns])
         return n_rows, n_columns
 
     def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "row column"]:
-        """The weight as its matrix: a view if the memory of the weight allows one, else a copy."""
+        """The weight as a matrix: a view if its memory layout allows one, else a copy."""
         ordered = weight.permute(*self.rows, *self.columns)
         return ordered.reshape(self.matrix_shape(weight.shape))
 
     def weight(
         self, matrix: Float[Tensor, "row column"], shape: Sequence[int]
     ) -> Float[Tensor, "..."]:
-        """The weight of `shape` that makes this matrix: the inverse of `matrix`."""
+        """The weight of `shape` that has this matrix: the inverse of `matrix`."""
         order = [*self.rows, *self.columns]
         ordered = matrix.reshape([shape[axis] for axis in order])
         return ordered.permute([order.index(axis) for axis in range(len(shape))])
@@ -48,11 +48,11 @@ class MatrixLayout:
     def row_and_column(
         self, positions: Int[np.ndarray, " entry"], shape: Sequence[int]
     ) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
-        """Where in the matrix the entries of a weight of `shape` are.
+        """The row and the column in the matrix of each of the given entries of a weight.
 
         Args:
-            positions: the place of each entry in the flattened weight.
-            shape: that of the weight.
+            positions: the index of each entry in the flattened weight.
+            shape: the shape of the weight.
         """
         indices = np.unravel_index(positions, tuple(shape))
 

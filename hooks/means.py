@@ -1,4 +1,4 @@
-"""Recording the mean of activations over a token stream."""
+"""Mean activations over a token stream."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ class Means:
     def record(
         self, name: str, activation: Float[Tensor, "batch pos *node"], hook: object = None
     ) -> None:
-        """Add an activation to the mean under `name`.
+        """Add an activation to the mean recorded under `name`.
 
-        Bound to a name, it can be attached to a hook point.
+        With `name` bound, this method can be attached to a hook point.
         """
-        # In float64, because a float32 sum over a corpus loses the digits of a small mean.
+        # The sum is float64, because a float32 sum over a corpus loses the digits of a small mean.
         total = activation.detach().sum((0, 1), dtype=torch.float64)
         n_tokens = activation.shape[0] * activation.shape[1]
         self._sums[name] = self._sums.get(name, 0) + total
@@ -42,13 +42,14 @@ class Means:
 
 @contextmanager
 def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
-    """Within the context, every run of the model is added to the means at the hook points `names`.
+    """Within the context, add the activations of every run at the hook points `names` to the means.
 
     Raises:
         HookNameError: for a hook name that the model does not have.
     """
     means = Means()
-    # Recorded under the name asked for, not `hook.name`: a TransformerBridge has aliases.
+    # Means are recorded under the requested name, not under `hook.name`, because the hook points of
+    # a TransformerBridge have aliases.
     with hooked(model, {name: partial(means.record, name) for name in names}):
         yield means
 

@@ -1,4 +1,4 @@
-"""Attaching functions to the hook points of a TransformerLens model, and taking them off again."""
+"""Attaching functions to the hook points of a TransformerLens model, and removing them again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,24 +11,30 @@ from torch import Tensor
 
 from tl_sparse.errors import HookNameError
 
-#: A model of TransformerLens: a HookedRootModule such as HookedTransformer in its version 3, a
-#: TransformerBridge in version 4. The two share no base class, so the type checker is told nothing.
+#: A TransformerLens model: a HookedRootModule such as HookedTransformer on version 3, or a
+#: TransformerBridge on version 4. The two share no base class, so this type accepts anything.
 TLModel = Any
-#: What TransformerLens calls at a hook point: `(activation, hook) -> replacement or None`.
+#: A function at a hook point, as TransformerLens calls it: `(activation, hook)`. It returns the
+#: replacement of the activation, or None.
 HookFn = Callable[[Tensor, Any], Tensor | None]
-#: Hook name → a number for each node there, or a mask of the nodes. The shape is that of the
-#: activation without batch and position.
+#: Hook name → one number (or, in `NodeMasks`, one boolean) for each node at that hook point, with
+#: the shape of the activation without batch and position.
 NodeValues = Mapping[str, Float[Tensor, " *node"]]
 NodeMasks = Mapping[str, Bool[Tensor, " *node"]]
 
 
 def is_sparse_model(model: TLModel) -> bool:
-    """Whether `model` runs the network of this package, and so has its `sparse_cfg`."""
+    """Whether `model` runs the network of this package, and therefore has a `sparse_cfg`."""
     return hasattr(model, "sparse_cfg")
 
 
 def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) -> None:
-    """Raise `HookNameError` naming the nearest hook names of `model` if it lacks one of `names`."""
+    """Check that `model` has a hook point for each of `names`.
+
+    Raises:
+        HookNameError: for the first name that the model does not have; the message lists the
+            nearest hook names.
+    """
     existing = model.hook_dict
     for name in names:
         if name not in existing:
@@ -40,11 +46,11 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
 
 @contextmanager
 def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
-    """Within the context, each function acts at the hook point of its name.
+    """Within the context, each function is attached to the hook point that it is listed under.
 
-    TransformerLens' own `model.hooks()` does the work, in both of its versions; it removes the
-    functions after an exception, too. Names are checked first, so that a wrong one leaves nothing
-    attached.
+    This uses `model.hooks()`, which both versions of TransformerLens have and which also removes
+    the functions after an exception. Names are checked first, so that a wrong name leaves no
+    function attached.
     """
     check_hook_names(model, functions)
     with model.hooks(fwd_hooks=list(functions.items())):
@@ -53,8 +59,9 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
 
 @contextmanager
 def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the context, the dictionary gets a copy of the latest activation at each of these hook
-    points.
+    """Within the context, record a copy of the latest activation at each of these hook points.
+
+    The context yields the dictionary of hook name → activation.
     """
     activations: dict[str, Tensor] = {}
 
@@ -67,8 +74,9 @@ def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor
 
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
-    """Within the context, `model` is in eval mode and no parameter gets a gradient; afterwards all
-    modes and `requires_grad` flags are as they were.
+    """Within the context, `model` is in eval mode and no parameter gets a gradient.
+
+    Afterwards, all training modes and `requires_grad` flags are restored.
     """
     was_training = {module: module.training for module in model.modules()}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]

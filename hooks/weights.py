@@ -1,8 +1,8 @@
-"""Weight sparsity as an optimizer step post-hook: after every step, only the largest weights stay.
+"""Weight sparsity as an optimizer step post-hook: each step zeros all but the largest weights.
 
-Gao et al. 2025, section 2.1 and A.2. The hook works with any torch optimizer and any training loop;
-where a loop creates its optimizer itself, as TransformerLens' own `train` does, it is found by the
-weights it steps.
+Gao et al. 2025, section 2.1 and A.2. The hook works with any torch optimizer and any training loop.
+If a loop creates its own optimizer, as TransformerLens' `train` does, the hook recognises the
+optimizer by the weights that it steps.
 """
 
 import itertools
@@ -23,14 +23,13 @@ from tl_sparse.errors import ConfigError
 from tl_sparse.hooks.layouts import MatrixLayout
 from tl_sparse.kernels import bits, kernel
 
-#: The fraction of weights kept: constant, or a function of the number of optimizer steps already
-#: done.
+#: The fraction of weights kept: a constant, or a function of the optimizer step, counted from 0.
 Fraction = float | Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """A weight of a group, and how it lies in the group's matrix."""
+    """A weight of a group, and its layout in the group's matrix."""
 
     weight: Tensor
     layout: MatrixLayout
@@ -40,21 +39,21 @@ class GroupedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of rows and columns of its part of the matrix."""
+        """The numbers of rows and columns that the weight takes up in the group's matrix."""
         return self.layout.matrix_shape(self.weight.shape)
 
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights that share one top-k budget, seen as one matrix with a row for each neuron or
-    channel.
+    """Weights that share one top-k budget, as one matrix with a row per neuron or channel.
 
     Attributes:
-        name: what `group_fractions` calls it: the name of its parameter, or "blocks.0.attn.W_QKV".
-        bands: the matrix from top to bottom (Q, then K, then V); each band is a tuple of weights
-            that lie side by side (a matrix and its positional rows).
-        embedding: whether the embedding fraction applies.
-        protected: whether each row keeps its `min_nonzero` largest entries.
+        name: the name that `group_fractions` matches: that of the parameter, or
+            "blocks.0.attn.W_QKV" for Q, K and V together.
+        bands: the horizontal bands of the matrix from top to bottom (Q, then K, then V). Each band
+            is a tuple of weights side by side (W_Q and W_Q_pos, for example).
+        embedding: whether the fraction is `embed_fraction`.
+        protected: whether each row keeps at least its `min_nonzero` largest entries.
     """
 
     name: str
@@ -68,7 +67,7 @@ class WeightGroup:
 
     @torch.no_grad()
     def project(self, fraction: float, min_nonzero: int) -> None:
-        """Zero all but the int(fraction · entries) largest entries; see `top_mask`."""
+        """Zero all but the int(fraction · entries) largest entries, as `top_mask` chooses them."""
         if fraction == 1:
             return
         matrix = self._joined()
@@ -77,7 +76,7 @@ class WeightGroup:
         self._write(matrix)
 
     def _joined(self) -> Float[Tensor, "row column"]:
-        """A copy of the weights, as one matrix."""
+        """A copy of the weights as one matrix."""
         bands = []
         for band in self.bands:
             matrices = [grouped.matrix() for grouped in band]
@@ -85,7 +84,7 @@ class WeightGroup:
         return torch.cat(bands)
 
     def _write(self, matrix: Float[Tensor, "row column"]) -> None:
-        """Set the weights to what `matrix` has in their places."""
+        """Copy the entries of `matrix` back into the weights."""
         first_row = 0
         for band in self.bands:
             n_rows, _ = band[0].shape
@@ -103,9 +102,9 @@ class WeightGroup:
 def top_mask(
     magnitudes: Float[Tensor, "row column"], k: int, min_per_row: int
 ) -> Bool[Tensor, "row column"]:
-    """The `k` largest entries, of which the `min_per_row` largest of each row come first (A.2).
+    """Mask of the `k` largest entries; the `min_per_row` largest of each row go first (A.2).
 
-    Exactly max(k, protected entries) are kept, also among equal magnitudes.
+    Exactly max(k, number of protected entries) are kept, even when magnitudes are tied.
     """
     mask = torch.zeros_like(magnitudes, dtype=torch.bool)
     n_others = k
@@ -119,7 +118,7 @@ def top_mask(
 
 
 def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) -> None:
-    """Zero what is not in the `top_mask` of a contiguous matrix."""
+    """Zero the entries of a contiguous matrix that are not in its `top_mask`, in place."""
     compiled = kernel("zero_all_but", matrix)
     if compiled is not None:
         minimum = min(min_per_row, matrix.shape[1])
@@ -129,8 +128,8 @@ def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) 
     matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
 
 
-#: Regular expression for a parameter's name, as HookedTransformer gives it → the layout with a row
-#: for each neuron or attention channel. `_W_K` and `_W_V` belong to grouped-query attention.
+#: Regular expression for a parameter name of HookedTransformer → the layout that has one row per
+#: neuron or attention channel. `_W_K` and `_W_V` occur in grouped-query attention.
 _LAYOUTS = {
     # [head, input, channel]
     r".*attn\._?W_[QKV](_pos)?": MatrixLayout(rows=(0, 2), columns=(1,)),
@@ -145,29 +144,29 @@ _BIAS = re.compile(r".*(attn|mlp)\.b_\w+")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
 )
-_LEFT_ALONE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[._])b(ias)?(_|$)")
+_STAYS_DENSE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[._])b(ias)?(_|$)")
 
 
 def weight_groups(
     model: torch.nn.Module, *, fused_qkv: bool = True, biases: bool = False
 ) -> list[WeightGroup]:
-    """The weights of a TransformerLens model that are made sparse, each with those that share its
-    budget.
+    """The weights of a TransformerLens model that are made sparse, grouped by shared budget.
 
-    Per layer these are QKV, W_O, W_in and W_out, each with its positional rows; then the embedding
-    and the unembedding. Any other parameter of two or more dimensions is a group of its own. Norms,
-    the bigram table and positional tables stay dense (A.2, published script).
+    Per layer, the groups are QKV, W_O, W_in and W_out, with the weights that read positional
+    channels in the group of their matrix. The embedding, the unembedding and any other parameter of
+    two or more dimensions are groups of their own. Norms, the bigram table and positional tables
+    stay dense (A.2, published script).
 
     Args:
         model: any TransformerLens model (or torch module).
-        fused_qkv: Q, K and V share one budget (published script); else each has its own.
-        biases: the biases of attention and MLPs are groups too (the paper's text).
+        fused_qkv: whether Q, K and V share one budget (published script) or have one each.
+        biases: whether the biases of attention and MLPs are groups too (the paper's text).
     """
-    # Name of the group → name of the matrix → the matrix and its positional rows.
+    # Group name → matrix name → that matrix and the weights that read positional channels.
     bands: dict[str, dict[str, list[GroupedWeight]]] = {}
     single_weights: list[WeightGroup] = []
     for name, parameter in model.named_parameters():
-        # TransformerBridge adds this to the names of what it wraps.
+        # TransformerBridge adds this to the parameter names of the components that it wraps.
         name = name.replace("_original_component.", "")
         layout = _known_layout(name, parameter.ndim)
         if layout is not None:
@@ -178,7 +177,7 @@ def weight_groups(
         elif biases and _BIAS.fullmatch(name):
             one_row = MatrixLayout(rows=(), columns=tuple(range(parameter.ndim)))
             single_weights.append(_single_weight(name, parameter, one_row))
-        elif parameter.ndim >= 2 and not _LEFT_ALONE.search(name):
+        elif parameter.ndim >= 2 and not _STAYS_DENSE.search(name):
             as_stored = MatrixLayout(rows=(0,), columns=tuple(range(1, parameter.ndim)))
             single_weights.append(_single_weight(name, parameter, as_stored))
     groups = []
@@ -195,7 +194,7 @@ def _known_layout(name: str, n_axes: int) -> MatrixLayout | None:
 
 
 def _single_weight(name: str, parameter: Tensor, layout: MatrixLayout) -> WeightGroup:
-    """A group of one weight; its rows need not be those of neurons, so none is protected."""
+    """A group of one weight. Its rows may not be neurons, so no entries are protected."""
     bands = ((GroupedWeight(parameter, layout),),)
     is_embedding = _EMBEDDINGS.search(name) is not None
     return WeightGroup(name, bands, is_embedding, protected=False)
@@ -204,9 +203,9 @@ def _single_weight(name: str, parameter: Tensor, layout: MatrixLayout) -> Weight
 def annealed(
     target: float, start: float, stop: float, shape: Literal["linear", "exponential"] = "linear"
 ) -> Callable[[int], float]:
-    """A fraction that is 1 until step `start`, and falls from there to `target` at step `stop`.
+    """A fraction that is 1 until step `start`, and then falls to `target` at step `stop`.
 
-    It falls by equal differences (A.2) or, if `shape` is "exponential", by equal factors.
+    It falls linearly (A.2) or, if `shape` is "exponential", by the same factor at each step.
 
     Raises:
         ConfigError: unless 0 < target ≤ 1 and 0 ≤ start ≤ stop.
@@ -231,7 +230,7 @@ def annealed(
 
 
 def _check_fraction(name: str, fraction: object) -> None:
-    """Raise `ConfigError` for a constant outside (0, 1]; what a function gives is not checked."""
+    """Raise `ConfigError` for a constant outside (0, 1]; values of a function are not checked."""
     if not callable(fraction):
         is_valid = isinstance(fraction, int | float) and 0 < fraction <= 1
         check(is_valid, name, fraction, "a fraction in (0, 1]")
@@ -245,19 +244,19 @@ class WeightSparsity:
 
     Args:
         model: any TransformerLens model (or torch module).
-        fraction: the share of each matrix kept, constant or a function of the step (see
-            `annealed`).
-        embed_fraction: the same for embedding and unembedding; None: as `fraction` (the paper's
-            text; the published script keeps more).
-        group_fractions: fractions of their own for groups by name, where "blocks.*.mlp.W_in" is
-            those of all layers; the last pattern that fits a group counts.
-        min_nonzero: entries kept at least per neuron and attention channel (A.2: 4).
-        groups: the weights that are made sparse, each with those that share its budget; None:
-            `weight_groups(model)`.
+        fraction: the fraction of each group's entries that is kept: a constant, or a function of
+            the step (see `annealed`).
+        embed_fraction: the same for the embedding and the unembedding. None means `fraction` (the
+            paper's text; the published script keeps more).
+        group_fractions: group name → a fraction for that group only. A name may be a pattern:
+            "blocks.*.mlp.W_in" matches this group in all layers. If several patterns match a group,
+            the last one applies.
+        min_nonzero: the minimum number of entries kept per neuron and attention channel (A.2: 4).
+        groups: the groups of weights that are made sparse. None means `weight_groups(model)`.
 
     Raises:
-        ConfigError: for an impossible fraction or minimum, a pattern that fits no group, or a model
-            without matrices.
+        ConfigError: for an impossible fraction or minimum, a pattern that matches no group, or a
+            model without weight matrices.
     """
 
     def __init__(
@@ -283,21 +282,21 @@ class WeightSparsity:
         if not self.groups:
             raise ConfigError(f"{type(model).__name__} has no weight matrices to make sparse")
         self._check_patterns()
-        self.steps = 0  # optimizer steps seen
+        self.steps = 0  # optimizer steps so far
 
     def _check_patterns(self) -> None:
-        """Raise `ConfigError` for a pattern in `group_fractions` that fits no group."""
+        """Raise `ConfigError` for a pattern in `group_fractions` that matches no group."""
         names = [group.name for group in self.groups]
         for pattern in self.group_fractions:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
-                    f"no group of weights is named {pattern!r}; they are {', '.join(names)}"
+                    f"no group of weights matches {pattern!r}; the groups are {', '.join(names)}"
                 )
 
     def fraction_at(self, step: int, group: WeightGroup | None = None) -> float:
         """The fraction of a group kept after optimizer step number `step`, counted from 0.
 
-        Without a group, that of matrices other than the embeddings.
+        Without a group, this is the fraction of matrices other than embedding and unembedding.
         """
         fraction = self.fraction
         if group is not None:
@@ -314,7 +313,7 @@ class WeightSparsity:
             group.project(self.fraction_at(self.steps, group), self.min_nonzero)
 
     def l0(self) -> int:
-        """How many of the weights are nonzero."""
+        """The number of nonzero weights in all groups."""
         total = 0
         for group in self.groups:
             for parameter in group.parameters:
@@ -325,7 +324,7 @@ class WeightSparsity:
     def attached(self, optimizer: Optimizer | None = None) -> Iterator["WeightSparsity"]:
         """Within the context, project after every step of `optimizer`.
 
-        None stands for any optimizer that steps these weights, also one that a training loop
+        None means every optimizer that steps these weights, including one that a training loop
         creates later.
         """
         sparse_weights: set[int] = set()

@@ -1,6 +1,6 @@
-"""What all configurations share: the architecture, the data, how to train and how to prune.
+"""Helpers for the configurations of the architecture, the data, training and pruning.
 
-They are frozen dataclasses that check their values, and are light to import.
+Configurations are frozen dataclasses that check their values, and they import quickly.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from tl_sparse.errors import ConfigError
 
 
 def check(valid: bool, name: str, value: object, expected: str) -> None:
-    """Raise the `ConfigError` all configurations share: field, value, valid range."""
+    """Unless `valid`, raise a `ConfigError` with the field, its value and the valid range."""
     if not valid:
         raise ConfigError(f"{name} = {value!r} is not possible; it must be {expected}")
 
 
 def check_types(config: Any) -> None:
-    """Reject values of another type than a config dataclass declares.
+    """Raise `ConfigError` for a value that is not of the type that a config dataclass declares.
 
-    JSON easily has `"4"` or `true` where a number belongs. Fields of other types than the literals
-    and the plain ones below are for the dataclass itself to check.
+    JSON easily has `"4"` or `true` where a number belongs. Only fields declared as a Literal, a
+    float, an int, a bool or a str are checked here; the dataclass itself must check all others.
     """
     for field in fields(config):
         name = field.name
@@ -35,12 +35,12 @@ def check_types(config: Any) -> None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             check(is_number, name, value, "a number")
         elif declared in (int, bool, str):
-            # The exact type: True is an int, too.
+            # The type must match exactly, because True is also an int.
             check(type(value) is declared, name, value, f"of type {declared.__name__}")
 
 
 def check_known_keys(config: Any, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a key that is no field of `config`, naming the nearest field."""
+    """Raise `ConfigError`, naming the nearest field, for a key that is not a field of `config`."""
     names = [field.name for field in fields(config)]
     for key in values:
         if key in names:
@@ -54,9 +54,9 @@ def check_known_keys(config: Any, values: Mapping[str, Any]) -> None:
 
 
 def merged(config: Any, values: Mapping[str, Any]) -> Any:
-    """A config dataclass with the fields in `values` changed.
+    """A copy of a config dataclass with the fields in `values` changed.
 
-    A mapping changes fields of the configuration inside this one.
+    Where a field is itself a configuration, its value is a mapping of the fields to change in it.
 
     Raises:
         ConfigError: for an unknown key (naming the nearest valid one) or a bad value.
@@ -71,7 +71,7 @@ def merged(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _changed(field: Field[Any], current: Any, value: Any) -> Any:
-    """The new value of one field, which is `current` now."""
+    """The new value of one field whose value is now `current`."""
     if is_dataclass(current):
         check(isinstance(value, Mapping), field.name, value, "a mapping of fields to values")
         return merged(current, value)
@@ -80,16 +80,16 @@ def _changed(field: Field[Any], current: Any, value: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            return value  # for `check_types` to name
+            return value  # `check_types` will reject it with the name of the field
     return value
 
 
 def short_repr(config: Any, written: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The call that makes a config dataclass, without the fields that are at their defaults.
+    """The constructor call that makes `config`, without the fields that have their default value.
 
     Args:
         config: the configuration.
-        written: field → how its value is written, where that is not its own repr.
+        written: field → the text for its value, if that is not the repr of the value.
     """
     arguments = []
     for field in fields(config):
@@ -101,7 +101,7 @@ def short_repr(config: Any, written: Mapping[str, str] = MappingProxyType({})) -
 
 
 def _default(field: Field[Any]) -> Any:
-    """The default of a field; `MISSING`, which equals no value, if it has none."""
+    """The default of a field; `MISSING`, which no value equals, if it has none."""
     if field.default_factory is not MISSING:
         return field.default_factory()
     return field.default

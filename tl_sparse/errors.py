@@ -1,6 +1,6 @@
-"""Every error this package raises on bad input derives from `TLSparseError`.
+"""The errors that this package raises on bad input, all derived from `TLSparseError`.
 
-A message names the file or field, says what is wrong, and what would be right.
+Each message names the file or field, and says what is wrong and what would be right.
 """
 
 
@@ -9,7 +9,7 @@ class TLSparseError(Exception):
 
 
 class ConfigError(TLSparseError, ValueError):
-    """A configuration value is impossible; the message names field, value and valid range."""
+    """A configuration value is impossible; the message names the field, value and valid range."""
 
 
 class CheckpointError(TLSparseError, ValueError):
@@ -17,34 +17,38 @@ class CheckpointError(TLSparseError, ValueError):
 
 
 class DataError(TLSparseError, ValueError):
-    """Text or tokens cannot be used: no files, empty ones, or sequences beyond the context."""
+    """Text or tokens are missing, empty, malformed, or longer than the context."""
 
 
 class TokenizerError(TLSparseError, ValueError):
-    """A tokenizer is missing or does not fit: a candidate is not one token, or the sizes differ."""
+    """A tokenizer is missing or does not fit.
+
+    For example, a candidate answer is not a single token, or the vocabulary is larger than d_vocab.
+    """
 
 
 class TaskError(TLSparseError, ValueError):
-    """A task is unknown, or its prompt pairs break the rules of a task."""
+    """A task is unknown, or its prompt pairs break the rules for tasks."""
 
 
 class HookNameError(TLSparseError, KeyError):
     """A hook name or node location does not exist on the model."""
 
-    __str__ = Exception.__str__  # KeyError would show the message's repr
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
 class CircuitError(TLSparseError, ValueError):
-    """A circuit does not fit: another model's, wrong shapes, or a node that does not exist."""
+    """A circuit does not fit: it is from another model, or its shapes or nodes are wrong."""
 
 
 class PruneError(TLSparseError, RuntimeError):
-    """No circuit can be found: the model, or every set of its nodes, misses the target loss."""
+    """No circuit is found: the full model, or every set of its nodes, misses the target loss."""
 
 
 class UnsupportedError(TLSparseError, NotImplementedError):
-    """A request that cannot give a right result on such a model; the message says why, and what to
-    do instead.
+    """A request cannot give a correct result on this kind of model.
+
+    The message says why, and what to do instead.
     """
 
 
@@ -53,6 +57,7 @@ class TrainError(TLSparseError, RuntimeError):
 
 
 class SuiteError(TLSparseError, RuntimeError):
-    """A suite or a search cannot start or continue: its folder or storage belongs to another one,
-    or it was interrupted.
+    """A suite or a search cannot start or continue.
+
+    Its folder or storage belongs to another one, or it was interrupted.
     """

@@ -1,4 +1,4 @@
-"""Reading and writing files: no write leaves half a file, and a damaged file is named."""
+"""Reading and writing files: writes are atomic, and errors name the file."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ from tl_sparse.errors import CheckpointError, ConfigError
 
 
 def check_new_folder(folder: str | Path) -> None:
-    """Raise `ConfigError` unless `folder` is new or empty: results never overwrite others."""
+    """Raise `ConfigError` unless `folder` is new or empty: results are never overwritten."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
@@ -28,7 +28,7 @@ def check_new_folder(folder: str | Path) -> None:
 
 @contextmanager
 def errors_name_file(path: str | Path | None) -> Iterator[None]:
-    """Put `path` in front of the message of a `ConfigError` that is raised in this block."""
+    """Put `path` in front of the message of a `ConfigError` that is raised in the block."""
     try:
         yield
     except ConfigError as error:
@@ -37,10 +37,10 @@ def errors_name_file(path: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replace the file at `path`, atomically, by what the block writes to the path it is given.
+    """Atomically replace the file at `path` by the file that the block writes.
 
-    That temporary path is in the same folder, and becomes `path` when the block ends without an
-    exception.
+    The block writes to the path that the context yields, a temporary file in the same folder. That
+    file becomes `path` if the block ends without an exception.
 
     Raises:
         CheckpointError: if the folder cannot be written to, or `path` is itself a folder.
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # what the umask allows
+        mode = temporary.stat().st_mode  # the permissions that the umask allows
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     try:
@@ -69,12 +69,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` to `path`, atomically."""
+    """Write a JSON file, atomically."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `CheckpointError` if it is missing, not JSON, or not an object."""
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: if the file is missing, is not JSON, or does not hold an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -87,7 +91,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; `ConfigError` if it is missing, not YAML, or not a mapping."""
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or does not hold a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -121,10 +129,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """The dictionary in a `torch.save` file, read without running any code in it.
+    """The dictionary in a `torch.save` file, read without running any code in the file.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, holds code, or is not a dictionary.
+        CheckpointError: if the file is missing or damaged, holds objects that could run code, or
+            does not hold a dictionary.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
@@ -132,7 +141,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         values = _load_torch(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it holds more than tensors, which could run code"
+            f"{path} is refused: besides tensors it holds objects that could run code"
         ) from error
     except Exception as error:  # torch.load raises nearly anything on a damaged archive
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
@@ -144,31 +153,32 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def _load_torch(path: Path) -> Any:
-    """`torch.load` onto the CPU, of tensors only, after the checks that it leaves out."""
+    """`torch.load` of tensors only, onto the CPU, with the checks that torch leaves out."""
     record_sizes: set[int] | None = None
-    if zipfile.is_zipfile(path):  # before torch 1.6, files were no archives
+    if zipfile.is_zipfile(path):  # files from before torch 1.6 are not archives
         with zipfile.ZipFile(path) as archive:
             _check_records(archive, path.stat().st_size)
             record_sizes = {record.file_size for record in archive.infolist()}
 
     def on_cpu(storage: Any, location: str) -> Any:
-        # The pickle says how long a tensor's record is; not every torch compares that with the
-        # record itself.
+        # The pickle states the size of each tensor's record, but not every version of torch
+        # compares it with the record itself.
         if record_sizes is not None and storage.nbytes() not in record_sizes:
-            raise ValueError("a tensor is not as long as its record")
+            raise ValueError("the size of a tensor is not the size of its record")
         return storage
 
-    # Not memory-mapped: a mapped tensor is whatever bytes follow the place where its record begins.
+    # The file is not memory-mapped: torch would map a tensor to the bytes that follow the start of
+    # its record without checking that they belong to it.
     return torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
 
 
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
-    """Raise `BadZipFile` for wrong places, sizes and checksums, which torch does not look at."""
+    """Raise `BadZipFile` for wrong offsets, sizes and checksums, which torch does not check."""
     records = archive.infolist()
     names = {record.filename for record in records}
     total_size = sum(record.file_size for record in records)
     is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-    # Records that share a name or a place could make a small file stand for a large model.
+    # With records that share a name or bytes, a small file could unpack to a very large model.
     is_overlapping = len(names) < len(records) or total_size > file_size
     if is_compressed or is_overlapping:
         raise zipfile.BadZipFile("its records overlap or are compressed")
@@ -178,16 +188,16 @@ def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `torch.save` file, read as `read_torch` does.
+    """The state dict in a `torch.save` file, read by `read_torch`.
 
     Raises:
-        CheckpointError: as `read_torch`, and for values that are not dense tensors.
+        CheckpointError: as in `read_torch`, and for entries that are not dense tensors.
     """
     values = read_torch(path)
     for name, tensor in values.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{path}: {name!r} is a {type(tensor).__name__}; expected names with tensors"
+                f"{path}: {name!r} is a {type(tensor).__name__}; each entry must be a named tensor"
             )
         if not _is_dense(tensor):
             raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
@@ -197,5 +207,5 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_meta:
         return False
-    # An expanded tensor is larger than its storage: it shows one value many times.
+    # An expanded tensor is larger than its storage, because it repeats the same values.
     return tensor.nbytes <= tensor.untyped_storage().nbytes()

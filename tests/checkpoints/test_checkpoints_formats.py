@@ -59,7 +59,10 @@ def test_the_packaged_model_is_that_of_the_folder(config, tmp_path_factory):
         (dict(mup=True), "mup must be false"),
         (dict(bigram_table_rank=4), "bigram_table_rank must be null"),
         (dict(rope_theta=1e4), "unknown keys rope_theta"),
-        (dict(n_layer=2, num_hidden_layers=2), "the configuration has 2 layers, the file 1"),
+        (
+            dict(n_layer=2, num_hidden_layers=2),
+            "the configuration has 2 layers, but the file has 1",
+        ),
     ],
 )
 def test_impossible_configurations_of_the_packaged_model(changes, message, tmp_path):
@@ -73,14 +76,14 @@ def test_names_in_the_packaged_model(tmp_path):
     weights = load_file(folder / "model.safetensors")
     wte = weights["circuit_model.transformer.wte.weight"]
     for name, message in [
-        ("lm_head.weight", "'lm_head.weight'; the names start with"),
+        ("lm_head.weight", "'lm_head.weight'; all names must start with"),
         ("circuit_model.x", "'x'"),
     ]:
         save_file(weights | {name: wte.clone()}, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: unknown tensor {message}"):
             load(folder)
     save_file(weights | {"circuit_model.wte.weight": wte.clone()}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"wte\.weight is there twice"):
+    with pytest.raises(CheckpointError, match=r"wte\.weight is in the file twice"):
         load(folder)
 
 
@@ -118,7 +121,7 @@ def test_two_names_of_one_size(tmp_path):
         load(write_openai(tmp_path, model, d_mlp=None, n_mlp=10), device="cpu"), model
     )
     assert_same_model(load(write_openai(tmp_path, model, n_mlp=10), device="cpu"), model)
-    with pytest.raises(ConfigError, match="d_mlp = 10 and n_mlp = 11 are two names of one size"):
+    with pytest.raises(ConfigError, match="d_mlp = 10 and n_mlp = 11 must be equal"):
         load(write_openai(tmp_path, model, n_mlp=11), device="cpu")
 
 
@@ -232,7 +235,7 @@ def test_without_flash_attention_sparse_pretrain_ignores_its_sinks(tmp_path):
         (dict(d_head=4), "d_model = 6 .* a multiple of d_head = 4"),
         (dict(d_head=0), "d_head = 0 .* an integer of at least 1"),
         (dict(d_model=None), "d_model = None .* an integer of at least 1"),
-        (dict(n_layer=2), "the configuration has 2 layers, the file 1"),
+        (dict(n_layer=2), "the configuration has 2 layers, but the file has 1"),
         (dict(use_rms_norm=1), "use_rms_norm = 1 .* true or false"),
         (dict(activation="silu"), "act_fn = 'silu' .* one of gelu, relu"),
         (dict(rotary=True), "unknown keys rotary"),
@@ -359,22 +362,22 @@ def int32(*values):
         ("positions", None, r" needs all of ln_final\.w\.values, "),
         ("shape", None, r" needs all of ln_final\.w\.values, "),
         ("values", None, r" needs all of ln_final\.w\.values, "),
-        ("positions", int32(3, 5), r"\.positions must be one int32 for each"),
-        ("positions", int32(1, 3, 5).long(), r"\.positions must be one int32 for each"),
-        ("positions", int32(1, 3, 5)[None], r"\.positions must be one int32 for each"),
-        ("values", torch.ones(3, 1), r"\.positions must be one int32 for each"),
+        ("positions", int32(3, 5), r"\.positions must be 1-D, with one int32 for each"),
+        ("positions", int32(1, 3, 5).long(), r"\.positions must be 1-D, with one int32 for each"),
+        ("positions", int32(1, 3, 5)[None], r"\.positions must be 1-D, with one int32 for each"),
+        ("values", torch.ones(3, 1), r"\.positions must be 1-D, with one int32 for each"),
         ("positions", int32(3, 5, 5), r"\.positions must increase"),
         ("positions", int32(5, 3, 9), r"\.positions must increase"),
-        ("positions", int32(-1, 3, 5), r"\.positions must .* in a tensor of shape \[256\]"),
-        ("positions", int32(1, 3, 256), r"\.positions must .* in a tensor of shape \[256\]"),
-        ("shape", torch.tensor([-256]), r"\.shape is no list of sizes"),
-        ("shape", torch.tensor([256.0]), r"\.shape is no list of sizes"),
-        ("shape", torch.tensor(256), r"\.shape is no list of sizes"),
-        ("shape", torch.ones(9).long(), r"\.shape is no list of sizes"),
+        ("positions", int32(-1, 3, 5), r"\.positions must .* indices into shape \[256\]"),
+        ("positions", int32(1, 3, 256), r"\.positions must .* indices into shape \[256\]"),
+        ("shape", torch.tensor([-256]), r"\.shape must be a 1-D int64 tensor of at most 8 sizes"),
+        ("shape", torch.tensor([256.0]), r"\.shape must be a 1-D int64 tensor of at most 8 sizes"),
+        ("shape", torch.tensor(256), r"\.shape must be a 1-D int64 tensor of at most 8 sizes"),
+        ("shape", torch.ones(9).long(), r"\.shape must be a 1-D int64 tensor of at most 8 sizes"),
         (
             "shape",
             torch.tensor([128, 2]),
-            r" has shape \[128, 2\], the configuration needs \[256\]",
+            r" has shape \[128, 2\], but the configuration needs \[256\]",
         ),
         ("shape", torch.tensor([2**62, 2**62]), r" has shape \[4611686018427387904, "),
         ("values", torch.tensor([1.0, torch.nan, 2.0]), " has entries that are NaN or infinite"),
@@ -402,7 +405,7 @@ def test_a_tensor_both_dense_and_compact(tmp_path):
     path = tmp_path / "model.safetensors"
     parts = {"values": torch.ones(1), "positions": int32(1), "shape": torch.tensor([256])}
     save_file(load_file(path) | {f"ln_final.w.{name}": x for name, x in parts.items()}, path)
-    with pytest.raises(CheckpointError, match=r"ln_final\.w is there twice"):
+    with pytest.raises(CheckpointError, match=r"ln_final\.w is in the file twice"):
         load(tmp_path)
 
 
@@ -518,7 +521,9 @@ def test_a_tokenizer_can_be_given(tmp_path):
     assert len(load(tmp_path / "model", tokenizer=tokenizer).tokenizer) == 4
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json in .*absent"):
         load(tmp_path / "model", tokenizer=tmp_path / "absent")
-    with pytest.raises(TokenizerError, match="the tokenizer has 13 tokens, the model d_vocab = 11"):
+    with pytest.raises(
+        TokenizerError, match="the tokenizer has 13 tokens, more than the model's d_vocab = 11"
+    ):
         load(tmp_path / "model")
 
 

@@ -263,7 +263,7 @@ def test_an_interrupted_download_goes_on_in_the_next_call(storage, folder, monke
     message = failure("csp_yolo1")
     assert message == (
         f"{sources.STORAGE}/csp_yolo1/final_model.pt cannot be fetched to "
-        f"{folder / 'final_model.pt'}: 5,000 of {size:,} bytes came; call again to go on"
+        f"{folder / 'final_model.pt'}: only 5,000 of {size:,} bytes arrived; call again to resume"
     )
     assert contents(folder) == {
         "beeg_config.json": CONFIG,
@@ -372,14 +372,14 @@ def test_another_part_than_asked_for_is_refused(storage, folder):
         [1000],
         {"Content-Range": f"bytes 0-{len(MODEL) - 1}/{len(MODEL)}"},
     )
-    assert "another part of it came than asked for; call again" in failure("csp_yolo1")
+    assert "the server sent another part than the requested one; call again" in failure("csp_yolo1")
     assert "final_model.pt" not in contents(folder)
 
 
 def test_a_length_that_never_comes_is_an_error(storage, folder):
     storage.headers, storage.ranges = {"Content-Length": str(len(CONFIG) + 7)}, False
     message = failure("csp_yolo1")
-    assert message.endswith("14 of 21 bytes came; call again to go on")
+    assert message.endswith("only 14 of 21 bytes arrived; call again to resume")
     assert storage.asked == [("beeg_config.json", None)] + [("beeg_config.json", "bytes=14-")] * 4
     assert "beeg_config.json" not in contents(folder)
 
@@ -388,9 +388,7 @@ def test_a_length_that_never_comes_is_an_error(storage, folder):
 def test_a_missing_or_impossible_length_is_an_error(storage, length):
     storage.headers = {"Content-Length": length}
     url = f"{sources.STORAGE}/csp_yolo1/beeg_config.json"
-    assert (
-        failure("csp_yolo1") == f"{url} cannot be fetched: the server does not say how long it is"
-    )
+    assert failure("csp_yolo1") == f"{url} cannot be fetched: the server does not state its size"
 
 
 def test_a_model_that_the_storage_does_not_have(storage, folder):
@@ -420,7 +418,9 @@ def test_a_server_in_trouble_is_asked_again(storage, folder):
     assert contents(folder) == COMPLETE
     storage.statuses = [503] * 5
     (folder / "final_model.pt").unlink()
-    assert failure("csp_yolo1").endswith("HTTP Error 503: Service Unavailable; call again to go on")
+    assert failure("csp_yolo1").endswith(
+        "HTTP Error 503: Service Unavailable; call again to resume"
+    )
     assert len(storage.model_ranges) == 10
 
 
@@ -438,7 +438,7 @@ def test_no_network(monkeypatch):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(sources, "STORAGE", f"http://127.0.0.1:{free.getsockname()[1]}/models")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        assert failure("csp_yolo1").endswith("Connection refused>; call again to go on")
+        assert failure("csp_yolo1").endswith("Connection refused>; call again to resume")
 
 
 def test_a_silent_server_is_given_up(storage, monkeypatch):
@@ -447,7 +447,7 @@ def test_a_silent_server_is_given_up(storage, monkeypatch):
     silence = threading.Event()
     storage.before_get = lambda: silence.wait(2)
     try:
-        assert failure("csp_yolo1").endswith("timed out; call again to go on")
+        assert failure("csp_yolo1").endswith("timed out; call again to resume")
     finally:
         silence.set()
 
@@ -456,7 +456,7 @@ def test_an_unwritable_cache(storage, tmp_path):
     (tmp_path / "assets").write_text("a file where a folder should be")
     message = failure("csp_yolo1")
     assert message.startswith(
-        "'csp_yolo1' cannot be kept in the cache; HF_HOME is its place: [Errno "
+        "'csp_yolo1' cannot be written to the cache, which is under HF_HOME: [Errno "
     )
     assert str(tmp_path / "assets") in message
 
@@ -584,7 +584,7 @@ def test_a_gated_repository(on_hub, status):
 def test_a_repository_without_a_model(on_hub):
     on_hub({"README.md": b"# nothing", "data.parquet": b"x"} | CODE)
     assert failure("user/repo") == (
-        "'user/repo' on the hub is no model or circuit: "
+        "'user/repo' on the hub is not a model or circuit: "
         "it has none of config.json, beeg_config.json, circuit.json"
     )
 

@@ -242,7 +242,9 @@ def test_what_is_no_circuit_of_openais(micro, tmp_path):
         Circuit.from_openai(viz_data(tmp_path, {}, importances={"loss": torch.zeros(2)}), micro)
     with pytest.raises(CheckpointError, match="the measurements are not as OpenAI writes them"):
         Circuit.from_openai(viz_data(tmp_path, {}, all_loss=[1.0]), micro)
-    with pytest.raises(CheckpointError, match="holds more than tensors, which could run code"):
+    with pytest.raises(
+        CheckpointError, match="besides tensors it holds objects that could run code"
+    ):
         Circuit.from_openai(
             viz_data(tmp_path, {}, further=SparseConfig(1, 1, 1, 1, 1, 1, 1)), micro
         )

@@ -675,7 +675,9 @@ WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 def test_text_needs_a_tokenizer_that_fits():
     with pytest.raises(TokenizerError, match=r"no tokenizer.*token ids"):
         tiny_model()("a b")
-    with pytest.raises(TokenizerError, match="the tokenizer has 12 tokens, the model d_vocab = 11"):
+    with pytest.raises(
+        TokenizerError, match="the tokenizer has 12 tokens, more than the model's d_vocab = 11"
+    ):
         tiny_model(tokenizer=word_tokenizer([*WORDS, *"efghijk"]))
 
 

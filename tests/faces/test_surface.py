@@ -592,7 +592,7 @@ def test_special_tokens_are_completed_on_a_copy():
         bare.to_tokens("a")
     bare.set_tokenizer(plain)
     assert bare.to_tokens(["a", "a a"]).shape == (2, 3)
-    with pytest.raises(TokenizerError, match="a tokenizer of transformers is needed, not int"):
+    with pytest.raises(TokenizerError, match="a tokenizer from transformers is needed, not int"):
         bare.set_tokenizer(3)
 
 

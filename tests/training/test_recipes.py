@@ -247,7 +247,7 @@ def test_fractions_of_groups():
 
 
 def test_a_fraction_of_no_group_is_refused():
-    message = r"no group of weights is named 'blocks.9.\*'; they are blocks.0.attn"
+    message = r"no group of weights matches 'blocks.9.\*'; the groups are blocks.0.attn"
     with pytest.raises(ConfigError, match=message):
         trainer_of(l0_groups={"blocks.9.*": 0.5})
 

@@ -1,5 +1,6 @@
-"""Models on disk, on the Hugging Face hub and on OpenAI's storage: read whatever wrote them, and
-written.
+"""Reading and writing models: on disk, on the Hugging Face hub and in OpenAI's storage.
+
+Models are read in every supported format, and written in our own.
 """
 
 import lazy_loader

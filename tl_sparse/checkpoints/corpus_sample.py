@@ -1,4 +1,4 @@
-"""The sample of a model's training tokens that is saved beside it; means are taken over it."""
+"""The sample of a model's training tokens that is saved with it, for mean activations."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tl_sparse.files import read_tensors
 
 #: The file with the sample, in the folder of the model.
 CORPUS_SAMPLE = "corpus_sample.safetensors"
-#: Enough rows for stable means.
+#: The number of rows, which is enough for stable means.
 CORPUS_ROWS = 512
 
 
@@ -23,19 +23,19 @@ def load_corpus(
     n_ctx: int,
     source: str | None = None,
 ) -> Int32[Tensor, "seq n_ctx"]:
-    """Tokens of a model's training distribution, to take means over.
+    """Tokens from the training distribution of a model, for mean activations.
 
     Args:
-        model: its folder, or another name that `load` knows; `train` leaves a sample of the
-            training tokens there.
-        tokenizer: of the model.
-        n_ctx: length of the rows.
-        source: text to use instead of that sample: see `DataConfig.source`.
+        model: the folder of the model, or another name that `load` accepts. `train` saves a sample
+            of the training tokens in the folder.
+        tokenizer: the tokenizer of the model.
+        n_ctx: the length of the rows.
+        source: text to use instead of that sample; see `DataConfig.source`.
 
     Raises:
-        DataError: no sample in the folder and no `source`; or the source cannot be used.
-        TokenizerError: a source is given, but there is no tokenizer.
-        CheckpointError: there is no such model, or the sample is damaged.
+        DataError: if the folder has no sample and `source` is None, or the source cannot be used.
+        TokenizerError: if a source is given, but the model has no tokenizer.
+        CheckpointError: if the model does not exist, or the sample is damaged.
     """
     if source is None:
         return _read_sample(find(model) / CORPUS_SAMPLE, n_ctx)

@@ -1,4 +1,4 @@
-"""The formats of model folders, and the reader of each."""
+"""The formats of model folders and their readers."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ _READERS = {"tl_sparse": read_native_model, "circuitgpt": read_circuitgpt_model}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The model in a folder of any known format, for `build_network`.
+    """Read the model in a folder of any supported format, for `build_network`.
 
     Raises:
-        CheckpointError: if the format is unknown, or a file missing or damaged.
+        CheckpointError: if the format is unknown, or a file is missing or damaged.
         ConfigError: for an impossible value in the configuration.
     """
     if (folder / "beeg_config.json").is_file():

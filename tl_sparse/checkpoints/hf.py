@@ -1,8 +1,7 @@
-"""Our model folders for transformers' Auto classes, and so for `boot_transformers` of
-TransformerLens 4.
+"""Support for our model folders in transformers' Auto classes.
 
-`import tl_sparse.checkpoints.hf` registers them; nothing else of this package changes anything
-global.
+TransformerLens 4's `boot_transformers` uses these classes. `import tl_sparse.checkpoints.hf`
+registers our format with them; no other module of this package changes global state.
 """
 
 from dataclasses import fields
@@ -24,7 +23,7 @@ from tl_sparse.network import SparseConfig, SparseTransformer, init_weights
 
 
 class SparsePretrainedConfig(PretrainedConfig):
-    """config.json of our folders, as transformers reads it; the fields are `SparseConfig`'s."""
+    """config.json of our folders as a transformers config; it has `SparseConfig`'s fields."""
 
     model_type = "tl_sparse"
 
@@ -39,7 +38,10 @@ class SparsePretrainedConfig(PretrainedConfig):
 
 
 class SparseTransformerForCausalLM(PreTrainedModel):
-    """The network as a transformers model: token ids in, logits out. `tl_sparse.load` has more."""
+    """The network as a transformers model from token ids to logits.
+
+    Models from `tl_sparse.load` have more features.
+    """
 
     config_class = SparsePretrainedConfig
     tokenizer = None
@@ -50,9 +52,9 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         super().__init__(config)
         if network is None:
             network = SparseTransformer(config.sparse_cfg)
-            seed = int(torch.randint(2**31, ()))  # transformers too follows torch's own seed
+            seed = int(torch.randint(2**31, ()))  # as in transformers, torch's own seed decides
             init_weights(network, seed)
-        # Its modules are this model's own, so that parameters have their usual names.
+        # The network's modules become children of this model, so parameters keep their names.
         self.__dict__["network"] = network
         for name, child in network.named_children():
             setattr(self, name, child)
@@ -67,10 +69,10 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         device_map: Any = None,
         **options: Any,
     ) -> Any:
-        """Read a model, onto one device, with our own reader, which knows the compact storage."""
+        """Load a model onto the CPU with our own reader, which supports the compact storage."""
         if device_map is not None:
             raise UnsupportedError(
-                "device_map is not possible: the model is on one device; move it with .to(device)"
+                "device_map is not possible: the model runs on one device; move it with .to(device)"
             )
         dtype = options.get("dtype", options.get("torch_dtype"))
         if dtype == "auto":
@@ -87,7 +89,7 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         return self.network.cfg
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
-        """Write our format, as `tl_sparse`'s own models do."""
+        """Write our format, like the `save_pretrained` of models from `tl_sparse.load`."""
         save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer)
 
     def forward(
@@ -107,6 +109,6 @@ if transformer_lens_line() == 4:
 
     from tl_sparse.faces import SparseArchitectureAdapter
 
-    # The adapter itself comes by our entry point; but TransformerLens 4.3 looks at entry points
-    # only after it has found the architecture in this table.
+    # Our entry point registers the adapter, but TransformerLens 4.3 reads entry points only after
+    # it has found the architecture in this table.
     SUPPORTED_ARCHITECTURES.setdefault("SparseTransformer", SparseArchitectureAdapter)

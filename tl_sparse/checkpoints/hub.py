@@ -20,19 +20,19 @@ def push_folder(
     token: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload what `write` puts into a folder, with a card; returns the repository's address.
+    """Upload the files that `write` creates, with a card; return the address of the repository.
 
     Args:
-        repo_id: `"user/repo"`, made if it does not exist; the card in it is replaced.
-        write: writes the files into the (temporary) folder that it is given.
-        card: the text of the card, README.md, for the full name of the repository.
-        private: of a new repository; None: as the account's settings say.
-        revision: a branch, made if it does not exist; None: the main branch.
-        token: None: that of `hf auth login`.
-        commit_message: None: one that the hub's client writes.
+        repo_id: `"user/repo"`, created if it does not exist; the card in it is replaced.
+        write: a function that writes the files into the temporary folder that it is given.
+        card: a function from the full name of the repository to the text of the card, README.md.
+        private: whether a new repository is private. None means the default of the account.
+        revision: a branch, created if it does not exist. None means the main branch.
+        token: an access token. None means the token of `hf auth login`.
+        commit_message: the message of the commit. None means the default of the hub's client.
 
     Raises:
-        CheckpointError: if the hub cannot be reached, or refuses.
+        CheckpointError: if the hub cannot be reached or refuses the upload.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -49,7 +49,8 @@ def push_folder(
                 revision=revision,
                 commit_message=commit_message,
             )
-        # Anything: huggingface_hub also passes on the errors of httpx or httpx2, by its version.
+        # Any exception: depending on its version, huggingface_hub also raises those of httpx or
+        # httpx2.
         except Exception as error:
             raise CheckpointError(f"cannot push to {repo_id!r}: {error}{_hint(error)}") from error
     return str(url)
@@ -68,12 +69,12 @@ def card_text(
     """The README.md of a repository.
 
     Args:
-        repo_id: `"user/repo"`, or a name.
-        what: what the repository holds, as the first words of a sentence, such as "A weight-sparse
-            transformer".
-        facts: what was measured of it; several lines.
-        load: the line of Python that loads it.
-        pipeline_tag: what the hub lists it under.
+        repo_id: `"user/repo"`, or only a name.
+        what: the first words of the sentence that says what the repository holds, such as "A
+            weight-sparse transformer".
+        facts: facts and measurements, as several lines of text.
+        load: the line of Python that loads the model or circuit.
+        pipeline_tag: the task under which the hub lists the repository.
     """
     data = ModelCardData(
         library_name="tl_sparse", tags=["transformer-lens", "weight-sparse", "interpretability"]

@@ -18,7 +18,7 @@ from tl_sparse.files import read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 
-#: The tokenizer of OpenAI's models, which is in none of their folders, and its number of tokens.
+#: The tokenizer of OpenAI's models, which their folders do not include, and its number of tokens.
 _OPENAI_TOKENIZER = "tinypython_2k"
 _OPENAI_VOCAB = 2048
 
@@ -33,33 +33,34 @@ def load(
     kernels: Kernels = "auto",
     dense_weights: bool = True,
 ) -> Any:
-    """Open a model as a true TransformerLens model, in eval mode: a `HookedTransformer` on line 3,
-    a `TransformerBridge` on line 4.
+    """Load a model as a true TransformerLens model, in eval mode.
 
-    The formats: ours (`config.json` and `model.safetensors`), OpenAI's model folders
-    (`beeg_config.json` and `final_model.pt`), the model they packaged for the hub, and those of
-    sparse_pretrain. No code that comes with a model is run.
+    It is a `HookedTransformer` on TransformerLens 3 and a `TransformerBridge` on TransformerLens 4.
+    The supported formats are ours (`config.json` and `model.safetensors`), OpenAI's model folders
+    (`beeg_config.json` and `final_model.pt`), the model that OpenAI packaged for the hub, and that
+    of sparse_pretrain. No code that comes with a model is run.
 
     Args:
-        source: a folder, or a name that `tl_sparse.checkpoints.find` knows.
-        device: None is the GPU if there is one, else the CPU.
-        dtype: None keeps the file's (the widest, if it has several).
-        revision: of a hub repository: a branch, tag or commit.
-        tokenizer: a tokenizer, or where `load_tokenizer` finds one; None: the one beside the model.
-            OpenAI's models have none beside them: theirs comes from their hub repository, if it can
-            be had, and for a local folder only from the cache.
-        kernels: how weights multiply, see `tl_sparse.network.Product`: "sparse" by their nonzero
-            entries, where that can be (on a CPU with numba, in float32 and float64, from 32 tokens
-            on, not under autocast or in `torch.compile`); "auto" where it is faster; "dense" never.
-        dense_weights: False keeps only the nonzero entries of the weights of the blocks, to look at
-            and to run: `W_in` and the others are then no parameters but dense copies, made whenever
-            they are asked for; without numba, that is whenever they multiply.
+        source: a folder, or a name that `tl_sparse.checkpoints.find` accepts.
+        device: None means the GPU if there is one, else the CPU.
+        dtype: None means the dtype in the file (the widest one, if there are several).
+        revision: a branch, tag or commit of a hub repository.
+        tokenizer: a tokenizer, or a source for `load_tokenizer`. None means the one in the folder
+            of the model. OpenAI's folders have none; their tokenizer comes from their hub
+            repository if it is available, but for a local folder only from the cache.
+        kernels: how products with weights are computed, see `tl_sparse.network.Product`. "sparse"
+            uses only nonzero weights where possible (on a CPU with numba, in float32 or float64,
+            for at least 32 tokens, not under autocast or in `torch.compile`). "auto" does so where
+            it is faster, "dense" never.
+        dense_weights: False keeps only the nonzero weights of the blocks in memory, for inspection
+            and inference. `W_in` and the other weights are then not parameters; each access makes
+            a dense copy. Without numba, every product makes such a copy.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device`, `dtype` or `kernels`.
-        TokenizerError: if `tokenizer` is not one, cannot be read, or has more tokens than the
-            model.
+        TokenizerError: if `tokenizer` is not a tokenizer, cannot be read, or has more tokens than
+            the vocabulary of the model.
     """
     _check_tokenizer(tokenizer, str | Path | PreTrainedTokenizerBase)
     device = resolve_device(device)
@@ -81,7 +82,7 @@ def load(
 
 
 def _tokenizer_for(folder: Path, config: SparseConfig, is_local: bool) -> Path | None:
-    """Where the tokenizer of the model in `folder` is: beside it, or for OpenAI's in the cache."""
+    """The folder of the tokenizer: the model's own, or the one that OpenAI's models share."""
     beside = find_tokenizer(folder)
     openai_config = folder / "beeg_config.json"
     if beside is not None or not openai_config.is_file():
@@ -112,7 +113,7 @@ def create(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Any:
-    """A fresh model from its architecture and a seed; otherwise as `load`."""
+    """A new model with weights drawn from `seed`; other arguments are those of `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
     is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**64
     check(is_seed, "seed", seed, "an integer of 64 bits")
@@ -126,5 +127,6 @@ def create(
 def _check_tokenizer(tokenizer: object, kinds: Any) -> None:
     if tokenizer is not None and not isinstance(tokenizer, kinds):
         raise TokenizerError(
-            f"tokenizer = {tokenizer!r} is not a tokenizer of transformers, nor where to find one"
+            f"tokenizer = {tokenizer!r} is not a tokenizer from transformers, nor the path or name "
+            "of one"
         )

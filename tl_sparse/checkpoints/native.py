@@ -1,4 +1,4 @@
-"""Our own format: `config.json`, `model.safetensors` and, if there is one, the tokenizer."""
+"""Our own format: `config.json`, `model.safetensors` and optionally the tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from tl_sparse.files import (
 from tl_sparse.network import SparseConfig, pack, unpack
 
 FORMAT_VERSION = 1
-#: What config.json says beside the fields of `SparseConfig` and how zeros are stored.
+#: The entries of config.json other than the fields of `SparseConfig` and the storage of zeros.
 _FORMAT_KEYS = {
     "model_type": "tl_sparse",
     "architectures": ["SparseTransformer"],
@@ -36,18 +36,18 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     dense: bool = False,
 ) -> None:
-    """Write a model in our format; the configuration comes last, when all else is there.
+    """Write a model in our format; config.json is written last, once the weights are complete.
 
     Args:
-        folder: made if it does not exist; a model of ours in it is replaced.
+        folder: created if it does not exist; a model in our format in it is replaced.
         state: the state dict of the network.
         config: the architecture.
-        tokenizer: None removes the tokenizer of an earlier model.
-        dense: False: zeros take no space (`network/compact.py`).
+        tokenizer: the tokenizer to write; None removes the tokenizer of an earlier model.
+        dense: whether zeros are stored too; if not, they take no space (`network/compact.py`).
 
     Raises:
-        CheckpointError: if the folder cannot be written to, or holds a model of another format,
-            which a reader would take instead.
+        CheckpointError: if the folder cannot be written to, or if it holds a model of another
+            format, which a reader would read instead.
     """
     _check_no_other_format(folder)
     if tokenizer is not None:
@@ -73,7 +73,7 @@ def _check_no_other_format(folder: Path) -> None:
         others.append(config_path.name)
     if others:
         raise CheckpointError(
-            f"cannot write {folder}: a model of another format is there, with {', '.join(others)}"
+            f"cannot write {folder}: a model of another format is in it, with {', '.join(others)}"
         )
 
 
@@ -86,13 +86,13 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def read_native_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
-    """Read a folder that `save_model` wrote; `values` is the content of its config.json."""
+    """Read a folder that `save_model` wrote; `values` are the contents of its config.json."""
     path = folder / "config.json"
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version is not {FORMAT_VERSION}; a newer tl_sparse wrote it"
         )
-    storage = values.get("storage", "dense")  # older files do not say
+    storage = values.get("storage", "dense")  # older files do not have this key
     if storage not in ("compact", "dense"):
         raise CheckpointError(f"{path}: storage = {storage!r} must be 'compact' or 'dense'")
     other_keys = {*_FORMAT_KEYS, "storage"}

@@ -1,4 +1,4 @@
-"""What every reader returns, a `Checkpoint`, and how it becomes a network."""
+"""`Checkpoint`, which every reader returns, and the network that is built from it."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: Checked before any block is built.
+#: The largest number of layers accepted; it is checked before any block is built.
 _MAX_LAYERS = 100_000
 _BLOCK_TENSOR = re.compile(r"blocks\.(\d{1,9})\.")
 _BLOCK_WEIGHT = re.compile(r"blocks\.\d+\.(attn|mlp)\.W_")
@@ -22,12 +22,12 @@ _BLOCK_WEIGHT = re.compile(r"blocks\.\d+\.(attn|mlp)\.W_")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model as its folder has it.
+    """A model as it was read from its folder.
 
     Attributes:
         config: the architecture.
-        tensors: the state dict, in our names and shapes: views of the file, not yet checked, which
-            only `build_network` copies.
+        tensors: the state dict, in our names and shapes. The tensors are views of the file and not
+            yet checked; `build_network` checks and copies them.
     """
 
     config: SparseConfig
@@ -41,18 +41,18 @@ def build_network(
     dtype: torch.dtype | None = None,
     dense_weights: bool = True,
 ) -> SparseTransformer:
-    """The network with exactly the tensors of `checkpoint`.
+    """Build the network with exactly the tensors of `checkpoint`.
 
-    `checkpoint.tensors` is emptied on the way, so that only one tensor at a time is in memory
+    This empties `checkpoint.tensors` step by step, so that only one tensor at a time is in memory
     twice.
 
     Args:
-        checkpoint: what a reader returned.
-        source: where it comes from, for error messages.
-        device: where the parameters go.
-        dtype: of the parameters; None: the widest dtype of the tensors.
-        dense_weights: False: the weights of the blocks are held as
-            `WeightsHolder.hold_compact` does.
+        checkpoint: the return value of a reader.
+        source: the folder of the model, for error messages.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters. None means the widest dtype of the tensors.
+        dense_weights: whether the weights of the blocks are parameters. If not, they are held
+            compact; see `WeightsHolder.hold_compact`.
 
     Raises:
         CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
@@ -72,27 +72,28 @@ def build_network(
         else:
             _hold_compact(network, name, _compact_copy(stored, device, dtype))
         del stored
-    # Not strict: compact weights are no parameters, and that all names are there is known by now.
+    # Not strict, because compact weights are not parameters; all names were checked above.
     network.load_state_dict(parameters, assign=True, strict=False)
-    for module in network.modules():  # buffers are the zeros that stand for absent biases
+    # The only buffers are the zeros that stand in for absent biases.
+    for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))
     return network
 
 
 def _check_layers(checkpoint: Checkpoint, source: Path) -> None:
-    """First of all: a wrong n_layers must not make the machine build a billion blocks."""
+    """Check n_layers first, so that a wrong value does not make us build a billion blocks."""
     n_layers = checkpoint.config.n_layers
     matches = [_BLOCK_TENSOR.match(name) for name in checkpoint.tensors]
     layers = {int(match[1]) for match in matches if match}
     if n_layers > _MAX_LAYERS or layers != set(range(n_layers)):
         raise CheckpointError(
-            f"{source}: the configuration has {n_layers} layers, the file {len(layers)}"
+            f"{source}: the configuration has {n_layers} layers, but the file has {len(layers)}"
         )
 
 
 def _network_without_tensors(config: SparseConfig, source: Path) -> SparseTransformer:
-    """The modules of the network; their tensors have shapes only, and take no memory."""
+    """The modules of the network, with meta tensors, which take no memory."""
     try:
         with torch.device("meta"):
             return SparseTransformer(config)
@@ -105,7 +106,7 @@ def _network_without_tensors(config: SparseConfig, source: Path) -> SparseTransf
 def _check_tensors(
     tensors: dict[str, Tensor | Compact], expected: dict[str, Tensor], source: Path
 ) -> None:
-    """Raise `CheckpointError` unless names and shapes are the expected ones, and all are floats."""
+    """Raise `CheckpointError` if a name or shape is not as expected, or a dtype not a float."""
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
     if problems:
@@ -117,7 +118,7 @@ def _check_tensors(
         expected_shape = list(expected[name].shape)
         if shape != expected_shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {shape}, the configuration needs {expected_shape}"
+                f"{source}: {name} has shape {shape}, but the configuration needs {expected_shape}"
             )
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
@@ -129,8 +130,8 @@ def _is_finite(stored: Tensor | Compact) -> bool:
     values = stored.values if isinstance(stored, Compact) else stored
     if values.numel() == 0:
         return True
-    # A sum could overflow, and isfinite() of all entries takes as much memory again. The minimum
-    # and maximum of a tensor with a NaN are NaN.
+    # A sum could overflow, and isfinite() needs another tensor of this size. If a tensor has a NaN,
+    # its minimum and maximum are NaN.
     minimum, maximum = values.aminmax()
     return bool(minimum.isfinite()) and bool(maximum.isfinite())
 
@@ -138,7 +139,7 @@ def _is_finite(stored: Tensor | Compact) -> bool:
 def _dense_copy(stored: Tensor | Compact, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     if isinstance(stored, Compact):
         return stored.dense(device, dtype)
-    # Always a copy: the file behind a view may be overwritten while the model is in use.
+    # Always copy, because the file behind a view may be overwritten while the model is in use.
     return stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -151,7 +152,7 @@ def _compact_copy(
 
 
 def _hold_compact(network: SparseTransformer, name: str, weight: Compact) -> None:
-    """Put a weight in the place of the parameter `name` of the network."""
+    """Replace the parameter `name` of the network by a compact weight."""
     module_name, _, weight_name = name.rpartition(".")
     holder: Any = network.get_submodule(module_name)
     holder.hold_compact(weight_name, weight)
@@ -161,10 +162,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """A device that exists here.
 
     Args:
-        device: None is the GPU if there is one, else the CPU.
+        device: None means the GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: if torch has no such device here.
+        ConfigError: if torch has no such device on this machine.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +183,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A floating-point dtype.
 
     Args:
-        dtype: torch's dtype, or its name, such as "float32"; None stays None.
+        dtype: a torch dtype, or its name, such as "float32"; for None, None is returned.
 
     Raises:
         ConfigError: for anything else.

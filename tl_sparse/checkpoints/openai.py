@@ -1,4 +1,4 @@
-"""OpenAI's models: those on their public storage, and the one packaged for the Hugging Face hub."""
+"""OpenAI's models: those in their public storage, and the one packaged for Hugging Face's hub."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.files import errors_name_file, read_json, read_state_dict, read_tensors
 from tl_sparse.network import SparseConfig
 
-#: Keys that do not change what the network computes: training settings and choices of kernel.
+#: Keys that do not affect the output of the network: training settings and kernel choices.
 _IGNORED = {
     "afrac_ste",
     "batch_size",
@@ -34,7 +34,7 @@ _IGNORED = {
     "tokenizer_name",
     "weight_decay",
 }
-#: Keys that change it in ways this package does not know → the value at which they change nothing.
+#: Keys of features that this package does not support → the value that switches the feature off.
 _UNSUPPORTED = {
     "afrac_approx": False,
     "afrac_ste_only_non_neurons": False,
@@ -47,7 +47,7 @@ _UNSUPPORTED = {
     "unembed_rank": None,
     "use_tied_aux_matrix": False,
 }
-#: In the packaged model's config.json: transformers' own keys.
+#: Keys of transformers itself in the config.json of the packaged model.
 _BOOKKEEPING = {
     "_name_or_path",
     "architectures",
@@ -71,7 +71,7 @@ _BOOKKEEPING = {
     "transformers_version",
     "use_cache",
 }
-#: In the packaged model's config.json: second names of other keys there.
+#: Second names of keys in the config.json of the packaged model → the keys.
 _ALIASES = {
     "head_dim": "d_head",
     "hidden_size": "d_model",
@@ -84,17 +84,17 @@ _ALIASES = {
     "num_hidden_layers": "n_layer",
     "tie_word_embeddings": "tied_unembed",
 }
-#: Keys whose null means that their default holds.
+#: Keys whose value null stands for their default.
 _NULL_IS_ABSENT = {"afrac", "afrac_loctypes", "d_head", "d_mlp", "d_pos_emb", "n_mlp"}
-#: What the packaged model's tensor names start with.
+#: The prefix of all tensor names of the packaged model.
 _PREFIX = "circuit_model."
-#: `transformer.h.3.attn.c_proj.weight`: layer "3", name "attn.c_proj.weight"; sparse_pretrain
-#: writes `blocks.3.attn.c_proj.weight`.
+#: In `transformer.h.3.attn.c_proj.weight`, the layer is "3" and the name "attn.c_proj.weight".
+#: sparse_pretrain writes `blocks.3.attn.c_proj.weight` instead.
 _TENSOR_NAME = re.compile(r"(?:transformer\.)?(?:(?:h|blocks)\.(?P<layer>\d+)\.)?(?P<name>.+)")
 
 
 def read_openai_model(folder: Path) -> Checkpoint:
-    """Read a model folder of OpenAI's public storage (`models/<name>/`)."""
+    """Read a model folder from OpenAI's public storage (`models/<name>/`)."""
     path = folder / "beeg_config.json"
     weights = folder / "final_model.pt"
     values = read_json(path)
@@ -102,8 +102,9 @@ def read_openai_model(folder: Path) -> Checkpoint:
 
 
 def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
-    """Read the model as packaged for the hub (`openai/circuit-sparsity`); `values` is the content
-    of its config.json.
+    """Read the model that OpenAI packaged for the hub (`openai/circuit-sparsity`).
+
+    `values` are the contents of its config.json.
     """
     path = folder / "config.json"
     weights = folder / "model.safetensors"
@@ -111,7 +112,7 @@ def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint
         if alias in values and values.get(key) not in (None, values[alias]):
             raise ConfigError(
                 f"{path}: {alias} = {values[alias]!r} must be {key} = {values[key]!r}, "
-                "its other name"
+                "because both name the same value"
             )
     other_keys = _BOOKKEEPING | _ALIASES.keys()
     values = {key: value for key, value in values.items() if key not in other_keys}
@@ -119,7 +120,7 @@ def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint
     for name, tensor in read_tensors(weights).items():
         if not name.startswith(_PREFIX):
             raise CheckpointError(
-                f"{weights}: unknown tensor {name!r}; the names start with {_PREFIX!r}"
+                f"{weights}: unknown tensor {name!r}; all names must start with {_PREFIX!r}"
             )
         tensors[name.removeprefix(_PREFIX)] = tensor
     return _checkpoint(values, path, tensors, weights)
@@ -128,9 +129,9 @@ def read_circuitgpt_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint
 def _checkpoint(
     values: Mapping[str, Any], path: Path, tensors: dict[str, Tensor], weights: Path
 ) -> Checkpoint:
-    """The model that the `values` in `path` and the `tensors` in `weights` describe."""
+    """The checkpoint of the configuration `values` in `path` and the `tensors` in `weights`."""
     positions = tensors.get("transformer.wpe.weight")
-    # The published models without positions carry a table of zeros.
+    # The published models without positional embeddings have a table of zeros.
     is_zero = positions is not None and positions.dtype in DTYPES and not positions.any()
     has_positions = positions is not None and not is_zero
     has_logits_bias = "final_logits_bias" in tensors
@@ -147,10 +148,11 @@ def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool)
     """The architecture that a `beeg_config.json` describes.
 
     Args:
-        values: the content of the file.
-        logits_bias: whether the file of weights has a bias of the logits; the configuration does
-            not say.
-        positions: whether it has positions that are not zero; likewise.
+        values: the contents of the file.
+        logits_bias: whether the file of weights has a logit bias, which the configuration does not
+            record.
+        positions: whether the file of weights has nonzero positional embeddings, which the
+            configuration does not record either.
 
     Raises:
         ConfigError: for a missing, unknown, impossible or unsupported value.
@@ -168,7 +170,7 @@ def openai_config(values: Mapping[str, Any], logits_bias: bool, positions: bool)
     is_sinusoidal = take_flag(values, "sinusoidal_cat_pos_emb", False)
     has_sinks = values.pop("sink", False)
     if not take_flag(values, "flash", True):
-        has_sinks = False  # the original then has no sinks, whatever `sink` says
+        has_sinks = False  # the original model then ignores `sink`
     fields = dict(
         n_layers=values.pop("n_layer"),
         d_model=d_model,
@@ -206,7 +208,7 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
 def _take_unsupported(values: dict[str, Any]) -> None:
     for key, neutral in _UNSUPPORTED.items():
         if values.pop(key, neutral) != neutral:
-            raise ConfigError(f"{key} must be {json.dumps(neutral)}; nothing else is supported")
+            raise ConfigError(f"{key} must be {json.dumps(neutral)}; no other value is supported")
 
 
 def _take_d_mlp(values: dict[str, Any], default: int) -> Any:
@@ -215,7 +217,7 @@ def _take_d_mlp(values: dict[str, Any], default: int) -> Any:
         return default
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         raise ConfigError(
-            f"d_mlp = {sizes[0]!r} and n_mlp = {sizes[1]!r} are two names of one size"
+            f"d_mlp = {sizes[0]!r} and n_mlp = {sizes[1]!r} must be equal: they name the same size"
         )
     return sizes[0]
 
@@ -246,12 +248,12 @@ def _positions(is_concatenated: bool, is_in_file: bool) -> str:
 
 
 def without_buffers(tensors: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors without those whose names have one of the `endings`; the network needs none."""
+    """The tensors without buffers: those whose names end in `endings`, which we do not need."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
 
 
 def convert(config: SparseConfig, tensors: Mapping[str, Tensor], path: Path) -> Checkpoint:
-    """The checkpoint of tensors in the original's names and shapes: the same memory, seen in ours.
+    """A checkpoint from tensors in OpenAI's names and shapes; its tensors are views of those.
 
     Args:
         config: the architecture.
@@ -259,14 +261,14 @@ def convert(config: SparseConfig, tensors: Mapping[str, Tensor], path: Path) -> 
         path: the file, for error messages.
 
     Raises:
-        CheckpointError: for an unknown tensor, one that cannot have our shape, or an unembedding
-            that should be tied and is not.
+        CheckpointError: for an unknown tensor, a tensor that cannot be converted to our shape, or
+            an unembedding that should be tied and is not.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for our_name, converted in _convert_tensor(config, name, tensor, path).items():
             if our_name in state:
-                raise CheckpointError(f"{path}: {name} is there twice, under two names")
+                raise CheckpointError(f"{path}: {name} is in the file twice, under two names")
             state[our_name] = converted
     if config.tied_unembed:
         _drop_tied_unembedding(state, path)
@@ -276,7 +278,7 @@ def convert(config: SparseConfig, tensors: Mapping[str, Tensor], path: Path) -> 
 def _convert_tensor(
     config: SparseConfig, full_name: str, tensor: Tensor, path: Path
 ) -> dict[str, Tensor]:
-    """One tensor of the original as ours, by their names in our state dict."""
+    """One tensor of OpenAI's, converted to one or more entries of our state dict."""
     match = _TENSOR_NAME.fullmatch(full_name)
     if match is None:
         raise CheckpointError(f"{path}: unknown tensor {full_name!r}")
@@ -294,7 +296,7 @@ def _convert_tensor(
 
 
 def _drop_tied_unembedding(state: dict[str, Tensor], path: Path) -> None:
-    """Drop W_U, if it is there, after checking that it is the transposed embedding."""
+    """Remove any W_U from `state`, after a check that it is the transposed embedding."""
     unembedding = state.get("unembed.W_U")
     embedding = state.get("embed.W_E")
     if unembedding is None or embedding is None:
@@ -307,7 +309,7 @@ def _drop_tied_unembedding(state: dict[str, Tensor], path: Path) -> None:
     del state["unembed.W_U"]
 
 
-#: Tensors that only have another name in the original.
+#: OpenAI's name → our name, for tensors that differ only in their name.
 _RENAMED = {
     "wte.weight": "embed.W_E",
     "wpe.weight": "pos_embed.W_pos",
@@ -332,7 +334,7 @@ _RENAMED = {
 
 
 def _convert_by_name(config: SparseConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """As `_convert_tensor`, by names without the block; empty if the name is unknown."""
+    """Like `_convert_tensor`, for names without the block; empty if the name is unknown."""
     heads = dict(h=config.n_heads, d=config.d_head)
     match name:
         case "attn.c_attn.weight":
@@ -355,13 +357,14 @@ def _convert_by_name(config: SparseConfig, name: str, tensor: Tensor) -> dict[st
 
 
 def _split_read(matrices: Mapping[str, Tensor], config: SparseConfig) -> dict[str, Tensor]:
-    """Matrices that read what enters a layer; the rows that read positional channels are parameters
-    of their own.
+    """Split input matrices into the rows for the residual stream and those for positional channels.
+
+    In our state dict, the latter are parameters of their own, with names that end in `_pos`.
     """
     split = {}
     for name, matrix in matrices.items():
-        of_stream, of_positions = matrix.split([config.d_model, config.d_pos], dim=-2)
-        split[name] = of_stream
+        stream_rows, position_rows = matrix.split([config.d_model, config.d_pos], dim=-2)
+        split[name] = stream_rows
         if config.d_pos:
-            split[f"{name}_pos"] = of_positions
+            split[f"{name}_pos"] = position_rows
     return split

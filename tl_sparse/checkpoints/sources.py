@@ -1,4 +1,4 @@
-"""Where models come from: a folder, the Hugging Face hub, or OpenAI's public storage."""
+"""Locating models: in a folder, on the Hugging Face hub, or in OpenAI's public storage."""
 
 import difflib
 import os
@@ -19,10 +19,10 @@ _BUNDLED = {
     "tiny-python-dense": _MODELS / "tiny-python-dense",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-#: What is fetched of a hub repository: data alone, no code.
+#: The files that are fetched from a hub repository: only data, no code.
 _DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
 _SAFETENSORS = ("model.safetensors", "circuit.safetensors")
-#: What is fetched too, if there is no safetensors file.
+#: The files that are also fetched if the repository has no safetensors file.
 _PICKLES = ["pytorch_model*.bin", "final_model.pt"]
 _DESCRIBED_BY = ("config.json", "beeg_config.json", "circuit.json")
 
@@ -43,22 +43,22 @@ _OPENAI_NAMES = (
     "dense1_1x",
     "dense1_2x",
     "dense1_4x",
-    "csp_sweep1_1x_3.7Mnonzero_afrac0.250",  # one of many
+    "csp_sweep1_1x_3.7Mnonzero_afrac0.250",  # an example of the many models in this sweep
 )
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model or circuit, fetched into the cache if it is not there yet.
+    """The local folder of a model or circuit, which is downloaded unless it is in the cache.
 
-    The cache is Hugging Face's, below `HF_HOME`; with `HF_HUB_OFFLINE=1` nothing is fetched.
+    The cache is Hugging Face's, under `HF_HOME`. With `HF_HUB_OFFLINE=1`, nothing is downloaded.
 
     Args:
         source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
             `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
-        revision: of a hub repository: a branch, a tag or a commit; default: its main branch.
+        revision: a branch, tag or commit of a hub repository; by default its main branch.
 
     Raises:
-        CheckpointError: if there is no such thing, it may not be read, or the network or the disk
+        CheckpointError: if the source does not exist, access is denied, or the network or the disk
             fails.
     """
     if isinstance(source, str) and not os.path.exists(source):
@@ -79,7 +79,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _folder_of_name(name: str, revision: str | None) -> Path | None:
-    """The folder of a model by its name, if there is one; only the hub has revisions."""
+    """The folder of the model called `name`, if one exists; only hub models have revisions."""
     if _HUB_NAME.fullmatch(name):
         return _hub_folder(name, revision)
     if revision is not None:
@@ -93,10 +93,10 @@ def openai_tokenizer(local_only: bool = False) -> Path | None:
     """The folder of OpenAI's tokenizer `tinypython_2k`, from their hub repository.
 
     Args:
-        local_only: look in the cache only.
+        local_only: whether to look only in the cache.
 
     Returns:
-        None if it cannot be had.
+        The folder; None if the tokenizer is not available.
     """
     files = ["tokenizer*.json", "special_tokens_map.json"]
     try:
@@ -113,7 +113,8 @@ def _hub_folder(repo: str, revision: str | None) -> Path:
         folder = _snapshot(repo, commit, _PICKLES)
     if not any((folder / name).is_file() for name in _DESCRIBED_BY):
         raise CheckpointError(
-            f"{repo!r} on the hub is no model or circuit: it has none of {', '.join(_DESCRIBED_BY)}"
+            f"{repo!r} on the hub is not a model or circuit: it has none of "
+            f"{', '.join(_DESCRIBED_BY)}"
         )
     return folder
 
@@ -121,7 +122,7 @@ def _hub_folder(repo: str, revision: str | None) -> Path:
 def _snapshot(
     repo: str, revision: str | None, patterns: list[str], local_only: bool = False
 ) -> Path:
-    """The files of a repository that fit `patterns`, without those in folders inside it."""
+    """Fetch the files of a repository that match `patterns`, except those in subfolders."""
     try:
         path = snapshot_download(
             repo,
@@ -130,14 +131,15 @@ def _snapshot(
             ignore_patterns=["*/*"],
             local_files_only=local_only,
         )
-    # Anything: huggingface_hub also passes on the errors of httpx or httpx2, by its version.
+    # Any exception: depending on its version, huggingface_hub also raises those of httpx or
+    # httpx2.
     except Exception as error:
         raise CheckpointError(f"{repo!r} {_hub_problem(error, repo, revision)}") from error
     return Path(path)
 
 
 def _hub_problem(error: Exception, repo: str, revision: str | None) -> str:
-    """What an error of huggingface_hub means, and what to do."""
+    """An explanation of an error of huggingface_hub, and what to do about it."""
     page = f"{constants.ENDPOINT}/{repo}"
     if constants.HF_HUB_OFFLINE:
         return (
@@ -180,13 +182,13 @@ def _openai_folder(name: str) -> Path:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{name!r} cannot be kept in the cache; HF_HOME is its place: {error}"
+            f"{name!r} cannot be written to the cache, which is under HF_HOME: {error}"
         ) from error
     return folder
 
 
 def _openai_names(name: str) -> str:
-    """The names of OpenAI's models, for an error message; and which of them `name` may mean."""
+    """For an error message: the names of OpenAI's models, and the one closest to `name`."""
     names = ", ".join(_OPENAI_NAMES) + ", …"
     near = difflib.get_close_matches(name, _OPENAI_NAMES, n=1)
     return f"{names}; did you mean {near[0]!r}?" if near else names

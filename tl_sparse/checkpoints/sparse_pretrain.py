@@ -1,5 +1,7 @@
-"""Models of the community's sparse_pretrain: a `config.json` with a model_config, and
-`model.safetensors` or `pytorch_model.bin`.
+"""Models of the community project sparse_pretrain.
+
+Their folders hold a `config.json` with a model_config, and `model.safetensors` or
+`pytorch_model.bin`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from tl_sparse.config import check
 from tl_sparse.files import errors_name_file, read_state_dict, read_tensors
 from tl_sparse.network import PAPER_TOPK_LOCATIONS, SparseConfig
 
-#: Keys of the sparsity_config that act in training only.
+#: Keys of the sparsity_config that affect only training.
 _TRAINING_KEYS = {
     "anneal_type",
     "enable_weight_sparsity",
@@ -23,7 +25,7 @@ _TRAINING_KEYS = {
     "sparsity_anneal_start_fraction",
     "target_l0_fraction",
 }
-#: The original's name of an AbsTopK location → ours.
+#: sparse_pretrain's name of an AbsTopK location → our name.
 _LOCATIONS = {
     "resid_pre": "resid_pre",
     **{name: name for name in PAPER_TOPK_LOCATIONS},
@@ -32,7 +34,7 @@ _LOCATIONS = {
 
 
 def read_sparse_pretrain_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
-    """Read a folder of sparse_pretrain's; `values` is the content of its config.json."""
+    """Read a folder of sparse_pretrain; `values` are the contents of its config.json."""
     with errors_name_file(folder / "config.json"):
         config = sparse_pretrain_config(values)
     weights = folder / "model.safetensors"
@@ -42,7 +44,7 @@ def read_sparse_pretrain_model(folder: Path, values: Mapping[str, Any]) -> Check
         weights = folder / "pytorch_model.bin"
         tensors = read_state_dict(weights)
     if not values["model_config"].get("use_flash_attention", True):
-        # The original then writes its causal mask into the file, and sinks that it does not use.
+        # sparse_pretrain then saves its causal mask too, and sinks that it does not use.
         tensors = without_buffers(tensors, ("attn.causal_mask", "attn_fn.sink_logit"))
     return convert(config, tensors, weights)
 
@@ -56,7 +58,7 @@ def sparse_pretrain_config(values: Mapping[str, Any]) -> SparseConfig:
     model = _section(values, "model_config")
     sparsity = _section(values, "sparsity_config")
     config = _take_architecture(model)
-    # The defaults are those of the original's sparsity_config; without one there is no AbsTopK.
+    # The defaults are those of sparse_pretrain. Without a sparsity_config, there is no AbsTopK.
     has_topk = take_flag(sparsity, "enable_activation_sparsity", "sparsity_config" in values)
     fraction = sparsity.pop("activation_topk_fraction", 0.25)
     locations = sparsity.pop("activation_sparsity_locations", ",".join(PAPER_TOPK_LOCATIONS))
@@ -74,7 +76,7 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _take_architecture(model: dict[str, Any]) -> SparseConfig:
-    """Take all but AbsTopK out of the model_config."""
+    """Remove the architecture, all but AbsTopK, from the model_config and return it."""
     check_keys(model, ("n_layer", "d_model", "n_ctx", "d_head", "vocab_size"))
     d_model = take_size(model, "d_model")
     d_head = take_size(model, "d_head")
@@ -106,7 +108,7 @@ def _take_architecture(model: dict[str, Any]) -> SparseConfig:
 
 
 def _abs_topk(config: SparseConfig, fraction: Any, locations: Any) -> dict[str, float]:
-    """`SparseConfig.abs_topk` for the original's one `fraction` at `locations`, "name,name,…"."""
+    """`SparseConfig.abs_topk` for one `fraction` at all `locations`, given as "name,name,…"."""
     is_number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
     is_fraction = is_number and 0 <= fraction <= 1
     check(is_fraction, "activation_topk_fraction", fraction, "a fraction in [0, 1]")
@@ -120,6 +122,6 @@ def _abs_topk(config: SparseConfig, fraction: Any, locations: Any) -> dict[str, 
         size = config.location_size(location)
         abs_topk[location] = fraction
         if int(fraction * size) == 0:
-            # The original keeps at least one entry; 1.5 / size gives exactly one.
+            # sparse_pretrain keeps at least one entry; 1.5 / size keeps exactly one.
             abs_topk[location] = min(1.0, 1.5 / size)
     return abs_topk

@@ -1,4 +1,4 @@
-"""Checked values from the configurations that others wrote; for the readers of their formats."""
+"""Checks of values in the configurations of other formats."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,28 +8,28 @@ from tl_sparse.errors import ConfigError
 
 
 def take_flag(values: dict[str, Any], key: str, default: bool) -> bool:
-    """Take a truth value out of `values`; `ConfigError` if it is anything else."""
+    """Remove a boolean from `values` and return it; `ConfigError` if it is not a boolean."""
     value = values.pop(key, default)
     check(isinstance(value, bool), key, value, "true or false")
     return bool(value)
 
 
 def take_size(values: dict[str, Any], key: str) -> int:
-    """Take a size out of `values`; `ConfigError` if it is not an integer of at least 1."""
+    """Remove a size from `values` and return it; `ConfigError` if it is not an int ≥ 1."""
     size = values.pop(key)
     check(type(size) is int and size >= 1, key, size, "an integer of at least 1")
     return int(size)
 
 
 def check_keys(values: Mapping[str, Any], required: Collection[str]) -> None:
-    """`ConfigError` unless all `required` keys are there."""
+    """Raise `ConfigError` unless `values` has all `required` keys."""
     missing = [key for key in required if key not in values]
     if missing:
         raise ConfigError(f"missing keys {', '.join(missing)}")
 
 
 def check_known(unknown: Collection[str]) -> None:
-    """`ConfigError` if keys are left over that no reader knows."""
+    """Raise `ConfigError` if there are `unknown` keys, which no reader has taken."""
     if unknown:
         raise ConfigError(
             f"unknown keys {', '.join(sorted(unknown))}; they may change what the model computes"

@@ -1,5 +1,6 @@
-"""The network as a true TransformerLens model: `HookedTransformer` on line 3, `TransformerBridge`
-on line 4.
+"""The network as a true TransformerLens model.
+
+It is a `HookedTransformer` on TransformerLens 3 and a `TransformerBridge` on TransformerLens 4.
 """
 
 import lazy_loader

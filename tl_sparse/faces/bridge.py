@@ -1,4 +1,4 @@
-"""The face for TransformerLens 4: a true `TransformerBridge` that runs our network."""
+"""The model class for TransformerLens 4: a true `TransformerBridge` that runs our network."""
 
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from tl_sparse.network import SparseTransformer
 
 
 class SparseArchitectureAdapter(ArchitectureAdapter):
-    """Maps nothing: the network's modules already have TransformerLens' names and hook points."""
+    """Maps no components, because the network already has TransformerLens' names and hooks."""
 
     supports_kv_cache = False
 
@@ -27,36 +27,37 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
         self.reads_bigram_table = False
 
     def apply_output_logits_transform(self, logits: Tensor) -> Tensor:
-        """Where TransformerLens' logit lenses pass the logits that they read off the stream.
+        """Check logits that TransformerLens' logit lenses read from the residual stream alone.
 
         Raises:
             UnsupportedError: if the model has a bigram table.
         """
         if self.reads_bigram_table:
             raise UnsupportedError(
-                "a part of this model's logits comes from its bigram table, off the residual "
-                "stream, so the stream alone does not predict tokens: add cache['hook_bigram'] to "
-                "what unembed(ln_final(resid)) gives"
+                "a part of this model's logits comes from its bigram table, which bypasses the "
+                "residual stream, so the stream alone does not give the logits: add "
+                "cache['hook_bigram'] to unembed(ln_final(resid))"
             )
         return super().apply_output_logits_transform(logits)
 
     def validate_output_logits_transform(self) -> None:
-        """The same check before a logit lens begins."""
+        """Run the same check before a logit lens starts."""
         self.apply_output_logits_transform(torch.zeros(1))
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Give the bridge the network's modules; TransformerBridge calls this in its set-up."""
-        # `boot_transformers` builds TransformerLens' own class, whose forward knows neither padding
-        # nor the bigram table.
+        # `boot_transformers` builds TransformerLens' own class, whose forward method cannot handle
+        # padding or the bigram table.
         bridge.__class__ = SparseTransformerBridge
         for name, value in tl_config_fields(bridge.network).items():
             if name != "model_name":
                 object.__setattr__(bridge.cfg, name, value)
         self.reads_bigram_table = bridge.network.cfg.bigram_table
-        # The bridge's fallback for parameters that no component owns: here the modules own them.
+        # This is the bridge's fallback for parameters without a component; here, modules own them.
         bridge._modules.pop("_container_state_owners", None)
         bridge.adopt_network(bridge.cfg)
-        for block in bridge.blocks:  # as on TransformerLens 4's own models, under both names
+        # As in TransformerLens 4's own models, these hook points have a second name in `attn`.
+        for block in bridge.blocks:
             for name in ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in"):
                 setattr(block.attn, name, getattr(block, name))
         bridge.clear_hook_registry()
@@ -66,8 +67,8 @@ class SparseArchitectureAdapter(ArchitectureAdapter):
 class SparseTransformerBridge(SparseModel, TransformerBridge):
     """Inherits everything but `forward` and its set-up from `TransformerBridge`."""
 
-    # TransformerLens' aliases point at components of its own bridge; here the names are the hook
-    # points' own.
+    # TransformerLens' aliases refer to components of its own bridge. Here, hook points already have
+    # these names.
     hook_aliases: dict[str, str | list[str]] = {}
 
     def __init__(
@@ -80,13 +81,14 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
 
     @property
     def network(self) -> SparseTransformer:  # type: ignore[override]
-        """What runs: the wrapped model, or the network inside transformers' form of it."""
+        """The network that runs: the wrapped model, or the network inside a transformers model."""
         model: Any = self.original_model
         return getattr(model, "network", model)
 
     def run_with_cache(self, *args: Any, stop_at_layer: int | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.run_with_cache`, whose own `stop_at_layer` works only on its own
-        blocks.
+        """`TransformerBridge.run_with_cache` with a `stop_at_layer` that works on our blocks.
+
+        TransformerBridge's own `stop_at_layer` works only on TransformerBridge's own blocks.
         """
         if stop_at_layer is None:
             return super().run_with_cache(*args, **kwargs)
@@ -97,8 +99,9 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
             del self.__dict__["forward"]
 
     def generate(self, *args: Any, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
-        """`TransformerBridge.generate`, with padding masked by `prepend_bos`: it looks only at
-        `cfg.default_prepend_bos`.
+        """`TransformerBridge.generate`, which masks padding according to `prepend_bos`.
+
+        TransformerBridge itself masks padding according to `cfg.default_prepend_bos` only.
         """
         default = self.cfg.default_prepend_bos
         if prepend_bos is not None:
@@ -111,14 +114,14 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, **processing: Any
     ) -> None:
-        """TransformerBridge's method. Names and shapes are HookedTransformer's in any mode.
+        """TransformerBridge's method. Names and shapes are HookedTransformer's in either mode.
 
         Raises:
-            UnsupportedError: unless `no_processing`: the weights must stay as they are.
+            UnsupportedError: unless `no_processing`, because the weights must stay as they are.
         """
         if not no_processing:
             self._refuse_processing()
         self.compatibility_mode = True
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
-        """TransformerBridge asks its own attention classes here; ours supports every flag."""
+        """Accept every flag; TransformerBridge checks here which flags its attention supports."""

@@ -1,4 +1,4 @@
-"""The activation cache of our models: TransformerLens' own, aware of what AbsTopK drops."""
+"""The activation cache of our models: TransformerLens' cache, with AbsTopK accounted for."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from transformer_lens.utilities.slice import Slice
 
 
 class SparseActivationCache(ActivationCache):
-    """TransformerLens' cache, in which what heads or neurons write sums to what their layer writes.
+    """TransformerLens' cache, in which head and neuron results sum to the output of their layer.
 
-    To a channel that AbsTopK drops, all heads or neurons together write minus the bias, each an
-    equal share, so that the sum with the bias is zero.
+    In a channel that AbsTopK drops, each head or neuron writes an equal share of minus the bias, so
+    that their sum with the bias is zero.
     """
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "SparseActivationCache":
-        """The cache of a part of the batch."""
+        """The cache of the given part of the batch."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         return SparseActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
 
@@ -71,8 +71,8 @@ class SparseActivationCache(ActivationCache):
         project_2d: Tensor,
         **mlp_input: bool,
     ) -> Float[Tensor, "neuron *batch pos output"]:
-        # TransformerLens' own method folds norm and projection into W_out, and so cannot leave out
-        # what AbsTopK drops.
+        # TransformerLens' own method folds norm and projection into W_out, and therefore cannot
+        # leave out the channels that AbsTopK drops.
         stacked = self.stack_neuron_results(layer, pos_slice=pos_slice, neuron_slice=neuron_slice)
         normalized = self.apply_ln_to_stack(stacked, layer, pos_slice=pos_slice, **mlp_input)
         return normalized @ project_2d

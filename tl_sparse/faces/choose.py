@@ -1,4 +1,4 @@
-"""The face for the installed TransformerLens line."""
+"""The choice of the model class (face) for the installed version of TransformerLens."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +10,7 @@ from tl_sparse.network import SparseTransformer
 def wrap(
     network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> SparseModel:
-    """The network as a model of the installed TransformerLens line, in eval mode."""
+    """The network as a model of the installed version of TransformerLens, in eval mode."""
     if transformer_lens_line() == 3:
         from tl_sparse.faces.hooked import SparseHookedTransformer as Face
     else:

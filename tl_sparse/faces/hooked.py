@@ -1,4 +1,4 @@
-"""The face for TransformerLens 3: a true `HookedTransformer` that runs our network."""
+"""The model class for TransformerLens 3: a true `HookedTransformer` that runs our network."""
 
 from collections.abc import Callable, Iterator
 from inspect import signature
@@ -22,7 +22,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
     def __init__(
         self, network: SparseTransformer, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        # Not HookedTransformer.__init__, which would build components of its own.
+        # HookedTransformer.__init__ is not called, because it would build its own components.
         HookedRootModule.__init__(self)
         self.cfg = HookedTransformerConfig(**tl_config_fields(network))
         self.tokenizer = None
@@ -34,19 +34,20 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         HookedRootModule.setup(self)
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters by TransformerLens' names, among them the unembedding, tied or not."""
+        """Parameters by TransformerLens' names, including W_U even if it is tied."""
         return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
-        """`torch.nn.Module.to`, in all its forms; `cfg` follows."""
+        """`torch.nn.Module.to` with any of its signatures; `cfg` is updated too."""
         return torch.nn.Module.to(self, *args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`HookedTransformer.generate`, without `use_past_kv_cache`: each step reads the whole
-        sequence.
+        """`HookedTransformer.generate` without a key-value cache.
+
+        Each step runs on the whole sequence, and `use_past_kv_cache` is ignored.
         """
-        # TransformerLens' loop gives `forward` only the embeddings; the bigram table needs the
-        # tokens, so they are kept on their way through the embedding.
+        # TransformerLens' loop passes only embeddings to `forward`. The bigram table needs the
+        # tokens, so a hook on the embedding records them.
         self._embedded_tokens: list[Tensor] = []
 
         def keep_tokens(module: torch.nn.Module, args: tuple[Tensor]) -> None:
@@ -60,16 +61,16 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
             del self._embedded_tokens
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """`HookedTransformer.generate_stream`; each step reads the whole sequence."""
+        """`HookedTransformer.generate_stream`; each step runs on the whole sequence."""
         arguments = _without_cache(super().generate_stream, *args, **kwargs)
         yield from super().generate_stream(**arguments)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """`SparseModel.forward`, with what TransformerLens 3's own methods pass beside it."""
+        """`SparseModel.forward`, which also takes the arguments that TransformerLens 3 passes."""
         kwargs.pop("shortformer_pos_embed", None)
         if kwargs.pop("past_kv_cache", None) is not None:
             raise UnsupportedError(
-                "this model reads whole sequences: it has no past_kv_cache; pass all tokens"
+                "this model has no past_kv_cache: it runs on whole sequences, so pass all tokens"
             )
         embedded_tokens = getattr(self, "_embedded_tokens", None)
         if kwargs.get("start_at_layer") == 0 and embedded_tokens:
@@ -86,8 +87,9 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         return_shortformer_pos_embed: bool = True,
         device: torch.device | None = None,
     ) -> Any:
-        """HookedTransformer's method: the residual stream entering the first block, embeddings with
-        added positions.
+        """HookedTransformer's method: the residual stream that enters block 0.
+
+        It is the sum of the token embeddings and any added positions.
         """
         position_ids = self.network.position_ids(embed, attention_mask)
         resid = self.network.add_positions(embed, position_ids)
@@ -95,7 +97,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
 
 def _without_cache(method: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call of `method`, by name, with `use_past_kv_cache` off."""
+    """The arguments of a call of `method` by name, with `use_past_kv_cache` set to False."""
     call = signature(method).bind(*args, **kwargs)
     generation_kwargs = call.arguments.pop("generation_kwargs", {})
     return {**call.arguments, **generation_kwargs, "use_past_kv_cache": False}

@@ -1,4 +1,4 @@
-"""Which of the two TransformerLens lines is installed."""
+"""Which of the two supported major versions of TransformerLens is installed."""
 
 from importlib.metadata import version
 

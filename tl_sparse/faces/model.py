@@ -1,6 +1,6 @@
-"""What both faces of the network share: `SparseModel`.
+"""`SparseModel`, the part that the model classes (faces) for both TransformerLens versions share.
 
-`hooked.py` (TransformerLens 3) and `bridge.py` (TransformerLens 4) add only what differs.
+`hooked.py` (TransformerLens 3) and `bridge.py` (TransformerLens 4) add only the differences.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from tl_sparse.faces.tokens import prepare_tokenizer
 from tl_sparse.files import write_json
 from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
 
-#: TransformerLens' options to change weights when a model is loaded.
+#: TransformerLens' options to process the weights of a model when it is loaded.
 _PROCESSING = (
     "fold_ln",
     "center_writing_weights",
@@ -34,10 +34,10 @@ _PROCESSING = (
 
 
 class SparseModel(nn.Module):
-    """What both faces add to TransformerLens' own model class; it comes before that in their bases.
+    """Base class that both faces list before TransformerLens' own model class.
 
-    A face holds the network's modules as its own children, so hook names, parameter names and
-    `state_dict` keys are the network's on both lines.
+    A face holds the modules of the network as its own children, so on both versions its hook names,
+    parameter names and `state_dict` keys are those of the network.
     """
 
     network: SparseTransformer
@@ -49,16 +49,16 @@ class SparseModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # It is the network that runs, so it needs what tools such as SAELens put in the place of
-        # the face's modules.
+        # The network is what runs. If a tool such as SAELens replaces a module of the face, the
+        # network must get the replacement too.
         if isinstance(value, nn.Module) and name in self.__dict__.get("_network_children", ()):
             setattr(self.network, name, value)
 
     def adopt_network(self, flags: Any) -> None:
-        """Make the network's modules this model's own, under their names.
+        """Make the modules of the network children of this model, under the same names.
 
         Args:
-            flags: TransformerLens' configuration, whose flags the modules follow from now on.
+            flags: TransformerLens' configuration, whose flags control the optional hook points.
         """
         self.network.follow(flags)
         children = dict(self.network.named_children())
@@ -75,7 +75,7 @@ class SparseModel(nn.Module):
         """
         if any(kwargs.pop(name, False) for name in _PROCESSING):
             cls._refuse_processing()
-        # checkpoints is above this room: a marked exception, see tests/test_rooms.py.
+        # An upward import, which tests/test_rooms.py lists as an exception.
         from tl_sparse.checkpoints import load
 
         return load(source, *args, **kwargs)
@@ -85,7 +85,7 @@ class SparseModel(nn.Module):
     def set_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, default_padding_side: str | None = None
     ) -> None:
-        """Give the model a tokenizer, checked and completed as `prepare_tokenizer` does it."""
+        """Give the model a tokenizer, checked and completed by `prepare_tokenizer`."""
         prepared, prepends_bos = prepare_tokenizer(tokenizer, self.cfg.d_vocab)
         if default_padding_side:
             prepared.padding_side = default_padding_side
@@ -100,7 +100,7 @@ class SparseModel(nn.Module):
         """
         if self.tokenizer is None:
             raise TokenizerError(
-                "this model has no tokenizer, so it takes token ids only; set_tokenizer gives it "
+                "this model has no tokenizer, so it takes only token ids; set_tokenizer gives it "
                 "one"
             )
         return super().to_tokens(input, *args, **kwargs)  # type: ignore[misc]
@@ -111,15 +111,16 @@ class SparseModel(nn.Module):
         return self.network.cfg
 
     def save_pretrained(self, folder: str | Path, dense: bool = False) -> None:
-        """Write `config.json`, `model.safetensors` and, if there is one, the tokenizer, for
-        `tl_sparse.load`.
+        """Write the model for `tl_sparse.load`.
+
+        The files are `config.json`, `model.safetensors` and, if the model has one, the tokenizer.
 
         Args:
-            folder: made if it does not exist.
-            dense: False: zeros take no space in these files. True: other readers of safetensors
-                files can read them too.
+            folder: created if it does not exist.
+            dense: whether zeros are stored too. Other readers of safetensors files can then read
+                the weights; otherwise, zeros take no space.
         """
-        from tl_sparse.checkpoints import save_model  # above this room, as in `from_pretrained`
+        from tl_sparse.checkpoints import save_model  # an upward import, as above
 
         save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer, dense)
 
@@ -134,9 +135,9 @@ class SparseModel(nn.Module):
         """Upload the model, as `save_pretrained` writes it, with a card.
 
         Args:
-            repo_id: `"user/repo"`, made if it does not exist; the card in it is replaced.
-            record: how the model was trained, for the card: what `train` returned and wrote to
-                `training.json`.
+            repo_id: `"user/repo"`, created if it does not exist; the card in it is replaced.
+            record: the record of the training run, for the card: the return value of `train`, which
+                is also in its `training.json`.
             dense: as in `save_pretrained`.
             options: `private`, `revision`, `token` and `commit_message`; see
                 `tl_sparse.checkpoints.push_folder`.
@@ -145,9 +146,9 @@ class SparseModel(nn.Module):
             The repository's address.
 
         Raises:
-            CheckpointError: if the hub cannot be reached, or refuses.
+            CheckpointError: if the hub cannot be reached or refuses the upload.
         """
-        from tl_sparse.checkpoints import push_folder  # above this room, as in `from_pretrained`
+        from tl_sparse.checkpoints import push_folder  # an upward import, as above
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, dense)
@@ -160,10 +161,11 @@ class SparseModel(nn.Module):
         return push_folder(repo_id, write, card, **options)
 
     def card(self, repo_id: str, record: Mapping[str, Any] | None = None) -> str:
-        """The README.md of the model's repository: what the model is, how it was trained, and how
-        to load it; see `push_to_hub`.
+        """The README.md for the model's repository; see `push_to_hub`.
+
+        It says what the model is, how it was trained and how to load it.
         """
-        from tl_sparse.checkpoints import card_text  # above this room, as in `from_pretrained`
+        from tl_sparse.checkpoints import card_text  # an upward import, as above
 
         return card_text(
             repo_id,
@@ -186,21 +188,25 @@ class SparseModel(nn.Module):
         position_ids: Tokens | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
-        """`HookedTransformer.forward`'s contract on both lines.
+        """Run the model, with the signature of `HookedTransformer.forward` on both versions.
 
         Args:
             input: text, tokens, or the residual stream entering block `start_at_layer`.
             return_type: "logits", "loss", "both" or None.
-            loss_per_token: the next-token loss of each position instead of the mean.
-            prepend_bos, padding_side: how text becomes tokens; None: TransformerLens' defaults.
-            tokens: with `start_at_layer`, those behind the stream, for loss and bigram table.
-            attention_mask: 1 for real tokens; computed where the padding is on the left.
-            position_ids: default 0, 1, …
-            stop_at_layer: return the residual stream that enters this block.
+            loss_per_token: whether the loss is that of each position instead of the mean.
+            prepend_bos, padding_side: how text is tokenized; None means TransformerLens' defaults.
+            start_at_layer: the first block to run; `input` is then the residual stream.
+            tokens: the tokens that belong to the residual stream in `input`; the loss, the bigram
+                table and padding on the left need them.
+            attention_mask: 1 for real tokens, 0 for padding. By default, it is computed if the
+                tokenizer pads on the left.
+            position_ids: the position of each token; by default 0, 1, …
+            stop_at_layer: the block to stop before; its input, the residual stream, is returned.
 
         Raises:
-            DataError: for an input that does not fit, a missing `tokens`, or another `return_type`.
-            TokenizerError: for text without a tokenizer.
+            DataError: for an input that does not fit the model, missing `tokens`, or an unknown
+                `return_type`.
+            TokenizerError: for text, if the model has no tokenizer.
         """
         _check_return_type(return_type)
         needs_mask = attention_mask is None and self._pads_left(padding_side)
@@ -227,7 +233,7 @@ class SparseModel(nn.Module):
     def _input_tokens(
         self, input: Any, prepend_bos: bool | None, padding_side: str | None
     ) -> Tokens:
-        """Tokens [batch, pos] from what `forward` takes."""
+        """Tokens [batch, pos] from an input of `forward`: text, a list of texts, or tokens."""
         if isinstance(input, Tensor):
             return input if input.ndim == 2 else input[None]
         texts = [input] if isinstance(input, str) else input
@@ -253,8 +259,8 @@ class SparseModel(nn.Module):
         return mask
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Every move and cast ends here; TransformerLens' configuration does not follow all of them,
-        # such as `.double()`.
+        # Every move and cast calls this method. TransformerLens itself does not update its
+        # configuration after all of them, for example not after `.double()`.
         super()._apply(fn, recurse)
         for name, value in tensor_config_fields(self.network).items():
             setattr(self.cfg, name, value)
@@ -262,12 +268,12 @@ class SparseModel(nn.Module):
 
     @classmethod
     def _refuse_processing(cls, *args: Any, **kwargs: Any) -> Any:
-        """Not possible on this model: its weights cannot be folded or centered."""
+        """Raise `UnsupportedError`: the weights of this model cannot be folded or centered."""
         raise UnsupportedError(
-            "the weights of this model must stay as they are: AbsTopK and what it drops depend on "
-            "the scale of every channel, so norm weights and biases cannot be folded into other "
-            "weights, nor weights be centered. Analyse it as loaded: the hooks show each value "
-            "before and after its norm's weight"
+            "the weights of this model must stay as they are: the entries that AbsTopK keeps "
+            "depend on the scale of every channel, so norm weights and biases cannot be folded "
+            "into other weights, and weights cannot be centered. Analyse the model as loaded: "
+            "hooks show each activation before and after the weight of its norm"
         )
 
     process_weights = process_weights_ = fold_layer_norm = fold_value_biases = _refuse_processing
@@ -275,16 +281,17 @@ class SparseModel(nn.Module):
     load_and_process_state_dict = _refuse_processing
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*token d_model"]:
-        """The directions of the normalised stream whose products with it are the tokens' logits.
+        """The directions in the normalized residual stream that give the logits of `tokens`.
 
-        That is W_U times the weight of ln_final, which other models have folded into W_U. The rest
-        of the logits is b_U, W_U · ln_final.b, and the bigram table's share, which is off the
-        residual stream.
+        These are the columns of W_U times the weight of ln_final, which other models fold into W_U.
+        The rest of the logits is b_U, W_U · ln_final.b and the row of the bigram table, which
+        bypasses the residual stream.
         """
         if self.sparse_cfg.bigram_table:
             warnings.warn(
-                "a part of this model's logits comes from its bigram table (hook_bigram), off the "
-                "residual stream: attributions of logits to the stream leave that part out",
+                "a part of this model's logits comes from its bigram table (hook_bigram), which "
+                "bypasses the residual stream: attributions of logits to the stream leave that "
+                "part out",
                 stacklevel=3,
             )
         directions: Tensor = super().tokens_to_residual_directions(tokens)  # type: ignore[misc]
@@ -298,10 +305,10 @@ class SparseModel(nn.Module):
         return out, cache
 
     def warn_if_not_additive(self, what: str) -> None:
-        """Warn that `what` takes the residual stream for a sum of components, if here it is not.
+        """If the residual stream is not a sum of components, warn that `what` assumes it is.
 
         Args:
-            what: the method or flag that adds or subtracts components.
+            what: the name of the method or flag that adds or subtracts components.
         """
         cfg = self.sparse_cfg
         steps = [f"AbsTopK at {location}" for location in cfg.abs_topk if "resid" in location]
@@ -360,14 +367,14 @@ def _check_return_type(return_type: str | None) -> None:
 
 
 def _input_resid(input: object) -> Stream:
-    """The input of a run from `start_at_layer` on, with a batch dimension."""
+    """The input of a run with `start_at_layer`: a residual stream, with a batch dimension."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
     return input if input.ndim == 3 else input[None]
 
 
 def _tokens_behind(resid: Stream, tokens: Tokens | None, are_read: bool) -> Tokens:
-    """The tokens given beside a residual stream; zeros in their place, if nothing reads them."""
+    """The tokens that belong to a residual stream; zeros if none are given and none are read."""
     if tokens is not None:
         return tokens
     if are_read:

@@ -1,4 +1,4 @@
-"""What the card of a model says about it."""
+"""The facts about a model that are printed on its card."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from tl_sparse.network import SparseConfig
 from tl_sparse.tasks import Score, tasks_table
 
-#: What the card shows of the record of a training run.
+#: The entries in the record of a training run that the card shows.
 _TRAINING_FACTS = (
     "command",
     "data",
@@ -19,12 +19,12 @@ _TRAINING_FACTS = (
 
 
 def model_facts(model_repr: str, config: SparseConfig, record: Mapping[str, Any]) -> str:
-    """The facts on a model's card, in several lines.
+    """The facts for a model's card, as several lines of text.
 
     Args:
-        model_repr: sizes and sparsity, as the model prints itself.
+        model_repr: the repr of the model, with its sizes and sparsity.
         config: the architecture.
-        record: how the model was trained, as `train` returned it; may be empty.
+        record: the record of the training run that `train` returned; may be empty.
     """
     topk = [f"{location} {fraction:g}" for location, fraction in config.abs_topk.items()]
     lines = [model_repr, f"AbsTopK, fraction kept: {', '.join(topk) or 'none'}"]
@@ -33,7 +33,8 @@ def model_facts(model_repr: str, config: SparseConfig, record: Mapping[str, Any]
         lines.append(f"training: {json.dumps(training, indent=2, ensure_ascii=False)}")
     if "tasks" in record:
         scores: dict[str, Score | None] = {}
-        for name, score in record["tasks"].items():  # None: not possible with this tokenizer
+        # A score is None if the task does not work with this tokenizer.
+        for name, score in record["tasks"].items():
             scores[name] = Score(**score) if score else None
         lines.append("")
         lines.append("Tasks, a choice between two next tokens (a coin has loss 0.693):")

@@ -1,4 +1,4 @@
-"""The network in the fields of TransformerLens' configuration classes."""
+"""The fields of TransformerLens' configuration classes that describe the network."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 
 from tl_sparse.network import SparseTransformer
 
-#: TransformerLens' names of `SparseConfig`'s choices.
+#: `SparseConfig.normalization` → TransformerLens' name for it.
 _NORMALIZATION_TYPES = {"rms": "RMS", "layer": "LN"}
 
 
 def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
-    """The fields that describe the network, on both lines."""
+    """The fields that describe the network, on both versions of TransformerLens."""
     cfg = network.cfg
     return dict(
         n_layers=cfg.n_layers,

@@ -1,4 +1,4 @@
-"""Tokenizers made ready for a model."""
+"""Preparation of a tokenizer for a model."""
 
 import copy
 
@@ -11,27 +11,26 @@ from tl_sparse.errors import TokenizerError
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, d_vocab: int
 ) -> tuple[PreTrainedTokenizerBase, bool]:
-    """A checked copy of a tokenizer, in which the end-of-text token stands for each special token
-    that it lacks.
+    """Check and copy a tokenizer; in the copy, end-of-text fills in for missing special tokens.
 
-    It takes the place of TransformerLens' own set-up, which reloads a tokenizer from where it came
-    from, and so fails for one that was made in memory.
+    This replaces TransformerLens' own set-up, which reloads a tokenizer from its source and
+    therefore fails for a tokenizer that was made in memory.
 
     Returns:
-        The copy, and whether it puts the begin-of-text token in front of a text by itself.
+        The copy, and whether it prepends the BOS token to a text by itself.
 
     Raises:
-        TokenizerError: if it is not a tokenizer, its vocabulary is larger than the model's, or it
-            has no end-of-text token.
+        TokenizerError: if `tokenizer` is not a tokenizer, its vocabulary is larger than `d_vocab`,
+            or it has no end-of-text token.
     """
     if not hasattr(tokenizer, "add_special_tokens") or not hasattr(tokenizer, "all_special_tokens"):
         raise TokenizerError(
-            f"a tokenizer of transformers is needed, not {type(tokenizer).__name__}"
+            f"a tokenizer from transformers is needed, not {type(tokenizer).__name__}"
         )
     n_tokens = len(tokenizer)
     if n_tokens > d_vocab:
         raise TokenizerError(
-            f"the tokenizer has {n_tokens} tokens, the model d_vocab = {d_vocab}: not its tokenizer"
+            f"the tokenizer has {n_tokens} tokens, more than the model's d_vocab = {d_vocab}"
         )
     tokenizer = copy.deepcopy(tokenizer)
     end = _end_of_text(tokenizer)

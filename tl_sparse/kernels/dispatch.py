@@ -1,7 +1,7 @@
-"""Access to compiled code, on CPUs where numba is installed (`pip install tl-sparse[fast]`).
+"""Access to the compiled kernels, on CPUs where numba is installed (`pip install tl-sparse[fast]`).
 
-The kernels take activations as torch has them, with a row for each token. Their work is shared out
-by rows among as many threads as torch uses (`torch.set_num_threads`).
+The kernels take activations in torch's memory layout, with one row per token. The rows are divided
+among at most as many threads as torch uses (`torch.set_num_threads`).
 """
 
 import functools
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Dtypes that the kernels compute in → the integers of the same size.
+#: Dtype that the kernels support → the integer dtype of the same size.
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-#: How many numbers a thread must have to read or write to be worth waking, which takes as long as a
-#: few hundred thousand.
+#: A thread is woken only if it has at least this many numbers to read or write. Waking it takes as
+#: long as reading or writing a few hundred thousand.
 _WORTH_SHARING = 2_000_000
 
 
@@ -29,11 +29,11 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
     try:
         from tl_sparse.kernels import products, topk
 
-        # numba compiles a function when it is first called, so this shows whether it can.
+        # numba compiles a function on its first call, so this call shows whether numba works.
         products.checksum(np.zeros(1, np.uint32), 0, 1)
     except ImportError:
         return None
-    except Exception as error:  # for example, there is no folder for numba's cache
+    except Exception as error:  # for example, if there is no folder for numba's cache
         message = f"numba does not work here, so everything runs in plain torch: {error}"
         warnings.warn(message, stacklevel=2)
         return None
@@ -50,10 +50,10 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
 
 
 def kernel(name: str, x: Tensor) -> Any:
-    """The compiled function called `name`, which takes tensors; None if there is none for `x`.
+    """The compiled function called `name`, wrapped to take tensors; None if there is none for `x`.
 
-    There is none without numba, on other devices than the CPU, and for dtypes other than float32
-    and float64.
+    There is none without numba, for devices other than the CPU, or for dtypes other than
+    float32 and float64.
     """
     if x.device.type != "cpu" or x.dtype not in _INTEGERS:
         return None
@@ -69,19 +69,22 @@ def kernel(name: str, x: Tensor) -> Any:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of floating-point numbers as integers."""
+    """The bits of floating-point numbers, viewed as integers."""
     return x.view(_INTEGERS[x.dtype])
 
 
 def n_threads(size: int) -> int:
-    """Among how many threads work is shared out that reads and writes `size` numbers."""
+    """The number of threads to use for work that reads and writes `size` numbers."""
     return max(1, min(torch.get_num_threads(), size // _WORTH_SHARING))
 
 
 def shared_out(run: Callable[..., Any], n: int, size: int, *arguments: Any) -> list[Any]:
-    """`run(*arguments, first, last)` for ranges [first, last) that together make up [0, n).
+    """Call `run(*arguments, first, last)` for ranges [first, last) that together make up [0, n).
 
-    There is a range for each of `n_threads(size)`. Returns the results in the order of the ranges.
+    There is one range per thread, for at most `n_threads(size)` threads.
+
+    Returns:
+        The results in the order of the ranges.
     """
     threads = max(1, min(n, n_threads(size)))
     if threads == 1:
@@ -90,12 +93,12 @@ def shared_out(run: Callable[..., Any], n: int, size: int, *arguments: Any) -> l
     *others, own = itertools.pairwise(bounds)
     pool = _pool(os.getpid())
     futures = [pool.submit(run, *arguments, first, last) for first, last in others]
-    # This thread takes the last range, so that on two cores only one other is woken.
+    # The calling thread takes the last range, so that on two cores only one other is woken.
     own_result = run(*arguments, *own)
     return [future.result() for future in futures] + [own_result]
 
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of a process, by its id: a forked process does not inherit its parent's."""
+    """The thread pool of the process with this id; a forked process inherits no threads."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tl_sparse")

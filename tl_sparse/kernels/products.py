@@ -1,8 +1,8 @@
 """Products with sparse matrices, compiled by numba.
 
-`multiply` computes out[token] = x[token] · W for a tile of tokens at a time. The tile is transposed
-in the CPU's cache, so that the inner loop multiplies one weight by neighbouring numbers. Indices
-are unsigned, because numba checks whether signed ones count from the end.
+`multiply` computes out[token] = x[token] · Wᵀ + bias for one tile of tokens at a time. The tile is
+transposed in the CPU's cache, so that the inner loop multiplies one weight by contiguous numbers.
+Indices are unsigned, because numba checks every signed index for a negative value.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from numba import njit
 
 Array = Any  # a NumPy array; numba infers dtype and dimensions
 
-#: Tokens in a tile: two vectors of float32 with AVX-512, four with AVX2.
+#: Number of tokens in a tile: two vectors of float32 with AVX-512, four with AVX2.
 TILE = 32
-#: Columns of the output that are written at a time: a cache line of float32.
+#: Number of output columns that are written at a time: one cache line of float32.
 COLUMNS = 16
 
 _U = np.uint64
@@ -24,11 +24,11 @@ _compile = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
 @njit(cache=True, nogil=True)
 def checksum(bits: Array, first: int, last: int) -> int:
-    """The sum of hashes of the entries [first, last); sums of several ranges can be added up.
+    """The sum of the hashes of the entries [first, last); sums of several ranges can be added.
 
-    `bits` are unsigned. Each entry is hashed together with its place by invertible steps, those of
-    MurmurHash3. So a change of a single entry always changes the sum, and any other change does
-    except with a probability of about 2^-32.
+    `bits` must be unsigned. Each entry is hashed together with its index by the invertible steps of
+    MurmurHash3. A change of a single entry therefore always changes the sum, and any other change
+    leaves the sum the same with a probability of only about 2^-32.
     """
     T = bits.dtype.type
     part, total, half = bits[first:last], T(0), T(4 * bits.itemsize - 1)
@@ -43,17 +43,18 @@ def checksum(bits: Array, first: int, last: int) -> int:
 
 @njit(cache=True, nogil=True)
 def compress(matrix: Array, starts: Array, indices: Array, values: Array) -> None:
-    """Write the nonzero entries of a matrix, row by row.
+    """Write the nonzero entries of a matrix row by row (CSR).
 
-    Those of row r are written from `starts[r]` up to `starts[r + 1]`. `indices` and `values` have
-    room for as many entries as were counted before.
+    The entries of row r are written to the range [starts[r], starts[r + 1]). `indices` and `values`
+    have room for the number of nonzero entries that was counted before.
     """
     n, room = _U(0), _U(len(values))
     for row in range(len(matrix)):
         starts[row] = n
         for column in range(matrix.shape[1]):
             value = matrix[row, column]
-            # There may be more entries than were counted, if another thread changes the matrix.
+            # There may be more nonzero entries than were counted if another thread changes the
+            # matrix.
             if value != 0 and n < room:
                 indices[n], values[n] = column, value
                 n += _U(1)
@@ -69,7 +70,7 @@ def transpose(
     to_indices: Array,
     to_values: Array,
 ) -> None:
-    """Write the transpose of a compressed matrix. `to_starts` must be zero before."""
+    """Write the transpose of a compressed matrix. `to_starts` must be all zeros on entry."""
     for i in range(starts[len(starts) - 1]):
         to_starts[indices[i] + 1] += 1
     for row in range(1, len(to_starts)):
@@ -84,7 +85,7 @@ def transpose(
 
 @_compile
 def _load(x: Array, first: int, n: int, tile: Array) -> None:
-    """Copy n ≤ TILE rows of x to tile[i, t] = x[first + t, i]; the other columns become zero."""
+    """Copy n ≤ TILE rows of x, tile[i, t] = x[first + t, i], and zero the columns t ≥ n."""
     d = x.shape[1]
     whole = d - d % 8 if n == TILE else 0
     flat, to = x.reshape(-1), tile.reshape(-1)
@@ -112,7 +113,7 @@ def multiply(
 ) -> None:
     """out = x · Wᵀ + bias for the tokens [first, last), with W in compressed rows.
 
-    An empty `bias` stands for no bias.
+    An empty `bias` means that there is no bias.
     """
     tile, block = np.empty((x.shape[1], TILE), x.dtype), np.empty((COLUMNS, TILE), x.dtype)
     flat_out, flat_block = out.reshape(-1), block.reshape(-1)

@@ -1,8 +1,9 @@
-"""The k largest magnitudes, compiled by numba.
+"""Selection of the k largest magnitudes, compiled by numba.
 
-Floating-point numbers are compared by their bits without the sign. As integers these have the order
-of the magnitudes, with NaN above infinity. Every result of integer arithmetic is cast to the dtype
-of the bits: numba would widen it otherwise, and the loops would run several times slower.
+Magnitudes are compared as integers: without the sign bit, the bits of floating-point numbers have
+the same order as the magnitudes, with NaN above infinity. Every result of integer arithmetic is
+cast to the dtype of the bits, because numba would otherwise widen it and the loops would run
+several times slower.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ Array = Any  # a NumPy array; numba infers dtype and dimensions
 
 @njit(cache=True, nogil=True)
 def _count(bits: Array, row: int, t: int) -> int:
-    """How many entries of a row have a magnitude whose bits are at least `t`."""
+    """The number of entries of a row whose magnitude bits are at least `t`."""
     T = bits.dtype.type
     unsigned, bound, n = T((1 << (8 * bits.itemsize - 1)) - 1), T(t), T(0)
     for i in range(bits.shape[1]):
@@ -27,20 +28,22 @@ def _count(bits: Array, row: int, t: int) -> int:
 def _threshold(
     bits: Array, first: int, last: int, k: int, minimum: int, guess: int
 ) -> tuple[int, int]:
-    """The threshold at which `k` entries of the rows [first, last) are kept.
+    """Find the threshold at which `k` entries of the rows [first, last) are kept.
 
-    Each row keeps at least its `minimum` largest entries. `guess` is where the search starts.
+    Each row keeps at least its `minimum` largest entries. The search starts at `guess`.
 
     Returns:
-        The threshold t and a number n ≤ k: entries whose bits are at least t are kept, and these
-        are n. If n < k there is a tie, between entries whose bits are t - 1.
+        The threshold t and the number n ≤ k of entries that are kept: those whose magnitude bits
+        are at least t, and the `minimum` largest of each row. If n < k, there is a tie between
+        entries whose magnitude bits are t - 1.
     """
     rows = last - first
-    # The threshold is above `low`, where too many are kept, and at most `high`, where too few are.
+    # The threshold is above `low`, which keeps too many entries, and at most `high`, which keeps
+    # too few.
     low, high = 0, (1 << (8 * bits.itemsize - 1)) - 1
     n_low, n_high = rows * bits.shape[1], rows * minimum
-    # About how far, in bits, the threshold must move for one more entry to be kept, if entries are
-    # normally distributed.
+    # Estimate of how far the threshold, as an integer, must move to keep one more entry, if the
+    # entries are normally distributed.
     step = int((3 << (23 if bits.itemsize == 4 else 52)) * (1.0 / n_low))
     t, probes = guess, 0
     while high - low > 1:
@@ -57,7 +60,7 @@ def _threshold(
             high, n_high = t, n
         probes += 1
         if probes % 4 == 0:
-            # Interpolation alone can take as many probes as there are bits; halving takes few.
+            # Interpolation alone can converge very slowly, so every fourth probe is a bisection.
             t = low + (high - low) // 2
         elif low == 0 or n_high == rows * minimum:
             t += (n - k) * step
@@ -69,9 +72,9 @@ def _threshold(
 
 @njit(cache=True, nogil=True)
 def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
-    """Zero the entries of a row whose bits are below `t` > 0, except for their sign.
+    """Zero the entries of a row whose magnitude bits are below `t` > 0, except for their sign bit.
 
-    The others are marked in the mask, unless it is empty.
+    The other entries are marked in the mask, unless the mask is empty.
     """
     T, byte, shift = bits.dtype.type, row // 8, np.uint8(row % 8)
     unsigned, bound = T((1 << (8 * bits.itemsize - 1)) - 1), T(t)
@@ -88,12 +91,12 @@ def _cut(bits: Array, row: int, t: int, mask: Array) -> None:
 def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: int) -> bool:
     """Zero all but the `k` largest entries of each row, in place, and mark those in the mask.
 
-    This is done for the rows from 8 · first up to 8 · last. The mask has a bit for each entry: that
-    of row i is bit i % 8 in row i // 8 of the mask. Without a gradient to come it may be empty, and
-    then it makes no difference which zeros are kept.
+    This is done for the rows [8 · first, 8 · last). The mask has one bit per entry: the bit of an
+    entry in row i is bit i % 8 in row i // 8 of the mask. If no gradient is needed, the mask may be
+    empty; then it makes no difference which zeros are kept.
 
     Returns:
-        Whether there are ties to break. Rows with one are marked in `tied` and left as they are.
+        Whether there are ties to break. Rows with a tie are marked in `tied` and not changed.
     """
     t, any_tied = 0, False
     for row in range(8 * first, min(8 * last, len(bits))):
@@ -108,9 +111,10 @@ def abs_topk(bits: Array, k: int, mask: Array, tied: Array, first: int, last: in
 
 @njit(cache=True, nogil=True)
 def keep(bits: Array, rows: Array, columns: Array, mask: Array) -> None:
-    """Zero all but the given columns of the given rows, except for the sign.
+    """Zero the given rows in place, except in the given columns and except for the sign bits.
 
-    Row `rows[i]` keeps `columns[i]`, which are marked in the mask, unless it is empty.
+    Row `rows[i]` keeps the columns `columns[i]`. The kept entries are marked in the mask, unless
+    the mask is empty.
     """
     T = bits.dtype.type
     sign = T(~((1 << (8 * bits.itemsize - 1)) - 1))
@@ -131,7 +135,7 @@ def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
     The `minimum` largest entries of each row are kept first.
 
     Returns:
-        Whether that was possible. If there is a tie to break, the matrix is left as it is.
+        Whether that was possible. If there is a tie to break, the matrix is not changed.
     """
     t, n = _threshold(bits, 0, len(bits), k, minimum, 0)
     tied = n != k and t > 1  # it makes no difference which zeros are kept
@@ -152,7 +156,7 @@ def zero_all_but(bits: Array, k: int, minimum: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def times(x: Array, mask: Array, out: Array, first: int, last: int) -> None:
-    """out = x · mask for the rows from 8 · first up to 8 · last, with a mask made by `abs_topk`."""
+    """out = x · mask for the rows [8 · first, 8 · last), with a mask from `abs_topk`."""
     T = x.dtype.type
     for row in range(8 * first, min(8 * last, len(x))):
         byte, bit = row // 8, np.uint8(row % 8)

@@ -1,8 +1,8 @@
-"""A block of the network: attention, then an MLP, each reading from and adding to the stream.
+"""A block of the network: attention, then an MLP; each reads and adds to the residual stream.
 
-Parameters have HookedTransformer's names and shapes, hook points its names. Each AbsTopK is
-computed before its standard hook point, so that a hook sees, and may replace, exactly what the next
-operation uses.
+Parameters have HookedTransformer's names and shapes, and hook points have HookedTransformer's
+names. Each AbsTopK is computed before its standard hook point, so that a hook sees, and may
+replace, exactly the values that the next operation uses.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from tl_sparse.network.shapes import (
     select_position,
 )
 
-#: W_Q, W_K and W_V are `[head, input, d_head]`: their matrix is input by (head, d_head).
+#: W_Q, W_K and W_V are `[head, input, d_head]`; as a matrix, they are input by (head, d_head).
 QKV_LAYOUT = MatrixLayout(rows=(1,), columns=(0, 2))
-#: W_O is `[head, d_head, d_model]`: its matrix is (head, d_head) by d_model.
+#: W_O is `[head, d_head, d_model]`; as a matrix, it is (head, d_head) by d_model.
 O_LAYOUT = MatrixLayout(rows=(0, 1), columns=(2,))
 
 _ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "relu": F.relu}
@@ -41,9 +41,9 @@ _ACTIVATIONS_IN_PLACE: dict[str, Any] = {"gelu": torch.ops.aten.gelu_, "relu": F
 
 @dataclass
 class HookFlags:
-    """TransformerLens' flags for hook points that cost memory; all are off.
+    """TransformerLens' flags for hook points that cost memory; all are off by default.
 
-    A model puts its own TransformerLens configuration in the place of this; see
+    A model replaces these flags by its own TransformerLens configuration; see
     `SparseTransformer.follow`.
     """
 
@@ -54,12 +54,12 @@ class HookFlags:
 
 
 def _is_used(hook_point: nn.Module) -> bool:
-    """Whether anything may see or change what passes this hook point."""
+    """Whether anything may read or change the activation at this hook point."""
     if not isinstance(hook_point, HookPoint):
-        return True  # a tool such as SAELens has put a module of its own in its place
-    if hook_point._forward_hooks or hook_point._forward_pre_hooks:
-        return True
-    return bool(hook_point._backward_hooks)
+        return True  # a tool such as SAELens has replaced it by a module of its own
+    return bool(
+        hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks
+    )
 
 
 class Attention(WeightsHolder):
@@ -102,11 +102,11 @@ class Attention(WeightsHolder):
         self.topk_out = AbsTopK(cfg, "attn_out", inplace=True)
 
         self.flags: Any = HookFlags()
-        self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK, as k and v
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head], after AbsTopK; also for k and v
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], without the sink
-        self.hook_pattern = HookPoint()  # the same shape; with a sink, rows sum to less than 1
+        self.hook_pattern = HookPoint()  # the same shape; with a sink, its rows sum to less than 1
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_result
 
@@ -118,7 +118,7 @@ class Attention(WeightsHolder):
         mask: Tokens | None,
         last: PositionOfRow | None = None,
     ) -> Stream:
-        """attn_out; with `last`, that of one position of each row alone."""
+        """attn_out; with `last`, only at this one position of each row."""
         q = self.hook_q(self._project(q_read, self.times_Q, self.b_Q, self.topk_q))
         k = self.hook_k(self._project(k_read, self.times_K, self.b_K, self.topk_k))
         v = self.hook_v(self._project(v_read, self.times_V, self.b_V, self.topk_v))
@@ -128,7 +128,7 @@ class Attention(WeightsHolder):
         else:
             z = fused_attention(q, k, v, self.scale, self.sink)
             if z.requires_grad and _is_used(self.hook_z):
-                z = z.clone()  # a hook may write into z, which the backward needs as it was
+                z = z.clone()  # a hook may write into z, but the backward pass needs it unchanged
         if last is not None:
             z = select_position(z, last)
         z = self.hook_z(z)
@@ -137,7 +137,7 @@ class Attention(WeightsHolder):
         return self.topk_out(self.times_O(z.flatten(2), self.b_O))
 
     def _project(self, read: Reads, times: Product, bias: Tensor, topk: AbsTopK) -> Heads:
-        """q, k or v."""
+        """q, k or v, after AbsTopK."""
         each_head_reads_its_own = read.ndim == 4
         if each_head_reads_its_own:
             weight = times.matrix().unflatten(1, bias.shape)
@@ -147,7 +147,7 @@ class Attention(WeightsHolder):
         return topk(flat).unflatten(-1, bias.shape)
 
     def _explicit_attention(self, q: Heads, k: Heads, v: Heads, mask: Tokens | None) -> Heads:
-        """z by way of the scores and the pattern, which hooks may see and padding may change."""
+        """z from explicit scores and pattern, for hooks on them and for padding masks."""
         length = q.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         if mask is not None:
@@ -160,7 +160,7 @@ class Attention(WeightsHolder):
         else:
             pattern = scores.softmax(-1)
             if mask is not None:
-                # The pattern of a padding token to which everything is hidden would be NaN.
+                # A padding token that can attend to nothing would have a pattern of NaN.
                 pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
 
@@ -169,8 +169,8 @@ class Attention(WeightsHolder):
     ) -> Float[Tensor, "*batch head d_model"]:
         """What each head writes, for tools that work edge by edge: attn_out = Σ results + b_O.
 
-        To a channel that AbsTopK drops, each head writes its share of `-b_O`, which cancels the
-        bias.
+        In a channel that AbsTopK drops, each head writes an equal share of `-b_O`, which cancels
+        the bias.
         """
         results = torch.einsum("...hd,hdm->...hm", z, self.W_O)
         if self.topk_out.k is None:
@@ -197,7 +197,7 @@ class MLP(WeightsHolder):
             self.times_in = Product(self, ["W_in"])
         self.times_out = Product(self, ["W_out"])
         self.act_fn = cfg.act_fn
-        # Not in place after ReLU, whose backward needs its output.
+        # AbsTopK is not in place after ReLU, because the backward pass of ReLU needs its output.
         self.topk = AbsTopK(cfg, "mlp_neuron", inplace=cfg.act_fn == "gelu")
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # the same shape, after the nonlinearity and AbsTopK
@@ -208,7 +208,7 @@ class MLP(WeightsHolder):
         return self.times_out(post, self.b_out)
 
     def _activation(self, pre: Tensor) -> Tensor:
-        # In place if nothing else sees `pre`: new memory costs as much time as the nonlinearity.
+        # In place if nothing else needs `pre`: allocation takes as long as the nonlinearity itself.
         if pre.requires_grad or _is_used(self.hook_pre) or torch.compiler.is_compiling():
             return _ACTIVATIONS[self.act_fn](pre)
         return _ACTIVATIONS_IN_PLACE[self.act_fn](pre)
@@ -217,7 +217,7 @@ class MLP(WeightsHolder):
 class Block(nn.Module):
     """Attention, then an MLP; each reads the residual stream and adds to it."""
 
-    #: What TransformerLens 4's logit lens asks of a block.
+    #: TransformerLens 4's logit lens needs this attribute on every block.
     hook_out_is_single_residual_stream = True
 
     def __init__(self, cfg: SparseConfig) -> None:
@@ -233,10 +233,10 @@ class Block(nn.Module):
         self.topk_resid_mid = AbsTopK(cfg, "resid_post_attn")
         self.topk_resid_post = AbsTopK(cfg, "resid_post_mlp")
         self.flags: Any = HookFlags()
-        # All are [batch, pos, d_model], unless another shape is given.
-        self.hook_resid_pre = HookPoint()  # after AbsTopK, as all below
-        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model]: a copy for each head
-        self.hook_q_input = HookPoint()  # the same shape, as k and v
+        # All hook points are [batch, pos, d_model], unless another shape is given.
+        self.hook_resid_pre = HookPoint()  # after any AbsTopK, like those below
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], a copy for each head
+        self.hook_q_input = HookPoint()  # the same shape; also for k and v
         self.hook_k_input = HookPoint()
         self.hook_v_input = HookPoint()
         self.hook_attn_out = HookPoint()
@@ -252,7 +252,7 @@ class Block(nn.Module):
         mask: Tokens | None,
         last: PositionOfRow | None = None,
     ) -> Stream:
-        """resid_post; with `last`, that of one position of each row alone."""
+        """resid_post; with `last`, only at this one position of each row."""
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
         q_read, k_read, v_read = self._attn_reads(resid_pre, pos)
         attn_out = self.hook_attn_out(self.attn(q_read, k_read, v_read, mask, last))
@@ -272,12 +272,12 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_post)
 
     def _attn_reads(self, resid_pre: Stream, pos: Positions | None) -> tuple[Reads, Reads, Reads]:
-        """What q, k and v are computed from: one read, or one for each by the flags."""
+        """The inputs of q, k and v: the same one or, if a flag says so, a separate one for each."""
         flags = self.flags
         if not (flags.use_split_qkv_input or flags.use_attn_in):
             read = self.ln1(resid_pre, pos)
             return read, read, read
-        # A copy of the stream for each head, not a view: a hook may write into that of one head.
+        # Each head gets a copy of the stream, not a view, because a hook may write into one head's.
         copies = resid_pre.unsqueeze(2).repeat(1, 1, self.n_heads, 1)
         if flags.use_split_qkv_input:
             q_read = self.ln1(self.hook_q_input(copies.clone()), pos)

@@ -1,13 +1,14 @@
 """Tensors that are mostly zero, stored as their nonzero entries.
 
-In a `model.safetensors` of storage "compact", such a tensor `name` is stored as three tensors:
+In a `model.safetensors` with storage "compact", such a tensor `name` is stored as three tensors:
 
 - `name.values`: its nonzero entries, in row-major order,
-- `name.positions`: the place of each one in the flattened tensor, int32,
+- `name.positions`: the index of each entry in the flattened tensor, int32,
 - `name.shape`: the shape of the tensor.
 
-An entry takes 8 bytes in float32 and 6 in bfloat16, so at a density of 1 % a tensor takes 1/50 and
-1/33 of its bytes. -0.0 counts as nonzero, so that a tensor comes back bit by bit.
+An entry takes 8 bytes in float32 and 6 bytes in bfloat16. At a density of 1 %, a tensor therefore
+takes 1/50 or 1/33 of the bytes of its dense form. -0.0 counts as nonzero, so that a tensor is
+restored bit for bit.
 """
 
 import math
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from tl_sparse.errors import CheckpointError
 
-#: What the names of the three tensors end in.
+#: The endings of the names of the three tensors.
 _PARTS = ("values", "positions", "shape")
-#: Bytes that two more tensors take in the header of a file, roughly. A tensor that saves less stays
-#: dense.
+#: The approximate number of bytes that two more tensors take in the header of a file. A tensor that
+#: would save less stays dense.
 _OVERHEAD = 256
-#: Bytes of a floating-point number → the integers of the same size.
+#: Bytes per floating-point number → the integer dtype of the same size.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,7 +35,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Compact:
     """A tensor of `shape` that is zero except for `values` at the increasing row-major `positions`.
 
-    Two of them are equal only if they are the same object.
+    Two instances are equal only if they are the same object.
     """
 
     values: Shaped[Tensor, "kept"]
@@ -47,7 +48,7 @@ class Compact:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Compact":
-        """The nonzero entries of a tensor, copied."""
+        """A copy of the nonzero entries of a tensor."""
         flat = tensor.detach().flatten()
         positions = _bits(flat).nonzero().flatten()
         return cls(flat[positions], positions.int(), tensor.shape)
@@ -63,21 +64,21 @@ class Compact:
         return Compact(function(self.values), function(self.positions), self.shape)
 
     def dense(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The tensor, with its zeros."""
+        """The dense tensor."""
         flat = torch.zeros(math.prod(self.shape), device=device, dtype=dtype)
         flat[self.positions.to(device).long()] = self.values.to(device, dtype)
         return flat.view(self.shape)
 
 
 def _bits(flat: Tensor) -> Tensor:
-    """The bits of floating-point numbers as integers: of all numbers only +0.0 has none set."""
+    """The bits of floating-point numbers, viewed as integers. Only +0.0 has no bit set."""
     return flat.view(_INTEGERS[flat.itemsize])
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What storage "compact" writes for floating-point `tensors`, by name.
+    """The tensors that storage "compact" writes for the floating-point `tensors`, by name.
 
-    Tensors that would not take less room stay as they are.
+    Tensors that would not take fewer bytes compact stay dense.
     """
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -93,7 +94,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _saves_memory(tensor: Tensor) -> bool:
-    """Whether a tensor on the CPU takes less room compact."""
+    """Whether a tensor on the CPU takes fewer bytes compact than dense."""
     flat = tensor.flatten()
     n_nonzero = int(_bits(flat).count_nonzero())
     n_bytes = n_nonzero * (flat.itemsize + torch.int32.itemsize) + _OVERHEAD
@@ -102,10 +103,10 @@ def _saves_memory(tensor: Tensor) -> bool:
 
 
 def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compact]:
-    """The inverse of `pack`, except that compact tensors stay so.
+    """The inverse of `pack`, except that compact tensors stay compact.
 
     Raises:
-        CheckpointError: naming `path`, if the parts of a compact tensor do not fit together.
+        CheckpointError: if the parts of a compact tensor do not fit together; it names `path`.
     """
     tensors: dict[str, Tensor | Compact] = {}
     for key, tensor in packed.items():
@@ -113,7 +114,7 @@ def unpack(packed: Mapping[str, Tensor], path: Path) -> dict[str, Tensor | Compa
         if part not in _PARTS:
             tensors[key] = tensor
         elif name in packed:
-            raise CheckpointError(f"{path}: {name} is there twice, dense and compact")
+            raise CheckpointError(f"{path}: {name} is in the file twice, dense and compact")
         elif name not in tensors:
             tensors[name] = _unpack_one(name, packed, path)
     return tensors
@@ -128,20 +129,20 @@ def _unpack_one(name: str, packed: Mapping[str, Tensor], path: Path) -> Compact:
         raise CheckpointError(f"{path}: {name} needs all of {needed}")
     size = _size(shape)
     if size is None:
-        raise CheckpointError(f"{path}: {name}.shape is no list of sizes")
+        raise CheckpointError(f"{path}: {name}.shape must be a 1-D int64 tensor of at most 8 sizes")
     if positions.dtype != torch.int32 or positions.ndim != 1 or positions.shape != values.shape:
         raise CheckpointError(
-            f"{path}: {name}.positions must be one int32 for each of {name}.values"
+            f"{path}: {name}.positions must be 1-D, with one int32 for each of {name}.values"
         )
     if not _are_increasing(positions, math.prod(size)):
         raise CheckpointError(
-            f"{path}: {name}.positions must increase and be in a tensor of shape {list(size)}"
+            f"{path}: {name}.positions must increase and be indices into shape {list(size)}"
         )
     return Compact(values, positions, size)
 
 
 def _size(shape: Tensor) -> torch.Size | None:
-    """The shape that a `name.shape` holds; None if it is not a list of at most 8 sizes."""
+    """The shape stored in `name.shape`; None if it is not a list of at most 8 sizes."""
     if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > 8:
         return None
     sizes = shape.tolist()
@@ -151,7 +152,7 @@ def _size(shape: Tensor) -> torch.Size | None:
 
 
 def _are_increasing(positions: Tensor, n_entries: int) -> bool:
-    """Whether positions increase, from 0 or more to less than `n_entries`."""
+    """Whether positions increase strictly and all lie in [0, n_entries)."""
     if len(positions) == 0:
         return True
     is_inside = int(positions[0]) >= 0 and int(positions[-1]) < n_entries

@@ -22,10 +22,10 @@ TOPK_LOCATIONS = (
     "mlp_out",
     "resid_post_mlp",
 )
-#: The eight locations of the paper's models, which do not include the residual stream itself.
+#: The eight locations in the paper's models, which do not include the residual stream itself.
 PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
 
-#: Any larger size is taken for damage of the configuration, and refused before memory is allocated.
+#: A larger size means a damaged configuration, and is refused before memory is allocated.
 MAX_SIZE = 100_000_000
 
 
@@ -36,26 +36,26 @@ def paper_topk(fraction: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """Sizes and features of a network; each feature of Gao et al. 2025, A.1 has one field.
+    """Sizes and features of a network, with one field per feature of Gao et al. 2025, A.1.
 
     Attributes:
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, by TransformerLens' names.
-            `n_heads * d_head` need not be `d_model`.
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, named as in
+            TransformerLens. `n_heads * d_head` need not equal `d_model`.
         normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps is 1e-5).
         norm_bias: whether norms have a bias (LayerNorm only).
-        act_fn: the MLP's nonlinearity; "gelu" is the exact one.
+        act_fn: the MLP's nonlinearity; "gelu" is the exact GELU, not its tanh approximation.
         resid_relu: whether ReLU is applied to the residual stream after each addition to it.
-        abs_topk: AbsTopK location → fraction of the entries kept, k = int(fraction · dim).
-        attn_sinks: whether each head has a learned logit in its softmax's denominator.
-        bigram_table: whether a dense table `[d_vocab, d_vocab]` adds its row of the current token
-            to the logits.
+        abs_topk: AbsTopK location → fraction of the entries kept, where k = int(fraction · dim).
+        attn_sinks: whether each head has a learned logit in its softmax denominator.
+        bigram_table: whether the row of the current token in a dense table `[d_vocab, d_vocab]` is
+            added to the logits.
         logits_bias: whether a learned vector is added to the logits.
         positions: "none"; "added" to the token embedding; or "concatenated", as `d_pos` channels
-            that each block reads beside the residual stream and cannot write to.
-        d_pos: number of concatenated positional channels, else 0.
+            that each block reads together with the residual stream and cannot write to.
+        d_pos: the number of concatenated positional channels; 0 for other positions.
         sinusoidal: whether positions are fixed sinusoids instead of learned.
         biases: whether the linear maps of attention and MLP have biases.
-        tied_unembed: whether the unembedding is the transposed embedding.
+        tied_unembed: whether the unembedding is the transpose of the embedding.
 
     Raises:
         ConfigError: for a value of the wrong type or out of range.
@@ -115,7 +115,7 @@ class SparseConfig:
     def _check_abs_topk(self) -> None:
         expected = "a mapping of location to fraction"
         check(isinstance(self.abs_topk, Mapping), "abs_topk", self.abs_topk, expected)
-        # The copy is this configuration's own. Fields of a frozen dataclass are set in this way.
+        # Copy the mapping, so that later changes to it do not change this frozen configuration.
         object.__setattr__(self, "abs_topk", dict(self.abs_topk))
         for location, fraction in self.abs_topk.items():
             expected = f"one of {', '.join(TOPK_LOCATIONS)}"
@@ -128,20 +128,20 @@ class SparseConfig:
 
     @property
     def d_read(self) -> int:
-        """Width of what a block reads: the residual stream and any positional channels."""
+        """Width of the input of attention and MLPs: d_model and any positional channels."""
         return self.d_model + self.d_pos
 
     @property
     def n_matrix_weights(self) -> int:
-        """How many weights the attention and MLP matrices of all layers have."""
+        """The number of weights in the attention and MLP matrices of all layers."""
         attention = self.n_heads * self.d_head * (3 * self.d_read + self.d_model)
         mlp = self.d_mlp * (self.d_read + self.d_model)
         return self.n_layers * (attention + mlp)
 
     def location_size(self, location: str) -> int:
-        """Number of entries among which AbsTopK chooses at a location.
+        """The number of entries from which AbsTopK chooses at a location.
 
-        For q, k and v these are the channels of all heads together.
+        For q, k and v, these are the channels of all heads together.
         """
         if location in ("attn_in", "mlp_in"):
             return self.d_read
@@ -152,7 +152,7 @@ class SparseConfig:
         return self.d_model
 
     def topk(self, location: str) -> int | None:
-        """How many entries AbsTopK keeps at `location`; None where it does not act."""
+        """The number of entries that AbsTopK keeps at `location`; None if it does not act there."""
         fraction = self.abs_topk.get(location)
         if fraction is None:
             return None

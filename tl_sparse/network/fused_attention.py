@@ -1,4 +1,4 @@
-"""Causal attention that never holds its pattern in memory, with an optional sink for each head."""
+"""Causal attention that never holds its pattern in memory, with an optional sink per head."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def fused_attention(
 ) -> Heads:
     """z = softmax(q · k · scale) · v, where each position attends to itself and those before it.
 
-    A sink is one more logit in the softmax of its head: it takes its share of the pattern and adds
+    A sink is one more logit in the softmax of its head. It takes a share of the pattern and adds
     nothing to z.
     """
     q = q.transpose(1, 2)
@@ -34,7 +34,7 @@ def fused_attention(
 
 
 def _fits_the_cpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's fused attention on the CPU takes these inputs as they are."""
+    """Whether torch's fused attention on the CPU accepts these inputs without a copy."""
     for x in (q, k, v):
         if x.device.type != "cpu" or x.dtype != q.dtype:
             return False
@@ -44,17 +44,17 @@ def _fits_the_cpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class _WithSink(torch.autograd.Function):
-    """Attention with a sink by torch's fused attention without one.
+    """Attention with a sink, computed by torch's fused attention, which has none.
 
-    That returns the logarithm of each softmax's denominator, and its backward takes it. If the
-    sink's logit is added to the denominator in between, value and gradients are those of attention
-    with a sink.
+    The fused forward pass returns the logarithm of each softmax denominator, and the fused backward
+    pass takes it as input. With the sink added to the denominator in between, the value and the
+    gradients are those of attention with a sink.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sink: Tensor) -> Tensor:
         z, log_total = _fused(q, k, v, is_causal=True, scale=scale)
-        # The share of the pattern that the sink leaves: e^log_total / (e^log_total + e^sink).
+        # The share of the softmax that the sink leaves: e^log_total / (e^log_total + e^sink).
         share = torch.sigmoid(log_total - sink[:, None])
         z *= share.unsqueeze(-1)
         ctx.save_for_backward(q, k, v, sink, z, log_total)
@@ -77,10 +77,10 @@ class _WithSink(torch.autograd.Function):
 
 
 def _with_sink_as_key(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: Tensor) -> Tensor:
-    """Attention in which the sink is a key of its own before the first token, with the value zero.
+    """Attention in which the sink is an extra key before the first token, with a value of zero.
 
-    An extra channel, which is 1 in every query, gives this key the logit of the sink. An extra
-    query before the first token keeps the causal mask square.
+    An extra channel that is 1 in every query gives this key the logit of the sink. An extra query
+    before the first token keeps the causal mask square.
     """
     d_head = q.shape[-1]
     q = F.pad(q * scale, (0, 1, 1, 0), value=1.0)

@@ -9,9 +9,9 @@ from tl_sparse.network.compact import Compact
 
 
 class WeightsHolder(nn.Module):
-    """A part of the network that can hold weights compact instead of as parameters.
+    """A module that can hold weights compact instead of as parameters.
 
-    Each access to such a weight makes a dense copy of it, so a change made to that copy in place is
+    Each access to a compact weight makes a dense copy of it, so in-place changes to that copy are
     lost. A weight that is assigned, or loaded from a state_dict, is held compact again.
     """
 
@@ -22,11 +22,11 @@ class WeightsHolder(nn.Module):
 
     @property
     def _held(self) -> dict[str, Compact]:
-        """The compact weights by name. Most modules hold none, and have no such attribute."""
+        """The compact weights by name. A module that holds none does not have the attribute."""
         return self.__dict__.get("compact", {})
 
     def dense_copies(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and dense copy of each weight that is held compact, made one at a time."""
+        """The name and a dense copy of each weight that is held compact, one at a time."""
         for name in self._held:
             yield name, getattr(self, name)
 
@@ -43,7 +43,7 @@ class WeightsHolder(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert the compact weights along with the parameters, as `Module.to` asks."""
+        """Move or convert the compact weights with the parameters; `Module.to` calls this."""
         for name, weight in self._held.items():
             self.hold_compact(name, weight.mapped(fn))
         return super()._apply(fn, recurse)

@@ -1,6 +1,6 @@
 """The layers around and within the blocks.
 
-AbsTopK, biases, norms, embeddings, the unembedding and the bigram table.
+These are AbsTopK, biases, norms, embeddings, the unembedding and the bigram table.
 """
 
 import math
@@ -19,9 +19,10 @@ from tl_sparse.network.shapes import Logits, Positions, Reads, Stream, Tokens
 
 
 class AbsTopK(nn.Module):
-    """AbsTopK at a location of the configuration; the identity if it does not act there.
+    """AbsTopK at a location; the identity if the configuration has no AbsTopK at this location.
 
-    With `inplace` it may overwrite its input, which nothing else may then hold, autograd included.
+    With `inplace`, it may overwrite its input, so nothing else may need the input, including
+    autograd.
     """
 
     def __init__(self, cfg: SparseConfig, location: str, inplace: bool = False) -> None:
@@ -40,10 +41,10 @@ class AbsTopK(nn.Module):
 
 
 def new_bias(*shape: int, learned: bool) -> nn.Parameter | nn.Buffer:
-    """A bias, zero at first.
+    """A bias that is initialised to zero.
 
-    TransformerLens' tools expect every bias to be there. Those that a network does not learn stay
-    zero, as buffers that are not saved.
+    TransformerLens' tools expect every bias to exist. Biases that a network does not learn are zero
+    buffers that are not saved.
     """
     zeros = torch.zeros(shape)
     if learned:
@@ -52,7 +53,7 @@ def new_bias(*shape: int, learned: bool) -> nn.Parameter | nn.Buffer:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm. `hook_normalized` comes before the weight, as in TransformerLens."""
+    """RMSNorm or LayerNorm. `hook_normalized` precedes the weight w, as in TransformerLens."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Norm(nn.Module):
 
     def _scale(self, x: Tensor) -> Tensor:
         # RMSNorm adds only the dtype's machine epsilon, so that zero keeps its meaning in the
-        # stream (A.1).
+        # residual stream (A.1).
         eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
         return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
@@ -80,7 +81,11 @@ class Norm(nn.Module):
 
 
 class Read(Norm):
-    """What a block reads: the normalized stream and any positional channels, then AbsTopK."""
+    """The input of attention or an MLP.
+
+    The residual stream is normalized, any positional channels are concatenated to it, and AbsTopK
+    is applied.
+    """
 
     def __init__(self, cfg: SparseConfig, location: str) -> None:
         super().__init__(cfg)
@@ -108,7 +113,7 @@ class Embed(nn.Module):
     """Token embedding.
 
     Raises:
-        DataError: for token ids outside the vocabulary. On a GPU torch itself stops the process.
+        DataError: for token ids outside the vocabulary. On a GPU, torch aborts the process instead.
     """
 
     def __init__(self, cfg: SparseConfig) -> None:
@@ -116,7 +121,7 @@ class Embed(nn.Module):
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
 
     def forward(self, tokens: Tokens) -> Stream:
-        # The backward of W_E[tokens] would differ from run to run on several threads.
+        # With several threads, the backward pass of W_E[tokens] would not be deterministic.
         try:
             return F.embedding(tokens, self.W_E)
         except IndexError as error:
@@ -125,7 +130,10 @@ class Embed(nn.Module):
 
 
 class PosEmbed(nn.Module):
-    """Learned or sinusoidal positions: added to the token embedding, or concatenated channels."""
+    """Learned or sinusoidal positional embeddings.
+
+    They are added to the token embedding or concatenated as channels of their own.
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
@@ -141,21 +149,21 @@ class PosEmbed(nn.Module):
 
 
 def _sinusoids(n_ctx: int, d_pos: int) -> Float[Tensor, "n_ctx d_pos"]:
-    """Sines in the even channels, cosines in the odd ones, wavelengths from 2π to 10000·2π."""
+    """Sines in even channels, cosines in odd ones, with wavelengths from 2π to 10000·2π."""
     frequencies = torch.exp(torch.arange(0, d_pos, 2) * (-math.log(10000.0) / d_pos))
     angles = torch.arange(n_ctx)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_pos]
 
 
 class Unembed(nn.Module):
-    """Residual stream → logits, with the bias of the logits."""
+    """The map from the residual stream to the logits, with the logit bias b_U."""
 
     W_U: Tensor
 
     def __init__(self, cfg: SparseConfig, embed: Embed) -> None:
         super().__init__()
-        # An ordinary attribute would make the embedding a submodule here, and W_E a parameter with
-        # two names.
+        # An ordinary attribute would register the embedding as a submodule, and W_E would become a
+        # parameter with two names.
         self.__dict__["tied_to"] = embed if cfg.tied_unembed else None
         if not cfg.tied_unembed:
             self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
@@ -172,7 +180,10 @@ class Unembed(nn.Module):
 
 
 class Bigram(nn.Module):
-    """The dense table whose row of the current token is added to the logits, past the stream."""
+    """The dense bigram table.
+
+    The row of the current token is added to the logits and bypasses the residual stream.
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Products with the network's weight matrices.
 
-A product is either dense, or made of the nonzero weights alone where that is faster.
+A product is either dense, or it uses only the nonzero weights, where that is faster.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 from tl_sparse.network.compact import Compact
 
 Kernels = Literal["auto", "dense", "sparse"]
-#: A product with fewer tokens than this is dense.
+#: A product with fewer tokens than this is dense, unless its weights are held compact.
 MIN_TOKENS = 32
-#: The layout of a weight that is a matrix already, `[d_in, d_out]`.
+#: The layout of a weight that already is a matrix `[d_in, d_out]`.
 INPUT_BY_OUTPUT = MatrixLayout(rows=(0,), columns=(1,))
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """The nonzero entries of a matrix, row by row.
+    """The nonzero entries of a matrix, row by row (CSR).
 
     Attributes:
-        starts: the entries of row r are those from `starts[r]` up to `starts[r + 1]`.
+        starts: row r has the entries in the range [starts[r], starts[r + 1]).
         columns: the column of each entry.
         values: the value of each entry.
         n_columns: the number of columns of the matrix.
@@ -43,7 +43,7 @@ class Compressed:
 
     @classmethod
     def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> "Compressed":
-        """Memory for so many entries, with values of the dtype of `like`. `starts` is zero."""
+        """Memory for `n_entries` entries with values of the dtype of `like`; `starts` is zero."""
         return cls(
             starts=like.new_zeros(n_rows + 1, dtype=torch.int64),
             columns=like.new_empty(n_entries, dtype=torch.int32),
@@ -53,7 +53,7 @@ class Compressed:
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "row column"], n_nonzero: int) -> "Compressed":
-        """The nonzero entries of a dense matrix, which were counted before."""
+        """The nonzero entries of a dense matrix that has `n_nonzero` of them."""
         matrix = matrix.contiguous()
         n_rows, n_columns = matrix.shape
         compressed = cls.empty(n_rows, n_columns, n_nonzero, like=matrix)
@@ -90,15 +90,15 @@ class Compressed:
 
 @dataclass(frozen=True, eq=False)
 class _Cache:
-    """What a product remembers of its weights.
+    """Cache of a product: identity, nonzero count and compressed entries of its weights.
 
-    It is never changed, only replaced as a whole, because threads may share the product.
+    The cache is immutable and replaced as a whole, because several threads may use the product.
 
     Attributes:
-        weights: identifies the weights: the dtype of the product and, for each weight, its checksum
-            or the object that holds it compact.
-        n_nonzero: how many of the weights are not zero.
-        entries: the nonzero weights as Wᵀ, compressed when they are first needed.
+        weights: the identity of the weights: the dtype of the product and, for each weight, its
+            checksum or the `Compact` that holds it.
+        n_nonzero: the number of nonzero weights.
+        entries: the nonzero weights as compressed rows of Wᵀ; None until they are needed.
     """
 
     weights: tuple[Any, ...] = ()
@@ -107,20 +107,20 @@ class _Cache:
 
 
 class Product(nn.Module):
-    """x · W + bias, where the matrix W has in its rows the weights called `names` of `owner`.
+    """The product x · W + bias, where W stacks the weights `names` of `owner` along its rows.
 
-    On a CPU with numba, the nonzero weights can be taken out of W. They are then taken out once,
-    and again after any change of the weights, which a checksum notices. With `kernels` = "auto" the
-    product uses them alone where measured costs say that this is faster, with "sparse" always, with
-    "dense" never. Gradients are those of the dense product.
+    On a CPU with numba, a product can use only the nonzero weights. These are extracted once, and
+    again whenever a checksum shows that the weights have changed. With `kernels` = "auto", the
+    product uses only the nonzero weights where this is faster according to measured costs; with
+    "sparse" always, with "dense" never. Gradients equal those of the dense product.
 
-    Always dense are products under autocast and in `torch.compile`, and those of fewer than 32
-    tokens unless the weights are held compact. `torch.func` needs "dense".
+    Products under autocast or in `torch.compile` are always dense. Products of fewer than 32 tokens
+    are dense too, unless the weights are held compact. `torch.func` needs "dense".
 
     Args:
-        owner: the module that has the weights; it is not made a submodule of the product.
-        names: the weights, in the order of their rows in W.
-        layout: how each of them makes a matrix of inputs (rows) by outputs (columns).
+        owner: the module that has the weights; it does not become a submodule of the product.
+        names: the names of the weights, in the order of their rows in W.
+        layout: the layout of each weight as a matrix `[d_in, d_out]`.
     """
 
     def __init__(
@@ -128,7 +128,8 @@ class Product(nn.Module):
     ) -> None:
         super().__init__()
         self.owner: Any
-        # An ordinary attribute would become a submodule, and the product is part of its owner.
+        # An ordinary attribute would register the owner as a submodule of the product, which is
+        # itself a submodule of the owner.
         self.__dict__["owner"] = owner
         self.names = names
         self.layout = layout
@@ -136,11 +137,11 @@ class Product(nn.Module):
         self._cache = _Cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the cache behind."""
+        """The state for copies and pickles, which do not include the cache."""
         return {**self.__dict__, "_cache": _Cache()}
 
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
-        """W, dense."""
+        """W as a dense matrix."""
         parts = [self.layout.matrix(getattr(self.owner, name)) for name in self.names]
         if len(parts) == 1:
             return parts[0]
@@ -152,24 +153,24 @@ class Product(nn.Module):
         entries = self._entries(x)
         if entries is None:
             return F.linear(x, self.matrix().T, bias)
-        # Autograd needs W only where the weights learn.
+        # Autograd needs the dense W only if the weights are trained.
         matrix = self.matrix() if self._learns() else None
         return _SparseProduct.apply(x, matrix, bias, entries)
 
     def _learns(self) -> bool:
-        """Whether a gradient may be asked for of any of the weights."""
+        """Whether any of the weights may receive a gradient."""
         if self._is_compact or not torch.is_grad_enabled():
             return False
         return any(getattr(self.owner, name).requires_grad for name in self.names)
 
     @property
     def _is_compact(self) -> bool:
-        """Whether the owner holds these weights compact: all of them or none."""
+        """Whether the owner holds these weights compact; it does so for all of them or none."""
         return self.names[0] in self.owner.__dict__.get("compact", ())
 
     @torch.no_grad()
     def _entries(self, x: Float[Tensor, "*batch d_in"]) -> Compressed | None:
-        """The nonzero weights as Wᵀ; None if the product with `x` has to be dense, or is faster."""
+        """The nonzero weights as Wᵀ; None if the product with `x` is to be dense."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
         if kernel("multiply", x) is None:
@@ -182,7 +183,7 @@ class Product(nn.Module):
         return self._entries_of_dense_weights(n_tokens, x.dtype)
 
     def _entries_of_dense_weights(self, n_tokens: int, dtype: torch.dtype) -> Compressed | None:
-        """`_entries` of weights that are parameters."""
+        """`_entries` for weights that are parameters."""
         weights = [getattr(self.owner, name).detach() for name in self.names]
         if weights[0].dtype != dtype:
             return None
@@ -190,7 +191,7 @@ class Product(nn.Module):
         d_in = sum(n_rows for n_rows, _ in matrix_shapes)
         d_out = matrix_shapes[0][1]
         is_auto = self.kernels == "auto"
-        # If not even a matrix of zeros were faster, the weights need no counting.
+        # If even an all-zero matrix would not be faster, the nonzero weights need not be counted.
         if is_auto and not _is_faster(n_tokens, d_in, d_out, n_nonzero=0):
             return None
         cache = self._cache
@@ -208,7 +209,7 @@ class Product(nn.Module):
         return cache.entries
 
     def _entries_of_compact_weights(self, dtype: torch.dtype) -> Compressed:
-        """`_entries` of weights that are held compact; no dense copy of them is made."""
+        """`_entries` for weights that are held compact, without making dense copies of them."""
         weights: list[Compact] = [self.owner.compact[name] for name in self.names]
         cache = self._cache
         identity = (dtype, *weights)
@@ -236,8 +237,8 @@ class Product(nn.Module):
 
 
 def _checksum(weight: Tensor) -> int:
-    """A number that changes with the weight."""
-    # A transposed matrix, such as a tied unembedding, is read as it lies in memory: without a copy.
+    """A checksum of the values of a weight."""
+    # A transposed matrix, such as a tied unembedding, is read in memory order, to avoid a copy.
     is_transposed = weight.ndim == 2 and not weight.is_contiguous()
     in_memory = weight.T if is_transposed else weight
     flat = bits(in_memory.contiguous()).view(-1).numpy()
@@ -246,11 +247,11 @@ def _checksum(weight: Tensor) -> int:
 
 
 def _is_faster(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:
-    """Whether a product with the nonzero weights alone is faster than a dense one.
+    """Whether a product with only the nonzero weights is faster than a dense one.
 
     The costs were measured with AVX-512. Their unit is one multiplication of a dense product on one
-    thread. For each token a nonzero weight costs 5, an input 15 and an output 60; beside the
-    product itself 6 million are spent.
+    thread. Per token, each nonzero weight costs 5, each input 15 and each output 60. The overhead
+    of a sparse product is 6 million.
     """
     sparse_threads = n_threads(n_tokens * (d_in + d_out))
     sparse_cost = (5 * n_nonzero + 15 * d_in + 60 * d_out) / sparse_threads
@@ -259,7 +260,7 @@ def _is_faster(n_tokens: int, d_in: int, d_out: int, n_nonzero: int) -> bool:
 
 
 class _SparseProduct(torch.autograd.Function):
-    """x · W + bias by the compressed rows of Wᵀ; `matrix` is W where its gradient is needed."""
+    """x · W + bias from compressed rows of Wᵀ; `matrix` is W if it needs a gradient, else None."""
 
     @staticmethod
     def forward(
@@ -268,9 +269,9 @@ class _SparseProduct(torch.autograd.Function):
         tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
         offsets = tokens.new_empty(0) if bias is None else bias.detach().contiguous()
         d_out = len(compressed.starts) - 1
-        # NumPy's memory comes in huge pages where the system has them, which makes it several times
-        # faster to get than torch's. `out` must be no view of it: autograd copies the gradient of a
-        # view that is changed in place.
+        # NumPy allocates in huge pages where the system has them, which is several times faster
+        # than allocation by torch. `out` must not be a view, because autograd copies the gradient
+        # of a view that is changed in place.
         out = torch.from_numpy(np.empty((*x.shape[:-1], d_out), tokens.numpy().dtype))
         shared_out(
             kernel("multiply", tokens),
@@ -281,7 +282,7 @@ class _SparseProduct(torch.autograd.Function):
             offsets,
             out.view(len(tokens), d_out),
         )
-        # The gradient of W alone needs x.
+        # Only the gradient of W needs x.
         ctx.save_for_backward(None if matrix is None else x, matrix)
         ctx.compressed = compressed
         return out

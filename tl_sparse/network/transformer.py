@@ -1,7 +1,7 @@
 """The whole network, written once, with HookedTransformer's parameter names and hook points.
 
-Both kinds of model, `tl_sparse.faces.hooked` for TransformerLens 3 and `tl_sparse.faces.bridge` for
-TransformerLens 4, run these modules.
+Both model classes run these modules: `tl_sparse.faces.hooked` on TransformerLens 3 and
+`tl_sparse.faces.bridge` on TransformerLens 4.
 """
 
 import math
@@ -28,7 +28,7 @@ from tl_sparse.network.shapes import (
 
 
 class SparseTransformer(nn.Module):
-    """The network, tokens → logits. Users meet it inside a model; see `tl_sparse.load`."""
+    """The network from tokens to logits. `tl_sparse.load` wraps it in a TransformerLens model."""
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
@@ -67,16 +67,18 @@ class SparseTransformer(nn.Module):
             input_ids: the tokens. The bigram table needs them even if `resid` is given.
             attention_mask: 1 for a real token, 0 for padding. Padding on the right needs no mask,
                 because attention is causal.
-            position_ids: by default 0, 1, …, counted over the real tokens of `attention_mask`.
+            position_ids: the position of each token; by default 0, 1, …, counted over the real
+                tokens of `attention_mask`.
             resid: the residual stream entering block `start_at_layer`, instead of the embedding.
-            start_at_layer: the first block to run, by default the first of all.
-            stop_at_layer: the block to stop before, by default none.
-            last: one position of each row. Only the logits there are returned, `[batch, 1,
-                d_vocab]`. After the last attention, the other positions are not computed, and hook
-                points do not see them.
+            start_at_layer: the first block to run; by default block 0.
+            stop_at_layer: the block to stop before; by default all blocks run.
+            last: one position in each row. Only the logits at these positions are returned,
+                `[batch, 1, d_vocab]`. From hook_z of the last block on, the other positions are not
+                computed, and hook points do not see them.
 
         Raises:
-            DataError: for more tokens than the model's context, or one outside its vocabulary.
+            DataError: for a sequence longer than the model's context, or a token outside its
+                vocabulary.
         """
         length = input_ids.shape[1]
         if length > self.cfg.n_ctx:
@@ -85,7 +87,7 @@ class SparseTransformer(nn.Module):
         if position_ids is None:
             position_ids = self.position_ids(input_ids, attention_mask)
         if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # nothing is hidden, so attention can be fused
+            attention_mask = None  # there is no padding, so attention can be fused
         if resid is None:
             embed = self.hook_embed(self.embed(input_ids))
             resid = self.add_positions(embed, position_ids)
@@ -102,11 +104,11 @@ class SparseTransformer(nn.Module):
         return logits
 
     def position_ids(self, x: Tensor, mask: Tensor | None) -> Tokens:
-        """0, 1, … for the real tokens of each row; padding before the first one has position 0.
+        """0, 1, … for the real tokens of each row; padding before them has position 0.
 
         Args:
             x: tokens `[batch, pos]` or activations `[batch, pos, …]`.
-            mask: 1 for a real token, 0 for padding; None if all are real.
+            mask: 1 for a real token, 0 for padding; None if all tokens are real.
         """
         if mask is None:
             is_real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
@@ -115,13 +117,13 @@ class SparseTransformer(nn.Module):
         return (is_real.cumsum(1) - 1).clamp(min=0)
 
     def add_positions(self, embed: Stream, position_ids: Tokens) -> Stream:
-        """The stream entering the first block: token embeddings and any added positions."""
+        """The residual stream entering block 0: token embeddings plus any added positions."""
         if self.cfg.positions != "added":
             return embed
         return embed + self.hook_pos_embed(self.pos_embed(position_ids))
 
     def _concatenated_positions(self, position_ids: Tokens) -> Positions | None:
-        """The positional channels that every block reads, if the network has such."""
+        """The positional channels that every block reads; None if the network has none."""
         if self.cfg.positions != "concatenated":
             return None
         return self.hook_pos(self.pos_embed(position_ids))
@@ -129,17 +131,17 @@ class SparseTransformer(nn.Module):
     def check_input(
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
-        """Check the kinds and shapes of the arguments of `forward`.
+        """Check the dtypes and shapes of the arguments of `forward`.
 
         Raises:
-            DataError: for tokens that are no integers `[batch, pos]`, or anything else whose shape
-                does not fit them.
+            DataError: if `tokens` are not integers `[batch, pos]`, another argument does not fit
+                the shape of `tokens`, or a position is outside the context.
         """
         _check_tokens(tokens)
         expected = [*tokens.shape, self.cfg.d_model]
         if resid is not None and list(resid.shape) != expected:
-            shapes = f"{expected} beside these tokens, not {list(resid.shape)}"
-            raise DataError(f"the residual stream must be {shapes}")
+            shapes = f"{expected} to fit the tokens, not {list(resid.shape)}"
+            raise DataError(f"the residual stream must have shape {shapes}")
         for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
             if given is not None and given.shape != tokens.shape:
                 shapes = f"{list(tokens.shape)}, not {list(given.shape)}"
@@ -152,14 +154,14 @@ class SparseTransformer(nn.Module):
                 )
 
     def follow(self, flags: Any) -> None:
-        """Let `flags`, a TransformerLens configuration, say which optional hook points are used."""
+        """Make `flags`, a TransformerLens configuration, control the optional hook points."""
         block: Any
         for block in self.blocks:
             block.flags = flags
             block.attn.flags = flags
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every parameter, and a dense copy of every weight held compact."""
+        """The name and value of every parameter and, as a dense copy, of every compact weight."""
         yield from self.named_parameters()
         for path, module in self.named_modules():
             if isinstance(module, WeightsHolder):
@@ -178,11 +180,11 @@ def _check_tokens(tokens: Tensor) -> None:
 
 @torch.no_grad()
 def init_weights(network: SparseTransformer, seed: int) -> None:
-    """Draw fresh weights from `seed`; biases, norms and sinks stay as they are.
+    """Draw new weights from `seed`; biases, norms and sinks do not change.
 
-    Weights are normal with a standard deviation of 1/sqrt(inputs), those that write to the stream
-    further divided by sqrt(2 · n_layers) (GPT-2's rule), embeddings with 0.02. The bigram table is
-    uniform in [0, 0.02) (A.1).
+    Weights are normal. Their standard deviation is 0.02 in the token and positional embeddings, and
+    1/sqrt(number of inputs) in other matrices, further divided by sqrt(2 · n_layers) in those that
+    write to the residual stream (GPT-2's rule). The bigram table is uniform in [0, 0.02) (A.1).
     """
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in network.named_parameters():

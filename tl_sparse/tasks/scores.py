@@ -45,7 +45,7 @@ def score_row(name: str, score: Score) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with columns aligned on the left, and a rule under the header."""
+    """Lay out a table with left-aligned columns and a rule under the header."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = []
