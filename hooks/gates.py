@@ -18,10 +18,12 @@ from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 class NodeGates(nn.Module):
     """Gates at hook points of a TransformerLens model, one for every entry of `means`.
 
-    A gate is open if its parameter τ is above 0; the node then keeps its activation. If the gate is
-    closed, the node is held at its mean.
+    A gate is open if its parameter τ is above 0; the node is then kept, with its activation as it
+    is. If the gate is closed, the node is held at its mean. Activations are `[batch, pos, *node]`.
 
     Attributes:
+        means: hook name → the mean activation of each node.
+        temperature: the temperature T of the surrogate gradient; see `_Gate`.
         tau: the parameters τ of all gates, as one vector.
         index: hook name → the index in `tau` of each node's gate, `[*node]`.
     """
@@ -43,7 +45,8 @@ class NodeGates(nn.Module):
             init_bias, init_scale: τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1].
             temperature: the temperature T of the surrogate gradient; see `_Gate`.
             seed: the seed of the noise in the initial τ.
-            tied: hook name → a hook name earlier in `means`, whose gates it shares node by node.
+            tied: hook name → a hook name earlier in `means`, with as many nodes, whose gates it
+                shares: a query channel and its key channel, for example.
         """
         super().__init__()
         self.means = {name: mean.clone() for name, mean in means.items()}
@@ -74,8 +77,8 @@ class NodeGates(nn.Module):
             model: any TransformerLens model.
             inverted: hold the nodes whose gates are open and keep the others, which runs the model
                 without the circuit instead of the circuit alone.
-            values: hook name → the values that nodes are held at instead of their means, such as
-                their activations on other prompts.
+            values: hook name → the values that nodes are held at instead of their means: `[*node]`,
+                or `[batch, pos, *node]`, such as their activations on other prompts.
 
         Raises:
             HookNameError: for a hook name that the model does not have.
@@ -103,7 +106,10 @@ class NodeGates(nn.Module):
         return self.at_nodes(self.tau.detach() > 0)
 
     def expected_size(self) -> Float[Tensor, ""]:
-        """The number of open gates, with the same surrogate gradient as the gates themselves."""
+        """The number of open gates, with the same surrogate gradient as the gates themselves.
+
+        Nodes that share a gate count once.
+        """
         soft = torch.sigmoid(self.tau / self.temperature)
         return (self.tau > 0).sum() + (soft - soft.detach()).sum()
 
@@ -117,7 +123,7 @@ class _Gate(torch.autograd.Function):
     """The gated activation: x where the gate is open, else the value that the node is held at.
 
     The step from closed to open has no useful derivative, so the gradient of τ is that of a soft
-    gate, sigmoid(τ / T) (A.5).
+    gate, sigmoid(τ / T) (A.5): a straight-through estimator.
     """
 
     @staticmethod
@@ -128,7 +134,8 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(x, tau, value, is_open)
         ctx.temperature = temperature
         ctx.sign = -1.0 if inverted else 1.0
-        # Multiplying by 0 or 1 is exact, and on a CPU several times faster than torch.where.
+        # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
+        # torch.where.
         gate = is_open.to(x.dtype)
         return torch.addcmul(value * (1 - gate), x, gate)
 

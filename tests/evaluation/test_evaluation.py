@@ -89,7 +89,10 @@ def micro_data(micro, n_pairs=8):
 
 
 def loss_if_written(a):
-    """The loss of the micro model if a is written after A and -a after B, instead of ±WRITTEN."""
+    """The loss of the micro model if a is written after A and -a after B, instead of ±WRITTEN.
+
+    The root is the scale of the final norm; see micro.py.
+    """
     return math.log1p(math.exp(-2 * W_U * a / math.sqrt((1 + a * a) / 4)))
 
 
@@ -251,9 +254,10 @@ def test_resampled_are_the_activations_of_another_prompt(n_pairs):
     assert sorted(partner.tolist()) == list(range(2 * n_pairs))
     assert (partner != torch.arange(2 * n_pairs)).all()
 
+    after_the_last_attention = {f"blocks.1.{place}" for place in PAST_ATTENTION}
     for name in names:
         expected = cache[name][partner]
-        if name.startswith("blocks.1") and found[name].shape[1] == 1:
+        if name in after_the_last_attention:
             expected = expected[torch.arange(2 * n_pairs), data.last[partner]][:, None]
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
     assert not has_hooks(model)
@@ -269,7 +273,11 @@ def test_resampling_is_the_same_each_time():
 
 
 def test_an_empty_circuit_under_resampling_is_another_prompt():
-    """All prompts end in a token whose embedding is zero, so only nodes tell them apart."""
+    """All prompts end in a token whose embedding is zero, so only nodes tell them apart.
+
+    An empty circuit holds all nodes. What would be left of the prompt itself is the embedding of
+    its last token.
+    """
     model = tiny_model(n_layers=2, dtype=torch.float64)
     data = random_data(model, n_pairs=5, lengths=torch.full((10,), 7))
     data.tokens[:, -1] = data.tokens[0, -1].clone()
@@ -283,6 +291,7 @@ def test_an_empty_circuit_under_resampling_is_another_prompt():
     for candidates, logits in zip(data.candidates, found, strict=True):
         of_each = full[:, candidates].float()
         same = [prompt for prompt in range(10) if torch.allclose(of_each[prompt], logits)]
+        assert len(same) == 1
         partners.append(same[0])
     assert sorted(partners) == list(range(10))
     assert all(prompt != partner for prompt, partner in enumerate(partners))
@@ -340,7 +349,7 @@ def without_the_written_channel(micro):
 
 def test_mean_and_zero_ablation_on_paper(micro, without_the_written_channel):
     """The written channel is held at its mean, 1/4 after A and after B, or at zero."""
-    measured = evaluate(without_the_written_channel, micro, micro_data(micro), batch_size=100)
+    measured = evaluate(without_the_written_channel, micro, micro_data(micro))
     assert measured.full.loss == pytest.approx(LOSS, abs=1e-6)
     at_mean = (loss_if_written(0.25) + loss_if_written(-0.25)) / 2
     assert measured.circuit.loss == pytest.approx(at_mean, abs=1e-5)
@@ -352,9 +361,13 @@ def test_mean_and_zero_ablation_on_paper(micro, without_the_written_channel):
 def test_resampling_on_paper(micro, without_the_written_channel):
     """The written channel is held at its activation on another prompt: the value of A or of B."""
     data = micro_data(micro)
+    # One batch, because resampling draws the other prompts from the same batch.
     measured = evaluate(without_the_written_channel, micro, data, batch_size=100)
-    letters = resampled(micro, data, ["hook_embed"])["hook_embed"][:, 3, 0]  # A is 1, B is -1
-    own_letters = torch.tensor([1.0, -1.0]).repeat(8)
+    embeddings = resampled(micro, data, ["hook_embed"])["hook_embed"]
+    letters = embeddings[
+        :, 3, 0
+    ]  # the letter is at position 3, and its embedding 1 for A, -1 for B
+    own_letters = torch.tensor([1.0, -1.0]).repeat(data.n_pairs)
     swapped = (letters != own_letters).float().mean().item()
     assert 0 < swapped < 1
     assert measured.resample.accuracy == pytest.approx(1 - swapped)
@@ -408,6 +421,8 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
             raise ZeroDivisionError
         return real(*arguments)
 
+    # 16 prompts in batches of 4: the fourth call is in the first score that a judge takes, or, in
+    # `evaluate`, in that of the circuit under mean ablation. All are taken under the circuit.
     monkeypatch.setattr(evaluation, "candidate_logits", failing_at_the_fourth_call)
     with pytest.raises(ZeroDivisionError):
         judge(circuit_without_edges(micro), micro, micro_data(micro), batch_size=4)
@@ -419,7 +434,10 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
 
 
 def coins(shares, per=20):
-    """Logits that differ by 0, 1, 2 …, for `per` prompts each; `shares` have the second answer."""
+    """For each i, `per` prompts whose two logits differ by i, and the data they belong to.
+
+    For a fraction `shares[i]` of them the second answer is right. The rest of the data is arbitrary.
+    """
     differences = torch.arange(len(shares)).repeat_interleave(per).float()
     logits = torch.stack([torch.zeros_like(differences), differences], 1)
     correct = torch.cat([torch.arange(per) < round(share * per) for share in shares]).long()
@@ -445,6 +463,7 @@ def test_calibration_undoes_a_scale_and_a_shift(low, high):
     logits, data = coins([low, high])
     log_odds = [math.log(p / (1 - p)) for p in (low, high)]
     scale, shift = calibration(calibrated(logits, 0.5, -1.0), data)
+    # scale · (0.5 · x - 1) + shift = (0.5 · scale) · x + (shift - scale)
     of_the_original = (scale * 0.5, shift - scale)
     expected = (log_odds[1] - log_odds[0], log_odds[0])
     assert of_the_original == pytest.approx(expected, abs=2e-3)

@@ -71,6 +71,7 @@ class Attention(WeightsHolder):
         d_head = cfg.d_head
         self.scale = d_head**-0.5
 
+        # The order of the parameters decides what `init_weights` draws for each from a seed.
         self.W_Q = nn.Parameter(torch.empty(n_heads, cfg.d_model, d_head))
         if cfg.d_pos:
             self.W_Q_pos = nn.Parameter(torch.empty(n_heads, cfg.d_pos, d_head))
@@ -118,7 +119,7 @@ class Attention(WeightsHolder):
         mask: Tokens | None,
         last: PositionOfRow | None = None,
     ) -> Stream:
-        """attn_out; with `last`, only at this one position of each row."""
+        """attn_out at every position or, if `last` gives one position of each row, only there."""
         q = self.hook_q(self._project(q_read, self.times_Q, self.b_Q, self.topk_q))
         k = self.hook_k(self._project(k_read, self.times_K, self.b_K, self.topk_k))
         v = self.hook_v(self._project(v_read, self.times_V, self.b_V, self.topk_v))
@@ -133,6 +134,7 @@ class Attention(WeightsHolder):
             z = select_position(z, last)
         z = self.hook_z(z)
         if self.flags.use_attn_result:
+            # head_results has applied AbsTopK: in a dropped channel, results and bias add up to 0.
             return self.hook_result(self.head_results(z)).sum(2) + self.b_O
         return self.topk_out(self.times_O(z.flatten(2), self.b_O))
 
@@ -160,7 +162,8 @@ class Attention(WeightsHolder):
         else:
             pattern = scores.softmax(-1)
             if mask is not None:
-                # A padding token that can attend to nothing would have a pattern of NaN.
+                # A padding token that can attend to nothing would have a pattern of NaN. (With a
+                # sink, the softmax always has one finite entry.)
                 pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
 
@@ -233,8 +236,12 @@ class Block(nn.Module):
         self.topk_resid_mid = AbsTopK(cfg, "resid_post_attn")
         self.topk_resid_post = AbsTopK(cfg, "resid_post_mlp")
         self.flags: Any = HookFlags()
-        # All hook points are [batch, pos, d_model], unless another shape is given.
-        self.hook_resid_pre = HookPoint()  # after any AbsTopK, like those below
+        # The locations above have the names of the published configurations; attributes and hook
+        # points have TransformerLens' names. All hook points are [batch, pos, d_model], unless
+        # another shape is given. The resid_* and *_out hook points come after their AbsTopK. The
+        # *_in and *_input hook points are the stream before the norm; what a block reads after
+        # norm, positions and AbsTopK is at ln1.hook_read and ln2.hook_read.
+        self.hook_resid_pre = HookPoint()
         self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], a copy for each head
         self.hook_q_input = HookPoint()  # the same shape; also for k and v
         self.hook_k_input = HookPoint()
@@ -252,7 +259,7 @@ class Block(nn.Module):
         mask: Tokens | None,
         last: PositionOfRow | None = None,
     ) -> Stream:
-        """resid_post; with `last`, only at this one position of each row."""
+        """resid_post at every position or, if `last` gives one position of each row, only there."""
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
         q_read, k_read, v_read = self._attn_reads(resid_pre, pos)
         attn_out = self.hook_attn_out(self.attn(q_read, k_read, v_read, mask, last))

@@ -72,9 +72,10 @@ class SparseTransformer(nn.Module):
             resid: the residual stream entering block `start_at_layer`, instead of the embedding.
             start_at_layer: the first block to run; by default block 0.
             stop_at_layer: the block to stop before; by default all blocks run.
-            last: one position in each row. Only the logits at these positions are returned,
-                `[batch, 1, d_vocab]`. From hook_z of the last block on, the other positions are not
-                computed, and hook points do not see them.
+            last: one position in each row, usually that of its last token. Only the logits at these
+                positions are returned, `[batch, 1, d_vocab]`. From hook_z of the last block on, the
+                other positions are not computed, and hook points do not see them. It has no effect
+                if the last block does not run.
 
         Raises:
             DataError: for a sequence longer than the model's context, or a token outside its
@@ -131,7 +132,9 @@ class SparseTransformer(nn.Module):
     def check_input(
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
-        """Check the dtypes and shapes of the arguments of `forward`.
+        """Check the dtypes and shapes of the arguments of `forward`, and the range of positions.
+
+        The length is checked by `forward` itself, and token ids by `Embed`.
 
         Raises:
             DataError: if `tokens` are not integers `[batch, pos]`, another argument does not fit
@@ -184,7 +187,8 @@ def init_weights(network: SparseTransformer, seed: int) -> None:
 
     Weights are normal. Their standard deviation is 0.02 in the token and positional embeddings, and
     1/sqrt(number of inputs) in other matrices, further divided by sqrt(2 · n_layers) in those that
-    write to the residual stream (GPT-2's rule). The bigram table is uniform in [0, 0.02) (A.1).
+    write to the residual stream (GPT-2's rule). The bigram table is uniform in [0, 0.02) (Gao et
+    al. 2025, A.1).
     """
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in network.named_parameters():
@@ -202,9 +206,10 @@ def _initial_std(name: str, cfg: SparseConfig) -> float:
         return 0.02
     if name == "W_U":
         return cfg.d_model**-0.5
-    smaller_writes = math.sqrt(2 * cfg.n_layers)
+    write_divisor = math.sqrt(2 * cfg.n_layers)
     if name == "W_O":
-        return (cfg.n_heads * cfg.d_head) ** -0.5 / smaller_writes
+        return (cfg.n_heads * cfg.d_head) ** -0.5 / write_divisor
     if name == "W_out":
-        return cfg.d_mlp**-0.5 / smaller_writes
+        return cfg.d_mlp**-0.5 / write_divisor
+    # The others, W_Q, W_K, W_V, W_in and their positional rows, read d_read channels.
     return cfg.d_read**-0.5
