@@ -436,7 +436,8 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
 def coins(shares, per=20):
     """For each i, `per` prompts whose two logits differ by i, and the data they belong to.
 
-    For a fraction `shares[i]` of them the second answer is right. The rest of the data is arbitrary.
+    For a fraction `shares[i]` of them the second answer is right. The rest of the data is
+    arbitrary.
     """
     differences = torch.arange(len(shares)).repeat_interleave(per).float()
     logits = torch.stack([torch.zeros_like(differences), differences], 1)

@@ -97,11 +97,7 @@ def search(
     setup = _Setup(model, list(tasks), n_trials, storage, config, corpus, device)
     given = _searched_values(config)
     n_completed = _prepare_study(setup, given)
-    run = functools.partial(run_trial, setup)
-    missing = range(n_completed, n_trials)
-    with tqdm(total=n_trials, initial=n_completed, desc="trials", unit="trial") as bar:
-        for _ in in_processes(run, missing, workers):
-            bar.update()
+    _run_trials(setup, n_completed, workers)
     with _study(storage) as study:
         completed = _completed(study)
     best = min(completed, key=_failures_and_cost)
@@ -114,6 +110,14 @@ def search(
     text = yaml.safe_dump(dataclasses.asdict(best_config), sort_keys=False)
     write_text(Path(out, "best.yaml"), text)
     return best_config, _comparison(completed, best, given)
+
+
+def _run_trials(setup: _Setup, n_completed: int, workers: int) -> None:
+    run = functools.partial(run_trial, setup)
+    missing = range(n_completed, setup.n_trials)
+    with tqdm(total=setup.n_trials, initial=n_completed, desc="trials", unit="trial") as bar:
+        for _ in in_processes(run, missing, workers):
+            bar.update()
 
 
 def _searched_values(config: PruneConfig) -> dict[str, Any]:
