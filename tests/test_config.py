@@ -152,7 +152,7 @@ def test_a_configuration_cannot_change_after_its_checks():
         (
             DataConfig,
             dict(source=""),
-            "source = '' .* a folder, a glob pattern, a file or .hf:. and a dataset",
+            "source = '' .* a folder, a glob pattern, a file, or .hf:. followed by a dataset",
         ),
         (DataConfig, dict(source=3), "source = 3 .* of type str"),
         (DataConfig, dict(stdlib_chars=-1), "stdlib_chars = -1 .* at least 0"),
@@ -183,12 +183,12 @@ def test_a_configuration_cannot_change_after_its_checks():
         (
             TrainConfig,
             dict(l0_fraction=0.01),
-            "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero = 4",
+            "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero keeps 4 of the 128",
         ),
         (
             TrainConfig,
             dict(l0_count=13183),
-            "l0_count = 13183 .* 0, or from 13,184 to 421,888 weights",
+            "l0_count = 13183 .* 0, or from 13,184 to 421,888, all matrix weights",
         ),
         (
             TrainConfig,

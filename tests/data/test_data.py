@@ -131,7 +131,7 @@ def test_parameter_names_are_distinct():
         (
             {"source": ""},
             "source = '' is not possible; "
-            'it must be "builtin", a folder, a glob pattern, a file or',
+            'it must be "builtin", a folder, a glob pattern, a file, or',
         ),
         ({"source": "hf:"}, "source = 'hf:' is not possible; it must be \"builtin\", a folder"),
         ({"max_chars": 0}, "max_chars = 0 is not possible; it must be at least 1"),

@@ -551,11 +551,11 @@ def test_backward_hooks_and_gradients_at_a_cached_run():
         ),
         (
             lambda m, t: m(torch.zeros(2, 8, 7), start_at_layer=1, tokens=t),
-            r"must be \[2, 8, 6\] .* not \[2, 8, 7\]",
+            r"must have shape \[2, 8, 6\] .* not \[2, 8, 7\]",
         ),
         (
             lambda m, t: m(torch.zeros(2, 7, 6), start_at_layer=1, tokens=t),
-            r"must be \[2, 8, 6\] .* not \[2, 7, 6\]",
+            r"must have shape \[2, 8, 6\] .* not \[2, 7, 6\]",
         ),
     ],
 )
