@@ -306,7 +306,7 @@ def contents(folder):
         (dict(steps=61), "was trained with steps = 60, not 61"),
         (
             dict(data=DataConfig(stdlib_chars=0, idiom_chars=30_000, seed=1)),
-            r"was trained with data = {.*'seed': 0}, not {.*'seed': 1}; to resume, ask for the",
+            r"was trained with data = {.*'seed': 0}, not {.*'seed': 1}; to resume, use the same",
         ),
         (dict(model=dataclasses.replace(MODEL, d_mlp=40)), "was trained with model = "),
     ],
