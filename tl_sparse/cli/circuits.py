@@ -42,6 +42,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 
 def add_view(commands: Commands) -> None:
+    """Add the command `view` to the parser."""
     parser = add_command(
         commands,
         "view",
@@ -90,6 +91,7 @@ def _passages(model: Any, source: str, corpus: str | None) -> Any:
 
 
 def add_export(commands: Commands) -> None:
+    """Add the command `export` to the parser."""
     parser = add_command(commands, "export", "Write a circuit for other tools.", _run_export)
     _add_circuit(parser)
     parser.add_argument(
@@ -110,6 +112,7 @@ def _run_export(args: argparse.Namespace) -> None:
 
 
 def add_evaluate(commands: Commands) -> None:
+    """Add the command `evaluate` to the parser."""
     parser = add_command(
         commands, "evaluate", "Measure a circuit on held-out pairs.", _run_evaluate
     )

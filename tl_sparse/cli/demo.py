@@ -16,6 +16,7 @@ from tl_sparse.training import TrainConfig
 
 
 def add_demo(commands: Commands) -> None:
+    """Add the command `demo` to the parser."""
     parser = add_command(
         commands,
         "demo",

@@ -9,6 +9,7 @@ from tl_sparse.errors import ConfigError
 
 
 def add_plot(commands: Commands) -> None:
+    """Add the command `plot` to the parser."""
     parser = add_command(commands, "plot", "Plot circuits, suites and models.", _run_plot)
     parser.add_argument(
         "kind",

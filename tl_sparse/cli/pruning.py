@@ -20,6 +20,7 @@ from tl_sparse.pruning import PruneConfig
 
 
 def add_prune(commands: Commands) -> None:
+    """Add the command `prune` to the parser."""
     parser = add_command(
         commands, "prune", "Find the circuit of a task in a model.", _run_prune, PruneConfig
     )
@@ -81,6 +82,7 @@ def _save(circuit: Any, folder: str, report: str) -> None:
 
 
 def add_suite(commands: Commands) -> None:
+    """Add the command `suite` to the parser."""
     parser = add_command(
         commands,
         "suite",
@@ -126,6 +128,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def add_search(commands: Commands) -> None:
+    """Add the command `search` to the parser."""
     parser = add_command(
         commands,
         "search",

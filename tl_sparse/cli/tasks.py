@@ -7,6 +7,7 @@ from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command
 
 
 def add_tasks(commands: Commands) -> None:
+    """Add the command `tasks` to the parser."""
     parser = add_command(commands, "tasks", "Measure how well a model does each task.", _run_tasks)
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument(

@@ -19,6 +19,7 @@ from tl_sparse.training import PRESETS, RECIPES, TrainConfig, preset
 
 
 def add_train(commands: Commands) -> None:
+    """Add the command `train` to the parser."""
     parser = add_command(
         commands,
         "train",
