@@ -8,8 +8,8 @@ SPEC_tl3 := transformer-lens==3.8.0
 TOOLS_tl4 := test,dev
 TOOLS_tl3 := test,tools
 
-# -qq prints errors only.
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# -qq prints errors only. Python compiles what it imports; to compile all of it takes a minute.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 BENCHMARKS := tests/benchmarks
 MARKS = -m "not slow"
 test-all: MARKS =
@@ -30,10 +30,12 @@ test-tl4: $(TL4)/.tools  ## the tests on the newest TransformerLens 4
 test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8
 	@$(call pytest,$(TL3))
 
-# Offline mode, so that a test that would download something fails at once on every machine.
+# One process with one thread for each core, of at most 8. Offline mode, so that a test that would
+# download something fails at once on every machine.
 pytest = $1/bin/python -c "import platform; from importlib.metadata import version as v; \
 	print('== TransformerLens', v('transformer-lens'), '| torch', v('torch'), '| Python', platform.python_version())" \
-	&& HF_HUB_OFFLINE=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS)
+	&& HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS) \
+	   --numprocesses logical --maxprocesses 8 --dist worksteal
 
 bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)

@@ -1,5 +1,7 @@
 """Small models, configurations, circuits and tokenizers, and other things that many tests need."""
 
+import functools
+import multiprocessing
 import os
 import warnings
 from importlib.util import find_spec
@@ -45,6 +47,22 @@ def script_environment():
     if "PYTHONPATH" in os.environ:
         folders.append(os.environ["PYTHONPATH"])
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+@functools.cache
+def fork_server():
+    """Starts processes at once, as forks of one that has imported what takes seconds.
+
+    It is a context of `multiprocessing`; the processes use one thread for torch.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        first = context.Process(target=int)  # the server starts, in this environment, with it
+        first.start()
+        first.join()
+    return context
 
 
 def tiny_config(**changes):

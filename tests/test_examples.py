@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(script, *arguments):
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):

@@ -134,7 +134,7 @@ def assert_same_model(model, expected):
     assert torch.equal(model(tokens), expected(tokens))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(config=sparse_configs())
 def test_any_model_of_ours_comes_back_exactly(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -232,7 +232,7 @@ def as_openai_can_say_it(config):
     return SparseConfig.from_dict(values)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(config=sparse_configs())
 def test_every_feature_is_read_from_openais_format(config, tmp_path_factory):
     try:

@@ -36,7 +36,7 @@ from tl_sparse.files import read_torch
 # --- openai/circuit-sparsity
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(config=sparse_configs())
 def test_the_packaged_model_is_that_of_the_folder(config, tmp_path_factory):
     with contextlib.suppress(ConfigError):

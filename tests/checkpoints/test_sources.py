@@ -445,7 +445,7 @@ def test_a_silent_server_is_given_up(storage, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUT", 0.05)
     monkeypatch.setattr(download, "_ATTEMPTS", 2)
     silence = threading.Event()
-    storage.before_get = lambda: silence.wait(2)
+    storage.before_get = silence.wait
     try:
         assert failure("csp_yolo1").endswith("timed out; call again to resume")
     finally:

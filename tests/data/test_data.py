@@ -101,7 +101,7 @@ def test_most_idiom_documents_have_both_quotes(idioms):
     assert sum("'" in document and '"' in document for document in idioms) > 0.65 * len(idioms)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), n_chars=st.integers(0, 5000))
 def test_idioms_are_deterministic_and_of_the_length_asked_for(seed, n_chars):
     documents = idiom_documents(n_chars, seed)
@@ -318,7 +318,7 @@ def in_memory(documents, tokenizer, n_ctx, seed):
     return torch.tensor(tokens[: len(tokens) // n_ctx * n_ctx], dtype=torch.int32).view(-1, n_ctx)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     documents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=200),
     n_ctx=st.integers(1, 9),

@@ -99,7 +99,7 @@ def loss_if_written(a):
 # Logits at the last positions alone
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), sparse_configs())
 def test_the_logits_of_one_position_are_those_of_the_full_forward(data, config):
     model = tiny_model(config, seed=data.draw(st.integers(0, 3)), dtype=torch.float64)
@@ -470,7 +470,7 @@ def test_calibration_undoes_a_scale_and_a_shift(low, high):
     assert of_the_original == pytest.approx(expected, abs=2e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000))
 def test_no_other_scale_or_shift_has_a_smaller_loss(seed):
     logits = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed))

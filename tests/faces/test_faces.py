@@ -25,7 +25,7 @@ from helpers import (
 from tl_sparse.errors import DataError, TokenizerError
 from tl_sparse.hooks import abs_topk
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=60)
 
 
 # --- by hand

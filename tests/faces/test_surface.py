@@ -14,7 +14,7 @@ from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=40)
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 

@@ -21,7 +21,7 @@ from tl_sparse.hooks import (
 )
 from tl_sparse.network.config import SparseConfig
 
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 SIZES = dict(n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=16, d_vocab=24, n_ctx=10)
 Q, V, Z = (f"blocks.0.attn.hook_{name}" for name in "qvz")

@@ -26,7 +26,7 @@ from tl_sparse.hooks import (
 from tl_sparse.hooks.weights import top_mask
 from tl_sparse.network.config import SparseConfig, paper_topk
 
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=30)
+EXAMPLES = settings(max_examples=30)
 
 # Every feature whose weights need a decision; the sizes are all different.
 CONFIG = SparseConfig(

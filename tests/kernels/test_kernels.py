@@ -18,7 +18,7 @@ from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
 
-EXAMPLES = settings(derandomize=True, deadline=None, max_examples=150)
+EXAMPLES = settings(max_examples=150)
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [
     0.0,
@@ -311,7 +311,7 @@ SCRIPT = """
         sys.exit(0 if torch.equal(abs_topk(x, 16), expected) else 1)
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(60)
+    process.join()
     print("child:", process.exitcode)
 """
 
@@ -319,7 +319,7 @@ SCRIPT = """
 @needs_numba
 def test_several_threads_and_a_forked_process():
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "child: 0\n"
 

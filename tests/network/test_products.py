@@ -84,7 +84,7 @@ def close(a, b, dtype):
 
 
 @needs_numba
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_value_and_gradients_are_those_of_the_dense_product(data):
     dtype, frozen = (
@@ -111,7 +111,7 @@ def test_value_and_gradients_are_those_of_the_dense_product(data):
 
 
 @needs_numba
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sparse_configs())
 def test_networks_of_every_architecture(config):
     dtype = torch.float64  # in float32 rounding may make AbsTopK choose another entry

@@ -199,7 +199,7 @@ def cut_by_hand(tensors, kind, layer, mean):
     entries[at] = 0.0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_cuts_are_undone_bit_for_bit(data):
     """Any number of cuts in any order: several at one bias, repeated ones, and large means."""

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_multiprocess import LONG, SHORT
+from test_multiprocess import SHORT
 
 from tl_sparse.errors import TLSparseError
 from tl_sparse.training import train
@@ -85,8 +85,7 @@ def main(folder):
         "nan": run(SHORT, folder / "nan", factor_of=nan_in_the_second),
         "odd": run(odd, folder / "odd"),
         "compiled": run(compiled),
-        "long": run(LONG, folder / "long"),
-        "command": run(LONG, folder / "command", resume=True),
+        "command": run(SHORT, folder / "command", resume=True),
     }
     (folder / f"seen-{RANK}.json").write_text(json.dumps(seen))
 

@@ -3,19 +3,17 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
 import tl_sparse
-from helpers import must_not_run
+from helpers import fork_server, must_not_run
 from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import ConfigError, TrainError
 from tl_sparse.training.measures import dead_neurons
@@ -119,50 +117,69 @@ def test_resuming_changes_nothing(step, uninterrupted, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-PROGRAM = """
-import sys
-from test_runs import CONFIG, train
-print("ready", flush=True)
-train(CONFIG, sys.argv[1], device="cpu", progress=False, resume=sys.argv[2] == "resume")
-"""
+NEVER = CONFIG.steps
 
 
-def start(folder, how="start"):
-    """A process that trains; it has imported everything when this returns."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(folder), how]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
+def train_in_child(channel, folder, resume, hold_at):
+    """Train, and send the message of the error that ended it, or None.
+
+    Before the step with the number `hold_at`, from 0, it sends "waiting" and waits for an answer.
+    """
+    real = tl_sparse.training.trainer.Trainer.step
+
+    def waiting(trainer, tokens):
+        if trainer.sparsity.steps == hold_at:
+            channel.send("waiting")
+            channel.recv()
+        return real(trainer, tokens)
+
+    tl_sparse.training.trainer.Trainer.step = waiting
+    try:
+        train(CONFIG, folder, device="cpu", progress=False, resume=resume)
+        channel.send(None)
+    except TrainError as error:
+        channel.send(str(error))
+
+
+def start(folder, resume=False, hold_at=NEVER):
+    """A process that trains, and a connection to it."""
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (theirs, folder, resume, hold_at)
+    process = fork_server().Process(target=train_in_child, args=arguments)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def finish(folder, resume=False):
+    """Train to the end in a process of its own."""
+    process, channel = start(folder, resume)
+    assert channel.recv() is None
+    process.join()
 
 
 def killed_and_resumed(folder, moments):
     """Train in processes that are killed after these seconds each, and then to the end."""
-    how = "start"
+    resume = False
     for moment in moments:
-        process = start(folder, how)
-        time.sleep(moment)
+        process, _ = start(folder, resume)
+        process.join(moment)
         process.kill()
-        process.communicate()
+        process.join()
         if (folder / "training.json").exists():
             return
         # Killed before its first checkpoint, a run is begun again.
-        resumable = any((folder / "checkpoints").glob("step-*.safetensors"))
-        how = "resume" if resumable else "start"
-        if not resumable:
+        resume = any((folder / "checkpoints").glob("step-*.safetensors"))
+        if not resume:
             shutil.rmtree(folder, ignore_errors=True)
-    process = start(folder, how)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    finish(folder, resume)
 
 
 @pytest.fixture(scope="module")
 def by_one_thread(tmp_path_factory):
     """The uninterrupted run, in a process like those that are killed."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    killed_and_resumed(folder, [])
+    finish(folder)
     return folder
 
 
@@ -182,17 +199,17 @@ def test_twenty_runs_killed_at_random_moments(seed, by_one_thread, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(number, by_one_thread, tmp_path):
-    process = start(tmp_path / "run")
-    while not any((tmp_path / "run" / "checkpoints").glob("step-*")):
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    stopped = f"stopped by {signal.Signals(number).name}; its state is saved in {tmp_path / 'run'}"
-    assert f"{stopped}, from which resume continues" in errors
-    process = start(tmp_path / "run", "resume")
-    process.communicate()
-    assert_same_run(tmp_path / "run", by_one_thread)
+    folder = tmp_path / "run"
+    process, channel = start(folder, hold_at=10)
+    assert channel.recv() == "waiting"
+    os.kill(process.pid, number)
+    channel.send("go on")
+    stopped = f"stopped by {signal.Signals(number).name}; its state is saved in {folder}"
+    message = f"training ended after step 11 of 60: {stopped}, from which resume continues"
+    assert channel.recv() == message
+    process.join()
+    finish(folder, resume=True)
+    assert_same_run(folder, by_one_thread)
 
 
 def test_signals_are_as_they_were_afterwards(tmp_path):
