@@ -13,6 +13,8 @@ from .points import frozen as frozen
 from .points import hooked as hooked
 from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
+from .scopes import Scope as Scope
+from .scopes import new_scope as new_scope
 from .weights import GroupedWeight as GroupedWeight
 from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity

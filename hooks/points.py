@@ -1,15 +1,19 @@
 """Attaching functions to the hook points of a TransformerLens model, and removing them again."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.errors import HookNameError
+from tl_sparse.hooks.scopes import Scope, new_scope
 
 #: A TransformerLens model: a HookedRootModule such as HookedTransformer on version 3, or a
 #: TransformerBridge on version 4. The two share no base class, so this type accepts anything.
@@ -48,13 +52,74 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
 def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
     """Within the context, each function is attached to the hook point that it is listed under.
 
-    This uses `model.hooks()`, which both versions of TransformerLens have and which also removes
-    the functions after an exception. Names are checked first, so that a wrong name leaves no
-    function attached.
+    The functions act on the calls of the model that the thread (or asyncio task) of this context
+    makes, and on no others. A `torch.compile`d model runs uncompiled within the context, because
+    compiled code would ignore the functions. `model.reset_hooks()` does not remove them.
+
+    Raises:
+        HookNameError: for a name that the model does not have, or a hook point that never runs
+            under the model's present settings; no function is then attached.
     """
     check_hook_names(model, functions)
-    with model.hooks(fwd_hooks=list(functions.items())):
-        yield
+    with new_scope() as scope:
+        attached: list[_Attached] = []
+        try:
+            _attach(model, functions, scope, attached)
+            yield
+        finally:
+            _detach(attached)
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """A function at a hook point, and TransformerLens' handle of it."""
+
+    hook_point: Any
+    handle: Any
+
+
+#: Held while functions are attached or removed, since TransformerLens does neither safely if
+#: several threads do so at once.
+_attaching = threading.Lock()
+
+
+def _attach(
+    model: TLModel, functions: Mapping[str, HookFn], scope: Scope, attached: list[_Attached]
+) -> None:
+    """Attach the functions, and add each to `attached`, also if an exception ends this early."""
+    hook_dict = model.hook_dict
+    hook_points = [hook_dict[name] for name in functions]
+    hooks = [(name, partial(_act_in, scope, function)) for name, function in functions.items()]
+    with _attaching:
+        n_before = [len(hook_point.fwd_hooks) for hook_point in hook_points]
+        try:
+            # The names and settings are checked by `model.hooks`, which both versions have. It
+            # would remove the hooks of other contexts too, if contexts are not left in order.
+            with model.hooks(fwd_hooks=hooks, reset_hooks_end=False):
+                pass
+        except (AssertionError, ValueError) as error:
+            raise HookNameError(str(error)) from error
+        finally:
+            for hook_point, n_old in zip(hook_points, n_before, strict=True):
+                for handle in hook_point.fwd_hooks[n_old:]:
+                    # At a level, or not permanent, it would be removed with the user's hooks.
+                    handle.context_level = None
+                    handle.is_permanent = True
+                    attached.append(_Attached(hook_point, handle))
+
+
+def _act_in(scope: Scope, function: HookFn, activation: Tensor, hook: object) -> Tensor | None:
+    if not scope.is_open_here():
+        return None
+    return function(activation, hook)
+
+
+def _detach(attached: list[_Attached]) -> None:
+    with _attaching:
+        for one in attached:
+            one.handle.hook.remove()
+            remaining = [handle for handle in one.hook_point.fwd_hooks if handle is not one.handle]
+            one.hook_point.fwd_hooks = remaining
 
 
 @contextmanager
@@ -72,19 +137,43 @@ def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor
         yield activations
 
 
+@dataclass
+class _Freeze:
+    """What `frozen` restores once the last of its contexts on a model has ended."""
+
+    was_training: dict[Any, bool]
+    learned: list[Any]
+    n_open: int = 0
+
+
+#: Model → what is to be restored, for each model that is frozen at present.
+_freezes: WeakKeyDictionary[Any, _Freeze] = WeakKeyDictionary()
+_freezing = threading.Lock()
+
+
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
     """Within the context, `model` is in eval mode and no parameter gets a gradient.
 
-    Afterwards, all training modes and `requires_grad` flags are restored.
+    Afterwards, all training modes and `requires_grad` flags are restored. If several threads freeze
+    the same model, this happens after the last of them.
     """
-    was_training = {module: module.training for module in model.modules()}
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    with _freezing:
+        freeze = _freezes.get(model)
+        if freeze is None:
+            was_training = {module: module.training for module in model.modules()}
+            learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            freeze = _freezes[model] = _Freeze(was_training, learned)
+            model.eval().requires_grad_(False)
+        freeze.n_open += 1
     try:
         yield
     finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-        for module, mode in was_training.items():
-            module.training = mode
+        with _freezing:
+            freeze.n_open -= 1
+            if freeze.n_open == 0:
+                del _freezes[model]
+                for parameter in freeze.learned:
+                    parameter.requires_grad_(True)
+                for module, mode in freeze.was_training.items():
+                    module.training = mode

@@ -131,11 +131,18 @@ def node_means(model, *batches):
     return mean_activations(model, list(node_hooks(model).values()), batches)
 
 
+def circuit_means(model, *batches):
+    """The same, and the means of z that cutting edges needs in a model of tl_sparse."""
+    z_hooks = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    return mean_activations(model, [*node_hooks(model).values(), *z_hooks], batches)
+
+
 def random_masks(means, share, generator):
     """Hook name → which nodes are kept: each with the probability `share`."""
     masks = {}
     for name, mean in means.items():
-        masks[name] = torch.rand(mean.shape, generator=generator) < share
+        if not name.endswith(".hook_z"):  # z is no node location
+            masks[name] = torch.rand(mean.shape, generator=generator) < share
     return masks
 
 

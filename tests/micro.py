@@ -20,9 +20,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
-from helpers import node_means, word_tokenizer
+from helpers import circuit_means, word_tokenizer
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.files import write_tensors
 from tl_sparse.tasks.task import Task
@@ -100,8 +101,10 @@ def micro_corpus() -> torch.Tensor:
 
 
 def micro_circuit(micro) -> Circuit:
-    means = node_means(micro, micro_corpus())
-    kept = {name: torch.zeros_like(mean, dtype=torch.bool) for name, mean in means.items()}
+    means = circuit_means(micro, micro_corpus())
+    kept = {}
+    for name in node_hooks(micro).values():
+        kept[name] = torch.zeros_like(means[name], dtype=torch.bool)
     kept["blocks.0.ln1.hook_read"][0] = True
     kept["blocks.0.attn.hook_v"][0, 0] = True
     kept["blocks.0.hook_attn_out"][2] = True

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from helpers import (
     cancels,
+    circuit_means,
     copied_parameters,
     full_config,
     has_hooks,
-    node_means,
     random_masks,
     random_tokens,
     sparse_configs,
@@ -77,11 +77,16 @@ def random_data(model, n_pairs=6, seed=0, lengths=None):
 
 def random_circuit(model, share=0.5, seed=0):
     """A circuit of random nodes, with random scores."""
-    means = node_means(model, random_tokens(model, seed=5))
+    means = circuit_means(model, random_tokens(model, seed=5))
     generator = torch.Generator().manual_seed(seed)
     kept = random_masks(means, share, generator)
-    scores = {name: torch.rand(mean.shape, generator=generator) for name, mean in means.items()}
+    scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in kept.items()}
     return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
+
+
+def scored_by_means(circuit):
+    """Scores for a circuit whose values do not matter."""
+    return {name: circuit.means[name] for name in circuit.kept}
 
 
 def micro_data(micro, n_pairs=8):
@@ -381,7 +386,7 @@ JUDGES = [evaluate, faithfulness_curve, random_circuits, effects]
 @pytest.mark.parametrize("judge", JUDGES)
 def test_a_circuit_of_another_model_is_refused(judge, micro):
     circuit = micro_circuit(micro)
-    circuit = dataclasses.replace(circuit, scores=circuit.means)
+    circuit = dataclasses.replace(circuit, scores=scored_by_means(circuit))
     other = tiny_model()
     with pytest.raises(CircuitError, match="this circuit belongs to the model 'micro'"):
         judge(circuit, other, random_data(other))
@@ -391,7 +396,7 @@ def test_a_circuit_of_another_model_is_refused(judge, micro):
 def circuit_without_edges(micro):
     """The hand-calculated circuit with scores, and with both of its edges cut."""
     circuit = micro_circuit(micro)
-    return dataclasses.replace(circuit, scores=circuit.means, edge_set=frozenset())
+    return dataclasses.replace(circuit, scores=scored_by_means(circuit), edge_set=frozenset())
 
 
 def assert_as_before(model, before):

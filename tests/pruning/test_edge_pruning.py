@@ -1,5 +1,6 @@
-"""Cutting edges by temporary weights and biases, edge pruning, and the circuits that it finds."""
+"""Cutting edges, edge pruning, and the circuits that it finds."""
 
+import copy
 import dataclasses
 import math
 
@@ -8,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import has_hooks, random_masks, random_tokens, stock_model, tiny_model
+from helpers import (
+    circuit_means,
+    has_hooks,
+    needs_numba,
+    random_masks,
+    random_tokens,
+    stock_model,
+    tiny_model,
+)
 from micro import (
     EDGES,
     LOSS,
@@ -23,6 +32,7 @@ from micro import (
     micro_model,
     triples,
 )
+from tl_sparse.checkpoints.loading import load
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edges import cutting
 from tl_sparse.circuits.families import node_hooks
@@ -32,6 +42,7 @@ from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
+from tl_sparse.network.products import Product
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune, prune_edges, task_splits
 from tl_sparse.tasks.task_data import make_task_data
@@ -75,7 +86,7 @@ def source_mean(means, kind):
     """The mean at the source of an edge of this kind in layer 1."""
     location, index, _, _ = kind
     if location == "attn_v":
-        return means["blocks.1.attn.hook_v"].flatten()[index]
+        return means["blocks.1.attn.hook_z"].flatten()[index]
     return means[f"blocks.1.{SOURCES[location]}"][index]
 
 
@@ -87,7 +98,7 @@ def entry(block, path):
 
 def means_of(model, batches=3):
     tokens = [random_tokens(model, seed=seed) for seed in range(batches)]
-    return mean_activations(model, list(node_hooks(model).values()), tokens)
+    return circuit_means(model, *tokens)
 
 
 def state(model):
@@ -121,10 +132,9 @@ def test_cutting_is_the_model_with_that_weight_and_bias(kind, biases):
     entry(block, bias)[of] += entry(block, weight)[at] * source_mean(means, kind)
     entry(block, weight)[at] = 0.0
     with cutting(model, [edge(kind)], means):
-        assert same(model, state(by_hand))
+        assert same(model, before)
         assert torch.equal(logits(model), logits(by_hand))
     assert not torch.equal(logits(model), logits(by_hand))
-    assert same(model, before)
 
 
 @kinds
@@ -136,7 +146,6 @@ def test_cutting_replaces_what_the_edge_contributes_by_its_mean(kind):
     value = entry(model.blocks[1], weight)[at]
     location, index, _, _ = kind
     mean = source_mean(means, kind)
-    # The rows of the attention pattern sum to 1, so the mean of z can be the mean of v.
     seen_at = SOURCES.get(location, "attn.hook_z")
     seen = {}
 
@@ -191,70 +200,176 @@ def test_cutting_all_edges_into_a_node_holds_what_it_is_at_mean_sources():
         torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
 
 
-def cut_by_hand(tensors, kind, layer, mean):
-    """Cut an edge in `tensors`: zero its weight, and add the mean's contribution to the bias."""
+@torch.no_grad()
+def sparsify(model):
+    """Set every second entry of each weight matrix to zero, but none of those in KINDS."""
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks:
+        for weight, at, _, _, _ in KINDS.values():
+            kept = torch.rand(entry(block, weight).shape, generator=generator) < 0.5
+            kept[at] = True
+            entry(block, weight).mul_(kept)
+
+
+def cut_by_hand(model, kind, layer, mean):
+    """Change the weights of `model` as a cut: no weight, and its mean contribution in the bias."""
     weight, at, bias, of, _ = KINDS[kind]
-    entries = tensors[f"blocks.{layer}.{weight}"]
-    tensors[f"blocks.{layer}.{bias}"][of] += entries[at] * mean
-    entries[at] = 0.0
+    block = model.blocks[layer]
+    entry(block, bias)[of] += entry(block, weight)[at] * mean
+    entry(block, weight)[at] = 0.0
+
+
+#: The source location of an edge → the hook point at which its mean is taken.
+MEANS_AT = {**SOURCES, "attn_v": "attn.hook_z"}
 
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_cuts_are_undone_bit_for_bit(data):
-    """Any number of cuts in any order: several at one bias, repeated ones, and large means."""
-    model = tiny_model(biases=data.draw(st.booleans()), **POSITIONAL)
-    means = {}
-    for name, mean in means_of(model, 1).items():
-        means[name] = mean * data.draw(st.sampled_from([1.0, 1e6]))
-    hooks = node_hooks(model)
+def test_any_cuts_are_those_of_weights_changed_by_hand(data):
+    """Any number of cuts in any order: several at one bias, repeated ones, nested contexts, and
+    contexts that end in another order than they began.
+    """
+    options = {"biases": data.draw(st.booleans()), "dtype": torch.float64, **POSITIONAL}
+    model, by_hand = tiny_model(**options), tiny_model(**options)
+    means = means_of(model, 1)
     before = state(model)
-    expected = state(model)
-    edges = []
-    for kind in data.draw(st.lists(st.sampled_from(list(KINDS)), max_size=12)):
-        layer = data.draw(st.integers(0, 1))
+    contexts = []
+    cuts = data.draw(st.lists(st.tuples(st.sampled_from(list(KINDS)), st.integers(0, 1))))
+    for kind, layer in cuts:
         location, index, _, _ = kind
-        cut_by_hand(expected, kind, layer, means[hooks[layer, location]].flatten()[index])
-        edges.append(edge(kind, layer))
-    with cutting(model, edges, means):
-        assert same(model, expected)
+        mean = means[f"blocks.{layer}.{MEANS_AT[location]}"].flatten()[index]
+        cut_by_hand(by_hand, kind, layer, mean)
+    n_outer = data.draw(st.integers(0, len(cuts)))
+    for part in (cuts[:n_outer], cuts[n_outer:]):
+        edges = [edge(kind, layer) for kind, layer in part]
+        contexts.append(cutting(model, edges, means))
+    for context in contexts:
+        context.__enter__()
     assert same(model, before)
+    torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-10, atol=1e-12)
+    for context in data.draw(st.permutations(contexts)):
+        context.__exit__(None, None, None)
+    assert torch.equal(logits(model), logits(tiny_model(**options)))
 
 
-def test_cutting_is_undone_after_an_exception():
+def test_the_cut_ends_with_an_exception():
     model = tiny_model(**POSITIONAL)
     means = means_of(model)
-    before = state(model)
+    before = logits(model)
 
     def interrupted():
         with cutting(model, [edge(kind) for kind in KINDS], means):
-            assert not same(model, before)
+            assert not torch.equal(logits(model), before)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    assert same(model, before)
+    assert torch.equal(logits(model), before)
 
 
-def test_cuts_are_undone_where_a_later_one_is_impossible():
+@pytest.mark.parametrize(
+    ("source", "target", "problem"),
+    [
+        (Node(1, "mlp_in", 2), Node(1, "mlp_neuron", 99), "its matrix is 10 by 9"),
+        (Node(1, "mlp_in", 10), Node(1, "mlp_neuron", 0), "its matrix is 10 by 9"),
+        (Node(1, "mlp_in", 2), Node(1, "mlp_out", 1), "no matrix joins its ends"),
+        (Node(1, "mlp_out", 2), Node(1, "mlp_in", 1), "no matrix joins its ends"),
+        (Node(0, "mlp_in", 2), Node(1, "mlp_neuron", 1), "within one of the model's layers"),
+        (Node(2, "mlp_in", 2), Node(2, "mlp_neuron", 1), "within one of the model's layers"),
+    ],
+)
+def test_what_is_no_edge_is_refused(source, target, problem):
+    model = tiny_model(**{**POSITIONAL, "d_mlp": 9})
+    means = means_of(model)
+    before = logits(model)
+    nowhere = Edge(source, target, 1.0)
+    edges = [edge(("mlp_in", 2, "mlp_neuron", 8)), nowhere]
+    with pytest.raises(PruneError, match=problem), cutting(model, edges, means):
+        pytest.fail("the context opened")
+    assert torch.equal(logits(model), before)
+
+
+def test_an_edge_from_a_head_needs_the_mean_of_z():
     model = tiny_model(**POSITIONAL)
     means = means_of(model)
-    before = state(model)
-    nowhere = Edge(Node(1, "mlp_in", 2), Node(1, "mlp_neuron", 99), 1.0)
-    edges = [*(edge(kind) for kind in KINDS), nowhere]
-    with pytest.raises(IndexError), cutting(model, edges, means):
+    del means["blocks.1.attn.hook_z"]
+    message = "needs the mean at blocks.1.attn.hook_z; .*circuit.mean_hooks"
+    leaving = edge(("attn_v", 11, "attn_out", 5))
+    with pytest.raises(CircuitError, match=message), cutting(model, [leaving], means):
         pytest.fail("the context opened")
-    assert same(model, before)
 
 
-def test_gradients_flow_under_cut_edges():
+@pytest.mark.parametrize("kernels", ["dense", pytest.param("sparse", marks=needs_numba)])
+def test_gradients_under_cut_edges_are_those_of_weights_changed_by_hand(kernels):
+    """Also if `backward` is called after the context."""
+    model = tiny_model(dtype=torch.float64, **POSITIONAL)
+    by_hand = tiny_model(dtype=torch.float64, **POSITIONAL)
+    means = means_of(model)
+    tokens = random_tokens(model, batch=8, seed=9)
+    for each in (model, by_hand):
+        for module in each.modules():
+            if isinstance(module, Product):
+                module.kernels = kernels
+        for parameter in each.parameters():
+            parameter.requires_grad_(True)
+    is_cut = {}
+    for kind in KINDS:
+        location, index, _, _ = kind
+        weight, at, _, _, _ = KINDS[kind]
+        is_cut.setdefault(f"blocks.1.{weight}", []).append(at)
+        mean = means[f"blocks.1.{MEANS_AT[location]}"].flatten()[index]
+        cut_by_hand(by_hand, kind, 1, mean)
+    with cutting(model, [edge(kind) for kind in KINDS], means):
+        loss = model(tokens).pow(2).sum()
+    loss.backward()
+    by_hand(tokens).pow(2).sum().backward()
+    expected = dict(by_hand.network.named_parameters())
+    for name, parameter in model.network.named_parameters():
+        grad, grad_by_hand = parameter.grad.clone(), expected[name].grad.clone()
+        for at in is_cut.get(name, []):
+            # A cut weight acts through the bias alone.
+            grad[at] = grad_by_hand[at] = 0.0
+        torch.testing.assert_close(grad, grad_by_hand, rtol=1e-9, atol=1e-10)
+
+
+@needs_numba
+@kinds
+def test_compact_weights_are_cut_too(kind, tmp_path):
     model = tiny_model(**POSITIONAL)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    with cutting(model, [edge(kind) for kind in KINDS], means_of(model)):
-        assert torch.is_grad_enabled()
-        model(random_tokens(model)).sum().backward()
-    assert model.blocks[0].attn.W_V.grad.abs().max() > 0
+    sparsify(model)
+    model.save_pretrained(tmp_path / "model")
+    compact = load(tmp_path / "model", device="cpu", dense_weights=False)
+    means = means_of(model)
+    tokens = random_tokens(model, batch=8, seed=9)
+    with cutting(model, [edge(kind)], means), torch.no_grad():
+        expected = model(tokens)
+    with cutting(compact, [edge(kind)], means), torch.no_grad():
+        torch.testing.assert_close(compact(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(compact(tokens), expected)
+    now = compact.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(now[name], weight), name
+
+
+@kinds
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in", "use_attn_result"])
+def test_edges_are_cut_whatever_the_flags(kind, flag):
+    model = tiny_model(dtype=torch.float64, abs_topk={"attn_out": 0.7}, **POSITIONAL)
+    means = means_of(model)
+    with cutting(model, [edge(kind)], means):
+        expected = logits(model)
+        getattr(model, f"set_{flag}")(True)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_that_is_saved_under_a_cut_has_its_own_weights(tmp_path):
+    model = tiny_model(**POSITIONAL)
+    means = means_of(model)
+    with cutting(model, [edge(kind) for kind in KINDS], means):
+        model.save_pretrained(tmp_path / "model")
+        copied = copy.deepcopy(model)
+    assert torch.equal(logits(load(tmp_path / "model", device="cpu")), logits(model))
+    assert same(copied, state(model))
 
 
 def test_stock_models_are_refused_when_there_is_something_to_cut():
@@ -547,7 +662,7 @@ def test_ablated_cuts_no_edge(model):
 @pytest.mark.parametrize("edges", [0.5, 0.0, 1.0, None])
 def test_save_and_load(model, edges, tmp_path):
     circuit = random_circuit(model, edges=edges)
-    scores = {name: torch.randn(mean.shape) for name, mean in circuit.means.items()}
+    scores = {name: torch.randn(mask.shape) for name, mask in circuit.kept.items()}
     circuit = dataclasses.replace(circuit, scores=scores, measured={"x": 1})
     circuit.save(tmp_path)
     again = Circuit.load(tmp_path)

@@ -138,10 +138,22 @@ class Circuit(CircuitParts):
 
     # The model under the circuit
 
+    @property
+    def mean_hooks(self) -> list[str]:
+        """The hook points at which this circuit needs means: those of its nodes, and `hook_z`.
+
+        W_O reads z, so an edge that leaves a head is cut by holding z at its mean.
+        """
+        z_hooks = []
+        for hook_name in self.kept:
+            if hook_name.endswith(".attn.hook_v"):
+                z_hooks.append(hook_name.removesuffix("hook_v") + "hook_z")
+        return [*self.kept, *z_hooks]
+
     def with_means(self, means: NodeValues) -> Circuit:
         """This circuit with other means.
 
-        For example: `circuit.with_means(mean_activations(model, list(circuit.kept), batches))`.
+        For example: `circuit.with_means(mean_activations(model, circuit.mean_hooks, batches))`.
 
         Raises:
             CircuitError: if a hook point has no mean, or a mean has the wrong shape.
@@ -186,7 +198,7 @@ class Circuit(CircuitParts):
         if not self.means:
             raise CircuitError(
                 "this circuit has no means to hold nodes at; circuit.with_means("
-                "tl_sparse.hooks.mean_activations(model, list(circuit.kept), batches_of_tokens)) "
+                "tl_sparse.hooks.mean_activations(model, circuit.mean_hooks, batches_of_tokens)) "
                 "adds them"
             )
         with cutting(model, cut, self.means), ablating(model, nodes, values):

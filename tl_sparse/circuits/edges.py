@@ -21,11 +21,21 @@ from tl_sparse.circuits.nodes import (
     weight_matrices,
 )
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.errors import PruneError
-from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model
+from tl_sparse.errors import CircuitError, PruneError
+from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model, new_scope
+from tl_sparse.network import Cut, Product
 
 #: Node location → the weight matrix that leads to it and has a bias.
 _MATRIX_INTO = {matrix.target: matrix for matrix in MATRICES if matrix.bias}
+#: Weight matrix → the module, in a model of tl_sparse, that multiplies by it.
+_PRODUCT_WITH = {
+    "W_Q": "times_Q",
+    "W_K": "times_K",
+    "W_V": "times_V",
+    "W_O": "times_O",
+    "W_in": "times_in",
+    "W_out": "times_out",
+}
 
 
 def edges_between(nodes: Iterable[Node], model: TLModel) -> list[Edge]:
@@ -82,66 +92,75 @@ def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
 
 
 @contextmanager
-@torch.no_grad()
 def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterator[None]:
     """A context in which each edge contributes its mean instead of its activation.
 
-    The weight of the edge is set to zero, and weight · (mean of the source) is added to the bias at
-    its target. For an edge that leaves a head, the mean is that of `attn.hook_z`; if `means` lacks
-    it, the mean of the value is used, which is larger if a sink takes part of the attention. On
-    leaving the context, the weights are restored bit for bit.
+    The model acts as if the weight of the edge were zero, and as if weight · (mean of the source)
+    were added to the bias at its target. The weights themselves do not change, and gradients flow
+    to them. As in `hooks.hooked`, this acts on the calls of the thread that opens the context.
 
     Raises:
-        PruneError: if `model` is not a model of tl_sparse, since other models store their weights
-            in other forms.
+        PruneError: if `model` is not a model of tl_sparse, since other models multiply by their
+            weights in other ways, or if the model has no such edge.
+        CircuitError: if `means` lacks a mean that the activation of an edge has to be held at.
     """
     edges = list(edges)
     if edges and not is_sparse_model(model):
         raise PruneError(
             f"edges can be cut only in models of tl_sparse, not in a {type(model).__name__}"
         )
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
-        for edge in edges:
-            weight, bias = _weight_and_bias(model, edge)
-            new_bias = bias + weight * _mean_through(edge, means)
-            originals.append((weight, weight.clone()))
-            originals.append((bias, bias.clone()))
-            weight.zero_()
-            bias.copy_(new_bias)
-        yield
-    finally:
-        for entry, original in reversed(originals):
-            entry.copy_(original)
+    cuts = _cuts(model, edges, means)
+    with new_scope() as scope:
+        try:
+            for product, cut in cuts.items():
+                product.add_cut(scope, cut)
+            yield
+        finally:
+            for product in cuts:
+                product.remove_cut(scope)
+
+
+def _cuts(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> dict[Product, Cut]:
+    """The entries that the edges are, by the product that multiplies by them."""
+    mean_of_entry: dict[Product, dict[tuple[int, int], float]] = {}
+    for edge in edges:
+        product = _product_into(model, edge)
+        mean = float(_mean_through(edge, means))
+        mean_of_entry.setdefault(product, {})[edge.source.index, edge.target.index] = mean
+    cuts = {}
+    for product, entries in mean_of_entry.items():
+        inputs, outputs = torch.tensor(list(entries)).T
+        held_at = torch.tensor(list(entries.values()), dtype=torch.float64)
+        cuts[product] = Cut(inputs, outputs, held_at)
+    return cuts
+
+
+def _product_into(model: TLModel, edge: Edge) -> Product:
+    """The product, in a model of tl_sparse, whose matrix has this edge as one of its entries."""
+    matrix = _MATRIX_INTO.get(edge.target.location)
+    if matrix is None or matrix.source != edge.source.location:
+        raise PruneError(f"{edge} is not an edge: no matrix joins its ends")
+    if edge.source.layer != edge.target.layer or edge.source.layer >= model.cfg.n_layers:
+        raise PruneError(f"{edge} is not an edge within one of the model's layers")
+    module = getattr(model.blocks[edge.source.layer], matrix.module)
+    product: Product = getattr(module, _PRODUCT_WITH[matrix.weight])
+    d_in, d_out = product.shape
+    if edge.source.index >= d_in or edge.target.index >= d_out:
+        raise PruneError(f"{edge} is not an edge of this model: its matrix is {d_in} by {d_out}")
+    return product
 
 
 def _mean_through(edge: Edge, means: NodeValues) -> Float[Tensor, ""]:
     """The mean of the activation that the weight of an edge multiplies."""
-    block = f"blocks.{edge.source.layer}"
     hook_point = LOCATIONS[edge.source.location].hook_points[0]
-    mean = means[f"{block}.{hook_point}"]
     if edge.source.location == "attn_v":
         # W_O reads z: the values after attention has averaged them over positions.
-        mean = means.get(f"{block}.attn.hook_z", mean)
-    return mean.flatten()[edge.source.index]
-
-
-def _weight_and_bias(model: TLModel, edge: Edge) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Views of the weight of an edge and of the bias at its target, in a model of tl_sparse."""
-    matrix = _MATRIX_INTO[edge.target.location]
-    module = getattr(model.blocks[edge.source.layer], matrix.module)
-    weight_name = matrix.weight
-    source = edge.source.index
-    if edge.source.location.endswith("_in") and source >= model.cfg.d_model:
-        weight_name = matrix.positional_weight
-        source -= model.cfg.d_model
-    weight = getattr(module, weight_name).detach()
-    bias = getattr(module, matrix.bias).detach()
-    target = edge.target.index
-    if LOCATIONS[edge.target.location].is_by_head:
-        head, channel = divmod(target, model.cfg.d_head)
-        return weight[head, source, channel], bias[head, channel]
-    if edge.target.location == "attn_out":
-        head, channel = divmod(source, model.cfg.d_head)
-        return weight[head, channel, target], bias[target]
-    return weight[source, target], bias[target]
+        hook_point = "attn.hook_z"
+    hook_name = f"blocks.{edge.source.layer}.{hook_point}"
+    if hook_name not in means:
+        raise CircuitError(
+            f"cutting {edge} needs the mean at {hook_name}; circuit.with_means("
+            "tl_sparse.hooks.mean_activations(model, circuit.mean_hooks, batches_of_tokens)) "
+            "adds it"
+        )
+    return means[hook_name].flatten()[edge.source.index]

@@ -4,6 +4,7 @@ from .compact import unpack as unpack
 from .config import PAPER_TOPK_LOCATIONS as PAPER_TOPK_LOCATIONS
 from .config import SparseConfig as SparseConfig
 from .config import paper_topk as paper_topk
+from .cuts import Cut as Cut
 from .layers import AbsTopK as AbsTopK
 from .products import Kernels as Kernels
 from .products import Product as Product

@@ -135,15 +135,17 @@ class Attention(WeightsHolder):
         z = self.hook_z(z)
         if self.flags.use_attn_result:
             # head_results has applied AbsTopK: in a dropped channel, results and bias add up to 0.
-            return self.hook_result(self.head_results(z)).sum(2) + self.b_O
+            _, bias = self.times_O.matrix_and_bias(self.b_O)
+            return self.hook_result(self.head_results(z)).sum(2) + bias
         return self.topk_out(self.times_O(z.flatten(2), self.b_O))
 
     def _project(self, read: Reads, times: Product, bias: Tensor, topk: AbsTopK) -> Heads:
         """q, k or v, after AbsTopK."""
         each_head_reads_its_own = read.ndim == 4
         if each_head_reads_its_own:
-            weight = times.matrix().unflatten(1, bias.shape)
-            flat = (torch.einsum("bphr,rhd->bphd", read, weight) + bias).flatten(2)
+            matrix, flat_bias = times.matrix_and_bias(bias.flatten())
+            weight = matrix.unflatten(1, bias.shape)
+            flat = torch.einsum("bphr,rhd->bphd", read, weight).flatten(2) + flat_bias
         else:
             flat = times(read, bias.flatten())
         return topk(flat).unflatten(-1, bias.shape)
@@ -175,12 +177,13 @@ class Attention(WeightsHolder):
         In a channel that AbsTopK drops, each head writes an equal share of `-b_O`, which cancels
         the bias.
         """
-        results = torch.einsum("...hd,hdm->...hm", z, self.W_O)
+        matrix, bias = self.times_O.matrix_and_bias(self.b_O)
+        results = torch.einsum("...hd,hdm->...hm", z, matrix.unflatten(0, z.shape[-2:]))
         if self.topk_out.k is None:
             return results
-        attn_out = self.topk_out(results.detach().sum(-2) + self.b_O)
+        attn_out = self.topk_out(results.detach().sum(-2) + bias)
         is_kept = attn_out.ne(0).unsqueeze(-2)
-        return torch.where(is_kept, results, -self.b_O / results.shape[-2])
+        return torch.where(is_kept, results, -bias / results.shape[-2])
 
 
 class MLP(WeightsHolder):

@@ -3,89 +3,30 @@
 A product is either dense, or it uses only the nonzero weights, where that is faster.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.hooks import MatrixLayout
+from tl_sparse.hooks import MatrixLayout, Scope
 from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 from tl_sparse.network.compact import Compact
+from tl_sparse.network.compressed import Compressed
+from tl_sparse.network.cuts import Cut
 
 Kernels = Literal["auto", "dense", "sparse"]
 #: A product with fewer tokens than this is dense, unless its weights are held compact.
 MIN_TOKENS = 32
 #: The layout of a weight that already is a matrix `[d_in, d_out]`.
 INPUT_BY_OUTPUT = MatrixLayout(rows=(0,), columns=(1,))
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """The nonzero entries of a matrix, row by row (CSR).
-
-    Attributes:
-        starts: row r has the entries in the range [starts[r], starts[r + 1]).
-        columns: the column of each entry.
-        values: the value of each entry.
-        n_columns: the number of columns of the matrix.
-    """
-
-    starts: Int[Tensor, "row_1"]
-    columns: Int[Tensor, " entry"]
-    values: Float[Tensor, " entry"]
-    n_columns: int
-
-    @classmethod
-    def empty(cls, n_rows: int, n_columns: int, n_entries: int, like: Tensor) -> "Compressed":
-        """Memory for `n_entries` entries with values of the dtype of `like`; `starts` is zero."""
-        return cls(
-            starts=like.new_zeros(n_rows + 1, dtype=torch.int64),
-            columns=like.new_empty(n_entries, dtype=torch.int32),
-            values=like.new_empty(n_entries),
-            n_columns=n_columns,
-        )
-
-    @classmethod
-    def of(cls, matrix: Float[Tensor, "row column"], n_nonzero: int) -> "Compressed":
-        """The nonzero entries of a dense matrix that has `n_nonzero` of them."""
-        matrix = matrix.contiguous()
-        n_rows, n_columns = matrix.shape
-        compressed = cls.empty(n_rows, n_columns, n_nonzero, like=matrix)
-        kernel("compress", matrix)(matrix, *compressed.parts)
-        return compressed
-
-    @classmethod
-    def of_entries(
-        cls,
-        rows: Int[Tensor, " entry"],
-        columns: Int[Tensor, " entry"],
-        values: Float[Tensor, " entry"],
-        n_rows: int,
-        n_columns: int,
-    ) -> "Compressed":
-        """The matrix with the given entries, which may come in any order."""
-        order = (rows * n_columns + columns).argsort()
-        starts = F.pad(rows.bincount(minlength=n_rows).cumsum(0), (1, 0))
-        return cls(starts, columns[order].int(), values[order], n_columns)
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors, in the order in which the kernels take them."""
-        return self.starts, self.columns, self.values
-
-    @cached_property
-    def transposed(self) -> "Compressed":
-        """The transposed matrix."""
-        n_rows = len(self.starts) - 1
-        transposed = self.empty(self.n_columns, n_rows, len(self.values), like=self.values)
-        kernel("transpose", self.values)(*self.parts, *transposed.parts)
-        return transposed
+#: Held while cuts are added to a product or removed from it.
+_changing_cuts = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +75,30 @@ class Product(nn.Module):
         self.names = names
         self.layout = layout
         self.kernels: Kernels = "auto"
+        #: The entries of W that are cut, by the scope in which they are. This mapping is replaced,
+        #: never changed, because several threads may use the product.
+        self.cuts: Mapping[Scope, Cut] = {}
         self._cache = _Cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles, which do not include the cache."""
-        return {**self.__dict__, "_cache": _Cache()}
+        """The state for copies and pickles, which include neither cuts nor the cache."""
+        return {**self.__dict__, "cuts": {}, "_cache": _Cache()}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of rows and columns of W."""
+        d_in = d_out = 0
+        for name in self.names:
+            n_rows, d_out = self.layout.matrix_shape(self._stored(name).shape)
+            d_in += n_rows
+        return d_in, d_out
+
+    def _stored(self, name: str) -> Tensor | Compact:
+        """A weight in the form in which the owner holds it."""
+        if self._is_compact:
+            compact: Compact = self.owner.compact[name]
+            return compact
+        return getattr(self.owner, name)
 
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
         """W as a dense matrix."""
@@ -147,15 +107,47 @@ class Product(nn.Module):
             return parts[0]
         return torch.cat(parts)
 
+    def add_cut(self, scope: Scope, cut: Cut) -> None:
+        """Cut entries of W wherever `scope` is open."""
+        with _changing_cuts:
+            self.cuts = {**self.cuts, scope: cut}
+
+    def remove_cut(self, scope: Scope) -> None:
+        """Undo `add_cut` for this scope, if it has been called."""
+        with _changing_cuts:
+            remaining = dict(self.cuts)
+            remaining.pop(scope, None)
+            self.cuts = remaining
+
+    def _cut(self, d_out: int) -> Cut | None:
+        """The cut that acts here, which several scopes may have contributed to."""
+        acting = None
+        for scope, cut in self.cuts.items():
+            if scope.is_open_here():
+                acting = cut if acting is None else acting.and_also(cut, d_out)
+        return acting
+
+    def matrix_and_bias(self, bias: Tensor) -> tuple[Float[Tensor, "d_in d_out"], Tensor]:
+        """W as a dense matrix, and the bias `[d_out]`, both with the cut that acts here."""
+        cut = self._cut(len(bias))
+        if cut is None:
+            return self.matrix(), bias
+        return cut.from_matrix(self.matrix(), bias)
+
     def forward(
         self, x: Float[Tensor, "*batch d_in"], bias: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
         entries = self._entries(x)
-        if entries is None:
-            return F.linear(x, self.matrix().T, bias)
+        learns = self._learns()
+        cut = self._cut(len(bias))
+        if entries is None or (cut is not None and learns):
+            matrix, bias = self.matrix_and_bias(bias)
+            return F.linear(x, matrix.T, bias)
+        if cut is not None:
+            entries, bias = cut.from_entries(entries, bias)
         # Autograd needs the dense W only if the weights are trained.
-        matrix = self.matrix() if self._learns() else None
-        return _SparseProduct.apply(x, matrix, bias, entries)
+        dense = self.matrix() if learns else None
+        return _SparseProduct.apply(x, dense, bias, entries)
 
     def _learns(self) -> bool:
         """Whether any of the weights may receive a gradient."""
