@@ -93,8 +93,10 @@ def _attach(
     with _attaching:
         n_before = [len(hook_point.fwd_hooks) for hook_point in hook_points]
         try:
-            # The names and settings are checked by `model.hooks`, which both versions have. It
-            # would remove the hooks of other contexts too, if contexts are not left in order.
+            for hook_point, (name, function) in zip(hook_points, hooks, strict=True):
+                model.check_hooks_to_add(hook_point, name, function)
+            # The context of `model.hooks` ends at once, and leaves the functions attached. At its
+            # end it would remove the hooks of others too, if contexts are not left in order.
             with model.hooks(fwd_hooks=hooks, reset_hooks_end=False):
                 pass
         except (AssertionError, ValueError) as error:
