@@ -1,20 +1,29 @@
 """Reading and writing files: writes are atomic, and errors name the file."""
 
+import io
 import json
 import pickle
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, ConfigError
+from tl_sparse.parsing import (
+    MAX_JSON_BYTES,
+    MAX_YAML_BYTES,
+    check_is_file,
+    parse_json,
+    parse_yaml,
+    read_text,
+)
+from tl_sparse.pickles import MAX_BYTES, check_pickle
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -77,13 +86,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: if the file is missing, is not JSON, or does not hold an object.
+        CheckpointError: if the file is missing, is not JSON, or does not hold an object; and for
+            what `parsing` refuses.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, MAX_JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
@@ -94,11 +104,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: if the file is missing, is not YAML, or does not hold a mapping.
+        ConfigError: if the file is missing, is not YAML, or does not hold a mapping; and for what
+            `parsing` refuses.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = parse_yaml(read_text(path, MAX_YAML_BYTES))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -120,8 +131,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+    _check_is_file(path)
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
@@ -135,13 +145,13 @@ def read_torch(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is missing or damaged, holds objects that could run code, or
             does not hold a dictionary.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+    _check_is_file(path)
     try:
         values = _load_torch(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: besides tensors it holds objects that could run code"
+            f"{path} is refused: besides tensors it holds objects that could run code or take any "
+            f"amount of memory: {error}"
         ) from error
     except Exception as error:  # torch.load raises nearly anything on a damaged archive
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
@@ -152,18 +162,31 @@ def read_torch(path: Path) -> dict[str, Any]:
     return values
 
 
+def _check_is_file(path: Path) -> None:
+    """Raise `CheckpointError` unless there is a file at `path`."""
+    try:
+        check_is_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
 def _load_torch(path: Path) -> Any:
     """`torch.load` of tensors only, onto the CPU, with the checks that torch leaves out."""
-    record_sizes: set[int] | None = None
-    if zipfile.is_zipfile(path):  # files from before torch 1.6 are not archives
-        with zipfile.ZipFile(path) as archive:
-            _check_records(archive, path.stat().st_size)
-            record_sizes = {record.file_size for record in archive.infolist()}
+    file_size = path.stat().st_size
+    with open(path, "rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"  # torch decides by the same bytes
+    if is_archive:
+        storage_sizes = _check_archive(path)
+    else:
+        storage_sizes = range(file_size + 1)
+        _check_old_file(path)
 
     def on_cpu(storage: Any, location: str) -> Any:
         # The pickle states the size of each tensor's record, but not every version of torch
         # compares it with the record itself.
-        if record_sizes is not None and storage.nbytes() not in record_sizes:
+        if storage.nbytes() not in storage_sizes:
             raise ValueError("the size of a tensor is not the size of its record")
         return storage
 
@@ -172,19 +195,45 @@ def _load_torch(path: Path) -> Any:
     return torch.load(path, map_location=on_cpu, weights_only=True, mmap=False)
 
 
+def _check_archive(path: Path) -> Collection[int]:
+    """Check the records and the pickle of an archive, and return the sizes of its records."""
+    with zipfile.ZipFile(path) as archive:
+        _check_records(archive, path.stat().st_size)
+        records = archive.infolist()
+        pickles = [record for record in records if record.filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise zipfile.BadZipFile(f"it has {len(pickles)} records called data.pkl, not one")
+        size = pickles[0].file_size
+        if size > MAX_BYTES:
+            raise pickle.UnpicklingError(f"its data.pkl has {size:,} bytes, not only tensors")
+        check_pickle(io.BytesIO(archive.read(pickles[0])), size)
+        return {record.file_size for record in records}
+
+
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
     """Raise `BadZipFile` for wrong offsets, sizes and checksums, which torch does not check."""
     records = archive.infolist()
-    names = {record.filename for record in records}
+    names = {record.filename.lower() for record in records}  # torch ignores case
     total_size = sum(record.file_size for record in records)
     is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     # With records that share a name or bytes, a small file could unpack to a very large model.
     is_overlapping = len(names) < len(records) or total_size > file_size
     if is_compressed or is_overlapping:
         raise zipfile.BadZipFile("its records overlap or are compressed")
+    # In an archive that follows other bytes, torch would look for the records at other places.
+    if min((record.header_offset for record in records), default=0) != 0:
+        raise zipfile.BadZipFile("its first record is not at the beginning")
     damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
+def _check_old_file(path: Path) -> None:
+    """Check the pickles of a file from before torch 1.6, which the bytes of the tensors follow."""
+    with open(path, "rb") as file:
+        beginning = io.BytesIO(file.read(MAX_BYTES))
+    for _ in ("magic number", "version", "machine", "values", "names of the storages"):
+        check_pickle(beginning, len(beginning.getvalue()))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import socket
 from unittest.mock import create_autospec
 
@@ -210,6 +211,15 @@ training: {{
 ```
 """
     assert expected in model.card("user/repo", RECORD)
+
+
+def test_names_do_not_break_out_of_a_card(circuit):
+    name = "x\n````\n<script>1</script>\n\x1b[2J```"
+    card = dataclasses.replace(circuit, task=name, model_name=name).card("user/repo")
+    (block,) = re.findall(r"^(`{5,})\n(.*?)^\1\n", card, flags=re.MULTILINE | re.DOTALL)
+    assert "<script>" not in card.replace(block[1], "")
+    assert "\x1b" not in card
+    assert not any(line.startswith("`") for line in block[1].splitlines())
 
 
 def test_the_card_of_a_circuit(circuit):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from tl_sparse.circuits.exports import (
     export,
     residual_joins,
     to_dot,
+    to_graphml,
     to_mermaid,
     to_networkx,
 )
@@ -45,6 +47,19 @@ def test_networkx_has_the_nodes_and_edges(circuit, micro):
     assert graph.graph == {"model": "micro", "task": "micro"}
     without_means = dataclasses.replace(circuit, means={})
     assert "mean" not in to_networkx(without_means, micro).nodes["0.attn_v.0"]
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\x1b[31m", "\ufffe", "a < b & 'c' \"d\"", "é\n😀"])
+def test_graphml_with_any_text_is_read_back(text, circuit, micro):
+    named = dataclasses.replace(circuit, task=text, model_name=text)
+    graph = networkx.parse_graphml(to_graphml(named, micro))
+    kept = re.sub("[\x00\x1b\ufffe]", "\ufffd", text)
+    assert graph.graph["task"] == graph.graph["model"] == kept
+
+
+def test_endings_in_capitals(circuit, micro, tmp_path):
+    export(circuit, micro, tmp_path / "C.DOT")
+    assert (tmp_path / "C.DOT").read_text() == to_dot(circuit, micro) + "\n"
 
 
 def test_graphml_is_read_back_equal(circuit, micro, tmp_path):

@@ -11,6 +11,8 @@ import transformer_lens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from helpers import (
     ON_3,
@@ -670,6 +672,17 @@ def test_a_sequence_longer_than_the_context_is_refused():
 # --- text
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "<end>"}, {"bos_token": "<end>"}])
+def test_a_vocabulary_without_an_unknown_token(special):
+    words = ["<end>", "1", "2", "+", "="]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    model = tiny_model(tokenizer=tokenizer)
+    assert model.to_tokens("1 + 2 =").tolist() == [[0, 1, 3, 2, 4]]
+    assert model("1 + 2 =").shape == (1, 5, 11)
 
 
 def test_text_needs_a_tokenizer_that_fits():

@@ -522,13 +522,24 @@ def test_lines_that_are_no_pairs(tmp_path, text, message):
     assert str(error.value).startswith(f"{path}, {message}")
 
 
+def test_a_file_of_another_program(tmp_path):
+    lines = [json.dumps({"prompts": [f"{i} a", f"{i} b"], "answers": ["a", "b"]}) for i in "12"]
+    path = tmp_path / "Pairs.JSONL"
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    task = get_task(str(path))
+    prompts = {task.pair(random.Random(seed)).first_prompt for seed in range(20)}
+    assert (task.name, prompts) == ("Pairs", {"1 a", "2 a"})
+
+
 def test_files_that_are_no_tasks(tmp_path):
     path = tmp_path / "pairs.jsonl"
     with pytest.raises(
         DataError, match=r"cannot read .*pairs\.jsonl as UTF-8 text: .*No such file"
     ):
         get_task(str(path))
-    with pytest.raises(DataError, match=r"cannot read .* as UTF-8 text: .*directory"):
+    with pytest.raises(
+        DataError, match=r"cannot read .* as UTF-8 text: it is a folder, not a file"
+    ):
         Task.from_jsonl(tmp_path)
     path.write_bytes(GOOD.replace("a", "ä").encode("latin-1"))
     with pytest.raises(

@@ -1,5 +1,6 @@
 """Uploads to the Hugging Face hub, with a card."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 
 from tl_sparse.errors import CheckpointError
+from tl_sparse.parsing import printable
 
 
 def push_folder(
@@ -76,6 +78,9 @@ def card_text(
         load: the line of Python that loads the model or circuit.
         pipeline_tag: the task under which the hub lists the repository.
     """
+    facts = printable(facts, keep="\n")
+    longest = max(map(len, re.findall("`+", facts)), default=0)
+    fence = "`" * max(3, longest + 1)  # nothing in the facts ends their block
     data = ModelCardData(
         library_name="tl_sparse", tags=["transformer-lens", "weight-sparse", "interpretability"]
     )
@@ -88,9 +93,9 @@ def card_text(
 {what}
 ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)), written by tl_sparse {version("tl-sparse")}.
 
-```
+{fence}
 {facts}
-```
+{fence}
 
 ```python
 import tl_sparse

@@ -1,5 +1,6 @@
 """`Checkpoint`, which every reader returns, and the network that is built from it."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +16,12 @@ from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 #: Floating-point dtypes that torch computes with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: The largest number of layers accepted; it is checked before any block is built.
-_MAX_LAYERS = 100_000
+_MAX_LAYERS = 1000
+#: A model may take at most this many times the bytes of the tensors in its file, plus the bytes in
+#: `_ALWAYS_ALLOWED`. Only compact storage makes a file smaller than its model: the sparsest
+#: published models take 200 times as much memory as their nonzero weights.
+_MAX_TIMES = 1024
+_ALWAYS_ALLOWED = 64 * 2**20
 _BLOCK_TENSOR = re.compile(r"blocks\.(\d{1,9})\.")
 _BLOCK_WEIGHT = re.compile(r"blocks\.\d+\.(attn|mlp)\.W_")
 
@@ -55,12 +61,14 @@ def build_network(
             compact; see `WeightsHolder.hold_compact`.
 
     Raises:
-        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors.
+        CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors;
+            or if the model would be more than a thousand times as large as the tensors in its file.
     """
     tensors = checkpoint.tensors
     _check_layers(checkpoint, source)
     network = _network_without_tensors(checkpoint.config, source)
     _check_tensors(tensors, network.state_dict(), source)
+    _check_size(tensors, source)
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     parameters: dict[str, Tensor] = {}
     for name in list(tensors):
@@ -86,7 +94,11 @@ def _check_layers(checkpoint: Checkpoint, source: Path) -> None:
     n_layers = checkpoint.config.n_layers
     matches = [_BLOCK_TENSOR.match(name) for name in checkpoint.tensors]
     layers = {int(match[1]) for match in matches if match}
-    if n_layers > _MAX_LAYERS or layers != set(range(n_layers)):
+    if n_layers > _MAX_LAYERS:
+        raise CheckpointError(
+            f"{source}: the configuration has {n_layers} layers, and at most {_MAX_LAYERS} are read"
+        )
+    if layers != set(range(n_layers)):
         raise CheckpointError(
             f"{source}: the configuration has {n_layers} layers, but the file has {len(layers)}"
         )
@@ -124,6 +136,27 @@ def _check_tensors(
             raise CheckpointError(
                 f"{source}: {name} has dtype {tensor.dtype}; weights must be floating-point"
             )
+
+
+def _check_size(tensors: dict[str, Tensor | Compact], source: Path) -> None:
+    """Raise `CheckpointError` if the tensors take far more memory than what the file holds of them.
+
+    The file may hold few entries of a large compact tensor, or one tensor under many names.
+    """
+    n_bytes = 0
+    stored: dict[int, int] = {}  # address of a storage → its bytes
+    for tensor in tensors.values():
+        n_bytes += math.prod(tensor.shape) * tensor.dtype.itemsize
+        parts = (tensor.values, tensor.positions) if isinstance(tensor, Compact) else (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+    allowed = _MAX_TIMES * sum(stored.values()) + _ALWAYS_ALLOWED
+    if n_bytes > allowed:
+        raise CheckpointError(
+            f"{source}: the model would take {n_bytes:,} bytes, more than the {allowed:,} that its "
+            f"file of weights accounts for"
+        )
 
 
 def _is_finite(stored: Tensor | Compact) -> bool:

@@ -24,6 +24,7 @@ from tl_sparse.circuits.storage import read_circuit, write_circuit
 from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
+from tl_sparse.parsing import printable
 
 if TYPE_CHECKING:
     from tl_sparse.view import Page
@@ -370,8 +371,8 @@ class Circuit(CircuitParts):
         return Page(page_data(self, model, *args, **options))
 
     def __repr__(self) -> str:
-        task = self.task or "no task"
-        model_name = self.model_name or "a model"
+        task = printable(self.task) or "no task"
+        model_name = printable(self.model_name) or "a model"
         lines = [f"Circuit({task} in {model_name}: {self.n_nodes} nodes"]
         n_nodes_at = Counter(node.location for node in self.nodes)
         if n_nodes_at:
@@ -381,7 +382,7 @@ class Circuit(CircuitParts):
             lines.append(f"pruned to {len(self.edge_set)} edges")
         losses = self._measured_losses()
         if losses:
-            texts = [f"{name} {loss:.3f}" for name, loss in losses.items()]
+            texts = [f"{printable(name)} {loss:.3f}" for name, loss in losses.items()]
             lines.append(f"task loss: {', '.join(texts)}")
         if not self.means:
             lines.append("without means: it can be viewed, but not run")

@@ -5,6 +5,7 @@ The formats are networkx, GraphML, DOT, Mermaid, CSV, and the JSON of attributio
 
 import difflib
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import networkx
 
 
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 #: The largest number of links in a Mermaid graph: its renderers refuse more than 500, and such a
 #: large graph is unreadable anyway.
 MERMAID_LINKS = 400
@@ -43,20 +45,21 @@ def export(
         TaskError, TokenizerError, DataError: for .json, if no prompt of the task fits the model.
     """
     path = Path(path)
+    ending = path.suffix.lower()
     endings = [*TEXT_FORMATS, ".json"]
-    if path.suffix not in endings:
-        near = difflib.get_close_matches(path.suffix, endings, n=1)
+    if ending not in endings:
+        near = difflib.get_close_matches(ending, endings, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"{path}: nothing is exported as {path.suffix!r}; {hint}"
             f"Exports end in {', '.join(endings)}"
         )
     with replacing(path) as temporary:
-        if path.suffix == ".json":
+        if ending == ".json":
             graph = attribution_graph(circuit, model, task)
             text = json.dumps(graph, indent=1, ensure_ascii=False)
         else:
-            text = TEXT_FORMATS[path.suffix](circuit, model)
+            text = TEXT_FORMATS[ending](circuit, model)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -96,10 +99,16 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
 
 
 def to_graphml(circuit: Circuit, model: TLModel) -> str:
-    """The graph of `to_networkx` in GraphML, which networkx and most graph programs read."""
+    """The graph of `to_networkx` in GraphML, which networkx and most graph programs read.
+
+    Characters in names that XML cannot represent become U+FFFD.
+    """
     import networkx
 
-    return "\n".join(networkx.generate_graphml(to_networkx(circuit, model)))
+    graph = to_networkx(circuit, model)
+    for name in ("model", "task"):
+        graph.graph[name] = _NOT_IN_XML.sub("\ufffd", graph.graph[name])
+    return "\n".join(networkx.generate_graphml(graph))
 
 
 def to_csv(circuit: Circuit, model: TLModel) -> str:

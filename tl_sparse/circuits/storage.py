@@ -4,6 +4,7 @@
 name of each tensor is the name of its hook point, prefixed with `kept/`, `mean/` or `score/`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -105,7 +106,12 @@ def read_circuit(folder: Path) -> CircuitParts:
 def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     sketch = {}
     for parameter, numbers in values["sketch"].items():
-        sketch[str(parameter)] = list(map(float, numbers))
+        projections = list(map(float, numbers))
+        if not projections or not all(map(math.isfinite, projections)):
+            raise ValueError(f"the sketch of {parameter} must be finite numbers")
+        sketch[str(parameter)] = projections
+    if not sketch:
+        raise ValueError("the sketch must not be empty: it would fit every model")
     return Fingerprint(str(values["architecture"]), sketch)
 
 

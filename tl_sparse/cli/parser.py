@@ -15,6 +15,7 @@ from tl_sparse.cli.pruning import add_prune, add_search, add_suite
 from tl_sparse.cli.tasks import add_tasks
 from tl_sparse.cli.training import add_train
 from tl_sparse.errors import TLSparseError
+from tl_sparse.parsing import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except TLSparseError as error:
-        print(f"tl-sparse: error: {error}", file=sys.stderr)
+        message = printable(str(error), keep="\n")
+        print(f"tl-sparse: error: {message}", file=sys.stderr)
         return 1
     return 0
 

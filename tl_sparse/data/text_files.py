@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 from tl_sparse.errors import DataError
+from tl_sparse.parsing import check_is_file
 
 # Folders of the standard library that hold no ordinary code: tests, tables, data, and installed
 # packages.
@@ -83,7 +84,7 @@ def _stdlib_paths() -> list[Path]:
 def _user_paths(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        matches = [inside for inside in path.rglob("*") if inside.suffix in (".py", ".txt")]
+        matches = [inside for inside in path.rglob("*") if inside.suffix.lower() in (".py", ".txt")]
     elif path.is_file():
         matches = [path]
     else:
@@ -94,9 +95,10 @@ def _user_paths(source: str) -> list[Path]:
 def _read(path: Path) -> str:
     r"""The text of a file, in which every line ends in "\n"."""
     try:
+        check_is_file(path)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"

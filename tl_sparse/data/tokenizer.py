@@ -185,7 +185,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 def find_tokenizer(source: str | Path) -> Path | None:
     """The file that `load_tokenizer` reads; None if there is none."""
     folder = Path(source)
-    paths = [folder, folder / "tokenizer.json", *sorted(folder.glob("*.tiktoken"))]
+    paths = [
+        folder,
+        folder / "tokenizer.json",
+        *sorted(folder.glob("*.[tT][iI][kK][tT][oO][kK][eE][nN]")),
+    ]
     if (folder / "merges.txt").is_file():
         paths.append(folder / "vocab.json")
     for path in paths:
@@ -195,7 +199,7 @@ def find_tokenizer(source: str | Path) -> Path | None:
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    if path.suffix == ".tiktoken":
+    if path.suffix.lower() == ".tiktoken":
         return _like_gpt2(_tiktoken_model(path))
     if path.name == "vocab.json":
         return _like_gpt2(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))

@@ -37,9 +37,17 @@ def prepare_tokenizer(
     roles = ("eos_token", "pad_token", "bos_token")
     missing = [role for role in roles if getattr(tokenizer, role) is None]
     tokenizer.add_special_tokens(dict.fromkeys(missing, end))
-    ids = tokenizer.encode("a")
-    prepends_bos = len(ids) > 1 and ids[0] == tokenizer.bos_token_id
-    return tokenizer, prepends_bos
+    return tokenizer, _prepends_bos(tokenizer)
+
+
+def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        ids = tokenizer.encode("a")
+    except Exception:  # the Rust library's own, for a vocabulary without "a" and an unknown token
+        special = set(tokenizer.all_special_ids)
+        ordinary = (token for token in tokenizer.get_vocab().values() if token not in special)
+        ids = tokenizer.encode(tokenizer.decode([next(ordinary, tokenizer.eos_token_id)]))
+    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tl_sparse.parsing import printable
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,7 +36,8 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
     rows = [score_row(name, scored[name]) for name in by_loss]
     text = table(["task", "loss", "accuracy"], rows)
     if missing:
-        text += f"\n\nNot possible with this tokenizer and context: {', '.join(missing)}"
+        names = ", ".join(map(printable, missing))
+        text += f"\n\nNot possible with this tokenizer and context: {names}"
     return text
 
 
@@ -45,7 +48,11 @@ def score_row(name: str, score: Score) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table with left-aligned columns and a rule under the header."""
+    """Lay out a table with left-aligned columns and a rule under the header.
+
+    Characters that could steer a terminal are written as escapes.
+    """
+    header, *rows = [list(map(printable, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = []

@@ -14,7 +14,6 @@ itself the cue.
 """
 
 import difflib
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tl_sparse.errors import DataError, TaskError
+from tl_sparse.parsing import MAX_JSON_BYTES, parse_json, printable, read_text
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides
 
 _PAIR_FORMAT = '{"prompts": ["…", "…"], "answers": ["…", "…"]}'
@@ -107,7 +107,7 @@ def get_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    if name.endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
         return Task.from_jsonl(name)
     nearest = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
@@ -122,7 +122,7 @@ def _one_of(pairs: tuple[Pair, ...], rng: random.Random) -> Pair:
 
 def _pairs_in_file(path: str | Path) -> tuple[Pair, ...]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = read_text(Path(path), MAX_JSON_BYTES).split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
     pairs: dict[frozenset[str], Pair] = {}
@@ -153,10 +153,8 @@ def _pair_in_line(line: str, place: str) -> Pair:
         DataError: if the line is not a pair.
     """
     try:
-        value = json.loads(line)
-        # A lone surrogate is valid JSON, but it cannot be encoded and so has no tokens.
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{place} is not valid JSON: {error}") from error
     match value:
         case {"prompts": [str(), str()] as prompts, "answers": [str(), str()] as answers}:
@@ -165,7 +163,7 @@ def _pair_in_line(line: str, place: str) -> Pair:
                 return pair
     raise DataError(
         f"{place} must be {_PAIR_FORMAT}, without empty texts, with two different prompts and two "
-        f"different answers, not {line[:80]}"
+        f"different answers, not {printable(line[:80])}"
     )
 
 

@@ -48,7 +48,7 @@ def check_drawing(path: str | Path) -> None:
     Raises:
         ConfigError: unless `path` ends in .png or .svg and matplotlib is installed.
     """
-    ending = Path(path).suffix
+    ending = Path(path).suffix.lower()
     if ending not in ENDINGS:
         allowed = " or ".join(ENDINGS)
         raise ConfigError(
@@ -67,7 +67,7 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     check_drawing(path)
     with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:], dpi=200)
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=200)
 
 
 # --- the faithfulness curve
