@@ -12,11 +12,11 @@ import dataclasses
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.checkpoints import CORPUS_SAMPLE
+from tl_sparse.checkpoints import CORPUS_SAMPLE, save_model
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
-from tl_sparse.files import check_new_folder, read_json, read_tensors, write_json, write_tensors
-from tl_sparse.network import pack
+from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
+from tl_sparse.outputs import check_new_folder
 from tl_sparse.training import evaluate_loss
 
 MODELS = Path(tl_sparse.__file__).parent / "models"
@@ -38,19 +38,18 @@ def bundle(run: Path, folder: Path) -> None:
         record["tasks"][name] = None if score is None else dataclasses.asdict(score)
     write_json(folder / "training.json", record)
     record["command"] = f"tl-sparse train examples/{folder.name}.yaml"
-    (folder / "README.md").write_text(model.card(folder.name, record), encoding="utf-8")
+    write_text(folder / "README.md", model.card(folder.name, record))
 
 
 def write_rounded(run: Path, folder: Path) -> None:
     """Save the model and the corpus sample of a run with fewer bits per number."""
     model = tl_sparse.load(run, device="cpu")
-    model.save_pretrained(folder)
     state = model.state_dict()
     for name, tensor in state.items():
         is_dense = tensor.count_nonzero() > tensor.numel() / 2
         if ".W_" in name and is_dense:
             state[name] = tensor.half()
-    write_tensors(folder / "model.safetensors", pack(state))
+    save_model(folder, state, model.sparse_cfg, model.tokenizer)
     sample = read_tensors(run / CORPUS_SAMPLE)["tokens"]
     write_tensors(folder / CORPUS_SAMPLE, {"tokens": sample.short()})
 

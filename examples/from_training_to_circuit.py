@@ -14,7 +14,8 @@ from pathlib import Path
 
 import tl_sparse
 from tl_sparse.evaluation import full_evaluation, task_scores
-from tl_sparse.files import check_new_folder, write_json
+from tl_sparse.files import write_json
+from tl_sparse.outputs import check_new_folder
 from tl_sparse.pruning import task_splits
 from tl_sparse.tasks import TASKS, tasks_table
 from tl_sparse.view import evaluation_tables, plots

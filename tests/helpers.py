@@ -1,6 +1,7 @@
 """Small models, configurations, circuits and tokenizers, and other things that many tests need."""
 
 import functools
+import json
 import multiprocessing
 import os
 import warnings
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tl_sparse import checksums
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.faces.line import transformer_lens_line
@@ -101,6 +104,18 @@ def tiny_model(config=None, seed=0, dtype=None, tokenizer=None, **changes):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
     model.network.to(dtype)
     return model
+
+
+def without_checksums(folder):
+    """Take the checksums out of a saved model or circuit, as if an older version had written it."""
+    for path in folder.glob("*.json"):
+        values = json.loads(path.read_text())
+        values.pop(checksums.ENTRY, None)
+        values.pop(checksums.FILES, None)
+        path.write_text(json.dumps(values))
+    for path in folder.glob("*.safetensors"):
+        save_file(load_file(path), path)
+    return folder
 
 
 def stock_model(**changes):

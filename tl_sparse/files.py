@@ -1,20 +1,31 @@
-"""Reading and writing files: writes are atomic, and errors name the file."""
+"""Reading and writing files: writes are atomic, damage is noticed, and errors name the file."""
 
 import io
 import json
+import math
+import os
 import pickle
-import uuid
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from tl_sparse.checksums import (
+    UNFILLED,
+    check_tensor_file,
+    fill_in_checksum,
+    with_checksum,
+    without_checksum,
+)
 from tl_sparse.errors import CheckpointError, ConfigError
+from tl_sparse.outputs import replacing
 from tl_sparse.parsing import (
     MAX_JSON_BYTES,
     MAX_YAML_BYTES,
@@ -24,15 +35,6 @@ from tl_sparse.parsing import (
     read_text,
 )
 from tl_sparse.pickles import MAX_BYTES, check_pickle
-
-
-def check_new_folder(folder: str | Path) -> None:
-    """Raise `ConfigError` unless `folder` is new or empty: results are never overwritten."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            f"out = {str(folder)!r} is not possible; it must be a new or an empty folder"
-        )
 
 
 @contextmanager
@@ -45,49 +47,93 @@ def errors_name_file(path: str | Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Atomically replace the file at `path` by the file that the block writes.
-
-    The block writes to the path that the context yields, a temporary file in the same folder. That
-    file becomes `path` if the block ends without an exception.
-
-    Raises:
-        CheckpointError: if the folder cannot be written to, or `path` is itself a folder.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path to the same file, in a folder whose name is UTF-8, for libraries that need that."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # the permissions that the umask allows
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        str(path.parent).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as temporary:
+            link = Path(temporary, "link")
+            link.symlink_to(path.parent.resolve())
+            yield link / path.name
+    else:
+        yield path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically."""
-    with replacing(path) as temporary:
+def printable_name(folder: Path) -> str:
+    """The name of a folder, with a replacement for what is not UTF-8."""
+    return os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+
+
+def write_text(path: str | Path, text: str, overwrite: bool = True) -> None:
+    """Write a text file, atomically; for `overwrite` and the errors see `replacing`."""
+    with replacing(path, overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, atomically."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, values: Mapping[str, Any], overwrite: bool = True) -> None:
+    """Write a JSON file with a checksum, atomically.
+
+    Scalars of numpy and torch are written as plain numbers.
+
+    Raises:
+        CheckpointError: if JSON cannot hold a value, such as NaN, or as for `replacing`.
+        ConfigError: as for `replacing`.
+    """
+    try:
+        plain = _plain(values, "")
+        text = json.dumps(with_checksum(plain), indent=2, ensure_ascii=False)
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    write_text(path, text + "\n", overwrite)
+
+
+def _plain(value: Any, place: str) -> Any:
+    """A value of which JSON can hold every part.
+
+    Args:
+        place: where it is in the file, for messages.
+
+    Raises:
+        ValueError: if JSON cannot hold it.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {_plain_key(key, place): _plain(x, f"{place}.{key}") for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x, f"{place}[{i}]") for i, x in enumerate(value)]
+    place = place.removeprefix(".")
+    if isinstance(value, str):
+        _check_text(value, place)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{place} is {value}, which JSON cannot hold")
+    elif not isinstance(value, int | None):
+        raise ValueError(f"{place} is a {type(value).__name__}, which JSON cannot hold")
+    return value
+
+
+def _plain_key(key: object, place: str) -> str:
+    if not isinstance(key, str | int):
+        raise ValueError(f"{place.removeprefix('.')} has the key {key!r}, which is not text")
+    _check_text(str(key), place)
+    return str(key)
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} = {text!r} has half of a surrogate pair") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without its checksum.
 
     Raises:
-        CheckpointError: if the file is missing, is not JSON, or does not hold an object; and for
-            what `parsing` refuses.
+        CheckpointError: if the file is missing, is not JSON, does not hold an object, or its
+            checksum is wrong; and for what `parsing` refuses.
     """
     try:
         values = parse_json(read_text(path, MAX_JSON_BYTES))
@@ -97,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-    return values
+    return without_checksum(path, values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -119,21 +165,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, atomically."""
+    """Write a safetensors file with a checksum, atomically."""
     writable = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        safetensors.torch.save_file(writable, temporary)
+        safetensors.torch.save_file(writable, temporary, metadata=UNFILLED)
+        fill_in_checksum(temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: if the file is missing or damaged.
+        CheckpointError: if the file is missing or damaged, or its checksum is wrong.
     """
     _check_is_file(path)
+    check_tensor_file(path)
     try:
-        return safetensors.torch.load_file(path)
+        with utf8_path(path) as readable:
+            return safetensors.torch.load_file(readable)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
 

@@ -24,6 +24,7 @@ from helpers import (
     sparse_configs,
     tiny_config,
     tiny_model,
+    without_checksums,
     word_tokenizer,
 )
 from tl_sparse import SparseConfig, create, load, paper_topk
@@ -31,7 +32,7 @@ from tl_sparse.checkpoints.formats import read_checkpoint
 from tl_sparse.checkpoints.network import build_network
 from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
-from tl_sparse.files import read_torch
+from tl_sparse.files import read_json, read_torch
 
 # --- openai/circuit-sparsity
 
@@ -334,14 +335,14 @@ def test_what_compact_storage_does_not_make_smaller_stays_dense(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, overwrite=True)
     assert_same_model(load(tmp_path, device="cpu"), model)
 
 
 def test_folders_that_do_not_say_how_they_are_stored(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path, dense=True)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = read_json(tmp_path / "config.json")
     del values["storage"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert_same_model(load(tmp_path, device="cpu"), model)
@@ -387,6 +388,7 @@ def int32(*values):
 def test_damaged_compact_tensors(part, value, message, tmp_path):
     config = tiny_config(d_model=256)
     create(config, 0, device="cpu").save_pretrained(tmp_path)
+    without_checksums(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
     del weights["ln_final.w"]
@@ -402,6 +404,7 @@ def test_damaged_compact_tensors(part, value, message, tmp_path):
 
 def test_a_tensor_both_dense_and_compact(tmp_path):
     create(tiny_config(d_model=256), 0, device="cpu").save_pretrained(tmp_path)
+    without_checksums(tmp_path)
     path = tmp_path / "model.safetensors"
     parts = {"values": torch.ones(1), "positions": int32(1), "shape": torch.tensor([256])}
     save_file(load_file(path) | {f"ln_final.w.{name}": x for name, x in parts.items()}, path)

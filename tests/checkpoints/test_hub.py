@@ -1,7 +1,6 @@
 """Pushing models and circuits, and the cards that go with them; the hub is this test's own."""
 
 import dataclasses
-import json
 import re
 import socket
 from unittest.mock import create_autospec
@@ -18,6 +17,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation.scores import Evaluation
+from tl_sparse.files import read_json
 from tl_sparse.tasks.scores import Score
 
 RECORD = {
@@ -139,7 +139,7 @@ def test_a_circuit_comes_back(circuit, hub):
 def test_the_record_of_training_goes_along(model, hub):
     model.push_to_hub("user/repo", record=RECORD)
     folder = find("user/repo")
-    assert json.loads((folder / "training.json").read_text()) == RECORD
+    assert read_json(folder / "training.json") == RECORD
     assert (folder / "README.md").read_text() == model.card("user/repo", RECORD)
 
 

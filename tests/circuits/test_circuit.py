@@ -18,7 +18,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate, score
-from tl_sparse.files import read_tensors
+from tl_sparse.files import read_json, read_tensors
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.pruner import prune
@@ -243,7 +243,7 @@ def test_means_must_be_of_the_nodes(micro):
 def test_circuits_saved_before_means_could_be_missing_are_read(micro, tmp_path):
     micro_circuit(micro).save(tmp_path)
     path = tmp_path / "circuit.json"
-    about = json.loads(path.read_text())
+    about = read_json(path)
     del about["means"]
     path.write_text(json.dumps(about))
     assert Circuit.load(tmp_path).means.keys() == micro_circuit(micro).means.keys()
@@ -311,6 +311,13 @@ def test_masks_and_means_must_fit():
         ({"edge_mask": True, "edges": [["0.attn_in.0"]]}, "missing or malformed entry"),
         ({"edge_mask": True, "edges": [["0.attn_in.0", "0.resid.1"]]}, "'0.resid.1' is not a node"),
         ({"model": {}}, "missing or malformed entry"),
+        ({"model": {"architecture": "a", "sketch": {}}}, "the sketch must not be empty"),
+        (
+            {"model": {"architecture": "a", "sketch": {"W": [1.0, math.nan]}}},
+            "the sketch of W must be finite numbers",
+        ),
+        ({"model": {"architecture": "a", "sketch": {"W": []}}}, "the sketch of W must be finite"),
+        ({"edge_mask": False, "edges": []}, "edge_mask must be true if there are edges"),
         ({"means": False}, "tensors do not fit circuit.json: mean/blocks"),
         ({"hooks": ["nowhere"]}, "tensors do not fit circuit.json"),
     ],
@@ -318,9 +325,42 @@ def test_masks_and_means_must_fit():
 def test_damaged_circuit_json(micro, tmp_path, change, message):
     micro_circuit(micro).save(tmp_path)
     path = tmp_path / "circuit.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(read_json(path) | change))
     with pytest.raises(CheckpointError, match=message):
         Circuit.load(tmp_path)
+
+
+def test_a_number_of_nodes_that_is_not_that_of_the_masks(micro, tmp_path):
+    micro_circuit(micro).save(tmp_path)
+    path = tmp_path / "circuit.json"
+    path.write_text(json.dumps(read_json(path) | {"n_nodes": 4}))
+    with pytest.raises(
+        CheckpointError, match=r"circuit\.safetensors: the masks keep 3 nodes, but n_nodes .* is 4"
+    ):
+        Circuit.load(tmp_path)
+
+
+def test_scores_must_fit_the_masks(circuit):
+    scores = {name: torch.zeros(mask.shape) for name, mask in circuit.kept.items()}
+    dataclasses.replace(circuit, scores=scores)
+    name = "blocks.0.attn.hook_v"
+    for wrong, message in [
+        (torch.zeros(1), r"hook_v: scores must have the shape of kept, \[1, 2\], not \[1\]"),
+        (torch.tensor([[0.0, math.nan]]), "hook_v: a score is NaN"),
+    ]:
+        with pytest.raises(CircuitError, match=message):
+            dataclasses.replace(circuit, scores=scores | {name: wrong})
+
+
+def test_what_was_measured_under_other_means_is_dropped(circuit):
+    measured = {"config": {"seed": 1}, "heldout": {"circuit": {"loss": 0.1}}}
+    circuit = dataclasses.replace(circuit, measured=measured)
+    same = {name: mean.clone() for name, mean in circuit.means.items()}
+    assert circuit.with_means(same).measured == measured
+    other = {name: mean + 1 for name, mean in circuit.means.items()}
+    assert circuit.with_means(other).measured == {"config": {"seed": 1}}
+    without = dataclasses.replace(circuit, means={})
+    assert without.with_means(other).measured == measured
 
 
 def test_missing_and_truncated_circuit_files(micro, tmp_path):

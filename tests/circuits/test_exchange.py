@@ -12,6 +12,7 @@ from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.evaluation.judge import evaluate
+from tl_sparse.files import read_json
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.tasks.task_data import make_task_data
@@ -255,7 +256,7 @@ def test_edge_list_on_paper(micro, means, tmp_path):
     assert (circuit.model_name, circuit.task) == ("micro", "micro")
     assert circuit.edge_list(micro) == MICRO_LIST
     circuit.save_edge_list(tmp_path / "new" / "list.json", micro)
-    assert json.loads((tmp_path / "new" / "list.json").read_text()) == MICRO_LIST
+    assert read_json(tmp_path / "new" / "list.json") == MICRO_LIST
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["list.json"]
     with circuit.applied(micro):
         micro(micro_corpus())

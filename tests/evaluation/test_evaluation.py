@@ -53,6 +53,7 @@ from tl_sparse.evaluation.judge import (
 )
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
+from tl_sparse.tasks.scores import score_row
 from tl_sparse.tasks.task_data import TaskData, make_task_data
 
 
@@ -515,7 +516,9 @@ def test_scores_by_hand():
 
 def test_one_pair_has_no_standard_error():
     _, data = coins([0.5, 0.5], per=2)
-    assert math.isnan(score_logits(torch.zeros(2, 2), data.pairs([0])).standard_error)
+    score = score_logits(torch.zeros(2, 2), data.pairs([0]))
+    assert score.standard_error is None
+    assert score_row("name", score)[1] == "0.693"
 
 
 # The faithfulness curve

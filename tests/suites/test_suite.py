@@ -14,6 +14,7 @@ from helpers import command_flags, must_not_run
 from micro import LOSS, NODES, QUICK_SETTINGS, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
+from tl_sparse.files import read_json
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
 from tl_sparse.suites.results import Job, collected, results_table
@@ -113,7 +114,7 @@ def test_models_are_compared_by_the_tasks_that_all_solve(finished):
 
 
 def test_results_are_written_as_json_a_table_and_a_picture(finished):
-    written = json.loads((finished.out / "results.json").read_text())
+    written = read_json(finished.out / "results.json")
     assert written == json.loads(json.dumps(finished.results))
     table = (finished.out / "results.md").read_text()
     assert "| one | micro | 3 | 2 |" in table

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from tl_sparse.checkpoints.native import read_native_model
+from tl_sparse.checkpoints.native import MODEL_FILES, read_native_model
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.checkpoints.openai import read_circuitgpt_model, read_openai_model
 from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain_model
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json
+from tl_sparse.outputs import finish_replacing
 
 #: `model_type` in a config.json → its reader.
 _READERS = {"tl_sparse": read_native_model, "circuitgpt": read_circuitgpt_model}
@@ -22,6 +23,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     if (folder / "beeg_config.json").is_file():
         return read_openai_model(folder)
+    finish_replacing(MODEL_FILES, folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(

@@ -88,9 +88,11 @@ class SparseTransformerForCausalLM(PreTrainedModel):
         """The architecture."""
         return self.network.cfg
 
-    def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False, **unused: Any) -> None:
         """Write our format, like the `save_pretrained` of models from `tl_sparse.load`."""
-        save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer)
+        save_model(
+            Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer, overwrite=overwrite
+        )
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from tl_sparse.config import check
 from tl_sparse.data import find_tokenizer, load_tokenizer
 from tl_sparse.errors import TokenizerError
 from tl_sparse.faces import wrap
-from tl_sparse.files import read_json
+from tl_sparse.files import printable_name, read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 
@@ -77,7 +77,7 @@ def load(
     network = build_network(checkpoint, folder, device, dtype, dense_weights)
     model = wrap(network, tokenizer)
     _choose_kernels(network, kernels)
-    model.cfg.model_name = folder.resolve().name if is_local else str(source)
+    model.cfg.model_name = printable_name(folder) if is_local else str(source)
     return model
 
 

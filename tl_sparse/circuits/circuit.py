@@ -56,8 +56,7 @@ class Circuit(CircuitParts):
         if self.means and not self.kept.keys() <= self.means.keys():
             missing = sorted(self.kept.keys() - self.means.keys())
             raise CircuitError(f"no means at {', '.join(missing)}")
-        if self.scores and self.kept.keys() != self.scores.keys():
-            raise CircuitError("kept nodes and scores must name the same hook points")
+        self._check_scores()
         for name, mask in self.kept.items():
             shape = self.means[name].shape if self.means else mask.shape
             if mask.dtype != torch.bool or mask.shape != shape:
@@ -67,6 +66,19 @@ class Circuit(CircuitParts):
                 )
             if self.means and not bool(self.means[name].isfinite().all()):
                 raise CircuitError(f"{name}: a mean is NaN or infinite")
+
+    def _check_scores(self) -> None:
+        if self.scores and self.kept.keys() != self.scores.keys():
+            raise CircuitError("kept nodes and scores must name the same hook points")
+        for name, score in self.scores.items():
+            shape = self.kept[name].shape
+            if score.shape != shape:
+                raise CircuitError(
+                    f"{name}: scores must have the shape of kept, {list(shape)}, "
+                    f"not {list(score.shape)}"
+                )
+            if bool(score.isnan().any()):
+                raise CircuitError(f"{name}: a score is NaN")
 
     # Edges and other parameters of the model
 
@@ -156,6 +168,9 @@ class Circuit(CircuitParts):
 
         For example: `circuit.with_means(mean_activations(model, circuit.mean_hooks, batches))`.
 
+        If the circuit had other means before, nothing has been measured under the new ones: of
+        `measured`, only the settings of the search, `config`, are kept.
+
         Raises:
             CircuitError: if a hook point has no mean, or a mean has the wrong shape.
         """
@@ -163,7 +178,10 @@ class Circuit(CircuitParts):
         for name, mean in means.items():
             if name in self.kept or name.endswith(".hook_z"):
                 needed[name] = mean
-        return replace(self, means=needed)
+        measured = self.measured
+        if self.means and not _are_equal(self.means, needed):
+            measured = {name: measured[name] for name in ("config",) if name in measured}
+        return replace(self, means=needed, measured=measured)
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
         """A context in which every forward pass of `model` runs under the circuit.
@@ -251,9 +269,20 @@ class Circuit(CircuitParts):
 
     # Files
 
-    def save(self, folder: str | Path) -> None:
-        """Write `circuit.json` and `circuit.safetensors`."""
-        write_circuit(Path(folder), self)
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write `circuit.json` and `circuit.safetensors`: both of them or none.
+
+        Args:
+            folder: created if it does not exist.
+            overwrite: whether another circuit in `folder` is replaced. Saving the same circuit
+                again is always possible.
+
+        Raises:
+            CheckpointError: if the files cannot be written, or JSON cannot hold a value in
+                `measured`.
+            ConfigError: if `folder` holds another circuit, and `overwrite` is False.
+        """
+        write_circuit(Path(folder), self, overwrite)
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> Circuit:
@@ -311,9 +340,19 @@ class Circuit(CircuitParts):
         """
         return edge_list(self, self.edges(model), model)
 
-    def save_edge_list(self, path: str | Path, model: TLModel) -> None:
-        """Write `edge_list` to a JSON file."""
-        write_json(Path(path), self.edge_list(model))
+    def save_edge_list(self, path: str | Path, model: TLModel, overwrite: bool = False) -> None:
+        """Write `edge_list` to a JSON file.
+
+        Args:
+            path: the file.
+            model: the circuit's model.
+            overwrite: whether a file with other contents is replaced.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+            ConfigError: if there is a file with other contents, and `overwrite` is False.
+        """
+        write_json(path, self.edge_list(model), overwrite)
 
     @classmethod
     def from_edge_list(
@@ -398,3 +437,10 @@ class Circuit(CircuitParts):
                 if isinstance(loss, float):
                     losses[name] = loss
         return losses
+
+
+def _are_equal(values: NodeValues, others: NodeValues) -> bool:
+    """Whether two sets of means are the same."""
+    if values.keys() != others.keys():
+        return False
+    return all(torch.equal(value.cpu(), others[name].cpu()) for name, value in values.items())

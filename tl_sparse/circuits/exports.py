@@ -14,7 +14,7 @@ from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.nodes import LOCATIONS, Node, node_label
 from tl_sparse.errors import CircuitError, ConfigError
-from tl_sparse.files import replacing
+from tl_sparse.files import write_text
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 
@@ -29,7 +29,11 @@ MERMAID_LINKS = 400
 
 
 def export(
-    circuit: Circuit, model: TLModel, path: str | Path, task: Task | str | None = None
+    circuit: Circuit,
+    model: TLModel,
+    path: str | Path,
+    task: Task | str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the circuit in the format that the file's extension names.
 
@@ -37,9 +41,11 @@ def export(
 
     Args:
         task: for .json, the task whose prompt is shown; see `attribution_graph`.
+        overwrite: whether a file with other contents is replaced.
 
     Raises:
-        ConfigError: if the extension is none of these.
+        ConfigError: if the extension is none of these, or there is a file with other contents and
+            `overwrite` is False.
         CheckpointError: if the file cannot be written.
         CircuitError: if `model` is not the circuit's model, or the circuit does not fit the format.
         TaskError, TokenizerError, DataError: for .json, if no prompt of the task fits the model.
@@ -54,13 +60,12 @@ def export(
             f"{path}: nothing is exported as {path.suffix!r}; {hint}"
             f"Exports end in {', '.join(endings)}"
         )
-    with replacing(path) as temporary:
-        if ending == ".json":
-            graph = attribution_graph(circuit, model, task)
-            text = json.dumps(graph, indent=1, ensure_ascii=False)
-        else:
-            text = TEXT_FORMATS[ending](circuit, model)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    if ending == ".json":
+        graph = attribution_graph(circuit, model, task)
+        text = json.dumps(graph, indent=1, ensure_ascii=False)
+    else:
+        text = TEXT_FORMATS[ending](circuit, model)
+    write_text(path, text + "\n", overwrite)
 
 
 def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":

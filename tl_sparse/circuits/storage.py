@@ -12,24 +12,33 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.circuits.fingerprints import Fingerprint
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
+from tl_sparse.outputs import FileSet, finish_replacing, replacing_together
 
 FORMAT = "tl_sparse circuit"
 FORMAT_VERSION = 1
+CIRCUIT_FILES = FileSet(
+    what="circuit", described_by="circuit.json", required=("circuit.safetensors",)
+)
 
 
-def write_circuit(folder: Path, circuit: CircuitParts) -> None:
-    """Write both files of a circuit."""
+def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
+    """Write both files of a circuit, or none.
+
+    Raises:
+        CheckpointError: if the files cannot be written.
+        ConfigError: if there is another circuit in the folder, and `overwrite` is False.
+    """
     tensors: dict[str, Tensor] = {}
     by_prefix = {"kept/": circuit.kept, "mean/": circuit.means, "score/": circuit.scores}
     for prefix, tensor_at in by_prefix.items():
         for hook_name, tensor in tensor_at.items():
             tensors[prefix + hook_name] = tensor
-    write_tensors(folder / "circuit.safetensors", tensors)
     edges = None
     if circuit.edge_set is not None:
         edges = [[str(source), str(target)] for source, target in sorted(circuit.edge_set)]
@@ -47,7 +56,9 @@ def write_circuit(folder: Path, circuit: CircuitParts) -> None:
         "edges": edges,
         "measured": circuit.measured,
     }
-    write_json(folder / "circuit.json", values)
+    with replacing_together(CIRCUIT_FILES, folder, overwrite) as new:
+        write_tensors(new / "circuit.safetensors", tensors)
+        write_json(new / "circuit.json", {**values, FILES: checksums_of(new)})
 
 
 def read_circuit(folder: Path) -> CircuitParts:
@@ -57,8 +68,10 @@ def read_circuit(folder: Path) -> CircuitParts:
         CheckpointError: if a file is missing, damaged, or has another format or version, or if the
             two do not belong together.
     """
+    finish_replacing(CIRCUIT_FILES, folder)
     path = folder / "circuit.json"
     values = read_json(path)
+    check_files(path, values, folder / "circuit.safetensors")
     if values.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format is not {FORMAT!r}: this is not a circuit of tl_sparse"
@@ -73,11 +86,40 @@ def read_circuit(folder: Path) -> CircuitParts:
         model_name = str(values["model_name"])
         task = str(values["task"])
         measured = dict(values["measured"])
-        edge_set = _read_edge_set(values["edges"]) if values["edge_mask"] else None
+        edge_set = _read_edge_set(values)
         expected = _expected_tensors(values)
-    except (AttributeError, CircuitError, KeyError, TypeError, ValueError) as error:
+        n_nodes = values["n_nodes"]
+    except (
+        AttributeError,
+        CircuitError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
     path = folder / "circuit.safetensors"
+    parts = _read_parts(path, expected)
+    circuit = CircuitParts(
+        kept=parts["kept"],
+        means=parts["mean"],
+        model=model,
+        model_name=model_name,
+        task=task,
+        measured=measured,
+        edge_set=edge_set,
+        scores=parts["score"],
+    )
+    if circuit.n_nodes != n_nodes:
+        raise CheckpointError(
+            f"{path}: the masks keep {circuit.n_nodes} nodes, but n_nodes in circuit.json is "
+            f"{n_nodes!r}"
+        )
+    return circuit
+
+
+def _read_parts(path: Path, expected: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Part of a circuit, such as "kept" → hook point → tensor."""
     tensors = read_tensors(path)
     # There may also be means at `hook_z`, which is not a node location: cutting an edge that leaves
     # a head needs them.
@@ -91,16 +133,7 @@ def read_circuit(folder: Path) -> CircuitParts:
     for name in [*expected, *head_means]:
         part, hook_name = name.split("/", 1)
         parts[part][hook_name] = tensors[name]
-    return CircuitParts(
-        kept=parts["kept"],
-        means=parts["mean"],
-        model=model,
-        model_name=model_name,
-        task=task,
-        measured=measured,
-        edge_set=edge_set,
-        scores=parts["score"],
-    )
+    return parts
 
 
 def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
@@ -115,7 +148,12 @@ def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     return Fingerprint(str(values["architecture"]), sketch)
 
 
-def _read_edge_set(pairs: list[list[str]]) -> frozenset[tuple[Node, Node]]:
+def _read_edge_set(values: Mapping[str, Any]) -> frozenset[tuple[Node, Node]] | None:
+    pairs = values["edges"]
+    if values["edge_mask"] is not (pairs is not None):
+        raise ValueError("edge_mask must be true if there are edges, and false if edges is null")
+    if pairs is None:
+        return None
     return frozenset((Node.parse(source), Node.parse(target)) for source, target in pairs)
 
 

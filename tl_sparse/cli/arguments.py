@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -52,6 +53,22 @@ def add_command(
         help="The device: cpu, cuda, … (default: the GPU if there is one, else the CPU).",
     )
     return parser
+
+
+def add_out_file(parser: argparse.ArgumentParser, help: str, required: bool = True) -> None:
+    """Add the flag -o for the file that a command writes, and --overwrite."""
+    parser.add_argument("-o", "--out", required=required, help=help)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the file if it exists already."
+    )
+
+
+def report_saved(path: str, remark: str = "") -> None:
+    """Print where the results are; to stderr if they themselves went to a pipe or a device."""
+    from tl_sparse.outputs import is_stream
+
+    stream = sys.stderr if is_stream(Path(path)) else sys.stdout
+    print(f"Saved {path}{remark}", file=stream)
 
 
 def add_config_flags(

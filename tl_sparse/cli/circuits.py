@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command
+from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 from tl_sparse.pruning import PruneConfig
 
@@ -50,7 +49,7 @@ def add_view(commands: Commands) -> None:
         _run_view,
     )
     _add_circuit(parser)
-    parser.add_argument("-o", "--out", required=True, help="The page, an HTML file.")
+    add_out_file(parser, "The page, an HTML file.")
     parser.add_argument(
         "--corpus",
         help="The text of the passages: a folder, a glob pattern, a file or 'builtin' (default: "
@@ -65,15 +64,14 @@ def add_view(commands: Commands) -> None:
 
 
 def _run_view(args: argparse.Namespace) -> None:
-    from tl_sparse.files import replacing
+    from tl_sparse.outputs import check_new_file
 
+    check_new_file(args.out, args.overwrite)
     circuit, model, source = _open(args)
-    # Opened first, so that an error in the path is reported before the slow work.
-    with replacing(Path(args.out)) as temporary:
-        corpus = _passages(model, source, args.corpus)
-        page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
-        temporary.write_text(page.html, encoding="utf-8")
-    print(f"Saved {args.out} ({len(page.html):,} bytes); any browser opens it")
+    corpus = _passages(model, source, args.corpus)
+    page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
+    page.save(args.out, args.overwrite)
+    report_saved(args.out, f" ({len(page.html):,} bytes); any browser opens it")
 
 
 def _passages(model: Any, source: str, corpus: str | None) -> Any:
@@ -94,21 +92,21 @@ def add_export(commands: Commands) -> None:
     """Add the command `export` to the parser."""
     parser = add_command(commands, "export", "Write a circuit for other tools.", _run_export)
     _add_circuit(parser)
-    parser.add_argument(
-        "-o",
-        "--out",
-        required=True,
-        help="The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv "
-        "or .json (attribution graph).",
+    add_out_file(
+        parser,
+        "The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv or "
+        ".json (attribution graph).",
     )
 
 
 def _run_export(args: argparse.Namespace) -> None:
     from tl_sparse.circuits import export
+    from tl_sparse.outputs import check_new_file
 
+    check_new_file(args.out, args.overwrite)
     circuit, model, _ = _open(args)
-    export(circuit, model, args.out, args.task)
-    print(f"Saved {args.out}")
+    export(circuit, model, args.out, args.task, args.overwrite)
+    report_saved(args.out)
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -117,7 +115,7 @@ def add_evaluate(commands: Commands) -> None:
         commands, "evaluate", "Measure a circuit on held-out pairs.", _run_evaluate
     )
     _add_circuit(parser)
-    parser.add_argument("-o", "--out", help="A JSON file for all results.")
+    add_out_file(parser, "A JSON file for all results.", required=False)
     parser.add_argument(
         "--corpus",
         help="The text over which mean activations are taken: a folder, a glob pattern, a file or "
@@ -140,8 +138,11 @@ def add_evaluate(commands: Commands) -> None:
 def _run_evaluate(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
+    from tl_sparse.outputs import check_new_file
     from tl_sparse.view import evaluation_tables
 
+    if args.out:
+        check_new_file(args.out, args.overwrite)
     circuit, model, source = _open(args)
     if args.corpus is not None or not circuit.means:
         circuit = _with_means(circuit, model, source, args.corpus)
@@ -151,7 +152,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
     print(evaluation_tables(results))
     if args.out:
-        write_json(Path(args.out), results)
+        write_json(args.out, results, args.overwrite)
 
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command
+from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved
 from tl_sparse.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def add_plot(commands: Commands) -> None:
         help="curve: files that `evaluate -o` wrote. frontier: such files, or the results.json of "
         "suites. tasks: the results.json of a suite. sparsity: one model.",
     )
-    parser.add_argument("-o", "--out", required=True, help="The image file, *.png or *.svg.")
+    add_out_file(parser, "The image file, *.png or *.svg.")
     parser.add_argument(
         "--against",
         choices=("edges", "nodes"),
@@ -40,9 +40,11 @@ def add_plot(commands: Commands) -> None:
 
 def _run_plot(args: argparse.Namespace) -> None:
     from tl_sparse.files import read_json
+    from tl_sparse.outputs import check_new_file
     from tl_sparse.view import plots
 
     plots.check_drawing(args.out)
+    check_new_file(args.out, args.overwrite)
     first = args.source[0]
     if len(args.source) > 1 and args.kind in ("tasks", "sparsity"):
         raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
@@ -58,5 +60,5 @@ def _run_plot(args: argparse.Namespace) -> None:
             figure = plots.curve(evaluations, args.against)
         else:
             figure = plots.frontier(evaluations, args.against)
-    plots.save(figure, args.out)
-    print(f"Saved {args.out}")
+    plots.save(figure, args.out, args.overwrite)
+    report_saved(args.out)

@@ -42,7 +42,7 @@ def add_prune(commands: Commands) -> None:
 def _run_prune(args: argparse.Namespace) -> None:
     config = _prune_config(args)
 
-    from tl_sparse.files import check_new_folder
+    from tl_sparse.outputs import check_new_folder
 
     check_new_folder(args.out)
     prune_and_report(args.model, args.task, config, args.out, args.device, args.corpus, args.edges)
@@ -75,8 +75,10 @@ def prune_and_report(
 
 
 def _save(circuit: Any, folder: str, report: str) -> None:
+    from tl_sparse.files import write_text
+
     circuit.save(folder)
-    Path(folder, "report.txt").write_text(report + "\n", encoding="utf-8")
+    write_text(Path(folder, "report.txt"), report + "\n")
     print("\n" + report + "\n")
     print(f"Saved in {folder}; open it with tl_sparse.Circuit.load({folder!r})")
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
 from tl_sparse.errors import TokenizerError
+from tl_sparse.files import utf8_path
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
@@ -174,7 +175,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
             f"no tokenizer.json in {source}; save one there with tokenizer.save_pretrained(folder)"
         )
     try:
-        tokenizer = _read_tokenizer(path)
+        with utf8_path(path) as readable:
+            tokenizer = _read_tokenizer(readable)
     except Exception as error:  # the Rust library raises a bare Exception on a damaged file
         raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
     if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():

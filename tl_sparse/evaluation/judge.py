@@ -100,7 +100,7 @@ def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
     """The loss and accuracy of given logits of the two candidates."""
     losses, right = task_loss_and_accuracy(logits, data.correct)
     pair_losses = losses.view(-1, 2).mean(1)
-    standard_error = float("nan")
+    standard_error = None
     if len(pair_losses) > 1:
         standard_error = float(pair_losses.std() / len(pair_losses) ** 0.5)
     return Score(float(losses.mean()), standard_error, float(right.float().mean()))

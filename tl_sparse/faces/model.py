@@ -110,19 +110,30 @@ class SparseModel(nn.Module):
         """The architecture; `model.cfg` is TransformerLens' view of it."""
         return self.network.cfg
 
-    def save_pretrained(self, folder: str | Path, dense: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, dense: bool = False, overwrite: bool = False
+    ) -> None:
         """Write the model for `tl_sparse.load`.
 
         The files are `config.json`, `model.safetensors` and, if the model has one, the tokenizer.
+        Either all of them are written or none.
 
         Args:
             folder: created if it does not exist.
             dense: whether zeros are stored too. Other readers of safetensors files can then read
                 the weights; otherwise, zeros take no space.
+            overwrite: whether another model in `folder` is replaced. Saving the same model again
+                is always possible.
+
+        Raises:
+            CheckpointError: if the files cannot be written, or `folder` holds a model of another
+                format.
+            ConfigError: if `folder` holds another model, and `overwrite` is False.
         """
         from tl_sparse.checkpoints import save_model  # an upward import, as above
 
-        save_model(Path(folder), self.state_dict(), self.sparse_cfg, self.tokenizer, dense)
+        state = self.state_dict()
+        save_model(Path(folder), state, self.sparse_cfg, self.tokenizer, dense, overwrite)
 
     def push_to_hub(
         self,

@@ -53,7 +53,7 @@ class CircuitFigures:
     edges: int
     seconds: float
     loss: float
-    standard_error: float
+    standard_error: float | None
     accuracy_without: float
     kept: list[str]
 
@@ -145,6 +145,7 @@ def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
             values = _overlaps(circuits)
         else:
             values = [getattr(circuit, name) for circuit in circuits]
+            values = [value for value in values if value is not None]
         if values:
             summaries[name] = {key: summary(values) for key, summary in SUMMARIES.items()}
     return summaries

@@ -104,7 +104,7 @@ def run_suite(
     write_json(Path(out, "results.json"), results)
     write_text(Path(out, "results.md"), results_table(results))
     if _has_circuit(results) and find_spec("matplotlib"):
-        plots.save(plots.tasks(results), Path(out, "results.svg"))
+        plots.save(plots.tasks(results), Path(out, "results.svg"), overwrite=True)
     return results
 
 

@@ -14,12 +14,12 @@ class Score:
         loss: cross-entropy between the two candidates in nats, averaged over both prompts
             of all pairs.
         standard_error: standard error of the loss, taken over pairs, because the two prompts of a
-            pair are not independent.
+            pair are not independent; None for a single pair.
         accuracy: share of prompts for which the right candidate has the larger logit.
     """
 
     loss: float
-    standard_error: float
+    standard_error: float | None
     accuracy: float
 
 
@@ -43,7 +43,9 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
 
 def score_row(name: str, score: Score) -> list[str]:
     """The cells of one table row: name, loss with its standard error, and accuracy."""
-    loss = f"{score.loss:.3f} ± {score.standard_error:.3f}"
+    loss = f"{score.loss:.3f}"
+    if score.standard_error is not None:
+        loss += f" ± {score.standard_error:.3f}"
     return [name, loss, f"{score.accuracy:.1%}"]
 
 

@@ -16,8 +16,9 @@ from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, resolve_de
 from tl_sparse.config import check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import TrainError
-from tl_sparse.files import check_new_folder, write_json, write_tensors
+from tl_sparse.files import printable_name, write_json, write_tensors
 from tl_sparse.hooks import TLModel
+from tl_sparse.outputs import check_new_folder
 from tl_sparse.tasks import TASKS
 from tl_sparse.training.bigram import start_bigram_from_counts
 from tl_sparse.training.config import TrainConfig
@@ -236,9 +237,10 @@ def _record(
 
 def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> None:
     """Write the model, a sample of its training tokens and its record, and end the run."""
-    model.save_pretrained(run.folder)
+    # A run that was killed at this point, and resumed, has saved a model before.
+    model.save_pretrained(run.folder, overwrite=True)
     sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
     write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
     write_json(run.folder / "training.json", record)
-    model.cfg.model_name = run.folder.resolve().name
+    model.cfg.model_name = printable_name(run.folder)
     run.finish()

@@ -50,13 +50,18 @@ class Page:
             )
         return page
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the page.
+
+        Args:
+            path: the file.
+            overwrite: whether a file with other contents is replaced.
 
         Raises:
             CheckpointError: if the file cannot be written.
+            ConfigError: if there is a file with other contents, and `overwrite` is False.
         """
-        write_text(Path(path), self.html)
+        write_text(path, self.html, overwrite)
 
     def _repr_html_(self) -> str:
         # In its own sandbox, the page can neither read the notebook nor be styled by it.

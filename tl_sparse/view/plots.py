@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tl_sparse.circuits import node_hooks, weight_matrices
 from tl_sparse.errors import ConfigError, DataError
-from tl_sparse.files import replacing
 from tl_sparse.hooks import Means, TLModel, frozen, hooked
+from tl_sparse.outputs import replacing
 from tl_sparse.view.axes import (
     add_legend,
     figure_with_panels,
@@ -58,16 +58,27 @@ def check_drawing(path: str | Path) -> None:
         raise ConfigError("drawing needs matplotlib: pip install 'tl-sparse[plots]'")
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path, overwrite: bool = False) -> None:
     """Write a figure as PNG or SVG, depending on the extension of `path`.
 
+    Args:
+        figure: the figure.
+        path: the file.
+        overwrite: whether a file with other contents is replaced.
+
     Raises:
-        ConfigError: for any other extension.
+        ConfigError: for any other extension, or if there is a file with other contents and
+            `overwrite` is False.
         CheckpointError: if the file cannot be written.
     """
     check_drawing(path)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=200)
+    from matplotlib import rc_context
+
+    ending = Path(path).suffix[1:].lower()
+    # The same figure gives the same file, without the date and with the same identifiers.
+    metadata = {"Date": None} if ending == "svg" else {}
+    with replacing(path, overwrite) as temporary, rc_context({"svg.hashsalt": "tl_sparse"}):
+        figure.savefig(temporary, format=ending, dpi=200, metadata=metadata)
 
 
 # --- the faithfulness curve
