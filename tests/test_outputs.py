@@ -1,6 +1,7 @@
 """Writing: complete or not at all, never over other results unasked, through links and pipes."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import stat
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 from helpers import tiny_model, word_tokenizer
-from micro import micro_circuit, micro_model
+from micro import micro_circuit, micro_model, save_micro
 from tl_sparse.checkpoints.loading import load
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import export
+from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError
 from tl_sparse.files import read_json, write_json, write_tensors, write_text
 from tl_sparse.outputs import check_new_file, replacing
@@ -88,17 +90,41 @@ def temporary_files(folder):
 OLD_WORDS, NEW_WORDS = ["<|endoftext|>", "a", "b"], ["<|endoftext|>", "c"]
 
 
+@functools.cache
+def old_model():
+    return tiny_model(seed=1, tokenizer=word_tokenizer(OLD_WORDS))
+
+
+@functools.cache
+def new_model():
+    return tiny_model(seed=2, act_fn="relu", tokenizer=word_tokenizer(NEW_WORDS))
+
+
+@functools.cache
+def bare_model():
+    return tiny_model(seed=3)
+
+
+@functools.cache
+def old_circuit():
+    return micro_circuit(micro_model())
+
+
+@functools.cache
+def new_circuit():
+    return dataclasses.replace(old_circuit().restricted({1}), task="other", measured={"a": 1})
+
+
 def save_old_model(folder):
-    tiny_model(seed=1, tokenizer=word_tokenizer(OLD_WORDS)).save_pretrained(folder)
+    old_model().save_pretrained(folder)
 
 
 def save_new_model(folder):
-    model = tiny_model(seed=2, act_fn="relu", tokenizer=word_tokenizer(NEW_WORDS))
-    model.save_pretrained(folder, overwrite=True)
+    new_model().save_pretrained(folder, overwrite=True)
 
 
 def save_bare_model(folder):
-    tiny_model(seed=3).save_pretrained(folder, overwrite=True)
+    bare_model().save_pretrained(folder, overwrite=True)
 
 
 def the_model(folder):
@@ -109,12 +135,11 @@ def the_model(folder):
 
 
 def save_old_circuit(folder):
-    micro_circuit(micro_model()).save(folder)
+    old_circuit().save(folder)
 
 
 def save_new_circuit(folder):
-    other = micro_circuit(micro_model()).restricted({1})
-    dataclasses.replace(other, task="other", measured={"a": 1}).save(folder, overwrite=True)
+    new_circuit().save(folder, overwrite=True)
 
 
 def the_circuit(folder):
@@ -291,6 +316,31 @@ def test_a_command_asks_before_its_work(tmp_path):
     check_new_file("/dev/stdout", overwrite=False)
     with pytest.raises(CheckpointError, match=r"cannot write .*new: it is a folder"):
         check_new_file(path.parent, overwrite=True)
+
+
+def test_a_command_overwrites_if_it_is_told_to(tmp_path, circuit, capfd):
+    circuit.save(tmp_path / "c")
+    path = tmp_path / "c.dot"
+    command = ["export", str(tmp_path / "c"), "--model", save_micro(tmp_path / "m"), "-o"]
+    assert main([*command, str(path)]) == 0
+    assert capfd.readouterr().out == f"Saved {path}\n"
+    path.write_text("mine")
+    assert main([*command, str(path)]) == 1
+    assert f"{path} exists already; choose another name, or" in capfd.readouterr().err
+    assert path.read_text() == "mine"
+    assert main([*command, str(path), "--overwrite"]) == 0
+    assert path.read_text().startswith("digraph")
+    capfd.readouterr()
+    # What is written to a pipe or device has nothing else in it.
+    pipe = tmp_path / "pipe.dot"
+    os.mkfifo(pipe)
+    received = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    assert main([*command, str(pipe)]) == 0
+    reader.join()
+    assert received == [path.read_bytes()]
+    assert capfd.readouterr().out == ""
 
 
 # --- a full disk

@@ -149,7 +149,7 @@ def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
 
 
 def _read_edge_set(values: Mapping[str, Any]) -> frozenset[tuple[Node, Node]] | None:
-    pairs = values["edges"]
+    pairs = values.get("edges")  # the first files did not have this entry
     if values["edge_mask"] is not (pairs is not None):
         raise ValueError("edge_mask must be true if there are edges, and false if edges is null")
     if pairs is None:
