@@ -9,14 +9,13 @@ continues where it stopped.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.config import merged
-from tl_sparse.files import write_json
+from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.training import RECIPES, laptop_model
 
 
@@ -96,6 +95,8 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from tl_sparse.view import plots
+
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for total in sorted({values["weights"] for values in results.values()}):
         points = [values for values in results.values() if values["weights"] == total]
@@ -104,7 +105,7 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
         axes.plot(nonzero, losses, marker="o", label=f"{total:,} weights in all")
     axes.set(xscale="log", xlabel="nonzero weights", ylabel="validation loss (nats per token)")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    plots.save(figure, path, overwrite=True)
 
 
 def main() -> None:
@@ -143,8 +144,8 @@ def main() -> None:
         finished = pool.map(train_one, map(grid.get, missing), map(paths.get, missing))
         for name, _ in zip(missing, finished, strict=True):
             print(f"{name}: done", flush=True)
-    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
-    (args.out / f"{args.grid}.md").write_text(table(results))
+    results = {name: read_json(path) for name, path in paths.items()}
+    write_text(args.out / f"{args.grid}.md", table(results))
     if args.grid == "size":
         plot(results, args.out / "size.svg")
     print(table(results))
