@@ -273,7 +273,7 @@ def test_a_pipe_is_not_read(tmp_path):
     write_named(tmp_path, "a.py", "b.py")
     os.mkfifo(tmp_path / "pipe.py")
     for source in (tmp_path, tmp_path / "pipe.py", tmp_path / "*"):
-        with pytest.raises(DataError, match=r"cannot read .*pipe\.py: it is not a regular file"):
+        with pytest.raises(DataError, match=r"cannot read .*pipe\.py: it is a named pipe"):
             load_documents(DataConfig(str(source)))
 
 
