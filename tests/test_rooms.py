@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors"],
     ["config", "parsing", "pickles", "checksums"],
-    ["outputs"],
+    ["outputs", "locks"],
     ["files"],
     ["kernels"],
     ["hooks"],

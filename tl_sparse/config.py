@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
+
+#: A config dataclass.
+C = TypeVar("C")
 
 
 def check(valid: bool, name: str, value: object, expected: str) -> None:
@@ -32,11 +35,35 @@ def check_types(config: Any) -> None:
             choices = get_args(declared)
             check(value in choices, name, value, f"one of {', '.join(choices)}")
         elif declared is float:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(is_number, name, value, "a number")
+            check(is_number(value), name, value, "a number")
         elif declared in (int, bool, str):
             # The type must match exactly, because True is also an int.
             check(type(value) is declared, name, value, f"of type {declared.__name__}")
+
+
+def as_config(value: Any, kind: type[C]) -> C:
+    """`value` if it is a configuration of this kind, or one with the fields in the mapping `value`.
+
+    Raises:
+        ConfigError: if `value` is neither, or has an unknown key or a bad value.
+    """
+    if isinstance(value, kind):
+        return value
+    expected = f"a {kind.__name__}, or a mapping of its fields to values"
+    check(isinstance(value, Mapping), "config", value, expected)
+    config: C = merged(kind(), value)
+    return config
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a number that a float can hold, and not a boolean."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_known_keys(config: Any, values: Mapping[str, Any]) -> None:

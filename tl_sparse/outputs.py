@@ -69,6 +69,27 @@ def _errors_name(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
+#: What a process leaves that is killed while it writes: a file, and a folder of several.
+_UNFINISHED_FILE = ".writing-"
+_UNFINISHED_FOLDER = ".saving-"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a process that writes now, or was killed while it wrote, has made this file."""
+    return path.name.startswith((_UNFINISHED_FILE, _UNFINISHED_FOLDER))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left unfinished in a folder in which no process writes now."""
+    if not folder.is_dir():
+        return
+    for path in filter(is_unfinished, list(folder.iterdir())):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 # --- one file
 
 
@@ -98,7 +119,7 @@ def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
             return
         target = _target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".writing-{uuid.uuid4().hex}")
+        temporary = target.with_name(_UNFINISHED_FILE + uuid.uuid4().hex)
         try:
             mode = _new_file(temporary, target)
             yield temporary
@@ -209,7 +230,7 @@ def replacing_together(files: FileSet, folder: Path, overwrite: bool) -> Iterato
     with _errors_name(folder):
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".saving-{uuid.uuid4().hex}"
+        staged = folder / (_UNFINISHED_FOLDER + uuid.uuid4().hex)
         try:
             staged.mkdir()
             yield staged

@@ -205,11 +205,105 @@ def test_a_folder_is_read_recursively_and_in_order(tmp_path):
     assert documents.description == f"3 {source} files (8 characters)"
 
 
+def texts_of(source):
+    documents = load_documents(DataConfig(str(source)))
+    return sorted(documents.train + documents.validation)
+
+
+def write_named(folder, *names):
+    """Files whose text is their name."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(name)
+
+
+def test_what_is_left_out_of_a_folder(tmp_path):
+    mine = ["a.py", "b.TXT", "c.Py", "build/d.py", "deep/er/e.txt", "environment.py"]
+    foreign = [
+        ".git/x.txt",
+        ".venv/lib/python3.11/site-packages/numpy.py",
+        "deep/__pycache__/x.py",
+        "deep/node_modules/y.txt",
+        "lib/site-packages/z.py",
+        "mine.egg-info/SOURCES.txt",
+        "my-env/activate.py",
+        "conda/x.py",
+        ".hidden.py",
+        "vendor/other.py",
+    ]
+    write_named(tmp_path, *mine, *foreign)
+    (tmp_path / "my-env" / "pyvenv.cfg").touch()
+    (tmp_path / "conda" / "conda-meta").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match="left out of .*: ") as warned:
+        assert texts_of(tmp_path) == sorted(mine)
+    message = str(warned[0].message)
+    for name in [".git", ".hidden.py", ".venv", "__pycache__", "conda", "loop", "mine.egg-info"]:
+        assert f"{name}, " in message
+    assert "my-env and 3 more" in message
+
+
+def test_what_is_named_is_read_wherever_it_is(tmp_path):
+    names = [".git/a.txt", ".git/b.txt"]
+    write_named(tmp_path, *names)
+    assert texts_of(tmp_path / ".git") == names
+    assert texts_of(tmp_path / ".git" / "*") == names
+
+
+def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path):
+    write_named(tmp_path, "a.py", "b.py")
+    (tmp_path / "c.py").symlink_to(tmp_path / "a.py")
+    assert texts_of(tmp_path) == ["a.py", "b.py"]
+    assert texts_of(tmp_path / "*.py") == ["a.py", "b.py"]
+
+
+def test_encodings_and_line_ends(tmp_path):
+    text = "caf\u00e9 = 1\n"
+    (tmp_path / "plain.py").write_bytes(b"a\r\nb\rc\n")
+    (tmp_path / "marked.txt").write_bytes(f"1{text}".encode("utf-8-sig"))
+    (tmp_path / "wide.txt").write_bytes(f"2{text}".encode("utf-16"))
+    (tmp_path / "wider.txt").write_bytes(f"3{text}".encode("utf-32"))
+    declared = f"# -*- coding: latin-1 -*-\n{text}"
+    (tmp_path / "declared.py").write_bytes(declared.encode("latin-1"))
+    expected = ["a\nb\nc\n", f"1{text}", f"2{text}", f"3{text}", declared]
+    assert texts_of(tmp_path) == sorted(expected)
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    write_named(tmp_path, "a.py", "b.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    for source in (tmp_path, tmp_path / "pipe.py", tmp_path / "*"):
+        with pytest.raises(DataError, match=r"cannot read .*pipe\.py: it is a named pipe"):
+            load_documents(DataConfig(str(source)))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write_named(tmp_path, "a.py", "b.py")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read whatever there is
+    with pytest.raises(DataError, match=r"cannot read .*: Permission denied"):
+        load_documents(DataConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("source", ["~no_such_user_here/x", "x" * 5000])
+def test_sources_that_cannot_be_paths(source):
+    with pytest.raises(DataError, match=r"cannot read |no files at "):
+        load_documents(DataConfig(source))
+
+
 def test_the_split_does_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):
     source = write_files(tmp_path, **{f"f{i}_py": f"x = {i}\n" for i in range(30)})
     documents = load_documents(DataConfig(source, seed=3))
-    rglob = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(rglob(self, pattern))))
+    walk = os.walk
+
+    def reversed_walk(*arguments, **options):
+        for folder, subfolders, names in walk(*arguments, **options):
+            yield folder, subfolders, names[::-1]
+
+    monkeypatch.setattr(os, "walk", reversed_walk)
     assert load_documents(DataConfig(source, seed=3)) == documents
     assert any(load_documents(DataConfig(source, seed=seed)) != documents for seed in range(4, 8))
 
@@ -244,12 +338,19 @@ def test_unusable_sources(tmp_path):
     [
         (b"a\0b", r"bad\.py is not text: it has a NUL byte"),
         (b"ab\xff", r"bad\.py is not UTF-8 text: .* at byte 2"),
+        (b"\xff\xfea", r"bad\.py is not UTF-16.* text: .* at byte"),
+        (b"# coding: nonsense\n", r"bad\.py is not text: unknown encoding"),
+        (b"# coding: rot13\n", r"bad\.py is not text: 'rot13' is not a text encoding"),
+        (b"# coding: utf-7\n+2AA-", r"bad\.py is not .*text"),
     ],
 )
 def test_files_that_are_not_text(tmp_path, content, message):
     (tmp_path / "bad.py").write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"no file of .* holds text: .*{message}"):
         load_documents(DataConfig(str(tmp_path)))
+    write_named(tmp_path, "good.py", "better.py")
+    with pytest.warns(UserWarning, match=f"left out of .*{message}"):
+        assert texts_of(tmp_path) == ["better.py", "good.py"]
 
 
 def test_unreadable_file(tmp_path):
@@ -261,10 +362,10 @@ def test_unreadable_file(tmp_path):
 def test_file_without_permission(tmp_path, monkeypatch):
     source = write_files(tmp_path, a_py="x", b_py="y")
 
-    def refused(path, **_):
+    def refused(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refused)  # root may read whatever there is
+    monkeypatch.setattr(Path, "read_bytes", refused)  # root may read whatever there is
     with pytest.raises(DataError, match=r"cannot read .*a\.py: Permission denied"):
         load_documents(DataConfig(source))
 

@@ -11,9 +11,9 @@ class DataConfig:
 
     Attributes:
         source: "builtin" for the standard library of the running Python and synthetic idioms; a
-            folder (every *.py and *.txt file below it), a glob pattern or one file for your own
-            text; or "hf:owner/name", or "hf:" followed by a local folder or file, for a dataset
-            that `datasets.load_dataset` reads, which is streamed and shuffled in a buffer.
+            folder, a glob pattern or one file for your own text, by the rules below; or
+            "hf:owner/name", or "hf:" followed by a local folder or file, for a dataset that
+            `datasets.load_dataset` reads, which is streamed and shuffled in a buffer.
         subset: the subset of an "hf:" dataset to read; "" if it has only one.
         split: the split of an "hf:" dataset to read.
         text_column: the column of an "hf:" dataset that holds a document in each row.
@@ -26,6 +26,19 @@ class DataConfig:
             dataset it is the share of the documents, until 2,000,000 characters are held out.
         seed: decides which standard library files are read, the idioms, the order of a stream, and
             the split into training and validation text.
+
+    Which files are read:
+        Of a folder, every file below it whose name ends in .py or .txt, also in capitals. Left out
+        are hidden files and folders, folders of installed packages and of others' code
+        (node_modules, site-packages, vendor, *.egg-info …), environments, and links to folders. A
+        glob pattern or a single file is taken as it is. A file is read once, however many links
+        lead to it.
+
+        Files are UTF-8, or what a byte-order mark or the first lines of a Python file (`# -*-
+        coding: latin-1 -*-`) say. Line ends become newlines. Files that are not text in this
+        encoding or hold NUL bytes are left out, as are those that hold only white space. A warning
+        names what is left out, except for the latter. A file or folder that cannot be read is an
+        error.
 
     Raises:
         ConfigError: for an impossible value; the message gives the field, the value and the valid
@@ -47,7 +60,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         expected = '"builtin", a folder, a glob pattern, a file, or "hf:" followed by a dataset'
-        check(self.source not in ("", "hf:"), "source", self.source, expected)
+        is_named = self.source not in ("", "hf:") and "\0" not in self.source
+        check(is_named, "source", self.source, expected)
         check(self.max_chars >= 1, "max_chars", self.max_chars, "at least 1")
         for name in ("stdlib_chars", "idiom_chars", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import random
 import shutil
+import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,11 +20,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tl_sparse.checksums import file_checksum
+from tl_sparse.config import check
 from tl_sparse.data.config import DataConfig
 from tl_sparse.data.documents import Documents, load_documents
 from tl_sparse.data.stream import Stream
 from tl_sparse.data.tokenizer import load_tokenizer, train_tokenizer
-from tl_sparse.errors import DataError, TokenizerError, TrainError
+from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
 
 #: The number of characters of a stream that the tokenizer is trained on.
 STREAM_TOKENIZER_CHARS = 5_000_000
@@ -38,8 +41,8 @@ class Corpus:
         tokenizer: the tokenizer, trained on the text of the run.
         train: the training tokens, uint16 or int32, memory-mapped from a file.
         validation: the validation tokens, likewise.
-        about: a description of the text, the SHA-256 hash of the tokens, and the sizes of the files
-            in bytes.
+        about: a description of the text, the SHA-256 hash of all tokens, and the checksum of each
+            file.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -69,7 +72,8 @@ def packed_corpus(
         folder: the folder for the files, which appear there all together or not at all; None makes
             temporary files.
         about: the `Corpus.about` of a corpus that was in `folder` before. If its files are still
-            there and have the same sizes, they are read; otherwise they are made again.
+            there and have not changed, they are read. Otherwise a warning names what has changed,
+            and they are made again.
 
     Raises:
         DataError: as for `load_documents` and `pack_tokens`, or if the files cannot be written, for
@@ -78,9 +82,10 @@ def packed_corpus(
         TrainError: if the text is no longer the text that `about` describes.
     """
     if folder is not None and about is not None:
-        stored = _read_corpus(folder, n_ctx, about)
-        if stored is not None:
-            return stored
+        try:
+            return _read_corpus(folder, n_ctx, about)
+        except (CheckpointError, DataError, TokenizerError) as error:
+            warnings.warn(f"{error}; the text is packed again", stacklevel=2)
     documents = load_documents(config)
     tokenizer = train_tokenizer(_tokenizer_text(documents), d_vocab, required)
     parent = None if folder is None else folder.parent
@@ -115,25 +120,77 @@ def pack_tokens(
     it is incomplete. A stream is already shuffled, and is packed in its own order.
 
     Raises:
-        DataError: if the documents do not fill one row.
-        TokenizerError: if the tokenizer has no end-of-text token.
+        ConfigError: if `n_ctx` is below 1, or `n_ctx` or `seed` is not an integer.
+        DataError: if the documents do not fill one row, or one of them is not text.
+        TokenizerError: if the tokenizer is not one of transformers' fast tokenizers, or has no
+            end-of-text token.
     """
+    check(type(n_ctx) is int and n_ctx >= 1, "n_ctx", n_ctx, "an integer of at least 1")
+    check(type(seed) is int, "seed", seed, "an integer")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TokenizerError(
+            f"tokenizer = {tokenizer!r} is not a fast tokenizer of transformers; "
+            "`load_tokenizer` reads one"
+        )
+    if isinstance(documents, str) or not isinstance(documents, Iterable):
+        raise DataError(f"documents must be texts in a list, not a {type(documents).__name__}")
     with TemporaryFile() as file:
         return _write_rows(file, documents, tokenizer, n_ctx, seed).int()
 
 
-def _read_corpus(folder: Path, n_ctx: int, about: dict[str, Any]) -> Corpus | None:
-    """The corpus in `folder`; None if a file is missing or has another size."""
+def _read_corpus(folder: Path, n_ctx: int, about: Mapping[str, Any]) -> Corpus:
+    """The corpus in `folder`.
+
+    Raises:
+        CheckpointError, DataError: if a file is missing, cannot be read or is not the one that
+            `about` describes.
+        TokenizerError: if the tokenizer cannot be read.
+    """
+    if "files" in about:
+        _check_files(folder, about["files"])
+    else:
+        _check_sizes(folder, about.get("bytes"))
+    tokenizer = load_tokenizer(folder)
     try:
-        for name, size in about["bytes"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-        tokenizer = load_tokenizer(folder)
-    except (TokenizerError, OSError, KeyError):
-        return None
-    train = _mapped(folder / "train", tokenizer, n_ctx)
-    validation = _mapped(folder / "validation", tokenizer, n_ctx)
-    return Corpus(tokenizer, train, validation, about)
+        train = _mapped(folder / "train", tokenizer, n_ctx)
+        validation = _mapped(folder / "validation", tokenizer, n_ctx)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{folder} does not hold rows of {n_ctx} tokens: {error}") from error
+    # A run that was begun before files had checksums has one hash for the tokens of both sides.
+    if "files" not in about and _token_hash(train, validation) != about.get("sha256"):
+        raise DataError(f"{folder / 'train'} or {folder / 'validation'} has changed")
+    return Corpus(tokenizer, train, validation, dict(about))
+
+
+def _check_files(folder: Path, checksums: Any) -> None:
+    """Raise `DataError` unless the files in `folder` have the checksums that their corpus had."""
+    if not isinstance(checksums, Mapping) or not {"train", "validation"} <= checksums.keys():
+        raise DataError(f"the checksums of the files in {folder} are not known")
+    for name, expected in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} does not exist")
+        if file_checksum(path) != expected:
+            raise DataError(f"{path} has changed: its checksum is not that of the packed text")
+
+
+def _check_sizes(folder: Path, sizes: Any) -> None:
+    """Raise `DataError` unless the token files in `folder` have the sizes that they had."""
+    for name in ("train", "validation"):
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} does not exist")
+        if not isinstance(sizes, Mapping) or path.stat().st_size != sizes.get(name):
+            raise DataError(f"{path} has changed: it has another size")
+
+
+def _token_hash(*sides: Int[Tensor, "seq n_ctx"]) -> str:
+    """The SHA-256 hash of the tokens of all sides."""
+    digest = hashlib.sha256()
+    for rows in sides:
+        for chunk in rows.split(1024):
+            digest.update(chunk.numpy())
+    return digest.hexdigest()
 
 
 def _tokenizer_text(documents: Documents) -> Iterable[str]:
@@ -155,19 +212,20 @@ def _write_corpus(
     seed: int,
 ) -> Corpus:
     """Write the tokenizer, and one file of tokens for each side of the split."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library raises a bare Exception, as for a full disk
+        raise OSError(f"{folder}: {error}") from error
     with open(folder / "train", "w+b") as file:
-        train = _write_rows(file, documents.train, tokenizer, n_ctx, seed)
+        train = _write_rows(file, documents.train, tokenizer, n_ctx, seed, "training documents")
     with open(folder / "validation", "w+b") as file:
-        validation = _write_rows(file, documents.validation, tokenizer, n_ctx, seed)
-    digest = hashlib.sha256()
-    for rows in (train, validation):
-        for chunk in rows.split(1024):
-            digest.update(chunk.numpy())
+        validation = _write_rows(
+            file, documents.validation, tokenizer, n_ctx, seed, "validation documents"
+        )
     about = {
         "description": documents.description,
-        "sha256": digest.hexdigest(),
-        "bytes": {"train": train.nbytes, "validation": validation.nbytes},
+        "sha256": _token_hash(train, validation),
+        "files": {path.name: file_checksum(path) for path in sorted(folder.iterdir())},
     }
     return Corpus(tokenizer, train, validation, about)
 
@@ -178,10 +236,11 @@ def _write_rows(
     tokenizer: PreTrainedTokenizerFast,
     n_ctx: int,
     seed: int,
+    what: str = "documents",
 ) -> Int[Tensor, "seq n_ctx"]:
     """Do the work of `pack_tokens`, in an empty, open file from which the rows are memory-mapped.
 
-    Only one batch of documents is in memory at a time.
+    Only one batch of documents is in memory at a time. Errors call the documents `what`.
     """
     end_of_text = tokenizer.eos_token_id
     if end_of_text is None:
@@ -195,6 +254,7 @@ def _write_rows(
     n_tokens = 0
     for batch in _batches(documents):
         tokens = array(dtype.char)
+        _check_texts(batch)
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             tokens.append(end_of_text)
             tokens.extend(encoding.ids)
@@ -202,7 +262,8 @@ def _write_rows(
         n_tokens += len(tokens)
     if n_tokens < n_ctx:
         raise DataError(
-            f"the documents have {n_tokens} tokens, fewer than one row of n_ctx = {n_ctx}"
+            f"the {what} have {n_tokens} tokens, fewer than one row of n_ctx = {n_ctx}; "
+            "give more text"
         )
     n_rows = n_tokens // n_ctx
     file.truncate(n_rows * n_ctx * dtype.itemsize)
@@ -228,6 +289,17 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         if not batch:
             return
         yield batch
+
+
+def _check_texts(documents: list[str]) -> None:
+    """Raise `DataError` for a document that the tokenizer could not read."""
+    for document in documents:
+        if not isinstance(document, str):
+            raise DataError(f"each document must be text, not {type(document).__name__}")
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"a document holds half a character: {error}") from error
 
 
 def _token_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype[Any]:

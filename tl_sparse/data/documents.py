@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from tl_sparse.config import as_config
 from tl_sparse.data.config import DataConfig
 from tl_sparse.data.stream import Stream, held_out_documents
 from tl_sparse.data.text_files import stdlib_documents, user_documents
@@ -28,17 +29,19 @@ class Documents:
 
 
 def load_documents(config: DataConfig) -> Documents:
-    """Read or generate the documents of `config` and split them into training and validation
-    documents.
+    """Read or generate the documents of `config`, a `DataConfig` or a mapping of those of its
+    fields that differ from the defaults, and split them into training and validation documents.
 
     The split is by document. It depends on the seed, and not on the order in which the file system
     lists the files. If there is only one document, it is cut in two at the end of a line.
 
     Raises:
-        DataError: if there are no files or the dataset does not exist; if a file cannot be read, is
-            not UTF-8 text, or all files hold only white space; or if there is too little text to
-            leave a document on each side of the split.
+        ConfigError: if `config` is neither, or has an impossible value.
+        DataError: if there are no files or the dataset does not exist; if a file cannot be read, or
+            none holds text; or if there is too little text to leave a document on each side of the
+            split.
     """
+    config = as_config(config, DataConfig)
     if config.source.startswith("hf:"):
         return _streamed(config)
     groups = _groups(config)

@@ -11,6 +11,7 @@ and the quote that closes it never shares a token with the newline after it.
 import base64
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,14 +59,17 @@ def train_tokenizer(
     the `required` strings is a single token, even when it is rare in `texts`.
 
     Raises:
-        TokenizerError: if `vocab_size` is below 257, if the text is too small for it, or if a
-            required string cannot be a single token, because the pre-tokenizer cuts it (`PIECES`)
-            or the vocabulary has no room for it.
+        TokenizerError: if `vocab_size` is below 257, if the text is too small for it, if `texts`
+            are not texts, or if a required string cannot be a single token, because the
+            pre-tokenizer cuts it (`PIECES`) or the vocabulary has no room for it.
     """
-    if vocab_size < 257:
+    if type(vocab_size) is not int or vocab_size < 257:
         raise TokenizerError(
-            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least 257"
+            f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least 257"
         )
+    for name, given in (("texts", texts), ("required", required)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TokenizerError(f"{name} must be texts in a list, not a {type(given).__name__}")
     backend = _byte_level_bpe(models.BPE(), _code_pre_tokenizer())
     for text in required:
         _check_one_piece(backend, text)
@@ -101,7 +105,18 @@ def _byte_level_bpe(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokeni
     return backend
 
 
+def _check_text(text: object) -> None:
+    """Raise `TokenizerError` for what a tokenizer cannot be trained on."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"each text must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"a text holds half a character: {error}") from error
+
+
 def _check_one_piece(backend: Tokenizer, text: str) -> None:
+    _check_text(text)
     pieces = backend.pre_tokenizer.pre_tokenize_str(text)
     if len(pieces) != 1:
         parts = [text[start:end] for _, (start, end) in pieces]
@@ -116,6 +131,7 @@ def _with_required(texts: Iterable[str], required: Sequence[str]) -> Iterator[st
     """
     n_chars = 0
     for text in texts:
+        _check_text(text)
         n_chars += len(text)
         yield text
     for _ in range(1 + n_chars // _REQUIRED_EVERY):
@@ -185,7 +201,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 
 def find_tokenizer(source: str | Path) -> Path | None:
-    """The file that `load_tokenizer` reads; None if there is none."""
+    """The file that `load_tokenizer` reads; None if there is none.
+
+    Raises:
+        TokenizerError: if `source` is not a path.
+    """
+    if not isinstance(source, str | PathLike) or "\0" in str(source):
+        raise TokenizerError(f"source = {source!r} is not the path of a tokenizer or its folder")
     folder = Path(source)
     paths = [
         folder,

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tl_sparse.config import check, check_types, short_repr
+from tl_sparse.config import check, check_types, is_number, short_repr
 from tl_sparse.data import DataConfig
 from tl_sparse.network import SparseConfig, paper_topk
+
+#: The largest number of steps, which bounds the memory for their losses.
+MAX_STEPS = 1_000_000_000
 
 
 def laptop_model() -> SparseConfig:
@@ -142,6 +145,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check(isinstance(self.model, SparseConfig), "model", self.model, "a SparseConfig")
+        check(isinstance(self.data, DataConfig), "data", self.data, "a DataConfig")
+        n_ctx = self.model.n_ctx
+        check(n_ctx >= 2, "n_ctx", n_ctx, "at least 2, so that there is a next token to predict")
         self._check_ranges()
         _check_window("anneal", self.anneal_start, self.anneal_stop)
         _check_window("topk_anneal", self.topk_anneal_start, self.topk_anneal_stop)
@@ -153,9 +160,14 @@ class TrainConfig:
         for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
             value = getattr(self, name)
             check(value >= 1, name, value, "at least 1")
+        check(self.steps <= MAX_STEPS, "steps", self.steps, f"at most {MAX_STEPS:,}")
+        check(self.seed < 2**64, "seed", self.seed, "below 2**64")
         for name in ("lr", "eps", "max_jump", "checkpoint_minutes"):
             value = getattr(self, name)
-            check(value > 0, name, value, "above 0")
+            check(0 < value < math.inf, name, value, "above 0, and finite")
+        for name in ("weight_decay", "target_validation_loss"):
+            value = getattr(self, name)
+            check(value < math.inf, name, value, "finite")
         for name in ("beta1", "beta2", "warmup_fraction"):
             value = getattr(self, name)
             check(0 <= value < 1, name, value, "in [0, 1)")
@@ -201,8 +213,9 @@ class TrainConfig:
         is_mapping = isinstance(groups, Mapping)
         check(is_mapping, "l0_groups", groups, "a mapping of names to fractions")
         for name, fraction in {"l0_fraction": self.l0_fraction, **groups}.items():
-            is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-            check(is_number and 0 < fraction <= 1, name, fraction, "a fraction in (0, 1]")
+            check(isinstance(name, str), "l0_groups", groups, "a mapping of names to fractions")
+            is_fraction = is_number(fraction) and 0 < fraction <= 1
+            check(is_fraction, name, fraction, "a fraction in (0, 1]")
 
         is_enough = self.l0_count > 0 or self.l0_fraction >= least_fraction
         expected = f"at least {least_fraction:.6g}, {why}"

@@ -4,7 +4,10 @@ import dataclasses
 import math
 import platform
 import time
+import warnings
+from contextlib import ExitStack
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,20 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, resolve_device
-from tl_sparse.config import check
+from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, load, resolve_device
+from tl_sparse.config import as_config, check
 from tl_sparse.data import Corpus
-from tl_sparse.errors import TrainError
-from tl_sparse.files import printable_name, write_json, write_tensors
+from tl_sparse.errors import CheckpointError, TrainError
+from tl_sparse.files import printable_name, read_json, write_json, write_tensors
 from tl_sparse.hooks import TLModel
-from tl_sparse.outputs import check_new_folder
 from tl_sparse.tasks import TASKS
 from tl_sparse.training.bigram import start_bigram_from_counts
+from tl_sparse.training.checkpoint_files import Checkpoint, read_checkpoint
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
-from tl_sparse.training.monitor import Monitor
+from tl_sparse.training.monitor import Monitor, Stop
 from tl_sparse.training.processes import Processes
-from tl_sparse.training.runs import Run
+from tl_sparse.training.runs import RECORD_FILE, Run, check_run_folder, run_folder
 from tl_sparse.training.signals import noticing_signals
 from tl_sparse.training.tokens import batches, packed_for, tokens_per_step
 from tl_sparse.training.trainer import Trainer
@@ -43,70 +46,128 @@ def train(
     During training, `out` holds `log.jsonl` (one line for every 20 steps, with their mean loss),
     `checkpoints/`, and `data/` with the tokens, so that a resumed run need not read the text again.
     On Ctrl-C or SIGTERM, or if the loss is not a number or jumps, a checkpoint is written and
-    training stops.
+    training stops. A lock keeps other processes from training in `out` at the same time.
 
     Under `accelerate launch` all processes train one model, each of them on its part of every
     batch. They stop together. Only the main process writes files and shows the progress bar, but
     every process must be able to read `out` in order to resume.
 
     Args:
-        config: the architecture, data and hyper-parameters. `d_vocab` is also the size of the
-            tokenizer, which is trained on the same text.
+        config: the architecture, data and hyper-parameters, or a mapping of those that differ from
+            the defaults. `d_vocab` is also the size of the tokenizer, which is trained on the same
+            text.
         out: a folder for the model, its tokenizer, `training.json` (the record) and a sample of the
             training tokens, over which the pruner takes mean activations; None saves nothing.
         device: the device; None is the GPU if there is one, else the CPU. Of several processes,
             each takes its own GPU.
         progress: whether to show a progress bar with loss, L0 and tokens per second.
-        resume: whether to continue the unfinished run in `out`. On the same device the result is
-            bit for bit that of a run without the interruption.
+        resume: whether to continue the unfinished run in `out`, from its last checkpoint, or from
+            the beginning if it has none yet. On the same device the result is bit for bit that of a
+            run without the interruption, however it was interrupted. A damaged checkpoint is passed
+            over with a warning, and packed text that has changed is packed again.
 
     Returns:
         The model, in eval mode, and the record of its training.
 
     Raises:
         ConfigError, DataError, TokenizerError: if the configuration or the text cannot be used;
-            these are raised before anything is trained or written.
-        TrainError: if training stops early, or there is nothing to resume.
+            these are raised before anything is trained, and leave nothing in `out`.
+        TrainError: if training stops early, there is nothing to resume, `out` holds a run to be
+            resumed, another process trains there, or a file cannot be written.
     """
-    folder = None if out is None else Path(out)
-    _check_folder(folder, resume)
+    config = as_config(config, TrainConfig)
+    folder = _as_folder(out)
+    if folder is None and resume:
+        raise TrainError("resume needs the folder of a run, out")
+    if folder is not None:
+        check_run_folder(folder, resume)
     processes = Processes.launched(config, folder, resolve_device(device))
+    with ExitStack() as stack:
+        # A notebook may have switched gradients off, as `torch.set_grad_enabled(False)` does.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if folder is not None and processes.main:
+            stack.enter_context(run_folder(folder, resume))
+        if folder is not None and (folder / RECORD_FILE).is_file():
+            return _saved(Run(folder, config), processes)
+        return _train(config, folder, resume, progress, processes)
+
+
+def _as_folder(out: str | Path | None) -> Path | None:
+    if out is None:
+        return None
+    is_path = isinstance(out, str | PathLike) and "\0" not in str(out)
+    check(is_path, "out", out, "the path of a folder, or None")
+    return Path(out)
+
+
+def _train(
+    config: TrainConfig, folder: Path | None, resume: bool, progress: bool, processes: Processes
+) -> tuple[Any, dict[str, Any]]:
+    """Do the work of `train`, in a folder that no other run works in."""
     started = time.perf_counter()
-    run, corpus = _open(config, folder, resume, processes)
+    run, corpus, trainer = _open(config, folder, resume, processes)
     prepared = time.perf_counter()
-    trainer = _new_trainer(config, corpus, processes)
     losses, first = _take_steps(trainer, corpus, run, resume, progress)
     trained = time.perf_counter()
     seconds = {"data": prepared - started, "training": trained - prepared}
     record = _record(trainer, corpus, losses, first, seconds)
+    if not math.isfinite(record["validation_loss"]):
+        raise TrainError(
+            f"the validation loss of the trained model is {record['validation_loss']}; train into "
+            f"a new folder, with a smaller lr than {config.lr}"
+        )
     if run is not None and processes.main:
         _save(run, trainer.model, corpus, record)
     processes.wait()
     return trainer.model, record
 
 
-def _check_folder(folder: Path | None, resume: bool) -> None:
-    if resume and (folder is None or not Run.is_unfinished(folder)):
-        raise TrainError(
-            f"there is no unfinished run in {folder}; a finished run has a training.json instead"
-        )
-    if folder is not None and not resume:
-        check_new_folder(folder)
+def _saved(run: Run, processes: Processes) -> tuple[Any, dict[str, Any]]:
+    """The model and the record of a run that was killed after it had saved both."""
+    run.reopen()
+    model = load(run.folder, device=processes.device)
+    record = read_json(run.folder / RECORD_FILE)
+    processes.wait()
+    if processes.main:
+        run.finish()
+    return model, record
 
 
 def _open(
     config: TrainConfig, folder: Path | None, resume: bool, processes: Processes
-) -> tuple[Run | None, Corpus]:
-    """The run in `folder`, or None without a folder, and the text as tokens."""
+) -> tuple[Run | None, Corpus, Trainer]:
+    """The run in `folder`, or None without a folder; the text as tokens; and the trainer.
+
+    A new run that cannot begin leaves no files.
+    """
+    run = None if folder is None else Run(folder, config)
+    is_new = processes.main and not resume
+    try:
+        corpus = _tokens(config, run, is_new, processes)
+        trainer = _new_trainer(config, corpus, processes)
+    except BaseException:
+        if run is not None and is_new:
+            run.finish()
+        raise
+    return run, corpus, trainer
+
+
+def _tokens(config: TrainConfig, run: Run | None, is_new: bool, processes: Processes) -> Corpus:
+    """The text as tokens, packed in the folder of the run if there is one."""
     required = _candidates()
     # The main process packs the text, and the others then read the packed tokens as a resumed run
     # does.
     with processes.main_first():
-        if folder is None:
-            run = None
+        if run is None:
             corpus = packed_for(config, required)
         else:
-            run = Run(folder, config, resume or not processes.main)
+            if is_new:
+                run.write_settings()
+            else:
+                run.reopen()
+            if processes.main:
+                run.remove_unfinished()
             corpus = run.corpus(required)
     n_rows = len(corpus.train)
     # A text with fewer sequences than a batch is a single batch, which must be divisible among the
@@ -114,7 +175,7 @@ def _open(
     is_possible = n_rows >= config.batch_size or n_rows % processes.count == 0
     expected = f"at most {n_rows}, the number of sequences in this text"
     check(is_possible, "batch_size", config.batch_size, expected)
-    return run, corpus
+    return corpus
 
 
 def _candidates() -> list[str]:
@@ -160,13 +221,48 @@ def _take_steps(
 
 
 def _restore(trainer: Trainer, losses: Float[Tensor, " step"], run: Run) -> None:
-    """Restore the trainer, the losses and the log to the last checkpoint."""
-    state, past_losses = run.restore()
+    """Restore the trainer, the losses and the log to the last checkpoint that is not damaged."""
+    past_losses = _load_last_checkpoint(trainer, run)
     done = len(past_losses)
-    trainer.load_state(state, steps_done=done)
     losses[:done] = past_losses
     if trainer.processes.main:
         run.cut_log(done)
+
+
+def _load_last_checkpoint(trainer: Trainer, run: Run) -> Float[Tensor, " step"]:
+    """Load the last checkpoint that is not damaged into the trainer.
+
+    Returns:
+        The losses of the steps until then; none if there is no checkpoint yet.
+
+    Raises:
+        TrainError: if all checkpoints are damaged.
+    """
+    damaged = []
+    for path in run.checkpoints.latest_first():
+        try:
+            checkpoint = read_checkpoint(path, trainer.config.steps)
+            trainer.load_state(checkpoint.state, steps_done=len(checkpoint.losses))
+        except CheckpointError as error:
+            damaged.append(f"{path} is damaged ({error})")
+            continue
+        if damaged:
+            _warn(trainer, f"{'; '.join(damaged)}; training goes on from {path.name}")
+        return checkpoint.losses
+    folder = run.checkpoints.folder
+    if damaged:
+        raise TrainError(
+            f"{'; '.join(damaged)}; there is no earlier checkpoint. Remove {folder} to resume from "
+            "the beginning"
+        )
+    _warn(trainer, f"there is no checkpoint in {folder} yet; training starts from the beginning")
+    return torch.zeros(0)
+
+
+def _warn(trainer: Trainer, message: str) -> None:
+    """Warn in the main process only, since all of them find the same."""
+    if trainer.processes.main:
+        warnings.warn(message, stacklevel=2)
 
 
 def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -> None:
@@ -180,26 +276,27 @@ def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -
             loss = trainer.step(processes.part(tokens).to(device))
             monitor.losses[step] = float(loss)
             done = trainer.steps_done
-            if done < config.steps:
-                reason = monitor.reason_to_stop(step)
-                if run is not None and (reason or run.is_due(done)):
-                    run.save(trainer.state(), monitor.losses[:done])
-                if reason:
-                    _stop(trainer, run, reason)
-            if monitor.is_due(done):
-                measured = monitor.log(done)
-                validation_loss = measured.get("validation_loss", math.inf)
+            stop = monitor.reason_to_stop(step)
+            is_taken = done > step  # a step whose loss is not a number is not taken
+            # The log is written before the checkpoint, from which a run goes on after this line.
+            if is_taken and monitor.is_due(done):
+                validation_loss = monitor.log(done).get("validation_loss", math.inf)
                 if validation_loss <= config.target_validation_loss:
                     return
+            if run is not None and done < config.steps and (stop or run.is_due(done)):
+                run.save(Checkpoint(trainer.state(), monitor.losses[:done]))
+            if stop is not None:
+                _stop(trainer, run, stop)
 
 
-def _stop(trainer: Trainer, run: Run | None, reason: str) -> NoReturn:
+def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
     """Raise `TrainError` in all processes, once they have all arrived here."""
     # A process that exits ends the others, and the main process may still be writing.
     trainer.processes.wait()
-    message = f"training ended after step {trainer.steps_done} of {trainer.config.steps}: {reason}"
+    steps = f"{trainer.steps_done} of {trainer.config.steps}"
+    message = f"training ended after step {steps}: {stop.reason}"
     if run is not None:
-        message += f"; its state is saved in {run.folder}, from which resume continues"
+        message += f"; its state is saved in {run.folder}, {stop.resuming}"
     raise TrainError(message)
 
 
@@ -241,6 +338,6 @@ def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> N
     model.save_pretrained(run.folder, overwrite=True)
     sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
     write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
-    write_json(run.folder / "training.json", record)
+    write_json(run.folder / RECORD_FILE, record)
     model.cfg.model_name = printable_name(run.folder)
     run.finish()

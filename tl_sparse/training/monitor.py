@@ -1,5 +1,8 @@
 """Monitoring of a training run: its losses, log and progress bar."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +20,20 @@ LOG_STEPS = 20
 DEAD_NEURONS_STEPS = 100
 #: The number of earlier losses with whose mean a loss is compared to see whether it has jumped.
 USUAL_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why training stops early.
+
+    Attributes:
+        reason: what happened.
+        resuming: how resume goes on from the state that is saved, or why it does not help; it
+            follows the words "its state is saved in FOLDER,".
+    """
+
+    reason: str
+    resuming: str
 
 
 class Monitor:
@@ -59,21 +76,26 @@ class Monitor:
             unit="step",
         )
 
-    def reason_to_stop(self, step: int) -> str:
-        """Why training has to stop after step number `step`; empty if it can continue."""
+    def reason_to_stop(self, step: int) -> Stop | None:
+        """Why training has to stop after step number `step`; None if it can continue."""
         config = self.trainer.config
         loss = float(self.losses[step])
         usual = loss
         if step > 0:
             usual = float(self.losses[max(0, step - USUAL_STEPS) : step].mean())
-        is_usual = loss - usual < config.max_jump  # also False if the loss is not a number
-        if not is_usual:
-            advice = f"a smaller lr than {config.lr} may help"
-            return f"the loss went from {usual:.3f} to {loss:.3f}; {advice}"
+        change = f"the loss went from {usual:.3f} to {loss:.3f}"
+        advice = f"a smaller lr than {config.lr} may help"
+        if not math.isfinite(loss):
+            resuming = "but resume would come to the same loss; train into a new folder"
+            return Stop(f"{change}; {advice}", resuming)
+        if loss - usual >= config.max_jump:
+            larger = f"a larger max_jump than {config.max_jump}"
+            return Stop(f"{change}; {advice}", f"from which resume continues with {larger}")
         signal = self.trainer.processes.stop
-        if signal is not None:
-            return f"stopped by {signal.name}"
-        return ""
+        is_last = self.trainer.steps_done == config.steps
+        if signal is not None and not is_last:
+            return Stop(f"stopped by {signal.name}", "from which resume continues")
+        return None
 
     def is_due(self, done: int, interval: int = LOG_STEPS) -> bool:
         """Whether `done` is a multiple of `interval`, or the last step."""

@@ -39,11 +39,16 @@ def preset(name: str, recipe: str | None = None) -> TrainConfig:
     Raises:
         ConfigError: if there is no such preset or recipe.
     """
-    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    check(isinstance(name, str) and name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     config = _PRESETS[name]
     if recipe is None:
         return config
-    check(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    check(
+        isinstance(recipe, str) and recipe in RECIPES,
+        "recipe",
+        recipe,
+        f"one of {', '.join(RECIPES)}",
+    )
     return replace(config, **RECIPES[recipe])
 
 

@@ -1,61 +1,68 @@
-"""A training run in a folder: its log, and the checkpoints from which it can be resumed exactly."""
+"""A training run in a folder: its settings, its packed text, its checkpoints and its log."""
 
 import dataclasses
 import json
 import shutil
 import time
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
-from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
+from tl_sparse.files import read_json, write_json, write_text
+from tl_sparse.locks import LOCK_FILE, folder_lock
+from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
+from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.tokens import packed_for
 
+#: The settings of a run, in its folder until the run is finished.
+RUN_FILE = "run.json"
+#: The record of a run whose model is saved.
+RECORD_FILE = "training.json"
+
 #: Fields of `TrainConfig` that may differ when a run is resumed, because they affect no weight.
-_FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "track"}
+_FREE = {"checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "max_jump", "track"}
 
 
 class Run:
     """The files that `train` writes during training; see its docstring.
 
-    A checkpoint is a file step-NUMBER.safetensors. It holds the tensors of the trainer's state, the
-    losses of all steps so far as "losses", and a checksum of all of these as "checksum".
+    Whenever the process is killed, the run can be resumed: `run.json` is the first file that is
+    written and the last that is removed, and every other file is complete when it appears.
 
     Args:
         folder: the run's folder.
         config: the configuration of the run.
-        resume: whether to continue from the last checkpoint in `folder`.
-
-    Raises:
-        TrainError: if `resume` is set and the run in `folder` has another configuration.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, resume: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
         self.folder = folder
         self.config = config
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         self.log = folder / "log.jsonl"
         self.data = folder / "data"
-        self._settings = folder / "run.json"
-        self._about_data: dict[str, Any] | None = None  # of the packed tokens, when resuming
-        if resume:
-            stored = read_json(self._settings)
-            _check_same(stored.get("config", {}), config, folder)
-            self._about_data = stored.get("data", {})
+        self._about_data: dict[str, Any] | None = None  # of the packed tokens, if there are any
         self._saved = time.monotonic()
 
-    @staticmethod
-    def is_unfinished(folder: Path) -> bool:
-        """Whether there is a run in `folder` that can be resumed."""
-        return (folder / "run.json").is_file()
+    def write_settings(self) -> None:
+        """Write run.json, with which the run begins."""
+        settings: dict[str, Any] = {"config": dataclasses.asdict(self.config)}
+        if self._about_data is not None:
+            settings["data"] = self._about_data
+        write_json(self.folder / RUN_FILE, settings)
+
+    def reopen(self) -> None:
+        """Read the settings of a run that has begun.
+
+        Raises:
+            TrainError: if the run has another configuration, or its settings are damaged.
+        """
+        settings = _read_settings(self.folder / RUN_FILE)
+        _check_same(settings["config"], self.config, self.folder)
+        self._about_data = settings.get("data")
 
     def corpus(self, required: Sequence[str]) -> Corpus:
         """The run's tokens, packed in its folder.
@@ -63,9 +70,9 @@ class Run:
         A resumed run gets the same tokens as before; see `packed_corpus`.
         """
         corpus = packed_for(self.config, required, self.data, self._about_data)
-        if self._about_data is None:
-            settings = {"config": dataclasses.asdict(self.config), "data": corpus.about}
-            write_json(self._settings, settings)
+        if corpus.about != self._about_data:
+            self._about_data = corpus.about
+            self.write_settings()
         return corpus
 
     def is_due(self, step: int) -> bool:
@@ -75,87 +82,120 @@ class Run:
             return True
         return time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
 
-    def save(self, state: Mapping[str, Tensor], losses: Float[Tensor, " step"]) -> None:
-        """Write the checkpoint after len(losses) steps, and remove the oldest checkpoints.
-
-        Args:
-            state: the state of the trainer.
-            losses: the losses of all steps so far.
-
-        Raises:
-            TrainError: if it cannot be written; the earlier checkpoints are then unchanged.
-        """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        tensors["losses"] = losses.cpu()
-        tensors["checksum"] = torch.tensor(_checksum(tensors))
-        path = self.checkpoints / f"step-{len(losses):08}.safetensors"
-        try:
-            write_tensors(path, tensors)
-        except Exception as error:  # safetensors raises its own errors, such as for a full disk
-            raise TrainError(
-                f"cannot write {path}: {error}; the earlier checkpoints are unchanged"
-            ) from error
-        for old in self._paths()[: -self.config.keep_checkpoints]:
-            old.unlink()
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; see `Checkpoints.save`."""
+        self.checkpoints.save(checkpoint)
         self._saved = time.monotonic()
 
-    def restore(self) -> tuple[dict[str, Tensor], Float[Tensor, " step"]]:
-        """Read the last checkpoint: the state of the trainer, and the losses of all steps up to it.
-
-        Raises:
-            TrainError: if there is no checkpoint, or it is damaged.
-        """
-        paths = self._paths()
-        if not paths:
-            advice = "train into a new folder without resume"
-            raise TrainError(f"there is no checkpoint in {self.checkpoints}; {advice}")
-        *earlier, last = paths
-        try:
-            stored = read_tensors(last)
-            if int(stored.pop("checksum")) != _checksum(stored):
-                raise CheckpointError(f"{last} is damaged: its checksum is wrong")
-        except (CheckpointError, KeyError) as error:
-            if earlier:
-                advice = f"remove it to continue from {earlier[-1].name}"
-            else:
-                advice = "there is no earlier checkpoint"
-            raise TrainError(f"{error}; {advice}") from error
-        losses = stored.pop("losses")
-        return stored, losses
-
     def cut_log(self, done: int) -> None:
-        """Remove the lines of the log after step `done`, which will be written again."""
+        """Remove the lines of the log after step `done`, which will be written again.
+
+        Lines that are not whole are removed too: a process that was killed, or a full disk, leaves
+        half a line at the end.
+        """
+        lines = []
         if self.log.is_file():
-            lines = self.log.read_text().splitlines(keepends=True)
-        else:
-            lines = []
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line + "\n" for line in lines if 0 < _logged_step(line) <= done]
         write_text(self.log, "".join(kept))
 
     def write_log(self, values: Mapping[str, Any]) -> None:
-        """Add a line to log.jsonl."""
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add a line to log.jsonl.
+
+        Raises:
+            TrainError: if it cannot be written, for example because the disk is full.
+        """
+        try:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise TrainError(
+                f"cannot write {self.log}: {error}; resume continues from the last checkpoint"
+            ) from error
+
+    def remove_unfinished(self) -> None:
+        """Remove the unfinished files of a process that was killed while it wrote them."""
+        # Packing begins in a temporary folder beside `data`.
+        for path in self.folder.glob(f".{self.data.name}.*"):
+            shutil.rmtree(path, ignore_errors=True)
+        remove_unfinished(self.folder)
+        remove_unfinished(self.checkpoints.folder)
 
     def finish(self) -> None:
         """Remove the files that are only needed until training is done."""
-        # If packing was interrupted, it left temporary folders beside `data`.
-        temporary = self.folder.glob(f".{self.data.name}.*")
-        for path in (self.checkpoints, self.data, *temporary):
+        self.remove_unfinished()
+        for path in (self.checkpoints.folder, self.data):
             shutil.rmtree(path, ignore_errors=True)
-        self._settings.unlink()
-
-    def _paths(self) -> list[Path]:
-        """The checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*.safetensors"))
+        (self.folder / RUN_FILE).unlink(missing_ok=True)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    checksum = 0
-    for name in sorted(tensors):
-        content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
-        checksum = zlib.crc32(content, checksum)
-    return checksum
+@contextmanager
+def run_folder(folder: Path, resume: bool) -> Iterator[None]:
+    """Within the context, only this process can train in `folder`.
+
+    Raises:
+        ConfigError: as for `check_run_folder`.
+        TrainError: likewise, if another process trains there, or if there is an unfinished run and
+            `resume` is not set.
+    """
+    with folder_lock(folder, TrainError):
+        check_run_folder(folder, resume)  # another process may have trained there just now
+        if not resume and (folder / RUN_FILE).is_file():
+            raise TrainError(
+                f"there is an unfinished run in {folder}; continue it with resume, or use a new "
+                "folder"
+            )
+        yield
+
+
+def check_run_folder(folder: Path, resume: bool) -> None:
+    """Check that a run can begin in `folder`, or be resumed.
+
+    Whether a run that is there is still being trained is known only once the folder is locked.
+
+    Raises:
+        ConfigError: if a run cannot begin because there are files of others.
+        TrainError: if there is no run to resume.
+    """
+    if (folder / RUN_FILE).is_file():
+        return
+    if resume:
+        raise TrainError(
+            f"there is no unfinished run in {folder}; a finished run has a {RECORD_FILE} instead"
+        )
+    if not _is_only_begun(folder):
+        check_new_folder(folder)
+
+
+def _is_only_begun(folder: Path) -> bool:
+    """Whether `folder` is all that a process left that was killed before it wrote its settings."""
+    if not folder.is_dir():
+        return False
+    return all(path.name == LOCK_FILE or is_unfinished(path) for path in folder.iterdir())
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings in run.json."""
+    advice = "train into a new folder without resume"
+    try:
+        settings = read_json(path)
+    except CheckpointError as error:
+        raise TrainError(f"{error}; {advice}") from error
+    config = settings.get("config")
+    data = settings.get("data", {})
+    if not isinstance(config, dict) or not isinstance(data, dict):
+        raise TrainError(f"{path} does not hold the settings of a run; {advice}")
+    return settings
+
+
+def _logged_step(line: str) -> int:
+    """The number of steps in a line of the log; 0 if the line is not whole."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return 0
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, int) else 0
 
 
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.data import Corpus, packed_corpus
+from tl_sparse.errors import DataError
 from tl_sparse.training.config import TrainConfig
 
 
@@ -29,6 +30,30 @@ def packed_for(
         folder=folder,
         about=about,
     )
+
+
+def as_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
+    """`tokens`, a tensor, array or list of integers, as a tensor that a model can be trained on.
+
+    Raises:
+        DataError: if they are not integers `[batch, pos]`, there are none, or there is one position
+            only, so that no token is to be predicted.
+    """
+    try:
+        tensor = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"tokens must be integers [batch, pos]: {error}") from error
+    dtype = tensor.dtype
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    shape = list(tensor.shape)
+    if not is_integer or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+        raise DataError(
+            "tokens must be integers [batch, pos] with at least one row of two, "
+            f"not {dtype} of shape {shape}"
+        )
+    tensor = tensor.long()
+    # Gradients cannot be computed through a tensor that was made in `torch.inference_mode()`.
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def batches(

@@ -4,8 +4,8 @@ The update rule is that of Gao et al. 2025 (arXiv 2511.13653), sections 2.1 and 
 authors' published training script. Where the two differ, the configuration selects one of them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.hooks import TLModel, WeightSparsity, annealed, weight_groups
+from tl_sparse.errors import CheckpointError, TrainError
+from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.network import AbsTopK
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.processes import Processes
+from tl_sparse.training.tokens import as_tokens
 
 
 class Trainer:
@@ -27,13 +29,16 @@ class Trainer:
     matrices.
 
     Args:
-        model: a model of this package. Parameters without `requires_grad` get no optimizer step,
-            but the weight top-k and the decay act on every weight matrix.
+        model: a model of this package, in float32 or float64. Parameters without `requires_grad`
+            are left alone: they get no optimizer step, no top-k and no decay, and do not count
+            towards the number of nonzero weights.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
         processes: the processes that train together; None for this process alone.
 
     Raises:
         ConfigError: if a pattern in `config.l0_groups` matches no weights.
+        TrainError: if the model cannot be trained, because all its weight matrices are frozen, or
+            because of the dtype of its parameters.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Trainer:
         for group in self.sparsity.groups:
             self.matrices += group.parameters
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        _check_trainable(self.parameters)
         self.optimizer = self._adam()
         self._annealed_topks = _annealed_topks(model, config)
 
@@ -96,16 +102,24 @@ class Trainer:
             shape *= (config.matrix_fraction / self.sparsity.fraction_at(step)) ** 0.5
         return config.lr * shape
 
+    # A notebook may have switched gradients off, as `torch.set_grad_enabled(False)` does.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Take one step on a batch.
 
         Args:
-            tokens: this process's part of the batch.
+            tokens: this process's part of the batch, in any integer dtype.
 
         Returns:
             The mean next-token loss of the whole batch before the step, in nats. If it is not a
             finite number, the step is not taken.
+
+        Raises:
+            DataError: if the tokens are not integers `[batch, pos]` of the model's vocabulary, or
+                there are none.
         """
+        tokens = as_tokens(tokens)
         lr = self.lr(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -147,8 +161,10 @@ class Trainer:
         """
         config = self.config
         if config.model.bigram_table and not config.last_bigram_row:
-            # Set to zero rather than left out, because its entries count in the mean.
-            self.model.network.bigram.W_bigram.grad[-1] = 0
+            gradient = self.model.network.bigram.W_bigram.grad
+            if gradient is not None:  # the table may be frozen
+                # Set to zero rather than left out, because its entries count in the mean.
+                gradient[-1] = 0
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         entries = sum(gradient.numel() for gradient in gradients)
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
@@ -187,7 +203,13 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """Continue from the state that `state` returned after `steps_done` steps."""
+        """Continue from the state that `state` returned after `steps_done` steps.
+
+        Raises:
+            CheckpointError: if `state` is not that of such a model and optimizer: an entry is
+                missing, not known, or of another shape or dtype. Nothing has changed then.
+        """
+        self._check_state(state)
         for name, weight in self.model.state_dict().items():
             weight.copy_(state[f"model/{name}"])
         parameters = dict(self.model.named_parameters())
@@ -197,6 +219,27 @@ class Trainer:
                 parameter = parameters[name]
                 self.optimizer.state[parameter][kind] = moment.to(parameter.device)
         self.sparsity.steps = steps_done
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `CheckpointError` unless `state` has the names, shapes and dtypes of this one."""
+        expected = {}
+        for name, weight in self.model.state_dict().items():
+            expected[f"model/{name}"] = weight
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and f"step/{name}" in state:
+                expected[f"step/{name}"] = torch.zeros(())
+                expected[f"exp_avg/{name}"] = parameter
+                expected[f"exp_avg_sq/{name}"] = parameter
+        differing = sorted(expected.keys() ^ state.keys())
+        if differing:
+            raise CheckpointError(f"{differing[0]} is missing or does not belong to this model")
+        for name, tensor in expected.items():
+            found = state[name]
+            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{name} is {found.dtype} of shape {list(found.shape)}, "
+                    f"not {tensor.dtype} of {list(tensor.shape)}"
+                )
 
 
 def next_token_loss(
@@ -209,6 +252,37 @@ def next_token_loss(
     """
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no target
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _check_trainable(parameters: Sequence[Tensor]) -> None:
+    """Raise `TrainError` if these parameters of a model cannot be trained."""
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TrainError(
+                f"parameters of {parameter.dtype} cannot be trained, since small steps would be "
+                "lost in rounding; use model.float(), with precision = 'bfloat16' to multiply "
+                "matrices in bfloat16"
+            )
+        if parameter.is_inference():
+            raise TrainError(
+                "a model that was made in torch.inference_mode() cannot be trained; make it outside"
+            )
+
+
+def _trained_groups(model: TLModel, config: TrainConfig) -> list[WeightGroup]:
+    """The weights that are made sparse, without those that are frozen."""
+    groups = []
+    for group in weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases):
+        bands = []
+        for band in group.bands:
+            trained = tuple(each for each in band if each.weight.requires_grad)
+            if trained:
+                bands.append(trained)
+        if bands:
+            groups.append(replace(group, bands=tuple(bands)))
+    if not groups:
+        raise TrainError("no weight matrix of the model can be trained: all of them are frozen")
+    return groups
 
 
 def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
@@ -225,7 +299,7 @@ def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
         embed_fraction=schedule(config.l0_fraction_embed or config.matrix_fraction),
         group_fractions={name: schedule(value) for name, value in config.l0_groups.items()},
         min_nonzero=config.min_nonzero,
-        groups=weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases),
+        groups=_trained_groups(model, config),
     )
 
 
