@@ -149,9 +149,9 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     config = _config_of(circuit)
     data = _heldout_pairs(circuit, model, task, config, args)
     results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
-    print(evaluation_tables(results))
-    if args.out:
+    if args.out:  # before anything is printed, which can fail
         write_json(Path(args.out), results)
+    print(evaluation_tables(results))
 
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:
