@@ -168,8 +168,13 @@ def _config_of(circuit: Any) -> PruneConfig:
 
     The circuit may come from another version, so unknown fields are ignored and missing fields have
     their defaults.
+
+    Raises:
+        CircuitError, ConfigError: if the record is damaged.
     """
     recorded = circuit.measured.get("config", {})
+    if not isinstance(recorded, dict):
+        raise CircuitError(f"the circuit's 'measured.config' is damaged: {recorded!r}")
     known = [field.name for field in dataclasses.fields(PruneConfig)]
     return PruneConfig(**{name: recorded[name] for name in known if name in recorded})
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from tl_sparse.errors import DataError
 from tl_sparse.suites.jobs import (
     EDGE_PRUNED,
     NODE_PRUNED,
@@ -15,7 +14,7 @@ from tl_sparse.suites.jobs import (
     JobReport,
     read_reports,
 )
-from tl_sparse.view import SuiteResults, Summaries, TaskResults, read_results
+from tl_sparse.view import SuiteResults, Summaries, TaskResults, read_results, summary
 
 #: The summaries over the seeds that results.json gives of each figure.
 SUMMARIES: dict[str, Callable[[list[float]], float]] = {
@@ -93,7 +92,7 @@ def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
         else:
             values = [getattr(circuit, name) for circuit in circuits]
         if values:
-            summaries[name] = {key: summary(values) for key, summary in SUMMARIES.items()}
+            summaries[name] = {key: statistic(values) for key, statistic in SUMMARIES.items()}
     return summaries
 
 
@@ -183,12 +182,10 @@ def _cell(summaries: Summaries, name: str) -> str:
     """The median and range of a figure, or the mean and range of the overlap."""
     if name not in summaries:
         return "–"
-    summary = summaries[name]
     middle = "mean" if name == "overlap" else "median"
     texts = []
-    for key in (middle, "min", "max"):
-        if key not in summary:
-            raise DataError(f"the results of the suite are malformed: {name!r} has no {key!r}")
-        texts.append(format(summary[key], FORMATS[name]))
+    for statistic in (middle, "min", "max"):
+        value = summary(summaries, name, statistic, "the results")
+        texts.append(format(value, FORMATS[name]))
     shown, lowest, highest = texts
     return shown if lowest == highest else f"{shown} ({lowest}–{highest})"

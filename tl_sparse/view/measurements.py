@@ -78,13 +78,23 @@ class SuiteResults:
     ratio: dict[str, float] = field(default_factory=dict)
 
 
-def read_drawn(values: Mapping[str, Any], name: str) -> Drawn:
+def read_drawn(values: Mapping[str, Any], name: str, command: str = "evaluate") -> Drawn:
     """What is drawn of the measurements called `name`.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type; it names the command that writes
+            such measurements.
+    """
+    return _read(Drawn, values, name, command)
+
+
+def read_tabulated(values: Mapping[str, Any]) -> Tabulated:
+    """What is shown in tables of measurements.
 
     Raises:
         DataError: if an entry is missing or has the wrong type.
     """
-    return read_written(Drawn, values, name, "evaluate")
+    return _read(Tabulated, values, "this", "evaluate")
 
 
 def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteResults:
@@ -93,15 +103,22 @@ def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteR
     Raises:
         DataError: if an entry is missing or has the wrong type.
     """
-    return read_written(SuiteResults, values, name, "suite")
+    return _read(SuiteResults, values, name, "suite")
 
 
-def read_written(record: type[R], values: Mapping[str, Any], name: str, command: str) -> R:
-    """A record of what a command of `tl-sparse` wrote.
+def summary(summaries: Summaries, figure: str, statistic: str, place: str) -> float:
+    """One summary of a figure over the seeds.
 
     Raises:
-        DataError: if an entry is missing or has the wrong type.
+        DataError: if it is missing; `place` says where.
     """
+    try:
+        return summaries[figure][statistic]
+    except KeyError as error:
+        raise DataError(f"{place}: the {statistic} of {figure!r} is missing") from error
+
+
+def _read(record: type[R], values: Mapping[str, Any], name: str, command: str) -> R:
     try:
         return record_from(record, values)
     except DataError as error:
