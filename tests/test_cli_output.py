@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from helpers import command_flags, script_environment
-from micro import QUICK_SETTINGS, save_micro, save_pairs
+from helpers import script_environment
+from micro import micro_circuit, micro_model, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.cli.output import CLOSED_PIPE, print_error
 
@@ -74,10 +74,9 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path):
     with open("/dev/full", "w") as full:
         process = printing(tmp_path / "done", stdout=full)
         _, errors = process.communicate(timeout=60)
-    assert errors.decode().splitlines() == [
-        "an error",
-        "tl-sparse: error: cannot write the output: [Errno 28] No space left on device",
-    ]
+    (line,) = [line for line in errors.decode().splitlines() if line != "an error"]
+    assert line.startswith("tl-sparse: error: ")
+    assert line.endswith("[Errno 28] No space left on device")
     assert process.returncode == 1
 
 
@@ -99,7 +98,7 @@ def test_evaluate_writes_its_results_before_it_prints_them(tmp_path, monkeypatch
     model = save_micro(tmp_path / "model")
     task = save_pairs(tmp_path / "micro.jsonl")
     circuit = str(tmp_path / "circuit")
-    assert main(["prune", model, task, "--out", circuit, *command_flags(QUICK_SETTINGS)]) == 0
+    micro_circuit(micro_model()).save(circuit)
 
     def failing(results):
         raise OSError("no terminal")
@@ -107,7 +106,7 @@ def test_evaluate_writes_its_results_before_it_prints_them(tmp_path, monkeypatch
     monkeypatch.setattr("tl_sparse.view.evaluation_tables", failing)
     out = tmp_path / "all.json"
     command = ["evaluate", circuit, "--model", model, "--task", task, "-o", str(out)]
-    assert main(command) == 1
+    assert main([*command, "--pairs", "8"]) == 1
     assert json.loads(out.read_text())["task"] == "micro"
 
 

@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
 
+#: The largest seed; torch takes no larger one after the numbers of restarts and trials are added.
+MAX_SEED = 2**62
+
 
 def check(valid: bool, name: str, value: object, expected: str) -> None:
     """Unless `valid`, raise a `ConfigError` with the field, its value and the valid range."""

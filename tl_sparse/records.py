@@ -43,8 +43,6 @@ def _read(value: Any, declared: Any, name: str) -> Any:
     if origin is dict:
         _check(isinstance(value, dict), name, value, "an object")
         _, inner = get_args(declared)
-        for key in value:
-            _check(_is_text(key), name, key, "an object whose keys can be encoded")
         return {key: _read(item, inner, _joined(name, key)) for key, item in value.items()}
     if origin is UnionType:
         inner, _ = get_args(declared)
@@ -87,22 +85,8 @@ def _read_scalar(value: Any, declared: Any, name: str) -> Any:
         is_small = type(value) is float and not LARGEST < abs(value) < float("inf")
         _check(is_whole or is_small, name, value, "a number")
     elif declared is str:
-        _check(_is_text(value), name, value, "text")
+        _check(isinstance(value, str), name, value, "text")
     return value
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text that can be written to a file.
-
-    JSON can hold half a surrogate pair, which has no encoding.
-    """
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _joined(name: str, key: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command
+from tl_sparse.cli.arguments import Commands, add_command, seed
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 from tl_sparse.pruning import PruneConfig
 
@@ -131,16 +131,30 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         help="The seed of the pairs and of the random circuits (default: the pairs on which the "
         "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
 
 
 def _run_evaluate(args: argparse.Namespace) -> None:
-    from tl_sparse.evaluation import full_evaluation
-    from tl_sparse.files import write_json
+    from tl_sparse.files import replacing, write_json
     from tl_sparse.view import evaluation_tables
+
+    if args.out is None:
+        results = _measured(args)
+    else:
+        # Opened first, so that an error in the path is reported before the slow work, and written
+        # before anything is printed.
+        with replacing(Path(args.out)) as temporary:
+            results = _measured(args)
+            write_json(temporary, results)
+    print(evaluation_tables(results))
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    """All measurements of the circuit."""
+    from tl_sparse.evaluation import full_evaluation
 
     circuit, model, source = _open(args)
     if args.corpus is not None or not circuit.means:
@@ -148,10 +162,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     task = tl_sparse.get_task(args.task or circuit.task)
     config = _config_of(circuit)
     data = _heldout_pairs(circuit, model, task, config, args)
-    results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
-    if args.out:  # before anything is printed, which can fail
-        write_json(Path(args.out), results)
-    print(evaluation_tables(results))
+    return full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
 
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command
+from tl_sparse.cli.arguments import Commands, add_command, seed
 from tl_sparse.cli.pruning import prune_and_report
 from tl_sparse.cli.training import training_summary
 from tl_sparse.data import DataConfig
@@ -40,7 +40,7 @@ def add_demo(commands: Commands) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         help="The seed of training and pruning (default: %(default)s).",
     )

@@ -57,7 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except (TLSparseError, OSError) as error:
+    except (TLSparseError, OSError, UnicodeError) as error:
         print_error(error)
         return 1
     return 0

@@ -17,7 +17,7 @@ def add_tasks(commands: Commands) -> None:
         help="The number of prompt pairs of each task (default: %(default)s).",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="The seed of the pairs (default: %(default)s)."
+        "--seed", type=seed, default=0, help="The seed of the pairs (default: %(default)s)."
     )
 
 

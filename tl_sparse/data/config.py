@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tl_sparse.config import check, check_types, short_repr
+from tl_sparse.config import MAX_SEED, check, check_types, short_repr
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class DataConfig:
         expected = '"builtin", a folder, a glob pattern, a file, or "hf:" followed by a dataset'
         check(self.source not in ("", "hf:"), "source", self.source, expected)
         check(self.max_chars >= 1, "max_chars", self.max_chars, "at least 1")
-        for name in ("stdlib_chars", "idiom_chars", "seed"):
+        for name in ("stdlib_chars", "idiom_chars"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"at least 0 and at most {MAX_SEED}")
         empty = self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0
         check(not empty, "stdlib_chars", 0, "above 0 when idiom_chars is 0")
         fraction = self.validation_fraction

@@ -145,7 +145,7 @@ def results_table(results: Mapping[str, Any]) -> str:
             cells += [_cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
             rows.append([model, task, *cells])
             for seed, problem in entry.problems.items():
-                problems.append(f"- {model}, {task}, seed {seed}: {_in_one_line(problem)}")
+                problems.append(_in_one_line(f"- {model}, {task}, seed {seed}: {problem}"))
     for model, ratio in read.ratio.items():
         row = [""] * len(header)
         row[:2] = [model, f"**geometric mean**, × {ratio:.1f}"]
@@ -158,7 +158,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         "Jaccard index of the nodes found with",
         "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
         "are over the tasks that all models solved",
-        f"with every seed: {', '.join(read.solved_by_all) or 'none'}.",
+        f"with every seed: {_in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
     ]
     return "\n".join([*lines, "", *note, "", *problems]) + "\n"
 
@@ -170,7 +170,9 @@ def _table_line(cells: Sequence[str]) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+    # A name can also hold bytes that are no text, which Python represents by half a surrogate pair.
+    encodable = text.encode(errors="backslashreplace").decode()
+    return " ".join(encodable.splitlines())
 
 
 def _mean_cell(results: SuiteResults, kind: str, model: str) -> str:

@@ -119,6 +119,8 @@ def run_suite(
     folder = arguments.folder("out", out)
     seed_list = arguments.whole_numbers("seeds", seeds)
     check(len(set(seed_list)) == len(seed_list), "seeds", seed_list, "all different")
+    for seed in seed_list:
+        dataclasses.replace(config, seed=seed)  # raises if it is impossible
     sources = _by_name("models", models, _name_of_model)
     task_sources = _by_name("tasks", tasks, _name_of_task)
 

@@ -38,7 +38,11 @@ def series_style(number: int) -> dict[str, Any]:
 
 
 def as_label(text: str) -> str:
-    """A name as the text of a legend or tick, in which matplotlib must see no formula."""
+    """A name as the text of a legend or tick, in which matplotlib must see no formula.
+
+    Half a surrogate pair, which has no encoding, is shown as its escape code.
+    """
+    text = text.encode(errors="backslashreplace").decode()
     if len(text) > LABEL_CHARS:
         text = text[:LABEL_CHARS] + "…"
     return text.replace("$", r"\$")

@@ -66,14 +66,14 @@ class SuiteResults:
     """What is shown of the result of `run_suite`.
 
     Attributes:
-        models: model → task → its circuits.
         geometric_mean_edges: kind of pruning → model → its mean over the tasks.
+        models: model → task → its circuits.
         solved_by_all: the tasks over which the means are taken.
         ratio: model → its mean, relative to the least of all models.
     """
 
-    models: dict[str, dict[str, TaskResults]]
     geometric_mean_edges: dict[str, dict[str, float]]
+    models: dict[str, dict[str, TaskResults]]
     solved_by_all: list[str] = field(default_factory=list)
     ratio: dict[str, float] = field(default_factory=dict)
 
