@@ -5,6 +5,7 @@ Gao et al. 2025 (section A.5) search them for each model and task.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ RANGES: dict[str, list[float]] = {
     "steps": [50, 800],
     "steer_to": [0.5, 1.0],
 }
+#: How each line of a journal of Optuna begins.
+JOURNAL_BEGINNING = b'{"op_code":'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +408,7 @@ def _study(storage: str) -> Iterator[Any]:
         opened: Any = storage
         if "://" not in storage:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            _remove_torn_line(Path(storage))
+            _prepare_journal(Path(storage))
             opened = JournalStorage(journal.JournalFileBackend(storage))
         yield optuna.create_study(study_name="tl_sparse", storage=opened, load_if_exists=True)
     except SuiteError:
@@ -420,11 +423,15 @@ def _study(storage: str) -> Iterator[Any]:
         ) from error
 
 
-def _remove_torn_line(journal: Path) -> None:
-    """Remove the last line of a journal if its end is missing.
+def _prepare_journal(journal: Path) -> None:
+    """Make sure that a file, if it exists, is a journal to which Optuna can add lines.
 
-    It is missing if the disk was full, or the process was killed, while the line was being written.
-    Optuna cannot read a journal to which lines were added after such a line.
+    Optuna would also add lines to any other file. If the disk was full, or the process was killed,
+    while the last line of a journal was being written, its beginning is removed: with more lines
+    after it, the journal could not be read.
+
+    Raises:
+        ValueError: if the file is something else.
     """
     from optuna.storages.journal import JournalFileSymlinkLock
 
@@ -441,8 +448,15 @@ def _remove_torn_line(journal: Path) -> None:
 
 
 def _is_torn(journal: Path) -> bool:
-    if not journal.is_file():
+    """Whether the end of the last line is missing."""
+    if not journal.exists() or (journal.is_file() and journal.stat().st_size == 0):
         return False
-    content = journal.read_bytes()
-    # Any other file is left alone; Optuna refuses it.
-    return content.startswith(b'{"op_code":') and not content.endswith(b"\n")
+    if not journal.is_file():
+        raise ValueError("it is not a file")
+    with open(journal, "rb") as file:
+        beginning = file.read(len(JOURNAL_BEGINNING))
+        file.seek(-1, os.SEEK_END)
+        end = file.read()
+    if beginning != JOURNAL_BEGINNING:
+        raise ValueError("it is a file of another kind")
+    return end != b"\n"
