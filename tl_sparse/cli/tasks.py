@@ -3,7 +3,7 @@
 import argparse
 
 import tl_sparse
-from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command
+from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command, seed
 
 
 def add_tasks(commands: Commands) -> None:

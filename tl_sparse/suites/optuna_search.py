@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import find
 from tl_sparse.circuits import n_weights
+from tl_sparse.config import check
 from tl_sparse.errors import DataError, PruneError, SuiteError
 from tl_sparse.files import write_text
 from tl_sparse.hooks import NodeValues, TLModel
@@ -150,10 +151,16 @@ def search(
 
 
 def _contents(setup: _Setup) -> dict[str, str]:
-    """The hashes of the model, its corpus and the tasks."""
+    """The hashes of the model, its corpus and the tasks.
+
+    Raises:
+        ConfigError: if two tasks have the same name.
+    """
     contents: dict[str, str] = {}
     for task in setup.tasks:
         contents |= content_of_task(task)
+    has_names = len(contents) == len(setup.tasks)
+    check(has_names, "tasks", setup.tasks, "one or more, all with different names")
     model, tokens = opened(setup.model, setup.corpus, setup.device)
     return contents | content_of_model(model_name(setup.model), model, tokens)
 
