@@ -95,6 +95,9 @@ def takes(command, flag):
 CASES = []
 for name in COMMANDS:
     CASES += [(name, wrong) for wrong in WRONG if takes(name, wrong[0])]
+# A page replaces an earlier one, which may be any file.
+CASES.remove(("view", ["--out", "TEXT"]))
+CASES.remove(("export", ["--out", "TEXT"]))
 
 
 def short(case):
@@ -102,6 +105,7 @@ def short(case):
     return f"{name} {flag} {value[:20]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=short)
 def test_a_wrong_flag_ends_in_one_line(case, places, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -126,6 +130,28 @@ def test_figures_that_are_none(content, kind, tmp_path, capsys):
     assert str(path) in lines[0]
 
 
+def test_a_number_of_pairs_below_one(places, capsys):
+    status, lines = run(["tasks", places["MODEL"], "--pairs", "0"], capsys)
+    assert status == 1
+    assert lines == ["tl-sparse: error: n_pairs = 0 is not possible; it must be at least 1"]
+
+
+def test_an_export_of_an_unknown_task(places, tmp_path, capsys):
+    """The task is not used in every format."""
+    command = ["export", places["CIRCUIT"], "--model", places["MODEL"], "--task", "var_iff"]
+    status, lines = run([*command, "-o", str(tmp_path / "a.csv")], capsys)
+    assert status == 1
+    assert "no task 'var_iff'; did you mean 'var_if'?" in lines[0]
+
+
+@pytest.mark.parametrize("text", ["-1", "9" * 30, "one", "1.5"])
+@pytest.mark.parametrize("command", ["tasks", "evaluate", "demo"])
+def test_seeds_that_torch_cannot_take(text, command, capsys):
+    status, lines = run([*COMMANDS[command], f"--seed={text}"], capsys)
+    assert status == 2
+    assert f"argument --seed: '{text}' is not a whole number from 0 to " in lines[0]
+
+
 def test_a_circuit_with_a_damaged_configuration(places, tmp_path, capsys):
     folder = tmp_path / "circuit"
     from dataclasses import replace
@@ -146,7 +172,6 @@ def test_a_task_file_that_is_damaged(places, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     for content in ("", "{}", "[1]", '{"prompts": ["a"], "answers": ["b", "c"]}'):
         path.write_text(content)
-        status, lines = run(["tasks", places["MODEL"], "--pairs", "0"], capsys)
         command = ["prune", places["MODEL"], str(path), "--out", str(tmp_path / "out")]
         status, lines = run(command, capsys)
         assert status == 1

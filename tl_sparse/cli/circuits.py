@@ -106,6 +106,8 @@ def add_export(commands: Commands) -> None:
 def _run_export(args: argparse.Namespace) -> None:
     from tl_sparse.circuits import export
 
+    if args.task:  # only some formats use it, but a mistake in it is always one
+        tl_sparse.get_task(args.task)
     circuit, model, _ = _open(args)
     export(circuit, model, args.out, args.task)
     print(f"Saved {args.out}")
