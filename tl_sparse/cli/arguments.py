@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tl_sparse.config import MAX_SEED, merged
+from tl_sparse.parsing import parse_json
 
 #: The type of what `parser.add_subparsers` returns, for which argparse has no public name.
 Commands = Any
@@ -97,8 +97,8 @@ def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
 def json_value(text: str) -> Any:
     """The JSON value of a flag."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"invalid JSON: {error}") from error
 
 

@@ -5,6 +5,8 @@ import os
 import sys
 from typing import TextIO
 
+from tl_sparse.parsing import printable
+
 #: The exit status of a command whose reader has gone, such as `head`; shells know it as SIGPIPE.
 CLOSED_PIPE = 141
 
@@ -19,14 +21,7 @@ def print_any_character() -> None:
 def print_error(message: object) -> None:
     """Print a message in one line, whatever characters of files and arguments it quotes."""
     line = " ".join(part.strip() for part in str(message).splitlines())
-    printable = "".join(_printable(character) for character in line)
-    print(f"tl-sparse: error: {printable}", file=sys.stderr)
-
-
-def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode()
+    print(f"tl-sparse: error: {printable(line)}", file=sys.stderr)
 
 
 def flush_output() -> None:
