@@ -16,6 +16,7 @@ from pathlib import Path
 from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.config import merged
 from tl_sparse.files import read_json, write_json, write_text
+from tl_sparse.suites import end_with_parent
 from tl_sparse.training import RECIPES, laptop_model
 
 
@@ -140,7 +141,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.json" for name in names}
     missing = [name for name in names if not paths[name].is_file()]
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, end_with_parent) as pool:
         finished = pool.map(train_one, map(grid.get, missing), map(paths.get, missing))
         for name, _ in zip(missing, finished, strict=True):
             print(f"{name}: done", flush=True)

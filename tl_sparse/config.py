@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from tl_sparse.errors import ConfigError
 
+#: The largest seed; torch takes no larger one after the numbers of restarts and trials are added.
+MAX_SEED = 2**62
 #: A config dataclass.
 C = TypeVar("C")
 

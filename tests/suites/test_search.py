@@ -1,20 +1,26 @@
 """The search for settings: what it minimises, how it goes on, what it refuses."""
 
+import shutil
+import socket
 import sqlite3
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import tl_sparse
 from helpers import command_flags
-from micro import NODES, QUICK_SETTINGS, save_micro, save_pairs
+from micro import NODES, QUICK_SETTINGS, micro_corpus, micro_model, save_micro, save_pairs
+from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, PruneError, SuiteError, TaskError
+from tl_sparse.files import write_tensors
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import optuna_search as module
-from tl_sparse.suites import suite
 from tl_sparse.suites.optuna_search import RANGES, search
 
 optuna = pytest.importorskip("optuna")
@@ -25,7 +31,6 @@ FLAGS = command_flags(SETTINGS)
 
 @pytest.fixture
 def place(tmp_path):
-    suite.loaded.cache_clear()
     tasks = [save_pairs(tmp_path / f"{name}.jsonl") for name in ("easy", "hard")]
     return save_micro(tmp_path / "one"), tasks, tmp_path / "out"
 
@@ -157,6 +162,48 @@ def test_a_study_of_something_else_is_refused(place, tried, tmp_path, monkeypatc
     assert len(tried) == 2
 
 
+def test_a_study_of_other_contents_is_refused(place, tried, tmp_path):
+    """The names are the same: of a model that was retrained, or of a file with other pairs."""
+    model, tasks, out = place
+    search(model, tasks, out, 1, config=CONFIG)
+    save_pairs(tmp_path / "hard.jsonl", n_pairs=100)
+    with pytest.raises(SuiteError, match=r"journal was made with other contents of the task hard"):
+        search(model, tasks, out, 2, config=CONFIG)
+    save_pairs(tmp_path / "hard.jsonl")
+    search(model, tasks, out, 1, config=CONFIG)
+    other = micro_model()
+    with torch.no_grad():
+        other.unembed.W_U.mul_(1.001)
+    shutil.rmtree(model)
+    other.save_pretrained(model)
+    write_tensors(Path(model, CORPUS_SAMPLE), {"tokens": micro_corpus()})
+    with pytest.raises(SuiteError, match=r"made with other contents of the model one\. Continue"):
+        search(model, tasks, out, 2, config=CONFIG)
+    assert len(tried) == 2
+
+
+def test_trials_that_were_killed_are_run_again(place, tried):
+    """Their settings are those that they had before."""
+    model, tasks, out = place
+    search(model, tasks, out / "whole", 3, config=CONFIG)
+    expected = values(tried)
+    search(model, tasks, out / "killed", 2, config=CONFIG)
+    with module._study(str(out / "killed" / "study.journal")) as study:
+        module._proposed(study, CONFIG.seed).set_user_attr("process", ended_process())
+    search(model, tasks, out / "killed", 3, config=CONFIG)
+    assert values(tried[6:]) == expected
+    with module._study(str(out / "killed" / "study.journal")) as study:
+        states = [trial.state.name for trial in study.trials]
+    assert states == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+
+
+def ended_process():
+    """The name of a process of this machine that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return f"{socket.gethostname()}-{process.pid}"
+
+
 def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
     model, tasks, out = place
     (tmp_path / "text").write_text("no journal\n")
@@ -191,7 +238,16 @@ def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
     [
         ({"model": "nowhere"}, CheckpointError, "'nowhere' is not a folder"),
         ({"tasks": ["nothing"]}, TaskError, "no task 'nothing'"),
-        ({"tasks": []}, ConfigError, "number of tasks = 0 is not possible"),
+        ({"tasks": []}, ConfigError, r"tasks = \[\] is not possible; it must be one or more"),
+        ({"tasks": ["var_if"] * 2}, ConfigError, r"tasks = \['var_if', 'var_if'\] is not possible"),
+        ({"tasks": 3}, ConfigError, "tasks = 3 is not possible; it must be one or more names"),
+        ({"model": None}, ConfigError, "model = None is not possible; it must be a name or a path"),
+        ({"out": 3}, ConfigError, "out = 3 is not possible; it must be a folder"),
+        ({"config": {}}, ConfigError, "config = {} is not possible; it must be a PruneConfig"),
+        ({"storage": 3}, ConfigError, "storage = 3 is not possible; it must be a name or a path"),
+        ({"corpus": 3}, ConfigError, "corpus = 3 is not possible; it must be a name or a path"),
+        ({"device": 3}, ConfigError, "device = 3 is not possible; it must be a device"),
+        ({"n_trials": "2"}, ConfigError, "trials = '2' is not possible"),
         ({"n_trials": 0}, ConfigError, "trials = 0 is not possible; it must be at least 1"),
         ({"workers": 0}, ConfigError, "workers = 0 is not possible; it must be at least 1"),
     ],

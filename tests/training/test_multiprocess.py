@@ -256,3 +256,21 @@ def test_wandb_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     train(TRACKED, device="cpu", progress=False)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_stops_its_processes(tmp_path):
+    """They write a checkpoint, as after any other signal."""
+    config = dataclasses.replace(SHORT, steps=100_000)
+    (tmp_path / "config.yaml").write_text(json.dumps(dataclasses.asdict(config)))
+    out = tmp_path / "out"
+    launcher = launched(
+        "-m", "tl_sparse", "train", tmp_path / "config.yaml", "--out", out, "--device", "cpu"
+    )
+    while launcher.poll() is None and not any((out / "checkpoints").glob("step-*")):
+        time.sleep(0.1)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    assert len([child for child in children if "RANK" in child.environ()]) == 2
+    launcher.kill()
+    _, alive = psutil.wait_procs(children, timeout=120)
+    assert not alive

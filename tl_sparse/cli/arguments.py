@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tl_sparse.config import merged
+from tl_sparse.config import MAX_SEED, merged
+from tl_sparse.parsing import parse_json
 
 #: The type of what `parser.add_subparsers` returns, for which argparse has no public name.
 Commands = Any
@@ -103,12 +103,27 @@ def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
     elif get_origin(declared) is Literal:
         options["choices"] = get_args(declared)
     elif get_origin(declared) is Mapping:
-        options["type"] = json.loads
+        options["type"] = json_value
         options["metavar"] = "JSON"
     else:
         options["type"] = declared
         options["metavar"] = declared.__name__
     return options
+
+
+def json_value(text: str) -> Any:
+    """The JSON value of a flag."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid JSON: {error}") from error
+
+
+def seed(text: str) -> int:
+    """The seed of a flag."""
+    if text.isdecimal() and int(text) <= MAX_SEED:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_SEED}")
 
 
 def given_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved
+from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved, seed
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 from tl_sparse.pruning import PruneConfig
 
@@ -104,6 +104,8 @@ def _run_export(args: argparse.Namespace) -> None:
     from tl_sparse.outputs import check_new_file
 
     check_new_file(args.out, args.overwrite)
+    if args.task:  # only some formats use it, but a mistake in it is always one
+        tl_sparse.get_task(args.task)
     circuit, model, _ = _open(args)
     export(circuit, model, args.out, args.task, args.overwrite)
     report_saved(args.out)
@@ -129,7 +131,7 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         help="The seed of the pairs and of the random circuits (default: the pairs on which the "
         "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
@@ -151,6 +153,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     data = _heldout_pairs(circuit, model, task, config, args)
     results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
     if args.out:
+        # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)
     print(evaluation_tables(results))
 
@@ -169,8 +172,13 @@ def _config_of(circuit: Any) -> PruneConfig:
 
     The circuit may come from another version, so unknown fields are ignored and missing fields have
     their defaults.
+
+    Raises:
+        CircuitError, ConfigError: if the record is damaged.
     """
     recorded = circuit.measured.get("config", {})
+    if not isinstance(recorded, dict):
+        raise CircuitError(f"the circuit's 'measured.config' is damaged: {recorded!r}")
     known = [field.name for field in dataclasses.fields(PruneConfig)]
     return PruneConfig(**{name: recorded[name] for name in known if name in recorded})
 

@@ -5,17 +5,22 @@ A command imports what it needs when it runs.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.demo import add_demo
+from tl_sparse.cli.output import (
+    CLOSED_PIPE,
+    discard_output,
+    flush_output,
+    print_any_character,
+    print_error,
+)
 from tl_sparse.cli.plotting import add_plot
 from tl_sparse.cli.pruning import add_prune, add_search, add_suite
 from tl_sparse.cli.tasks import add_tasks
 from tl_sparse.cli.training import add_train
 from tl_sparse.errors import TLSparseError
-from tl_sparse.parsing import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,14 +30,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `tl-sparse`; None uses those of this process.
 
     Returns:
-        The exit status: 0, or 1 after a `TLSparseError`, which is printed without a traceback.
+        The exit status: 0; 1 after an error, which is printed in one line without a traceback; 130
+        after Ctrl-C; or `CLOSED_PIPE` if nobody reads the output any more.
     """
+    print_any_character()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        discard_output()
+        return CLOSED_PIPE
+    except OSError as error:
+        print_error(f"cannot write the output: {error}")
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command; its exit status."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except TLSparseError as error:
-        message = printable(str(error), keep="\n")
-        print(f"tl-sparse: error: {message}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        raise
+    except (TLSparseError, OSError, UnicodeError) as error:
+        print_error(error)
         return 1
     return 0
 

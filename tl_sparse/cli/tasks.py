@@ -3,7 +3,7 @@
 import argparse
 
 import tl_sparse
-from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command
+from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command, seed
 
 
 def add_tasks(commands: Commands) -> None:
@@ -17,7 +17,7 @@ def add_tasks(commands: Commands) -> None:
         help="The number of prompt pairs of each task (default: %(default)s).",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="The seed of the pairs (default: %(default)s)."
+        "--seed", type=seed, default=0, help="The seed of the pairs (default: %(default)s)."
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tl_sparse.config import check, check_types, short_repr
+from tl_sparse.config import MAX_SEED, check, check_types, short_repr
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class DataConfig:
         is_named = self.source not in ("", "hf:") and "\0" not in self.source
         check(is_named, "source", self.source, expected)
         check(self.max_chars >= 1, "max_chars", self.max_chars, "at least 1")
-        for name in ("stdlib_chars", "idiom_chars", "seed"):
+        for name in ("stdlib_chars", "idiom_chars"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"at least 0 and at most {MAX_SEED}")
         empty = self.source == "builtin" and self.stdlib_chars + self.idiom_chars == 0
         check(not empty, "stdlib_chars", 0, "above 0 when idiom_chars is 0")
         fraction = self.validation_fraction

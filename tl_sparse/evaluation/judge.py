@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.config import check
 from tl_sparse.errors import DataError, TaskError, TokenizerError
 from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
 from tl_sparse.hooks import NodeValues, TLModel, recording
@@ -112,8 +113,10 @@ def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, 
     It is None for a task whose prompts do not fit the model's tokenizer or its context length.
 
     Raises:
+        ConfigError: if `n_pairs` is below 1.
         TokenizerError: if the model has no tokenizer.
     """
+    check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     if model.tokenizer is None:
         raise TokenizerError(
             "the model has no tokenizer, which is needed to turn prompts into tokens"

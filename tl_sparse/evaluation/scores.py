@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tl_sparse.records import record_from
 from tl_sparse.tasks import Score, score_row, table
 
 #: The values at which nodes outside a circuit are held: their means, zero, or their activations on
@@ -40,12 +41,12 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
-        """The inverse of `dataclasses.asdict`."""
-        fields = dict(values)
-        for name, value in values.items():
-            if isinstance(value, dict):
-                fields[name] = Score(**value)
-        return cls(**fields)
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            DataError: if an entry is missing or has the wrong type.
+        """
+        return record_from(cls, values)
 
 
 @dataclass(frozen=True)

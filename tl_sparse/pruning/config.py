@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tl_sparse.config import check, check_types, short_repr
+from tl_sparse.config import MAX_SEED, check, check_types, short_repr
 from tl_sparse.evaluation import Ablation
 
 #: Fields that must be at least 1.
@@ -116,8 +116,9 @@ class PruneConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("necessity", "steer_rate", "steer_now", "weight_decay", "init_scale", "seed"):
+        for name in ("necessity", "steer_rate", "steer_now", "weight_decay", "init_scale"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"at least 0 and at most {MAX_SEED}")
         accuracy = self.ablated_accuracy
         check(0.5 <= accuracy <= 1, "ablated_accuracy", accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")

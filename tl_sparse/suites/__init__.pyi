@@ -1,3 +1,4 @@
 from .optuna_search import search as search
 from .results import results_table as results_table
 from .suite import run_suite as run_suite
+from .workers import end_with_parent as end_with_parent

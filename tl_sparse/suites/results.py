@@ -2,18 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from statistics import geometric_mean, mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
-from tl_sparse.circuits import Circuit
-from tl_sparse.evaluation import Evaluation
-from tl_sparse.files import read_json
+from tl_sparse.suites.jobs import (
+    EDGE_PRUNED,
+    NODE_PRUNED,
+    CircuitFigures,
+    Job,
+    JobReport,
+    read_reports,
+)
+from tl_sparse.view import SuiteResults, Summaries, TaskResults, read_results, summary
 
-#: The two kinds of circuit of a job, which are never summarised together.
-NODE_PRUNED = "node_pruned"
-EDGE_PRUNED = "edge_pruned"
 #: The summaries over the seeds that results.json gives of each figure.
 SUMMARIES: dict[str, Callable[[list[float]], float]] = {
     "mean": mean,
@@ -32,57 +34,6 @@ FORMATS = {
     "seconds": ".1f",
     "overlap": ".2f",
 }
-#: Figure → name of a summary → its value.
-Summaries = dict[str, dict[str, float]]
-
-
-class Job(NamedTuple):
-    """One circuit to find. Its folder is written completely or not at all."""
-
-    model: str
-    task: str
-    seed: int
-    folder: Path
-
-
-@dataclass(frozen=True)
-class CircuitFigures:
-    """The figures of one circuit in job.json."""
-
-    nodes: int
-    edges: int
-    seconds: float
-    loss: float
-    standard_error: float | None
-    accuracy_without: float
-    kept: list[str]
-
-    @classmethod
-    def of(cls, circuit: Circuit, evaluation: Evaluation, seconds: float) -> "CircuitFigures":
-        return cls(
-            nodes=evaluation.n_nodes,
-            edges=evaluation.n_edges,
-            seconds=seconds,
-            loss=evaluation.circuit.loss,
-            standard_error=evaluation.circuit.standard_error,
-            accuracy_without=evaluation.ablated.accuracy,
-            kept=[str(node) for node in circuit.nodes],
-        )
-
-
-@dataclass(frozen=True)
-class TaskResults:
-    """The circuits of one task in one model, over the seeds.
-
-    Attributes:
-        problems: seed → why there is no circuit.
-        node_pruned: empty if there is no circuit.
-        edge_pruned: empty if there is no circuit.
-    """
-
-    problems: dict[str, str]
-    node_pruned: Summaries
-    edge_pruned: Summaries
 
 
 #: Model → task → the fields of `TaskResults`.
@@ -97,7 +48,7 @@ def collected(jobs: Iterable[Job]) -> dict[str, Any]:
     with every seed. Ratios are relative to the model with the fewest edges.
     """
     models: ModelResults = {}
-    for (model, task), reports in _reports(jobs).items():
+    for (model, task), reports in read_reports(jobs).items():
         models.setdefault(model, {})[task] = asdict(_task_results(reports))
     shared = _solved_by_all(models)
     node_means = _mean_edges(models, shared, NODE_PRUNED)
@@ -115,27 +66,22 @@ def collected(jobs: Iterable[Job]) -> dict[str, Any]:
     }
 
 
-def _reports(jobs: Iterable[Job]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(model, task) → seed → the contents of job.json."""
-    reports: dict[tuple[str, str], dict[str, Any]] = {}
-    for job in jobs:
-        model, task, seed = job.folder.parts[-3:]
-        reports.setdefault((model, task), {})[seed] = read_json(job.folder / "job.json")
-    return reports
-
-
-def _task_results(reports: Mapping[str, Mapping[str, Any]]) -> TaskResults:
+def _task_results(reports: Mapping[str, JobReport]) -> TaskResults:
     problems = {}
     node_pruned = []
     edge_pruned = []
     for seed, report in reports.items():
-        if report["problem"]:
-            problems[seed] = report["problem"]
-        if NODE_PRUNED in report:
-            node_pruned.append(CircuitFigures(**report[NODE_PRUNED]))
-        if EDGE_PRUNED in report:
-            edge_pruned.append(CircuitFigures(**report[EDGE_PRUNED]))
-    return TaskResults(problems, _summarised(node_pruned), _summarised(edge_pruned))
+        if report.problem:
+            problems[seed] = report.problem
+        if report.node_pruned:
+            node_pruned.append(report.node_pruned)
+        if report.edge_pruned:
+            edge_pruned.append(report.edge_pruned)
+    return TaskResults(
+        problems=problems,
+        node_pruned=_summarised(node_pruned),
+        edge_pruned=_summarised(edge_pruned),
+    )
 
 
 def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
@@ -147,7 +93,7 @@ def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
             values = [getattr(circuit, name) for circuit in circuits]
             values = [value for value in values if value is not None]
         if values:
-            summaries[name] = {key: summary(values) for key, summary in SUMMARIES.items()}
+            summaries[name] = {key: statistic(values) for key, statistic in SUMMARIES.items()}
     return summaries
 
 
@@ -185,42 +131,64 @@ def results_table(results: Mapping[str, Any]) -> str:
 
     Args:
         results: the result of `run_suite`.
+
+    Raises:
+        DataError: if `results` do not have the form of such results.
     """
+    read = read_results(results)
     figures = [name.replace("_", " ") for name in FORMATS]
     header = ["model", "task", *figures, "edge-pruned: nodes", "edges"]
     rows = [header, ["---"] * len(header)]
     problems = []
-    for model, tasks in results["models"].items():
+    for model, tasks in read.models.items():
         for task, entry in tasks.items():
-            cells = [_cell(entry[NODE_PRUNED], name) for name in FORMATS]
-            cells += [_cell(entry[EDGE_PRUNED], name) for name in ("nodes", "edges")]
+            cells = [_cell(entry.node_pruned, name) for name in FORMATS]
+            cells += [_cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
             rows.append([model, task, *cells])
-            for seed, problem in entry["problems"].items():
-                problems.append(f"- {model}, {task}, seed {seed}: {problem}")
-    means = results["geometric_mean_edges"]
-    for model, ratio in results["ratio"].items():
+            for seed, problem in entry.problems.items():
+                problems.append(_in_one_line(f"- {model}, {task}, seed {seed}: {problem}"))
+    for model, ratio in read.ratio.items():
         row = [""] * len(header)
         row[:2] = [model, f"**geometric mean**, × {ratio:.1f}"]
-        row[header.index("edges")] = f"{means[NODE_PRUNED][model]:.1f}"
-        row[-1] = f"{means[EDGE_PRUNED][model]:.1f}" if model in means[EDGE_PRUNED] else "–"
+        row[header.index("edges")] = _mean_cell(read, NODE_PRUNED, model)
+        row[-1] = _mean_cell(read, EDGE_PRUNED, model)
         rows.append(row)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [_table_line(row) for row in rows]
     note = [
         "Cells are the median (range) over seeds, on held-out pairs. The overlap is the mean "
         "Jaccard index of the nodes found with",
         "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
         "are over the tasks that all models solved",
-        f"with every seed: {', '.join(results['solved_by_all']) or 'none'}.",
+        f"with every seed: {_in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
     ]
     return "\n".join([*lines, "", *note, "", *problems]) + "\n"
 
 
-def _cell(summaries: Mapping[str, Mapping[str, float]], name: str) -> str:
+def _table_line(cells: Sequence[str]) -> str:
+    # The name of a folder or a file can hold anything.
+    escaped = [_in_one_line(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def _in_one_line(text: str) -> str:
+    # A name can also hold bytes that are no text, which Python represents by half a surrogate pair.
+    encodable = text.encode(errors="backslashreplace").decode()
+    return " ".join(encodable.splitlines())
+
+
+def _mean_cell(results: SuiteResults, kind: str, model: str) -> str:
+    means = results.geometric_mean_edges.get(kind, {})
+    return f"{means[model]:.1f}" if model in means else "–"
+
+
+def _cell(summaries: Summaries, name: str) -> str:
     """The median and range of a figure, or the mean and range of the overlap."""
     if name not in summaries:
         return "–"
-    summary = summaries[name]
-    middle = format(summary["mean" if name == "overlap" else "median"], FORMATS[name])
-    lowest = format(summary["min"], FORMATS[name])
-    highest = format(summary["max"], FORMATS[name])
-    return middle if lowest == highest else f"{middle} ({lowest}–{highest})"
+    middle = "mean" if name == "overlap" else "median"
+    texts = []
+    for statistic in (middle, "min", "max"):
+        value = summary(summaries, name, statistic, "the results")
+        texts.append(format(value, FORMATS[name]))
+    shown, lowest, highest = texts
+    return shown if lowest == highest else f"{shown} ({lowest}–{highest})"

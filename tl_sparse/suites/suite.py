@@ -7,56 +7,82 @@ written as a table, JSON and a plot.
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import signal
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints import find, load, load_corpus
+from tl_sparse.checkpoints import find
 from tl_sparse.circuits import Circuit, n_weights
 from tl_sparse.config import check
-from tl_sparse.errors import SuiteError, TLSparseError
+from tl_sparse.errors import CircuitError, SuiteError, TLSparseError
 from tl_sparse.evaluation import Evaluation
-from tl_sparse.files import read_json, write_json, write_text
+from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
-from tl_sparse.pruning import PruneConfig, corpus_means, prune, prune_edges
-from tl_sparse.suites.results import (
+from tl_sparse.pruning import PruneConfig, prune, prune_edges
+from tl_sparse.suites import arguments
+from tl_sparse.suites.content import (
+    check_unchanged,
+    content_of_model,
+    content_of_task,
+    other_contents,
+)
+from tl_sparse.suites.jobs import (
     EDGE_PRUNED,
     NODE_PRUNED,
     CircuitFigures,
     Job,
-    collected,
-    results_table,
+    JobReport,
+    read_report,
+    write_report,
 )
+from tl_sparse.suites.models import loaded, model_name, opened
+from tl_sparse.suites.results import collected, results_table
+from tl_sparse.suites.workers import has_ended, in_processes, this_process
 from tl_sparse.tasks import Task, get_task
 from tl_sparse.view import plots
 
-T = TypeVar("T")
 #: A circuit with more edges is not pruned by edges, because each edge is tried separately.
 MAX_EDGES = 2000
 #: Kind of circuit → where it is saved in the folder of the job.
 CIRCUIT_FOLDERS = {NODE_PRUNED: ".", EDGE_PRUNED: "edges"}
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What all jobs share, which is sent to each process.
+
+    Attributes:
+        contents: the hashes of all models, their corpora and all tasks.
+    """
+
+    config: PruneConfig
+    corpus: str | None
+    device: str | None
+    contents: dict[str, str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"config": dataclasses.asdict(self.config), "corpus": self.corpus}
+
+
 def run_suite(
-    models: Sequence[str],
-    tasks: Sequence[str],
+    models: arguments.Names,
+    tasks: arguments.Names,
     out: str | Path,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: arguments.Numbers = (0, 1, 2),
     config: PruneConfig | None = None,
-    corpus: str | None = None,
+    corpus: str | Path | None = None,
     workers: int = 1,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, Any]:
     """Find the circuit of each task in each model with each seed; in weight-sparse models, also
     prune it by edges.
@@ -66,10 +92,11 @@ def run_suite(
     results.json, as a table to results.md, and as a plot to results.svg if matplotlib is installed.
 
     Args:
-        models, tasks, corpus: folders, files or names, as for `load`, `get_task` and `load_corpus`.
+        models, tasks: folders, files or names, as for `load` and `get_task`; one or several.
         out: the folder for the circuits and the results.
-        seeds: the pruning seeds.
+        seeds: the pruning seeds; one or several.
         config: how to prune; its own seed is not used.
+        corpus: a folder, file or name, as for `load_corpus`.
         workers: the number of processes, each with one thread. A script that uses more than one
             needs `if __name__ == "__main__":`.
         device: the device, as for `load`.
@@ -78,56 +105,106 @@ def run_suite(
         The contents of results.json.
 
     Raises:
-        SuiteError: if `out` holds a suite with other settings, a process died, or Ctrl-C was
-            pressed.
+        SuiteError: if `out` holds a suite with other settings, or circuits of other models, texts
+            or pairs under the same names; if a file of it is damaged; if a process died; or if
+            Ctrl-C was pressed.
+        ConfigError: if an argument has the wrong type or value.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. A
             task for which a model has no circuit is not an error; the results give the reason.
     """
-    config = dataclasses.replace(config or PruneConfig(), seed=0)
-    check(workers >= 1, "workers", workers, "at least 1")
-    sources = {}
-    for model in models:
-        find(model)  # raises if there is no such model
-        sources[Path(model).resolve().name] = model
-    task_names = {get_task(task).name: task for task in tasks}
-    _check_distinct("models", models, sources)
-    _check_distinct("tasks", tasks, task_names)
-    _check_distinct("seeds", seeds, set(seeds))
-    settings = {"config": dataclasses.asdict(config), "corpus": corpus}
-    _refuse_other_jobs(Path(out), settings, sources)
-    write_json(Path(out, "suite.json"), settings)
+    workers = arguments.at_least_one("workers", workers)
+    config = dataclasses.replace(arguments.pruning(config), seed=0)
+    corpus = arguments.optional_name("corpus", corpus)
+    device = arguments.device_name(device)
+    folder = arguments.folder("out", out)
+    seed_list = arguments.whole_numbers("seeds", seeds)
+    check(len(set(seed_list)) == len(seed_list), "seeds", seed_list, "all different")
+    for seed in seed_list:
+        dataclasses.replace(config, seed=seed)  # raises if it is impossible
+    sources = _by_name("models", models, _name_of_model)
+    task_sources = _by_name("tasks", tasks, _name_of_task)
+
+    contents: dict[str, str] = {}
+    for name, source in sources.items():
+        model, tokens = opened(source, corpus, device)
+        contents |= content_of_model(name, model, tokens)
+        _refuse_old_circuits(folder / name, model)
+    for source in task_sources.values():
+        contents |= content_of_task(source)
+    setup = _Setup(config, corpus, device, contents)
     jobs = []
-    for model, task, seed in itertools.product(sources, task_names, seeds):
-        jobs.append(Job(sources[model], task_names[task], seed, Path(out, model, task, str(seed))))
-    _run_missing(jobs, functools.partial(run_job, config, corpus, device), workers)
-    results = {**settings, "seeds": list(seeds), **collected(jobs)}
-    write_json(Path(out, "results.json"), results)
-    write_text(Path(out, "results.md"), results_table(results))
-    if _has_circuit(results) and find_spec("matplotlib"):
-        plots.save(plots.tasks(results), Path(out, "results.svg"), overwrite=True)
+    for name, task, seed in itertools.product(sources, task_sources, seed_list):
+        place = Path(folder, name, task, str(seed))
+        jobs.append(Job(sources[name], task_sources[task], seed, place))
+    _refuse_other_jobs(folder, setup, jobs)
+
+    write_json(folder / "suite.json", setup.settings)
+    _run_missing(jobs, functools.partial(run_job, setup), workers)
+    results = {**setup.settings, "seeds": seed_list, **collected(jobs)}
+    _write_results(folder, results)
     return results
 
 
-def _check_distinct(field: str, given: Sequence[object], names: Sized) -> None:
-    """Raise `ConfigError` if nothing is given, or two of the given items have the same name."""
-    is_valid = 0 < len(given) == len(names)
-    check(is_valid, field, list(given), "one or more, all with different names")
+def _by_name(field: str, given: arguments.Names, name_of: Callable[[str], str]) -> dict[str, str]:
+    """Name → source, of models or tasks.
+
+    Raises:
+        ConfigError: if two of them have the same name, or one has a name that no folder can have.
+    """
+    sources = arguments.names(field, given)
+    by_name = {name_of(source): source for source in sources}
+    is_valid = len(by_name) == len(sources) and not {"", ".", ".."} & by_name.keys()
+    check(is_valid, field, sources, "one or more, all with different names")
+    return by_name
 
 
-def _refuse_other_jobs(out: Path, settings: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Raise `SuiteError` if a job in the folder of the suite has other settings.
+def _name_of_model(source: str) -> str:
+    find(source)  # raises if there is no such model
+    return model_name(source)
+
+
+def _name_of_task(source: str) -> str:
+    return get_task(source).name
+
+
+def _refuse_old_circuits(folder: Path, model: TLModel) -> None:
+    """Raise `SuiteError` if a circuit in the folder of a model is of another model.
+
+    Only circuits are checked whose job.json is older than the hashes that are now in it.
+    """
+    for path in folder.glob("*/*/job.json"):
+        report = read_report(path.parent)
+        if report.content or report.node_pruned is None:
+            continue
+        try:
+            Circuit.load(path.parent).check_model(model)
+        except CircuitError as error:
+            raise SuiteError(
+                f"{path.parent} was made with another model of that name: {error}. Continue with "
+                "that model, or give another folder"
+            ) from error
+
+
+def _refuse_other_jobs(folder: Path, setup: _Setup, jobs: Sequence[Job]) -> None:
+    """Raise `SuiteError` if a finished job has other settings or contents, or is damaged.
 
     Args:
-        out: the folder of the suite.
-        settings: the settings of this suite.
-        sources: the name of each model → its source. Models may be added to a suite, but not a
-            model with an existing name and another source.
+        folder: the folder of the suite, in which there may also be jobs of an earlier one.
+        setup: the settings and contents of this suite.
+        jobs: the jobs of this suite.
     """
-    for path in out.glob("*/*/*/job.json"):
-        before = read_json(path).get("settings", {})
-        model_name = path.parts[-4]
-        model = sources.get(model_name, before.get("model"))
-        refuse_another(path.parent, before, {**settings, "model": model})
+    sources = {job.folder.parts[-3]: job.model for job in jobs}
+    for path in sorted(folder.glob("*/*/*/job.json")):
+        report = read_report(path.parent)
+        settings = setup.settings
+        if not report.content:  # older; all that tells its model is the source
+            source = sources.get(path.parts[-4], report.settings.get("model"))
+            settings["model"] = source
+        others = other_contents(report.content, setup.contents)
+        refuse_another(path.parent, report.settings, settings, others)
+    for job in jobs:
+        if job.folder.exists():
+            read_report(job.folder)
 
 
 def _run_missing(jobs: Sequence[Job], run: Callable[[Job], None], workers: int) -> None:
@@ -138,6 +215,13 @@ def _run_missing(jobs: Sequence[Job], run: Callable[[Job], None], workers: int) 
             bar.update()
 
 
+def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", results_table(results))
+    if _has_circuit(results) and find_spec("matplotlib"):
+        plots.save(plots.tasks(results), folder / "results.svg", overwrite=True)
+
+
 def _has_circuit(results: Mapping[str, Any]) -> bool:
     for tasks in results["models"].values():
         for entry in tasks.values():
@@ -146,95 +230,77 @@ def _has_circuit(results: Mapping[str, Any]) -> bool:
     return False
 
 
-def refuse_another(place: object, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_another(
+    place: object,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    others: Sequence[str] = (),
+) -> None:
     """Raise a `SuiteError` that names the differences between stored and current settings, if any.
 
     Args:
         place: where the settings are stored, for the message.
         before: the stored settings.
         now: the current settings.
+        others: what is different besides the settings, see `other_contents`.
     """
     old = _flat(before)
     changes = []
     for name, value in _flat(now).items():
         if old.get(name) != value:
             changes.append(f"{name} = {old.get(name)!r}, now {value!r}")
+    changes += others
     if changes:
         raise SuiteError(
-            f"{place} was made with {'; '.join(changes)}. Continue with those settings, or give "
-            "another folder or storage"
+            f"{place} was made with {'; '.join(changes)}. Continue with those, or give another "
+            "folder or storage"
         )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which the fields of `config` are at the top level."""
-    return {**settings, **settings.get("config", {}), "config": None}
+    config = settings.get("config", {})
+    if not isinstance(config, dict):  # the file was damaged
+        config = {}
+    return {**settings, **config, "config": None}
 
 
-def in_processes(
-    function: Callable[[T], None], arguments: Iterable[T], workers: int
-) -> Iterator[None]:
-    """Call `function` with each argument, in this process if `workers` is 1.
+def run_job(setup: _Setup, job: Job) -> None:
+    """Find one circuit and save it, or save the reason why there is none.
 
     Raises:
-        SuiteError: if a process died, or after Ctrl-C.
+        SuiteError: if the model, its corpus or the task was replaced since the suite began.
     """
-    try:
-        if workers == 1:
-            yield from map(function, arguments)
-        else:
-            yield from _in_pool(function, arguments, workers)
-    except KeyboardInterrupt:
-        raise SuiteError(
-            "interrupted; finished work is kept, and the same command continues from there"
-        ) from None
-    except BrokenProcessPool as error:
-        raise SuiteError(
-            "a process died, perhaps because memory ran out; continue with fewer --workers"
-        ) from error
-
-
-def _in_pool(function: Callable[[T], None], arguments: Iterable[T], workers: int) -> Iterator[None]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _prepare_process)
-    try:
-        futures = [pool.submit(function, argument) for argument in arguments]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _prepare_process() -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C ends the process at once, without a traceback; the main process reports it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@functools.lru_cache(maxsize=1)  # jobs are ordered by model
-def loaded(
-    source: str, corpus: str | None, device: str | None, batch: int, embed: bool
-) -> tuple[TLModel, Tensor, NodeValues]:
-    """A model, the tokens [seq, pos] of its corpus, and their `corpus_means`; cached."""
-    model = load(source, device)
-    tokens = load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
-    return model, tokens, corpus_means(model, tokens, batch, embed)
-
-
-def run_job(config: PruneConfig, corpus: str | None, device: str | None, job: Job) -> None:
-    """Find one circuit and save it, or save the reason why there is none."""
-    model, tokens, means = loaded(job.model, corpus, device, config.batch_size, config.embed_gates)
-    settings = {"config": dataclasses.asdict(config), "corpus": corpus, "model": job.model}
-    report: dict[str, Any] = {"settings": settings, "problem": None}
-    seeded = dataclasses.replace(config, seed=job.seed)
+    model, tokens, means = loaded(
+        job.model, setup.corpus, setup.device, setup.config, setup.contents
+    )
+    task = get_task(job.task)
+    check_unchanged(setup.contents, content_of_task(job.task))
+    seeded = dataclasses.replace(setup.config, seed=job.seed)
     circuits: dict[str, Circuit] = {}
+    found: dict[str, CircuitFigures] = {}
+    problem = None
     try:
-        for kind, circuit, figures in _searched(model, get_task(job.task), tokens, means, seeded):
+        for kind, circuit, figures in _searched(model, task, tokens, means, seeded):
             circuits[kind] = circuit
-            report[kind] = dataclasses.asdict(figures)
+            found[kind] = figures
     except TLSparseError as error:
-        report["problem"] = str(error)
+        problem = str(error)
+    report = JobReport(
+        problem=problem,
+        node_pruned=found.get(NODE_PRUNED),
+        edge_pruned=found.get(EDGE_PRUNED),
+        settings={**setup.settings, "model": job.model},
+        content=_content_of(job, setup.contents),
+    )
     _save(job.folder, report, circuits)
+
+
+def _content_of(job: Job, contents: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that concern this job alone."""
+    model, task, _ = job.folder.parts[-3:]
+    names = [f"model {model}", f"corpus of {model}", f"task {task}"]
+    return {name: contents[name] for name in names}
 
 
 def _searched(
@@ -258,13 +324,23 @@ def _can_cut_edges(model: TLModel, evaluation: Evaluation) -> bool:
     return is_weight_sparse and evaluation.n_edges <= MAX_EDGES
 
 
-def _save(folder: Path, report: Mapping[str, Any], circuits: Mapping[str, Circuit]) -> None:
+def _save(folder: Path, report: JobReport, circuits: Mapping[str, Circuit]) -> None:
     """Write the folder of a job, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+    prefix = f".{folder.name}."
+    _remove_unfinished(folder.parent, prefix)
+    with TemporaryDirectory(prefix=f"{prefix}{this_process()}.", dir=folder.parent) as temporary:
         written = Path(temporary, "job")
-        write_json(written / "job.json", report)
+        write_report(written, report)
         for kind, circuit in circuits.items():
             circuit.save(written / CIRCUIT_FOLDERS[kind])
         if not folder.exists():  # otherwise, another suite wrote it first
             written.replace(folder)
+
+
+def _remove_unfinished(parent: Path, prefix: str) -> None:
+    """Remove the folders that a process left unfinished when it was killed."""
+    for path in parent.glob(f"{prefix}*"):
+        process = path.name.removeprefix(prefix).rpartition(".")[0]
+        if has_ended(process):
+            shutil.rmtree(path, ignore_errors=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tl_sparse.config import check, check_types, is_number, short_repr
+from tl_sparse.config import MAX_SEED, check, check_types, is_number, short_repr
 from tl_sparse.data import DataConfig
 from tl_sparse.network import SparseConfig, paper_topk
 
@@ -176,11 +176,11 @@ class TrainConfig:
             "checkpoint_steps",
             "validate_steps",
             "target_validation_loss",
-            "seed",
             "weight_decay",
         ):
             value = getattr(self, name)
             check(value >= 0, name, value, "at least 0")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"at least 0 and at most {MAX_SEED}")
 
     def _check_compile(self) -> None:
         """Check that no k changes, since the k of each AbsTopK is built into a compiled model."""

@@ -4,7 +4,11 @@ Both use accelerate, which is imported only where it is needed.
 """
 
 import dataclasses
+import functools
 import os
+import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -79,6 +83,7 @@ class Processes:
         accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder or ".")
         if count > 1:
             device = accelerator.device
+            _stop_with_launcher()
         processes = cls(accelerator, device)
         processes.wait()  # nothing is written before all have checked the folder
         return processes
@@ -151,6 +156,22 @@ class Processes:
         # accelerate's `end_training` would also close the connection between the processes.
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+@functools.cache  # one thread is enough for all runs of this process
+def _stop_with_launcher() -> None:
+    """Stop this process, as `kill` does, when the process that launched it has ended.
+
+    A launcher that is killed cannot stop the processes of a run, which would go on without it. On
+    Windows the end of the launcher is not noticed.
+    """
+    threading.Thread(target=_watch_launcher, args=[os.getppid()], daemon=True).start()
+
+
+def _watch_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check_installed(tracker: str) -> None:

@@ -1,4 +1,9 @@
 from .contents import page_data as page_data
+from .measurements import SuiteResults as SuiteResults
+from .measurements import Summaries as Summaries
+from .measurements import TaskResults as TaskResults
+from .measurements import read_results as read_results
+from .measurements import summary as summary
 from .page import Page as Page
 from .tables import circuit_facts as circuit_facts
 from .tables import evaluation_tables as evaluation_tables

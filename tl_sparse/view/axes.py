@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: colours and eight markers, a combination repeats only after 56 series.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
+#: Names of models and tasks are shortened to this length.
+LABEL_CHARS = 60
 
 
 def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -33,6 +35,17 @@ def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[
 def series_style(number: int) -> dict[str, Any]:
     """The colour and marker of the series with this number."""
     return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
+
+
+def as_label(text: str) -> str:
+    """A name as the text of a legend or tick, in which matplotlib must see no formula.
+
+    Half a surrogate pair, which has no encoding, is shown as its escape code.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) > LABEL_CHARS:
+        text = text[:LABEL_CHARS] + "…"
+    return text.replace("$", r"\$")
 
 
 def thousands(value: float, _: float) -> str:

@@ -1,5 +1,6 @@
 """The contents of a circuit's page, as JSON values; the module `page` turns them into HTML."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.config import check
 from tl_sparse.evaluation import evaluate
 from tl_sparse.hooks import TLModel
 from tl_sparse.pruning import PruneConfig
@@ -94,11 +96,13 @@ def page_data(
             edges.
 
     Raises:
+        ConfigError: if `min_weight` is negative, or not a finite number.
         CircuitError: if the circuit has no nodes, is too large to draw (the message suggests a
             `min_weight`), or belongs to another model.
         TaskError: if there is no such task.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
+    check(0 <= min_weight < math.inf, "min_weight", min_weight, "a number of at least 0")
     nodes, edges = drawn(circuit, model, min_weight)
     task = _task_to_show(circuit, model, task)
     vocabulary = Vocabulary(model.tokenizer)

@@ -6,27 +6,39 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.circuits import node_hooks, weight_matrices
+from tl_sparse.config import check
 from tl_sparse.errors import ConfigError, DataError
+from tl_sparse.evaluation import SizedScore
 from tl_sparse.hooks import Means, TLModel, frozen, hooked
 from tl_sparse.outputs import replacing
+from tl_sparse.tasks import Score
 from tl_sparse.view.axes import (
     add_legend,
+    as_label,
     figure_with_panels,
     percent,
     series_style,
     set_log_x,
     set_log_y,
+)
+from tl_sparse.view.measurements import (
+    Drawn,
+    SuiteResults,
+    WholeScore,
+    read_drawn,
+    read_results,
+    summary,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +82,7 @@ def save(figure: Figure, path: str | Path, overwrite: bool = False) -> None:
         ConfigError: for any other extension, or if there is a file with other contents and
             `overwrite` is False.
         CheckpointError: if the file cannot be written.
+        DataError: if the figure is too large.
     """
     check_drawing(path)
     from matplotlib import rc_context
@@ -78,7 +91,10 @@ def save(figure: Figure, path: str | Path, overwrite: bool = False) -> None:
     # The same figure gives the same file, without the date and with the same identifiers.
     metadata = {"Date": None} if ending == "svg" else {}
     with replacing(path, overwrite) as temporary, rc_context({"svg.hashsalt": "tl_sparse"}):
-        figure.savefig(temporary, format=ending, dpi=200, metadata=metadata)
+        try:
+            figure.savefig(temporary, format=ending, dpi=200, metadata=metadata)
+        except ValueError as error:
+            raise DataError(f"{path}: the figure cannot be drawn: {error}") from error
 
 
 # --- the faithfulness curve
@@ -98,9 +114,11 @@ def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> 
             measurements.
     """
     _check_not_empty(figures)
+    _check_size(against)
+    measured = {name: read_drawn(values, name) for name, values in figures.items()}
     figure, (loss_axes, accuracy_axes) = figure_with_panels(2, (8.2, 3.9))
-    _draw_measure(loss_axes, figures, against, "loss", chance=math.log(2))
-    _draw_measure(accuracy_axes, figures, against, "accuracy", chance=0.5)
+    _draw_measure(loss_axes, measured, against, "loss", chance=math.log(2))
+    _draw_measure(accuracy_axes, measured, against, "accuracy", chance=0.5)
     loss_axes.set_ylabel("held-out task loss (nats)")
     accuracy_axes.set_ylabel("accuracy")
     set_log_y(loss_axes, unit=1e-3)
@@ -111,14 +129,13 @@ def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> 
 
 def _draw_measure(
     axes: Axes,
-    figures: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Drawn],
     against: Size,
     measure: Measure,
     chance: float,
 ) -> None:
-    for number, (name, evaluated) in enumerate(figures.items()):
-        with _reading(name, "evaluate"):
-            _draw_curve(axes, name, evaluated, against, measure, series_style(number))
+    for number, (name, drawn) in enumerate(measured.items()):
+        _draw_curve(axes, as_label(name), drawn, against, measure, series_style(number))
     axes.plot([], [], "x", color="gray", label="random circuits")
     axes.plot([], [], ":", color="gray", label="full model")
     axes.axhline(chance, color="gray", lw=0.8, label="chance")
@@ -128,20 +145,20 @@ def _draw_measure(
 
 def _draw_curve(
     axes: Axes,
-    name: str,
-    evaluated: Mapping[str, Any],
+    label: str,
+    drawn: Drawn,
     against: Size,
     measure: Measure,
     style: Mapping[str, Any],
 ) -> None:
-    whole = evaluated["evaluation"]
-    axes.axhline(whole["full"][measure], color=style["color"], ls=":", lw=1.2)
-    x, y = _sizes_and_scores(evaluated["random"], against, measure)
+    whole = drawn.evaluation
+    axes.axhline(_score(whole.full, measure), color=style["color"], ls=":", lw=1.2)
+    x, y = _sizes_and_scores(drawn.random, against, measure)
     axes.plot(x, y, ls="", ms=5, color=style["color"], marker="x")
-    x, y = _sizes_and_scores(evaluated["ladder"], against, measure)
+    x, y = _sizes_and_scores(drawn.ladder, against, measure)
     axes.plot(x, y, ms=3.5, lw=1.2, **style)
     x, y = _sizes_and_scores([whole], against, measure)
-    axes.plot(x, y, ls="", ms=9, mec="black", label=name, **style)
+    axes.plot(x, y, ls="", ms=9, mec="black", label=label, **style)
 
 
 # --- sizes by task
@@ -161,24 +178,26 @@ def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "resu
     Raises:
         DataError: if `results` do not have the form of such results, or contain no circuit.
     """
-    with _reading(name, "suite"):
-        means: Mapping[str, float] = {}
-        if against == "edges":
-            means = results["geometric_mean_edges"]["node_pruned"]
-        sizes = _node_pruned_sizes(results["models"], against)
-        order = _largest_first(sizes)
-        _check_not_empty(order, name)
-        figure, (axes,) = figure_with_panels(1, (5.5, 1.4 + 0.22 * len(order)))
-        for number, (model, size_of) in enumerate(sizes.items()):
-            style = series_style(number)
-            rows = [order.index(task) for task in size_of]
-            low = _each(size_of, "min")
-            high = _each(size_of, "max")
-            axes.hlines(rows, low, high, color=style["color"])
-            medians = _each(size_of, "median")
-            axes.plot(medians, rows, ls="", ms=5, clip_on=False, label=model, **style)
-            axes.axvline(means.get(model, math.nan), color=style["color"], ls=":")
-    axes.set(yticks=range(len(order)), yticklabels=order, ylim=(-0.5, len(order) - 0.5))
+    _check_size(against)
+    read = read_results(results, name)
+    means: Mapping[str, float] = {}
+    if against == "edges":
+        means = read.geometric_mean_edges.get("node_pruned", {})
+    sizes = _node_pruned_sizes(read, against, name)
+    order = _largest_first(sizes)
+    _check_not_empty(order, name)
+    figure, (axes,) = figure_with_panels(1, (5.5, 1.4 + 0.22 * len(order)))
+    for number, (model, size_of) in enumerate(sizes.items()):
+        style = series_style(number)
+        rows = [order.index(task) for task in size_of]
+        low = [size.low for size in size_of.values()]
+        high = [size.high for size in size_of.values()]
+        axes.hlines(rows, low, high, color=style["color"])
+        medians = [size.median for size in size_of.values()]
+        axes.plot(medians, rows, ls="", ms=5, clip_on=False, label=as_label(model), **style)
+        axes.axvline(means.get(model, math.nan), color=style["color"], ls=":")
+    labels = [as_label(task) for task in order]
+    axes.set(yticks=range(len(order)), yticklabels=labels, ylim=(-0.5, len(order) - 0.5))
     explanation = "(range over seeds; dotted: geometric mean)"
     axes.set_xlabel(f"{against} of the node-pruned circuit\n{explanation}")
     set_log_x(axes, unit=1)
@@ -186,30 +205,40 @@ def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "resu
     return figure
 
 
+@dataclass(frozen=True)
+class _Range:
+    """The median and range of a size over the seeds."""
+
+    low: float
+    median: float
+    high: float
+
+
 def _node_pruned_sizes(
-    models: Mapping[str, Any], against: Size
-) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Model → task → the median and range of the size; tasks without a circuit are left out."""
-    sizes: dict[str, dict[str, Mapping[str, float]]] = {}
-    for model, entries in models.items():
+    results: SuiteResults, against: Size, name: str
+) -> dict[str, dict[str, _Range]]:
+    """Model → task → its size; tasks without a circuit are left out."""
+    sizes: dict[str, dict[str, _Range]] = {}
+    for model, entries in results.models.items():
         sizes[model] = {}
         for task, entry in entries.items():
-            if entry["node_pruned"]:
-                sizes[model][task] = entry["node_pruned"][against]
+            if entry.node_pruned:
+                place = f"{name}: {task} in {model}"
+                low, median, high = (
+                    summary(entry.node_pruned, against, key, place)
+                    for key in ("min", "median", "max")
+                )
+                sizes[model][task] = _Range(low, median, high)
     return sizes
 
 
-def _largest_first(sizes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _largest_first(sizes: Mapping[str, Mapping[str, _Range]]) -> list[str]:
     """The tasks in falling order of the largest median size over the models."""
     medians = defaultdict[str, list[float]](list)
     for size_of in sizes.values():
         for task, size in size_of.items():
-            medians[task].append(size["median"])
+            medians[task].append(size.median)
     return sorted(medians, key=lambda task: -max(medians[task]))
-
-
-def _each(size_of: Mapping[str, Mapping[str, float]], statistic: str) -> list[float]:
-    return [size[statistic] for size in size_of.values()]
 
 
 # --- the frontier
@@ -230,26 +259,26 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
         DataError: if there is nothing to draw, or a value does not have the form of such values.
     """
     _check_not_empty(sources)
+    _check_size(against)
     points = defaultdict[str, list[Point]](list)
     with_line = set()
     for name, source in sources.items():
-        with _reading(name, "evaluate or suite"):
-            if "models" in source:
-                for label, of_label in _suite_points(source["models"], against):
-                    points[label] += of_label
-            else:
-                label = f"{source['model']}, {source['task']}"
-                with_line.add(label)
-                sized_scores = [source["evaluation"], *source["ladder"]]
-                sizes, losses = _sizes_and_scores(sized_scores, against, "loss")
-                points[label] += zip(sizes, losses, strict=True)
+        if "models" in source:
+            for label, of_label in _suite_points(read_results(source, name), against, name):
+                points[label] += of_label
+        else:
+            drawn = read_drawn(source, name, "evaluate or suite")
+            label = f"{drawn.model}, {drawn.task}"
+            with_line.add(label)
+            sizes, losses = _sizes_and_scores([drawn.evaluation, *drawn.ladder], against, "loss")
+            points[label] += zip(sizes, losses, strict=True)
     figure, (axes,) = figure_with_panels(1, (5.5, 4.2))
     by_size = {label: sorted(of_label) for label, of_label in points.items() if of_label}
     _check_not_empty(by_size, *sources)
     for number, (label, of_label) in enumerate(by_size.items()):
         style = series_style(number)
         x, y = zip(*of_label, strict=True)
-        axes.plot(x, y, ls="", ms=5, alpha=0.8, label=label, **style)
+        axes.plot(x, y, ls="", ms=5, alpha=0.8, label=as_label(label), **style)
         if label in with_line:
             best = list(itertools.accumulate(y, min))
             axes.plot(x, best, drawstyle="steps-post", lw=1.2, color=style["color"])
@@ -260,18 +289,21 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
     return figure
 
 
-def _suite_points(models: Mapping[str, Any], against: Size) -> Iterator[tuple[str, list[Point]]]:
+def _suite_points(
+    results: SuiteResults, against: Size, name: str
+) -> Iterator[tuple[str, list[Point]]]:
     """For each model and kind of pruning, a label and the (median size, median loss) points."""
-    for model, entries in models.items():
-        for pruning, words in (
-            ("node_pruned", "nodes pruned"),
-            ("edge_pruned", "edges pruned too"),
-        ):
+    for model, entries in results.models.items():
+        by_kind = {
+            "nodes pruned": [entry.node_pruned for entry in entries.values()],
+            "edges pruned too": [entry.edge_pruned for entry in entries.values()],
+        }
+        for words, circuits in by_kind.items():
             points = []
-            for entry in entries.values():
-                pruned = entry[pruning]
-                if pruned:
-                    points.append((pruned[against]["median"], pruned["loss"]["median"]))
+            for summaries in filter(None, circuits):
+                size = summary(summaries, against, "median", name)
+                loss = summary(summaries, "loss", "median", name)
+                points.append((size, loss))
             yield f"{model}, {words}", points
 
 
@@ -393,21 +425,23 @@ def _check_not_empty(values: Sized, *names: str) -> None:
     raise DataError(f"there is nothing to draw{where}")
 
 
-@contextmanager
-def _reading(name: str, command: str) -> Iterator[None]:
-    """Raise `DataError` if an entry that is read within the context is missing or malformed."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{name} is not what `tl-sparse {command}` writes; missing or malformed entry: {error}"
-        ) from error
+def _check_size(against: str) -> None:
+    check(against in get_args(Size), "against", against, "'edges' or 'nodes'")
 
 
 def _sizes_and_scores(
-    sized_scores: Sequence[Mapping[str, Any]], against: Size, measure: Measure
+    sized_scores: Sequence[SizedScore | WholeScore], against: Size, measure: Measure
 ) -> tuple[list[float], list[float]]:
-    key = {"edges": "n_edges", "nodes": "n_nodes"}[against]
-    sizes = [sized[key] for sized in sized_scores]
-    scores = [sized["circuit"][measure] for sized in sized_scores]
+    """The sizes and scores of circuits; those whose score is not a finite number are left out."""
+    sizes: list[float] = []
+    scores: list[float] = []
+    for sized in sized_scores:
+        score = _score(sized.circuit, measure)
+        if math.isfinite(score):
+            sizes.append(sized.n_edges if against == "edges" else sized.n_nodes)
+            scores.append(score)
     return sizes, scores
+
+
+def _score(score: Score, measure: Measure) -> float:
+    return score.loss if measure == "loss" else score.accuracy

@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
-from tl_sparse.evaluation import Evaluation, scores_table
+from tl_sparse.errors import CircuitError, DataError
+from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Score, Task, make_task_data, score_row, table
+from tl_sparse.tasks import Task, make_task_data, score_row, table
+from tl_sparse.view.measurements import read_tabulated
 
 
 def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
@@ -38,15 +40,20 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
 
 
 def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
-    """Tables of what `full_evaluation` returns, with the `most` largest effects."""
-    kinds = [[kind, str(number)] for kind, number in measured["kinds"].items()]
-    effects = [[part, f"{effect:+.3f}"] for part, effect in measured["effects"].items()]
-    random_table = _sizes_table("nodes at random", measured["random"])
+    """Tables of what `full_evaluation` returns, with the `most` largest effects.
+
+    Raises:
+        DataError: if `measured` does not have the form of such measurements.
+    """
+    read = read_tabulated(measured)
+    kinds = [[kind, str(number)] for kind, number in read.kinds.items()]
+    effects = [[part, f"{effect:+.3f}"] for part, effect in read.effects.items()]
+    random_table = _sizes_table("nodes at random", read.random)
     sections = [
-        scores_table(Evaluation.from_dict(measured["evaluation"])),
+        scores_table(read.evaluation),
         table(["kind of node or edge", "number"], kinds),
-        _sizes_table("nodes ranked highest", measured["ladder"]),
-        f"{random_table}\n{_random_ranges(measured['random'])}",
+        _sizes_table("nodes ranked highest", read.ladder),
+        f"{random_table}\n{_random_ranges(read.random)}",
         table(["node held at its mean, or edge cut", "task loss"], effects[:most]),
     ]
     return "\n\n".join(sections)
@@ -56,11 +63,19 @@ def circuit_facts(circuit: Circuit) -> str:
     """A description of a circuit that does not need its model.
 
     It has the number of nodes at each location and, if `prune` found the circuit, its scores.
+
+    Raises:
+        CircuitError: if its recorded scores are damaged.
     """
     heldout = circuit.measured.get("heldout")
     if heldout is None:
         return repr(circuit)
-    evaluation = Evaluation.from_dict(heldout)
+    try:
+        evaluation = Evaluation.from_dict(heldout)
+    except DataError as error:
+        raise CircuitError(
+            f"the circuit's scores are damaged: 'measured.heldout': {error}"
+        ) from error
     return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"
 
 
@@ -164,22 +179,28 @@ def _channels_table(
     return table(["channel", *texts], rows)
 
 
-def _sizes_table(heading: str, sized_scores: Sequence[Mapping[str, Any]]) -> str:
+def _sizes_table(heading: str, sized_scores: Sequence[SizedScore]) -> str:
     """A table of the scores of circuits by size."""
     rows = []
     for sized in sized_scores:
-        _, loss, accuracy = score_row("", Score(**sized["circuit"]))
-        rows.append([f"{sized['n_nodes']:,}", f"{sized['n_edges']:,}", loss, accuracy])
+        _, loss, accuracy = score_row("", sized.circuit)
+        rows.append([f"{sized.n_nodes:,}", f"{sized.n_edges:,}", loss, accuracy])
     return table([heading, "edges", "task loss", "accuracy"], rows)
 
 
-def _random_ranges(sized_scores: Sequence[Mapping[str, Any]]) -> str:
+def _random_ranges(sized_scores: Sequence[SizedScore]) -> str:
     """Lines with the mean and the range of loss and accuracy over random circuits."""
+    values = {
+        "loss": [sized.circuit.loss for sized in sized_scores],
+        "accuracy": [sized.circuit.accuracy for sized in sized_scores],
+    }
+    formats = {"loss": ".3f", "accuracy": ".1%"}
     lines = []
-    for measure, digits in (("loss", ".3f"), ("accuracy", ".1%")):
-        values = [sized["circuit"][measure] for sized in sized_scores]
-        mean = format(sum(values) / len(values), digits)
-        low = format(min(values), digits)
-        high = format(max(values), digits)
+    for measure, of_measure in values.items():
+        if not of_measure:
+            continue
+        mean = format(sum(of_measure) / len(of_measure), formats[measure])
+        low = format(min(of_measure), formats[measure])
+        high = format(max(of_measure), formats[measure])
         lines.append(f"  mean {measure} at random: {mean} ({low}–{high})")
     return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""What the commands print: no character, and no closed pipe, makes a command fail."""
+
+import io
+import os
+import sys
+from typing import TextIO
+
+from tl_sparse.parsing import printable
+
+#: The exit status of a command whose reader has gone, such as `head`; shells know it as SIGPIPE.
+CLOSED_PIPE = 141
+
+
+def print_any_character() -> None:
+    """Print a character that the terminal's encoding does not have as its escape code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(message: object) -> None:
+    """Print a message in one line, whatever characters of files and arguments it quotes."""
+    line = " ".join(part.strip() for part in str(message).splitlines())
+    print(f"tl-sparse: error: {printable(line)}", file=sys.stderr)
+
+
+def flush_output() -> None:
+    """Write what is still in the buffers.
+
+    Raises:
+        BrokenPipeError: if the reader of a pipe has gone.
+        OSError: if the output cannot be written, for example because the disk is full. Nothing more
+            is then written there.
+    """
+    failed = None
+    for stream in _streams():
+        try:
+            stream.flush()
+        except OSError as error:
+            _discard(stream)
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def discard_output() -> None:
+    """Write nothing more; otherwise Python would say at its end that it cannot."""
+    for stream in _streams():
+        _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _streams() -> list[TextIO]:
+    """Standard output and standard error, either of which may be closed from the beginning."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]

@@ -1,0 +1,109 @@
+"""Checks of the arguments of `run_suite` and `search`, before anything is read or written."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_sparse.config import check
+from tl_sparse.pruning import PruneConfig
+
+#: A name, file or folder, or several.
+Names = str | Path | Iterable[str | Path]
+#: A whole number, or several.
+Numbers = int | Iterable[int]
+
+
+def names(field: str, given: Any) -> list[str]:
+    """The names, files or folders in `given`, which may also be a single one.
+
+    Raises:
+        ConfigError: if anything else is given, or nothing.
+    """
+    items = _items(given, (str, os.PathLike))
+    is_valid = bool(items) and all(isinstance(item, str | os.PathLike) for item in items)
+    check(is_valid, field, given, "one or more names, files or folders")
+    return [os.fspath(item) for item in items]
+
+
+def whole_numbers(field: str, given: Any) -> list[int]:
+    """The whole numbers in `given`, which may also be a single one.
+
+    Raises:
+        ConfigError: if anything else is given, or nothing.
+    """
+    items = _items(given, int)
+    # The type must match exactly, because True is also an int.
+    is_valid = bool(items) and all(type(item) is int for item in items)
+    check(is_valid, field, given, "one or more whole numbers")
+    return items
+
+
+def _items(given: Any, single: Any) -> list[Any]:
+    if isinstance(given, single):
+        return [given]
+    return list(given) if isinstance(given, Iterable) else []
+
+
+def folder(field: str, given: Any) -> Path:
+    """The path of a folder.
+
+    Raises:
+        ConfigError: if it is not a path, or is empty.
+    """
+    is_valid = isinstance(given, str | os.PathLike) and bool(os.fspath(given))
+    check(is_valid, field, given, "a folder")
+    return Path(given)
+
+
+def name(field: str, given: Any) -> str:
+    """A name or a path, as text.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    check(isinstance(given, str | os.PathLike), field, given, "a name or a path")
+    return os.fspath(given)
+
+
+def optional_name(field: str, given: Any) -> str | None:
+    """A name or a path, as text, or None.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    return None if given is None else name(field, given)
+
+
+def device_name(given: Any) -> str | None:
+    """The name of a device, or None.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    is_valid = given is None or isinstance(given, str | torch.device)
+    check(is_valid, "device", given, "a device, such as 'cpu' or 'cuda'")
+    return None if given is None else str(given)
+
+
+def at_least_one(field: str, given: Any) -> int:
+    """A whole number from 1 upwards.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    check(type(given) is int and given >= 1, field, given, "at least 1")
+    number: int = given
+    return number
+
+
+def pruning(given: Any) -> PruneConfig:
+    """The configuration of pruning, by default `PruneConfig()`.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    check(given is None or isinstance(given, PruneConfig), "config", given, "a PruneConfig")
+    return given or PruneConfig()

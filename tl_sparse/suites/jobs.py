@@ -1,0 +1,106 @@
+"""The jobs of a suite: one circuit each, in a folder of its own with a file job.json."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tl_sparse.circuits import Circuit
+from tl_sparse.errors import DataError, SuiteError
+from tl_sparse.evaluation import Evaluation
+from tl_sparse.files import read_json, write_json
+from tl_sparse.records import record_from
+
+#: The two kinds of circuit of a job, which are never summarised together.
+NODE_PRUNED = "node_pruned"
+EDGE_PRUNED = "edge_pruned"
+
+
+class Job(NamedTuple):
+    """One circuit to find. Its folder is written completely or not at all."""
+
+    model: str
+    task: str
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class CircuitFigures:
+    """The figures of one circuit in job.json."""
+
+    nodes: int
+    edges: int
+    seconds: float
+    loss: float
+    standard_error: float | None
+    accuracy_without: float
+    kept: list[str]
+
+    @classmethod
+    def of(cls, circuit: Circuit, evaluation: Evaluation, seconds: float) -> "CircuitFigures":
+        return cls(
+            nodes=evaluation.n_nodes,
+            edges=evaluation.n_edges,
+            seconds=seconds,
+            loss=evaluation.circuit.loss,
+            standard_error=evaluation.circuit.standard_error,
+            accuracy_without=evaluation.ablated.accuracy,
+            kept=[str(node) for node in circuit.nodes],
+        )
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """The contents of job.json.
+
+    Attributes:
+        problem: why there is no circuit, or no edge-pruned one.
+        node_pruned, edge_pruned: the figures of the circuits that were found.
+        settings: the settings of the suite.
+        content: what the circuits belong to, see `tl_sparse.suites.content`. It is empty in files
+            that were written before it existed.
+    """
+
+    problem: str | None
+    node_pruned: CircuitFigures | None = None
+    edge_pruned: CircuitFigures | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)
+
+
+def read_report(folder: Path) -> JobReport:
+    """Read the job.json of a finished job.
+
+    Raises:
+        CheckpointError: if it is missing or not JSON, or its checksum is wrong.
+        SuiteError: if an entry is missing or has the wrong type.
+    """
+    path = folder / "job.json"
+    advice = f"remove the folder {folder} to search this circuit again"
+    values = read_json(path)
+    try:
+        report = record_from(JobReport, values)
+    except DataError as error:
+        raise SuiteError(f"{path} is damaged: {error}; {advice}") from error
+    if report.node_pruned is None and not report.problem:
+        raise SuiteError(
+            f"{path} is damaged: it has neither 'node_pruned' nor a 'problem'; {advice}"
+        )
+    return report
+
+
+def write_report(folder: Path, report: JobReport) -> None:
+    """Write the job.json of a job."""
+    values = {name: value for name, value in asdict(report).items() if value is not None}
+    values["problem"] = report.problem
+    write_json(folder / "job.json", values)
+
+
+def read_reports(jobs: Iterable[Job]) -> dict[tuple[str, str], dict[str, JobReport]]:
+    """(model, task) → seed → the contents of job.json."""
+    reports: dict[tuple[str, str], dict[str, JobReport]] = {}
+    for job in jobs:
+        model, task, seed = job.folder.parts[-3:]
+        reports.setdefault((model, task), {})[seed] = read_report(job.folder)
+    return reports

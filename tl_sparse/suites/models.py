@@ -1,0 +1,58 @@
+"""The model of a job with the means over its corpus, recognised by its contents."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tl_sparse.checkpoints import load, load_corpus
+from tl_sparse.hooks import NodeValues, TLModel
+from tl_sparse.pruning import PruneConfig, corpus_means
+from tl_sparse.suites.content import check_unchanged, content_of_model
+
+
+def model_name(source: str) -> str:
+    """What a suite calls a model: the last part of its folder or name."""
+    return Path(source).resolve().name
+
+
+def opened(source: str, corpus: str | None, device: str | None) -> tuple[TLModel, Tensor]:
+    """A model, and the tokens [seq, pos] of its corpus."""
+    model = load(source, device)
+    return model, load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+
+
+def loaded(
+    source: str,
+    corpus: str | None,
+    device: str | None,
+    config: PruneConfig,
+    contents: Mapping[str, str],
+) -> tuple[TLModel, Tensor, NodeValues]:
+    """A model, the tokens [seq, pos] of its corpus, and their `corpus_means`; cached.
+
+    Args:
+        contents: the hashes with which the suite or search began, see `content_of_model`.
+
+    Raises:
+        SuiteError: if the model or its corpus has other contents.
+    """
+    expected = frozenset(contents.items())
+    return _loaded(source, corpus, device, config.batch_size, config.embed_gates, expected)
+
+
+# Jobs are ordered by model, so one is enough. The contents belong to the key: a later suite of this
+# process may find another model in the same folder.
+@functools.lru_cache(maxsize=1)
+def _loaded(
+    source: str,
+    corpus: str | None,
+    device: str | None,
+    batch_size: int,
+    embed: bool,
+    expected: frozenset[tuple[str, str]],
+) -> tuple[TLModel, Tensor, NodeValues]:
+    model, tokens = opened(source, corpus, device)
+    check_unchanged(dict(expected), content_of_model(model_name(source), model, tokens))
+    return model, tokens, corpus_means(model, tokens, batch_size, embed)

@@ -1,0 +1,127 @@
+"""The measurements that are shown and drawn, read from the JSON in which they are stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tl_sparse.errors import DataError
+from tl_sparse.evaluation import Evaluation, SizedScore
+from tl_sparse.records import record_from
+from tl_sparse.tasks import Score
+
+R = TypeVar("R")
+#: Figure → name of a summary over the seeds → its value.
+Summaries = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class WholeScore:
+    """The size of a circuit, its score, and that of the full model."""
+
+    n_nodes: int
+    n_edges: int
+    circuit: Score
+    full: Score
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn of the result of `full_evaluation`."""
+
+    model: str
+    task: str
+    evaluation: WholeScore
+    ladder: list[SizedScore]
+    random: list[SizedScore]
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """What is shown in tables of the result of `full_evaluation`."""
+
+    evaluation: Evaluation
+    kinds: dict[str, int]
+    ladder: list[SizedScore]
+    random: list[SizedScore]
+    effects: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResults:
+    """The circuits of one task in one model, over the seeds of a suite.
+
+    Attributes:
+        problems: seed → why there is no circuit.
+        node_pruned: empty if there is no circuit.
+        edge_pruned: empty if there is no circuit.
+    """
+
+    problems: dict[str, str] = field(default_factory=dict)
+    node_pruned: Summaries
+    edge_pruned: Summaries
+
+
+@dataclass(frozen=True)
+class SuiteResults:
+    """What is shown of the result of `run_suite`.
+
+    Attributes:
+        geometric_mean_edges: kind of pruning → model → its mean over the tasks.
+        models: model → task → its circuits.
+        solved_by_all: the tasks over which the means are taken.
+        ratio: model → its mean, relative to the least of all models.
+    """
+
+    geometric_mean_edges: dict[str, dict[str, float]]
+    models: dict[str, dict[str, TaskResults]]
+    solved_by_all: list[str] = field(default_factory=list)
+    ratio: dict[str, float] = field(default_factory=dict)
+
+
+def read_drawn(values: Mapping[str, Any], name: str, command: str = "evaluate") -> Drawn:
+    """What is drawn of the measurements called `name`.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type; it names the command that writes
+            such measurements.
+    """
+    return _read(Drawn, values, name, command)
+
+
+def read_tabulated(values: Mapping[str, Any]) -> Tabulated:
+    """What is shown in tables of measurements.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type.
+    """
+    return _read(Tabulated, values, "this", "evaluate")
+
+
+def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteResults:
+    """What is shown of the results of a suite called `name`.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type.
+    """
+    return _read(SuiteResults, values, name, "suite")
+
+
+def summary(summaries: Summaries, figure: str, statistic: str, place: str) -> float:
+    """One summary of a figure over the seeds.
+
+    Raises:
+        DataError: if it is missing; `place` says where.
+    """
+    try:
+        return summaries[figure][statistic]
+    except KeyError as error:
+        raise DataError(f"{place}: the {statistic} of {figure!r} is missing") from error
+
+
+def _read(record: type[R], values: Mapping[str, Any], name: str, command: str) -> R:
+    try:
+        return record_from(record, values)
+    except DataError as error:
+        raise DataError(
+            f"{name} is not what `tl-sparse {command}` writes; missing or malformed entry: {error}"
+        ) from error
