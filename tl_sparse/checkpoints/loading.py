@@ -115,8 +115,6 @@ def create(
 ) -> Any:
     """A new model with weights drawn from `seed`; other arguments are those of `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
-    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**64
-    check(is_seed, "seed", seed, "an integer of 64 bits")
     _check_tokenizer(tokenizer, PreTrainedTokenizerBase)
     network = SparseTransformer(config)
     init_weights(network, seed)

@@ -4,6 +4,7 @@
 name of each tensor is the name of its hook point, prefixed with `kept/`, `mean/` or `score/`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_sparse.circuits.fingerprints import Fingerprint
+from tl_sparse.circuits.fingerprints import FORMATS, Fingerprint, WeightFacts
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError
@@ -74,7 +75,14 @@ def read_circuit(folder: Path) -> CircuitParts:
         measured = dict(values["measured"])
         edge_set = _read_edge_set(values["edges"]) if values["edge_mask"] else None
         expected = _expected_tensors(values)
-    except (AttributeError, CircuitError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        CircuitError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
     path = folder / "circuit.safetensors"
     tensors = read_tensors(path)
@@ -106,7 +114,20 @@ def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     sketch = {}
     for parameter, numbers in values["sketch"].items():
         sketch[str(parameter)] = list(map(float, numbers))
-    return Fingerprint(str(values["architecture"]), sketch)
+    weights = {}
+    for parameter, facts in values.get("weights", {}).items():  # older files do not have this key
+        weights[str(parameter)] = WeightFacts(
+            rms=_finite(facts["rms"]),
+            digests={name: str(facts["digests"][name]) for name in FORMATS},
+        )
+    return Fingerprint(str(values["architecture"]), sketch, weights)
+
+
+def _finite(number: Any) -> float:
+    """A number as a float; `ValueError` if it is NaN or infinite, which would fit every model."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a finite number")
+    return float(number)
 
 
 def _read_edge_set(pairs: list[list[str]]) -> frozenset[tuple[Node, Node]]:
