@@ -69,7 +69,8 @@ class WeightFacts:
         if self.format == other.format:
             return True
         if other.format == "float32":
-            # The circuit was found in a rounded model, and this may be the original.
+            # The circuit was found in a rounded model, and this may be the original. (It is not
+            # known if the circuit's model was rounded twice.)
             return self.digests[self.format] != other.digests[self.format]
         # The other model is rounded, perhaps twice, to bfloat16 and to float16. Then only the
         # sketch can tell.

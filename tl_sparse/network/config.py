@@ -181,10 +181,11 @@ class SparseConfig:
 
     def topk(self, location: str) -> int | None:
         """The number of entries that AbsTopK keeps at `location`; None if it does not act there."""
+        size = self.location_size(location)
         fraction = self.abs_topk.get(location)
         if fraction is None:
             return None
-        return int(fraction * self.location_size(location))
+        return int(fraction * size)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
