@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparse.errors import ConfigError
 from tl_sparse.hooks.points import TLModel, hooked
-from tl_sparse.kernels import bits, kernel, shared_out
+from tl_sparse.kernels import bits, in_torch_func, kernel, shared_out
 
 
 def abs_topk(
@@ -82,7 +82,8 @@ class _AbsTopK(torch.autograd.Function):
 
 def _largest(magnitudes: Float[Tensor, "*batch dim"], k: int) -> Float[Tensor, "*batch dim"]:
     """A mask in the dtype of `magnitudes`: 1 at the `k` largest entries of each row, else 0."""
-    if magnitudes.device.type != "cpu" or magnitudes.dtype not in (torch.float32, torch.float64):
+    has_numpy_dtype = magnitudes.dtype in (torch.float32, torch.float64)
+    if magnitudes.device.type != "cpu" or not has_numpy_dtype or in_torch_func():
         return _largest_by_sorting(magnitudes, k)
     # On a CPU, NumPy's vectorised quickselect finds the k-th largest several times faster than
     # torch.topk.

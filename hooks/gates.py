@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_sparse.hooks.points import NodeValues, TLModel, hooked
+from tl_sparse.precision import in_float32
 
 
 class NodeGates(nn.Module):
@@ -22,9 +23,10 @@ class NodeGates(nn.Module):
     is. If the gate is closed, the node is held at its mean. Activations are `[batch, pos, *node]`.
 
     Attributes:
-        means: hook name → the mean activation of each node.
+        means: hook name → the mean activation of each node, at least in float32.
         temperature: the temperature T of the surrogate gradient; see `_Gate`.
-        tau: the parameters τ of all gates, as one vector.
+        tau: the parameters τ of all gates, as one vector, at least in float32: in half precision,
+            most steps of an optimizer would be rounded away.
         index: hook name → the index in `tau` of each node's gate, `[*node]`.
     """
 
@@ -49,7 +51,7 @@ class NodeGates(nn.Module):
                 shares: a query channel and its key channel, for example.
         """
         super().__init__()
-        self.means = {name: mean.clone() for name, mean in means.items()}
+        self.means = {name: in_float32(mean).clone() for name, mean in means.items()}
         self.temperature = temperature
         self.index: dict[str, Tensor] = {}
         tied = tied or {}
@@ -65,7 +67,7 @@ class NodeGates(nn.Module):
         initial_tau = (init_bias + init_scale * noise).clamp(-1, 1)
         # One vector for all hook points, so that there is one optimizer state and one ranking of
         # all nodes.
-        self.tau = nn.Parameter(initial_tau.to(next(iter(means.values()))))
+        self.tau = nn.Parameter(initial_tau.to(next(iter(self.means.values()))))
 
     @contextmanager
     def attached(
@@ -137,17 +139,18 @@ class _Gate(torch.autograd.Function):
         # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
         # torch.where.
         gate = is_open.to(x.dtype)
-        return torch.addcmul(value * (1 - gate), x, gate)
+        return torch.addcmul(value.to(x.dtype) * (1 - gate), x, gate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, tau, value, is_open = ctx.saved_tensors
         # The gradient of the gate: Σ grad · (x − value) over batch and position.
+        precise = in_float32(grad)
         if value.shape == tau.shape:
             # The same sum, without allocating x − value, which is as large as the activation.
-            grad_gate = (grad * x).sum((0, 1)) - grad.sum((0, 1)) * value
+            grad_gate = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
         else:
-            grad_gate = (grad * (x - value)).sum((0, 1))
+            grad_gate = (precise * (x - value)).sum((0, 1))
         soft = torch.sigmoid(tau / ctx.temperature)
         grad_tau = ctx.sign * grad_gate * soft * (1 - soft) / ctx.temperature
         grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.points import TLModel, hooked
+from tl_sparse.precision import at_least_float32
 
 
 class Means:
@@ -58,7 +59,9 @@ def recording_means(model: TLModel, names: Sequence[str]) -> Iterator[Means]:
 def mean_activations(
     model: TLModel, names: Sequence[str], batches: Iterable[Int[Tensor, "batch pos"]]
 ) -> dict[str, Float[Tensor, " *node"]]:
-    """The mean activation at each hook point over all tokens of `batches`, in the model's dtype.
+    """The mean activation at each hook point over all tokens of `batches`.
+
+    The means are in the model's dtype, or in float32 if that is half precision.
 
     Raises:
         HookNameError: for a hook name that the model does not have.
@@ -72,4 +75,4 @@ def mean_activations(
             n_batches += 1
     if n_batches == 0:
         raise DataError("means need at least one batch of tokens")
-    return means.result(parameter.dtype)
+    return means.result(at_least_float32(parameter.dtype))

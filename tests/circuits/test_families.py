@@ -24,7 +24,7 @@ from micro import (
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
-from tl_sparse.circuits.nodes import BLOCK_LOCATIONS, LOCATIONS, node_at, weight_matrices
+from tl_sparse.circuits.nodes import BLOCK_LOCATIONS, LOCATIONS, Node, node_at, weight_matrices
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.hooks import ablating
@@ -578,6 +578,27 @@ def micro_bridge():
     output = next(attn.o_proj.parameters()).T
     unembed = next(plain.lm_head.parameters()).T
     return model, norms, embed, value, output, unembed
+
+
+def test_biases_of_keys_and_values_that_query_heads_share():
+    """Four query heads share two key and two value heads of four channels."""
+    if ON_3:
+        model = hooked(**LLAMA)
+        attn = model.blocks[1].attn
+        key_bias, value_bias = attn._b_K, attn._b_V
+    else:
+        plain = of_transformers("Qwen2ForCausalLM", "Qwen2Config", GROUPED)
+        model = bridge(plain)
+        attn = plain.model.layers[1].self_attn
+        key_bias = next(p for n, p in attn.k_proj.named_parameters() if n.endswith("bias"))
+        value_bias = next(p for n, p in attn.v_proj.named_parameters() if n.endswith("bias"))
+    with torch.no_grad():
+        key_bias.copy_(torch.arange(1.0, 9.0).view_as(key_bias))
+        value_bias.copy_(torch.arange(11.0, 19.0).view_as(value_bias))
+    biases = with_nodes(model, True).biases(model)
+    for index in range(8):  # head 0 has the channels 0 to 3, head 1 the channels 4 to 7
+        assert biases[Node(1, "attn_k", index)] == 1.0 + index
+        assert biases[Node(1, "attn_v", index)] == 11.0 + index
 
 
 def test_pruning_a_dense_model_finds_the_circuit_on_paper(tmp_path):

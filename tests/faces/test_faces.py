@@ -147,7 +147,7 @@ class NetworkByHand:
         return x - x.mean(-1, keepdims=True) if self.cfg.normalization == "layer" else x
 
     def scale(self, x):
-        eps = 2.0**-52 if self.cfg.normalization == "rms" else 1e-5
+        eps = 2.0**-23 if self.cfg.normalization == "rms" else 1e-5  # in every dtype
         return np.sqrt((x**2).mean(-1, keepdims=True) + eps)
 
     def relu_of_stream(self, x):
@@ -660,7 +660,10 @@ def test_moving_to_another_dtype_moves_everything():
     assert_close(moved(tokens), expected)
     model.to(torch.bfloat16)
     logits, cache = model.run_with_cache(tokens)
-    assert {value.dtype for value in (logits, model.b_Q, *cache.values())} == {torch.bfloat16}
+    assert {value.dtype for value in (logits, model.b_Q)} == {torch.bfloat16}
+    in_float32 = ("hook_scale", "hook_attn_scores", "hook_pattern")  # as in TransformerLens
+    for name, value in cache.items():
+        assert value.dtype == (torch.float32 if name.endswith(in_float32) else torch.bfloat16), name
     assert model.cfg.dtype == torch.bfloat16
 
 

@@ -3,16 +3,33 @@
 import base64
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from helpers import ON_3, full_config, random_tokens, sparse_configs, tiny_model, word_tokenizer
+from helpers import (
+    ON_3,
+    full_config,
+    random_tokens,
+    sparse_configs,
+    tiny_config,
+    tiny_model,
+    word_tokenizer,
+)
 from tl_sparse.data.tokenizer import load_tokenizer
-from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
-from tl_sparse.network.config import PAPER_TOPK_LOCATIONS
+from tl_sparse.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TokenizerError,
+    UnsupportedError,
+)
+from tl_sparse.faces.choose import wrap
+from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig
+from tl_sparse.network.transformer import SparseTransformer
 
 few = settings(max_examples=40)
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
@@ -402,7 +419,7 @@ def test_cfg_follows_every_cast(move, normalization):
         == {weight.dtype}
         == {moved.cfg.dtype}
     )
-    assert moved.cfg.eps == (torch.finfo(weight.dtype).eps if normalization == "rms" else 1e-5)
+    assert moved.cfg.eps == (2.0**-23 if normalization == "rms" else 1e-5)
     assert moved(random_tokens(moved)).dtype == weight.dtype
 
 
@@ -532,9 +549,37 @@ def test_backward_hooks_and_gradients_at_a_cached_run():
         (lambda m, t: m(t > 3), r"tokens must be integers \[batch, pos\], not torch.bool"),
         (
             lambda m, t: m(t[None]),
-            r"tokens must be integers \[batch, pos\], not torch.int64 of \[1, 1, 2, 8\]",
+            r"tokens must be integers \[batch, pos\], not torch.int64 of \[1, 2, 8\]",
         ),
-        (lambda m, t: m([1, 2]), "text, a list of texts, or token ids, not list"),
+        (lambda m, t: m([[1, 2], [3]]), r"tokens must be .* rows of equal length"),
+        (lambda m, t: m([["a"], ["b"]]), r"tokens must be numbers \[batch, pos\]"),
+        (lambda m, t: m(["a", 1]), r"tokens must be numbers \[batch, pos\]"),
+        (lambda m, t: m(t.double().numpy()), "tokens must be integers .* not torch.float64"),
+        (lambda m, t: m([[True, False]]), "tokens must be integers .* not torch.bool"),
+        (lambda m, t: m(torch.tensor(3)), r"not torch.int64 of \[\]"),
+        (lambda m, t: m(t[:0]), r"there are no tokens: they have shape \[0, 8\]"),
+        (lambda m, t: m(t[:, :0]), r"there are no tokens: they have shape \[2, 0\]"),
+        (lambda m, t: m([[-1]]), r"token ids must be in \[0, 11\)"),
+        (lambda m, t: m([[2**70]]), "tokens must be"),
+        (lambda m, t: m(np.array([[2**63]], np.uint64)), r"token ids must be in \[0, 11\)"),
+        (lambda m, t: m(b"ab"), "text, a list of texts, or token ids, not bytes"),
+        (lambda m, t: m({"a": 1}), "text, a list of texts, or token ids, not dict"),
+        (lambda m, t: m.generate(None), "text, a list of texts, or token ids, not NoneType"),
+        (lambda m, t: m.network(t.float()), "tokens must be integers"),
+        (lambda m, t: m.network(None), "tokens must be numbers"),
+        (lambda m, t: m(t, padding_side="up"), "padding_side = 'up' is not possible"),
+        (lambda m, t: m(t, attention_mask="all"), "attention_mask must be numbers"),
+        (lambda m, t: m(t, position_ids=t.float()), "position_ids must be integers"),
+        (lambda m, t: m(t, stop_at_layer=3), r"stop_at_layer = 3 .* integer in \[-2, 2\]"),
+        (lambda m, t: m(t, stop_at_layer="1"), "stop_at_layer = '1' is not possible"),
+        (
+            lambda m, t: m(torch.zeros(2, 8, 6), start_at_layer=1.0, tokens=t),
+            "start_at_layer = 1.0 is not possible",
+        ),
+        (
+            lambda m, t: m(torch.zeros(2, 8, 6).double(), start_at_layer=1, tokens=t),
+            "the residual stream must be torch.float32, as the model, not torch.float64",
+        ),
         (lambda m, t: m(None), "text, a list of texts, or token ids, not NoneType"),
         (lambda m, t: m([]), "text, a list of texts, or token ids, not list"),
         (
@@ -563,6 +608,80 @@ def test_inputs_of_a_wrong_kind(call, message):
     model = tiny_model(full_config())
     with pytest.raises(DataError, match=message):
         call(model, random_tokens(model))
+
+
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_tokens_may_be_any_integers_in_any_kind_of_array(dtype):
+    model = tiny_model(full_config())
+    tokens = random_tokens(model)
+    expected = model(tokens)
+    array = tokens.numpy().astype(dtype)
+    for kind in (array, array.tolist(), list(array), torch.from_numpy(array)):
+        assert torch.equal(model(kind), expected)
+        assert torch.equal(model.network(kind), expected)
+        assert torch.equal(model(model.embed(tokens), start_at_layer=0, tokens=kind), expected)
+        cached, _ = model.run_with_cache(kind)  # with explicit attention
+        torch.testing.assert_close(cached, expected)
+    assert torch.equal(model(array[0]), expected[:1])
+    mask = np.ones((2, 8), dtype)
+    positions = np.arange(8, dtype=dtype)[None].repeat(2, axis=0)
+    assert torch.equal(model(array, attention_mask=mask, position_ids=positions), expected)
+    assert torch.equal(model(array, attention_mask=mask.tolist()), expected)
+
+
+def test_generate_continues_tokens_in_any_kind_of_array():
+    model = talking_model()
+    options = dict(max_new_tokens=2, do_sample=False, verbose=False, stop_at_eos=False)
+    expected = model.generate(torch.tensor([[1, 2]]), **options)
+    for kind in ([[1, 2]], np.array([[1, 2]], np.uint16), torch.tensor([1, 2]).int()):
+        assert torch.equal(model.generate(kind, **options), expected)
+
+
+@pytest.mark.parametrize("start", [None, 0, 1, 2])
+def test_logits_at_one_position_whichever_blocks_run(start):
+    model = tiny_model(full_config())
+    tokens = random_tokens(model)
+    rows = torch.arange(2)
+    last = torch.tensor([3, 6])
+    resid = None
+    if start is not None:
+        resid = model(tokens, stop_at_layer=start)
+    logits = model.network(tokens, resid=resid, start_at_layer=start, last=last)
+    torch.testing.assert_close(logits, model(tokens)[rows, last][:, None])
+    for stop in (0, 1, 2):
+        stopped = model.network(tokens, stop_at_layer=stop, last=last)
+        expected = model(tokens, stop_at_layer=stop)[rows, last][:, None]
+        torch.testing.assert_close(stopped, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: wrap(None), "network = None is not possible; it must be a SparseTransformer"),
+        (lambda: SparseTransformer({}), "cfg = {} is not possible; it must be a SparseConfig"),
+        (lambda: tl_sparse.create({}, 0), "config = {} is not possible"),
+        (lambda: tl_sparse.create(tiny_config(), True), "seed = True is not possible"),
+        (lambda: tl_sparse.create(tiny_config(), 0, dtype="int8"), "dtype = 'int8'"),
+        (lambda: tl_sparse.create(tiny_config(), 0, device=object()), "device = <object"),
+        (lambda: SparseConfig.from_dict(None), "values = None is not possible"),
+        (lambda: SparseConfig.from_dict([("n_layers", 1)]), "it must be a mapping"),
+        (lambda: tiny_config().topk("attn_q_"), "location = 'attn_q_' is not possible"),
+        (lambda: tl_sparse.load("tiny-python-sparse", dense_weights="no"), "dense_weights = 'no'"),
+        (lambda: tl_sparse.load("tiny-python-sparse", kernels=["dense"]), "kernels = "),
+    ],
+)
+def test_arguments_of_a_wrong_type(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("source", [None, 3, b"tiny-python-sparse", ["a"], object(), ""])
+def test_sources_of_a_wrong_type(source):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        tl_sparse.load(source)
 
 
 def test_a_partial_run_does_not_invent_padding():

@@ -19,6 +19,7 @@ from torch import nn
 import tl_sparse
 from helpers import (
     full_config,
+    must_not_run,
     needs_numba,
     random_tokens,
     sparse_configs,
@@ -424,6 +425,17 @@ def test_without_dense_weights_everything_is_as_with_them(tmp_path, monkeypatch,
     assert torch.equal(tl_sparse.load(tmp_path / "again", device="cpu")(tokens), model(tokens))
     moved = copy.deepcopy(without).to(torch.float64)
     assert moved.blocks[0].attn.W_O.dtype == moved(tokens).dtype == torch.float64
+
+
+def test_dense_kernels_make_dense_products_of_compact_weights_too(tmp_path, monkeypatch):
+    dense = tiny_model(full_config())
+    dense.save_pretrained(tmp_path)
+    model = tl_sparse.load(tmp_path, device="cpu", dense_weights=False, kernels="dense")
+    stub = must_not_run("a sparse product")
+    monkeypatch.setattr(Product, "_entries_of_compact_weights", stub)
+    for n_tokens in (1, 64):
+        tokens = random_tokens(dense, batch=n_tokens)
+        assert torch.equal(model(tokens), all_sparse(dense, "dense")(tokens))
 
 
 @pytest.mark.parametrize(

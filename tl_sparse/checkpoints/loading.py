@@ -58,7 +58,7 @@ def load(
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
-        ConfigError: for a bad configuration value, `device`, `dtype` or `kernels`.
+        ConfigError: for a bad configuration value, `device`, `dtype`, `kernels` or `dense_weights`.
         TokenizerError: if `tokenizer` is not a tokenizer, cannot be read, or has more tokens than
             the vocabulary of the model.
     """
@@ -67,6 +67,8 @@ def load(
     dtype = resolve_dtype(dtype)
     choices = get_args(Kernels)
     check(kernels in choices, "kernels", kernels, f"one of {', '.join(choices)}")
+    is_flag = isinstance(dense_weights, bool)
+    check(is_flag, "dense_weights", dense_weights, "true or false")
     folder = find(source, revision)
     is_local = Path(source).is_dir()
     checkpoint = read_checkpoint(folder)
@@ -115,8 +117,6 @@ def create(
 ) -> Any:
     """A new model with weights drawn from `seed`; other arguments are those of `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
-    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**64
-    check(is_seed, "seed", seed, "an integer of 64 bits")
     _check_tokenizer(tokenizer, PreTrainedTokenizerBase)
     network = SparseTransformer(config)
     init_weights(network, seed)

@@ -85,7 +85,12 @@ def bias_at(model: TLModel, node: Node) -> Float[Tensor, ""] | None:
     if matrix is None:
         return None
     module = getattr(model.blocks[node.layer], matrix.module, None)
-    bias = getattr(module, matrix.bias, None)
+    name = matrix.bias
+    if matrix.grouped_weight and hasattr(module, f"_{name}"):
+        # With grouped-query attention, a HookedTransformer stores the bias of each key and value
+        # head once under this name, while `b_K` and `b_V` repeat it for every query head.
+        name = f"_{name}"
+    bias = getattr(module, name, None)
     if bias is None:
         return None
     return bias.detach().flatten()[node.index]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_sparse.checksums import FILES, check_files, checksums_of
-from tl_sparse.circuits.fingerprints import Fingerprint
+from tl_sparse.circuits.fingerprints import FORMATS, Fingerprint, WeightFacts
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError
@@ -139,13 +139,26 @@ def _read_parts(path: Path, expected: list[str]) -> dict[str, dict[str, Tensor]]
 def _read_fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     sketch = {}
     for parameter, numbers in values["sketch"].items():
-        projections = list(map(float, numbers))
-        if not projections or not all(map(math.isfinite, projections)):
+        projections = list(map(_finite, numbers))
+        if not projections:
             raise ValueError(f"the sketch of {parameter} must be finite numbers")
         sketch[str(parameter)] = projections
     if not sketch:
         raise ValueError("the sketch must not be empty: it would fit every model")
-    return Fingerprint(str(values["architecture"]), sketch)
+    weights = {}
+    for parameter, facts in values.get("weights", {}).items():  # older files do not have this key
+        weights[str(parameter)] = WeightFacts(
+            rms=_finite(facts["rms"]),
+            digests={name: str(facts["digests"][name]) for name in FORMATS},
+        )
+    return Fingerprint(str(values["architecture"]), sketch, weights)
+
+
+def _finite(number: Any) -> float:
+    """A number as a float; `ValueError` if it is NaN or infinite, which would fit every model."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a finite number")
+    return float(number)
 
 
 def _read_edge_set(values: Mapping[str, Any]) -> frozenset[tuple[Node, Node]] | None:

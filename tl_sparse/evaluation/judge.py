@@ -79,7 +79,7 @@ def all_logits(
         context = run_context(batch) if run_context else nullcontext()
         with context:
             batches.append(task_logits(model, batch))
-    pair_logits = torch.cat(batches).float().view(-1, 4)
+    pair_logits = torch.cat(batches).view(-1, 4)
     original_order = by_length.argsort()
     return pair_logits[original_order].view(-1, 2)
 

@@ -98,7 +98,9 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
         finally:
             del self.__dict__["forward"]
 
-    def generate(self, *args: Any, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, input: Any = "", *args: Any, prepend_bos: bool | None = None, **kwargs: Any
+    ) -> Any:
         """`TransformerBridge.generate`, which masks padding according to `prepend_bos`.
 
         TransformerBridge itself masks padding according to `cfg.default_prepend_bos` only.
@@ -107,7 +109,8 @@ class SparseTransformerBridge(SparseModel, TransformerBridge):
         if prepend_bos is not None:
             self.cfg.default_prepend_bos = prepend_bos
         try:
-            return super().generate(*args, prepend_bos=prepend_bos, **kwargs)
+            prompt = self._prompt(input)
+            return super().generate(prompt, *args, prepend_bos=prepend_bos, **kwargs)
         finally:
             self.cfg.default_prepend_bos = default
 

@@ -41,7 +41,7 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
         """`torch.nn.Module.to` with any of its signatures; `cfg` is updated too."""
         return torch.nn.Module.to(self, *args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """`HookedTransformer.generate` without a key-value cache.
 
         Each step runs on the whole sequence, and `use_past_kv_cache` is ignored.
@@ -55,14 +55,16 @@ class SparseHookedTransformer(SparseModel, HookedTransformer):
 
         handle = self.embed.register_forward_pre_hook(keep_tokens)
         try:
-            return super().generate(**_without_cache(super().generate, *args, **kwargs))
+            prompt = self._prompt(input)
+            return super().generate(**_without_cache(super().generate, prompt, *args, **kwargs))
         finally:
             handle.remove()
             del self._embedded_tokens
 
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Iterator[Any]:
         """`HookedTransformer.generate_stream`; each step runs on the whole sequence."""
-        arguments = _without_cache(super().generate_stream, *args, **kwargs)
+        prompt = self._prompt(input)
+        arguments = _without_cache(super().generate_stream, prompt, *args, **kwargs)
         yield from super().generate_stream(**arguments)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:

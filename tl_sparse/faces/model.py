@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,7 +22,17 @@ from tl_sparse.faces.model_card import model_facts
 from tl_sparse.faces.tl_config import tensor_config_fields
 from tl_sparse.faces.tokens import prepare_tokenizer
 from tl_sparse.files import write_json
-from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
+from tl_sparse.network import (
+    SparseConfig,
+    SparseTransformer,
+    Stream,
+    Tokens,
+    as_integers,
+    as_mask,
+    as_tokens,
+    check_vocabulary,
+)
+from tl_sparse.precision import in_float32
 
 #: TransformerLens' options to process the weights of a model when it is loaded.
 _PROCESSING = (
@@ -202,7 +213,8 @@ class SparseModel(nn.Module):
         """Run the model, with the signature of `HookedTransformer.forward` on both versions.
 
         Args:
-            input: text, tokens, or the residual stream entering block `start_at_layer`.
+            input: text, tokens, or the residual stream entering block `start_at_layer`. Tokens
+                may be a tensor, a NumPy array or nested lists of integers.
             return_type: "logits", "loss", "both" or None.
             loss_per_token: whether the loss is that of each position instead of the mean.
             prepend_bos, padding_side: how text is tokenized; None means TransformerLens' defaults.
@@ -220,41 +232,79 @@ class SparseModel(nn.Module):
             TokenizerError: for text, if the model has no tokenizer.
         """
         _check_return_type(return_type)
+        _check_padding_side(padding_side)
+        _check_layer("start_at_layer", start_at_layer, self.sparse_cfg.n_layers)
+        _check_layer("stop_at_layer", stop_at_layer, self.sparse_cfg.n_layers)
         needs_mask = attention_mask is None and self._pads_left(padding_side)
-        resid = None if start_at_layer is None else _input_resid(input)
-        if resid is None:
+        resid = None
+        if start_at_layer is None:
             tokens = self._input_tokens(input, prepend_bos, padding_side)
         else:
+            resid = _input_resid(input)
             reads_tokens = self.sparse_cfg.bigram_table or return_type in ("loss", "both")
             are_read = needs_mask or (reads_tokens and stop_at_layer is None)
-            tokens = _tokens_behind(resid, tokens, are_read)
+            tokens = self._tokens_behind(resid, tokens, are_read)
         if needs_mask:
             attention_mask = self._mask_padding(tokens, prepend_bos)
+        device = self.network.embed.W_E.device
+        tokens = tokens.to(device)
+        if attention_mask is not None:
+            attention_mask = as_mask(attention_mask).to(device)
+        if position_ids is not None:
+            position_ids = as_integers("position_ids", position_ids).to(device)
         self.network.check_input(tokens, resid, attention_mask, position_ids)
-        tokens = tokens.to(self.network.embed.W_E.device)
         blocks = dict(start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
         out = self.network(tokens, attention_mask, position_ids, resid=resid, **blocks)
         if stop_at_layer is not None or return_type == "logits":
             return out
         if return_type is None:
             return None
-        loss = self.loss_fn(out, tokens.to(out.device), attention_mask, loss_per_token)
+        loss = self.loss_fn(in_float32(out), tokens.to(out.device), attention_mask, loss_per_token)
         return loss if return_type == "loss" else (out, loss)
 
     def _input_tokens(
         self, input: Any, prepend_bos: bool | None, padding_side: str | None
     ) -> Tokens:
         """Tokens [batch, pos] from an input of `forward`: text, a list of texts, or tokens."""
-        if isinstance(input, Tensor):
-            return input if input.ndim == 2 else input[None]
-        texts = [input] if isinstance(input, str) else input
-        is_text = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
-        if not is_text or not texts:
+        if not _is_text(input):
+            return self._token_ids(input)
+        tokens: Tensor = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        return tokens
+
+    def _prompt(self, input: Any) -> Any:
+        """An input of `generate` in a form that TransformerLens' own method accepts."""
+        is_embedding = isinstance(input, Tensor) and input.is_floating_point()
+        if _is_text(input) or is_embedding:
+            return input
+        return self._token_ids(input)
+
+    def _token_ids(self, input: object) -> Tokens:
+        """Token ids in any kind of array as a tensor `[batch, pos]`.
+
+        Raises:
+            DataError: for anything else. Ids outside the vocabulary are found only if they are on
+                the CPU; on a GPU, torch would abort the process for them.
+        """
+        is_list = isinstance(input, Sequence) and not isinstance(input, str | bytes)
+        if not isinstance(input, Tensor | np.ndarray) and not (is_list and input):
             raise DataError(
                 f"the input must be text, a list of texts, or token ids, not {type(input).__name__}"
             )
-        tokens: Tensor = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        tokens = as_tokens(input)
+        if tokens.device.type == "cpu" and self.network.embed.W_E.device.type != "cpu":
+            check_vocabulary(tokens, self.sparse_cfg.d_vocab)
         return tokens
+
+    def _tokens_behind(self, resid: Stream, tokens: object, are_read: bool) -> Tokens:
+        """The tokens behind a residual stream; zeros if none are given and none are read."""
+        if tokens is not None:
+            return self._token_ids(tokens)
+        if are_read:
+            raise DataError(
+                "start_at_layer needs tokens=…: the loss, the bigram table and padding on the left "
+                "read them"
+            )
+        return torch.zeros(resid.shape[:2], dtype=torch.long)
 
     def _pads_left(self, padding_side: str | None) -> bool:
         if self.tokenizer is None:
@@ -370,6 +420,32 @@ class SparseModel(nn.Module):
     __str__ = __repr__
 
 
+def _is_text(input: object) -> bool:
+    """Whether an input is a text or a list of texts."""
+    if isinstance(input, str):
+        return True
+    if not isinstance(input, Sequence) or not input:
+        return False
+    return all(isinstance(text, str) for text in input)
+
+
+def _check_padding_side(side: str | None) -> None:
+    if side not in (None, "left", "right"):
+        raise DataError(f"padding_side = {side!r} is not possible; use 'left', 'right' or None")
+
+
+def _check_layer(name: str, layer: int | None, n_layers: int) -> None:
+    """Check the number of a block; as in Python's slices, negative ones count from the end."""
+    if layer is None:
+        return
+    is_integer = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
+    if not is_integer or not -n_layers <= layer <= n_layers:
+        raise DataError(
+            f"{name} = {layer!r} is not possible; it must be an integer in "
+            f"[{-n_layers}, {n_layers}], or None"
+        )
+
+
 def _check_return_type(return_type: str | None) -> None:
     if return_type not in (None, "logits", "loss", "both"):
         raise DataError(
@@ -382,15 +458,3 @@ def _input_resid(input: object) -> Stream:
     if not isinstance(input, Tensor) or not input.is_floating_point():
         raise DataError("start_at_layer needs the residual stream [batch, pos, d_model] as input")
     return input if input.ndim == 3 else input[None]
-
-
-def _tokens_behind(resid: Stream, tokens: Tokens | None, are_read: bool) -> Tokens:
-    """The tokens that belong to a residual stream; zeros if none are given and none are read."""
-    if tokens is not None:
-        return tokens
-    if are_read:
-        raise DataError(
-            "start_at_layer needs tokens=…: the loss, the bigram table and padding on the left "
-            "read them"
-        )
-    return torch.zeros(resid.shape[:2], dtype=torch.long)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from tl_sparse.network import SparseTransformer
 
 #: `SparseConfig.normalization` → TransformerLens' name for it.
@@ -24,6 +22,7 @@ def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
         n_ctx=cfg.n_ctx,
         act_fn=cfg.act_fn,
         normalization_type=_NORMALIZATION_TYPES[cfg.normalization],
+        eps=cfg.eps,
         positional_embedding_type="standard" if cfg.positions == "added" else "none",
         model_name="tl_sparse",
         init_weights=False,
@@ -34,7 +33,4 @@ def tl_config_fields(network: SparseTransformer) -> dict[str, Any]:
 def tensor_config_fields(network: SparseTransformer) -> dict[str, Any]:
     """The fields that depend on the device and the dtype of the weights."""
     weight = network.embed.W_E
-    eps = 1e-5
-    if network.cfg.normalization == "rms":
-        eps = float(torch.finfo(weight.dtype).eps)
-    return dict(dtype=weight.dtype, device=str(weight.device), eps=eps)
+    return dict(dtype=weight.dtype, device=str(weight.device))

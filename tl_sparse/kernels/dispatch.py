@@ -52,10 +52,10 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
 def kernel(name: str, x: Tensor) -> Any:
     """The compiled function called `name`, wrapped to take tensors; None if there is none for `x`.
 
-    There is none without numba, for devices other than the CPU, or for dtypes other than
-    float32 and float64.
+    There is none without numba, for devices other than the CPU, for dtypes other than float32 and
+    float64, or within `torch.func`.
     """
-    if x.device.type != "cpu" or x.dtype not in _INTEGERS:
+    if x.device.type != "cpu" or x.dtype not in _INTEGERS or in_torch_func():
         return None
     compiled = _compiled()
     if compiled is None:
@@ -66,6 +66,14 @@ def kernel(name: str, x: Tensor) -> Any:
         return function(*[a.numpy() if isinstance(a, Tensor) else a for a in arguments])
 
     return call
+
+
+def in_torch_func() -> bool:
+    """Whether a transformation of `torch.func` runs.
+
+    It sees through neither compiled functions nor NumPy.
+    """
+    return torch._C._are_functorch_transforms_active()
 
 
 def bits(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparse.hooks import MatrixLayout
+from tl_sparse.kernels import in_torch_func
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.fused_attention import fused_attention
 from tl_sparse.network.holder import WeightsHolder
@@ -29,6 +30,7 @@ from tl_sparse.network.shapes import (
     Tokens,
     select_position,
 )
+from tl_sparse.precision import in_float32
 
 #: W_Q, W_K and W_V are `[head, input, d_head]`; as a matrix, they are input by (head, d_head).
 QKV_LAYOUT = MatrixLayout(rows=(1,), columns=(0, 2))
@@ -124,7 +126,8 @@ class Attention(WeightsHolder):
         k = self.hook_k(self._project(k_read, self.times_K, self.b_K, self.topk_k))
         v = self.hook_v(self._project(v_read, self.times_V, self.b_V, self.topk_v))
         needs_pattern = _is_used(self.hook_attn_scores) or _is_used(self.hook_pattern)
-        if mask is not None or needs_pattern:
+        # Not all transformations of torch.func know fused attention.
+        if mask is not None or needs_pattern or in_torch_func():
             z = self._explicit_attention(q, k, v, mask)
         else:
             z = fused_attention(q, k, v, self.scale, self.sink)
@@ -156,7 +159,8 @@ class Attention(WeightsHolder):
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         if mask is not None:
             hidden = hidden | (mask == 0)[:, None, None, :]
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        # In float32, as in TransformerLens, and as fused attention does inside.
+        scores = torch.einsum("bqhd,bkhd->bhqk", in_float32(q), in_float32(k)) * self.scale
         scores = self.hook_attn_scores(scores.masked_fill(hidden, float("-inf")))
         if self.sink is not None:
             sink = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -167,7 +171,8 @@ class Attention(WeightsHolder):
                 # A padding token that can attend to nothing would have a pattern of NaN. (With a
                 # sink, the softmax always has one finite entry.)
                 pattern = pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-        return torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(pattern), v)
+        pattern = self.hook_pattern(pattern).to(v.dtype)
+        return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
 
     def head_results(
         self, z: Float[Tensor, "*batch head d_head"]

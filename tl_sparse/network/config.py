@@ -25,6 +25,9 @@ TOPK_LOCATIONS = (
 #: The eight locations in the paper's models, which do not include the residual stream itself.
 PAPER_TOPK_LOCATIONS = tuple(name for name in TOPK_LOCATIONS if not name.startswith("resid"))
 
+#: The default epsilon of each kind of norm. That of RMSNorm is float32's machine epsilon.
+_NORM_EPS = {"rms": 2.0**-23, "layer": 1e-5}
+
 #: A larger size means a damaged configuration, and is refused before memory is allocated.
 MAX_SIZE = 100_000_000
 
@@ -41,7 +44,12 @@ class SparseConfig:
     Attributes:
         n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, named as in
             TransformerLens. `n_heads * d_head` need not equal `d_model`.
-        normalization: "rms" (eps is the dtype's machine epsilon) or "layer" (eps is 1e-5).
+        normalization: "rms" or "layer".
+        norm_eps: the epsilon of the norms, whatever the dtype in which the model runs. None means
+            that of a model trained in float32: 2**-23, float32's machine epsilon, with "rms", and
+            1e-5 with "layer". In OpenAI's own code, some versions of torch take the machine epsilon
+            of the dtype in which the model happens to run, which changes what it computes;
+            `2.0**-7`, that of bfloat16, gives what their code then computes in bfloat16.
         norm_bias: whether norms have a bias (LayerNorm only).
         act_fn: the MLP's nonlinearity; "gelu" is the exact GELU, not its tanh approximation.
         resid_relu: whether ReLU is applied to the residual stream after each addition to it.
@@ -69,6 +77,7 @@ class SparseConfig:
     d_vocab: int
     n_ctx: int
     normalization: Literal["rms", "layer"] = "rms"
+    norm_eps: float | None = None
     norm_bias: bool = False
     act_fn: Literal["gelu", "relu"] = "gelu"
     resid_relu: bool = False
@@ -93,6 +102,7 @@ class SparseConfig:
         self._check_sizes()
         rms_bias = self.norm_bias and self.normalization == "rms"
         check(not rms_bias, "norm_bias", True, "false with RMSNorm")
+        self._check_norm_eps()
         self._check_positions()
         self._check_abs_topk()
 
@@ -101,6 +111,12 @@ class SparseConfig:
             size = getattr(self, name)
             check(size >= 1, name, size, "at least 1")
             check(size <= MAX_SIZE, name, size, f"at most {MAX_SIZE:,}")
+
+    def _check_norm_eps(self) -> None:
+        eps = self.norm_eps
+        if eps is not None:
+            is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
+            check(is_number and 0 < eps < 1, "norm_eps", eps, "a number in (0, 1), or null")
 
     def _check_positions(self) -> None:
         if self.positions == "concatenated":
@@ -127,6 +143,13 @@ class SparseConfig:
             check(is_valid, f"abs_topk[{location!r}]", fraction, expected)
 
     @property
+    def eps(self) -> float:
+        """The epsilon of the norms: `norm_eps`, or its default."""
+        if self.norm_eps is None:
+            return _NORM_EPS[self.normalization]
+        return self.norm_eps
+
+    @property
     def d_read(self) -> int:
         """Width of the input of attention and MLPs: d_model and any positional channels."""
         return self.d_model + self.d_pos
@@ -142,7 +165,12 @@ class SparseConfig:
         """The number of entries from which AbsTopK chooses at a location.
 
         For q, k and v, these are the channels of all heads together.
+
+        Raises:
+            ConfigError: if there is no such location.
         """
+        is_location = location in TOPK_LOCATIONS
+        check(is_location, "location", location, f"one of {', '.join(TOPK_LOCATIONS)}")
         if location in ("attn_in", "mlp_in"):
             return self.d_read
         if location in ("attn_q", "attn_k", "attn_v"):
@@ -153,10 +181,11 @@ class SparseConfig:
 
     def topk(self, location: str) -> int | None:
         """The number of entries that AbsTopK keeps at `location`; None if it does not act there."""
+        size = self.location_size(location)
         fraction = self.abs_topk.get(location)
         if fraction is None:
             return None
-        return int(fraction * self.location_size(location))
+        return int(fraction * size)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
@@ -170,6 +199,7 @@ class SparseConfig:
             ConfigError: for an unknown key (naming the nearest valid one), a missing one, or a bad
                 value.
         """
+        check(isinstance(values, Mapping), "values", values, "a mapping of fields to values")
         check_known_keys(cls, values)
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         missing = [name for name in required if name not in values]

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_sparse.errors import DataError
 from tl_sparse.hooks import abs_topk
+from tl_sparse.network.arrays import outside_vocabulary
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.products import Product
 from tl_sparse.network.shapes import Logits, Positions, Reads, Stream, Tokens
+from tl_sparse.precision import in_float32
 
 
 class AbsTopK(nn.Module):
@@ -53,11 +54,16 @@ def new_bias(*shape: int, learned: bool) -> nn.Parameter | nn.Buffer:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm. `hook_normalized` precedes the weight w, as in TransformerLens."""
+    """RMSNorm or LayerNorm. `hook_normalized` precedes the weight w, as in TransformerLens.
+
+    In half precision, scale and quotient are computed in float32. `hook_scale` then is float32.
+    """
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.centered = cfg.normalization == "layer"
+        # In RMSNorm it is tiny, so that zero keeps its meaning in the residual stream (A.1).
+        self.eps = cfg.eps
         self.w = nn.Parameter(torch.ones(cfg.d_model))
         self.b = new_bias(cfg.d_model, learned=cfg.norm_bias)
         self.hook_scale = HookPoint()  # [batch, pos, 1]
@@ -69,15 +75,12 @@ class Norm(nn.Module):
         return x - x.mean(-1, keepdim=True)
 
     def _scale(self, x: Tensor) -> Tensor:
-        # RMSNorm adds only the dtype's machine epsilon, so that zero keeps its meaning in the
-        # residual stream (A.1).
-        eps = 1e-5 if self.centered else torch.finfo(x.dtype).eps
-        return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def forward(self, x: Stream) -> Stream:
-        x = self._center(x)
-        normalized = self.hook_normalized(x / self.hook_scale(self._scale(x)))
-        return torch.addcmul(self.b, normalized, self.w)
+        precise = self._center(in_float32(x))
+        normalized = (precise / self.hook_scale(self._scale(precise))).to(x.dtype)
+        return torch.addcmul(self.b, self.hook_normalized(normalized), self.w)
 
 
 class Read(Norm):
@@ -105,8 +108,9 @@ class Read(Norm):
         return self.hook_read(self.topk(read))
 
     def _normalized_positions(self, pos: Tensor) -> Tensor:
-        pos = self._center(pos)
-        return pos / self._scale(pos) * self.w_pos + self.b_pos
+        precise = self._center(in_float32(pos))
+        normalized = (precise / self._scale(precise)).to(pos.dtype)
+        return normalized * self.w_pos + self.b_pos
 
 
 class Embed(nn.Module):
@@ -125,8 +129,7 @@ class Embed(nn.Module):
         try:
             return F.embedding(tokens, self.W_E)
         except IndexError as error:
-            vocabulary = f"[0, {len(self.W_E)}), the model's vocabulary"
-            raise DataError(f"token ids must be in {vocabulary}") from error
+            raise outside_vocabulary(len(self.W_E)) from error
 
 
 class PosEmbed(nn.Module):

@@ -56,7 +56,8 @@ class Product(nn.Module):
     "sparse" always, with "dense" never. Gradients equal those of the dense product.
 
     Products under autocast or in `torch.compile` are always dense. Products of fewer than 32 tokens
-    are dense too, unless the weights are held compact. `torch.func` needs "dense".
+    are dense too, unless the weights are held compact. A dense product with compact weights makes a
+    dense copy of them each time.
 
     Args:
         owner: the module that has the weights; it does not become a submodule of the product.
@@ -165,12 +166,12 @@ class Product(nn.Module):
         """The nonzero weights as Wᵀ; None if the product with `x` is to be dense."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        if kernel("multiply", x) is None:
+        if self.kernels == "dense" or kernel("multiply", x) is None:
             return None
         if self._is_compact:
             return self._entries_of_compact_weights(x.dtype)
         n_tokens = x.numel() // x.shape[-1]
-        if self.kernels == "dense" or n_tokens < MIN_TOKENS:
+        if n_tokens < MIN_TOKENS:
             return None
         return self._entries_of_dense_weights(n_tokens, x.dtype)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from tl_sparse.config import check
 from tl_sparse.errors import DataError
+from tl_sparse.network.arrays import as_tokens
 from tl_sparse.network.blocks import Block
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.holder import WeightsHolder
@@ -32,6 +34,7 @@ class SparseTransformer(nn.Module):
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
+        check(isinstance(cfg, SparseConfig), "cfg", cfg, "a SparseConfig")
         self.cfg = cfg
         self.embed = Embed(cfg)
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
@@ -64,7 +67,8 @@ class SparseTransformer(nn.Module):
         """Logits at every position; with `stop_at_layer`, the residual stream entering that block.
 
         Args:
-            input_ids: the tokens. The bigram table needs them even if `resid` is given.
+            input_ids: the tokens, as any kind of array that `as_tokens` accepts. The bigram table
+                needs them even if `resid` is given.
             attention_mask: 1 for a real token, 0 for padding. Padding on the right needs no mask,
                 because attention is causal.
             position_ids: the position of each token; by default 0, 1, …, counted over the real
@@ -73,14 +77,15 @@ class SparseTransformer(nn.Module):
             start_at_layer: the first block to run; by default block 0.
             stop_at_layer: the block to stop before; by default all blocks run.
             last: one position in each row, usually that of its last token. Only the logits at these
-                positions are returned, `[batch, 1, d_vocab]`. From hook_z of the last block on, the
-                other positions are not computed, and hook points do not see them. It has no effect
-                if the last block does not run.
+                positions are returned, `[batch, 1, d_vocab]`, or the residual stream at these
+                positions, `[batch, 1, d_model]`. From hook_z of the last block on, the other
+                positions are not computed, and hook points do not see them.
 
         Raises:
-            DataError: for a sequence longer than the model's context, or a token outside its
-                vocabulary.
+            DataError: for tokens that are not integers, a sequence longer than the model's context,
+                or a token outside its vocabulary.
         """
+        input_ids = as_tokens(input_ids)
         length = input_ids.shape[1]
         if length > self.cfg.n_ctx:
             context = f"the model's context of n_ctx = {self.cfg.n_ctx}"
@@ -93,9 +98,12 @@ class SparseTransformer(nn.Module):
             embed = self.hook_embed(self.embed(input_ids))
             resid = self.add_positions(embed, position_ids)
         pos = self._concatenated_positions(position_ids)
+        selects_in_block = False
         for block in self.blocks[start_at_layer:stop_at_layer]:
-            is_last_block = block is self.blocks[-1]
-            resid = block(resid, pos, attention_mask, last if is_last_block else None)
+            selects_in_block = last is not None and block is self.blocks[-1]
+            resid = block(resid, pos, attention_mask, last if selects_in_block else None)
+        if last is not None and not selects_in_block:
+            resid = select_position(resid, last)
         if stop_at_layer is not None:
             return resid
         logits = self.unembed(self.ln_final(resid))
@@ -132,19 +140,23 @@ class SparseTransformer(nn.Module):
     def check_input(
         self, tokens: Tensor, resid: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
-        """Check the dtypes and shapes of the arguments of `forward`, and the range of positions.
+        """Check the shapes and dtypes of the arguments of `forward`, and the range of positions.
 
         The length is checked by `forward` itself, and token ids by `Embed`.
 
         Raises:
-            DataError: if `tokens` are not integers `[batch, pos]`, another argument does not fit
-                the shape of `tokens`, or a position is outside the context.
+            DataError: if an argument does not fit the shape of `tokens` `[batch, pos]`, the
+                residual stream has another dtype than the model, or a position is outside the
+                context.
         """
-        _check_tokens(tokens)
         expected = [*tokens.shape, self.cfg.d_model]
         if resid is not None and list(resid.shape) != expected:
             shapes = f"{expected} to fit the tokens, not {list(resid.shape)}"
             raise DataError(f"the residual stream must have shape {shapes}")
+        dtype = self.embed.W_E.dtype
+        under_autocast = torch.is_autocast_enabled(self.embed.W_E.device.type)
+        if resid is not None and resid.dtype != dtype and not under_autocast:
+            raise DataError(f"the residual stream must be {dtype}, as the model, not {resid.dtype}")
         for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
             if given is not None and given.shape != tokens.shape:
                 shapes = f"{list(tokens.shape)}, not {list(given.shape)}"
@@ -172,15 +184,6 @@ class SparseTransformer(nn.Module):
                     yield f"{path}.{name}", weight
 
 
-def _check_tokens(tokens: Tensor) -> None:
-    dtype = tokens.dtype
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if tokens.ndim != 2 or not is_integer:
-        raise DataError(
-            f"tokens must be integers [batch, pos], not {dtype} of {list(tokens.shape)}"
-        )
-
-
 @torch.no_grad()
 def init_weights(network: SparseTransformer, seed: int) -> None:
     """Draw new weights from `seed`; biases, norms and sinks do not change.
@@ -189,7 +192,12 @@ def init_weights(network: SparseTransformer, seed: int) -> None:
     1/sqrt(number of inputs) in other matrices, further divided by sqrt(2 · n_layers) in those that
     write to the residual stream (GPT-2's rule). The bigram table is uniform in [0, 0.02) (Gao et
     al. 2025, A.1).
+
+    Raises:
+        ConfigError: if `seed` is not an integer of 64 bits.
     """
+    is_seed = type(seed) is int and -(2**63) <= seed < 2**64
+    check(is_seed, "seed", seed, "an integer of 64 bits")
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in network.named_parameters():
         name = path.rsplit(".", 1)[-1]

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.evaluation import resampled, task_loss
 from tl_sparse.hooks import NodeGates, TLModel, hooked
+from tl_sparse.precision import in_float32
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
@@ -158,4 +159,5 @@ def attribution(
 
 def _mix(mean: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
     """The mean where `opened` is 0, the activation where it is 1, interpolated in between."""
-    return torch.lerp(mean.expand_as(activation), activation, opened)
+    precise = in_float32(activation)
+    return torch.lerp(mean.expand_as(precise), precise, opened).to(activation.dtype)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError, TaskError, TokenizerError
+from tl_sparse.precision import in_float32
 from tl_sparse.tasks.task import Pair, Task
 
 if TYPE_CHECKING:
@@ -137,10 +138,10 @@ def make_task_data(
 def candidate_logits(
     logits: Float[Tensor, "prompt pos vocab"], data: TaskData
 ) -> Float[Tensor, "prompt 2"]:
-    """The logits of the two candidates after each prompt's last token."""
+    """The logits of the two candidates after each prompt's last token, at least in float32."""
     data = data.to(logits.device)
     rows = torch.arange(len(data.last), device=logits.device)
-    return logits[rows[:, None], data.last[:, None], data.candidates]
+    return in_float32(logits[rows[:, None], data.last[:, None], data.candidates])
 
 
 def task_loss_and_accuracy(

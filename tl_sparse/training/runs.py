@@ -205,6 +205,8 @@ def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> No
     """
     # `before` was read from JSON, in which tuples become lists.
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if isinstance(before.get("model"), dict):
+        before = before | {"model": {"norm_eps": None} | before["model"]}  # added later
     for name in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(name) != now.get(name):
             difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"

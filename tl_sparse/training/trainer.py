@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.network import AbsTopK
+from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.tokens import as_tokens
@@ -149,7 +150,7 @@ class Trainer:
         for part in tokens.chunk(self.config.accumulation):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=in_bfloat16):
                 logits = self.forward(part)
-            loss = next_token_loss(logits.float(), part) * (len(part) / len(tokens))
+            loss = next_token_loss(in_float32(logits), part) * (len(part) / len(tokens))
             loss.backward()
             total += loss.detach()
         return total
@@ -167,7 +168,8 @@ class Trainer:
                 gradient[-1] = 0
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         entries = sum(gradient.numel() for gradient in gradients)
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        norms = torch.stack(torch._foreach_norm(gradients))
+        squares = in_float32(norms).square().sum()
         rms = (squares / entries).sqrt()
         if config.gradient == "divide":
             divisor = rms + 1e-5  # the published script adds 1e-5
