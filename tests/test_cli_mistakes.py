@@ -144,6 +144,12 @@ def test_an_export_of_an_unknown_task(places, tmp_path, capsys):
     assert "no task 'var_iff'; did you mean 'var_if'?" in lines[0]
 
 
+def test_a_flag_of_a_field_that_may_be_none():
+    args = build_parser().parse_args(["train", "--out", "x", "--norm-eps", "1e-3"])
+    assert args.norm_eps == 1e-3
+    assert not hasattr(build_parser().parse_args(["train", "--out", "x"]), "norm_eps")
+
+
 @pytest.mark.parametrize("text", ["-1", "9" * 30, "one", "1.5"])
 @pytest.mark.parametrize("command", ["tasks", "evaluate", "demo"])
 def test_seeds_that_torch_cannot_take(text, command, capsys):

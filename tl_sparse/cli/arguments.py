@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tl_sparse.config import MAX_SEED, merged
@@ -98,6 +99,8 @@ def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
             "1 uses no AbsTopK (default: 0.25).",
         }
     options: dict[str, Any] = {"help": f"(default: {default})"}
+    if get_origin(declared) is UnionType:  # `X | None`: a flag that is given is an X
+        declared, _ = get_args(declared)
     if declared is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(declared) is Literal:
