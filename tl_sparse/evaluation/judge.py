@@ -140,7 +140,7 @@ def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[floa
     """
     with torch.enable_grad():
         logits = logits.detach().double()
-        fitted = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        fitted = logits.new_tensor([1.0, 0.0]).requires_grad_()
         optimizer = torch.optim.LBFGS([fitted], max_iter=16, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
@@ -260,7 +260,8 @@ def judged(
     selection_logits = all_logits(model, selection, batch_size, run_context)
     heldout_logits = all_logits(model, heldout, batch_size, run_context)
     scale, shift = calibration(selection_logits, selection)
-    calibrated = _calibrated(heldout_logits, torch.tensor(scale), torch.tensor(shift))
+    fitted_scale, fitted_shift = heldout_logits.new_tensor([scale, shift])
+    calibrated = _calibrated(heldout_logits, fitted_scale, fitted_shift)
     return evaluation, {
         "selection": {"circuit": asdict(score_logits(selection_logits, selection))},
         "heldout": asdict(evaluation),
