@@ -15,10 +15,10 @@ MARKS = -m "not slow"
 test-all: MARKS =
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-tl4 test-tl3 bench lint types api wheel clean
+.PHONY: help demo test test-all test-tl4 test-tl3 bench gpu gpu-wheels lint types api wheel clean
 
 help:  ## show this list of targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(TL4)/.installed  ## find a circuit in the bundled model; results in demo/
 	$(TL4)/bin/tl-sparse demo --out demo
@@ -40,6 +40,20 @@ pytest = $1/bin/python -c "import platform; from importlib.metadata import versi
 bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
 	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
+
+# The script runs with the Python of that machine, and needs no environment of this file. It takes at
+# most ten minutes, and writes examples/results/gpu.md.
+DEVICE ?= cuda
+gpu:  ## tests and timings on one GPU; DEVICE=cpu: at toy size
+	$(PYTHON) tests/gpu/run.py --device $(DEVICE)
+
+GPU_PYTHON := 3.12
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+gpu-wheels:  ## download to wheels/ what a GPU machine without network lacks
+	@# This one has no wheel.
+	$(PYTHON) -m pip wheel -q --no-deps -w wheels transformers-stream-generator==0.0.5
+	$(PYTHON) -m pip download -q --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
+	    $(GPU_PLATFORMS:%=--platform %) -d wheels -r tests/gpu/wheels.txt
 
 lint: $(TL4)/.tools  ## check lint and format with ruff
 	$(TL4)/bin/ruff check .
@@ -71,7 +85,7 @@ wheel: $(TL4)/.tools  ## build the sdist and the wheel in dist/
 	$(TL4)/bin/python -m build --no-isolation .
 
 clean:  ## remove environments, builds, caches and demo/
-	rm -rf $(TL4) $(TL3) build dist api .types-build *.egg-info demo
+	rm -rf $(TL4) $(TL3) wheels build dist api .types-build *.egg-info demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

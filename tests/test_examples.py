@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 import tl_sparse
+from helpers import only_on
 from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.files import read_tensors
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+#: Only the tools use TransformerLens itself; the rest is the package, which is tested on both.
+once = only_on(4, "examples that use the package alone run on one line: each takes long")
 
 
 def run(script, *arguments):
@@ -19,6 +23,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@once
 def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
     arguments = ("size", "--out", tmp_path, "--steps", 2, "--idiom-chars", 50_000, "--only", 1)
     printed = run("sweep.py", *arguments)
@@ -47,6 +52,7 @@ def a_run(tmp_path):
     return tmp_path / "my-run"
 
 
+@once
 def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
     run("bundle.py", a_run, "--out", tmp_path / "models")
     folder = tmp_path / "models" / "my-run"
@@ -93,6 +99,7 @@ def quote_circuit(tmp_path_factory):
     return folder
 
 
+@once
 def test_from_training_to_circuit(tmp_path):
     out = tmp_path / "my-run"
     printed = run("from_training_to_circuit.py", "--quick", "--out", out)
@@ -130,6 +137,7 @@ def test_existing_tools_tell_the_circuit_from_the_rest(quote_circuit):
     assert outside[3] == 0
 
 
+@once
 def test_the_quote_circuit_predicts_what_fools_the_model(quote_circuit):
     printed = run("the_quote_circuit.py", "--circuit", quote_circuit, "--pairs", 32)
     circuit = tl_sparse.Circuit.load(quote_circuit)

@@ -145,8 +145,9 @@ def _probe(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> list[_Probed
         values = layers[layer].substituted.setdefault(location, values)
         return values.view(x.shape).to(x) if place in hooks else None
 
-    tokens = torch.arange(size[1]) + model.cfg.d_vocab // 2
-    tokens = tokens.expand(size).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tokens = torch.arange(size[1], device=device) + model.cfg.d_vocab // 2
+    tokens = tokens.expand(size)
     probes = {name: partial(probe, place) for place, name in points.items()}
     with frozen(model), hooked(model, probes):
         model(tokens)

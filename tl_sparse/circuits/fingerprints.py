@@ -172,7 +172,8 @@ def _project(flat: Float[Tensor, " weight"]) -> list[float]:
     """
     # The signs of the cosines of these angles are as good as random here, and the same on every
     # platform.
-    angles = torch.arange(1, flat.numel() + 1, dtype=torch.float64) * 1.8393972058572117
+    numbers = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+    angles = numbers * 1.8393972058572117
     signed = torch.where(angles.cos() >= 0, flat, -flat)
     padded = F.pad(signed, (0, -len(flat) % _N_PROJECTIONS))
     sums = padded.view(-1, _N_PROJECTIONS).sum(0)

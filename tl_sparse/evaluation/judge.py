@@ -1,6 +1,5 @@
 """Judging whether a circuit is sufficient and necessary (Gao et al. 2025, sections 2.2 and 3)."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -96,7 +95,7 @@ def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[floa
         # Copies, because nothing made in inference mode can take part in a gradient.
         logits = logits.detach().to(torch.float64, copy=True)
         correct = data.correct.clone()
-        fitted = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        fitted = logits.new_tensor([1.0, 0.0]).requires_grad_()
         optimizer = torch.optim.LBFGS([fitted], max_iter=16, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
@@ -175,7 +174,7 @@ def evaluate(
 ) -> Evaluation:
     """Score the full model, the circuit alone, and the model without the circuit on `data`.
 
-    Of a single pair, the score under resample ablation is NaN: there is no other pair to resample
+    Of a single pair, the score under resample ablation is None: there is no other pair to resample
     from.
 
     Args:
@@ -192,7 +191,7 @@ def evaluate(
         run_context = holding_nodes(circuit, model, ablation, inverted)
         return score(model, data, batch_size, run_context, seed)
 
-    resample = Score(math.nan, math.nan, math.nan)
+    resample = None
     if data.partners is not None or data.n_pairs > 1:
         resample = circuit_score("resample")
     return Evaluation(
@@ -229,7 +228,8 @@ def judged(
     selection_logits = all_logits(model, selection, batch_size, run_context)
     heldout_logits = all_logits(model, heldout, batch_size, run_context)
     scale, shift = calibration(selection_logits, selection)
-    calibrated = _calibrated(heldout_logits, torch.tensor(scale), torch.tensor(shift))
+    fitted_scale, fitted_shift = heldout_logits.new_tensor([scale, shift])
+    calibrated = _calibrated(heldout_logits, fitted_scale, fitted_shift)
     return evaluation, {
         "selection": {"circuit": asdict(score_logits(selection_logits, selection))},
         "heldout": asdict(evaluation),

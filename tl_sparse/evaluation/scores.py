@@ -27,7 +27,7 @@ class Evaluation:
             necessary if this score is bad.
         zero: the score of the circuit alone, with all other nodes held at zero.
         resample: the score of the circuit alone, with all other nodes held at their activations on
-            another prompt; see `resampled`.
+            another prompt; see `resampled`. None for a single pair.
         n_pairs: the number of prompt pairs.
         n_nodes: the number of the circuit's nodes.
         n_edges: the number of the circuit's edges.
@@ -37,7 +37,7 @@ class Evaluation:
     circuit: Score
     ablated: Score
     zero: Score
-    resample: Score
+    resample: Score | None
     n_pairs: int
     n_nodes: int
     n_edges: int
@@ -68,9 +68,10 @@ def scores_table(evaluation: Evaluation) -> str:
         score_row("the full model", evaluation.full),
         score_row("the circuit alone (sufficient?)", evaluation.circuit),
         score_row("… the rest at zero, not at its mean", evaluation.zero),
-        score_row("… the rest resampled", evaluation.resample),
-        score_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
+    if evaluation.resample is not None:
+        rows.append(score_row("… the rest resampled", evaluation.resample))
+    rows.append(score_row("the model without the circuit (necessary?)", evaluation.ablated))
     heading = (
         f"On {counted(evaluation.n_pairs, 'held-out pair')} of prompts "
         "(a coin has loss 0.693, accuracy 50%)"
