@@ -179,5 +179,5 @@ def _facts(flat: Float[Tensor, " weight"]) -> WeightFacts:
     for name in FORMATS:
         rounded = flat.to(getattr(torch, name)).float()
         rounded += 0.0  # turns -0.0, which some roundings give, into 0.0
-        digests[name] = hashlib.blake2b(rounded.numpy(), digest_size=8).hexdigest()
+        digests[name] = hashlib.blake2b(rounded.numpy().data, digest_size=8).hexdigest()
     return WeightFacts(rms, digests)
