@@ -2,6 +2,8 @@ from .ablation import ablating as ablating
 from .activations import abs_topk as abs_topk
 from .activations import sparse_activations as sparse_activations
 from .gates import NodeGates as NodeGates
+from .gradients import differentiating as differentiating
+from .gradients import without_inference as without_inference
 from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
@@ -15,8 +17,12 @@ from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
 from .scopes import Scope as Scope
 from .scopes import new_scope as new_scope
+from .tokens import as_mask as as_mask
+from .tokens import as_tokens as as_tokens
+from .tokens import check_not_padded as check_not_padded
 from .weights import GroupedWeight as GroupedWeight
 from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed
 from .weights import weight_groups as weight_groups
+from .whole_sequence import treats_positions_alike as treats_positions_alike

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
 
 
+@checked()
 @contextmanager
 def ablating(
     model: TLModel,
@@ -39,7 +41,9 @@ def ablating(
         # ablation.
         if ablated.any():
             functions[name] = partial(_ablate, ablated, values[name])
-    with hooked(model, functions):
+    # A value for each node holds it alike at every position; values `[batch, pos, *node]` do not.
+    alike = all(values[name].shape == nodes[name].shape for name in functions)
+    with hooked(model, functions, positions_alike=alike):
         yield
 
 

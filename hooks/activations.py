@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.errors import ConfigError
+from tl_sparse.arguments import checked
+from tl_sparse.errors import ArgumentError, ConfigError
 from tl_sparse.hooks.points import TLModel, hooked
 from tl_sparse.kernels import bits, in_torch_func, kernel, shared_out
 
@@ -24,7 +25,15 @@ def abs_topk(
     tied. Gradients pass through the kept entries only.
     With `inplace`, `x` may be overwritten, which saves memory.
     """
-    if k >= x.shape[-1]:
+    # By hand, since this is called several times in each layer of each run.
+    is_sound = isinstance(x, Tensor) and x.is_floating_point() and type(k) is int and k >= 0
+    if not is_sound or not isinstance(inplace, bool):
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ArgumentError(
+            "abs_topk takes a tensor of floats, an integer k of at least 0, and whether it may be "
+            f"overwritten; these are {kind}, {k!r} and {inplace!r}"
+        )
+    if x.ndim == 0 or k >= x.shape[-1]:
         return x
     if x.device.type != "cpu":
         return x * _largest(x.detach().abs(), k)
@@ -108,6 +117,7 @@ def _largest_by_sorting(
     return torch.zeros_like(magnitudes).scatter(-1, kept, 1.0)
 
 
+@checked()
 @contextmanager
 def sparse_activations(model: TLModel, fractions: Mapping[str, float]) -> Iterator[None]:
     """Within the context, AbsTopK acts at hook points of any TransformerLens model.

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_sparse.arguments import checked
+from tl_sparse.errors import ConfigError
 from tl_sparse.hooks.points import NodeValues, TLModel, hooked
 from tl_sparse.precision import in_float32
 
@@ -30,6 +32,7 @@ class NodeGates(nn.Module):
         index: hook name → the index in `tau` of each node's gate, `[*node]`.
     """
 
+    @checked()
     def __init__(
         self,
         means: NodeValues,
@@ -51,6 +54,8 @@ class NodeGates(nn.Module):
                 shares: a query channel and its key channel, for example.
         """
         super().__init__()
+        if not means:
+            raise ConfigError("gates need the means of at least one hook point")
         self.means = {name: in_float32(mean).clone() for name, mean in means.items()}
         self.temperature = temperature
         self.index: dict[str, Tensor] = {}
@@ -69,6 +74,7 @@ class NodeGates(nn.Module):
         # all nodes.
         self.tau = nn.Parameter(initial_tau.to(next(iter(self.means.values()))))
 
+    @checked()
     @contextmanager
     def attached(
         self, model: TLModel, inverted: bool = False, values: Mapping[str, Tensor] | None = None
@@ -89,7 +95,8 @@ class NodeGates(nn.Module):
         functions = {}
         for name in self.index:
             functions[name] = partial(self._gate, name, inverted, held_at[name])
-        with hooked(model, functions):
+        alike = all(held_at[name].shape == index.shape for name, index in self.index.items())
+        with hooked(model, functions, positions_alike=alike):
             yield
 
     def _gate(
@@ -137,9 +144,12 @@ class _Gate(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.sign = -1.0 if inverted else 1.0
         # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
-        # torch.where.
+        # torch.where. An infinite value times 0 is NaN, which shows in the sum.
         gate = is_open.to(x.dtype)
-        return torch.addcmul(value.to(x.dtype) * (1 - gate), x, gate)
+        gated = torch.addcmul(value.to(x.dtype) * (1 - gate), x, gate)
+        if not bool(gated.sum(dtype=torch.float32).isfinite()):
+            return torch.where(is_open, x, value.to(x.dtype))
+        return gated
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +161,12 @@ class _Gate(torch.autograd.Function):
             grad_gate = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
         else:
             grad_gate = (precise * (x - value)).sum((0, 1))
+        grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        if not bool(grad_gate.isfinite().all()):
+            # As in `forward`. An infinite activation has no finite effect to learn from.
+            effect = precise * (x - value)
+            grad_gate = torch.where(effect.isfinite(), effect, 0.0).sum((0, 1))
+            grad_x = torch.where(is_open, grad, 0.0) if ctx.needs_input_grad[0] else None
         soft = torch.sigmoid(tau / ctx.temperature)
         grad_tau = ctx.sign * grad_gate * soft * (1 - soft) / ctx.temperature
-        grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_tau, None, None, None

@@ -6,18 +6,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.arguments import Kind, checked
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.scopes import Scope, new_scope
+from tl_sparse.hooks.whole_sequence import mark_positions_alike
+
+
+def _has_hook_points(model: object) -> bool:
+    # On TransformerLens 4, this is a property that takes time, so the class is asked first.
+    return hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+
 
 #: A TransformerLens model: a HookedRootModule such as HookedTransformer on version 3, or a
 #: TransformerBridge on version 4. The two share no base class, so this type accepts anything.
-TLModel = Any
+TLModel = Annotated[Any, Kind("a TransformerLens model", _has_hook_points)]
 #: A function at a hook point, as TransformerLens calls it: `(activation, hook)`. It returns the
 #: replacement of the activation, or None.
 HookFn = Callable[[Tensor, Any], Tensor | None]
@@ -48,9 +56,16 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
             )
 
 
+@checked()
 @contextmanager
-def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
+def hooked(
+    model: TLModel, functions: Mapping[str, HookFn], *, positions_alike: bool = False
+) -> Iterator[None]:
     """Within the context, each function is attached to the hook point that it is listed under.
+
+    With `positions_alike`, the caller promises that the functions do the same at every position and
+    record nothing. They then do not keep `score` from computing the last positions alone; see
+    `treats_positions_alike`.
 
     The functions act on the calls of the model that the thread (or asyncio task) of this context
     makes, and on no others. A `torch.compile`d model runs uncompiled within the context, because
@@ -65,6 +80,9 @@ def hooked(model: TLModel, functions: Mapping[str, HookFn]) -> Iterator[None]:
         attached: list[_Attached] = []
         try:
             _attach(model, functions, scope, attached)
+            if positions_alike:
+                for one in attached:
+                    mark_positions_alike(one.hook_point, one.handle)
             yield
         finally:
             _detach(attached)
@@ -124,6 +142,7 @@ def _detach(attached: list[_Attached]) -> None:
             one.hook_point.fwd_hooks = remaining
 
 
+@checked()
 @contextmanager
 def recording(model: TLModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Within the context, record a copy of the latest activation at each of these hook points.
@@ -153,6 +172,7 @@ _freezes: WeakKeyDictionary[Any, _Freeze] = WeakKeyDictionary()
 _freezing = threading.Lock()
 
 
+@checked()
 @contextmanager
 def frozen(model: TLModel) -> Iterator[None]:
     """Within the context, `model` is in eval mode and no parameter gets a gradient.

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from tl_sparse.arguments import checked
 from tl_sparse.config import check
-from tl_sparse.errors import ConfigError
+from tl_sparse.errors import ConfigError, UnsupportedError
 from tl_sparse.hooks.layouts import MatrixLayout
 from tl_sparse.kernels import bits, kernel
 
@@ -140,6 +141,15 @@ _LAYOUTS = {
     # [neuron, output]
     r".*mlp\.W_out": MatrixLayout(rows=(0,), columns=(1,)),
 }
+#: Regular expressions for the last part of a module's name in other libraries: maps whose outputs
+#: are the neurons and attention channels, and maps whose inputs are.
+_INTO_NEURONS = re.compile(
+    r"(.*\.)?(q|k|v|qkv|q_proj|k_proj|v_proj|qkv_proj|query|key|value|query_key_value|c_attn|Wqkv|"
+    r"c_fc|fc_in|fc1|dense_h_to_4h|up_proj|gate_proj|gate_up_proj|w1|w3|intermediate\.dense)"
+)
+_OUT_OF_NEURONS = re.compile(
+    r"(.*\.)?(o|o_proj|out_proj|c_proj|dense|fc_out|fc2|dense_4h_to_h|down_proj|w2)"
+)
 _BIAS = re.compile(r".*(attn|mlp)\.b_\w+")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
@@ -147,6 +157,7 @@ _EMBEDDINGS = re.compile(
 _STAYS_DENSE = re.compile(r"bigram|W_pos|pos_embed|position|wpe|(^|\.)pos\.|(^|[._])b(ias)?(_|$)")
 
 
+@checked()
 def weight_groups(
     model: torch.nn.Module, *, fused_qkv: bool = True, biases: bool = False
 ) -> list[WeightGroup]:
@@ -154,26 +165,36 @@ def weight_groups(
 
     Per layer, the groups are QKV, W_O, W_in and W_out, with the weights that read positional
     channels in the group of their matrix. The embedding, the unembedding and any other parameter of
-    two or more dimensions are groups of their own. Norms, the bigram table and positional tables
-    stay dense (A.2, published script).
+    two or more dimensions are groups of their own. In the attention and MLPs of transformers'
+    models, also inside a `TransformerBridge`, the rows of each group are its neurons or attention
+    channels, whichever way the model stores it. Norms, the bigram table and positional tables stay
+    dense (A.2, published script).
 
     Args:
         model: any TransformerLens model (or torch module).
         fused_qkv: whether Q, K and V share one budget (published script) or have one each.
         biases: whether the biases of attention and MLPs are groups too (the paper's text).
+
+    Raises:
+        UnsupportedError: if the model holds its weights compact.
     """
+    _check_dense(model)
     # Group name → matrix name → that matrix and the weights that read positional channels.
     bands: dict[str, dict[str, list[GroupedWeight]]] = {}
     single_weights: list[WeightGroup] = []
-    for name, parameter in model.named_parameters():
+    for stored_name, parameter in model.named_parameters():
         # TransformerBridge adds this to the parameter names of the components that it wraps.
-        name = name.replace("_original_component.", "")
+        name = stored_name.replace("_original_component.", "")
         layout = _known_layout(name, parameter.ndim)
         if layout is not None:
             matrix = name.removesuffix("_pos")
             group = re.sub(r"_?W_[QKV]$", "W_QKV", matrix) if fused_qkv else matrix
             band = bands.setdefault(group, {}).setdefault(matrix, [])
             band.append(GroupedWeight(parameter, layout))
+            continue
+        by_neuron = _layout_by_neuron(model, stored_name)
+        if by_neuron is not None:
+            single_weights.append(_single_weight(name, parameter, by_neuron, protected=True))
         elif biases and _BIAS.fullmatch(name):
             one_row = MatrixLayout(rows=(), columns=tuple(range(parameter.ndim)))
             single_weights.append(_single_weight(name, parameter, one_row))
@@ -193,13 +214,49 @@ def _known_layout(name: str, n_axes: int) -> MatrixLayout | None:
     return None
 
 
-def _single_weight(name: str, parameter: Tensor, layout: MatrixLayout) -> WeightGroup:
-    """A group of one weight. Its rows may not be neurons, so no entries are protected."""
+def _layout_by_neuron(model: torch.nn.Module, stored_name: str) -> MatrixLayout | None:
+    """The layout with a row for each neuron or channel of a weight of another library's model.
+
+    It is None if the weight does not lead into neurons or channels or out of them, or if its module
+    does not tell in which order it stores inputs and outputs.
+    """
+    path, _, parameter_name = stored_name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, torch.nn.Linear):
+        outputs, inputs = 0, 1
+    elif type(module).__name__ == "Conv1D":  # of transformers: a linear map stored transposed
+        outputs, inputs = 1, 0
+    else:
+        return None
+    if parameter_name != "weight":
+        return None
+    path = path.replace("_original_component.", "").removesuffix("._original_component")
+    if _INTO_NEURONS.fullmatch(path):
+        return MatrixLayout(rows=(outputs,), columns=(inputs,))
+    if _OUT_OF_NEURONS.fullmatch(path):
+        return MatrixLayout(rows=(inputs,), columns=(outputs,))
+    return None
+
+
+def _single_weight(
+    name: str, parameter: Tensor, layout: MatrixLayout, protected: bool = False
+) -> WeightGroup:
+    """A group of one weight. Entries are protected only if its rows are neurons or channels."""
     bands = ((GroupedWeight(parameter, layout),),)
     is_embedding = _EMBEDDINGS.search(name) is not None
-    return WeightGroup(name, bands, is_embedding, protected=False)
+    return WeightGroup(name, bands, is_embedding, protected)
 
 
+def _check_dense(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if vars(module).get("compact"):
+            raise UnsupportedError(
+                f"the weights of {name} are held compact, and a change of such a weight is lost: "
+                "load the model with dense_weights=True to make it sparse or train it"
+            )
+
+
+@checked()
 def annealed(
     target: float, start: float, stop: float, shape: Literal["linear", "exponential"] = "linear"
 ) -> Callable[[int], float]:
@@ -257,8 +314,10 @@ class WeightSparsity:
     Raises:
         ConfigError: for an impossible fraction or minimum, a pattern that matches no group, or a
             model without weight matrices.
+        UnsupportedError: if the model holds its weights compact.
     """
 
+    @checked("fraction", "embed_fraction")
     def __init__(
         self,
         model: torch.nn.Module,
@@ -278,6 +337,7 @@ class WeightSparsity:
             _check_fraction(pattern, group_fraction)
         check(min_nonzero >= 0, "min_nonzero", min_nonzero, "at least 0")
         self.min_nonzero = min_nonzero
+        _check_dense(model)
         self.groups = list(weight_groups(model) if groups is None else groups)
         if not self.groups:
             raise ConfigError(f"{type(model).__name__} has no weight matrices to make sparse")

@@ -18,10 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_sparse import checksums
 from tl_sparse.checkpoints.loading import create
+from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
+from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.faces.line import transformer_lens_line
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import TOPK_LOCATIONS, SparseConfig
+from tl_sparse.tasks.task_data import TaskData
 
 #: The installed line of TransformerLens, 3 or 4.
 LINE = transformer_lens_line()
@@ -162,6 +165,34 @@ def random_masks(means, share, generator):
         if not name.endswith(".hook_z"):  # z is no node location
             masks[name] = torch.rand(mean.shape, generator=generator) < share
     return masks
+
+
+def random_data(model, n_pairs=6, seed=0, lengths=None):
+    """Random prompts of different lengths, padded with random tokens, and random candidates."""
+    n_prompts = 2 * n_pairs
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(seed)
+    last = lengths
+    if last is None:
+        last = torch.randint(1, cfg.n_ctx, (n_prompts,), generator=generator)
+    candidates = [torch.randperm(cfg.d_vocab, generator=generator)[:2] for _ in range(n_pairs)]
+    return TaskData(
+        task="t",
+        prompts=tuple(map(str, range(n_prompts))),
+        tokens=random_tokens(model, n_prompts, cfg.n_ctx, seed),
+        last=last,
+        candidates=torch.stack(candidates).repeat_interleave(2, 0),
+        correct=torch.arange(2).repeat(n_pairs),
+    )
+
+
+def random_circuit(model, share=0.5, seed=0):
+    """A circuit of random nodes, with random scores."""
+    means = circuit_means(model, random_tokens(model, seed=5))
+    generator = torch.Generator().manual_seed(seed)
+    kept = random_masks(means, share, generator)
+    scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in kept.items()}
+    return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
 
 
 def has_hooks(model):

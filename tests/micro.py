@@ -27,6 +27,7 @@ from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.files import write_tensors
 from tl_sparse.tasks.task import Task
+from tl_sparse.tasks.task_data import make_task_data
 
 W_V, W_O, W_U = 1.5, 2.0, 3.0
 WRITTEN = 2 * W_V * W_O / 6
@@ -98,6 +99,10 @@ def micro_corpus() -> torch.Tensor:
         for letter in (VOCABULARY["A"], VOCABULARY["B"]):
             rows.append([start, fillers[0], fillers[1], letter, fillers[2], end])
     return torch.tensor(rows)
+
+
+def micro_data(micro, n_pairs=8):
+    return make_task_data(MICRO_TASK, micro.tokenizer, n_pairs, seed=0)
 
 
 def micro_circuit(micro) -> Circuit:

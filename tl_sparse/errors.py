@@ -3,9 +3,19 @@
 Each message names the file or field, and says what is wrong and what would be right.
 """
 
+import sys
+import warnings
+
+#: The names of this package's modules begin with this.
+_PACKAGE = __name__.split(".")[0] + "."
+
 
 class TLSparseError(Exception):
     """Base class of the errors of this package."""
+
+
+class ArgumentError(TLSparseError, TypeError):
+    """An argument of a function has the wrong type; the message names it and the right type."""
 
 
 class ConfigError(TLSparseError, ValueError):
@@ -42,7 +52,7 @@ class CircuitError(TLSparseError, ValueError):
 
 
 class PruneError(TLSparseError, RuntimeError):
-    """No circuit is found: the full model, or every set of its nodes, misses the target loss."""
+    """No circuit is found: the full model, or every set of nodes that was tried, fails."""
 
 
 class UnsupportedError(TLSparseError, NotImplementedError):
@@ -61,3 +71,18 @@ class SuiteError(TLSparseError, RuntimeError):
 
     Its folder or storage belongs to another one, or it was interrupted.
     """
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words for messages: "1 pair", "2 pairs"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def warn_user(message: str) -> None:
+    """Warn, and name the line outside this package that led here as the place of the warning."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)

@@ -5,7 +5,7 @@ import time
 import torch
 
 import tl_sparse
-from tl_sparse.evaluation.judge import task_loss
+from tl_sparse.evaluation.running import task_loss
 from tl_sparse.hooks import NodeGates
 from tl_sparse.hooks.points import frozen, hooked
 from tl_sparse.pruning.config import PruneConfig

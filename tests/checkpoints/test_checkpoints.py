@@ -390,7 +390,7 @@ def test_missing_openai_keys_are_named(tmp_path):
         ),
         (
             {"transformer.h.7.ln_1.weight": torch.ones(6)},
-            "the configuration has 1 layers, but the file has 2",
+            "the configuration has 1 layer, but the file has 2",
         ),
         (
             {"transformer.ln_f.weight": torch.ones(7)},
@@ -595,7 +595,7 @@ def test_configurations_that_are_no_json_object(name, text, message, folder):
         (
             "blocks.3.ln1.w",
             lambda x: torch.ones(6),
-            "the configuration has 1 layers, but the file has 2",
+            "the configuration has 1 layer, but the file has 2",
         ),
         (
             "embed.W_E",

@@ -303,7 +303,7 @@ def test_lists_of_other_tools_need_edges_only(micro, tmp_path):
 def test_edges_left_out_are_said(micro, tmp_path):
     path = write(tmp_path, MICRO_LIST | {"edges": MICRO_LIST["edges"][:1]})
     with pytest.warns(
-        UserWarning, match="leaves out 1 edges between its nodes; the circuit includes them"
+        UserWarning, match="leaves out 1 edge between its nodes; the circuit includes them"
     ):
         circuit = Circuit.from_edge_list(path, micro)
     assert len(circuit.edges(micro)) == 2
@@ -342,7 +342,7 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
         ([edge("0.attn_v.0", "0.attn_in.0")], r"0\.attn_v\.0 → 0\.attn_in\.0 has weight 0"),
         ([edge(target="0.mlp_out.1")], r"0\.attn_in\.0 → 0\.mlp_out\.1 has weight 0"),
         ([edge(target="0.attn_v.2")], r"0\.attn_v: index 2 is out of range; they run from 0 to 1"),
-        ([edge(target="1.attn_v.0")], r"1\.attn_v does not exist: the model has 1 layers"),
+        ([edge(target="1.attn_v.0")], r"1\.attn_v does not exist: the model has 1 layer,"),
         ([edge(target="attn_v")], "'attn_v' is not a node"),
         ([{"source": "0.attn_in.0"}], r"unlike \{'source': '0\.attn_in\.0'\}"),
         ([["0.attn_in.0", "0.attn_v.0"]], "unlike "),

@@ -521,7 +521,7 @@ def test_how_much_is_taken_of_a_stream(tmp_path, monkeypatch):
     [
         ([], {}, "cannot read the dataset|0 documents with text"),
         (["", None, " \n"], {}, "has 0 documents with text in 'text'; give at least two"),
-        (["one"], {}, "has 1 documents with text in 'text'; give at least two"),
+        (["one"], {}, "has 1 document with text in 'text'; give at least two"),
         (
             ["one", "two"],
             {"text_column": "code"},

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from helpers import (
     cancels,
-    circuit_means,
     copied_parameters,
     full_config,
     has_hooks,
-    random_masks,
+    random_circuit,
+    random_data,
     random_tokens,
     sparse_configs,
     stock_model,
@@ -22,7 +22,6 @@ from helpers import (
 )
 from micro import (
     LOSS,
-    MICRO_TASK,
     NODES,
     W_O,
     W_U,
@@ -30,68 +29,33 @@ from micro import (
     WRITTEN,
     micro_circuit,
     micro_corpus,
+    micro_data,
     micro_model,
 )
-from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
-from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import judge as evaluation
+from tl_sparse.evaluation import running
 from tl_sparse.evaluation.judge import (
-    all_logits,
     calibration,
     effects,
     evaluate,
     faithfulness_curve,
     holding_circuit,
     random_circuits,
-    resampled,
     score,
     score_logits,
-    task_logits,
-    task_loss,
 )
+from tl_sparse.evaluation.running import all_logits, resampled, task_logits, task_loss
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.tasks.scores import score_row
-from tl_sparse.tasks.task_data import TaskData, make_task_data
-
-
-def random_data(model, n_pairs=6, seed=0, lengths=None):
-    """Random prompts of different lengths, padded with random tokens, and random candidates."""
-    n_prompts = 2 * n_pairs
-    cfg = model.cfg
-    generator = torch.Generator().manual_seed(seed)
-    last = lengths
-    if last is None:
-        last = torch.randint(1, cfg.n_ctx, (n_prompts,), generator=generator)
-    candidates = [torch.randperm(cfg.d_vocab, generator=generator)[:2] for _ in range(n_pairs)]
-    return TaskData(
-        task="t",
-        prompts=tuple(map(str, range(n_prompts))),
-        tokens=random_tokens(model, n_prompts, cfg.n_ctx, seed),
-        last=last,
-        candidates=torch.stack(candidates).repeat_interleave(2, 0),
-        correct=torch.arange(2).repeat(n_pairs),
-    )
-
-
-def random_circuit(model, share=0.5, seed=0):
-    """A circuit of random nodes, with random scores."""
-    means = circuit_means(model, random_tokens(model, seed=5))
-    generator = torch.Generator().manual_seed(seed)
-    kept = random_masks(means, share, generator)
-    scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in kept.items()}
-    return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
+from tl_sparse.tasks.task_data import candidate_logits
 
 
 def scored_by_means(circuit):
     """Scores for a circuit whose values do not matter."""
     return {name: circuit.means[name] for name in circuit.kept}
-
-
-def micro_data(micro, n_pairs=8):
-    return make_task_data(MICRO_TASK, micro.tokenizer, n_pairs, seed=0)
 
 
 def loss_if_written(a):
@@ -132,7 +96,7 @@ def test_gradients_of_one_position_are_those_of_the_full_forward():
 
     of_one = gradients(task_logits(model, data))
     full = model.network(data.tokens)
-    of_all = gradients(evaluation.candidate_logits(full, data))
+    of_all = gradients(candidate_logits(full, data))
     assert of_one.keys() == of_all.keys()
     for name, gradient in of_all.items():
         torch.testing.assert_close(of_one[name], gradient, rtol=1e-8, atol=1e-10)
@@ -188,7 +152,7 @@ def test_hooks_at_the_last_block_act_on_one_position():
     model = tiny_model(full_config(), dtype=torch.float64)
     circuit, data = random_circuit(model), random_data(model)
     with circuit.applied(model), torch.no_grad():
-        expected = evaluation.candidate_logits(model(data.tokens), data)
+        expected = candidate_logits(model(data.tokens), data)
         torch.testing.assert_close(task_logits(model, data), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -210,7 +174,7 @@ def test_logits_come_in_the_order_of_the_prompts(make):
 
 
 @pytest.mark.parametrize("inverted", [False, True])
-@pytest.mark.parametrize("how", ["mean", "zero"])
+@pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_a_score_does_not_depend_on_the_batch_size(how, inverted):
     model = tiny_model(full_config(), dtype=torch.float64)
     data = random_data(model, n_pairs=7)
@@ -240,11 +204,11 @@ def test_the_task_loss_is_the_loss_of_the_score():
 # Resampling
 
 
-@pytest.mark.parametrize("n_pairs", [1, 2, 5, 8])
+@pytest.mark.parametrize("n_pairs", [2, 5, 8])
 def test_resampled_are_the_activations_of_another_prompt(n_pairs):
-    """They cover all positions before the last attention, and the other prompt's last after it."""
+    """Where the other prompt has ended, they are those of its last token."""
     model = tiny_model(full_config())
-    data = random_data(model, n_pairs)
+    data = random_data(model, n_pairs).with_partners(seed=3)
     names = list(node_hooks(model).values())
     found = resampled(model, data, names)
     assert found.keys() == set(names)
@@ -252,20 +216,16 @@ def test_resampled_are_the_activations_of_another_prompt(n_pairs):
     with torch.no_grad():
         _, cache = model.run_with_cache(data.tokens[:, :width])
 
-    # An early hook point, which has all positions, shows whose activations each prompt got.
-    early = "blocks.0.hook_mlp_out"
-    differences = (found[early][:, None] - cache[early][None]).abs()
-    partner = differences.flatten(2).amax(-1).argmin(1)
-    # Each prompt's activations are used once, and no prompt gets its own.
-    assert sorted(partner.tolist()) == list(range(2 * n_pairs))
-    assert (partner != torch.arange(2 * n_pairs)).all()
-
-    after_the_last_attention = {f"blocks.1.{place}" for place in PAST_ATTENTION}
-    for name in names:
-        expected = cache[name][partner]
-        if name in after_the_last_attention:
-            expected = expected[torch.arange(2 * n_pairs), data.last[partner]][:, None]
-        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    partners = []
+    for tokens in data.partners.tokens:
+        (partner,) = (data.tokens == tokens).all(1).nonzero()[:, 0].tolist()
+        partners.append(partner)
+    for prompt, partner in enumerate(partners):
+        end = int(data.last[partner]) + 1
+        for name in names:
+            seen = cache[name][partner, :end]
+            expected = torch.cat([seen, seen[-1:].expand(width - end, *seen.shape[1:])])
+            torch.testing.assert_close(found[name][prompt], expected, rtol=1e-4, atol=1e-5)
     assert not has_hooks(model)
 
 
@@ -367,8 +327,7 @@ def test_mean_and_zero_ablation_on_paper(micro, without_the_written_channel):
 def test_resampling_on_paper(micro, without_the_written_channel):
     """The written channel is held at its activation on another prompt: the value of A or of B."""
     data = micro_data(micro)
-    # One batch, because resampling draws the other prompts from the same batch.
-    measured = evaluate(without_the_written_channel, micro, data, batch_size=100)
+    measured = evaluate(without_the_written_channel, micro, data)
     embeddings = resampled(micro, data, ["hook_embed"])["hook_embed"]
     letters = embeddings[
         :, 3, 0
@@ -417,7 +376,7 @@ def test_judging_leaves_the_model_as_it_was(judge, micro):
 @pytest.mark.parametrize("judge", JUDGES)
 def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatch):
     before = copied_parameters(micro)
-    real = evaluation.candidate_logits
+    real = running.candidate_logits
     changed = []  # for each call, whether the model is changed at that moment
 
     def failing_at_the_fourth_call(*arguments):
@@ -429,7 +388,7 @@ def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatc
 
     # 16 prompts in batches of 4: the fourth call is in the first score that a judge takes, or, in
     # `evaluate`, in that of the circuit under mean ablation. All are taken under the circuit.
-    monkeypatch.setattr(evaluation, "candidate_logits", failing_at_the_fourth_call)
+    monkeypatch.setattr(running, "candidate_logits", failing_at_the_fourth_call)
     with pytest.raises(ZeroDivisionError):
         judge(circuit_without_edges(micro), micro, micro_data(micro), batch_size=4)
     assert changed[-1]  # there was a change to undo

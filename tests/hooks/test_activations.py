@@ -19,6 +19,7 @@ from tl_sparse.hooks import (
     recording_means,
     sparse_activations,
 )
+from tl_sparse.hooks import gates as gates_module
 from tl_sparse.network.config import SparseConfig
 
 EXAMPLES = settings(max_examples=60)
@@ -847,6 +848,24 @@ def test_gates_and_their_gradients_by_the_formula(tied, per_element, inverted):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(gates.tau.grad, tau.grad, rtol=1e-9, atol=1e-13)
     assert all(part.abs().max() > 1e-9 for part in gates.at_nodes(tau.grad).values())
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_infinite_values_behind_a_gate_are_not_seen(per_element):
+    """0 · inf is NaN; a closed gate gives its value whatever is behind it, and the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, generator=generator)
+    x[0, 1, 0], x[1, 2, 0] = torch.inf, torch.nan  # where the gate is closed
+    x.requires_grad_()
+    tau = torch.tensor([-0.5, 0.5, -0.5, 0.5], requires_grad=True)
+    value = torch.tensor([1.0, torch.inf, 2.0, torch.nan])  # where the gate is open
+    if per_element:
+        value = value.expand(2, 3, 4).contiguous()
+    gated = gates_module._Gate.apply(x, tau, value, 1.0, False)
+    assert torch.equal(gated, torch.where(tau > 0, x, value))
+    gated.sum().backward()
+    assert torch.equal(x.grad, (tau > 0).float().expand(2, 3, 4))
+    assert tau.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("inverted", [False, True])

@@ -12,9 +12,9 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tl_sparse
-from helpers import ON_3, stock_model
+from helpers import ON_3, only_on, stock_model, tiny_model
 from helpers import copied_parameters as copies
-from tl_sparse.errors import ConfigError
+from tl_sparse.errors import ConfigError, UnsupportedError
 from tl_sparse.hooks import (
     GroupedWeight,
     MatrixLayout,
@@ -24,6 +24,7 @@ from tl_sparse.hooks import (
     weight_groups,
 )
 from tl_sparse.hooks.weights import top_mask
+from tl_sparse.network.compact import Compact
 from tl_sparse.network.config import SparseConfig, paper_topk
 
 EXAMPLES = settings(max_examples=30)
@@ -199,7 +200,7 @@ def test_the_groups_of_a_dense_model_of_transformer_lens():
     for names in DENSE_GROUPS_ON_3 if ON_3 else DENSE_GROUPS_ON_4:
         for layer in range(2):
             group = frozenset(name.format(layer=layer) for name in names)
-            expected.add((group, False, ON_3))
+            expected.add((group, False, True))
     for name in ("embed.W_E", "unembed.W_U") if ON_3 else ("tok_embed.weight", "head.weight"):
         expected.add((frozenset([name]), True, False))
     assert found == expected
@@ -240,6 +241,76 @@ def test_grouped_query_attention_and_gated_mlps():
     assert (after["blocks.0.mlp.W_out"].count_nonzero(1) == 2).all()
     for name in biases:
         assert torch.equal(after[f"blocks.0.{name}"], before[f"blocks.0.{name}"]), name
+
+
+#: Tiny models of transformers: GPT-2's Conv1D stores [input, output], a Linear [output, input].
+SMALL = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+SMALL_LLAMA = SMALL | dict(intermediate_size=12, num_key_value_heads=1)
+FAMILIES = {
+    "GPT2": dict(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_inner=12),
+    "Llama": SMALL_LLAMA,  # gated, grouped queries
+    "Phi3": SMALL_LLAMA | dict(pad_token_id=0),  # q, k, v in one matrix; gate and input in one
+    "GPTNeoX": SMALL | dict(intermediate_size=12),
+    "OPT": SMALL | dict(ffn_dim=12, word_embed_proj_dim=8),
+    "GPTJ": dict(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_inner=12, rotary_dim=4),
+}
+#: The ends of the names of weights that lead out of neurons and channels; others lead into them.
+WRITES = ("o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc_out", "fc2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_neuron_of_another_librarys_model_keeps_its_minimum(family):
+    """Counted by neuron and channel: their inputs in maps that lead to them, else their outputs."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")
+    model = model(config)
+    WeightSparsity(model, fraction=1 / 64, min_nonzero=2).project()
+    n_checked = 0
+    for name, module in model.named_modules():
+        is_conv = type(module).__name__ == "Conv1D"
+        if (not is_conv and not isinstance(module, torch.nn.Linear)) or name.endswith("lm_head"):
+            continue
+        if name == "embed_out":
+            continue
+        weight = module.weight.T if is_conv else module.weight  # [output, input]
+        counts = weight.count_nonzero(0 if name.endswith(WRITES) else 1)
+        assert (counts == 2).all(), name
+        n_checked += 1
+    assert n_checked >= 4
+
+
+@only_on(4, "on TransformerLens 3, these models become a HookedTransformer")
+@pytest.mark.parametrize("make", ["GPT2", "native"])
+def test_each_neuron_in_a_bridge_keeps_its_minimum(make):
+    if make == "native":
+        model = dense()
+    else:
+        import transformers
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**FAMILIES["GPT2"]))
+        model = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, device="cpu")
+    WeightSparsity(model, fraction=1 / 64, min_nonzero=2).project()
+    block = model.blocks[0]
+    assert (block.mlp.W_in.count_nonzero(0) == 2).all()  # [input, neuron]
+    assert (block.mlp.W_out.count_nonzero(1) == 2).all()  # [neuron, output]
+    for name in ("W_Q", "W_K", "W_V"):
+        assert (getattr(block.attn, name).count_nonzero(1) == 2).all(), name
+    assert (block.attn.W_O.count_nonzero(-1) == 2).all()
+
+
+def test_compact_weights_are_refused():
+    model = tiny_model()
+    mlp = model.blocks[0].mlp
+    mlp.hold_compact("W_in", Compact.of(mlp.W_in.detach()))
+    for make in (
+        lambda: WeightSparsity(model, 0.5),
+        lambda: weight_groups(model),
+    ):
+        with pytest.raises(UnsupportedError, match=r"blocks.0.mlp are held compact.*dense_weights"):
+            make()
 
 
 @pytest.mark.parametrize(

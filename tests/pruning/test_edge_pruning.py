@@ -567,10 +567,10 @@ def test_the_model_is_as_it_was_after_an_exception_in_edge_pruning(monkeypatch):
             raise ZeroDivisionError
         return real(*arguments)
 
-    from tl_sparse.evaluation import judge as evaluation
+    from tl_sparse.evaluation import running
 
-    real = evaluation.task_logits
-    monkeypatch.setattr(evaluation, "task_logits", failing)
+    real = running.task_logits
+    monkeypatch.setattr(running, "task_logits", failing)
     micro.train()
     micro.blocks[0].attn.W_V.requires_grad_(False)
     config = dataclasses.replace(CONFIG, batch_size=8)
@@ -685,7 +685,7 @@ def test_the_number_of_edges_is_in_the_repr():
     first, second = circuit.edges(micro)
     assert "pruned to" not in repr(circuit)
     assert repr(circuit.without([first], micro)).endswith(
-        "1 attn_in, 1 attn_v, 1 attn_out\n  pruned to 1 edges)"
+        "1 attn_in, 1 attn_v, 1 attn_out\n  pruned to 1 edge)"
     )
     assert repr(circuit.without([first, second.source], micro)).endswith("pruned to 0 edges)")
 

@@ -14,6 +14,7 @@ from micro import (
     LOSS,
     MICRO_TASK,
     NODES,
+    QUICK_SETTINGS,
     W_U,
     WRITTEN,
     micro_circuit,
@@ -22,8 +23,16 @@ from micro import (
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
-from tl_sparse.errors import ConfigError, HookNameError, PruneError, TaskError, TokenizerError
-from tl_sparse.evaluation.judge import score, task_loss
+from tl_sparse.errors import (
+    ConfigError,
+    DataError,
+    HookNameError,
+    PruneError,
+    TaskError,
+    TokenizerError,
+)
+from tl_sparse.evaluation.judge import score
+from tl_sparse.evaluation.running import task_loss
 from tl_sparse.hooks import NodeGates, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.pruning import means as means_module
@@ -42,6 +51,9 @@ CONFIG = PruneConfig(
     heldout_pairs=16,
     pairs_per_step=8,
 )
+
+
+QUICK = PruneConfig(**QUICK_SETTINGS)
 
 
 def empty(micro):
@@ -174,7 +186,8 @@ def test_attribution_on_paper(micro, method, points, batch_size):
     """The circuit's nodes have equal attributions, Σ gradient · (x - mean); all others have 0."""
     config = dataclasses.replace(CONFIG, method=method, batch_size=batch_size, ranking_pairs=9)
     circuit, (train, _, _) = micro_circuit(micro), task_splits(micro, MICRO_TASK, CONFIG)
-    gates = NodeGates(circuit.means, init_bias=0.1, init_scale=0.0, seed=0)
+    means = {name: circuit.means[name] for name in circuit.kept}
+    gates = NodeGates(means, init_bias=0.1, init_scale=0.0, seed=0)
     with frozen(micro):
         found = gates.at_nodes(attribution(micro, gates, train, config))
     expected = sum(map(slope, points)) / len(points)
@@ -214,6 +227,25 @@ def test_attribution_against_differences():
         assert found[name][at].item() == pytest.approx(near / 2e-5, rel=1e-3, abs=1e-8), name
         checked += abs(near) > 1e-9
     assert checked >= 8
+
+
+def test_attribution_mixes_with_what_resampling_holds(micro):
+    """The derivative of the loss as a node moves from its value on the partner to its own."""
+    config = dataclasses.replace(CONFIG, method="attribution", ablation="resample")
+    train, _, _ = task_splits(micro, MICRO_TASK, config)
+    circuit = micro_circuit(micro)
+    means = {name: circuit.means[name] for name in circuit.kept}
+    gates = NodeGates(means, init_bias=0.1, init_scale=0.0, seed=0)
+    with frozen(micro):
+        found = gates.at_nodes(attribution(micro, gates, train, config))
+    letters = train.tokens[: 2 * 64, 3]
+    is_swapped = (train.partners.tokens[:128, 3] != letters).double().mean().item()
+    # A partner with the other letter doubles the distance to the mean of zero; one with the same
+    # letter changes nothing.
+    for name, kept in circuit.kept.items():
+        torch.testing.assert_close(
+            found[name], kept * (2 * is_swapped * slope(1.0)), rtol=1e-4, atol=1e-8
+        )
 
 
 def ranked(micro, monkeypatch, **changes):
@@ -474,7 +506,9 @@ def test_no_set_of_nodes_is_necessary(micro):
     task = dataclasses.replace(MICRO_TASK, sample=_ends_in, same_end=False)
     config = dataclasses.replace(CONFIG, target_loss=0.1, ablated_accuracy=0.6, steps=5)
     message = (
-        r"no set of nodes reaches the target loss 0\.1 such .* at most 0\.6, not even all 24 nodes"
+        r"no circuit was found at any size that was tried, up to all 24 nodes: with these, the "
+        r"loss is 0\.\d+ \(it must be at most 0\.1\), and the accuracy of the model without them "
+        r"is \d+\.\d% \(it must be at most 60\.0%\)"
     )
     with pytest.raises(PruneError, match=message):
         prune(micro, task, micro_corpus(), config, progress=False)
@@ -582,8 +616,26 @@ def test_a_corpus_too_small_for_stable_means_is_warned_of(micro):
         match=r"the means over 12 tokens have a standard error of about \d+% of their size",
     ):
         corpus_means(micro, rows[[0, 3]])  # one row has an A, the other a B
-    with pytest.warns(UserWarning, match="about inf% of their size"):
-        corpus_means(micro, rows[:1])
+
+
+@pytest.mark.parametrize("n_rows", [0, 1])
+def test_a_corpus_without_two_rows_is_refused(micro, n_rows):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=rf"not torch.int64 of \[0, 6\]|one is \[{n_rows}, 6\]"):
+            corpus_means(micro, micro_corpus()[:n_rows])
+
+
+def test_the_warning_names_the_line_of_the_user(micro):
+    rows = micro_corpus()[[0, 3]]
+    calls = [
+        lambda: corpus_means(micro, rows),
+        lambda: prune(micro, MICRO_TASK, rows, QUICK, progress=False),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="the means over 12 tokens") as warned:
+            call()
+        assert warned[0].filename == __file__
 
 
 def test_means_over_the_corpus_are_those_of_all_rows(micro):

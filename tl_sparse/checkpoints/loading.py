@@ -79,6 +79,7 @@ def load(
     network = build_network(checkpoint, folder, device, dtype, dense_weights)
     model = wrap(network, tokenizer)
     _choose_kernels(network, kernels)
+    model.folder = folder.resolve()
     model.cfg.model_name = printable_name(folder) if is_local else str(source)
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_sparse.errors import CheckpointError, ConfigError
+from tl_sparse.errors import CheckpointError, ConfigError, counted
 from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
@@ -100,7 +100,8 @@ def _check_layers(checkpoint: Checkpoint, source: Path) -> None:
         )
     if layers != set(range(n_layers)):
         raise CheckpointError(
-            f"{source}: the configuration has {n_layers} layers, but the file has {len(layers)}"
+            f"{source}: the configuration has {counted(n_layers, 'layer')}, "
+            f"but the file has {len(layers)}"
         )
 
 

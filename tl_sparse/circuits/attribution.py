@@ -5,7 +5,7 @@ The graphs are in the JSON that the viewers of circuit-tracer and Neuronpedia re
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, node_at, node_label
-from tl_sparse.hooks import TLModel, frozen, hooked
-from tl_sparse.tasks import Task, get_task, make_task_data
+from tl_sparse.circuits.reads import shared_reads
+from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
+from tl_sparse.tasks import Task, as_task, make_task_data
 
 #: Nodes of the graph with less influence than this are left out.
 LEAST_INFLUENCE = 0.005
@@ -25,6 +27,7 @@ LEAST_INFLUENCE = 0.005
 _FEATURES_PER_LOCATION = 1_000_000
 
 
+@checked("task")
 def attribution_graph(
     circuit: Circuit, model: TLModel, task: Task | str | None = None, pair: int = 0
 ) -> dict[str, Any]:
@@ -50,11 +53,17 @@ def attribution_graph(
         TaskError: if there is no such task.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
-    if not isinstance(task, Task):
-        task = get_task(task or circuit.task)
+    task = as_task(circuit.task if task is None else task)
     prompt = _prompt(model, task, pair)
-    with circuit.applied(model), frozen(model), torch.enable_grad():
-        run = _run_in_pieces(circuit, model, prompt)
+    circuit.check_model(model)
+    with differentiating(model), frozen(model), shared_reads(model):
+        circuit = replace(
+            circuit,
+            kept=without_inference(circuit.kept),
+            means=without_inference(circuit.means),
+        )
+        with circuit.holding(model, circuit.dropped, circuit.means, circuit.cut_edges(model)):
+            run = _run_in_pieces(circuit, model, prompt)
         influence, links = _trace(run, prompt)
     nodes = {}
     for vertex in sorted(influence):

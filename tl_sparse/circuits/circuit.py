@@ -21,7 +21,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.circuits.storage import read_circuit, write_circuit
-from tl_sparse.errors import CircuitError
+from tl_sparse.errors import CircuitError, counted
 from tl_sparse.files import write_json
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.parsing import printable
@@ -412,13 +412,13 @@ class Circuit(CircuitParts):
     def __repr__(self) -> str:
         task = printable(self.task) or "no task"
         model_name = printable(self.model_name) or "a model"
-        lines = [f"Circuit({task} in {model_name}: {self.n_nodes} nodes"]
+        lines = [f"Circuit({task} in {model_name}: {counted(self.n_nodes, 'node')}"]
         n_nodes_at = Counter(node.location for node in self.nodes)
         if n_nodes_at:
             counts = [f"{n_nodes_at[name]} {name}" for name in LOCATIONS if n_nodes_at[name]]
             lines.append(", ".join(counts))
         if self.edge_set is not None:
-            lines.append(f"pruned to {len(self.edge_set)} edges")
+            lines.append(f"pruned to {counted(len(self.edge_set), 'edge')}")
         losses = self._measured_losses()
         if losses:
             texts = [f"{printable(name)} {loss:.3f}" for name, loss in losses.items()]

@@ -6,7 +6,6 @@ make circuits.
 
 import json
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
 from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node, indices_by_location
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.errors import CheckpointError, CircuitError
+from tl_sparse.errors import CheckpointError, CircuitError, counted, warn_user
 from tl_sparse.files import read_json, read_torch
 from tl_sparse.hooks import TLModel
 
@@ -223,8 +222,8 @@ def _check_listed_edges(path: Path, listed: Sequence[_ListedEdge], edges: Sequen
                 f"{actual:g} between the kept nodes, not {expected}"
             )
     if left_out:
-        warnings.warn(
-            f"{path} leaves out {len(left_out)} edges between its nodes; "
+        warn_user(
+            f"{path} leaves out {counted(len(left_out), 'edge')} between its nodes; "
             f"the circuit includes them, because it is defined by its nodes"
         )
 
@@ -244,7 +243,8 @@ def _masks(model: TLModel, indices: Mapping[tuple[int, str], Any]) -> dict[str, 
         # The layer must be wrong, because `Node.parse` has already checked the location.
         layer, location = missing[0]
         raise CircuitError(
-            f"{layer}.{location} does not exist: the model has {model.cfg.n_layers} layers, from 0"
+            f"{layer}.{location} does not exist: the model has "
+            f"{counted(model.cfg.n_layers, 'layer')}, from 0"
         )
     masks = {}
     for (layer, location), hook in hooks.items():

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.nodes import LOCATIONS, Node, node_label
@@ -28,6 +29,7 @@ _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 MERMAID_LINKS = 400
 
 
+@checked()
 def export(
     circuit: Circuit,
     model: TLModel,
@@ -68,6 +70,7 @@ def export(
     write_text(path, text + "\n", overwrite)
 
 
+@checked()
 def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
     """The circuit as a networkx graph.
 
@@ -180,6 +183,7 @@ def to_mermaid(circuit: Circuit, model: TLModel) -> str:
 TEXT_FORMATS = {".graphml": to_graphml, ".dot": to_dot, ".mmd": to_mermaid, ".csv": to_csv}
 
 
+@checked()
 def residual_joins(nodes: list[Node]) -> list[tuple[Node, Node]]:
     """The pairs of a write and a later read of the same residual channel.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits.nodes import (
     BLOCK_LOCATIONS,
     LOCATIONS,
@@ -20,6 +21,7 @@ from tl_sparse.errors import HookNameError
 from tl_sparse.hooks import TLModel, frozen, hooked, is_sparse_model
 
 
+@checked()
 def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 

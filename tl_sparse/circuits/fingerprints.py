@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import TLModel, is_sparse_model
 
@@ -132,6 +133,7 @@ class Fingerprint:
         return math.dist(our_sketch, their_sketch) <= TOLERANCE * size + ABSOLUTE_TOLERANCE
 
 
+@checked()
 def fingerprint(model: TLModel) -> Fingerprint:
     """The fingerprint of a TransformerLens model.
 

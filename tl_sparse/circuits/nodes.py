@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import CircuitError, HookNameError
 from tl_sparse.hooks import NodeMasks, TLModel
 
@@ -205,6 +206,7 @@ def indices_by_location(nodes: Iterable[Node]) -> dict[tuple[int, str], list[int
     return dict(indices)
 
 
+@checked()
 def weight_matrices(
     model: TLModel, layer: int
 ) -> Iterator[tuple[str, str, Float[Tensor, "source target"]]]:
@@ -247,6 +249,7 @@ def _stored_weights(module: Any, matrix: WeightMatrix) -> Tensor | None:
     return weights.detach()
 
 
+@checked()
 def n_weights(model: TLModel) -> tuple[int, int]:
     """The number of nonzero weights between node locations, and the number of all of them."""
     n_nonzero = 0
@@ -258,13 +261,19 @@ def n_weights(model: TLModel) -> tuple[int, int]:
     return n_nonzero, n_total
 
 
+@checked()
 def node_label(model: TLModel, node: Node) -> str:
     """A node's label, with its head if it has one: `0.attn_v h3.5` is channel 5 of head 3."""
     return f"{node.layer}.{node.location} {index_label(model, node.location, node.index)}"
 
 
+@checked()
 def index_label(model: TLModel, location: str, index: int) -> str:
     """The label of an index: head and channel at locations with heads, otherwise the index."""
+    if location not in LOCATIONS:
+        raise HookNameError(
+            f"unknown node location {location!r}; the locations are {', '.join(LOCATIONS)}"
+        )
     if not LOCATIONS[location].is_by_head:
         return str(index)
     head, channel = divmod(index, model.cfg.d_head)

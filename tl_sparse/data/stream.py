@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_sparse.data.config import DataConfig
-from tl_sparse.errors import DataError
+from tl_sparse.errors import DataError, counted
 
 #: The number of documents in the buffer in which a stream is shuffled.
 STREAM_BUFFER = 1_000
@@ -110,7 +110,7 @@ def held_out_documents(config: DataConfig) -> dict[int, str]:
             break
     if n_documents < 2:
         raise DataError(
-            f"{config.source} has {n_documents} documents with text in {config.text_column!r}; "
-            "give at least two"
+            f"{config.source} has {counted(n_documents, 'document')} with text in "
+            f"{config.text_column!r}; give at least two"
         )
     return held_out

@@ -1,8 +1,9 @@
 """Judging whether a circuit is sufficient and necessary (Gao et al. 2025, sections 2.2 and 3)."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from operator import itemgetter
 from typing import Any
@@ -11,16 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
-from tl_sparse.hooks import NodeValues, TLModel, recording
+from tl_sparse.evaluation.running import RunContext, all_logits, resampled
+from tl_sparse.evaluation.scores import ABLATIONS, Ablation, Evaluation, SizedScore
+from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.tasks import (
     TASKS,
     Score,
     TaskData,
-    candidate_logits,
     make_task_data,
     task_loss_and_accuracy,
 )
@@ -30,71 +32,22 @@ from tl_sparse.tasks import (
 MAX_EFFECTS = 4000
 
 
-#: A function that returns the context in which a model runs on a batch of prompts, for example
-#: under a circuit.
-RunContext = Callable[[TaskData], AbstractContextManager[None]]
-
-
 # --- scores of a model
 
 
-def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
-    """The logits of the two candidates at the last position of each prompt.
-
-    A model of this package unembeds only that position.
-    """
-    data = data.trimmed()
-    if hasattr(model, "network"):
-        logits = model.network(data.tokens, last=data.last)
-        return candidate_logits(logits, replace(data, last=torch.zeros_like(data.last)))
-    return candidate_logits(model(data.tokens), data)
-
-
-def task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
-    """The mean task loss, through which gradients flow."""
-    logits = task_logits(model, data)
-    losses, _ = task_loss_and_accuracy(logits, data.correct)
-    return losses.mean()
-
-
-@torch.no_grad()
-def all_logits(
-    model: TLModel,
-    data: TaskData,
-    batch_size: int = 256,
-    run_context: RunContext | None = None,
-) -> Float[Tensor, "prompt 2"]:
-    """The logits of the two candidates for every prompt, in the order of the prompts.
-
-    Args:
-        batch_size: the largest number of prompts to run at a time.
-        run_context: the context in which each batch runs; by default the model runs as it is.
-    """
-    # Pairs of similar length run together, so that little computation is spent on padding.
-    pair_lengths = data.last.view(-1, 2).amax(1)
-    by_length = pair_lengths.argsort(stable=True)
-    batches = []
-    for indices in by_length.split(max(1, batch_size // 2)):
-        batch = data.pairs(indices)
-        context = run_context(batch) if run_context else nullcontext()
-        with context:
-            batches.append(task_logits(model, batch))
-    pair_logits = torch.cat(batches).view(-1, 4)
-    original_order = by_length.argsort()
-    return pair_logits[original_order].view(-1, 2)
-
-
+@checked()
 def score(
     model: TLModel,
     data: TaskData,
     batch_size: int = 256,
     run_context: RunContext | None = None,
+    seed: int = 0,
 ) -> Score:
     """The loss and accuracy of `model` on the prompts of `data`.
 
-    For the arguments see `all_logits`.
+    For the arguments and errors see `all_logits`.
     """
-    return score_logits(all_logits(model, data, batch_size, run_context), data)
+    return score_logits(all_logits(model, data, batch_size, run_context, seed), data)
 
 
 def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
@@ -107,6 +60,7 @@ def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
     return Score(float(losses.mean()), standard_error, float(right.float().mean()))
 
 
+@checked()
 def task_scores(model: TLModel, n_pairs: int = 256, seed: int = 0) -> dict[str, Score | None]:
     """The score of `model` on each task of `TASKS`.
 
@@ -138,15 +92,17 @@ def calibration(logits: Float[Tensor, "prompt 2"], data: TaskData) -> tuple[floa
 
     They are fitted by 16 steps of L-BFGS (Gao et al. 2025, A.5).
     """
-    with torch.enable_grad():
-        logits = logits.detach().double()
+    with torch.inference_mode(False), torch.enable_grad():
+        # Copies, because nothing made in inference mode can take part in a gradient.
+        logits = logits.detach().to(torch.float64, copy=True)
+        correct = data.correct.clone()
         fitted = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
         optimizer = torch.optim.LBFGS([fitted], max_iter=16, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
             calibrated = _calibrated(logits, scale=fitted[0], shift=fitted[1])
-            losses, _ = task_loss_and_accuracy(calibrated, data.correct)
+            losses, _ = task_loss_and_accuracy(calibrated, correct)
             loss = losses.mean()
             loss.backward()
             return loss
@@ -166,35 +122,33 @@ def _calibrated(
 # --- the contexts in which a model runs under a circuit
 
 
-@torch.no_grad()
-def resampled(model: TLModel, data: TaskData, names: Collection[str]) -> dict[str, Tensor]:
-    """The values at which the nodes are held in resample ablation.
-
-    For each prompt, these are the activations at the hook points `names` on another prompt of
-    `data`, drawn at random. Each position is held at the value of the same position.
-    """
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(data.last), generator=generator).to(data.last.device)
-    # Each prompt's partner is its predecessor in a random cyclic order, so never the prompt itself.
-    partner = torch.empty_like(order).scatter_(0, order, order.roll(1))
-    trimmed = data.trimmed()
-    partners = replace(trimmed, tokens=trimmed.tokens[partner], last=trimmed.last[partner])
-    with recording(model, names) as activations:
-        task_logits(model, partners)
-    return activations
-
-
+@checked("ablation")
 def holding_circuit(
-    circuit: Circuit, model: TLModel, ablation: str = "mean", inverted: bool = False
+    circuit: Circuit, model: TLModel, ablation: Ablation = "mean", inverted: bool = False
 ) -> RunContext:
     """The `RunContext` in which `model` runs under the circuit: all other nodes are held.
-
-    This does not check that `model` is the circuit's model.
 
     Args:
         ablation: the values at which nodes are held; see `Ablation`.
         inverted: hold the circuit's nodes instead of all others, and cut no edges.
+
+    Raises:
+        ConfigError: for an unknown `ablation`.
+        CircuitError: if `model` is not the circuit's model.
     """
+    circuit.check_model(model)
+    return holding_nodes(circuit, model, ablation, inverted)
+
+
+@checked("ablation")
+def holding_nodes(
+    circuit: Circuit, model: TLModel, ablation: Ablation = "mean", inverted: bool = False
+) -> RunContext:
+    """The same as `holding_circuit`, for a model that is known to be the circuit's.
+
+    The check reads all weights, which takes too long before each of the many runs of a search.
+    """
+    check(ablation in ABLATIONS, "ablation", ablation, f"one of {', '.join(ABLATIONS)}")
     nodes = circuit.kept if inverted else circuit.dropped
     cut = () if inverted else circuit.cut_edges(model)
     constants: NodeValues | None = None
@@ -215,8 +169,19 @@ def holding_circuit(
 # --- judging a circuit
 
 
-def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256) -> Evaluation:
+@checked()
+def evaluate(
+    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
+) -> Evaluation:
     """Score the full model, the circuit alone, and the model without the circuit on `data`.
+
+    Of a single pair, the score under resample ablation is NaN: there is no other pair to resample
+    from.
+
+    Args:
+        batch_size: the largest number of prompts to run at a time. It changes nothing but rounding.
+        seed: decides which other prompt each prompt is resampled from, if `data` has no partners
+            yet; see `TaskData.with_partners`.
 
     Raises:
         CircuitError: if `model` is not the circuit's model.
@@ -224,13 +189,16 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     n_edges = len(circuit.edges(model))
 
     def circuit_score(ablation: Ablation, inverted: bool = False) -> Score:
-        run_context = holding_circuit(circuit, model, ablation, inverted)
-        return score(model, data, batch_size, run_context)
+        run_context = holding_nodes(circuit, model, ablation, inverted)
+        return score(model, data, batch_size, run_context, seed)
 
+    resample = Score(math.nan, math.nan, math.nan)
+    if data.partners is not None or data.n_pairs > 1:
+        resample = circuit_score("resample")
     return Evaluation(
         circuit=circuit_score("mean"),
         zero=circuit_score("zero"),
-        resample=circuit_score("resample"),
+        resample=resample,
         ablated=circuit_score("mean", inverted=True),
         full=score(model, data, batch_size),
         n_pairs=data.n_pairs,
@@ -239,13 +207,14 @@ def evaluate(circuit: Circuit, model: TLModel, data: TaskData, batch_size: int =
     )
 
 
+@checked()
 def judged(
     circuit: Circuit,
     model: TLModel,
     selection: TaskData,
     heldout: TaskData,
     batch_size: int,
-    ablation: str,
+    ablation: Ablation,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate a circuit on the held-out pairs, and collect the scores that its file records.
 
@@ -256,7 +225,7 @@ def judged(
         What `evaluate` returns for the held-out pairs, and the recorded scores as JSON values.
     """
     evaluation = evaluate(circuit, model, heldout, batch_size)
-    run_context = holding_circuit(circuit, model, ablation)
+    run_context = holding_nodes(circuit, model, ablation)
     selection_logits = all_logits(model, selection, batch_size, run_context)
     heldout_logits = all_logits(model, heldout, batch_size, run_context)
     scale, shift = calibration(selection_logits, selection)
@@ -272,6 +241,7 @@ def judged(
     }
 
 
+@checked()
 def sized_score(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> SizedScore:
@@ -281,10 +251,11 @@ def sized_score(
         CircuitError: if `model` is not the circuit's model.
     """
     n_edges = len(circuit.edges(model))
-    circuit_score = score(model, data, batch_size, holding_circuit(circuit, model))
+    circuit_score = score(model, data, batch_size, holding_nodes(circuit, model))
     return SizedScore(circuit.n_nodes, n_edges, circuit_score)
 
 
+@checked()
 def scaled_sizes(circuit: Circuit, half_octaves: Iterable[int]) -> list[int]:
     """The circuit's number of nodes times 2^(i/2) for each i in `half_octaves`, in rising order.
 
@@ -297,6 +268,7 @@ def scaled_sizes(circuit: Circuit, half_octaves: Iterable[int]) -> list[int]:
     return sorted(sizes)
 
 
+@checked()
 def faithfulness_curve(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> list[SizedScore]:
@@ -313,6 +285,7 @@ def faithfulness_curve(
     return sized_scores
 
 
+@checked()
 def random_circuits(
     circuit: Circuit,
     model: TLModel,
@@ -337,6 +310,7 @@ def random_circuits(
     return sized_scores
 
 
+@checked()
 def effects(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
 ) -> dict[Node | Edge, float]:
@@ -347,7 +321,7 @@ def effects(
     """
 
     def loss(circuit: Circuit) -> float:
-        return score(model, data, batch_size, holding_circuit(circuit, model)).loss
+        return score(model, data, batch_size, holding_nodes(circuit, model)).loss
 
     parts = _parts(circuit, model)
     whole_loss = loss(circuit)
@@ -357,6 +331,7 @@ def effects(
     return effect_of
 
 
+@checked()
 def full_evaluation(
     circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
@@ -366,7 +341,7 @@ def full_evaluation(
     faithfulness curve (`ladder`) is empty if it has no `scores`.
 
     Args:
-        seed: the seed of the random circuits.
+        seed: the seed of the random circuits, and of the prompts for resample ablation.
 
     Raises:
         CircuitError: if `model` is not the circuit's model.
@@ -384,7 +359,7 @@ def full_evaluation(
         "model": circuit.model_name,
         "task": data.task,
         "kinds": dict(Counter(map(_kind, parts))),
-        "evaluation": asdict(evaluate(circuit, model, data, batch_size)),
+        "evaluation": asdict(evaluate(circuit, model, data, batch_size, seed)),
         "ladder": list(map(asdict, curve)),
         "random": list(map(asdict, random_scores)),
         "effects": {str(part): effect for part, effect in largest_first},

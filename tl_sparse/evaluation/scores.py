@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from tl_sparse.arguments import checked
+from tl_sparse.errors import counted
 from tl_sparse.records import record_from
 from tl_sparse.tasks import Score, score_row, table
 
 #: The values at which nodes outside a circuit are held: their means, zero, or their activations on
 #: another prompt.
 Ablation = Literal["mean", "zero", "resample"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SizedScore:
     circuit: Score
 
 
+@checked()
 def scores_table(evaluation: Evaluation) -> str:
     """A table of the scores in an `Evaluation`."""
     rows = [
@@ -68,6 +72,7 @@ def scores_table(evaluation: Evaluation) -> str:
         score_row("the model without the circuit (necessary?)", evaluation.ablated),
     ]
     heading = (
-        f"On {evaluation.n_pairs} held-out pairs of prompts (a coin has loss 0.693, accuracy 50%)"
+        f"On {counted(evaluation.n_pairs, 'held-out pair')} of prompts "
+        "(a coin has loss 0.693, accuracy 50%)"
     )
     return heading + "\n" + table(["", "task loss", "accuracy"], rows)

@@ -51,6 +51,8 @@ class SparseModel(nn.Module):
     parameter names and `state_dict` keys are those of the network.
     """
 
+    #: The folder that the model was loaded from, or that training wrote it to.
+    folder: Path | None = None
     network: SparseTransformer
     embed: Any
     tokenizer: Any

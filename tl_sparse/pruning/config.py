@@ -1,9 +1,10 @@
 """The settings of pruning."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from tl_sparse.config import MAX_SEED, check, check_types, short_repr
+from tl_sparse.config import MAX_SEED, check, check_types, merged, short_repr
 from tl_sparse.evaluation import Ablation
 
 #: Fields that must be at least 1.
@@ -122,3 +123,18 @@ class PruneConfig:
         accuracy = self.ablated_accuracy
         check(0.5 <= accuracy <= 1, "ablated_accuracy", accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")
+
+
+def as_config(config: PruneConfig | Mapping[str, Any] | None) -> PruneConfig:
+    """The given settings, or those of `PruneConfig()` with the given fields changed.
+
+    Raises:
+        ConfigError: for an unknown key (naming the nearest valid one) or an impossible value.
+    """
+    if isinstance(config, PruneConfig):
+        return config
+    changes = {} if config is None else config
+    check(
+        isinstance(changes, Mapping), "config", config, "a PruneConfig, or a mapping of its fields"
+    )
+    return merged(PruneConfig(), changes)

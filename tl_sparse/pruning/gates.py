@@ -51,8 +51,9 @@ def learn_gates(
         k = penalty.update(loss.item())
         objective = loss + k * gates.expected_size()
         if config.necessity > 0:
-            # Half of the pairs, to save time. A batch is sorted by length: these are the shorter.
-            half = batch.pairs(range(max(1, batch.n_pairs // 2)))
+            # Every second pair, to save time: the first half of a batch, which is sorted by length,
+            # would be the shorter pairs.
+            half = batch.pairs(range(0, batch.n_pairs, 2))
             loss_without = _gated_loss(model, gates, half, config, inverted=True)
             below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
             objective = objective + config.necessity * below_chance
@@ -121,8 +122,9 @@ def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
     lengths = data.last.view(-1, 2).amax(1).cpu()
     while True:
         drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
-        by_length = drawn[lengths[drawn].argsort()]
-        batches = by_length.split(size)
+        by_length = drawn[lengths[drawn].argsort(stable=True)]
+        # Of almost equal size, so that no pair counts for more in a small last batch.
+        batches = by_length.tensor_split(math.ceil(len(by_length) / size))
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield data.pairs(batches[i])
 
@@ -132,9 +134,11 @@ def attribution(
 ) -> Float[Tensor, " gate"]:
     """The signed change of the task loss when each gate opens, to first order.
 
-    It is Σ gradient · (activation − mean). For the method "attribution", the gradient is that of
-    the full model. For all other methods these are integrated gradients: the gradient is averaged
-    over four points on the line from all nodes at their means to the full model.
+    It is Σ gradient · (activation − held value), where the node is held at its mean or, in zero and
+    resample ablation, at zero or at its activation on the partner of the prompt. For the method
+    "attribution", the gradient is that of the full model. For all other methods these are
+    integrated gradients: the gradient is averaged over four points on the line from all nodes at
+    their held values to the full model.
 
     As final rankings, both are baselines, because learned gates find far smaller circuits (A.5). As
     the start of gate learning, integrated gradients save most of the steps.
@@ -147,17 +151,21 @@ def attribution(
     total = torch.zeros_like(gates.tau)
     for opening in openings:
         for pairs in batches:
+            batch = data.pairs(pairs)
+            held_at, alike = gates.means, True
+            if config.ablation == "resample":
+                held_at, alike = resampled(model, batch, gates.index), False
             opened = torch.full_like(gates.tau, opening).requires_grad_()
             functions = {}
             for name, opened_there in gates.at_nodes(opened).items():
-                functions[name] = partial(_mix, gates.means[name], opened_there)
-            with hooked(model, functions):
-                loss = task_loss(model, data.pairs(pairs)) * len(pairs)
+                functions[name] = partial(_mix, held_at[name], opened_there)
+            with hooked(model, functions, positions_alike=alike):
+                loss = task_loss(model, batch) * len(pairs)
             total += torch.autograd.grad(loss, opened)[0]
     return total / (len(openings) * data.n_pairs)
 
 
-def _mix(mean: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
-    """The mean where `opened` is 0, the activation where it is 1, interpolated in between."""
+def _mix(held_at: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
+    """The held value where `opened` is 0, the activation where it is 1, else a mixture of them."""
     precise = in_float32(activation)
-    return torch.lerp(mean.expand_as(precise), precise, opened).to(activation.dtype)
+    return torch.lerp(held_at.to(precise).expand_as(precise), precise, opened).to(activation.dtype)

@@ -13,23 +13,25 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.circuits import Circuit, Edge, Node, fingerprint
-from tl_sparse.errors import PruneError
+from tl_sparse.arguments import checked
+from tl_sparse.circuits import Circuit, Edge, Node, fingerprint, shared_reads
+from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation import Evaluation, judged, score
-from tl_sparse.hooks import NodeValues, TLModel, frozen
-from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
+from tl_sparse.pruning.config import PruneConfig, as_config
 from tl_sparse.pruning.gates import learn_gates
-from tl_sparse.pruning.means import corpus_means, gated_hooks, task_means
+from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
-from tl_sparse.tasks import Task, TaskData, make_task_data
+from tl_sparse.tasks import Task, TaskData, as_task, make_task_data
 
 
+@checked("task", "corpus", "config")
 def prune(
     model: TLModel,
-    task: Task,
-    corpus: Int[Tensor, "seq pos"],
-    config: PruneConfig | None = None,
+    task: Task | str,
+    corpus: Int[Tensor, "seq pos"] | None = None,
+    config: PruneConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
     means: NodeValues | None = None,
 ) -> tuple[Circuit, Evaluation]:
@@ -37,9 +39,10 @@ def prune(
 
     Args:
         model: a TransformerLens model with a tokenizer.
-        task: the task that the circuit must do.
-        corpus: tokens of the training distribution, over which the means are taken.
-        config: the settings of pruning; by default `PruneConfig()`.
+        task: the task that the circuit must do, or its name; see `get_task`.
+        corpus: tokens of the training distribution, over which the means are taken. None means the
+            sample in the folder that the model was loaded from; see `load_corpus`.
+        config: the settings of pruning, or the fields in which they differ from `PruneConfig()`.
         progress: show a progress bar with the task loss and the number of open gates.
         means: the means over `corpus`, if `corpus_means` has already computed them.
 
@@ -47,26 +50,34 @@ def prune(
         The circuit, and its scores on the held-out pairs.
 
     Raises:
-        PruneError: if the full model or every set of its nodes misses the target loss.
+        PruneError: if the full model misses the target loss, or no set of nodes that the search
+            tries is a circuit.
         TokenizerError: if the model has no tokenizer, or a candidate is not a single token of it.
-        TaskError, DataError: if the prompts do not fit the model.
+        ConfigError: for an unknown or impossible setting.
+        TaskError, DataError: if there is no such task, if its prompts do not fit the model, or if
+            the corpus is missing, malformed or looks padded (then give the `means`).
+        UnsupportedError: if the model was made in `torch.inference_mode`, or sees padding.
         HookNameError: if the hook points of the model do not carry nodes.
     """
-    config = config or PruneConfig()
-    train, selection, heldout = task_splits(model, task, config)
-    with frozen(model):
+    task = as_task(task)
+    config = as_config(config)
+    with differentiating(model), frozen(model), shared_reads(model):
+        train, selection, heldout = task_splits(model, task, config)
         _check_full_model(model, task, selection, config)
+        measured: dict[str, Any] = {}
         if config.means_over == "task":
             means = task_means(model, train, config.embed_gates)
         elif not means:
+            corpus = as_corpus(corpus, model)
             means = corpus_means(model, corpus, config.batch_size, config.embed_gates)
-        empty = _empty_circuit(model, task, means, config)
+        if corpus is not None:
+            measured["corpus_tokens"] = as_corpus(corpus, model).numel()
+        empty = _empty_circuit(model, task, without_inference(means), config)
         circuits = []
         for restart in range(config.restarts):
             restarted = dataclasses.replace(config, seed=config.seed + restart)
             circuits.append(_search(empty, model, train, selection, restarted, progress))
         smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
-        measured = {"corpus_tokens": corpus.numel()}
         return _judged(smallest, model, selection, heldout, config, measured)
 
 
@@ -84,7 +95,11 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
 def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneConfig) -> Circuit:
     """A circuit that keeps no node; its masks cover all nodes that pruning can keep."""
     nothing_kept = {}
-    for name in gated_hooks(model, config.embed_gates):
+    names = gated_hooks(model, config.embed_gates)
+    missing = [name for name in names if name not in means]
+    if missing:
+        raise CircuitError(f"no means at {', '.join(missing)}; corpus_means gives them all")
+    for name in names:
         nothing_kept[name] = torch.zeros_like(means[name], dtype=torch.bool)
     model_name = str(getattr(model.cfg, "model_name", None) or "")
     return Circuit(nothing_kept, means, fingerprint(model), model_name, task.name)
@@ -107,11 +122,12 @@ def _search(
     return discretise(empty, model, gates, selection, config)
 
 
+@checked("task", "config")
 def prune_edges(
     circuit: Circuit,
     model: TLModel,
-    task: Task,
-    config: PruneConfig | None = None,
+    task: Task | str,
+    config: PruneConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Circuit, Evaluation]:
     """Cut every edge of a circuit that its task does not need.
@@ -123,9 +139,9 @@ def prune_edges(
     Args:
         circuit: a circuit that `prune` found, or any other circuit of the task.
         model: the circuit's model, which must be a model of this package.
-        task: the task of the circuit.
-        config: the settings that `prune` was given, so that the selection and held-out pairs are
-            the same.
+        task: the task of the circuit, or its name.
+        config: the settings that `prune` was given, or the fields in which they differ from
+            `PruneConfig()`, so that the selection and held-out pairs are the same.
         progress: show a progress bar while the effects of the edges are measured.
 
     Returns:
@@ -136,8 +152,8 @@ def prune_edges(
             target loss or is not necessary.
         CircuitError: if `model` is not the circuit's model.
     """
-    config = config or PruneConfig()
-    _, selection, heldout = task_splits(model, task, config)
+    config = as_config(config)
+    _, selection, heldout = task_splits(model, as_task(task), config)
     edges = circuit.edges(model)
 
     def without(cut: list[Edge]) -> Circuit:
@@ -145,7 +161,7 @@ def prune_edges(
         still_joined = _ends(set(edges).difference(cut))
         return smaller.without(_ends(cut) - still_joined, model)
 
-    with frozen(model):
+    with torch.inference_mode(False), frozen(model), shared_reads(model):
         if not is_circuit(circuit, model, selection, config):
             raise PruneError(
                 "before any edge is cut, the circuit misses the target loss "
@@ -173,16 +189,23 @@ def _ends(edges: Collection[Edge]) -> set[Node]:
     return ends
 
 
+@checked("task")
 def task_splits(
-    model: TLModel, task: Task, config: PruneConfig
+    model: TLModel, task: Task | str, config: PruneConfig
 ) -> tuple[TaskData, TaskData, TaskData]:
-    """Disjoint pairs for training the gates, for choosing the size, and for judging the circuit."""
+    """Disjoint pairs for training the gates, for choosing the size, and for judging the circuit.
+
+    In resample ablation, each prompt has a partner from its own set.
+    """
+    task = as_task(task)
     device = next(model.parameters()).device
     used = set[str]()
 
     def unused_pairs(n_pairs: int, seed: int) -> TaskData:
         data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx, exclude=used)
         used.update(data.prompts)
+        if config.ablation == "resample":
+            data = data.with_partners(config.seed)
         return data.to(device)
 
     # The training pairs are made last, so that their number does not affect the other two sets.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import PruneError
-from tl_sparse.evaluation import all_logits, holding_circuit, score
+from tl_sparse.evaluation import all_logits, holding_nodes, score
 from tl_sparse.hooks import NodeGates, TLModel
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import Score, TaskData, task_loss_and_accuracy
@@ -38,7 +38,7 @@ def circuit_score(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig, inverted: bool = False
 ) -> Score:
     """The score of the circuit alone or, if `inverted`, of the model without it."""
-    under = holding_circuit(circuit, model, config.ablation, inverted)
+    under = holding_nodes(circuit, model, config.ablation, inverted)
     return score(model, data, config.batch_size, under)
 
 
@@ -110,11 +110,7 @@ def _smallest_size(
     too_small = 0
     while not is_enough(enough, selection):
         if enough == len(ranking):
-            raise PruneError(
-                f"no set of nodes reaches the target loss {config.target_loss} such that the model "
-                f"without it has an accuracy of at most {config.ablated_accuracy}, not even all "
-                f"{len(ranking)} nodes"
-            )
+            raise _failure_of_all(ranking, model, selection, config)
         too_small = enough
         enough = min(len(ranking), math.ceil(enough * SIZE_FACTOR))
     some_pairs = representative(ranking.circuit(enough), model, selection, config)
@@ -131,6 +127,21 @@ def _smallest_size(
     return enough
 
 
+def _failure_of_all(
+    ranking: _Ranking, model: TLModel, selection: TaskData, config: PruneConfig
+) -> PruneError:
+    """The error if no tried size passes, although the last one has all nodes."""
+    circuit = ranking.circuit(len(ranking))
+    loss = circuit_score(circuit, model, selection, config).loss
+    without = circuit_score(circuit, model, selection, config, inverted=True)
+    return PruneError(
+        f"no circuit was found at any size that was tried, up to all {len(ranking)} nodes: with "
+        f"these, the loss is {loss:.3f} (it must be at most {config.target_loss}), and the "
+        f"accuracy of the model without them is {without.accuracy:.1%} (it must be at most "
+        f"{config.ablated_accuracy:.1%})"
+    )
+
+
 def representative(
     circuit: Circuit, model: TLModel, data: TaskData, config: PruneConfig
 ) -> TaskData:
@@ -139,7 +150,7 @@ def representative(
     The pairs are sorted by the circuit's loss and sampled at even intervals, so that its mean loss
     over the sample is close to its mean loss over all pairs.
     """
-    under = holding_circuit(circuit, model, config.ablation)
+    under = holding_nodes(circuit, model, config.ablation)
     logits = all_logits(model, data, config.batch_size, under)
     losses, _ = task_loss_and_accuracy(logits, data.correct)
     by_loss = losses.view(-1, 2).mean(1).argsort()

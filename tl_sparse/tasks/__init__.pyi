@@ -5,6 +5,7 @@ from .scores import table as table
 from .scores import tasks_table as tasks_table
 from .task import TASKS as TASKS
 from .task import Task as Task
+from .task import as_task as as_task
 from .task import get_task as get_task
 from .task_data import TaskData as TaskData
 from .task_data import candidate_logits as candidate_logits

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tl_sparse.arguments import checked
+
 
 def _read_yaml(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
@@ -232,6 +234,7 @@ class Writer:
         return str(int(self.rng.random() ** 3 * 100))  # mostly small numbers
 
 
+@checked()
 def idiom_documents(n_chars: int, seed: int) -> list[str]:
     """Synthetic Python files that have at least `n_chars` characters in all, and no file more than
     that takes.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tl_sparse.arguments import checked
+from tl_sparse.errors import ArgumentError, counted
 from tl_sparse.parsing import printable
 
 
@@ -23,6 +25,7 @@ class Score:
     accuracy: float
 
 
+@checked()
 def tasks_table(scores: Mapping[str, Score | None]) -> str:
     """A table of each task's loss and accuracy, lowest loss first, from `task_scores`."""
     scored: dict[str, Score] = {}
@@ -41,6 +44,7 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
     return text
 
 
+@checked()
 def score_row(name: str, score: Score) -> list[str]:
     """The cells of one table row: name, loss with its standard error, and accuracy."""
     loss = f"{score.loss:.3f}"
@@ -49,11 +53,17 @@ def score_row(name: str, score: Score) -> list[str]:
     return [name, loss, f"{score.accuracy:.1%}"]
 
 
+@checked()
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table with left-aligned columns and a rule under the header.
 
     Characters that could steer a terminal are written as escapes.
+
+    Raises:
+        ArgumentError: if a row has not as many cells as the header.
     """
+    if any(len(row) != len(header) for row in rows):
+        raise ArgumentError(f"each row of a table must have {counted(len(header), 'cell')}")
     header, *rows = [list(map(printable, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]

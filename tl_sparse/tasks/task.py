@@ -98,13 +98,17 @@ class Task:
         )
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str | Path) -> Task:
     """The built-in task of that name, or the task from that file if `name` ends in `.jsonl`.
 
     Raises:
         TaskError: if there is no such task; the message gives the nearest name and all names.
         DataError: if `Task.from_jsonl` cannot read the file.
     """
+    if isinstance(name, Path):
+        name = str(name)
+    if not isinstance(name, str):
+        raise TaskError(f"a task is a Task or the name of one, not a {type(name).__name__}")
     if name in TASKS:
         return TASKS[name]
     if name.lower().endswith(".jsonl"):
@@ -114,6 +118,16 @@ def get_task(name: str) -> Task:
     raise TaskError(
         f"no task {name!r}{hint} Tasks: {', '.join(sorted(TASKS))}, or a file of pairs, *.jsonl"
     )
+
+
+def as_task(task: Task | str) -> Task:
+    """The task itself, or the task of that name; see `get_task`.
+
+    Raises:
+        TaskError: if it is neither a task nor the name of one.
+        DataError: if `Task.from_jsonl` cannot read the file.
+    """
+    return task if isinstance(task, Task) else get_task(task)
 
 
 def _one_of(pairs: tuple[Pair, ...], rng: random.Random) -> Pair:

@@ -11,15 +11,37 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.errors import DataError, TaskError, TokenizerError
+from tl_sparse.arguments import checked
+from tl_sparse.errors import DataError, TaskError, TokenizerError, counted
 from tl_sparse.precision import in_float32
-from tl_sparse.tasks.task import Pair, Task
+from tl_sparse.tasks.task import Pair, Task, as_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
+class Partners:
+    """For each prompt of a `TaskData`, another prompt of the task, for resample ablation.
+
+    Attributes:
+        tokens: the tokens of each prompt's partner, padded like those of the prompts.
+        last: the position of each partner's last token.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    last: Int[Tensor, " prompt"]
+
+    def to(self, device: torch.device | str) -> Partners:
+        """The same partners with their tensors on `device`."""
+        return Partners(self.tokens.to(device), self.last.to(device))
+
+    def rows(self, rows: Int[Tensor, " chosen"]) -> Partners:
+        """The partners of the prompts in these rows."""
+        return Partners(self.tokens[rows], self.last[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class TaskData:
     """The pairs of a task as tokens; prompts 2i and 2i + 1 are pair i.
 
@@ -32,6 +54,7 @@ class TaskData:
         last: the position of each prompt's last token, where the answer is predicted.
         candidates: the ids of each prompt's two candidates, the same for both prompts of a pair.
         correct: the index of the right candidate for each prompt, 0 or 1.
+        partners: each prompt's partner in resample ablation, if `with_partners` has drawn them.
     """
 
     task: str
@@ -40,6 +63,7 @@ class TaskData:
     last: Int[Tensor, " prompt"]
     candidates: Int[Tensor, "prompt 2"]
     correct: Int[Tensor, " prompt"]
+    partners: Partners | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -53,6 +77,7 @@ class TaskData:
             last=self.last.to(device),
             candidates=self.candidates.to(device),
             correct=self.correct.to(device),
+            partners=self.partners and self.partners.to(device),
         )
 
     def trimmed(self) -> TaskData:
@@ -70,11 +95,53 @@ class TaskData:
             last=self.last[rows],
             candidates=self.candidates[rows],
             correct=self.correct[rows],
+            partners=self.partners and self.partners.rows(rows),
         )
 
+    def with_partners(self, seed: int) -> TaskData:
+        """The same data, in which each prompt has a partner: the prompt it is resampled from.
 
+        Every prompt is the partner of exactly one other prompt, which is never the other prompt of
+        its own pair. A prompt keeps its partner when pairs are selected or batched.
+
+        Args:
+            seed: the seed of the draw, which does not depend on the device.
+
+        Raises:
+            TaskError: if there is only one pair.
+        """
+        if self.n_pairs < 2:
+            raise TaskError(
+                f"resample ablation of task {self.task} needs at least 2 pairs, because the partner"
+                f" of a prompt is from another pair; there is {self.n_pairs}"
+            )
+        partner_rows = _partner_rows(self.n_pairs, seed).to(self.tokens.device)
+        partners = Partners(self.tokens, self.last).rows(partner_rows)
+        return replace(self, partners=partners)
+
+
+def _partner_rows(n_pairs: int, seed: int) -> Int[Tensor, " prompt"]:
+    """For each prompt, the row of its partner."""
+    generator = torch.Generator().manual_seed(seed)
+    of_first = _predecessors(n_pairs, generator)
+    of_second = _predecessors(n_pairs, generator)
+    # Which prompt of each pair becomes the partner of a first prompt; the other one becomes that of
+    # a second prompt.
+    side = torch.randint(2, (n_pairs,), generator=generator, device=generator.device)
+    first_partners = 2 * of_first + side[of_first]
+    second_partners = 2 * of_second + 1 - side[of_second]
+    return torch.stack((first_partners, second_partners), dim=1).flatten()
+
+
+def _predecessors(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+    """The predecessor of each of 0, …, n − 1 in a random cyclic order: never the number itself."""
+    order = torch.randperm(n, generator=generator, device=generator.device)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+@checked("task")
 def make_task_data(
-    task: Task,
+    task: Task | str,
     tokenizer: PreTrainedTokenizerFast,
     n_pairs: int,
     seed: int,
@@ -88,7 +155,7 @@ def make_task_data(
     becomes the candidate: `)` for `):\\n`.
 
     Args:
-        task: the task to draw from.
+        task: the task to draw from, or its name; see `get_task`.
         tokenizer: the model's tokenizer.
         n_pairs: the number of pairs.
         seed: the seed of the draws; the same arguments give the same pairs.
@@ -106,6 +173,7 @@ def make_task_data(
             beginning-of-text token.
         DataError: if a prompt is longer than `n_ctx`.
     """
+    task = as_task(task)
     if n_pairs < 1:
         raise TaskError(f"n_pairs is {n_pairs}; it must be at least 1")
     if getattr(tokenizer, "bos_token_id", None) is None:
@@ -135,6 +203,7 @@ def make_task_data(
     )
 
 
+@checked()
 def candidate_logits(
     logits: Float[Tensor, "prompt pos vocab"], data: TaskData
 ) -> Float[Tensor, "prompt 2"]:
@@ -144,6 +213,7 @@ def candidate_logits(
     return in_float32(logits[rows[:, None], data.last[:, None], data.candidates])
 
 
+@checked()
 def task_loss_and_accuracy(
     logits: Float[Tensor, "prompt 2"], correct: Int[Tensor, " prompt"]
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
@@ -174,8 +244,8 @@ def _distinct_pairs(
         if len(pairs) == n_pairs:
             return pairs
     raise TaskError(
-        f"task {task.name} gave only {len(pairs)} of {n_pairs} pairs of distinct prompts, "
-        f"{len(exclude)} prompts excluded; ask for fewer pairs"
+        f"task {task.name} gave only {len(pairs)} of {counted(n_pairs, 'pair')} of distinct "
+        f"prompts, {counted(len(exclude), 'prompt')} excluded; ask for fewer pairs"
     )
 
 

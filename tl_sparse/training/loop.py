@@ -340,4 +340,5 @@ def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> N
     write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
     write_json(run.folder / RECORD_FILE, record)
     model.cfg.model_name = printable_name(run.folder)
+    model.folder = run.folder.resolve()
     run.finish()

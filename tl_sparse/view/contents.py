@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
-from tl_sparse.evaluation import evaluate
-from tl_sparse.hooks import TLModel
+from tl_sparse.evaluation import check_padding, evaluate
+from tl_sparse.hooks import TLModel, as_tokens
 from tl_sparse.pruning import PruneConfig
-from tl_sparse.tasks import TASKS, Task, TaskData, get_task, make_task_data
+from tl_sparse.tasks import TASKS, Task, TaskData, as_task, make_task_data
 from tl_sparse.view.activations import (
     corpus_values,
     histogram,
@@ -77,6 +78,7 @@ class PageContents:
         return data
 
 
+@checked("task", "corpus")
 @torch.no_grad()
 def page_data(
     circuit: Circuit,
@@ -116,6 +118,7 @@ def page_data(
     points = node_points(circuit, nodes)
     activations = []
     if corpus is not None:
+        corpus = as_tokens(corpus, model, "the corpus")
         corpus = part_of_corpus(corpus, points)
         on_corpus = corpus_values(model, corpus, points)
         activations.append(on_corpus)
@@ -123,9 +126,11 @@ def page_data(
         pairs = make_task_data(task, model.tokenizer, LIMITS.effect_pairs, 0, model.cfg.n_ctx)
         pairs = pairs.to(next(model.parameters()).device)
         prompts = pairs.pairs(range(LIMITS.prompt_pairs)).trimmed()
+        check_padding(model, prompts)
         heads = {(node.layer, node.head) for node in page.nodes if node.head is not None}
         runs = run_prompts(circuit, model, prompts, points, sorted(heads))
-        activations.append(runs[-1].values)
+        is_prompt = torch.arange(prompts.tokens.shape[1]) <= prompts.last.cpu()[:, None]
+        activations.append(runs[-1].values * is_prompt.to(runs[-1].values)[..., None])
         if circuit.means:
             _measure_cuts(page, circuit, model, nodes, pairs)
     scales = node_scales(activations, len(nodes))
@@ -143,10 +148,7 @@ def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> 
 
     It is None if the circuit's task is not one of `TASKS`, or the model has no tokenizer.
     """
-    if isinstance(task, str):
-        task = get_task(task)
-    elif task is None:
-        task = TASKS.get(circuit.task)
+    task = TASKS.get(circuit.task) if task is None else as_task(task)
     return None if model.tokenizer is None else task
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits import Circuit, Node
-from tl_sparse.evaluation import holding_circuit, scaled_sizes, score, sized_score
+from tl_sparse.evaluation import holding_nodes, scaled_sizes, score, sized_score
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TaskData
 from tl_sparse.view.activations import node_points
@@ -14,7 +14,7 @@ from tl_sparse.view.limits import LIMITS
 
 def circuit_loss(circuit: Circuit, model: TLModel, pairs: TaskData) -> float:
     """The task loss of the circuit on `pairs`."""
-    return score(model, pairs, run_context=holding_circuit(circuit, model)).loss
+    return score(model, pairs, run_context=holding_nodes(circuit, model)).loss
 
 
 def cut_losses(

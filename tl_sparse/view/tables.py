@@ -6,15 +6,17 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
-from tl_sparse.errors import CircuitError, DataError
+from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Task, make_task_data, score_row, table
+from tl_sparse.tasks import Task, as_task, make_task_data, score_row, table
 from tl_sparse.view.measurements import read_tabulated
 
 
-def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation) -> str:
+@checked("task")
+def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evaluation) -> str:
     """A description of the circuit of `task` in `model`, which must be a model of this package.
 
     It lists the nodes by layer and location, each edge with its weight, the weights of embedding
@@ -24,6 +26,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
     Raises:
         CircuitError: if `model` is not the circuit's model.
     """
+    task = as_task(task)
     title = f"Circuit of {task.name} in {circuit.model_name}"
     if task.candidates:
         first, second = task.candidates
@@ -39,6 +42,7 @@ def report(circuit: Circuit, model: TLModel, task: Task, evaluation: Evaluation)
     return "\n\n".join(sections)
 
 
+@checked()
 def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
     """Tables of what `full_evaluation` returns, with the `most` largest effects.
 
@@ -59,6 +63,7 @@ def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
     return "\n\n".join(sections)
 
 
+@checked()
 def circuit_facts(circuit: Circuit) -> str:
     """A description of a circuit that does not need its model.
 
@@ -76,7 +81,7 @@ def circuit_facts(circuit: Circuit) -> str:
         raise CircuitError(
             f"the circuit's scores are damaged: 'measured.heldout': {error}"
         ) from error
-    return f"{circuit!r}\n{evaluation.n_edges} edges\n\n{scores_table(evaluation)}"
+    return f"{circuit!r}\n{counted(evaluation.n_edges, 'edge')}\n\n{scores_table(evaluation)}"
 
 
 def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
@@ -108,7 +113,7 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
         labels = " ".join(index_label(model, location, index) for index in indices)
         kind = LOCATIONS[location].description
         rows.append([str(layer), location, kind, str(len(indices)), labels])
-    counts = f"{circuit.n_nodes} nodes of {circuit.n_candidates:,}"
+    counts = f"{counted(circuit.n_nodes, 'node')} of {circuit.n_candidates:,}"
     heading = f"{counts}; every other node is held at its mean"
     return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
 
@@ -119,7 +124,7 @@ def _edges_table(circuit: Circuit, model: TLModel) -> str:
         source = node_label(model, edge.source)
         target = node_label(model, edge.target)
         rows.append([source, "→", target, f"{edge.weight:+.3f}"])
-    heading = f"{len(rows)} edges: the nonzero weights between these nodes"
+    heading = f"{counted(len(rows), 'edge')}: the nonzero weights between these nodes"
     if not rows:
         return heading
     return heading + "\n" + table(["from", "", "to", "weight"], rows)

@@ -1,0 +1,111 @@
+"""Checking the tokens that users give, and finding padding among them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_sparse.arguments import checked
+from tl_sparse.errors import DataError
+from tl_sparse.hooks.points import TLModel
+
+
+@checked("tokens")
+def as_tokens(tokens: object, model: TLModel, name: str = "tokens") -> Int[Tensor, "batch pos"]:
+    """The tokens as a tensor of 64-bit integers, from a tensor or array of any integer dtype.
+
+    Args:
+        name: what the tokens are called in error messages.
+
+    Raises:
+        DataError: if they are not integers `[batch, pos]`, there is none, or one is not in the
+            vocabulary of `model`.
+    """
+    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu":
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+    if not isinstance(tokens, Tensor):
+        raise DataError(
+            f"{name} must be a tensor of token ids [batch, pos], not {_described(tokens)}"
+        )
+    dtype = tokens.dtype
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if not is_integer or tokens.ndim != 2 or tokens.numel() == 0:
+        raise DataError(
+            f"{name} must be integers [batch, pos], at least one, not {_described(tokens)}"
+        )
+    tokens = tokens.long()
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or largest >= model.cfg.d_vocab:
+        raise DataError(
+            f"{name} must be token ids in [0, {model.cfg.d_vocab}), the model's vocabulary; these "
+            f"are in [{smallest}, {largest}]"
+        )
+    return tokens
+
+
+@checked("mask")
+def as_mask(mask: object, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """The mask as booleans, on the device of `tokens`, from booleans or from 0 and 1.
+
+    Raises:
+        DataError: if it does not have the shape of `tokens`, or has other values.
+    """
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
+        mask = torch.from_numpy(mask)
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+        raise DataError(
+            f"a mask must have the shape of its tokens, {list(tokens.shape)}, unlike "
+            f"{_described(mask)}"
+        )
+    is_real = mask != 0
+    if not bool((is_real == mask).all()):
+        raise DataError("a mask must be 1 for each real token, and 0 for padding")
+    return is_real.to(tokens.device)
+
+
+def _described(value: object) -> str:
+    """The dtype and shape of a tensor or array; the type of anything else."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{value.dtype} of {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def looks_padded(tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> bool:
+    """Whether rows seem to have been padded to the same length with the tokenizer's padding token.
+
+    Where the padding token also begins or ends texts, one at an end of a row may do just that, as
+    in packed corpora. Then it takes two of them at the right end of a row, or three at the left, to
+    look padded; and in no row may two of them follow each other elsewhere, as they do around empty
+    documents.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return False
+    is_pad = tokens == pad
+    is_leading = is_pad.cumprod(1)
+    is_trailing = is_pad.flip(1).cumprod(1).flip(1)
+    n_leading = int(is_leading.sum(1).max())
+    n_trailing = int(is_trailing.sum(1).max())
+    if pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return max(n_leading, n_trailing) > 0
+    is_inside = is_pad & (is_leading == 0) & (is_trailing == 0)
+    has_empty_documents = bool((is_inside[:, 1:] & is_inside[:, :-1]).any())
+    return (n_trailing > 1 or n_leading > 2) and not has_empty_documents
+
+
+@checked()
+def check_not_padded(tokens: Int[Tensor, "batch pos"], model: TLModel) -> None:
+    """Check tokens that are given without a mask.
+
+    Raises:
+        DataError: if they look padded; the message says that a mask is needed.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None and looks_padded(tokens, tokenizer):
+        raise DataError(
+            f"the tokens look padded: some rows begin or end with {tokenizer.pad_token!r}, the "
+            "padding token. Means would count the padding, so give a mask that is 1 for each real "
+            "token and 0 for padding (1 everywhere, if these tokens are real)"
+        )

@@ -1,0 +1,155 @@
+"""Every function that a room hands out, called with a wrong value for each of its arguments.
+
+It works, or it raises an error of the package. No other exception reaches the user.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import types
+
+import pytest
+import torch
+
+from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
+from tl_sparse.errors import ArgumentError, TLSparseError
+from tl_sparse.evaluation.judge import evaluate, full_evaluation
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.tasks.scores import Score
+
+ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "view"]
+WRONG = {
+    "text": "no such thing",
+    "empty text": "",
+    "number": 3.5,
+    "negative": -1,
+    "object": object(),
+    "list": [None],
+    "empty list": [],
+    "mapping": {"no": None},
+    "empty mapping": {},
+    "tensor": torch.full((2, 3), torch.nan),
+    "empty tensor": torch.zeros(0),
+    "None": None,
+}
+
+
+def functions():
+    found = []
+    for room in ROOMS:
+        module = importlib.import_module(f"tl_sparse.{room}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, types.FunctionType):
+                found.append(pytest.param(value, id=f"{room}.{name}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def right():
+    """The name of an argument → a value with which every function that has it works."""
+    model = micro_model()
+    circuit = micro_circuit(model)
+    scores = {name: circuit.means[name] for name in circuit.kept}
+    circuit = dataclasses.replace(circuit, scores=scores)
+    data = micro_data(model, n_pairs=2)
+    name = "blocks.0.hook_mlp_out"
+    return {
+        "model": model,
+        "circuit": circuit,
+        "data": data,
+        "selection": data,
+        "heldout": data,
+        "task": MICRO_TASK,
+        "name": MICRO_TASK.name,
+        "corpus": micro_corpus(),
+        "tokens": micro_corpus(),
+        "batches": [micro_corpus()],
+        "mask": torch.ones_like(micro_corpus()),
+        "masks": None,
+        "config": PruneConfig(**(QUICK_SETTINGS | {"steps": 3, "train_pairs": 8})),
+        "progress": False,
+        "names": [name],
+        "functions": {name: lambda activation, hook: None},
+        "nodes": {name: torch.ones(4, dtype=torch.bool)},
+        "values": {name: torch.zeros(4)},
+        "fractions": {name: 0.5},
+        "x": torch.ones(2, 4),
+        "k": 2,
+        "target": 0.5,
+        "start": 1,
+        "stop": 3,
+        "n_pairs": 4,
+        "seed": 0,
+        "tokenizer": model.tokenizer,
+        "logits": torch.zeros(4, 8, model.cfg.d_vocab),
+        "correct": data.correct,
+        "n_chars": 100,
+        "score": Score(1.0, 0.1, 0.5),
+        "scores": {"micro": Score(1.0, 0.1, 0.5)},
+        "header": ["a", "b"],
+        "rows": [["1", "2"]],
+        "layer": 0,
+        "node": circuit.nodes[0],
+        "location": "attn_v",
+        "index": 0,
+        "path": "circuit.csv",
+        "batch_size": 256,
+        "ablation": "mean",
+        "half_octaves": [0, 1],
+        "evaluation": evaluate(circuit, model, data),
+        "measured": full_evaluation(circuit, model, data),
+    }
+
+
+#: Arguments of some functions that differ from those of the same name of others.
+OTHERWISE = {
+    "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
+    "residual_joins": {"nodes": []},
+    "get_task": {"name": "single_double_quote"},
+}
+
+
+def call(function, arguments):
+    """Call a function, enter the context it returns, and take all that it yields."""
+    result = function(**arguments)
+    if isinstance(result, contextlib.AbstractContextManager):
+        with result:
+            pass
+    elif inspect.isgenerator(result):
+        list(result)
+
+
+@pytest.mark.parametrize("function", functions())
+def test_wrong_values_of_each_argument(function, right, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parameters = inspect.signature(function).parameters
+    arguments = {}
+    for name, parameter in parameters.items():
+        known = right | OTHERWISE.get(function.__name__, {})
+        if name in known:
+            arguments[name] = known[name]
+        else:
+            assert parameter.default is not inspect.Parameter.empty, f"no right value for {name}"
+    call(function, arguments)
+    for name, parameter in parameters.items():
+        for kind, wrong in WRONG.items():
+            # An empty configuration is the default one, with which pruning takes long.
+            if wrong is parameter.default or (name == "config" and wrong == {}):
+                continue
+            try:
+                with contextlib.suppress(TLSparseError):
+                    call(function, arguments | {name: copy.copy(wrong)})
+            except Exception as error:
+                pytest.fail(f"{name} = {kind}: {type(error).__name__}: {error}")
+
+
+def test_the_message_names_function_argument_and_type():
+    with pytest.raises(
+        ArgumentError, match="evaluate: model must be a TransformerLens model, not the str 'micro'"
+    ):
+        evaluate(micro_circuit(micro_model()), "micro", micro_data(micro_model()))
+    with pytest.raises(ArgumentError, match=r"evaluate: data must be .*TaskData, not the int 3"):
+        evaluate(micro_circuit(micro_model()), micro_model(), 3)

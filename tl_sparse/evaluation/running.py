@@ -1,0 +1,167 @@
+"""Running a model on the prompts of a task: the logits of the two candidates, and the loss."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparse.arguments import checked
+from tl_sparse.errors import UnsupportedError
+from tl_sparse.hooks import TLModel, is_sparse_model, recording, treats_positions_alike
+from tl_sparse.tasks import TaskData, candidate_logits, task_loss_and_accuracy
+
+#: A function that returns the context in which a model runs on a batch of prompts, for example
+#: under a circuit.
+RunContext = Callable[[TaskData], AbstractContextManager[None]]
+
+
+def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
+    """The logits of the two candidates at the last position of each prompt.
+
+    A model of this package computes its last block at that position alone, unless something that
+    acts on its run, such as a hook of the user's, may need the others.
+
+    Raises:
+        UnsupportedError: if the model would see the padding; see `check_padding`.
+    """
+    check_padding(model, data)
+    data = data.trimmed()
+    if is_sparse_model(model) and treats_positions_alike(model):
+        logits = model.network(data.tokens, last=data.last)
+        return candidate_logits(logits, replace(data, last=torch.zeros_like(data.last)))
+    return candidate_logits(_run(model, data.tokens), data)
+
+
+def _run(model: TLModel, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
+    """The logits at every position."""
+    if not is_sparse_model(model):
+        return model(tokens)
+    # With a tokenizer that pads on the left, the model would take a first token that is also the
+    # padding token for padding.
+    return model(tokens, attention_mask=torch.ones_like(tokens))
+
+
+@checked()
+def task_loss(model: TLModel, data: TaskData) -> Float[Tensor, ""]:
+    """The mean task loss, through which gradients flow."""
+    logits = task_logits(model, data)
+    losses, _ = task_loss_and_accuracy(logits, data.correct)
+    return losses.mean()
+
+
+@checked()
+@torch.no_grad()
+def all_logits(
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    run_context: RunContext | None = None,
+    seed: int = 0,
+) -> Float[Tensor, "prompt 2"]:
+    """The logits of the two candidates for every prompt, in the order of the prompts.
+
+    Args:
+        batch_size: the largest number of prompts to run at a time. It changes nothing but rounding.
+        run_context: the context in which each batch runs; by default the model runs as it is.
+        seed: decides which other prompt each prompt is resampled from, if the context resamples and
+            `data` has no partners yet; see `TaskData.with_partners`.
+
+    Raises:
+        UnsupportedError: if the model sees padding, and the prompts of a pair differ in length.
+    """
+    if run_context is not None and data.partners is None and data.n_pairs > 1:
+        # Drawn from all prompts, so that they do not depend on the batches.
+        data = data.with_partners(seed)
+    batches = _batches(model, data, max(1, batch_size // 2))
+    logits = []
+    for indices in batches:
+        batch = data.pairs(indices)
+        context = run_context(batch) if run_context else nullcontext()
+        with context:
+            logits.append(task_logits(model, batch))
+    pair_logits = torch.cat(logits).view(-1, 4)
+    original_order = torch.cat(batches).argsort()
+    return pair_logits[original_order].view(-1, 2)
+
+
+def _batches(model: TLModel, data: TaskData, n_pairs: int) -> list[Int[Tensor, " pair"]]:
+    """The indices of the pairs of each batch, at most `n_pairs`."""
+    pair_lengths = data.last.view(-1, 2).amax(1)
+    by_length = pair_lengths.argsort(stable=True)
+    if not sees_padding(model):
+        # Pairs of similar length run together, so that little computation is spent on padding.
+        return list(by_length.split(n_pairs))
+    of_length = defaultdict[int, list[int]](list)
+    for pair in by_length.tolist():
+        of_length[int(pair_lengths[pair])].append(pair)
+    batches: list[Tensor] = []
+    for pairs in of_length.values():
+        batches.extend(torch.tensor(pairs, device=by_length.device).split(n_pairs))
+    return batches
+
+
+@checked()
+def sees_padding(model: TLModel) -> bool:
+    """Whether positions of the model attend to later ones, and so to the padding on the right."""
+    if getattr(model.cfg, "attention_dir", "causal") != "causal":
+        return True
+    wrapped = getattr(model, "original_model", None)
+    hf_config = getattr(wrapped, "config", None)
+    return bool(
+        getattr(hf_config, "is_encoder_decoder", False)
+        or getattr(hf_config, "is_causal", True) is False
+    )
+
+
+@checked()
+def check_padding(model: TLModel, data: TaskData) -> None:
+    """Check that the logits after the last tokens do not depend on the padding behind them.
+
+    Raises:
+        UnsupportedError: if the model sees padding, and the prompts differ in length.
+    """
+    if sees_padding(model) and bool((data.last != data.last[0]).any()):
+        lengths = sorted(set((data.last + 1).tolist()))
+        raise UnsupportedError(
+            "this model attends to later positions, so padding would change its answers: the "
+            f"prompts of a batch must have the same length, not {lengths} tokens"
+        )
+
+
+@checked()
+@torch.no_grad()
+def resampled(
+    model: TLModel, data: TaskData, names: Collection[str], seed: int = 0
+) -> dict[str, Float[Tensor, "prompt pos *node"]]:
+    """The values at which the nodes are held in resample ablation.
+
+    For each prompt, these are the activations at the hook points `names` on its partner, another
+    prompt of the task. Each position is held at the value of the same position; where the partner
+    is shorter, at the value of the partner's last position.
+
+    Args:
+        seed: the seed of the partners, if `data` has none yet; see `TaskData.with_partners`.
+
+    Raises:
+        TaskError: if `data` has no partners, and only one pair to draw them from.
+        UnsupportedError: if the model would see the padding of the partners.
+    """
+    partners = data.partners
+    if partners is None:
+        partners = data.with_partners(seed).partners
+    assert partners is not None
+    n_positions = int(data.last.max()) + 1
+    tokens = partners.tokens[:, :n_positions]
+    check_padding(model, replace(data, last=torch.cat([data.last, partners.last])))
+    with recording(model, names) as activations:
+        _run(model, tokens)
+    if bool((partners.last >= n_positions - 1).all()):
+        return activations
+    positions = torch.arange(n_positions, device=tokens.device)
+    positions = positions.minimum(partners.last[:, None])
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return {name: activation[rows, positions] for name, activation in activations.items()}
