@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,8 @@ def fork_server():
     context.set_forkserver_preload(["preload"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        # Before Python 3.13 the server does not get our `sys.path`, and then imports nothing.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         first = context.Process(target=int)  # the server starts, in this environment, with it
         first.start()
         first.join()

@@ -314,7 +314,7 @@ def test_masks_and_means_must_fit():
         ({"model": {"architecture": "a", "sketch": {}}}, "the sketch must not be empty"),
         (
             {"model": {"architecture": "a", "sketch": {"W": [1.0, math.nan]}}},
-            "the sketch of W must be finite numbers",
+            "missing or malformed entry: nan is not a finite number",
         ),
         ({"model": {"architecture": "a", "sketch": {"W": []}}}, "the sketch of W must be finite"),
         ({"edge_mask": False, "edges": []}, "edge_mask must be true if there are edges"),

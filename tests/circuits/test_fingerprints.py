@@ -45,8 +45,7 @@ def test_a_model_is_known_in_every_dtype(make, casts):
     for dtype in casts:
         model.to(dtype)
         assert original.difference(fingerprint(model)) is None
-    if len(casts) == 1:  # a circuit of a model that was rounded twice does not know the original
-        assert fingerprint(model).difference(original) is None
+    assert fingerprint(model).difference(original) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -73,15 +72,6 @@ def test_one_changed_weight_is_seen(dtype):
         assert original.difference(changed) is None
     else:
         assert original.difference(changed) == "other weights in blocks.1.mlp.W_in"
-
-
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_one_changed_weight_is_seen_in_a_model_stored_in_half_precision(stored):
-    model = tiny_model(full_config(d_mlp=300)).to(stored).float()
-    original = fingerprint(model)
-    with torch.no_grad():
-        model.network.blocks[1].mlp.W_in[2, 7] *= 1.1
-    assert original.difference(fingerprint(model)) == "other weights in blocks.1.mlp.W_in"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,7 @@
 """What a network computes does not depend on the dtype, except for the digits that it keeps."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_the_epsilon_of_bfloat16_stays_possible():
     torch.testing.assert_close(norm(x), theirs, rtol=2.0**-7, atol=0)
     ordinary = Norm(tiny_config()).bfloat16()
     assert (ordinary(x) - theirs).abs().max() > 0.1
+
+
+def test_the_epsilon_can_be_set_in_the_file_of_a_saved_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 2.0**-7}))
+    model = tl_sparse.load(tmp_path, device="cpu", dtype="bfloat16")
+    assert model.ln_final.eps == model.cfg.eps == 2.0**-7
 
 
 def test_a_norm_in_float16_does_not_overflow():

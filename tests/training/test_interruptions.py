@@ -340,6 +340,7 @@ def test_a_run_from_before_checksums_is_resumed(interrupted, whole):
     sizes = {name: (data / name).stat().st_size for name in ("train", "validation")}
     about = settings["data"]
     old = {"description": about["description"], "sha256": about["sha256"], "bytes": sizes}
+    del settings["config"]["model"]["norm_eps"], settings["config"]["max_jump"]  # new fields
     path.write_text(json.dumps({"config": settings["config"], "data": old}))
     resume(interrupted)
     assert_same_run(interrupted, whole)

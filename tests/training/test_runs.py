@@ -16,6 +16,7 @@ from helpers import fork_server, must_not_run
 from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
 from tl_sparse.training.measures import dead_neurons
+from tl_sparse.training.runs import _check_same
 from tl_sparse.training.tokens import batches
 
 MODEL = SparseConfig(
@@ -402,3 +403,12 @@ def test_batches_can_start_anywhere(n_rows, batch_size, start):
         next(from_the_start)
     for _ in range(10):
         assert next(from_the_start).tolist() == next(from_there).tolist()
+
+
+def test_a_run_from_before_a_field_of_the_model_existed_can_be_resumed(tmp_path):
+    before = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    del before["model"]["norm_eps"]
+    _check_same(before, CONFIG, tmp_path)
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, norm_eps=1e-5))
+    with pytest.raises(TrainError, match="was trained with model = "):
+        _check_same(before, other, tmp_path)

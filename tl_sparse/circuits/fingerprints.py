@@ -64,18 +64,13 @@ class WeightFacts:
         return formats[0]
 
     def rules_out(self, other: "WeightFacts") -> bool:
-        """Whether no rounding of the values of a circuit's model gives those of `other`."""
-        if self.digests["float32"] == other.digests["float32"]:
-            return False
-        if self.format == other.format:
-            return True
-        if other.format == "float32":
-            # The circuit was found in a rounded model, and this may be the original. (It is not
-            # known if the circuit's model was rounded twice.)
-            return self.digests[self.format] != other.digests[self.format]
-        # The other model is rounded, perhaps twice, to bfloat16 and to float16. Then only the
-        # sketch can tell.
-        return False
+        """Whether the values differ by more than rounding, as far as digests can tell.
+
+        Values of the same format must be equal. Values of different formats may be the same ones,
+        rounded once or twice; then only the sketch can tell.
+        """
+        is_equal = self.digests["float32"] == other.digests["float32"]
+        return not is_equal and self.format == other.format
 
 
 @dataclass(frozen=True)
@@ -111,9 +106,9 @@ class Fingerprint:
     def difference(self, other: "Fingerprint") -> str | None:
         """A description of how `other` differs; None if both belong to the same model.
 
-        Every change of a weight is seen, unless `other` is in half precision and the circuit was
-        found in a more precise model. The weights must then be as close to each other as rounding
-        leaves them.
+        Every change of a weight is seen if the weights of both models are of the same format.
+        Otherwise, those of one model may be rounded, and they must be as close to each other as
+        rounding leaves them.
         """
         if self.architecture != other.architecture:
             return f"another architecture ({other.architecture}, not {self.architecture})"
@@ -187,5 +182,5 @@ def _facts(flat: Float[Tensor, " weight"]) -> WeightFacts:
     for name in FORMATS:
         rounded = flat.to(getattr(torch, name)).float()
         rounded += 0.0  # turns -0.0, which some roundings give, into 0.0
-        digests[name] = hashlib.blake2b(rounded.numpy(), digest_size=8).hexdigest()
+        digests[name] = hashlib.blake2b(rounded.numpy().data, digest_size=8).hexdigest()
     return WeightFacts(rms, digests)

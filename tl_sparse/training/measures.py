@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tl_sparse.config import check
 from tl_sparse.hooks import TLModel, hooked
-from tl_sparse.training.tokens import as_tokens
+from tl_sparse.training.tokens import training_tokens
 
 
 @torch.no_grad()
@@ -28,11 +28,11 @@ def evaluate_loss(model: TLModel, tokens: Int[Tensor, "seq pos"], batch_size: in
     is_positive = type(batch_size) is int and batch_size >= 1
     check(is_positive, "batch_size", batch_size, "an integer of at least 1")
     if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-        tokens = as_tokens(tokens)
+        tokens = training_tokens(tokens)
     device = next(model.parameters()).device
     sums = []
     # The rows may be memory-mapped, so only a batch at a time is converted.
-    for rows in map(as_tokens, tokens.split(batch_size)):
+    for rows in map(training_tokens, tokens.split(batch_size)):
         loss = model(rows.to(device), return_type="loss")
         sums.append(loss * len(rows))
     return float(torch.stack(sums).sum() / len(tokens))

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tl_sparse.data import Corpus
+from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.locks import LOCK_FILE, folder_lock
+from tl_sparse.network import SparseConfig
 from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
 from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
@@ -198,11 +199,24 @@ def _logged_step(line: str) -> int:
     return step if isinstance(step, int) else 0
 
 
+def _completed(stored: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Stored settings, with the defaults of fields that did not exist when they were stored."""
+    defaults = {}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return defaults | stored
+
+
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
     """Raise `TrainError` if a run's stored configuration differs from the one to resume it with.
 
     The message names the first field that differs.
     """
+    before = _completed(before, TrainConfig)
+    for name, kind in (("model", SparseConfig), ("data", DataConfig)):
+        if isinstance(before.get(name), dict):
+            before[name] = _completed(before[name], kind)
     # `before` was read from JSON, in which tuples become lists.
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if isinstance(before.get("model"), dict):

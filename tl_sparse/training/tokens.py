@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import DataError
+from tl_sparse.network import as_tokens
 from tl_sparse.training.config import TrainConfig
 
 
@@ -32,28 +33,18 @@ def packed_for(
     )
 
 
-def as_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
-    """`tokens`, a tensor, array or list of integers, as a tensor that a model can be trained on.
+def training_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
+    """`tokens`, integers of any dtype and kind of array, as rows that a model can be trained on.
 
     Raises:
-        DataError: if they are not integers `[batch, pos]`, there are none, or there is one position
-            only, so that no token is to be predicted.
+        DataError: as for `as_tokens`, or if there is one position only, after which no token is to
+            be predicted.
     """
-    try:
-        tensor = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"tokens must be integers [batch, pos]: {error}") from error
-    dtype = tensor.dtype
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    shape = list(tensor.shape)
-    if not is_integer or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
-        raise DataError(
-            "tokens must be integers [batch, pos] with at least one row of two, "
-            f"not {dtype} of shape {shape}"
-        )
-    tensor = tensor.long()
+    rows = as_tokens(tokens)
+    if rows.shape[1] < 2:
+        raise DataError(f"tokens must have at least two positions, not shape {list(rows.shape)}")
     # Gradients cannot be computed through a tensor that was made in `torch.inference_mode()`.
-    return tensor.clone() if tensor.is_inference() else tensor
+    return rows.clone() if rows.is_inference() else rows
 
 
 def batches(

@@ -19,7 +19,7 @@ from tl_sparse.network import AbsTopK
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.processes import Processes
-from tl_sparse.training.tokens import as_tokens
+from tl_sparse.training.tokens import training_tokens
 
 
 class Trainer:
@@ -120,7 +120,7 @@ class Trainer:
             DataError: if the tokens are not integers `[batch, pos]` of the model's vocabulary, or
                 there are none.
         """
-        tokens = as_tokens(tokens)
+        tokens = training_tokens(tokens)
         lr = self.lr(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
