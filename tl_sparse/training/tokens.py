@@ -40,7 +40,7 @@ def as_tokens(tokens: Any) -> Int[Tensor, "batch pos"]:
             only, so that no token is to be predicted.
     """
     try:
-        tensor = torch.as_tensor(tokens)
+        tensor = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"tokens must be integers [batch, pos]: {error}") from error
     dtype = tensor.dtype
