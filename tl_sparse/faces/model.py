@@ -306,7 +306,7 @@ class SparseModel(nn.Module):
                 "start_at_layer needs tokens=…: the loss, the bigram table and padding on the left "
                 "read them"
             )
-        return torch.zeros(resid.shape[:2], dtype=torch.long)
+        return torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
 
     def _pads_left(self, padding_side: str | None) -> bool:
         if self.tokenizer is None:
