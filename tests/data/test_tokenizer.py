@@ -1,10 +1,15 @@
 """The tokenizer: what is one piece, what is one token, and that no text is lost."""
 
+import base64
+import json
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from helpers import word_tokenizer
 from tl_sparse.data.tokenizer import (
     END_OF_TEXT,
     PIECES,
@@ -187,3 +192,24 @@ def test_a_required_string_that_is_cut(texts):
         TokenizerError, match=r"cannot be one token: the pre-tokenizer cuts it into \['x', '\.y'\]"
     ):
         train_tokenizer(texts, VOCAB_SIZE, required=("x.y",))
+
+
+def test_what_lies_beside_a_tokenizer(tmp_path):
+    folder = tmp_path / "model"
+    word_tokenizer(["a", "b"], eos_token="a").save_pretrained(folder)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "special_tokens_map.json")
+    with pytest.raises(TokenizerError, match="it is a named pipe or a device, not a file"):
+        load_tokenizer(folder)
+    (folder / "special_tokens_map.json").unlink()
+    for limit in ("many", {}, [1]):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+        with pytest.raises(TokenizerError, match=r"model_max_length = .* is not a number"):
+            load_tokenizer(folder)
+
+
+def test_a_tiktoken_file_with_capitals(tmp_path):
+    lines = [b"%s %d" % (base64.b64encode(bytes([i])), i) for i in range(256)]
+    (tmp_path / "X.TIKTOKEN").write_bytes(b"\r\n".join(lines))
+    assert load_tokenizer(tmp_path).encode("ab") == [97, 98]

@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merge
 
 from tl_sparse.errors import TokenizerError
 from tl_sparse.files import utf8_path
+from tl_sparse.parsing import check_is_file
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
@@ -193,6 +194,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
         with utf8_path(path) as readable:
             tokenizer = _read_tokenizer(readable)
+        _check_tokenizer(tokenizer)
     except Exception as error:  # the Rust library raises a bare Exception on a damaged file
         raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
     if tokenizer.bos_token is None and END_OF_TEXT in tokenizer.get_vocab():
@@ -228,8 +230,18 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if path.name == "vocab.json":
         return _like_gpt2(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
     if path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
+        for beside in path.parent.iterdir():
+            if beside.suffix in (".json", ".jinja"):  # transformers reads some of these too
+                check_is_file(beside)
         return PreTrainedTokenizerFast.from_pretrained(str(path.parent), local_files_only=True)
     return PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `ValueError` for settings that transformers takes over without looking at them."""
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float):
+        raise ValueError(f"model_max_length = {limit!r} is not a number")
 
 
 def _like_gpt2(model: models.BPE) -> PreTrainedTokenizerFast:
