@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tl_sparse
 from helpers import full_config, random_tokens, tiny_config, tiny_model
 from tl_sparse.errors import ConfigError
+from tl_sparse.files import read_json
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.layers import Norm
 from tl_sparse.training.measures import evaluate_loss
@@ -73,7 +74,7 @@ def test_the_epsilon_of_bfloat16_stays_possible():
 def test_the_epsilon_can_be_set_in_the_file_of_a_saved_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 2.0**-7}))
+    path.write_text(json.dumps(read_json(path) | {"norm_eps": 2.0**-7}))
     model = tl_sparse.load(tmp_path, device="cpu", dtype="bfloat16")
     assert model.ln_final.eps == model.cfg.eps == 2.0**-7
 
