@@ -17,9 +17,9 @@ from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
 from .scopes import Scope as Scope
 from .scopes import new_scope as new_scope
-from .tokens import as_mask as as_mask
-from .tokens import as_tokens as as_tokens
 from .tokens import check_not_padded as check_not_padded
+from .tokens import mask_of as mask_of
+from .tokens import tokens_for as tokens_for
 from .weights import GroupedWeight as GroupedWeight
 from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.points import TLModel, hooked
-from tl_sparse.hooks.tokens import as_mask, as_tokens, check_not_padded
+from tl_sparse.hooks.tokens import check_not_padded, mask_of, tokens_for
 from tl_sparse.precision import at_least_float32
 
 
@@ -115,13 +115,13 @@ def mean_activations(
     n_batches = 0
     with recording_means(model, names) as means:
         for tokens, mask in _with_masks(batches, masks):
-            tokens = as_tokens(tokens, model).to(parameter.device)
+            tokens = tokens_for(model, tokens).to(parameter.device)
             arguments = {}
             if mask is None:
                 check_not_padded(tokens, model)
                 means.mask = None
             else:
-                means.mask = as_mask(mask, tokens)
+                means.mask = mask_of(mask, tokens)
                 arguments["attention_mask"] = means.mask.long()
             model(tokens, return_type=None, **arguments)
             n_batches += 1

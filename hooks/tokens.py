@@ -8,45 +8,28 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.arrays import as_tokens, check_vocabulary
 from tl_sparse.errors import DataError
 from tl_sparse.hooks.points import TLModel
 
 
 @checked("tokens")
-def as_tokens(tokens: object, model: TLModel, name: str = "tokens") -> Int[Tensor, "batch pos"]:
-    """The tokens as a tensor of 64-bit integers, from a tensor or array of any integer dtype.
+def tokens_for(model: TLModel, tokens: object, name: str = "tokens") -> Int[Tensor, "batch pos"]:
+    """The tokens as `as_tokens` returns them, if they are in the vocabulary of `model`.
 
     Args:
         name: what the tokens are called in error messages.
 
     Raises:
-        DataError: if they are not integers `[batch, pos]`, there is none, or one is not in the
-            vocabulary of `model`.
+        DataError: as for `as_tokens`, or if a token is not in the vocabulary.
     """
-    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu":
-        tokens = torch.from_numpy(tokens.astype(np.int64))
-    if not isinstance(tokens, Tensor):
-        raise DataError(
-            f"{name} must be a tensor of token ids [batch, pos], not {_described(tokens)}"
-        )
-    dtype = tokens.dtype
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if not is_integer or tokens.ndim != 2 or tokens.numel() == 0:
-        raise DataError(
-            f"{name} must be integers [batch, pos], at least one, not {_described(tokens)}"
-        )
-    tokens = tokens.long()
-    smallest, largest = int(tokens.min()), int(tokens.max())
-    if smallest < 0 or largest >= model.cfg.d_vocab:
-        raise DataError(
-            f"{name} must be token ids in [0, {model.cfg.d_vocab}), the model's vocabulary; these "
-            f"are in [{smallest}, {largest}]"
-        )
-    return tokens
+    integers = as_tokens(tokens, name)
+    check_vocabulary(integers, model.cfg.d_vocab)
+    return integers
 
 
 @checked("mask")
-def as_mask(mask: object, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+def mask_of(mask: object, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """The mask as booleans, on the device of `tokens`, from booleans or from 0 and 1.
 
     Raises:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 #: From the ground up. Rooms in one line do not know each other.
 FLOORS = [
     ["errors"],
-    ["arguments", "config", "parsing", "pickles", "checksums", "records", "precision"],
+    ["arguments", "arrays", "config", "parsing", "pickles", "checksums", "records", "precision"],
     ["outputs", "locks"],
     ["files"],
     ["kernels"],

@@ -164,17 +164,16 @@ def test_tokens_of_any_integer_dtype(dtype):
 
 
 WRONG = [
-    ("text", "a tensor of token ids .*, not a str"),
-    ([[1, 2]], "a tensor of token ids .*, not a list"),
+    ("text", r"must be integers \[batch, pos\]|must be numbers \[batch, pos\]"),
+    ([[1, 2], [3]], r"must be numbers \[batch, pos\], with rows of equal length"),
     (torch.ones(2, 3), r"integers .*, not torch.float32 of \[2, 3\]"),
     (torch.full((2, 3), torch.nan), r"integers .*, not torch.float32 of \[2, 3\]"),
     (torch.ones(2, 3, dtype=torch.bool), r"integers .*, not torch.bool of \[2, 3\]"),
-    (torch.ones(3, dtype=torch.long), r"integers .*, not torch.int64 of \[3\]"),
     (torch.ones(2, 2, 2, dtype=torch.long), r"integers .*, not torch.int64 of \[2, 2, 2\]"),
-    (torch.ones(0, 3, dtype=torch.long), r"at least one, not torch.int64 of \[0, 3\]"),
-    (np.ones((2, 3)), "a tensor of token ids .*, not float64 of"),
-    (torch.full((2, 3), 36), r"in \[0, 36\), the model's vocabulary; these are in \[36, 36\]"),
-    (torch.full((2, 3), -1), r"in \[0, 36\), the model's vocabulary; these are in \[-1, -1\]"),
+    (torch.ones(0, 3, dtype=torch.long), r"must not be empty, as those of shape \[0, 3\]"),
+    (np.ones((2, 3)), r"integers .*, not torch.float64 of \[2, 3\]"),
+    (torch.full((2, 3), 36), r"in \[0, 36\), the model's vocabulary"),
+    (torch.full((2, 3), -1), r"in \[0, 36\), the model's vocabulary"),
 ]
 
 

@@ -16,22 +16,14 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
+from tl_sparse.arrays import as_integers, as_mask, as_tokens, check_vocabulary
 from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
 from tl_sparse.faces.cache import SparseActivationCache
 from tl_sparse.faces.model_card import model_facts
 from tl_sparse.faces.tl_config import tensor_config_fields
 from tl_sparse.faces.tokens import prepare_tokenizer
 from tl_sparse.files import write_json
-from tl_sparse.network import (
-    SparseConfig,
-    SparseTransformer,
-    Stream,
-    Tokens,
-    as_integers,
-    as_mask,
-    as_tokens,
-    check_vocabulary,
-)
+from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
 from tl_sparse.precision import in_float32
 
 #: TransformerLens' options to process the weights of a model when it is loaded.

@@ -1,7 +1,3 @@
-from .arrays import as_integers as as_integers
-from .arrays import as_mask as as_mask
-from .arrays import as_tokens as as_tokens
-from .arrays import check_vocabulary as check_vocabulary
 from .compact import Compact as Compact
 from .compact import pack as pack
 from .compact import unpack as unpack

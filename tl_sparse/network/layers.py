@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from tl_sparse.arrays import outside_vocabulary
 from tl_sparse.hooks import abs_topk
-from tl_sparse.network.arrays import outside_vocabulary
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.products import Product
 from tl_sparse.network.shapes import Logits, Positions, Reads, Stream, Tokens

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from tl_sparse.arrays import as_tokens
 from tl_sparse.config import check
 from tl_sparse.errors import DataError
-from tl_sparse.network.arrays import as_tokens
 from tl_sparse.network.blocks import Block
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.holder import WeightsHolder

@@ -14,12 +14,12 @@ from tl_sparse.errors import DataError, counted, warn_user
 from tl_sparse.hooks import (
     NodeValues,
     TLModel,
-    as_mask,
-    as_tokens,
     check_not_padded,
     frozen,
     is_sparse_model,
+    mask_of,
     mean_activations,
+    tokens_for,
 )
 from tl_sparse.tasks import TaskData
 
@@ -41,7 +41,7 @@ def as_corpus(corpus: object, model: TLModel) -> Int[Tensor, "seq pos"]:
         DataError: if the corpus is not token ids of the model, or is None and there is no sample.
     """
     if corpus is not None:
-        return as_tokens(corpus, model, "the corpus")
+        return tokens_for(model, corpus, "the corpus")
     folder = getattr(model, "folder", None)
     if folder is None:
         raise DataError(
@@ -91,7 +91,7 @@ def corpus_means(
         check_not_padded(corpus, model)
         is_real = torch.ones_like(corpus, dtype=torch.bool)
     else:
-        is_real = as_mask(mask, corpus)
+        is_real = mask_of(mask, corpus)
     n_rows = max(1, batch_size // 4)
     means = []
     n_tokens = []

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_sparse.arrays import as_tokens
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import DataError
-from tl_sparse.network import as_tokens
 from tl_sparse.training.config import TrainConfig
 
 

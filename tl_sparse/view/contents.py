@@ -14,7 +14,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
 from tl_sparse.evaluation import check_padding, evaluate
-from tl_sparse.hooks import TLModel, as_tokens
+from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig
 from tl_sparse.tasks import TASKS, Task, TaskData, as_task, make_task_data
 from tl_sparse.view.activations import (
@@ -118,7 +118,7 @@ def page_data(
     points = node_points(circuit, nodes)
     activations = []
     if corpus is not None:
-        corpus = as_tokens(corpus, model, "the corpus")
+        corpus = tokens_for(model, corpus, "the corpus")
         corpus = part_of_corpus(corpus, points)
         on_corpus = corpus_values(model, corpus, points)
         activations.append(on_corpus)

@@ -2,33 +2,34 @@
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.errors import DataError
-from tl_sparse.network.shapes import Tokens
 
 
-def as_tokens(tokens: object) -> Tokens:
+def as_tokens(tokens: object, name: str = "tokens") -> Int[Tensor, "batch pos"]:
     """Token ids `[batch, pos]` as int64.
 
     Args:
         tokens: a tensor, NumPy array or (nested) list of integers of any integer dtype. A single
             row `[pos]` becomes a batch of one.
+        name: what the tokens are called in error messages.
 
     Raises:
         DataError: if the tokens are not integers, do not have this shape, or are none at all.
     """
-    integers = as_integers("tokens", tokens)
+    integers = as_integers(name, tokens)
     if integers.ndim == 1:
         integers = integers[None]
     if integers.ndim != 2:
-        raise _not_integers("tokens", integers)
+        raise _not_integers(name, integers)
     if integers.numel() == 0:
-        raise DataError(f"there are no tokens: they have shape {list(integers.shape)}")
+        raise DataError(f"{name} must not be empty, as those of shape {list(integers.shape)} are")
     return integers
 
 
-def check_vocabulary(tokens: Tokens, d_vocab: int) -> None:
+def check_vocabulary(tokens: Int[Tensor, "batch pos"], d_vocab: int) -> None:
     """Raise `DataError` if a token is outside the vocabulary."""
     lowest, highest = tokens.aminmax()
     if int(lowest) < 0 or int(highest) >= d_vocab:
