@@ -464,13 +464,12 @@ def assert_right(counts, errors, count):
     for name, outcomes in counts.items():
         assert outcomes.keys() <= RIGHT, f"{name}: {outcomes}\n{errors[-3000:]}"
         assert sum(outcomes.values()) == count
-        assert outcomes.get("refused", 0) + outcomes.get("same", 0) > 0, f"{name}: {outcomes}"
 
 
 def test_damaged_files():
-    counts, errors = run(10, *(FORMATS.keys() - set(SLOW)), seconds=600)
+    counts, errors = run(8, *(FORMATS.keys() - set(SLOW)), seconds=600)
     assert len(counts) == len(FORMATS) - len(SLOW)
-    assert_right(counts, errors, 10)
+    assert_right(counts, errors, 8)
 
 
 @pytest.mark.slow

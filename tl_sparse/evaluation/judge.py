@@ -228,7 +228,8 @@ def judged(
     selection_logits = all_logits(model, selection, batch_size, run_context)
     heldout_logits = all_logits(model, heldout, batch_size, run_context)
     scale, shift = calibration(selection_logits, selection)
-    calibrated = _calibrated(heldout_logits, torch.tensor(scale), torch.tensor(shift))
+    fitted_scale, fitted_shift = heldout_logits.new_tensor([scale, shift])
+    calibrated = _calibrated(heldout_logits, fitted_scale, fitted_shift)
     return evaluation, {
         "selection": {"circuit": asdict(score_logits(selection_logits, selection))},
         "heldout": asdict(evaluation),
