@@ -30,7 +30,7 @@ from tl_sparse.cli.parser import build_parser
 from tl_sparse.cli.training import train_config
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
-from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.config import PruneConfig, as_config
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 
@@ -362,9 +362,10 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25
     )
     monkeypatch.setattr("tl_sparse.TrainConfig", small)
-    quick = functools.partial(PruneConfig, **PRUNE)
-    for place in ("tl_sparse.PruneConfig", "tl_sparse.pruning.pruner.PruneConfig"):
-        monkeypatch.setattr(place, quick)
+    monkeypatch.setattr("tl_sparse.PruneConfig", functools.partial(PruneConfig, **PRUNE))
+    monkeypatch.setattr(
+        "tl_sparse.pruning.pruner.as_config", lambda config: as_config(config or PRUNE)
+    )
 
     # Nodes kept in any case, so that there is a first node and a first edge to print.
     def some(empty, model, gates, *_):

@@ -109,6 +109,13 @@ OTHERWISE = {
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},
     "get_task": {"name": "single_double_quote"},
+    "read_results": {"values": {"models": {}, "geometric_mean_edges": {"node_pruned": {}}}},
+    "summary": {
+        "summaries": {"nodes": {"median": 3.0}},
+        "figure": "nodes",
+        "statistic": "median",
+        "place": "a suite",
+    },
 }
 
 

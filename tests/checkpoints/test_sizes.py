@@ -6,6 +6,7 @@ import torch
 from helpers import must_not_run, tiny_config
 from tl_sparse import load
 from tl_sparse.checkpoints.network import Checkpoint, build_network
+from tl_sparse.checksums import FILES, checksums_of
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import write_json, write_tensors
 from tl_sparse.network import SparseTransformer
@@ -15,7 +16,8 @@ def write_native(folder, tensors, storage, **changes):
     cfg = tiny_config(biases=False, **changes)
     about = {"model_type": "tl_sparse", "format_version": 1, "storage": storage}
     write_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", about | {**cfg.to_dict(), **changes})
+    values = {**about, **cfg.to_dict(), **changes, FILES: checksums_of(folder)}
+    write_json(folder / "config.json", values)
 
 
 @pytest.mark.parametrize("sizes", [{"d_vocab": 10**8, "d_model": 10**6}, {"d_model": 3 * 10**7}])

@@ -255,7 +255,7 @@ def test_an_empty_circuit_under_resampling_is_another_prompt():
 
     partners = []
     for candidates, logits in zip(data.candidates, found, strict=True):
-        of_each = full[:, candidates].float()
+        of_each = full[:, candidates]
         same = [prompt for prompt in range(10) if torch.allclose(of_each[prompt], logits)]
         assert len(same) == 1
         partners.append(same[0])
@@ -488,8 +488,8 @@ def test_the_curve_on_paper(micro):
     circuit = micro_circuit(micro)
     generator = torch.Generator().manual_seed(0)
     scores = {}
-    for name, mean in circuit.means.items():
-        scores[name] = 0.1 * torch.rand(mean.shape, generator=generator)
+    for name, mask in circuit.kept.items():
+        scores[name] = 0.1 * torch.rand(mask.shape, generator=generator)
     scores["blocks.0.attn.hook_v"][0, 0] = 3.0
     scores["blocks.0.ln1.hook_read"][0] = 2.0
     scores["blocks.0.hook_attn_out"][2] = 1.0
@@ -535,14 +535,14 @@ def test_random_circuits_have_as_many_nodes_at_each_hook_point(monkeypatch):
     model = tiny_model(full_config())
     data = random_data(model)
     circuit = dataclasses.replace(random_circuit(model, share=0.4), edge_set=frozenset())
-    real = evaluation.holding_circuit
+    real = evaluation.holding_nodes
     drawn = []
 
     def remembering(circuit, *rest):
         drawn.append(circuit)
         return real(circuit, *rest)
 
-    monkeypatch.setattr(evaluation, "holding_circuit", remembering)
+    monkeypatch.setattr(evaluation, "holding_nodes", remembering)
     measured = random_circuits(circuit, model, data, n_circuits=5, seed=3)
     assert len(measured) == len(drawn) == 5
     assert len({tuple(each.nodes) for each in [circuit, *drawn]}) == 6

@@ -8,7 +8,7 @@ import pytest
 import tl_sparse
 from damage import ODD, changed, entries
 from micro import QUICK_SETTINGS, save_micro, save_pairs
-from tl_sparse.errors import ConfigError, SuiteError, TLSparseError
+from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TLSparseError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
 from tl_sparse.suites.jobs import CircuitFigures, Job, JobReport, read_report, write_report
@@ -128,7 +128,7 @@ def test_damage_is_found_before_anything_is_searched(finished, monkeypatch):
     monkeypatch.setattr(suite, "prune", prune)
     path = folder / "job.json"
     path.write_text(path.read_text().replace('"nodes": 3', '"nodes": 4'))
-    with pytest.raises(SuiteError, match=r"job.json is damaged: its checksum is wrong; remove the"):
+    with pytest.raises(CheckpointError, match=r"job.json is damaged, or was edited after it was"):
         run_suite(*arguments, (0, 1), CONFIG)
     path.unlink()
     with pytest.raises(TLSparseError, match=r"cannot read .*job\.json"):

@@ -249,7 +249,7 @@ def test_a_task_with_too_few_prompts(tokenizer):
         TaskError, match="task stub gave only 2 of 3 pairs of distinct prompts, 0 prompts excluded"
     ):
         make_task_data(a_task(*pairs), tokenizer, 3, seed=0)
-    with pytest.raises(TaskError, match=r"gave only 1 of 2 pairs .* 1 prompts excluded"):
+    with pytest.raises(TaskError, match=r"gave only 1 of 2 pairs .* 1 prompt excluded"):
         make_task_data(a_task(*pairs), tokenizer, 2, seed=0, exclude={"f('a"})
     with pytest.raises(TaskError, match="n_pairs is 0; it must be at least 1"):
         make_task_data(QUOTES, tokenizer, 0, seed=0)

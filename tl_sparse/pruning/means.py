@@ -21,6 +21,7 @@ from tl_sparse.hooks import (
     mean_activations,
     tokens_for,
 )
+from tl_sparse.precision import at_least_float32
 from tl_sparse.tasks import TaskData
 
 #: A warning is given if the standard error of the means is a larger fraction of their norm than
@@ -107,7 +108,7 @@ def corpus_means(
             "their size; a larger corpus makes the means, and the circuit, more stable"
         )
     share = n_tokens[1] / sum(n_tokens)
-    dtype = next(model.parameters()).dtype
+    dtype = at_least_float32(next(model.parameters()).dtype)
     first, second = means
     return {name: torch.lerp(mean, second[name], share).to(dtype) for name, mean in first.items()}
 
@@ -130,7 +131,7 @@ def task_means(model: TLModel, train: TaskData, embed: bool) -> NodeValues:
         batches.append(tokens)
         masks.append(torch.ones_like(tokens))
     means = _means(model, batches, embed, masks)
-    dtype = next(model.parameters()).dtype
+    dtype = at_least_float32(next(model.parameters()).dtype)
     return {name: mean.to(dtype) for name, mean in means.items()}
 
 

@@ -76,7 +76,7 @@ def read_checkpoint(path: Path, max_steps: int) -> Checkpoint:
     losses = stored.pop("losses", None)
     if losses is None or losses.dtype != torch.float32 or losses.ndim != 1:
         raise CheckpointError("it has no losses")
-    if path != _path(path.parent, losses) or not 0 < len(losses) <= max_steps:
+    if path != _path(path.parent, losses) or len(losses) > max_steps:
         raise CheckpointError(f"it is from step {len(losses)}")
     return Checkpoint(stored, losses)
 

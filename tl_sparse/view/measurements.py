@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import DataError
 from tl_sparse.evaluation import Evaluation, SizedScore
 from tl_sparse.records import record_from
@@ -97,6 +98,7 @@ def read_tabulated(values: Mapping[str, Any]) -> Tabulated:
     return _read(Tabulated, values, "this", "evaluate")
 
 
+@checked()
 def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteResults:
     """What is shown of the results of a suite called `name`.
 
@@ -106,6 +108,7 @@ def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteR
     return _read(SuiteResults, values, name, "suite")
 
 
+@checked()
 def summary(summaries: Summaries, figure: str, statistic: str, place: str) -> float:
     """One summary of a figure over the seeds.
 
