@@ -11,8 +11,10 @@ TOOLS_tl3 := test,tools
 # -qq prints errors only. Python compiles what it imports; to compile all of it takes a minute.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 BENCHMARKS := tests/benchmarks
-MARKS = -m "not slow"
-test-all: MARKS =
+MARKS_tl4 = -m "not slow"
+MARKS_tl3 = -m "not slow and not any_line"
+test-all: MARKS_tl4 =
+test-all: MARKS_tl3 =
 
 .NOTPARALLEL:
 .PHONY: help demo test test-all test-tl4 test-tl3 bench gpu gpu-wheels lint types api wheel clean
@@ -24,17 +26,17 @@ demo: $(TL4)/.installed  ## find a circuit in the bundled model; results in demo
 	$(TL4)/bin/tl-sparse demo --out demo
 
 test: lint types test-tl4 test-tl3  ## lint, types, and the tests on TransformerLens 3.8 and 4
-test-all: lint types test-tl4 test-tl3  ## the same, including the tests marked slow
+test-all: lint types test-tl4 test-tl3  ## the same, including those marked slow, and all of them on both lines
 test-tl4: $(TL4)/.tools  ## the tests on the newest TransformerLens 4
 	@$(call pytest,$(TL4))
-test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8
+test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8, of what depends on it
 	@$(call pytest,$(TL3))
 
 # One process with one thread for each core, of at most 8. Offline mode, so that a test that would
 # download something fails at once on every machine.
 pytest = $1/bin/python -c "import platform; from importlib.metadata import version as v; \
 	print('== TransformerLens', v('transformer-lens'), '| torch', v('torch'), '| Python', platform.python_version())" \
-	&& HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $1/bin/python -m pytest -q $(MARKS) --ignore $(BENCHMARKS) \
+	&& HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $1/bin/python -m pytest -q $(MARKS_$(1:.venv-%=%)) --ignore $(BENCHMARKS) \
 	   --numprocesses logical --maxprocesses 8 --dist worksteal
 
 bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)

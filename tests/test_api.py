@@ -7,6 +7,8 @@ import pytest
 
 from helpers import ON_3
 
+pytestmark = pytest.mark.any_line
+
 ROOMS = [
     "tl_sparse",
     "tl_sparse.errors",

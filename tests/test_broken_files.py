@@ -57,6 +57,8 @@ from tl_sparse.tasks import Task, make_task_data
 from tl_sparse.training.trainer import Trainer
 from tl_sparse.view import plots
 
+pytestmark = pytest.mark.any_line
+
 SECONDS = 20  # for one reading
 BYTES = 2**30  # of address space, for one reading
 

@@ -10,6 +10,8 @@ from tl_sparse.checksums import ENTRY, FILES, check_files, checksums_of, file_ch
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 
+pytestmark = pytest.mark.any_line
+
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False])}
 VALUES = {"name": "é", "sizes": [1, 2.5], "known": None}
 

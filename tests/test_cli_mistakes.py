@@ -9,6 +9,8 @@ from micro import QUICK_SETTINGS, micro_circuit, micro_model, save_micro, save_p
 from tl_sparse.cli import main
 from tl_sparse.cli.parser import build_parser
 
+pytestmark = pytest.mark.any_line
+
 HUGE = "9" * 30
 COMMANDS = {
     "train": ["train", "--out", "OUT"],

@@ -11,6 +11,8 @@ from micro import micro_circuit, micro_model, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.cli.output import CLOSED_PIPE, print_error
 
+pytestmark = pytest.mark.any_line
+
 PROGRAM = """
 import sys
 from pathlib import Path

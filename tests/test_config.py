@@ -17,6 +17,8 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.training.config import TrainConfig, laptop_model
 from tl_sparse.training.presets import PRESETS, preset
 
+pytestmark = pytest.mark.any_line
+
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 
 

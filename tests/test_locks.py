@@ -13,6 +13,8 @@ from helpers import script_environment
 from tl_sparse.errors import SuiteError, TrainError
 from tl_sparse.locks import LOCK_FILE, folder_lock
 
+pytestmark = pytest.mark.any_line
+
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -27,6 +27,8 @@ from tl_sparse.outputs import check_new_file, replacing
 from tl_sparse.view import plots
 from tl_sparse.view.page import Page
 
+pytestmark = pytest.mark.any_line
+
 #: The audit events of the operations that change files.
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

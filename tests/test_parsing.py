@@ -14,6 +14,8 @@ from tl_sparse.files import read_json, read_tensors, read_torch, read_yaml, writ
 from tl_sparse.parsing import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, printable
 from tl_sparse.tasks import get_task
 
+pytestmark = pytest.mark.any_line
+
 few = settings(max_examples=50, deadline=None, derandomize=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | TEXTS

@@ -13,6 +13,8 @@ import torch
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_torch
 
+pytestmark = pytest.mark.any_line
+
 
 def write_archive(path, content, **further):
     """A file of torch.save with this pickle, and further records."""

@@ -14,6 +14,8 @@ import pytest
 import tl_sparse
 from helpers import ON_3
 
+pytestmark = pytest.mark.any_line
+
 ROOT = Path(__file__).parents[1]
 
 #: From the ground up. Rooms in one line do not know each other.

@@ -34,6 +34,8 @@ from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
 from tl_sparse.files import read_json, read_torch
 
+pytestmark = pytest.mark.any_line
+
 # --- openai/circuit-sparsity
 
 

@@ -15,6 +15,8 @@ from helpers import script_environment
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.network.config import SparseConfig, paper_topk
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = SparseConfig(
     8,
     2048,

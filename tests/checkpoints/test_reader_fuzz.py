@@ -43,6 +43,8 @@ from tl_sparse.checkpoints.network import build_network
 from tl_sparse.errors import TLSparseError
 from tl_sparse.network.config import SparseConfig
 
+pytestmark = pytest.mark.any_line
+
 SECONDS, BYTES = 20, 64 * 2**20  # for one folder
 
 

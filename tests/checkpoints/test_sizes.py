@@ -11,6 +11,8 @@ from tl_sparse.errors import CheckpointError
 from tl_sparse.files import write_json, write_tensors
 from tl_sparse.network import SparseTransformer
 
+pytestmark = pytest.mark.any_line
+
 
 def write_native(folder, tensors, storage, **changes):
     cfg = tiny_config(biases=False, **changes)

@@ -16,6 +16,8 @@ from loopback import Answer, FakeHub, cache_snapshot, point_hub_at, serving
 from tl_sparse.checkpoints import download, sources
 from tl_sparse.errors import CheckpointError
 
+pytestmark = pytest.mark.any_line
+
 NAMES = (
     "csp_yolo1, csp_yolo2, csp_bridges1, csp_bridges2, dense1_1x, dense1_2x, dense1_4x, "
     "csp_sweep1_1x_3.7Mnonzero_afrac0.250, …"

@@ -31,6 +31,8 @@ from tl_sparse.tasks.idioms import WORDS, Writer, idiom_documents
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.tokens import packed_for
 
+pytestmark = pytest.mark.any_line
+
 
 @pytest.fixture(scope="module")
 def idioms():

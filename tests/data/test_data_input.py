@@ -16,6 +16,8 @@ from tl_sparse.data import (
 )
 from tl_sparse.errors import ConfigError, DataError, TokenizerError
 
+pytestmark = pytest.mark.any_line
+
 TEXTS = ["x = 1\n" * 20, "y = 2\n" * 20]
 
 

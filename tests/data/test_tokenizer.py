@@ -20,6 +20,8 @@ from tl_sparse.data.tokenizer import (
 from tl_sparse.errors import TokenizerError
 from tl_sparse.tasks.idioms import idiom_documents
 
+pytestmark = pytest.mark.any_line
+
 VOCAB_SIZE = 512
 CANDIDATES = ("')", '")', "=None", "):\n", ".add", " +=", "]]", " True:\n", " True\n", " ==")
 

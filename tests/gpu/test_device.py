@@ -17,6 +17,8 @@ from tl_sparse.pruning import corpus_means, prune, prune_edges, task_splits
 from tl_sparse.training import evaluate_loss, train
 from tl_sparse.training.trainer import Trainer
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = PruneConfig(**QUICK_SETTINGS)
 TRAINING = TrainConfig(
     model=tiny_config(d_vocab=384, n_ctx=32, abs_topk={"mlp_neuron": 0.5}, bigram_table=True),

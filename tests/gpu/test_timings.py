@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
 import torch
 from run import NEEDED, missing_packages
 from timings import SIZES, table
+
+pytestmark = pytest.mark.any_line
 
 
 def test_missing_packages_are_named():

@@ -18,6 +18,8 @@ from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
 
+pytestmark = pytest.mark.any_line
+
 EXAMPLES = settings(max_examples=150)
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from tl_sparse.network.fused_attention import _with_sink_as_key, fused_attention
 
+pytestmark = pytest.mark.any_line
+
 
 def by_definition(q, k, v, scale, sink):
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale

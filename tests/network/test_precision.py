@@ -15,6 +15,8 @@ from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.layers import Norm
 from tl_sparse.training.measures import evaluate_loss
 
+pytestmark = pytest.mark.any_line
+
 HALVES = [torch.bfloat16, torch.float16]
 SMALL = 2.0**-12  # its square is less than the machine epsilon of float32
 

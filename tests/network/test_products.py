@@ -34,6 +34,8 @@ from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.network.products import Compressed, Product
 
+pytestmark = pytest.mark.any_line
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 

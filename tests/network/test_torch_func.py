@@ -7,6 +7,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from helpers import full_config, random_tokens, tiny_model
 from tl_sparse.network.products import Kernels, Product
 
+pytestmark = pytest.mark.any_line
+
 
 @pytest.fixture(params=["auto", "dense", "sparse"])
 def network(request):

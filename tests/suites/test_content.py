@@ -22,6 +22,8 @@ from tl_sparse.suites.jobs import read_report
 from tl_sparse.suites.suite import run_suite
 from tl_sparse.tasks.task import TASKS
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = PruneConfig(**QUICK_SETTINGS)
 
 

@@ -15,6 +15,8 @@ from tl_sparse.suites.jobs import CircuitFigures, Job, JobReport, read_report, w
 from tl_sparse.suites.results import collected, results_table
 from tl_sparse.suites.suite import run_suite
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = PruneConfig(**QUICK_SETTINGS | {"steps": 50})
 FIGURES = CircuitFigures(
     nodes=3,

@@ -14,6 +14,8 @@ import pytest
 from helpers import command_flags, script_environment
 from micro import QUICK_SETTINGS, save_micro, save_pairs
 
+pytestmark = pytest.mark.any_line
+
 N_KILLS = 10
 posix = pytest.mark.skipif(os.name != "posix", reason="only POSIX has SIGKILL")
 

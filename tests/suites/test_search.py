@@ -23,6 +23,8 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import optuna_search as module
 from tl_sparse.suites.optuna_search import RANGES, search
 
+pytestmark = pytest.mark.any_line
+
 optuna = pytest.importorskip("optuna")
 SETTINGS = QUICK_SETTINGS | {"steps": 50}
 CONFIG = PruneConfig(**SETTINGS)

@@ -24,6 +24,8 @@ from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides, idiom_documents
 from tl_sparse.tasks.task import TASKS, Task, get_task
 from tl_sparse.tasks.task_data import candidate_logits, make_task_data, task_loss_and_accuracy
 
+pytestmark = pytest.mark.any_line
+
 QUOTES = TASKS["single_double_quote"]
 CANDIDATES = sorted({candidate for task in TASKS.values() for candidate in task.candidates})
 #: The tokens that differ within a pair of a task: at most so many, from the first such token to the

@@ -19,6 +19,8 @@ from tl_sparse import DataConfig, train
 from tl_sparse.errors import DataError, TLSparseError, TrainError
 from tl_sparse.locks import LOCK_FILE, folder_lock
 
+pytestmark = pytest.mark.any_line
+
 SHORT = dataclasses.replace(
     CONFIG, data=DataConfig(stdlib_chars=0, idiom_chars=15_000), steps=40, checkpoint_steps=10
 )

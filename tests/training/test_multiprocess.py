@@ -19,6 +19,8 @@ import tl_sparse
 from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.errors import ConfigError, TrainError
 
+pytestmark = pytest.mark.any_line
+
 SHORT = TrainConfig(
     model=MODEL,
     data=DataConfig(stdlib_chars=0, idiom_chars=30_000),

@@ -17,6 +17,8 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.presets import RECIPES, preset
 from tl_sparse.training.trainer import Trainer, next_token_loss
 
+pytestmark = pytest.mark.any_line
+
 STEPS = 10
 
 

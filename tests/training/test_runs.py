@@ -19,6 +19,8 @@ from tl_sparse.training.measures import dead_neurons
 from tl_sparse.training.runs import _check_same
 from tl_sparse.training.tokens import batches
 
+pytestmark = pytest.mark.any_line
+
 MODEL = SparseConfig(
     n_layers=1,
     d_model=16,

@@ -17,6 +17,8 @@ from tl_sparse.tasks.idioms import idiom_documents
 from tl_sparse.training import evaluate_loss, preset
 from tl_sparse.training.trainer import Trainer
 
+pytestmark = pytest.mark.any_line
+
 SHORT = dataclasses.replace(CONFIG, steps=2)
 
 

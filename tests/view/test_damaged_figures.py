@@ -15,6 +15,8 @@ from tl_sparse.suites.results import results_table
 from tl_sparse.tasks.task_data import make_task_data
 from tl_sparse.view import circuit_facts, evaluation_tables, plots
 
+pytestmark = pytest.mark.any_line
+
 
 @pytest.fixture(scope="module")
 def measured():

@@ -14,6 +14,8 @@ from tl_sparse.evaluation.judge import full_evaluation
 from tl_sparse.tasks.task_data import make_task_data
 from tl_sparse.view import plots
 
+pytestmark = pytest.mark.any_line
+
 
 def score(loss, accuracy=0.9):
     return {"loss": loss, "standard_error": 0.01, "accuracy": accuracy}
