@@ -143,13 +143,15 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(x, tau, value, is_open)
         ctx.temperature = temperature
         ctx.sign = -1.0 if inverted else 1.0
-        # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
-        # torch.where. An infinite value times 0 is NaN, which shows in the sum.
-        gate = is_open.to(x.dtype)
-        gated = torch.addcmul(value.to(x.dtype) * (1 - gate), x, gate)
-        if not bool(gated.sum(dtype=torch.float32).isfinite()):
-            return torch.where(is_open, x, value.to(x.dtype))
-        return gated
+        held_at = value.to(x.dtype)
+        if x.device.type == "cpu":
+            # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
+            # torch.where. An infinite value times 0 is NaN, which shows in the sum.
+            gate = is_open.to(x.dtype)
+            gated = torch.addcmul(held_at * (1 - gate), x, gate)
+            if bool(gated.sum(dtype=torch.float32).isfinite()):
+                return gated
+        return torch.where(is_open, x, held_at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -161,12 +163,9 @@ class _Gate(torch.autograd.Function):
             grad_gate = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
         else:
             grad_gate = (precise * (x - value)).sum((0, 1))
+        # An infinite activation has no finite effect to learn from.
+        grad_gate = grad_gate.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        if not bool(grad_gate.isfinite().all()):
-            # As in `forward`. An infinite activation has no finite effect to learn from.
-            effect = precise * (x - value)
-            grad_gate = torch.where(effect.isfinite(), effect, 0.0).sum((0, 1))
-            grad_x = torch.where(is_open, grad, 0.0) if ctx.needs_input_grad[0] else None
         soft = torch.sigmoid(tau / ctx.temperature)
         grad_tau = ctx.sign * grad_gate * soft * (1 - soft) / ctx.temperature
         return grad_x, grad_tau, None, None, None
