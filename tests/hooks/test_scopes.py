@@ -16,7 +16,6 @@ from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import frozen, hooked
 
 N_THREADS = 4
-RUNS_PER_THREAD = 125
 
 
 def random_circuit(model, seed, edges):
@@ -61,7 +60,8 @@ def run_in_threads(*functions):
 
 
 @pytest.mark.parametrize("edges", [False, True], ids=["nodes", "edges"])
-def test_each_thread_runs_the_model_under_its_own_circuit(edges, switching_often):
+@pytest.mark.parametrize("runs_per_thread", [15, pytest.param(250, marks=pytest.mark.slow)])
+def test_each_thread_runs_the_model_under_its_own_circuit(edges, runs_per_thread, switching_often):
     model = tiny_model(n_layers=2, attn_sinks=True)
     plain = logits(model)
     circuits = [random_circuit(model, seed, edges) for seed in range(N_THREADS)]
@@ -72,7 +72,7 @@ def test_each_thread_runs_the_model_under_its_own_circuit(edges, switching_often
     wrong = []
 
     def work(i):
-        for _ in range(RUNS_PER_THREAD):
+        for _ in range(runs_per_thread):
             with circuits[i].applied(model):
                 under = logits(model)
             if not torch.equal(under, expected[i]):
