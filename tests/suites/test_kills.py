@@ -1,6 +1,5 @@
 """Suites and searches that are killed: nobody stays behind, and the same command completes them."""
 
-import json
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ import pytest
 
 from helpers import command_flags, script_environment
 from micro import QUICK_SETTINGS, save_micro, save_pairs
+from tl_sparse.files import read_json
 
 pytestmark = pytest.mark.any_line
 
@@ -80,7 +80,7 @@ def without_seconds(results):
 @pytest.mark.slow
 def test_a_suite_that_was_killed_is_completed_with_the_same_results(suite_command, tmp_path):
     def results_in(out):
-        return without_seconds(json.loads((out / "results.json").read_text()))
+        return without_seconds(read_json(out / "results.json"))
 
     undisturbed = tmp_path / "undisturbed"
     finish(*suite_command, "--out", str(undisturbed))
