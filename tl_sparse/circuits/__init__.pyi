@@ -13,4 +13,5 @@ from .nodes import index_label as index_label
 from .nodes import n_weights as n_weights
 from .nodes import node_label as node_label
 from .nodes import weight_matrices as weight_matrices
+from .reads import holding_reads as holding_reads
 from .reads import shared_reads as shared_reads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ from tl_sparse.circuits.exchange import edge_list, read_edge_list, read_openai_c
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.circuits.reads import shared_reads
+from tl_sparse.circuits.reads import holding_reads
 from tl_sparse.circuits.storage import read_circuit, write_circuit
 from tl_sparse.errors import CircuitError, counted
 from tl_sparse.files import write_json
-from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating, is_sparse_model
+from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.parsing import printable
 
 if TYPE_CHECKING:
@@ -221,9 +221,11 @@ class Circuit(CircuitParts):
                 "tl_sparse.hooks.mean_activations(model, circuit.mean_hooks, batches_of_tokens)) "
                 "adds them"
             )
-        # In our own models, what is held in the shared read is held in the read of each head too.
-        reads = nullcontext() if is_sparse_model(model) else shared_reads(model)
-        with reads, cutting(model, cut, self.means), ablating(model, nodes, values):
+        with (
+            holding_reads(model),
+            cutting(model, cut, self.means),
+            ablating(model, nodes, values),
+        ):
             yield
 
     # Other circuits from this one

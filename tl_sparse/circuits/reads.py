@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from tl_sparse.arguments import checked
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.hooks import TLModel
+from tl_sparse.hooks import TLModel, is_sparse_model
 
 #: The flags, and the hook points of a block that run only with them.
 _FLAGS = ("use_split_qkv_input", "use_attn_in")
@@ -45,3 +45,14 @@ def shared_reads(model: TLModel) -> Iterator[None]:
             warnings.simplefilter("ignore")  # the user has seen the warning of the flag
             for flag in flags:
                 getattr(model, f"set_{flag}")(True)
+
+
+def holding_reads(model: TLModel) -> AbstractContextManager[None]:
+    """The context in which the reads of a model are recorded and held.
+
+    In our own models, what is recorded or held in the read of each head is right too, so that users
+    may edit the reads of heads under a circuit.
+    """
+    if is_sparse_model(model):
+        return nullcontext()
+    return shared_reads(model)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.circuits import holding_reads
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import TLModel, is_sparse_model, recording, treats_positions_alike
 from tl_sparse.tasks import TaskData, candidate_logits, task_loss_and_accuracy
@@ -157,7 +158,7 @@ def resampled(
     n_positions = int(data.last.max()) + 1
     tokens = partners.tokens[:, :n_positions]
     check_padding(model, replace(data, last=torch.cat([data.last, partners.last])))
-    with recording(model, names) as activations:
+    with holding_reads(model), recording(model, names) as activations:
         _run(model, tokens)
     if bool((partners.last >= n_positions - 1).all()):
         return activations
