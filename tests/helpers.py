@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
@@ -54,6 +55,20 @@ def script_environment():
     if "PYTHONPATH" in os.environ:
         folders.append(os.environ["PYTHONPATH"])
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+def run_as_script(path, *arguments, seconds):
+    """Run a test file in a process of its own, which must succeed; what it writes is returned."""
+    done = subprocess.run(
+        [sys.executable, path, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=script_environment(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @functools.cache

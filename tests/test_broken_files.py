@@ -17,7 +17,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -32,7 +31,7 @@ import yaml
 import tl_sparse
 from file_damage import damaged
 from formats import write_circuitgpt, write_openai, write_sparse_pretrain
-from helpers import full_config, script_environment, tiny_config, tiny_model
+from helpers import full_config, run_as_script, tiny_config, tiny_model
 from micro import (
     MICRO_TASK,
     QUICK_SETTINGS,
@@ -442,16 +441,7 @@ def limit_memory():
 
 
 def run(count, *names, seconds):
-    command = [sys.executable, __file__, str(count), *names]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=script_environment(),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_as_script(__file__, str(count), *names, seconds=seconds)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 

@@ -15,7 +15,6 @@ import re
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from formats import (
     sparse_pretrain_tensors,
     sparse_pretrain_values,
 )
-from helpers import full_config, script_environment, tiny_config, tiny_model
+from helpers import full_config, run_as_script, tiny_config, tiny_model
 from tl_sparse.checkpoints.formats import read_checkpoint
 from tl_sparse.checkpoints.network import build_network
 from tl_sparse.errors import TLSparseError
@@ -596,16 +595,7 @@ def fuzz(kinds, count):
 
 def run(count, *kinds, seconds):
     start = time.monotonic()
-    command = [sys.executable, __file__, str(count), *kinds]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=script_environment(),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_as_script(__file__, str(count), *kinds, seconds=seconds)
     print(f"{time.monotonic() - start:.0f} s", done.stdout)
     return json.loads(done.stdout)
 
