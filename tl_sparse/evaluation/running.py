@@ -151,10 +151,7 @@ def resampled(
         TaskError: if `data` has no partners, and only one pair to draw them from.
         UnsupportedError: if the model would see the padding of the partners.
     """
-    partners = data.partners
-    if partners is None:
-        partners = data.with_partners(seed).partners
-    assert partners is not None
+    partners = data.partners or data.drawn_partners(seed)
     n_positions = int(data.last.max()) + 1
     tokens = partners.tokens[:, :n_positions]
     check_padding(model, replace(data, last=torch.cat([data.last, partners.last])))

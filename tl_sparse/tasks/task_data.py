@@ -110,14 +110,17 @@ class TaskData:
         Raises:
             TaskError: if there is only one pair.
         """
+        return replace(self, partners=self.drawn_partners(seed))
+
+    def drawn_partners(self, seed: int) -> Partners:
+        """The partners that `with_partners` gives the prompts."""
         if self.n_pairs < 2:
             raise TaskError(
                 f"resample ablation of task {self.task} needs at least 2 pairs, because the partner"
                 f" of a prompt is from another pair; there is {self.n_pairs}"
             )
         partner_rows = _partner_rows(self.n_pairs, seed).to(self.tokens.device)
-        partners = Partners(self.tokens, self.last).rows(partner_rows)
-        return replace(self, partners=partners)
+        return Partners(self.tokens, self.last).rows(partner_rows)
 
 
 def _partner_rows(n_pairs: int, seed: int) -> Int[Tensor, " prompt"]:
