@@ -18,7 +18,7 @@ from itertools import chain, islice
 import torch
 
 import tl_sparse
-from tl_sparse.circuits import LOCATIONS, node_label, residual_joins
+from tl_sparse.circuits import LOCATIONS, residual_joins
 from tl_sparse.evaluation import effects, holding_circuit, score
 from tl_sparse.hooks import recording
 from tl_sparse.tasks import Task, make_task_data, table
@@ -117,7 +117,7 @@ for node in circuit.nodes:
         lowest = map(position_label, on_position.lowest)
     lines.append(
         [
-            node_label(model, node),
+            str(node),
             LOCATIONS[node.location].description,
             f"{on_token.explained:.0%}",
             f"{on_position.explained:.0%}",
@@ -152,13 +152,13 @@ for node in circuit.nodes:
     sources = []
     for edge in edges:
         if edge.target == node:
-            sources.append(f"{node_label(model, edge.source)} ({edge.weight:+.2f})")
+            sources.append(f"{edge.source} ({edge.weight:+.2f})")
     for write, read in joins:
         if read == node:
-            sources.append(f"{node_label(model, write)} (stream)")
+            sources.append(f"{write} (stream)")
     lines.append(
         [
-            node_label(model, node),
+            str(node),
             f"{at_mark[0]:+.2f} / {at_mark[1]:+.2f}",
             f"{at_end[0]:+.2f} / {at_end[1]:+.2f}",
             f"{loss_if_cut[node]:+.3f}",
@@ -212,7 +212,7 @@ for node in circuit.nodes:
     strongest = logits.abs().topk(3).indices.tolist()
     lines.append(
         [
-            node_label(model, node),
+            str(node),
             f"{of_answers[0]:+.2f}",
             f"{of_answers[1]:+.2f}",
             f"{moved_apart[node]:+.2f}",
@@ -242,7 +242,7 @@ def paths(node):
 
 print("\nPaths from value nodes to the answers, and how far the last node moves these apart\n")
 for path in islice(chain.from_iterable(map(paths, value_nodes)), 12):
-    labels = [node_label(model, node) for node in path]
+    labels = [str(node) for node in path]
     print(f"  {' → '.join(labels)}: {moved_apart[path[-1]]:+.2f}")
 
 

@@ -45,8 +45,10 @@ FILLERS = [f"f{i}" for i in range(30)]
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "A", "B", "end", "yes", "no", *FILLERS])}
 
 #: What the circuit is: node and edge for node and edge.
-NODES = ["0.attn_in.0", "0.attn_v.0", "0.attn_out.2"]
-EDGES = [("0.attn_in.0", "0.attn_v.0", W_V), ("0.attn_v.0", "0.attn_out.2", W_O)]
+NODES = ["0.attn_in 0", "0.attn_v h0.0", "0.attn_out 2"]
+EDGES = [("0.attn_in 0", "0.attn_v h0.0", W_V), ("0.attn_v h0.0", "0.attn_out 2", W_O)]
+#: The names of its nodes in files.
+INDEXED_NODES = ["0.attn_in.0", "0.attn_v.0", "0.attn_out.2"]
 
 
 def micro_tokenizer() -> PreTrainedTokenizerFast:

@@ -155,11 +155,11 @@ def test_edges_are_all_nonzero_weights_of_a_full_circuit(model):
     assert len(edges) == 2 * per_layer - 2 * 4
     sample = {(str(e.source), str(e.target)): e.weight for e in edges}
     attn, mlp = model.blocks[1].attn, model.blocks[1].mlp
-    assert sample["1.attn_in.5", "1.attn_k.6"] == attn.W_K[1, 5, 2].item()
-    assert sample["1.attn_in.17", "1.attn_v.1"] == attn.W_V_pos[0, 1, 1].item()
-    assert sample["1.attn_v.7", "1.attn_out.3"] == attn.W_O[1, 3, 3].item()
-    assert sample["1.mlp_in.18", "1.mlp_neuron.9"] == mlp.W_in_pos[2, 9].item()
-    assert sample["1.mlp_neuron.23", "1.mlp_out.0"] == mlp.W_out[23, 0].item()
+    assert sample["1.attn_in 5", "1.attn_k h1.2"] == attn.W_K[1, 5, 2].item()
+    assert sample["1.attn_in p1", "1.attn_v h0.1"] == attn.W_V_pos[0, 1, 1].item()
+    assert sample["1.attn_v h1.3", "1.attn_out 3"] == attn.W_O[1, 3, 3].item()
+    assert sample["1.mlp_in p2", "1.mlp_neuron 9"] == mlp.W_in_pos[2, 9].item()
+    assert sample["1.mlp_neuron 23", "1.mlp_out 0"] == mlp.W_out[23, 0].item()
 
 
 def test_save_and_load(model, tmp_path):
@@ -381,7 +381,7 @@ def test_unknown_location_is_named(model):
 
 
 def test_node_order_and_names():
-    assert str(Node(1, "attn_q", 5)) == "1.attn_q.5"
+    assert str(Node(1, "attn_q", 5)) == "1.attn_q 5"
     assert sorted([Node(1, "attn_in", 0), Node(0, "mlp_out", 9)])[0].layer == 0
 
 
@@ -399,8 +399,62 @@ def test_node_order_and_names():
     ],
 )
 def test_node_names_in_both_notations(node, name, openai_name):
-    assert (str(node), node.openai_name) == (name, openai_name)
-    assert Node.parse(name) == Node.parse(openai_name) == node
+    assert (node.indexed_name, node.openai_name) == (name, openai_name)
+    assert Node.parse(name) == Node.parse(openai_name) == Node.parse(str(node)) == node
+
+
+#: Reads have 16 residual and 4 positional channels, and there are two heads of 4 channels.
+NAMES = {
+    "1.attn_q h1.2": Node(1, "attn_q", 6),
+    "0.attn_v h0.3": Node(0, "attn_v", 3),
+    "0.attn_in p3": Node(0, "attn_in", 19),
+    "1.mlp_in 15": Node(1, "mlp_in", 15),
+    "1.mlp_out 15": Node(1, "mlp_out", 15),
+    "0.mlp_neuron 23": Node(0, "mlp_neuron", 23),
+}
+
+
+@pytest.mark.parametrize(("name", "node"), NAMES.items())
+def test_a_node_of_a_circuit_has_one_name(name, node, model):
+    circuit = with_nodes(model, everything)
+    found = circuit.node(name)
+    assert (str(found), found) == (name, node)
+    assert circuit.node(node.indexed_name) == circuit.node(node.openai_name) == node
+    assert str(circuit.node(node.indexed_name)) == name
+    assert [str(kept) for kept in circuit.nodes if kept == node] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("0.attn_v h2.0", r"the indices at 0\.attn_v run from 0 to 7, and this one is 8"),
+        ("0.attn_v h0.4", r"'h0\.4' cannot be read there"),
+        ("0.attn_out p0", "'p0' cannot be read there; .* positional channels"),
+        ("0.mlp_in h0.1", r"'h0\.1' cannot be read there"),
+        ("0.mlp_in p4", r"the indices at 0\.mlp_in run from 0 to 19, and this one is 20"),
+        ("2.mlp_in 0", r"the circuit's nodes are at 0\.attn_in, 0\.attn_q, "),
+    ],
+)
+def test_a_circuit_has_no_such_node(name, message, model):
+    with pytest.raises(CircuitError, match=message):
+        with_nodes(model, everything).node(name)
+
+
+def test_labels_are_kept_with_the_circuit(micro, tmp_path):
+    circuit = micro_circuit(micro).with_labels({NODES[1]: "A or B?", NODES[2]: "the answer"})
+    circuit.save(tmp_path)
+    again = Circuit.load(tmp_path)
+    assert {str(micro_name): label for micro_name, label in circuit.labels.items()} == {
+        NODES[1]: "A or B?",
+        NODES[2]: "the answer",
+    }
+    assert again.labels == circuit.labels
+    changed = again.with_labels({NODES[1]: "", "0.attn_in.0": "<read> ü"})
+    assert list(changed.labels.values()) == ["the answer", "<read> ü"]
+    with pytest.raises(CircuitError, match=r"the indices at 0\.mlp_in run from 0 to 3"):
+        circuit.with_labels({"0.mlp_in 9": "no"})
+    with pytest.raises(CircuitError, match=r"the label of '0\.attn_in 0' must be a text, not 3"):
+        circuit.with_labels({"0.attn_in 0": 3})
 
 
 @pytest.mark.parametrize(
@@ -420,8 +474,8 @@ def test_node_names_in_both_notations(node, name, openai_name):
 def test_what_is_no_node_is_named(text):
     with pytest.raises(
         CircuitError,
-        match=rf"{text!r} is not a node; nodes are written layer\.location\.index, and the "
-        r"locations are attn_in",
+        match=rf"{text!r} is not a node; nodes are written like '0\.mlp_neuron 7' or "
+        r"'0\.attn_v h3\.7', and the locations are attn_in",
     ):
         Node.parse(text)
 

@@ -162,7 +162,7 @@ def test_without_what_is_not_there(part):
     with pytest.raises(CircuitError, match=rf"^{part} is not in this circuit$"):
         circuit.without([part], MODEL)
     with pytest.raises(
-        CircuitError, match=rf"^0\.attn_in\.0 → {part}  .1\.000 is not in this circuit$"
+        CircuitError, match=rf"^0\.attn_in 0 → {part}  .1\.000 is not in this circuit$"
     ):
         circuit.without([Edge(Node(0, "attn_in", 0), part, 1.0)], MODEL)
 

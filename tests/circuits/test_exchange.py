@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tl_sparse
-from micro import EDGES, LOSS, MICRO_TASK, NODES, W_V, micro_corpus, micro_model
+from micro import EDGES, INDEXED_NODES, LOSS, MICRO_TASK, NODES, W_O, W_V, micro_corpus, micro_model
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
@@ -28,9 +28,10 @@ MICRO_LIST = {
     "format": "tl_sparse edges",
     "model_name": "micro",
     "task": "micro",
-    "nodes": NODES,
+    "nodes": INDEXED_NODES,
     "edges": [
-        {"source": source, "target": target, "weight": weight} for source, target, weight in EDGES
+        {"source": "0.attn_in.0", "target": "0.attn_v.0", "weight": W_V},
+        {"source": "0.attn_v.0", "target": "0.attn_out.2", "weight": W_O},
     ],
 }
 
@@ -99,7 +100,11 @@ def test_openai_indices_run_over_all_heads(two_heads, tmp_path, dtype):
     query = circuit.kept["blocks.1.attn.hook_q"]
     assert query.shape == (2, 4)
     assert query.nonzero().tolist() == [[0, 0], [1, 2]]
-    assert [str(node) for node in circuit.nodes] == ["0.attn_in.19", "1.attn_q.0", "1.attn_q.6"]
+    assert [str(node) for node in circuit.nodes] == [
+        "0.attn_in p3",
+        "1.attn_q h0.0",
+        "1.attn_q h1.2",
+    ]
     assert {
         name: tuple(mask.shape)
         for name, mask in circuit.kept.items()
@@ -285,7 +290,7 @@ def test_edge_lists_come_back_exactly(two_heads, tmp_path, dtype):
 
 
 def test_nodes_without_edges_survive(micro, tmp_path):
-    nodes = ["0.attn_q.1", "0.mlp_out.3"]
+    nodes = ["0.attn_q h0.1", "0.mlp_out 3"]
     circuit = Circuit.from_edge_list(write(tmp_path, {"nodes": nodes, "edges": []}), micro)
     assert [str(node) for node in circuit.nodes] == nodes
 
@@ -318,7 +323,7 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
     [
         (
             [edge(weight=1.6)],
-            r"does not fit this model: 0\.attn_in\.0 → 0\.attn_v\.0 has weight 1\.5 between .* "
+            r"does not fit this model: 0\.attn_in 0 → 0\.attn_v h0\.0 has weight 1\.5 between .* "
             r"nodes, not 1\.6",
         ),
         ([edge(weight=-1.5)], r"has weight 1\.5 between the kept nodes, not -1\.5"),
@@ -333,14 +338,14 @@ def edge(source="0.attn_in.0", target="0.attn_v.0", **further):
         ([edge(weight=0)], r"has weight 1\.5 between the kept nodes, not 0"),
         (
             [edge("0.attn_in.1")],
-            r"0\.attn_in\.1 → 0\.attn_v\.0 has weight 0 between the kept nodes, not a nonzero one",
+            r"0\.attn_in 1 → 0\.attn_v h0\.0 has weight 0 between the kept nodes, not a nonzero",
         ),
         (
             [edge("0.attn_in.1", weight=0)],
-            r"0\.attn_in\.1 → 0\.attn_v\.0 has weight 0 between the kept nodes, not 0",
+            r"0\.attn_in 1 → 0\.attn_v h0\.0 has weight 0 between the kept nodes, not 0",
         ),
-        ([edge("0.attn_v.0", "0.attn_in.0")], r"0\.attn_v\.0 → 0\.attn_in\.0 has weight 0"),
-        ([edge(target="0.mlp_out.1")], r"0\.attn_in\.0 → 0\.mlp_out\.1 has weight 0"),
+        ([edge("0.attn_v.0", "0.attn_in.0")], r"0\.attn_v h0\.0 → 0\.attn_in 0 has weight 0"),
+        ([edge(target="0.mlp_out.1")], r"0\.attn_in 0 → 0\.mlp_out 1 has weight 0"),
         ([edge(target="0.attn_v.2")], r"0\.attn_v: index 2 is out of range; they run from 0 to 1"),
         ([edge(target="1.attn_v.0")], r"1\.attn_v does not exist: the model has 1 layer,"),
         ([edge(target="attn_v")], "'attn_v' is not a node"),
@@ -357,7 +362,7 @@ def test_edges_that_do_not_fit(micro, tmp_path, edges, message):
 def test_nodes_that_do_not_fit(micro, tmp_path):
     with pytest.raises(CircuitError, match=r"0\.attn_in: index 0 occurs 2 times"):
         Circuit.from_edge_list(
-            write(tmp_path, MICRO_LIST | {"nodes": [*NODES, "0.attn.act_in.0"]}), micro
+            write(tmp_path, MICRO_LIST | {"nodes": [*INDEXED_NODES, "0.attn.act_in.0"]}), micro
         )
     with pytest.raises(
         CircuitError, match=r"has weight 0 between the kept nodes, not 1\.5"

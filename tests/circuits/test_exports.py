@@ -35,18 +35,17 @@ def test_networkx_has_the_nodes_and_edges(circuit, micro):
     graph = to_networkx(circuit, micro)
     assert list(graph.nodes) == NODES
     assert [(s, t, w) for s, t, w in graph.edges(data="weight")] == EDGES
-    assert graph.nodes["0.attn_v.0"] == {
+    assert graph.nodes["0.attn_v h0.0"] == {
         "layer": 0,
         "location": "attn_v",
         "index": 0,
         "openai": "0.attn.v.0",
         "kind": "value channels",
-        "label": "0.attn_v h0.0",
         "mean": 0.0,
     }
     assert graph.graph == {"model": "micro", "task": "micro"}
     without_means = dataclasses.replace(circuit, means={})
-    assert "mean" not in to_networkx(without_means, micro).nodes["0.attn_v.0"]
+    assert "mean" not in to_networkx(without_means, micro).nodes["0.attn_v h0.0"]
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x1b[31m", "\ufffe", "a < b & 'c' \"d\"", "é\n😀"])
@@ -118,9 +117,9 @@ def test_residual_joins_go_from_writes_to_later_reads_of_the_channel():
     ]
     joins = residual_joins([Node.parse(name) for name in names])
     assert [(str(write), str(read)) for write, read in joins] == [
-        ("0.attn_out.7", "0.mlp_in.7"),
-        ("0.attn_out.7", "1.attn_in.7"),
-        ("0.mlp_out.7", "1.attn_in.7"),
+        ("0.attn_out 7", "0.mlp_in 7"),
+        ("0.attn_out 7", "1.attn_in 7"),
+        ("0.mlp_out 7", "1.attn_in 7"),
     ]
 
 

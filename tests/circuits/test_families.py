@@ -339,7 +339,8 @@ def test_locations_of_a_family(family):
         locations = [where for where in locations if where.startswith("attn")]
     assert list(hooks) == [(layer, where) for layer in range(LAYERS) for where in locations]
     assert all(
-        str(node_at(hook, 3)) == f"{layer}.{where}.3" for (layer, where), hook in hooks.items()
+        node_at(hook, 3).indexed_name == f"{layer}.{where}.3"
+        for (layer, where), hook in hooks.items()
     )
     assert node_hooks(model, ["attn_q"]) == {
         (i, "attn_q"): f"blocks.{i}.attn.hook_q" for i in range(LAYERS)

@@ -592,15 +592,15 @@ def test_effects_on_paper(micro):
     circuit.kept["blocks.0.mlp.hook_post"][1] = True  # has no effect and no edge
     both, first, second = 1.5 * WRITTEN, WRITTEN, 0.5 * WRITTEN
     written_without = {
-        "0.attn_in.0": 0.0,
-        "0.attn_v.0": second,
-        "0.attn_v.1": first,
-        "0.attn_out.2": 0.0,
-        "0.mlp_neuron.1": both,
-        "0.attn_in.0 → 0.attn_v.0  +1.500": second,
-        "0.attn_in.0 → 0.attn_v.1  +0.750": first,
-        "0.attn_v.0 → 0.attn_out.2  +2.000": second,
-        "0.attn_v.1 → 0.attn_out.2  +2.000": first,
+        "0.attn_in 0": 0.0,
+        "0.attn_v h0.0": second,
+        "0.attn_v h0.1": first,
+        "0.attn_out 2": 0.0,
+        "0.mlp_neuron 1": both,
+        "0.attn_in 0 → 0.attn_v h0.0  +1.500": second,
+        "0.attn_in 0 → 0.attn_v h0.1  +0.750": first,
+        "0.attn_v h0.0 → 0.attn_out 2  +2.000": second,
+        "0.attn_v h0.1 → 0.attn_out 2  +2.000": first,
     }
     found = named_effects(circuit, micro)
     assert list(found) == list(written_without)
@@ -614,7 +614,7 @@ def test_effects_of_an_edge_pruned_circuit(micro):
     circuit = micro_circuit(micro)
     circuit = circuit.without(circuit.edges(micro)[:1], micro)
     found = named_effects(circuit, micro)
-    assert list(found) == [*NODES, "0.attn_v.0 → 0.attn_out.2  +2.000"]
+    assert list(found) == [*NODES, "0.attn_v h0.0 → 0.attn_out 2  +2.000"]
     assert list(found.values()) == pytest.approx([0.0] * 4, abs=1e-6)
 
 

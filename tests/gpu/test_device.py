@@ -238,7 +238,7 @@ def test_evaluation(micro, circuit, device):
 
 def test_what_is_made_of_a_circuit(micro, circuit, tmp_path):
     page = circuit.view(micro, MICRO_TASK, micro_corpus())
-    assert "0.attn_v.0" in page.html
+    assert "0.attn_v h0.0" in page.html
     assert attribution_graph(circuit, micro, MICRO_TASK)["nodes"]
     circuit.save_edge_list(tmp_path / "edges.json", micro)
     again = Circuit.from_edge_list(

@@ -424,9 +424,10 @@ def wide_circuit(micro):
 
 
 WIDE = [
-    ("0.attn_in.0", "0.attn_v.0"), ("0.attn_in.0", "0.attn_v.1"), ("0.attn_in.1", "0.attn_v.1"),
-    ("0.attn_v.0", "0.attn_out.2"), ("0.attn_v.1", "0.attn_out.3"),
-    ("0.mlp_in.1", "0.mlp_neuron.0"), ("0.mlp_neuron.0", "0.mlp_out.3"),
+    ("0.attn_in 0", "0.attn_v h0.0"), ("0.attn_in 0", "0.attn_v h0.1"),
+    ("0.attn_in 1", "0.attn_v h0.1"),
+    ("0.attn_v h0.0", "0.attn_out 2"), ("0.attn_v h0.1", "0.attn_out 3"),
+    ("0.mlp_in 1", "0.mlp_neuron 0"), ("0.mlp_neuron 0", "0.mlp_out 3"),
 ]  # fmt: skip
 
 
@@ -441,7 +442,7 @@ def test_useless_edges_and_the_nodes_left_idle_go():
     found, evaluation = prune_edges(circuit, micro, MICRO_TASK, CONFIG, progress=False)
     assert triples(found.edges(micro)) == EDGES
     # A node that never had an edge was kept for another reason, so it stays.
-    assert [str(node) for node in found.nodes] == [NODES[0], "0.attn_q.0", *NODES[1:]]
+    assert [str(node) for node in found.nodes] == [NODES[0], "0.attn_q h0.0", *NODES[1:]]
     assert found.edge_set == {(e.source, e.target) for e in found.edges(micro)}
     assert found.cut_edges(micro) == []
     assert (evaluation.n_nodes, evaluation.n_edges, evaluation.n_pairs) == (4, 2, 16)

@@ -336,7 +336,7 @@ def test_the_channels_of_the_embedding_can_be_nodes(micro, tmp_path):
     """Only the first of the four channels distinguishes A from B."""
     config = dataclasses.replace(CONFIG, embed_gates=True)
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
-    assert [str(node) for node in circuit.nodes] == ["0.embed_out.0", *NODES]
+    assert [str(node) for node in circuit.nodes] == ["0.embed_out 0", *NODES]
     assert evaluation.circuit.loss < CONFIG.target_loss
     tokens = micro_corpus()[:5]
     nothing = Circuit(
@@ -366,7 +366,7 @@ def with_constant(micro):
 
 
 @pytest.mark.parametrize(
-    ("ablation", "more"), [("mean", []), ("zero", ["0.mlp_out.3"]), ("resample", [])]
+    ("ablation", "more"), [("mean", []), ("zero", ["0.mlp_out 3"]), ("resample", [])]
 )
 def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
     held = []

@@ -423,21 +423,21 @@ def test_the_page_shows_the_circuit_and_its_summary(data, opened):
 
 def test_hover_lights_up_paths_and_a_click_pins(data, opened):
     page = opened(data)
-    page.hover("[data-name='0.attn_v.0'] circle")
+    page.hover("[data-name='0.attn_v h0.0'] circle")
     assert count(page, "path.edge.near") == 2
     # All three nodes, the tokens A and B, and both candidates are highlighted.
     assert count(page, ".node.lit") == 3 + 2 + 2
     page.mouse.move(5, 5)
     assert count(page, ".dimmed") == 0
-    page.click("[data-name='0.attn_v.0'] circle")
-    assert pinned(page) == "0.attn_v.0"
+    page.click("[data-name='0.attn_v h0.0'] circle")
+    assert pinned(page) == "0.attn_v h0.0"
     text = page.locator("#panel").inner_text()
     for part in (
         "0.attn.v.0",
         "head 0, channel 0",
-        "0.attn_in.0",
+        "0.attn_in 0",
         "+1.5",
-        "0.attn_out.2",
+        "0.attn_out 2",
         "+2",
         "0.693",
     ):
@@ -454,7 +454,7 @@ def test_hover_lights_up_paths_and_a_click_pins(data, opened):
     assert count(page, ".patterns canvas") == 2
     page.locator(".patterns canvas").first.hover()
     assert "attends to" in page.locator("#attention").inner_text()
-    page.click("#panel .link >> text=0.attn_out.2")
+    page.click("#panel .link >> text=0.attn_out 2")
     text = page.locator("#panel").inner_text().lower()
     assert "logits it raises" in text
     assert "logits it lowers" in text
@@ -470,7 +470,7 @@ def test_search_by_either_name(data, opened):
     assert count(page, ".node.match") == 1
     assert page.locator("#found").inner_text() == "1"
     page.keyboard.press("Enter")
-    assert pinned(page) == "0.attn_out.2"
+    assert pinned(page) == "0.attn_out 2"
     page.fill("#search", "no such node")
     assert page.locator("#found").inner_text() == "0"
 
@@ -503,11 +503,11 @@ def test_prompts_are_shown_side_by_side_and_shaded(data, opened):
     assert page.locator("#sides").inner_text() != first
     page.keyboard.press("p")
     page.locator(".prompt").first.locator(".token").nth(3).click()
-    assert "0.attn_in.0" in page.locator("#flow").inner_text()
+    assert "0.attn_in 0" in page.locator("#flow").inner_text()
     assert [
         cell.inner_text() for cell in page.locator("#flow tr").first.locator(".number").all()
     ] == ["3", "−3"]
-    halves = page.locator("[data-name='0.attn_in.0'] .half")
+    halves = page.locator("[data-name='0.attn_in 0'] .half")
     fills = [half.evaluate("half => getComputedStyle(half).fill") for half in halves.all()]
     assert len(set(fills)) == 2
     page.click("#values")
@@ -518,12 +518,12 @@ def test_prompts_are_shown_side_by_side_and_shaded(data, opened):
 def test_keys(data, opened):
     page = opened(data)
     page.keyboard.press("ArrowUp")
-    assert pinned(page) == "0.attn_in.0"
+    assert pinned(page) == "0.attn_in 0"
     page.keyboard.press("ArrowUp")
-    assert pinned(page) == "0.attn_v.0"
+    assert pinned(page) == "0.attn_v h0.0"
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")  # the only node in its row
-    assert pinned(page) == "0.attn_in.0"
+    assert pinned(page) == "0.attn_in 0"
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
     page.keyboard.press("t")
@@ -582,8 +582,8 @@ def test_in_a_notebook(data, opened):
     shown = Page(data)._repr_html_()
     page = opened(f"<!doctype html><h1>Notebook</h1>{shown}")
     frame = page.frame_locator("iframe")
-    frame.locator("[data-name='0.attn_v.0'] circle").click()
-    assert frame.locator("#panel h2").inner_text() == "0.attn_v.0"
+    frame.locator("[data-name='0.attn_v h0.0'] circle").click()
+    assert frame.locator("#panel h2").inner_text() == "0.attn_v h0.0"
     assert html.unescape(re.search('srcdoc="(.*)"', shown, re.DOTALL)[1]) == Page(data).html
 
 

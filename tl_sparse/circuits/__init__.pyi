@@ -9,9 +9,8 @@ from .nodes import EMBED_HOOK as EMBED_HOOK
 from .nodes import LOCATIONS as LOCATIONS
 from .nodes import Edge as Edge
 from .nodes import Node as Node
-from .nodes import index_label as index_label
+from .nodes import NodeSizes as NodeSizes
 from .nodes import n_weights as n_weights
-from .nodes import node_label as node_label
 from .nodes import weight_matrices as weight_matrices
 from .reads import holding_reads as holding_reads
 from .reads import shared_reads as shared_reads

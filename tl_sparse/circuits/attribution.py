@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, node_at, node_label
+from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, NodeSizes, node_at
 from tl_sparse.circuits.reads import shared_reads
 from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
 from tl_sparse.tasks import Task, as_task, make_task_data
@@ -274,7 +274,7 @@ def _feature(vertex: _Vertex, model: TLModel, prompt: _Prompt, run: _RunInPieces
         probability = torch.softmax(run.logits.detach(), 0)[token]
         label = f"{model.tokenizer.decode([token])!r} (p={probability:.2f})"
         return _Feature(str(model.cfg.n_layers + 1), token, "logit", label)
-    node = node_at(run.hooks[vertex.depth], vertex.index)
+    node = node_at(run.hooks[vertex.depth], vertex.index, NodeSizes.of_model(model))
     number = _FEATURES_PER_LOCATION * list(LOCATIONS).index(node.location) + node.index
     # The viewers draw only this type as an ordinary node.
-    return _Feature(str(node.layer), number, "cross layer transcoder", node_label(model, node))
+    return _Feature(str(node.layer), number, "cross layer transcoder", str(node))

@@ -51,6 +51,7 @@ class Circuit(CircuitParts):
             were not pruned: every nonzero weight between kept nodes is then an edge.
         scores: the score by which the search ranked each node, at the same hook points; the kept
             nodes have the highest scores. Empty if they are not known.
+        labels: the user's own words for nodes; see `with_labels`.
     """
 
     def __post_init__(self) -> None:
@@ -183,6 +184,26 @@ class Circuit(CircuitParts):
         if self.means and not _are_equal(self.means, needed):
             measured = {name: measured[name] for name in ("config",) if name in measured}
         return replace(self, means=needed, measured=measured)
+
+    def with_labels(self, labels: Mapping[str, str]) -> Circuit:
+        """This circuit with the user's own words for some of its nodes.
+
+        For example: `circuit.with_labels({"0.attn_v h3.7": "inside a string"})`. They are saved
+        with the circuit, and shown on its page and in its exports.
+
+        Args:
+            labels: the name of a node → its label. They are added to the labels that are there; an
+                empty text removes one.
+
+        Raises:
+            CircuitError: if there is no such node, or a label is not a text.
+        """
+        changed = dict(self.labels)
+        for name, label in labels.items():
+            if not isinstance(label, str):
+                raise CircuitError(f"the label of {name!r} must be a text, not {label!r}")
+            changed[self.node(name)] = label
+        return replace(self, labels={node: label for node, label in changed.items() if label})
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
         """A context in which every forward pass of `model` runs under the circuit.

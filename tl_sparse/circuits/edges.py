@@ -40,15 +40,17 @@ _PRODUCT_WITH = {
 
 def edges_between(nodes: Iterable[Node], model: TLModel) -> list[Edge]:
     """Every nonzero weight that joins two of `nodes`, in the order of the forward pass."""
-    indices = indices_by_location(nodes)
+    node_of = {node: node for node in nodes}
+    indices = indices_by_location(node_of)
     edges = []
     for layer in range(model.cfg.n_layers):
         for source, target, weights in weight_matrices(model, layer):
             rows = indices.get((layer, source), [])
             columns = indices.get((layer, target), [])
             for i, j in weights[rows][:, columns].nonzero().tolist():
-                source_node = Node(layer, source, rows[i])
-                target_node = Node(layer, target, columns[j])
+                # The given nodes, whose names show their heads.
+                source_node = node_of[Node(layer, source, rows[i])]
+                target_node = node_of[Node(layer, target, columns[j])]
                 weight = float(weights[rows[i], columns[j]])
                 edges.append(Edge(source_node, target_node, weight))
     return edges

@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_sparse.circuits.edges import edges_between
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
-from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node, indices_by_location
+from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node, NodeSizes, indices_by_location
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError, counted, warn_user
 from tl_sparse.files import read_json, read_torch
@@ -135,13 +135,18 @@ def edge_list(circuit: CircuitParts, edges: Sequence[Edge], model: TLModel) -> d
         )
     edge_values = []
     for edge in edges:
-        source, target = map(str, edge.ends)
-        edge_values.append({"source": source, "target": target, "weight": edge.weight})
+        edge_values.append(
+            {
+                "source": edge.source.indexed_name,
+                "target": edge.target.indexed_name,
+                "weight": edge.weight,
+            }
+        )
     return {
         "format": EDGES_FORMAT,
         "model_name": circuit.model_name,
         "task": circuit.task,
-        "nodes": list(map(str, circuit.nodes)),
+        "nodes": [node.indexed_name for node in circuit.nodes],
         "edges": edge_values,
     }
 
@@ -157,9 +162,10 @@ def read_edge_list(path: Path, model: TLModel) -> CircuitParts:
             f"{path} is not an edge list: its format is not {EDGES_FORMAT!r}, "
             f"or its edges or nodes are not lists"
         )
-    edges = [_listed_edge(entry) for entry in entries]
+    sizes = NodeSizes.of_model(model)
+    edges = [_listed_edge(entry, sizes) for entry in entries]
     if "nodes" in values:
-        nodes = [Node.parse(str(name)) for name in names]
+        nodes = [Node.parse(str(name), sizes) for name in names]
     else:
         nodes = []
         for edge in edges:
@@ -179,7 +185,7 @@ def read_edge_list(path: Path, model: TLModel) -> CircuitParts:
     )
 
 
-def _listed_edge(entry: Any) -> _ListedEdge:
+def _listed_edge(entry: Any, sizes: NodeSizes) -> _ListedEdge:
     """The edge that an entry of the list describes; `CircuitError` if the entry is malformed."""
     values: dict[Any, Any] = entry if isinstance(entry, dict) else {}
     source = values.get("source")
@@ -190,7 +196,7 @@ def _listed_edge(entry: Any) -> _ListedEdge:
             f"an edge needs the names of a source and a target node, and its weight must be a "
             f"finite number, unlike {str(entry)[:80]}"
         )
-    return _ListedEdge(Node.parse(source), Node.parse(target), weight)
+    return _ListedEdge(Node.parse(source, sizes), Node.parse(target, sizes), weight)
 
 
 def _is_weight(value: Any) -> bool:

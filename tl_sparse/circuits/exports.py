@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.nodes import LOCATIONS, Node, node_label
+from tl_sparse.circuits.nodes import LOCATIONS, Node
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.files import write_text
 from tl_sparse.hooks import TLModel
@@ -75,7 +75,7 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
     """The circuit as a networkx graph.
 
     Nodes are named as in `str(Node)`; their attributes are their layer, location, index, OpenAI's
-    name, kind, label and, if it is known, mean. Edges have weights. The graph is a multigraph if
+    name, kind and, if it is known, mean. Edges have weights. The graph is a multigraph if
     several edges join the same two nodes, as in a gated MLP.
 
     Raises:
@@ -95,7 +95,6 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
             "index": node.index,
             "openai": node.openai_name,
             "kind": LOCATIONS[node.location].description,
-            "label": node_label(model, node),
         }
         mean = circuit.means.get(hooks[node.layer, node.location])
         if mean is not None:
@@ -140,7 +139,7 @@ def to_dot(circuit: Circuit, model: TLModel) -> str:
         "  rankdir=BT; node [shape=box, style=rounded, fontname=Courier, fontsize=10];",
     ]
     for _, nodes in groupby(circuit.nodes, lambda node: (node.layer, node.location)):
-        boxes = [f'"{node}" [label="{node_label(model, node)}"];' for node in nodes]
+        boxes = [f'"{node}" [label="{node}"];' for node in nodes]
         lines.append(f"  {{ rank=same; {' '.join(boxes)} }}")
     for edge in edges:
         color = "#1b6cb5" if edge.weight > 0 else "#cd4f22"
@@ -166,7 +165,7 @@ def to_mermaid(circuit: Circuit, model: TLModel) -> str:
     boxes = []
     for node in circuit.nodes:
         names[node] = f"{node.location}_{node.layer}_{node.index}"
-        boxes.append(f'  {names[node]}["{node_label(model, node)}"]')
+        boxes.append(f'  {names[node]}["{node}"]')
     links = []
     for edge in circuit.edges(model):
         links.append(f"  {names[edge.source]} -->|{edge.weight:+.2f}| {names[edge.target]}")

@@ -6,7 +6,7 @@ This defines the locations and names of nodes, and the weight matrices that join
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -119,19 +119,94 @@ MATRICES = (
 )
 
 
+@dataclass(frozen=True)
+class NodeSizes:
+    """The sizes of a model that the names of its nodes depend on; None where they are not known.
+
+    Attributes:
+        d_model: the number of residual channels. Reads with a higher index are positional channels.
+        d_head: the number of channels of each head.
+    """
+
+    d_model: int | None = None
+    d_head: int | None = None
+
+    @classmethod
+    def of_model(cls, model: TLModel) -> "NodeSizes":
+        """The sizes of `model`."""
+        return cls(model.cfg.d_model, model.cfg.d_head)
+
+    @classmethod
+    def of_masks(cls, masks: NodeMasks) -> "NodeSizes":
+        """The sizes that the shapes of a circuit's masks show."""
+        d_model = None
+        d_head = None
+        for hook_name, mask in masks.items():
+            location = node_at(hook_name, 0).location
+            if LOCATIONS[location].is_by_head and mask.ndim == 2:
+                d_head = mask.shape[1]
+            elif location in ("attn_out", "mlp_out"):
+                d_model = mask.numel()
+        return cls(d_model, d_head)
+
+    def shown_index(self, location: str, index: int) -> str:
+        """The index as a node's name shows it: `h3.7` is channel 7 of head 3, and `p2` is
+        positional channel 2.
+        """
+        if LOCATIONS[location].is_by_head and self.d_head is not None:
+            head, channel = divmod(index, self.d_head)
+            return f"h{head}.{channel}"
+        if location.endswith("_in") and self.d_model is not None and index >= self.d_model:
+            return f"p{index - self.d_model}"
+        return str(index)
+
+    def index_of(self, location: str, shown: str) -> int | None:
+        """The inverse of `shown_index`; None if `shown` is no index at this location."""
+        if shown.isdecimal():
+            return int(shown)
+        by_head = re.fullmatch(r"h([0-9]{1,9})\.([0-9]{1,9})", shown)
+        if by_head and LOCATIONS[location].is_by_head and self.d_head is not None:
+            head, channel = int(by_head[1]), int(by_head[2])
+            return head * self.d_head + channel if channel < self.d_head else None
+        positional = re.fullmatch(r"p([0-9]{1,9})", shown)
+        if positional and location.endswith("_in") and self.d_model is not None:
+            return self.d_model + int(positional[1])
+        return None
+
+
+NO_SIZES = NodeSizes()
+_NODE_NAME = re.compile(
+    r"([0-9]{1,9})\.([a-z_.]+)[. ](p?[0-9]{1,9}|h[0-9]{1,9}\.[0-9]{1,9})", re.ASCII
+)
+
+
 @dataclass(frozen=True, order=True)
 class Node:
     """One node: an entry of the activation at a location of a layer.
 
-    At attn_q, attn_k and attn_v, `index` runs over the channels of all heads
-    (head = index // d_head), as in OpenAI's files.
+    Its name, `str(node)`, is for example `0.mlp_in 62`, `0.attn_v h3.7` (channel 7 of head 3) or
+    `0.attn_in p2` (positional channel 2).
+
+    Attributes:
+        layer: the number of the layer, from 0.
+        location: the name of the location, one of `LOCATIONS`.
+        index: the position in the flat activation. At attn_q, attn_k and attn_v, it runs over the
+            channels of all heads (head = index // d_head), as in OpenAI's files.
+        shown_index: the index as the name shows it. The nodes of a circuit have it. It plays no
+            part in comparisons; without it, the name shows `index`.
     """
 
     layer: int
     location: str
     index: int
+    shown_index: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
+        return f"{self.layer}.{self.location} {self.shown_index or self.index}"
+
+    @property
+    def indexed_name(self) -> str:
+        """The name in files, such as `0.attn_v.55`: it can be read without the model's sizes."""
         return f"{self.layer}.{self.location}.{self.index}"
 
     @property
@@ -140,19 +215,31 @@ class Node:
         return f"{self.layer}.{LOCATIONS[self.location].openai_name}.{self.index}"
 
     @classmethod
-    def parse(cls, text: str) -> "Node":
-        """The node with this name, in our notation (`0.attn_q.5`) or OpenAI's (`0.attn.q.5`).
+    def parse(cls, text: str, sizes: NodeSizes = NO_SIZES) -> "Node":
+        """The node with this name: `0.attn_v h3.7`, its name in files, or OpenAI's name.
+
+        Args:
+            text: the name.
+            sizes: the sizes of the model, which names with a head or a positional channel need.
 
         Raises:
             CircuitError: if the text is not the name of a node.
         """
-        match = re.fullmatch(r"([0-9]{1,9})\.(.+)\.([0-9]{1,9})", text)
+        match = _NODE_NAME.fullmatch(text)
         if match is None or match[2] not in _BY_ANY_NAME:
             raise CircuitError(
-                f"{text!r} is not a node; nodes are written layer.location.index, "
-                f"and the locations are {', '.join(_BY_ANY_NAME)}"
+                f"{text!r} is not a node; nodes are written like '0.mlp_neuron 7' or "
+                f"'0.attn_v h3.7', and the locations are {', '.join(_BY_ANY_NAME)}"
             )
-        return cls(int(match[1]), _BY_ANY_NAME[match[2]].name, int(match[3]))
+        location = _BY_ANY_NAME[match[2]].name
+        index = sizes.index_of(location, match[3])
+        if index is None:
+            raise CircuitError(
+                f"{text!r} is not a node: {match[3]!r} cannot be read there; heads (h3.7) are "
+                "those of attn_q, attn_k and attn_v, positional channels (p2) those of attn_in and "
+                "mlp_in, and both need the sizes of the model, as `circuit.node` has them"
+            )
+        return cls(int(match[1]), location, index, sizes.shown_index(location, index))
 
 
 @dataclass(frozen=True, order=True)
@@ -172,8 +259,8 @@ class Edge:
         return self.source, self.target
 
 
-def node_at(hook_name: str, index: int) -> Node:
-    """The node with this index at a hook point.
+def node_at(hook_name: str, index: int, sizes: NodeSizes = NO_SIZES) -> Node:
+    """The node with this index at a hook point; its name depends on `sizes`.
 
     Raises:
         HookNameError: if the hook point does not belong to a node location.
@@ -186,15 +273,17 @@ def node_at(hook_name: str, index: int) -> Node:
             f"{hook_name!r} is not a node location; the node locations of each block are "
             f"{', '.join(_BY_HOOK_POINT)}"
         )
-    return Node(int(layer), _BY_HOOK_POINT[point].name, index)
+    location = _BY_HOOK_POINT[point].name
+    return Node(int(layer), location, index, sizes.shown_index(location, index))
 
 
 def kept_nodes(masks: NodeMasks) -> list[Node]:
     """The nodes at which the masks are true, in the order of the masks."""
+    sizes = NodeSizes.of_masks(masks)
     nodes = []
     for hook_name, mask in masks.items():
         for index in mask.flatten().nonzero()[:, 0].tolist():
-            nodes.append(node_at(hook_name, index))
+            nodes.append(node_at(hook_name, index, sizes))
     return nodes
 
 
@@ -259,22 +348,3 @@ def n_weights(model: TLModel) -> tuple[int, int]:
             n_nonzero += int(weights.count_nonzero())
             n_total += weights.numel()
     return n_nonzero, n_total
-
-
-@checked()
-def node_label(model: TLModel, node: Node) -> str:
-    """A node's label, with its head if it has one: `0.attn_v h3.5` is channel 5 of head 3."""
-    return f"{node.layer}.{node.location} {index_label(model, node.location, node.index)}"
-
-
-@checked()
-def index_label(model: TLModel, location: str, index: int) -> str:
-    """The label of an index: head and channel at locations with heads, otherwise the index."""
-    if location not in LOCATIONS:
-        raise HookNameError(
-            f"unknown node location {location!r}; the locations are {', '.join(LOCATIONS)}"
-        )
-    if not LOCATIONS[location].is_by_head:
-        return str(index)
-    head, channel = divmod(index, model.cfg.d_head)
-    return f"h{head}.{channel}"

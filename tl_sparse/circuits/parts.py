@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_sparse.circuits.fingerprints import Fingerprint
-from tl_sparse.circuits.nodes import Node, indices_by_location, kept_nodes, node_at
+from tl_sparse.circuits.nodes import Node, NodeSizes, indices_by_location, kept_nodes, node_at
+from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import NodeMasks, NodeValues
 
 
@@ -23,11 +24,34 @@ class CircuitParts:
     measured: dict[str, Any] = field(default_factory=dict)
     edge_set: frozenset[tuple[Node, Node]] | None = None
     scores: NodeValues = field(default_factory=dict)
+    labels: dict[Node, str] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[Node]:
         """The kept nodes, in the order of the forward pass."""
         return kept_nodes(self.kept)
+
+    def node(self, name: str) -> Node:
+        """The node of this name, kept or not.
+
+        Args:
+            name: its name, such as `0.attn_v h3.7`, its name in files (`0.attn_v.55`), or OpenAI's.
+
+        Raises:
+            CircuitError: if there is no such node at the circuit's hook points.
+        """
+        node = Node.parse(name, NodeSizes.of_masks(self.kept))
+        hook_name = self.hooks.get((node.layer, node.location))
+        if hook_name is None:
+            places = ", ".join(f"{layer}.{location}" for layer, location in self.hooks)
+            raise CircuitError(f"no node {name!r}: the circuit's nodes are at {places}")
+        size = self.kept[hook_name].numel()
+        if node.index >= size:
+            raise CircuitError(
+                f"no node {name!r}: the indices at {node.layer}.{node.location} run from 0 to "
+                f"{size - 1}, and this one is {node.index}"
+            )
+        return node
 
     @property
     def hooks(self) -> dict[tuple[int, str], str]:

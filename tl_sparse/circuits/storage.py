@@ -41,7 +41,9 @@ def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
             tensors[prefix + hook_name] = tensor
     edges = None
     if circuit.edge_set is not None:
-        edges = [[str(source), str(target)] for source, target in sorted(circuit.edge_set)]
+        edges = []
+        for source, target in sorted(circuit.edge_set):
+            edges.append([source.indexed_name, target.indexed_name])
     values = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -55,6 +57,7 @@ def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
         "edge_mask": edges is not None,
         "edges": edges,
         "measured": circuit.measured,
+        "labels": {node.indexed_name: label for node, label in circuit.labels.items()},
     }
     with replacing_together(CIRCUIT_FILES, folder, overwrite) as new:
         write_tensors(new / "circuit.safetensors", tensors)
@@ -87,6 +90,7 @@ def read_circuit(folder: Path) -> CircuitParts:
         task = str(values["task"])
         measured = dict(values["measured"])
         edge_set = _read_edge_set(values)
+        labels = _read_labels(values)
         expected = _expected_tensors(values)
         n_nodes = values["n_nodes"]
     except (
@@ -109,6 +113,7 @@ def read_circuit(folder: Path) -> CircuitParts:
         measured=measured,
         edge_set=edge_set,
         scores=parts["score"],
+        labels=labels,
     )
     if circuit.n_nodes != n_nodes:
         raise CheckpointError(
@@ -168,6 +173,15 @@ def _read_edge_set(values: Mapping[str, Any]) -> frozenset[tuple[Node, Node]] | 
     if pairs is None:
         return None
     return frozenset((Node.parse(source), Node.parse(target)) for source, target in pairs)
+
+
+def _read_labels(values: Mapping[str, Any]) -> dict[Node, str]:
+    labels = {}
+    for name, label in values.get("labels", {}).items():  # older files do not have this key
+        if not isinstance(label, str):
+            raise ValueError(f"the label of {name} must be a text, not {label!r}")
+        labels[Node.parse(name)] = label
+    return labels
 
 
 def _expected_tensors(values: Mapping[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ class CircuitFigures:
             loss=evaluation.circuit.loss,
             standard_error=evaluation.circuit.standard_error,
             accuracy_without=evaluation.ablated.accuracy,
-            kept=[str(node) for node in circuit.nodes],
+            kept=[node.indexed_name for node in circuit.nodes],
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.circuits import LOCATIONS, Circuit, Node, node_label
+from tl_sparse.circuits import LOCATIONS, Circuit, Node
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 from tl_sparse.view.activations import node_points
@@ -21,9 +21,9 @@ class PageNode:
     """The page's description of a node. The fields are keys of the page's JSON, in its order.
 
     Attributes:
-        name: the name of the node in our notation.
+        name: the name of the node, `str(node)`.
         openai: the name of the node in OpenAI's notation.
-        label: the name with the head, if the node has one; see `node_label`.
+        label: the user's own words for the node; see `Circuit.with_labels`.
         kind: a description of the nodes at this location.
         head: the number of the head; None at locations without heads.
         mean: the mean at which the node is held when it is ablated; None if the circuit has no
@@ -81,7 +81,7 @@ def page_nodes(
         page_node = PageNode(
             name=str(node),
             openai=node.openai_name,
-            label=node_label(model, node),
+            label=circuit.labels.get(node, ""),
             kind=LOCATIONS[node.location].description,
             layer=node.layer,
             location=node.location,

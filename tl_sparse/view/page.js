@@ -129,7 +129,7 @@ world.append("g").selectAll("text").data(rows.flatMap((row) => row.heads ?? []).
   .attr("x", ({ label }) => label[1]).attr("y", ({ label }) => label[2]).text(({ label }) => label[0]);
 const marks = world.append("g").selectAll("g").data(vertices).join("g")
   .attr("class", (v) => (v.terminal ? "node terminal" : "node")).attr("transform", (v) => `translate(${v.x},${v.y})`)
-  .attr("data-name", (v) => v.name).attr("role", "button").attr("aria-label", (v) => v.node?.label ?? v.name)
+  .attr("data-name", (v) => v.name).attr("role", "button").attr("aria-label", (v) => v.node?.name ?? v.name)
   .on("click", (event, v) => { event.stopPropagation(); pin(v === state.pinned ? null : v); })
   .on("pointerenter", (event, v) => { state.hover = v; light(); }).on("pointerleave", () => { state.hover = null; light(); });
 marks.each(function (v) {
@@ -140,9 +140,9 @@ marks.each(function (v) {
     for (const side of [0, 1]) g.append("path").attr("class", "half").attr("data-side", side).attr("d", `M0,${0.7 - r}A${r - 0.7},${r - 0.7} 0 0 ${side} 0,${r - 0.7}Z`);
   }
   const letter = v.node?.head != null ? v.node.location.at(-1) : v.node?.channel?.[0] === "p" ? "p" : "";
-  const within = v.node?.head != null ? v.node.label.split(".").at(-1) : String(v.node?.channel ?? v.text).replace(/^p/, "");
+  const within = v.node?.head != null ? v.node.name.split(".").at(-1) : String(v.node?.channel ?? v.text).replace(/^p/, "");
   g.append("text").attr("y", v.terminal ? 4 : r + 11).text(v.terminal ? (v.text.length > 10 ? `${v.text.slice(0, 9)}…` : v.text) : letter + within);
-  g.append("title").text(v.node?.label ?? v.name);
+  g.append("title").text(v.node?.name ?? v.name);
 });
 for (const row of rows) {
   row.label = gutter.append("g");
@@ -226,7 +226,7 @@ function showPanel() {
     return found.length ? [h("h3", {}, `${title} · ${found.length}`), bars(most.map((l) => [label(l[end]), l.weight]), shown), found.length > 60 ? h("p", { class: "note" }, "the 60 largest") : null] : [];
   };
   fill("panel",
-    h("h2", {}, node.name), h("p", { class: "aka" }, node.openai, " in OpenAI’s notation"), h("p", {}, `Layer ${node.layer}, ${node.kind}` + (node.head != null ? `: head ${node.head}, channel ${node.label.split(".").at(-1)}` : "")),
+    h("h2", {}, node.name), h("p", { class: "aka" }, node.openai, " in OpenAI’s notation"), h("p", {}, `Layer ${node.layer}, ${node.kind}` + (node.head != null ? `: head ${node.head}, channel ${node.name.split(".").at(-1)}` : "")),
     h("dl", { class: "facts" },
       h("div", {}, h("dt", {}, "mean"), h("dd", {}, number(node.mean))),
       h("div", {}, h("dt", {}, "loss when cut"), h("dd", { id: "cut-loss" }, number(node.cut_loss))),

@@ -1,13 +1,14 @@
 """Circuits and their measurements as text tables."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import LOCATIONS, Circuit, index_label, node_label
+from tl_sparse.circuits import LOCATIONS, Circuit
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
@@ -109,21 +110,19 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
-    for (layer, location), indices in circuit.nodes_by_location().items():
-        labels = " ".join(index_label(model, location, index) for index in indices)
+    for (layer, location), nodes in groupby(circuit.nodes, lambda n: (n.layer, n.location)):
+        which = [node.shown_index for node in nodes]
         kind = LOCATIONS[location].description
-        rows.append([str(layer), location, kind, str(len(indices)), labels])
+        rows.append([f"{layer}.{location}", kind, str(len(which)), " ".join(which)])
     counts = f"{counted(circuit.n_nodes, 'node')} of {circuit.n_candidates:,}"
     heading = f"{counts}; every other node is held at its mean"
-    return heading + "\n" + table(["layer", "location", "kind", "nodes", "which"], rows)
+    return heading + "\n" + table(["location", "kind", "nodes", "which"], rows)
 
 
 def _edges_table(circuit: Circuit, model: TLModel) -> str:
     rows = []
     for edge in circuit.edges(model):
-        source = node_label(model, edge.source)
-        target = node_label(model, edge.target)
-        rows.append([source, "→", target, f"{edge.weight:+.3f}"])
+        rows.append([str(edge.source), "→", str(edge.target), f"{edge.weight:+.3f}"])
     heading = f"{counted(len(rows), 'edge')}: the nonzero weights between these nodes"
     if not rows:
         return heading
