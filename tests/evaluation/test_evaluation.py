@@ -45,11 +45,13 @@ from tl_sparse.evaluation.judge import (
     random_circuits,
     score,
     score_logits,
+    score_next_tokens,
 )
 from tl_sparse.evaluation.running import all_logits, resampled, task_logits, task_loss
+from tl_sparse.evaluation.scores import Evaluation, scores_table
 from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
-from tl_sparse.tasks.scores import score_row
+from tl_sparse.tasks.scores import Score, score_row
 from tl_sparse.tasks.task_data import candidate_logits
 
 
@@ -179,10 +181,11 @@ def test_a_score_does_not_depend_on_the_batch_size(how, inverted):
     model = tiny_model(full_config(), dtype=torch.float64)
     data = random_data(model, n_pairs=7)
     under = holding_circuit(random_circuit(model), model, how, inverted)
-    expected = dataclasses.astuple(score(model, data, 2, under))
+    expected = score(model, data, 2, under)
     for batch_size in (6, 100):
-        found = dataclasses.astuple(score(model, data, batch_size, under))
-        assert found == pytest.approx(expected, rel=1e-6)
+        found = score(model, data, batch_size, under)
+        for figure in ("loss", "standard_error", "accuracy", "logit_difference"):
+            assert getattr(found, figure) == pytest.approx(getattr(expected, figure), rel=1e-6)
 
 
 def test_a_curve_does_not_depend_on_the_batch_size():
@@ -376,19 +379,19 @@ def test_judging_leaves_the_model_as_it_was(judge, micro):
 @pytest.mark.parametrize("judge", JUDGES)
 def test_the_model_is_as_it_was_also_after_an_exception(judge, micro, monkeypatch):
     before = copied_parameters(micro)
-    real = running.candidate_logits
+    real = running._last_logits
     changed = []  # for each call, whether the model is changed at that moment
 
-    def failing_at_the_fourth_call(*arguments):
+    def failing_at_the_sixth_call(*arguments):
         cut_weights = not torch.equal(micro.blocks[0].attn.W_O, before["blocks.0.attn.W_O"])
         changed.append(cut_weights or has_hooks(micro))
-        if len(changed) == 4:
+        if len(changed) == 6:
             raise ZeroDivisionError
         return real(*arguments)
 
-    # 16 prompts in batches of 4: the fourth call is in the first score that a judge takes, or, in
-    # `evaluate`, in that of the circuit under mean ablation. All are taken under the circuit.
-    monkeypatch.setattr(running, "candidate_logits", failing_at_the_fourth_call)
+    # 16 prompts in batches of 4: the sixth call is in the second score that a judge takes, which is
+    # under the circuit; the first one of `evaluate` is that of the full model.
+    monkeypatch.setattr(running, "_last_logits", failing_at_the_sixth_call)
     with pytest.raises(ZeroDivisionError):
         judge(circuit_without_edges(micro), micro, micro_data(micro), batch_size=4)
     assert changed[-1]  # there was a change to undo
@@ -478,6 +481,69 @@ def test_one_pair_has_no_standard_error():
     score = score_logits(torch.zeros(2, 2), data.pairs([0]))
     assert score.standard_error is None
     assert score_row("name", score)[1] == "0.693"
+
+
+def test_next_tokens_by_hand():
+    answers = torch.tensor([[0, 1], [0, 1]])
+    data = random_data(micro_model(), n_pairs=1)
+    data = dataclasses.replace(data, candidates=answers, correct=torch.tensor([0, 1]))
+    run = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+    full = torch.tensor([[0.25, 0.25, 0.5], [0.1, 0.8, 0.1]]).log()
+    found = score_next_tokens(run, data, full + 3.0)  # a constant added to all logits is nothing
+    assert found.next_token.probability == pytest.approx((0.5 + 0.2) / 2)
+    assert found.next_token.top == 0.5
+    kl = [
+        0.25 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.25),
+        0.8 * math.log(0.8 / 0.2) + 0.1 * math.log(0.1 / 0.7),
+    ]
+    assert found.next_token.kl == pytest.approx(sum(kl) / 2)
+    # Between the two answers, the rest of the vocabulary plays no part.
+    assert found.logit_difference == pytest.approx(math.log(2.0))
+    assert found.loss == pytest.approx(math.log(1.5))
+
+
+def test_the_evaluation_of_the_micro_circuit_among_all_tokens(micro):
+    data = micro_data(micro, 8)
+    found = evaluate(micro_circuit(micro), micro, data)
+    # The circuit is all that the model has; both are sure of the answer to the same degree.
+    assert found.circuit.next_token == found.full.next_token
+    assert found.full.next_token.kl == 0.0
+    assert found.faithfulness(found.circuit) == pytest.approx(1.0)
+    # Without nodes every logit is zero, whatever the prompt.
+    assert found.empty.next_token.probability == pytest.approx(1 / micro.cfg.d_vocab)
+    assert found.empty.loss == pytest.approx(math.log(2))
+    assert found.empty.logit_difference == pytest.approx(0.0, abs=1e-6)
+    assert found.faithfulness(found.empty) == 0.0
+    assert found.faithfulness(found.ablated) == pytest.approx(0.0, abs=1e-6)
+    assert found.empty.next_token.kl > 0.1
+
+
+def evaluation_with(**values):
+    score = Score(0.25, 0.0, 1.0, logit_difference=2.0)
+    fields = dict.fromkeys(("full", "circuit", "ablated", "zero"), score)
+    fields |= {"resample": None, "n_pairs": 4, "n_nodes": 3, "n_edges": 2}
+    return Evaluation(**fields | values)
+
+
+def test_what_older_files_lack_is_not_made_up():
+    old = Score(0.25, 0.0, 1.0)
+    without = evaluation_with(full=old, circuit=old, ablated=old, zero=old)
+    assert without.faithfulness(without.circuit) is None
+    assert without.misses_target is False
+    assert "among all tokens" not in scores_table(without)
+    assert scores_table(without).count("–") == 8  # logit difference and faithfulness, four rows
+    assert Evaluation.from_dict(dataclasses.asdict(without)) == without
+    chance = dataclasses.replace(old, logit_difference=2.0)
+    same = evaluation_with(empty=chance)
+    assert same.faithfulness(same.circuit) is None  # the full model does no more than no nodes
+
+
+@pytest.mark.parametrize(("target", "misses"), [(None, False), (0.25, False), (0.2, True)])
+def test_a_circuit_that_misses_its_target_is_marked(target, misses):
+    evaluation = evaluation_with(target_loss=target)
+    assert evaluation.misses_target == misses
+    said = "misses the target on these pairs: its task loss is 0.250, and it had to be at most 0.2"
+    assert (said in scores_table(evaluation)) == misses
 
 
 # The faithfulness curve

@@ -7,9 +7,11 @@ from .judge import holding_nodes as holding_nodes
 from .judge import judged as judged
 from .judge import scaled_sizes as scaled_sizes
 from .judge import score as score
+from .judge import score_next_tokens as score_next_tokens
 from .judge import sized_score as sized_score
 from .judge import task_scores as task_scores
 from .running import all_logits as all_logits
+from .running import all_next_token_logits as all_next_token_logits
 from .running import check_padding as check_padding
 from .running import resampled as resampled
 from .running import sees_padding as sees_padding

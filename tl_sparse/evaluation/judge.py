@@ -15,11 +15,17 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
 from tl_sparse.errors import DataError, TaskError, TokenizerError
-from tl_sparse.evaluation.running import RunContext, all_logits, resampled
+from tl_sparse.evaluation.running import (
+    RunContext,
+    all_logits,
+    all_next_token_logits,
+    resampled,
+)
 from tl_sparse.evaluation.scores import ABLATIONS, Ablation, Evaluation, SizedScore
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.tasks import (
     TASKS,
+    NextToken,
     Score,
     TaskData,
     make_task_data,
@@ -50,13 +56,46 @@ def score(
 
 
 def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
-    """The loss and accuracy of given logits of the two candidates."""
+    """The score of given logits of the two candidates."""
     losses, right = task_loss_and_accuracy(logits, data.correct)
     pair_losses = losses.view(-1, 2).mean(1)
     standard_error = None
     if len(pair_losses) > 1:
         standard_error = float(pair_losses.std() / len(pair_losses) ** 0.5)
-    return Score(float(losses.mean()), standard_error, float(right.float().mean()))
+    right_minus_wrong = logits.gather(1, data.correct[:, None])[:, 0]
+    right_minus_wrong = right_minus_wrong - logits.gather(1, 1 - data.correct[:, None])[:, 0]
+    return Score(
+        loss=float(losses.mean()),
+        standard_error=standard_error,
+        accuracy=float(right.float().mean()),
+        logit_difference=float(right_minus_wrong.mean()),
+    )
+
+
+@checked()
+def score_next_tokens(
+    logits: Float[Tensor, "prompt d_vocab"],
+    data: TaskData,
+    full_logits: Float[Tensor, "prompt d_vocab"],
+) -> Score:
+    """The score of given logits of all tokens.
+
+    Args:
+        logits: the logits after the prompts of `data`; see `all_next_token_logits`.
+        full_logits: those of the full model, from which the divergence is measured.
+    """
+    answers = data.candidates.gather(1, data.correct[:, None])
+    log_probabilities = logits.log_softmax(1)
+    divergence = torch.nn.functional.kl_div(
+        log_probabilities, full_logits.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    next_token = NextToken(
+        probability=float(log_probabilities.gather(1, answers).exp().mean()),
+        top=float((logits.argmax(1) == answers[:, 0]).float().mean()),
+        kl=float(divergence),
+    )
+    between_answers = score_logits(logits.gather(1, data.candidates), data)
+    return replace(between_answers, next_token=next_token)
 
 
 @checked()
@@ -174,6 +213,8 @@ def evaluate(
 ) -> Evaluation:
     """Score the full model, the circuit alone, and the model without the circuit on `data`.
 
+    Each is scored by its choice between the two answers, and by its distribution of the next token.
+
     Of a single pair, the score under resample ablation is None: there is no other pair to resample
     from.
 
@@ -186,24 +227,40 @@ def evaluate(
         CircuitError: if `model` is not the circuit's model.
     """
     n_edges = len(circuit.edges(model))
+    full_logits = all_next_token_logits(model, data, batch_size)
 
-    def circuit_score(ablation: Ablation, inverted: bool = False) -> Score:
+    def held_score(circuit: Circuit, ablation: Ablation, inverted: bool = False) -> Score:
         run_context = holding_nodes(circuit, model, ablation, inverted)
-        return score(model, data, batch_size, run_context, seed)
+        logits = all_next_token_logits(model, data, batch_size, run_context, seed)
+        return score_next_tokens(logits, data, full_logits)
 
     resample = None
     if data.partners is not None or data.n_pairs > 1:
-        resample = circuit_score("resample")
+        resample = held_score(circuit, "resample")
     return Evaluation(
-        circuit=circuit_score("mean"),
-        zero=circuit_score("zero"),
+        circuit=held_score(circuit, "mean"),
+        zero=held_score(circuit, "zero"),
         resample=resample,
-        ablated=circuit_score("mean", inverted=True),
-        full=score(model, data, batch_size),
+        ablated=held_score(circuit, "mean", inverted=True),
+        empty=held_score(_without_nodes(circuit), "mean"),
+        full=score_next_tokens(full_logits, data, full_logits),
         n_pairs=data.n_pairs,
         n_nodes=circuit.n_nodes,
         n_edges=n_edges,
+        target_loss=_target_loss(circuit),
     )
+
+
+def _without_nodes(circuit: Circuit) -> Circuit:
+    nothing_kept = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
+    return replace(circuit, kept=nothing_kept, edge_set=None, scores={})
+
+
+def _target_loss(circuit: Circuit) -> float | None:
+    """The target loss of the search that found the circuit; None if it is not recorded."""
+    config = circuit.measured.get("config")
+    target_loss = config.get("target_loss") if isinstance(config, dict) else None
+    return target_loss if isinstance(target_loss, float) else None
 
 
 @checked()

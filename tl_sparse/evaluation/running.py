@@ -13,7 +13,8 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import holding_reads
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import TLModel, is_sparse_model, recording, treats_positions_alike
-from tl_sparse.tasks import TaskData, candidate_logits, task_loss_and_accuracy
+from tl_sparse.precision import in_float32
+from tl_sparse.tasks import TaskData, task_loss_and_accuracy
 
 #: A function that returns the context in which a model runs on a batch of prompts, for example
 #: under a circuit.
@@ -29,12 +30,26 @@ def task_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt 2"]:
     Raises:
         UnsupportedError: if the model would see the padding; see `check_padding`.
     """
+    logits = _last_logits(model, data)
+    return in_float32(logits.gather(1, data.candidates.to(logits.device)))
+
+
+def next_token_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_vocab"]:
+    """The logits of all tokens at the last position of each prompt, at least in float32.
+
+    The errors are those of `task_logits`.
+    """
+    return in_float32(_last_logits(model, data))
+
+
+def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_vocab"]:
     check_padding(model, data)
     data = data.trimmed()
     if is_sparse_model(model) and treats_positions_alike(model):
-        logits = model.network(data.tokens, last=data.last)
-        return candidate_logits(logits, replace(data, last=torch.zeros_like(data.last)))
-    return candidate_logits(_run(model, data.tokens), data)
+        return model.network(data.tokens, last=data.last)[:, 0]
+    logits = _run(model, data.tokens)
+    rows = torch.arange(len(data.last), device=logits.device)
+    return logits[rows, data.last.to(logits.device)]
 
 
 def _run(model: TLModel, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
@@ -74,6 +89,34 @@ def all_logits(
     Raises:
         UnsupportedError: if the model sees padding, and the prompts of a pair differ in length.
     """
+    return _in_batches(task_logits, model, data, batch_size, run_context, seed)
+
+
+@checked()
+@torch.no_grad()
+def all_next_token_logits(
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    run_context: RunContext | None = None,
+    seed: int = 0,
+) -> Float[Tensor, "prompt d_vocab"]:
+    """The logits of all tokens after every prompt.
+
+    For the arguments and errors see `all_logits`.
+    """
+    return _in_batches(next_token_logits, model, data, batch_size, run_context, seed)
+
+
+def _in_batches(
+    logits_of: Callable[[TLModel, TaskData], Tensor],
+    model: TLModel,
+    data: TaskData,
+    batch_size: int,
+    run_context: RunContext | None,
+    seed: int,
+) -> Float[Tensor, "prompt token"]:
+    """What `logits_of` returns for all batches, in the order of the prompts."""
     if run_context is not None and data.partners is None and data.n_pairs > 1:
         # Drawn from all prompts, so that they do not depend on the batches.
         data = data.with_partners(seed)
@@ -83,10 +126,10 @@ def all_logits(
         batch = data.pairs(indices)
         context = run_context(batch) if run_context else nullcontext()
         with context:
-            logits.append(task_logits(model, batch))
-    pair_logits = torch.cat(logits).view(-1, 4)
+            logits.append(logits_of(model, batch))
+    by_pair = torch.cat(logits).unflatten(0, (-1, 2))
     original_order = torch.cat(batches).argsort()
-    return pair_logits[original_order].view(-1, 2)
+    return by_pair[original_order].flatten(0, 1)
 
 
 def _batches(model: TLModel, data: TaskData, n_pairs: int) -> list[Int[Tensor, " pair"]]:

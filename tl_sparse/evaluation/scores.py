@@ -1,4 +1,4 @@
-"""The scores of a circuit, and a table of them."""
+"""The scores of a circuit, and tables of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from tl_sparse.arguments import checked
 from tl_sparse.errors import counted
 from tl_sparse.records import record_from
-from tl_sparse.tasks import Score, score_row, table
+from tl_sparse.tasks import NextToken, Score, score_row, table
 
 #: The values at which nodes outside a circuit are held: their means, zero, or their activations on
 #: another prompt.
@@ -31,6 +31,10 @@ class Evaluation:
         n_pairs: the number of prompt pairs.
         n_nodes: the number of the circuit's nodes.
         n_edges: the number of the circuit's edges.
+        empty: the score of no circuit at all: every node is held at its mean. None in files that
+            were written before it was measured.
+        target_loss: the loss that the search had to reach on its selection pairs; None if the
+            circuit does not record it.
     """
 
     full: Score
@@ -41,6 +45,28 @@ class Evaluation:
     n_pairs: int
     n_nodes: int
     n_edges: int
+    empty: Score | None = None
+    target_loss: float | None = None
+
+    @property
+    def misses_target(self) -> bool:
+        """Whether the circuit alone misses the target loss on these pairs."""
+        return self.target_loss is not None and self.circuit.loss > self.target_loss
+
+    def faithfulness(self, score: Score) -> float | None:
+        """How far a run goes from no circuit at all (0) to the full model (1).
+
+        It is (m(C) - m(∅)) / (m(M) - m(∅)), where m is the logit difference, C the run, M the full
+        model, and ∅ the model with every node at its mean (Marks et al. 2024, arXiv 2403.19647).
+        It can be above 1 or below 0. None if it is not known, or m(M) = m(∅).
+        """
+        if self.empty is None:
+            return None
+        of_run, nothing = score.logit_difference, self.empty.logit_difference
+        everything = self.full.logit_difference
+        if of_run is None or nothing is None or everything is None or everything == nothing:
+            return None
+        return (of_run - nothing) / (everything - nothing)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
@@ -61,19 +87,69 @@ class SizedScore:
     circuit: Score
 
 
+#: What the columns of the first table mean.
+_BETWEEN_ANSWERS = """\
+  task loss: cross-entropy between the two answers, in nats (chance: 0.693) ± its standard error
+  logit difference: the logit of the right answer minus that of the wrong one
+  faithfulness: the logit difference, from 0 for no nodes to 1 for the full model"""
+#: What the columns of the second table mean.
+_AMONG_ALL_TOKENS = """\
+  P(answer): the probability of the right answer as the next token
+  most likely: the share of prompts at which no other token is more likely
+  KL: the divergence of the next-token distribution from the full model's, in nats"""
+
+
 @checked()
 def scores_table(evaluation: Evaluation) -> str:
-    """A table of the scores in an `Evaluation`."""
-    rows = [
-        score_row("the full model", evaluation.full),
-        score_row("the circuit alone (sufficient?)", evaluation.circuit),
-        score_row("… the rest at zero, not at its mean", evaluation.zero),
+    """Tables of the scores in an `Evaluation`: between the two answers, and among all tokens."""
+    scores = _named_scores(evaluation)
+    rows = []
+    for name, score in scores.items():
+        faithfulness = evaluation.faithfulness(score)
+        cells = [
+            *score_row(name, score),
+            _decimals(score.logit_difference),
+            _decimals(faithfulness),
+        ]
+        rows.append(cells)
+    pairs = counted(evaluation.n_pairs, "held-out pair")
+    columns = ["between the two answers", "task loss", "accuracy", "logit difference"]
+    sections = [
+        f"On {pairs} of prompts\n\n" + table([*columns, "faithfulness"], rows),
+        _BETWEEN_ANSWERS,
     ]
-    if evaluation.resample is not None:
-        rows.append(score_row("… the rest resampled", evaluation.resample))
-    rows.append(score_row("the model without the circuit (necessary?)", evaluation.ablated))
-    heading = (
-        f"On {counted(evaluation.n_pairs, 'held-out pair')} of prompts "
-        "(a coin has loss 0.693, accuracy 50%)"
-    )
-    return heading + "\n" + table(["", "task loss", "accuracy"], rows)
+    if evaluation.misses_target:
+        sections.append(
+            f"  The circuit misses the target on these pairs: its task loss is "
+            f"{evaluation.circuit.loss:.3f}, and it had to be at most {evaluation.target_loss:g} "
+            "on the pairs that selected it."
+        )
+    rows = []
+    for name, score in scores.items():
+        if score.next_token is not None:
+            rows.append([name, *_next_token_cells(score.next_token)])
+    if rows:
+        sections.append(table(["among all tokens", "P(answer)", "most likely", "KL"], rows))
+        sections.append(_AMONG_ALL_TOKENS)
+    return "\n\n".join(sections)
+
+
+def _named_scores(evaluation: Evaluation) -> dict[str, Score]:
+    """The scores of an evaluation by what they are called in tables, without those not measured."""
+    scores = {
+        "the full model": evaluation.full,
+        "the circuit alone (sufficient?)": evaluation.circuit,
+        "… the rest at zero, not at its mean": evaluation.zero,
+        "… the rest resampled": evaluation.resample,
+        "without the circuit (necessary?)": evaluation.ablated,
+        "no nodes: all at their means": evaluation.empty,
+    }
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def _next_token_cells(next_token: NextToken) -> list[str]:
+    return [f"{next_token.probability:.1%}", f"{next_token.top:.1%}", f"{next_token.kl:.3f}"]
+
+
+def _decimals(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,4 +1,5 @@
 from .idioms import idiom_documents as idiom_documents
+from .scores import NextToken as NextToken
 from .scores import Score as Score
 from .scores import score_row as score_row
 from .scores import table as table

@@ -9,8 +9,24 @@ from tl_sparse.parsing import printable
 
 
 @dataclass(frozen=True)
+class NextToken:
+    """How a model continues the prompts of a task, among all tokens of its vocabulary.
+
+    Attributes:
+        probability: the probability of the right answer, averaged over prompts.
+        top: the share of prompts at which the right answer is the most likely token.
+        kl: the Kullback-Leibler divergence KL(full model ‖ this model) of the distributions of the
+            next token, in nats, averaged over prompts.
+    """
+
+    probability: float
+    top: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Score:
-    """How well a model does a task.
+    """How well a model does a task: the choice between its two answers.
 
     Attributes:
         loss: cross-entropy between the two candidates in nats, averaged over both prompts
@@ -18,11 +34,16 @@ class Score:
         standard_error: standard error of the loss, taken over pairs, because the two prompts of a
             pair are not independent; None for a single pair.
         accuracy: share of prompts for which the right candidate has the larger logit.
+        logit_difference: the logit of the right candidate minus that of the wrong one, averaged
+            over prompts. None in files that were written before it was measured.
+        next_token: the same runs, among all tokens; None if that was not measured.
     """
 
     loss: float
     standard_error: float | None
     accuracy: float
+    logit_difference: float | None = None
+    next_token: NextToken | None = None
 
 
 @checked()
