@@ -1,6 +1,7 @@
 """Figures: they draw the values that were measured."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -61,7 +62,11 @@ def results():
         "q": {"node_pruned": {}, "edge_pruned": {}},
     }
     means = {"node_pruned": {"sparse": 4.0, "dense": 200.0}, "edge_pruned": {}}
-    return {"models": {"sparse": sparse, "dense": dense}, "geometric_mean_edges": means}
+    return {
+        "models": {"sparse": sparse, "dense": dense},
+        "geometric_mean_edges": means,
+        "solved_by_all": ["p"],
+    }
 
 
 def drawn(axes):
@@ -75,6 +80,29 @@ def drawn(axes):
 
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def title(figure):
+    return figure.legends[0].get_title().get_text()
+
+
+def notes(figure):
+    """The text below the panels, in one line."""
+    return " ".join(figure.get_supxlabel().split())
+
+
+def named_lines(axes):
+    """The name of each line across the panel that has one → its height."""
+    return {text.get_text(): text.xy[1] for text in axes.texts}
+
+
+#: What the legend of a curve says beside the names of its circuits.
+EXPLAINED = [
+    "fewer or more of the ranked nodes",
+    "random circuits of its size",
+    "the full model",
+    "± standard error over pairs",
+]
 
 
 @pytest.mark.parametrize(("against", "more"), [("edges", 0), ("nodes", 1)])
@@ -91,16 +119,63 @@ def test_a_curve_has_each_size_the_circuit_and_random_ones(against, more):
     assert ([[0, 0.7], [2, 0.7]] if against == "edges" else [[13, 0.7], [13, 0.7]]) in points
     assert [[0, 0.001], [1, 0.001]] in points  # the full model, across the whole panel
     assert [[x, 1 - y] for x, y in faithfulness_curve] in drawn(accuracy)
-    assert legend(figure) == ["one", "two", "random circuits", "full model", "chance"]
-    assert (loss.get_xlabel(), loss.get_ylabel()) == (
-        f"{against} of the circuit",
-        "held-out task loss (nats)",
-    )
+    assert title(figure) == "Circuits of t in m"
+    assert legend(figure) == ["one", "two", *EXPLAINED]
+    assert loss.get_xlabel() == accuracy.get_xlabel() == f"number of {against} in the circuit"
+    assert loss.get_ylabel() == "task loss on held-out pairs\n(nats, between the two answers)"
+    assert accuracy.get_ylabel() == "accuracy on held-out pairs\n(right answer ahead of the other)"
     # The axis is logarithmic even if a circuit has no edges.
     assert (loss.get_xscale(), loss.get_xlim()[0] < 0) == (
         ("log", False) if more else ("symlog", True)
     )
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
+
+
+def test_each_circuit_is_named_by_task_and_model():
+    figure = plots.curve({"a.json": figures()})
+    assert (title(figure), legend(figure)) == ("Circuits of t in m", ["the circuit", *EXPLAINED])
+    figure = plots.curve({"a": figures(), "b": figures(model="n"), "c": figures(model="")})
+    assert title(figure) == "Circuits by their size"
+    assert legend(figure)[:3] == ["t in m", "t in n", "t in an unnamed model"]
+    figure = plots.curve({"a": figures(), "b": figures(model="n"), "c": figures()})
+    assert legend(figure)[:3] == ["t in m (a)", "t in n", "t in m (c)"]
+    figure = plots.curve({"a": figures(task="long-" * 12), "b": figures()})
+    assert legend(figure)[0] == "long-" * 8 + "\n" + "long-" * 4 + " in m"
+
+
+def test_lines_across_a_curve_are_named_with_their_values():
+    with_target = figures()
+    with_target["evaluation"]["target_loss"] = 0.15
+    loss, accuracy = plots.curve({"a": with_target, "b": with_target, "c": figures()}).axes
+    assert named_lines(loss) == {"chance\n0.693": math.log(2), "target\n0.15": 0.15}
+    assert named_lines(accuracy) == {"chance\n50%": 0.5}
+    (axes,) = plots.frontier({"a": with_target}).axes
+    assert named_lines(axes) == {"chance\n0.693": math.log(2), "target\n0.15": 0.15}
+    (axes,) = plots.frontier({"r": results() | {"config": {"target_loss": 0.2}}}).axes
+    assert named_lines(axes) == {"chance\n0.693": math.log(2), "target\n0.2": 0.2}
+
+
+def test_standard_errors_are_drawn():
+    axes, _ = plots.curve({"a": figures(faithfulness_curve=[(30, 0.1)])}).axes
+    band, bar, *_ = axes.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {
+        (30, 0.1 - 0.01),
+        (30, 0.11),
+    }
+    assert bar.get_segments()[0].tolist() == [[12, 0.15 - 0.01], [12, 0.16]]
+
+
+def test_circuits_without_edges_are_explained():
+    said = "Circuits without edges stand at 0, apart from the logarithmic scale."
+    assert notes(plots.curve({"a": figures()})) == said
+    assert notes(plots.curve({"a": figures()}, "nodes")) == ""
+    assert notes(plots.frontier({"a": figures()})) == said
+    counted = (
+        "In the geometric mean they count as 1 edge. Without nodes only the last token itself, "
+        "through the bigram table, chooses the answer."
+    )
+    assert notes(plots.tasks(results())) == f"{said} {counted}"
+    assert notes(plots.tasks(results(), "nodes")) == ""
 
 
 def test_a_curve_of_a_real_evaluation():
@@ -122,13 +197,18 @@ def test_tasks_have_a_mark_for_each_model(against, more):
         "p",
         "q",
     ]  # no model has a circuit for r
-    assert legend(figure) == ["sparse", "dense"]
-    assert [[4 + more, 0], [more, 1]] in drawn(axes)
-    assert [[200 + more, 0]] in drawn(axes)
+    explained = ["median and range over the seeds", "geometric mean over the 1 task all solve"]
+    assert legend(figure) == ["sparse", "dense", *explained[: 2 - more]]
+    assert title(figure) == "Size of the circuit of each task"
+    assert axes.get_xlabel() == f"number of {against} in the node-pruned circuit"
+    # The models stand a little apart: one above the middle of the row of its task, one below.
+    assert [[4 + more, 0.1], [more, 1.1]] in drawn(axes)
+    assert [[200 + more, -0.1]] in drawn(axes)
     ranges = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
-    assert ranges[0] == [[2 + more, 0], [8 + more, 0]]
-    means = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
-    assert means[:2] == [4, 200] if not more else all(x != x for x in means)
+    assert ranges[0] == [[2 + more, 0.1], [8 + more, 0.1]]
+    dotted = [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"]
+    explaining = []  # the line in the legend
+    assert dotted == ([[4, 4], [200, 200], explaining] if against == "edges" else [])
 
 
 def test_a_frontier_is_the_least_loss_by_size():
@@ -141,20 +221,32 @@ def test_a_frontier_is_the_least_loss_by_size():
     (axes,) = figure.axes
     best = [[0, 0.7], [10, 0.1], [12, 0.1], [12, 0.1], [30, 0.01], [40, 0.01], [90, 0.01]]
     assert best in drawn(axes)
-    assert legend(figure) == ["m, t", "other, t"]
+    assert title(figure) == "Loss of circuits by their size"
+    explained = ["the least loss up to this size", "± standard error over pairs"]
+    assert legend(figure) == ["t in m", "t in other", *explained]
     assert sum(line.get_drawstyle() == "steps-post" for line in axes.lines) == 2
     figure = plots.frontier({"r": results()})
-    assert drawn(figure.axes[0]) == [[[0, 0], [4, 0.04]], [[0, 0], [2, 0.02]], [[200, 2]]]
-    assert legend(figure) == [
-        "sparse, nodes pruned",
-        "sparse, edges pruned too",
-        "dense, nodes pruned",
+    chance = [[0, math.log(2)], [1, math.log(2)]]
+    nodes_pruned, edges_pruned, dense = [[0, 0], [4, 0.04]], [[0, 0], [2, 0.02]], [[200, 2]]
+    assert drawn(figure.axes[0]) == [nodes_pruned, edges_pruned, dense, chance]
+    assert [label.replace("\n", " ") for label in legend(figure)] == [
+        "p, q in sparse, nodes pruned (medians over seeds)",
+        "p, q in sparse, edges pruned too (medians over seeds)",
+        "p in dense, nodes pruned (medians over seeds)",
     ]
+    many = {f"task {i}": results()["models"]["sparse"]["p"] for i in range(4)}
+    figure = plots.frontier({"r": results() | {"models": {"sparse": many}}})
+    assert legend(figure)[0].replace("\n", " ").startswith("4 tasks in sparse, nodes pruned")
 
 
 def test_sparsity_is_counted():
     model = micro_model()
-    weights, activations = plots.sparsity(model, micro_corpus()).axes
+    model.cfg.model_name = "micro"
+    figure = plots.sparsity(model, micro_corpus())
+    assert title(figure) == "Sparsity of micro"
+    weights, activations = figure.axes
+    assert weights.get_xlabel() == "weights that are not zero\n(share of each matrix)"
+    assert activations.get_xlabel() == "activations that are not zero\n(share over 240 tokens)"
     shares = dict(
         zip((t.get_text() for t in weights.get_yticklabels()), drawn(weights)[0], strict=False)
     )

@@ -1,10 +1,13 @@
-"""The style of all figures: panels, colours and markers, logarithmic axes, and legends."""
+"""The style of all figures: panels, colours and markers, logarithmic axes, titles and legends."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from tl_sparse.parsing import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +19,13 @@ if TYPE_CHECKING:
 #: colours and eight markers, a combination repeats only after 56 series.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
-#: Names of models and tasks are shortened to this length.
-LABEL_CHARS = 60
+#: Names of models and tasks are shortened to `LABEL_CHARS`, and wrapped at `LABEL_WIDTH`.
+LABEL_CHARS = 100
+LABEL_WIDTH = 44
+#: The grey of what belongs to no series: lines of reference, and what explains the signs.
+GREY = "#555555"
+#: The characters of a note that fit into an inch of the figure.
+_NOTE_CHARS_PER_INCH = 13
 
 
 def figure_with_panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -37,15 +45,19 @@ def series_style(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
 
 
-def as_label(text: str) -> str:
-    """A name as the text of a legend or tick, in which matplotlib must see no formula.
+def as_label(text: str, width: int = LABEL_WIDTH) -> str:
+    """A name as the text of a title, legend or tick, in which matplotlib must see no formula.
 
     Half a surrogate pair, which has no encoding, is shown as its escape code.
+
+    Args:
+        text: the name.
+        width: the number of characters at which it is wrapped.
     """
-    text = text.encode(errors="backslashreplace").decode()
+    text = printable(text)
     if len(text) > LABEL_CHARS:
         text = text[:LABEL_CHARS] + "…"
-    return text.replace("$", r"\$")
+    return textwrap.fill(text, width).replace("$", r"\$")
 
 
 def thousands(value: float, _: float) -> str:
@@ -64,7 +76,7 @@ def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = tho
     low, high = axes.dataLim.intervalx
     axes.set_xscale("log")
     if low < unit:
-        axes.set_xscale("symlog", linthresh=unit)
+        axes.set_xscale("symlog", linthresh=unit, linscale=0.4)
         axes.set_xlim(-0.15 * unit, 1.3 * max(high, unit))
     _set_log_ticks(axes.xaxis, low, high, unit, text)
 
@@ -74,7 +86,7 @@ def set_log_y(axes: Axes, unit: float) -> None:
     low, high = axes.dataLim.intervaly
     axes.set_yscale("log")
     if low < unit:
-        axes.set_yscale("symlog", linthresh=unit)
+        axes.set_yscale("symlog", linthresh=unit, linscale=0.4)
         axes.set_ylim(-0.15 * unit, 1.3 * max(high, unit))
     _set_log_ticks(axes.yaxis, low, high, unit, thousands)
 
@@ -99,10 +111,55 @@ def _set_log_ticks(
     axis.set_major_formatter(text)
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """Add a legend above the panels, in as many columns as fit with its longest entry."""
+def reaches_zero(axes: Axes) -> bool:
+    """Whether the x axis, which counts nodes or edges, shows a circuit without any."""
+    return bool(axes.dataLim.intervalx[0] < 1)
+
+
+def draw_reference(axes: Axes, value: float, text: str, above: bool = True) -> None:
+    """Draw a grey line across the panel, with its name in the right margin.
+
+    Args:
+        axes: the panel.
+        value: the height of the line.
+        text: the name.
+        above: whether the name stands above the line, not below it, so that the names of two lines
+            that are close do not meet.
+    """
+    axes.axhline(value, color=GREY, lw=1, ls=(0, (6, 2)))
+    axes.annotate(
+        text,
+        (1, value),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="bottom" if above else "top",
+        color=GREY,
+        fontsize=9,
+    )
+
+
+def add_legend(figure: Figure, axes: Axes, title: str) -> None:
+    """Add a title and a legend above the panels, in as many columns as fit its longest line."""
     handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    columns = int(9 * figure.get_figwidth() / (6 + longest))
-    columns = max(1, min(5, columns))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    lines = "\n".join(labels).splitlines()
+    longest = max(map(len, lines))
+    columns = int(12 * figure.get_figwidth() / (6 + longest))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=max(1, min(4, columns)),
+        frameon=False,
+        title=title,
+        title_fontproperties={"weight": "bold", "size": 11},
+    )
+
+
+def add_notes(figure: Figure, notes: Iterable[str]) -> None:
+    """Add sentences below the panels that say what the figure does not show by itself."""
+    text = " ".join(notes)
+    if not text:
+        return
+    width = int(_NOTE_CHARS_PER_INCH * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(text, width), fontsize=9, color=GREY)

@@ -17,12 +17,16 @@ Summaries = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class WholeScore:
-    """The size of a circuit, its score, and that of the full model."""
+    """The size of a circuit, its score, and that of the full model.
+
+    `target_loss` is the loss that the circuit was to reach; None if it is not known.
+    """
 
     n_nodes: int
     n_edges: int
     circuit: Score
     full: Score
+    target_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class TaskResults:
 
 
 @dataclass(frozen=True)
+class SuiteSettings:
+    """What is shown of the settings with which a suite pruned."""
+
+    target_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class SuiteResults:
     """What is shown of the result of `run_suite`.
 
@@ -71,12 +82,14 @@ class SuiteResults:
         models: model → task → its circuits.
         solved_by_all: the tasks over which the means are taken.
         ratio: model → its mean, relative to the least of all models.
+        config: the settings of the pruner.
     """
 
     geometric_mean_edges: dict[str, dict[str, float]]
     models: dict[str, dict[str, TaskResults]]
     solved_by_all: list[str] = field(default_factory=list)
     ratio: dict[str, float] = field(default_factory=dict)
+    config: SuiteSettings = field(default_factory=SuiteSettings)
 
 
 def read_drawn(values: Mapping[str, Any], name: str, command: str = "evaluate") -> Drawn:

@@ -1,45 +1,45 @@
-"""Figures of the loss of circuits by size, their size by task, and a model's sparsity by layer."""
+"""Figures of circuits by size, the sizes of a suite's circuits, and a model's sparsity."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from tl_sparse.circuits import node_hooks, weight_matrices
-from tl_sparse.config import check
-from tl_sparse.errors import ConfigError, DataError
-from tl_sparse.evaluation import SizedScore
-from tl_sparse.hooks import Means, TLModel, frozen, hooked
+from tl_sparse.errors import ConfigError, DataError, counted
 from tl_sparse.outputs import replacing
 from tl_sparse.tasks import Score
 from tl_sparse.view.axes import (
+    GREY,
     add_legend,
+    add_notes,
     as_label,
+    draw_reference,
     figure_with_panels,
-    percent,
+    reaches_zero,
     series_style,
     set_log_x,
     set_log_y,
 )
-from tl_sparse.view.measurements import (
-    Drawn,
-    SuiteResults,
-    WholeScore,
-    read_drawn,
-    read_results,
-    summary,
+from tl_sparse.view.measurements import Drawn, SuiteResults, read_drawn, read_results, summary
+from tl_sparse.view.series import (
+    ZERO_NOTES,
+    Measure,
+    Point,
+    Size,
+    check_not_empty,
+    check_size,
+    names_of,
+    points_of,
+    subject,
 )
+from tl_sparse.view.shares import sparsity as sparsity
+from tl_sparse.view.task_sizes import tasks as tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 
 ENDINGS = (".png", ".svg")
-Size = Literal["edges", "nodes"]
-Measure = Literal["loss", "accuracy"]
-Point = tuple[float, float]
-#: (name, layer) → the fraction of entries that are nonzero.
-Shares = dict[tuple[str, int], float]
+LOSS_LABEL = "task loss on held-out pairs\n(nats, between the two answers)"
+ACCURACY_LABEL = "accuracy on held-out pairs\n(right answer ahead of the other)"
+ERROR_LABEL = "± standard error over pairs"
+#: A legend names the tasks of a suite if there are at most this many, and counts them otherwise.
+NAMED_TASKS = 3
 
 
 def check_drawing(path: str | Path) -> None:
@@ -103,44 +103,42 @@ def save(figure: Figure, path: str | Path, overwrite: bool = False) -> None:
 def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> Figure:
     """Draw the faithfulness curve: held-out loss in nats, and accuracy, by the size of the circuit.
 
-    The large marker is the circuit itself. The line shows circuits of the highest-ranked nodes.
+    The large marker is the circuit itself. The line shows circuits of the highest-ranked nodes. Bar
+    and band are the standard error over pairs. Lines across the panels show chance and, if they are
+    known, the target losses.
 
     Args:
-        figures: name to show → the measurements that `full_evaluation` returns and
-            `tl-sparse evaluate` writes.
+        figures: a name → the measurements that `full_evaluation` returns and `tl-sparse evaluate`
+            writes. The name is shown where task and model do not tell two of them apart.
+        against: what the size of a circuit is measured in.
 
     Raises:
         DataError: if there is nothing to draw, or a value does not have the form of such
             measurements.
     """
-    _check_not_empty(figures)
-    _check_size(against)
+    check_not_empty(figures)
+    check_size(against)
     measured = {name: read_drawn(values, name) for name, values in figures.items()}
-    figure, (loss_axes, accuracy_axes) = figure_with_panels(2, (8.2, 3.9))
-    _draw_measure(loss_axes, measured, against, "loss", chance=math.log(2))
-    _draw_measure(accuracy_axes, measured, against, "accuracy", chance=0.5)
-    loss_axes.set_ylabel("held-out task loss (nats)")
-    accuracy_axes.set_ylabel("accuracy")
+    names = names_of(measured)
+    figure, (loss_axes, accuracy_axes) = figure_with_panels(2, (8, 4.6))
+    for number, (name, drawn) in enumerate(measured.items()):
+        style = series_style(number)
+        _draw_curve(loss_axes, names.labels[name], drawn, against, "loss", style)
+        _draw_curve(accuracy_axes, names.labels[name], drawn, against, "accuracy", style)
+    _draw_loss_references(loss_axes, [drawn.evaluation.target_loss for drawn in measured.values()])
+    draw_reference(accuracy_axes, 0.5, "chance\n50%")
+    _explain_signs(loss_axes)
+    for axes in (loss_axes, accuracy_axes):
+        axes.set_xlabel(f"number of {against} in the circuit")
+        set_log_x(axes, unit=1)
+    loss_axes.set_ylabel(LOSS_LABEL)
+    accuracy_axes.set_ylabel(ACCURACY_LABEL)
     set_log_y(loss_axes, unit=1e-3)
     accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
-    add_legend(figure, loss_axes)
+    add_legend(figure, loss_axes, names.title)
+    if reaches_zero(loss_axes):
+        add_notes(figure, [ZERO_NOTES[against]])
     return figure
-
-
-def _draw_measure(
-    axes: Axes,
-    measured: Mapping[str, Drawn],
-    against: Size,
-    measure: Measure,
-    chance: float,
-) -> None:
-    for number, (name, drawn) in enumerate(measured.items()):
-        _draw_curve(axes, as_label(name), drawn, against, measure, series_style(number))
-    axes.plot([], [], "x", color="gray", label="random circuits")
-    axes.plot([], [], ":", color="gray", label="full model")
-    axes.axhline(chance, color="gray", lw=0.8, label="chance")
-    axes.set_xlabel(f"{against} of the circuit")
-    set_log_x(axes, unit=1)
 
 
 def _draw_curve(
@@ -151,94 +149,35 @@ def _draw_curve(
     measure: Measure,
     style: Mapping[str, Any],
 ) -> None:
+    color = style["color"]
     whole = drawn.evaluation
-    axes.axhline(_score(whole.full, measure), color=style["color"], ls=":", lw=1.2)
-    x, y = _sizes_and_scores(drawn.random, against, measure)
-    axes.plot(x, y, ls="", ms=5, color=style["color"], marker="x")
-    x, y = _sizes_and_scores(drawn.ladder, against, measure)
+    axes.axhline(_score(whole.full, measure), color=color, ls=":", lw=1.2)
+    x, y, _ = _columns(points_of(drawn.random, against, measure))
+    axes.plot(x, y, ls="", ms=5, color=color, marker="x")
+    x, y, error = _columns(points_of(drawn.ladder, against, measure))
     axes.plot(x, y, ms=3.5, lw=1.2, **style)
-    x, y = _sizes_and_scores([whole], against, measure)
+    low = [score - width for score, width in zip(y, error, strict=True)]
+    high = [score + width for score, width in zip(y, error, strict=True)]
+    axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    x, y, error = _columns(points_of([whole], against, measure))
+    axes.errorbar(x, y, error, fmt="none", ecolor=color, capsize=4)
     axes.plot(x, y, ls="", ms=9, mec="black", label=label, **style)
 
 
-# --- sizes by task
+def _draw_loss_references(axes: Axes, targets: Iterable[float | None]) -> None:
+    """Draw the loss of chance and the target losses that are known, with names and values."""
+    draw_reference(axes, math.log(2), f"chance\n{math.log(2):.3f}")
+    known = {target for target in targets if target is not None and math.isfinite(target)}
+    for target in sorted(known):
+        draw_reference(axes, target, f"target\n{target:g}", above=False)
 
 
-def tasks(results: Mapping[str, Any], against: Size = "edges", name: str = "results") -> Figure:
-    """Draw the size of each task's node-pruned circuits.
-
-    Each model has a marker at the median over the seeds, and a line from the smallest to the
-    largest size. If the size is the number of edges, a dotted line shows each model's geometric
-    mean over the tasks that all models solve.
-
-    Args:
-        results: the results that `run_suite` returns and `tl-sparse suite` writes.
-        name: the name of the results in error messages.
-
-    Raises:
-        DataError: if `results` do not have the form of such results, or contain no circuit.
-    """
-    _check_size(against)
-    read = read_results(results, name)
-    means: Mapping[str, float] = {}
-    if against == "edges":
-        means = read.geometric_mean_edges.get("node_pruned", {})
-    sizes = _node_pruned_sizes(read, against, name)
-    order = _largest_first(sizes)
-    _check_not_empty(order, name)
-    figure, (axes,) = figure_with_panels(1, (5.5, 1.4 + 0.22 * len(order)))
-    for number, (model, size_of) in enumerate(sizes.items()):
-        style = series_style(number)
-        rows = [order.index(task) for task in size_of]
-        low = [size.low for size in size_of.values()]
-        high = [size.high for size in size_of.values()]
-        axes.hlines(rows, low, high, color=style["color"])
-        medians = [size.median for size in size_of.values()]
-        axes.plot(medians, rows, ls="", ms=5, clip_on=False, label=as_label(model), **style)
-        axes.axvline(means.get(model, math.nan), color=style["color"], ls=":")
-    labels = [as_label(task) for task in order]
-    axes.set(yticks=range(len(order)), yticklabels=labels, ylim=(-0.5, len(order) - 0.5))
-    explanation = "(range over seeds; dotted: geometric mean)"
-    axes.set_xlabel(f"{against} of the node-pruned circuit\n{explanation}")
-    set_log_x(axes, unit=1)
-    add_legend(figure, axes)
-    return figure
-
-
-@dataclass(frozen=True)
-class _Range:
-    """The median and range of a size over the seeds."""
-
-    low: float
-    median: float
-    high: float
-
-
-def _node_pruned_sizes(
-    results: SuiteResults, against: Size, name: str
-) -> dict[str, dict[str, _Range]]:
-    """Model → task → its size; tasks without a circuit are left out."""
-    sizes: dict[str, dict[str, _Range]] = {}
-    for model, entries in results.models.items():
-        sizes[model] = {}
-        for task, entry in entries.items():
-            if entry.node_pruned:
-                place = f"{name}: {task} in {model}"
-                low, median, high = (
-                    summary(entry.node_pruned, against, key, place)
-                    for key in ("min", "median", "max")
-                )
-                sizes[model][task] = _Range(low, median, high)
-    return sizes
-
-
-def _largest_first(sizes: Mapping[str, Mapping[str, _Range]]) -> list[str]:
-    """The tasks in falling order of the largest median size over the models."""
-    medians = defaultdict[str, list[float]](list)
-    for size_of in sizes.values():
-        for task, size in size_of.items():
-            medians[task].append(size.median)
-    return sorted(medians, key=lambda task: -max(medians[task]))
+def _explain_signs(axes: Axes) -> None:
+    """Add to the legend what the lines and marks of all series mean."""
+    axes.plot([], [], ".-", color=GREY, label="fewer or more of the ranked nodes")
+    axes.plot([], [], ls="", marker="x", color=GREY, label="random circuits of its size")
+    axes.plot([], [], ":", color=GREY, label="the full model")
+    axes.errorbar([], [], [], fmt="none", ecolor=GREY, capsize=4, label=ERROR_LABEL)
 
 
 # --- the frontier
@@ -254,193 +193,97 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
     Args:
         sources: any name → the values that `full_evaluation` or `run_suite` returns, and the
             commands `tl-sparse evaluate` and `tl-sparse suite` write.
+        against: what the size of a circuit is measured in.
 
     Raises:
         DataError: if there is nothing to draw, or a value does not have the form of such values.
     """
-    _check_not_empty(sources)
-    _check_size(against)
-    points = defaultdict[str, list[Point]](list)
-    with_line = set()
+    check_not_empty(sources)
+    check_size(against)
+    measured = _Measured()
     for name, source in sources.items():
         if "models" in source:
-            for label, of_label in _suite_points(read_results(source, name), against, name):
-                points[label] += of_label
+            measured.add_suite(read_results(source, name), against, name)
         else:
-            drawn = read_drawn(source, name, "evaluate or suite")
-            label = f"{drawn.model}, {drawn.task}"
-            with_line.add(label)
-            sizes, losses = _sizes_and_scores([drawn.evaluation, *drawn.ladder], against, "loss")
-            points[label] += zip(sizes, losses, strict=True)
-    figure, (axes,) = figure_with_panels(1, (5.5, 4.2))
-    by_size = {label: sorted(of_label) for label, of_label in points.items() if of_label}
-    _check_not_empty(by_size, *sources)
-    for number, (label, of_label) in enumerate(by_size.items()):
-        style = series_style(number)
-        x, y = zip(*of_label, strict=True)
-        axes.plot(x, y, ls="", ms=5, alpha=0.8, label=as_label(label), **style)
-        if label in with_line:
-            best = list(itertools.accumulate(y, min))
-            axes.plot(x, best, drawstyle="steps-post", lw=1.2, color=style["color"])
-    axes.set(xlabel=f"{against} of the circuit", ylabel="held-out task loss (nats)")
+            measured.add_evaluation(read_drawn(source, name, "evaluate or suite"), against)
+    shown = {label: sorted(points) for label, points in measured.points.items() if points}
+    check_not_empty(shown, *sources)
+    figure, (axes,) = figure_with_panels(1, (6.5, 5))
+    for number, (label, points) in enumerate(shown.items()):
+        _draw_frontier(axes, label, points, label in measured.evaluated, series_style(number))
+    _draw_loss_references(axes, measured.targets)
+    if measured.evaluated:
+        axes.plot([], [], color=GREY, label="the least loss up to this size")
+        axes.errorbar([], [], [], fmt="none", ecolor=GREY, capsize=2, label=ERROR_LABEL)
+    axes.set(xlabel=f"number of {against} in the circuit", ylabel=LOSS_LABEL)
     set_log_x(axes, unit=1)
     set_log_y(axes, unit=1e-3)
-    add_legend(figure, axes)
+    add_legend(figure, axes, "Loss of circuits by their size")
+    if reaches_zero(axes):
+        add_notes(figure, [ZERO_NOTES[against]])
     return figure
 
 
-def _suite_points(
-    results: SuiteResults, against: Size, name: str
-) -> Iterator[tuple[str, list[Point]]]:
-    """For each model and kind of pruning, a label and the (median size, median loss) points."""
-    for model, entries in results.models.items():
-        by_kind = {
-            "nodes pruned": [entry.node_pruned for entry in entries.values()],
-            "edges pruned too": [entry.edge_pruned for entry in entries.values()],
-        }
-        for words, circuits in by_kind.items():
-            points = []
-            for summaries in filter(None, circuits):
-                size = summary(summaries, against, "median", name)
-                loss = summary(summaries, "loss", "median", name)
-                points.append((size, loss))
-            yield f"{model}, {words}", points
+@dataclass
+class _Measured:
+    """What a frontier draws.
 
-
-# --- sparsity by layer
-
-
-@torch.no_grad()
-def sparsity(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Figure:
-    """Draw the fractions of nonzero weights and of nonzero activations, by layer.
-
-    There is one row for each weight matrix, and one for each node location.
-
-    Args:
-        corpus: the tokens over which activations are counted.
-
-    Raises:
-        DataError: if `corpus` has no tokens.
-        HookNameError: if the hook points of the model do not carry nodes.
+    Attributes:
+        points: the label of a series → its points.
+        evaluated: the labels of the series from full evaluations, whose circuits are of one task.
+        targets: the target losses of the circuits.
     """
-    activations = _activation_shares(model, corpus)
-    weights = _weight_shares(model)
-    n_layers = model.cfg.n_layers
-    figure, (weight_axes, activation_axes) = figure_with_panels(2, (8.2, 4.2))
-    _draw_shares(weight_axes, weights, n_layers)
-    weight_axes.set_xlabel("nonzero weights")
-    _draw_shares(activation_axes, activations, n_layers)
-    activation_axes.set_xlabel("nonzero activations")
-    add_legend(figure, activation_axes)
-    return figure
+
+    points: defaultdict[str, list[Point]] = field(default_factory=lambda: defaultdict(list))
+    evaluated: set[str] = field(default_factory=set)
+    targets: list[float | None] = field(default_factory=list)
+
+    def add_evaluation(self, drawn: Drawn, against: Size) -> None:
+        """Add the circuit and its curve to the series of its task and model."""
+        label = subject(drawn)
+        self.evaluated.add(label)
+        self.targets.append(drawn.evaluation.target_loss)
+        self.points[label] += points_of([drawn.evaluation, *drawn.ladder], against, "loss")
+
+    def add_suite(self, results: SuiteResults, against: Size, name: str) -> None:
+        """For each model and kind of pruning, add the medians over the seeds of each task."""
+        self.targets.append(results.config.target_loss)
+        for model, entries in results.models.items():
+            by_kind = {
+                "nodes pruned": {task: entry.node_pruned for task, entry in entries.items()},
+                "edges pruned too": {task: entry.edge_pruned for task, entry in entries.items()},
+            }
+            for words, summaries_of in by_kind.items():
+                found = {task: summaries for task, summaries in summaries_of.items() if summaries}
+                label = f"{_in_words(list(found))} in {model}, {words} (medians over seeds)"
+                for summaries in found.values():
+                    size = summary(summaries, against, "median", name)
+                    loss = summary(summaries, "loss", "median", name)
+                    self.points[label].append(Point(size, loss))
 
 
-def _weight_shares(model: TLModel) -> Shares:
-    """The nonzero fraction of each matrix; embedding and unembedding count as layer n_layers."""
-    n_layers = model.cfg.n_layers
-    nonzero = defaultdict[tuple[str, int], list[Tensor]](list)
-    for layer in range(n_layers):
-        for source, target, matrix in weight_matrices(model, layer):
-            nonzero[f"{source} → {target}", layer].append(matrix.flatten() != 0)
-    nonzero["embedding", n_layers].append(model.embed.W_E.flatten() != 0)
-    nonzero["unembedding", n_layers].append(model.unembed.W_U.flatten() != 0)
-    shares = {}
-    for place, parts in nonzero.items():
-        shares[place] = float(torch.cat(parts).float().mean())
-    return shares
+def _in_words(tasks: Sequence[str]) -> str:
+    return ", ".join(tasks) if len(tasks) <= NAMED_TASKS else counted(len(tasks), "task")
 
 
-def _activation_shares(model: TLModel, corpus: Int[Tensor, "seq pos"]) -> Shares:
-    """The nonzero fraction of the activations at each node location."""
-    hooks = node_hooks(model)
-    _check_not_empty(corpus)
-    means = Means()
-
-    def record(name: str, activation: Tensor, hook: object) -> None:
-        means.record(name, activation != 0)
-
-    recorders = {name: partial(record, name) for name in hooks.values()}
-    with frozen(model), hooked(model, recorders):
-        for rows in corpus.split(16):
-            model(rows.long().to(model.embed.W_E.device), return_type=None)
-    shares = means.result(torch.float32)
-    by_location = {}
-    for (layer, location), name in hooks.items():
-        by_location[location, layer] = float(shares[name].mean())
-    return by_location
+def _draw_frontier(
+    axes: Axes, label: str, points: Sequence[Point], of_one_task: bool, style: Mapping[str, Any]
+) -> None:
+    """Draw the points of one series, which are in the order of their size."""
+    x, y, error = _columns(points)
+    axes.plot(x, y, ls="", ms=6, alpha=0.8, label=as_label(label), **style)
+    if of_one_task:
+        axes.errorbar(x, y, error, fmt="none", ecolor=style["color"], capsize=2, alpha=0.6)
+        best = list(itertools.accumulate(y, min))
+        axes.plot(x, best, drawstyle="steps-post", lw=1.2, color=style["color"])
 
 
-def _draw_shares(axes: Axes, shares: Shares, n_layers: int) -> None:
-    """Draw a row for each name, with a marker for each layer."""
-    names: list[str] = []
-    layers: list[int] = []
-    for name, layer in shares:
-        if name not in names:
-            names.append(name)
-        if layer not in layers:
-            layers.append(layer)
-    for layer in layers:
-        offset = 0.0
-        if layer < n_layers:  # keeps the markers of different layers from hiding each other
-            offset = 0.5 * ((layer + 0.5) / n_layers - 0.5)
-        x = []
-        y = []
-        for row, name in enumerate(names):
-            if (name, layer) in shares:
-                x.append(shares[name, layer])
-                y.append(row + offset)
-        label = _layer_label(layer, n_layers)
-        axes.plot(x, y, ls="", ms=5, label=label, **_layer_style(layer, n_layers))
-    axes.plot([0.01, 1], [0, 0], alpha=0)  # makes the axis include 1% to 100%
-    axes.set(yticks=range(len(names)), yticklabels=names)
-    axes.invert_yaxis()
-    set_log_x(axes, unit=1e-3, text=percent)
-
-
-def _layer_label(layer: int, n_layers: int) -> str | None:
-    """The legend lists every layer of a small model, and the first and last of a larger one."""
-    is_block = layer < n_layers
-    if layer in (0, n_layers - 1) or (n_layers <= 6 and is_block):
-        return f"layer {layer}"
-    return None
-
-
-def _layer_style(layer: int, n_layers: int) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    style = series_style(layer)
-    style["color"] = "black"
-    if layer < n_layers:
-        style["color"] = colormaps["viridis"](0.9 * layer / n_layers)
-    return style
-
-
-# --- reading what to draw
-
-
-def _check_not_empty(values: Sized, *names: str) -> None:
-    if len(values):
-        return
-    where = f" in {', '.join(names)}" if names else ""
-    raise DataError(f"there is nothing to draw{where}")
-
-
-def _check_size(against: str) -> None:
-    check(against in get_args(Size), "against", against, "'edges' or 'nodes'")
-
-
-def _sizes_and_scores(
-    sized_scores: Sequence[SizedScore | WholeScore], against: Size, measure: Measure
-) -> tuple[list[float], list[float]]:
-    """The sizes and scores of circuits; those whose score is not a finite number are left out."""
-    sizes: list[float] = []
-    scores: list[float] = []
-    for sized in sized_scores:
-        score = _score(sized.circuit, measure)
-        if math.isfinite(score):
-            sizes.append(sized.n_edges if against == "edges" else sized.n_nodes)
-            scores.append(score)
-    return sizes, scores
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float], list[float]]:
+    """The sizes, scores and standard errors of points."""
+    sizes = [point.size for point in points]
+    scores = [point.score for point in points]
+    errors = [point.error for point in points]
+    return sizes, scores, errors
 
 
 def _score(score: Score, measure: Measure) -> float:
