@@ -269,7 +269,7 @@ def test_evaluate_prints_what_it_measured(pruned, capsys):
 
 def test_evaluate_takes_other_pairs_that_pruning_did_not_see(pruned, tmp_path, monkeypatch):
     circuit, command = pruned
-    from tl_sparse.pruning.pruner import task_splits
+    from tl_sparse.pruning import task_splits
 
     real = tl_sparse.evaluation.full_evaluation
     seen = []
@@ -295,7 +295,7 @@ def test_evaluate_names_what_is_missing(tmp_path, capsys):
     assert "give the circuit's model with --model" in capsys.readouterr().err
     command += ["--model", save_micro(tmp_path / "model")]
     assert main(command) == 1
-    assert "no task 'micro'" in capsys.readouterr().err
+    assert "the task 'micro' of this circuit is not built in" in capsys.readouterr().err
     command += ["--task", save_pairs(tmp_path / "micro.jsonl")]
     assert main([*command, "--pairs", "0"]) == 1
     assert "n_pairs is 0; it must be at least 1" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def checked(*own: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                 if name in given and name not in own and not _fits(given[name], hint):
                     raise ArgumentError(
                         f"{_name(function)}: {name} must be {_expected(hint)}, not "
-                        f"{_described(given[name])}"
+                        f"{described(given[name])}"
                     )
             return function(*args, **kwargs)
 
@@ -104,7 +104,7 @@ def _expected(hint: Any) -> str:
     return text.replace("tl_sparse.", "")
 
 
-def _described(value: object) -> str:
+def described(value: object) -> str:
     """The value if it is short, with its type; the dtype and shape of a tensor."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype} of {list(value.shape)}"

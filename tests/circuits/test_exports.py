@@ -26,7 +26,7 @@ from tl_sparse.circuits.exports import (
     to_networkx,
 )
 from tl_sparse.circuits.nodes import Node
-from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskError, TokenizerError
+from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TokenizerError
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph.schema.json").read_text())
 
@@ -178,7 +178,7 @@ def test_attribution_graph_of_a_model_with_everything_fits_the_schema(tmp_path):
             ConfigError,
             r"nothing is exported as ''; Exports end in \.graphml, \.dot, \.mmd, \.csv, \.json",
         ),
-        ("c.json", TaskError, "no task 'micro'"),
+        ("c.json", CircuitError, "the task 'micro' of this circuit is not built in; give it as"),
         (".", ConfigError, "nothing is exported"),
         ("file/c.dot", CheckpointError, "cannot write"),
         ("folder.dot", CheckpointError, "it is a folder"),

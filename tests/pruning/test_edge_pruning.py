@@ -44,7 +44,8 @@ from tl_sparse.hooks import ablating, mean_activations
 from tl_sparse.hooks.points import hooked
 from tl_sparse.network.products import Product
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.pruning.pruner import prune, prune_edges, task_splits
+from tl_sparse.pruning.pruner import prune, prune_edges
+from tl_sparse.pruning.splits import task_splits
 from tl_sparse.tasks.task_data import make_task_data
 
 CONFIG = PruneConfig(

@@ -28,7 +28,6 @@ from tl_sparse.errors import (
     DataError,
     HookNameError,
     PruneError,
-    TaskError,
     TokenizerError,
 )
 from tl_sparse.evaluation.judge import score
@@ -40,8 +39,9 @@ from tl_sparse.pruning import pruner as pruning
 from tl_sparse.pruning import start as start_module
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.gates import attribution
-from tl_sparse.pruning.pruner import corpus_means, frozen, prune, task_splits
+from tl_sparse.pruning.pruner import corpus_means, frozen, prune
 from tl_sparse.pruning.sizes import discretise, eliminate
+from tl_sparse.pruning.splits import task_splits
 
 CONFIG = PruneConfig(
     target_loss=2 * LOSS,
@@ -539,9 +539,12 @@ def test_too_few_distinct_prompts(micro):
     few = dataclasses.replace(
         MICRO_TASK, sample=lambda rng: MICRO_TASK.sample(random.Random(rng.randrange(80)))
     )
-    with pytest.raises(
-        TaskError, match=r"gave only 4\d of 64 pairs of distinct prompts, 64 prompts excluded"
-    ):
+    message = (
+        r"^train_pairs = 64 \(--train-pairs\) and selection_pairs = 16 \(--selection-pairs\) and "
+        r"heldout_pairs = 16 \(--heldout-pairs\) are not possible: task micro has 80 pairs of "
+        r"distinct prompts$"
+    )
+    with pytest.raises(ConfigError, match=message):
         prune(micro, few, micro_corpus(), CONFIG, progress=False)
 
 

@@ -247,13 +247,21 @@ def test_seeds_and_exclusion(tokenizer, data):
 def test_a_task_with_too_few_prompts(tokenizer):
     pairs = [("f('a", 'f("a'), ("f('b", 'f("b')]
     assert make_task_data(a_task(*pairs), tokenizer, 2, seed=0).n_pairs == 2
-    with pytest.raises(
-        TaskError, match="task stub gave only 2 of 3 pairs of distinct prompts, 0 prompts excluded"
-    ):
+    at_most = (
+        r"^task stub has 2 pairs of distinct prompts; n_pairs \(--pairs\) is 3, and must be at "
+    )
+    with pytest.raises(TaskError, match=at_most + "most 2$"):
         make_task_data(a_task(*pairs), tokenizer, 3, seed=0)
-    with pytest.raises(TaskError, match=r"gave only 1 of 2 pairs .* 1 prompt excluded"):
+    besides = (
+        r"has 1 pair of distinct prompts besides the 1 prompt that is excluded; n_pairs .* most 1"
+    )
+    with pytest.raises(TaskError, match=besides):
         make_task_data(a_task(*pairs), tokenizer, 2, seed=0, exclude={"f('a"})
-    with pytest.raises(TaskError, match="n_pairs is 0; it must be at least 1"):
+    with pytest.raises(
+        TaskError, match="^task stub has no pairs of distinct prompts besides the 4 "
+    ):
+        make_task_data(a_task(*pairs), tokenizer, 2, seed=0, exclude=[*pairs[0], *pairs[1]])
+    with pytest.raises(TaskError, match=r"n_pairs \(--pairs\) is 0; it must be at least 1"):
         make_task_data(QUOTES, tokenizer, 0, seed=0)
 
 
@@ -320,25 +328,26 @@ def test_each_pair_may_have_its_own_answers(tokenizer):
         (("a", "b", "x", "y"), (" x", " y"), "two prompts"),
         (("a",), (" x", " y"), "two prompts"),
         (("a", 2), (" x", " y"), "two prompts"),
+        ("ab", (" x", " y"), "two prompts"),  # not the prompts "a" and "b"
+        (None, (" x", " y"), "two prompts"),
     ],
 )
 def test_a_sample_that_is_no_pair(tokenizer, given, candidates, wanted):
-    everything = (*given, *(candidates or ()))
-    message = (
-        re.escape(
-            f"sample of task stub must return {wanted}; with the candidates added, it returned "
-            f"{everything}"
-        )
-        + "$"
-    )
-    with pytest.raises(TaskError, match=message):
+    message = f"sample of task stub must return a tuple of {wanted}, not {given!r}"
+    with pytest.raises(TaskError, match=re.escape(message) + "$"):
         make_task_data(a_task(given, candidates=candidates), tokenizer, 1, seed=0)
 
 
 def test_an_answer_of_several_tokens_is_shortened_to_one(tokenizer):
     pair = ("f('a", 'f("a', "') + name", '")\n')
-    data = make_task_data(a_task(pair, candidates=None), tokenizer, 1, seed=0)
+    message = (
+        r"""^task stub: "'\) \+ name" is not one token of this tokenizer; its beginning "'\)" """
+        r"stands for it \(and so for 1 other answer\)$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        data = make_task_data(a_task(pair, candidates=None), tokenizer, 1, seed=0)
     assert tokenizer.convert_ids_to_tokens(data.candidates[0].tolist()) == ["')", '")']
+    assert data.shortened == {"') + name": "')", '")\n': '")'}
 
 
 @pytest.mark.parametrize(
@@ -355,7 +364,7 @@ def test_an_answer_of_several_tokens_is_shortened_to_one(tokenizer):
 )
 def test_answers_that_cannot_be_told_apart(tokenizer, pair, candidates, longest):
     with pytest.raises(TokenizerError) as error:
-        make_task_data(a_task(pair, candidates=candidates), tokenizer, 1, seed=0)
+        make_task_data(a_task((*pair, *candidates), candidates=None), tokenizer, 1, seed=0)
     assert str(error.value) == (
         f"the answers {candidates[0]!r} and {candidates[1]!r} of task stub are, whole or "
         f"shortened, not two different single tokens after {pair[0]!r} and {pair[1]!r}: "
@@ -462,8 +471,8 @@ def test_splits_of_a_file_are_disjoint_up_to_its_last_pair(like_gpt2, tmp_path, 
     selection = make_task_data(task, like_gpt2, first, seed=0)
     heldout = make_task_data(task, like_gpt2, second, seed=0, exclude=selection.prompts)
     assert len({*selection.prompts, *heldout.prompts}) == 2 * (first + second)
-    message = f"task ioi gave only {second} of {second + 1} pairs of distinct prompts, "
-    message += f"{2 * first} prompts excluded"
+    message = f"distinct prompts besides the {2 * first} prompts that are excluded; "
+    message += rf"n_pairs \(--pairs\) is {second + 1}, and must be at most {second}$"
     with pytest.raises(TaskError, match=message):
         make_task_data(task, like_gpt2, second + 1, seed=0, exclude=selection.prompts)
 

@@ -20,7 +20,7 @@ _BUNDLED = {
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: The files that are fetched from a hub repository: only data, no code.
-_DATA = ["*.json", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
+_DATA = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
 _SAFETENSORS = ("model.safetensors", "circuit.safetensors")
 #: The files that are also fetched if the repository has no safetensors file.
 _PICKLES = ["pytorch_model*.bin", "final_model.pt"]

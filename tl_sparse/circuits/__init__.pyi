@@ -14,3 +14,4 @@ from .nodes import n_weights as n_weights
 from .nodes import weight_matrices as weight_matrices
 from .reads import holding_reads as holding_reads
 from .reads import shared_reads as shared_reads
+from .task import circuit_task as circuit_task

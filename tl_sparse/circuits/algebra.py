@@ -64,6 +64,9 @@ def _combined(
     if circuit.kept.keys() != other.kept.keys():
         raise CircuitError(f"circuits over different hook points cannot be combined with {sign}")
     kept = {name: combine(mask, other.kept[name]) for name, mask in circuit.kept.items()}
+    if circuit.pairs != other.pairs:
+        # One of the circuits was searched on pairs by which the other was judged.
+        circuit = replace(circuit, pairs=None)
     return _derived(circuit, kept, f"({circuit.task} {sign} {other.task})", edge_set)
 
 

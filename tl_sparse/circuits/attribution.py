@@ -18,8 +18,9 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, NodeSizes, node_at
 from tl_sparse.circuits.reads import shared_reads
+from tl_sparse.circuits.task import circuit_task
 from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
-from tl_sparse.tasks import Task, as_task, make_task_data
+from tl_sparse.tasks import Task, make_task_data
 
 #: Nodes of the graph with less influence than this are left out.
 LEAST_INFLUENCE = 0.005
@@ -45,15 +46,17 @@ def attribution_graph(
     logits; nodes with less influence than `LEAST_INFLUENCE` are left out.
 
     Args:
-        task: the task that the prompt is from; by default the circuit's own.
+        task: the task that the prompt is from; by default the circuit's own. Of a task whose
+            pairs the circuit keeps, held-out pairs are used.
         pair: the number of the prompt pair; its first prompt is used.
 
     Raises:
-        CircuitError: if the circuit has no means, or belongs to another model.
+        CircuitError: if the circuit has no means, or belongs to another model; or if no task is
+            given, and the circuit's own is not known.
         TaskError: if there is no such task.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
-    task = as_task(circuit.task if task is None else task)
+    task = circuit_task(circuit, task)
     prompt = _prompt(model, task, pair)
     circuit.check_model(model)
     with differentiating(model), frozen(model), shared_reads(model):

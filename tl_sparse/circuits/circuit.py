@@ -26,6 +26,7 @@ from tl_sparse.errors import CircuitError, counted
 from tl_sparse.files import write_json
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.parsing import printable
+from tl_sparse.tasks import TaskPairs
 
 if TYPE_CHECKING:
     from tl_sparse.view import Page
@@ -52,12 +53,17 @@ class Circuit(CircuitParts):
         scores: the score by which the search ranked each node, at the same hook points; the kept
             nodes have the highest scores. Empty if they are not known.
         labels: the user's own words for nodes; see `with_labels`.
+        pairs: the pairs of a task that is not built in, with which the circuit was found and
+            judged. None for built-in tasks, which draw the same pairs again, and if they are not
+            known.
     """
 
     def __post_init__(self) -> None:
         if self.means and not self.kept.keys() <= self.means.keys():
             missing = sorted(self.kept.keys() - self.means.keys())
             raise CircuitError(f"no means at {', '.join(missing)}")
+        if not isinstance(self.pairs, TaskPairs | None):
+            raise CircuitError(f"pairs must be a TaskPairs or None, not {type(self.pairs)}")
         self._check_scores()
         for name, mask in self.kept.items():
             shape = self.means[name].shape if self.means else mask.shape
@@ -255,7 +261,7 @@ class Circuit(CircuitParts):
         """The nodes and edges that are in at least one of the two circuits.
 
         As in all circuits made from others, the means and scores are this circuit's, and nothing
-        has been measured.
+        has been measured. `pairs` are kept if the two circuits have the same ones.
 
         Raises:
             CircuitError: if the circuits belong to different models; & and - raise it too.
@@ -296,7 +302,8 @@ class Circuit(CircuitParts):
     # Files
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write `circuit.json` and `circuit.safetensors`: both of them or none.
+        """Write `circuit.json`, `circuit.safetensors` and, if the circuit has `pairs`,
+        `pairs.jsonl`: all of them or none.
 
         Args:
             folder: created if it does not exist.

@@ -7,6 +7,7 @@ from tl_sparse.circuits.fingerprints import Fingerprint
 from tl_sparse.circuits.nodes import Node, NodeSizes, indices_by_location, kept_nodes, node_at
 from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import NodeMasks, NodeValues
+from tl_sparse.tasks import TaskPairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class CircuitParts:
     edge_set: frozenset[tuple[Node, Node]] | None = None
     scores: NodeValues = field(default_factory=dict)
     labels: dict[Node, str] = field(default_factory=dict)
+    pairs: TaskPairs | None = None
 
     @property
     def nodes(self) -> list[Node]:

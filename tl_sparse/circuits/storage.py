@@ -2,6 +2,7 @@
 
 `circuit.json` describes the circuit. `circuit.safetensors` has its masks, means and scores. The
 name of each tensor is the name of its hook point, prefixed with `kept/`, `mean/` or `score/`.
+`pairs.jsonl` has the pairs of a task that is not built in; `Task.from_jsonl` reads it too.
 """
 
 import math
@@ -16,24 +17,30 @@ from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.circuits.fingerprints import FORMATS, Fingerprint, WeightFacts
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.errors import CheckpointError, CircuitError
+from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
 from tl_sparse.outputs import FileSet, finish_replacing, replacing_together
+from tl_sparse.tasks import PARTS, TaskPairs, read_pairs
 
 FORMAT = "tl_sparse circuit"
 FORMAT_VERSION = 1
 CIRCUIT_FILES = FileSet(
-    what="circuit", described_by="circuit.json", required=("circuit.safetensors",)
+    what="circuit",
+    described_by="circuit.json",
+    required=("circuit.safetensors",),
+    optional=("pairs.jsonl",),
 )
 
 
 def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
-    """Write both files of a circuit, or none.
+    """Write all files of a circuit, or none.
 
     Raises:
         CheckpointError: if the files cannot be written.
-        ConfigError: if there is another circuit in the folder, and `overwrite` is False.
+        ConfigError: if there is another circuit in the folder, or a `pairs.jsonl` that belongs to
+            none, and `overwrite` is False.
     """
+    _check_other_pairs(folder, circuit.pairs, overwrite)
     tensors: dict[str, Tensor] = {}
     by_prefix = {"kept/": circuit.kept, "mean/": circuit.means, "score/": circuit.scores}
     for prefix, tensor_at in by_prefix.items():
@@ -58,18 +65,32 @@ def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
         "edges": edges,
         "measured": circuit.measured,
         "labels": {node.indexed_name: label for node, label in circuit.labels.items()},
+        "pairs": _task_values(circuit.pairs),
     }
     with replacing_together(CIRCUIT_FILES, folder, overwrite) as new:
         write_tensors(new / "circuit.safetensors", tensors)
+        if circuit.pairs is not None:
+            circuit.pairs.write(new / "pairs.jsonl")
         write_json(new / "circuit.json", {**values, FILES: checksums_of(new)})
 
 
+def _check_other_pairs(folder: Path, pairs: TaskPairs | None, overwrite: bool) -> None:
+    """Raise `ConfigError` if the pairs would replace a file that is not part of a circuit."""
+    path = folder / "pairs.jsonl"
+    is_part_of_circuit = (folder / "circuit.json").exists()
+    if pairs is not None and path.exists() and not is_part_of_circuit and not overwrite:
+        raise ConfigError(
+            f"{path} exists already, and does not belong to a circuit; save the circuit in a "
+            "folder of its own, or set overwrite (overwrite=True)"
+        )
+
+
 def read_circuit(folder: Path) -> CircuitParts:
-    """Read both files of a circuit.
+    """Read the files of a circuit.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or has another format or version, or if the
-            two do not belong together.
+        CheckpointError: if a file is missing, damaged, or has another format or version, or if they
+            do not belong together.
     """
     finish_replacing(CIRCUIT_FILES, folder)
     path = folder / "circuit.json"
@@ -114,6 +135,7 @@ def read_circuit(folder: Path) -> CircuitParts:
         edge_set=edge_set,
         scores=parts["score"],
         labels=labels,
+        pairs=_read_pairs(folder, values.get("pairs")),
     )
     if circuit.n_nodes != n_nodes:
         raise CheckpointError(
@@ -121,6 +143,45 @@ def read_circuit(folder: Path) -> CircuitParts:
             f"{n_nodes!r}"
         )
     return circuit
+
+
+def _task_values(pairs: TaskPairs | None) -> dict[str, Any] | None:
+    """What makes the task again, together with its pairs; older files do not have this entry."""
+    if pairs is None:
+        return None
+    fields = ("name", "description", "candidates", "same_end")
+    return {field: getattr(pairs, field) for field in fields}
+
+
+def _read_pairs(folder: Path, values: Any) -> TaskPairs | None:
+    """The pairs of a task that is not built in; None if `circuit.json` announces none."""
+    if values is None:
+        return None
+    try:
+        parts = read_pairs(folder / "pairs.jsonl").parts
+        training, selection, heldout = [parts[part] for part in PARTS]
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    except KeyError as error:
+        raise CheckpointError(f'{folder / "pairs.jsonl"}: no pair has a "split"') from error
+    try:
+        candidates = values["candidates"]
+        if candidates is not None:
+            first, second = map(str, candidates)
+            candidates = (first, second)
+        return TaskPairs(
+            name=str(values["name"]),
+            description=str(values["description"]),
+            training=training,
+            selection=selection,
+            heldout=heldout,
+            candidates=candidates,
+            same_end=bool(values["same_end"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'circuit.json'}: malformed entry 'pairs': {error}"
+        ) from error
 
 
 def _read_parts(path: Path, expected: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -1,14 +1,12 @@
 """`tl-sparse view`, `export` and `evaluate`, which take a saved circuit."""
 
 import argparse
-import dataclasses
 import sys
 from typing import Any
 
 import tl_sparse
 from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved, seed
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
-from tl_sparse.pruning import PruneConfig
 
 
 def _add_circuit(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +98,13 @@ def add_export(commands: Commands) -> None:
 
 
 def _run_export(args: argparse.Namespace) -> None:
-    from tl_sparse.circuits import export
+    from tl_sparse.circuits import circuit_task, export
     from tl_sparse.outputs import check_new_file
 
     check_new_file(args.out, args.overwrite)
-    if args.task:  # only some formats use it, but a mistake in it is always one
-        tl_sparse.get_task(args.task)
     circuit, model, _ = _open(args)
+    if args.task:  # only some formats use it, but a mistake in it is always one
+        circuit_task(circuit, args.task)
     export(circuit, model, args.out, args.task, args.overwrite)
     report_saved(args.out)
 
@@ -141,6 +139,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
     from tl_sparse.outputs import check_new_file
+    from tl_sparse.pruning import heldout_pairs, recorded_config
     from tl_sparse.view import evaluation_tables
 
     if args.out:
@@ -148,10 +147,9 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     circuit, model, source = _open(args)
     if args.corpus is not None or not circuit.means:
         circuit = _with_means(circuit, model, source, args.corpus)
-    task = tl_sparse.get_task(args.task or circuit.task)
-    config = _config_of(circuit)
-    data = _heldout_pairs(circuit, model, task, config, args)
-    results = full_evaluation(circuit, model, data, config.batch_size, args.seed or 0)
+    data = heldout_pairs(circuit, model, args.task, args.pairs, args.seed)
+    batch_size = recorded_config(circuit).batch_size
+    results = full_evaluation(circuit, model, data, batch_size, args.seed or 0)
     if args.out:
         # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)
@@ -165,42 +163,3 @@ def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> An
 
     tokens = tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
     return circuit.with_means(corpus_means(model, tokens, embed=EMBED_HOOK in circuit.kept))
-
-
-def _config_of(circuit: Any) -> PruneConfig:
-    """The recorded configuration with which the circuit was found.
-
-    The circuit may come from another version, so unknown fields are ignored and missing fields have
-    their defaults.
-
-    Raises:
-        CircuitError, ConfigError: if the record is damaged.
-    """
-    recorded = circuit.measured.get("config", {})
-    if not isinstance(recorded, dict):
-        raise CircuitError(f"the circuit's 'measured.config' is damaged: {recorded!r}")
-    known = [field.name for field in dataclasses.fields(PruneConfig)]
-    return PruneConfig(**{name: recorded[name] for name in known if name in recorded})
-
-
-def _heldout_pairs(
-    circuit: Any, model: Any, task: Any, config: PruneConfig, args: argparse.Namespace
-) -> Any:
-    """The held-out pairs on which pruning evaluated the circuit, or new ones.
-
-    New pairs are drawn if the circuit records no configuration, or if --pairs or --seed is given.
-    They exclude the prompts on which the circuit was trained and selected.
-    """
-    from tl_sparse.pruning import task_splits
-
-    seen = []
-    if circuit.measured.get("config"):
-        training, selection, heldout = task_splits(model, task, config)
-        if args.pairs is None and args.seed is None:
-            return heldout
-        seen = [*training.prompts, *selection.prompts]
-    n_pairs = config.heldout_pairs if args.pairs is None else args.pairs
-    data = tl_sparse.make_task_data(
-        task, model.tokenizer, n_pairs, args.seed or 0, model.cfg.n_ctx, exclude=seen
-    )
-    return data.to(next(model.parameters()).device)

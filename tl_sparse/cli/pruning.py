@@ -69,7 +69,7 @@ def prune_and_report(
     circuit, evaluation = tl_sparse.prune(model, task, tokens, config)
     _save(circuit, out, tl_sparse.report(circuit, model, task, evaluation))
     if edges:
-        circuit, evaluation = tl_sparse.prune_edges(circuit, model, task, config)
+        circuit, evaluation = tl_sparse.prune_edges(circuit, model, config=config)
         report = tl_sparse.report(circuit, model, task, evaluation)
         _save(circuit, str(Path(out, "edges")), "Pruned by edges\n\n" + report)
 

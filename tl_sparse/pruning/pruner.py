@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import Circuit, Edge, Node, fingerprint, shared_reads
+from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
 from tl_sparse.errors import CircuitError, PruneError
 from tl_sparse.evaluation import Evaluation, judged, score
 from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
@@ -22,8 +22,9 @@ from tl_sparse.pruning.config import PruneConfig, as_config
 from tl_sparse.pruning.gates import learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
+from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
-from tl_sparse.tasks import Task, TaskData, as_task, make_task_data
+from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
 
 
 @checked("task", "corpus", "config")
@@ -62,7 +63,8 @@ def prune(
     task = as_task(task)
     config = as_config(config)
     with differentiating(model), frozen(model), shared_reads(model):
-        train, selection, heldout = task_splits(model, task, config)
+        pairs = split_pairs(task, config)
+        train, selection, heldout = encoded_splits(model, task, pairs, config)
         _check_full_model(model, task, selection, config)
         measured: dict[str, Any] = {}
         if config.means_over == "task":
@@ -78,7 +80,13 @@ def prune(
             restarted = dataclasses.replace(config, seed=config.seed + restart)
             circuits.append(_search(empty, model, train, selection, restarted, progress))
         smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
+        smallest = dataclasses.replace(smallest, pairs=_pairs_to_keep(task, pairs))
         return _judged(smallest, model, selection, heldout, config, measured)
+
+
+def _pairs_to_keep(task: Task, pairs: TaskPairs) -> TaskPairs | None:
+    """The pairs that a circuit keeps: none of a built-in task, which draws the same ones again."""
+    return None if is_built_in(task) else pairs
 
 
 def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: PruneConfig) -> None:
@@ -126,7 +134,7 @@ def _search(
 def prune_edges(
     circuit: Circuit,
     model: TLModel,
-    task: Task | str,
+    task: Task | str | None = None,
     config: PruneConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Circuit, Evaluation]:
@@ -139,7 +147,7 @@ def prune_edges(
     Args:
         circuit: a circuit that `prune` found, or any other circuit of the task.
         model: the circuit's model, which must be a model of this package.
-        task: the task of the circuit, or its name.
+        task: the task of the circuit, or its name; by default that of the circuit.
         config: the settings that `prune` was given, or the fields in which they differ from
             `PruneConfig()`, so that the selection and held-out pairs are the same.
         progress: show a progress bar while the effects of the edges are measured.
@@ -150,10 +158,13 @@ def prune_edges(
     Raises:
         PruneError: if `model` is not a model of this package, or the given circuit misses the
             target loss or is not necessary.
-        CircuitError: if `model` is not the circuit's model.
+        CircuitError: if `model` is not the circuit's model; or if no task is given, and the
+            circuit's own is not known.
     """
     config = as_config(config)
-    _, selection, heldout = task_splits(model, as_task(task), config)
+    task = circuit_task(circuit, task)
+    pairs = split_pairs(task, config)
+    _, selection, heldout = encoded_splits(model, task, pairs, config)
     edges = circuit.edges(model)
 
     def without(cut: list[Edge]) -> Circuit:
@@ -177,7 +188,8 @@ def prune_edges(
             lambda cut: is_circuit(without(cut), model, some_pairs, config),
             lambda cut: is_circuit(without(cut), model, selection, config),
         )
-        return _judged(without(cut), model, selection, heldout, config, {})
+        smaller = dataclasses.replace(without(cut), pairs=_pairs_to_keep(task, pairs))
+        return _judged(smaller, model, selection, heldout, config, {})
 
 
 def _ends(edges: Collection[Edge]) -> set[Node]:
@@ -187,32 +199,6 @@ def _ends(edges: Collection[Edge]) -> set[Node]:
         ends.add(edge.source)
         ends.add(edge.target)
     return ends
-
-
-@checked("task")
-def task_splits(
-    model: TLModel, task: Task | str, config: PruneConfig
-) -> tuple[TaskData, TaskData, TaskData]:
-    """Disjoint pairs for training the gates, for choosing the size, and for judging the circuit.
-
-    In resample ablation, each prompt has a partner from its own set.
-    """
-    task = as_task(task)
-    device = next(model.parameters()).device
-    used = set[str]()
-
-    def unused_pairs(n_pairs: int, seed: int) -> TaskData:
-        data = make_task_data(task, model.tokenizer, n_pairs, seed, model.cfg.n_ctx, exclude=used)
-        used.update(data.prompts)
-        if config.ablation == "resample":
-            data = data.with_partners(config.seed)
-        return data.to(device)
-
-    # The training pairs are made last, so that their number does not affect the other two sets.
-    selection = unused_pairs(config.selection_pairs, 3 * config.seed)
-    heldout = unused_pairs(config.heldout_pairs, 3 * config.seed + 1)
-    train = unused_pairs(config.train_pairs, 3 * config.seed + 2)
-    return train, selection, heldout
 
 
 def _judged(

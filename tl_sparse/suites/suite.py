@@ -313,7 +313,7 @@ def _searched(
     yield NODE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds)
     if _can_cut_edges(model, evaluation):
         started = time.perf_counter()
-        circuit, evaluation = prune_edges(circuit, model, task, config, False)
+        circuit, evaluation = prune_edges(circuit, model, None, config, False)
         seconds = time.perf_counter() - started
         yield EDGE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds)
 

@@ -1,4 +1,10 @@
 from .idioms import idiom_documents as idiom_documents
+from .pairs import PARTS as PARTS
+from .pairs import Pair as Pair
+from .pairs import Part as Part
+from .pairs import TaskPairs as TaskPairs
+from .pairs import prompts_of as prompts_of
+from .pairs import read_pairs as read_pairs
 from .scores import NextToken as NextToken
 from .scores import Score as Score
 from .scores import score_row as score_row
@@ -8,7 +14,12 @@ from .task import TASKS as TASKS
 from .task import Task as Task
 from .task import as_task as as_task
 from .task import get_task as get_task
+from .task import is_built_in as is_built_in
 from .task_data import TaskData as TaskData
 from .task_data import candidate_logits as candidate_logits
+from .task_data import draw_pairs as draw_pairs
+from .task_data import encode_pairs as encode_pairs
 from .task_data import make_task_data as make_task_data
 from .task_data import task_loss_and_accuracy as task_loss_and_accuracy
+from .task_data import too_few_pairs as too_few_pairs
+from .task_data import warn_of_shortened as warn_of_shortened

@@ -19,26 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from tl_sparse.errors import DataError, TaskError
-from tl_sparse.parsing import MAX_JSON_BYTES, parse_json, printable, read_text
+from tl_sparse.arguments import described
+from tl_sparse.errors import ArgumentError, TaskError
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides
-
-_PAIR_FORMAT = '{"prompts": ["…", "…"], "answers": ["…", "…"]}'
-
-
-class Pair(NamedTuple):
-    """Two prompts, followed by the right answer to each."""
-
-    first_prompt: str
-    second_prompt: str
-    first_answer: str
-    second_answer: str
-
-    @property
-    def prompts(self) -> tuple[str, str]:
-        return self.first_prompt, self.second_prompt
+from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs, read_pairs
 
 
 @dataclass(frozen=True)
@@ -55,6 +40,12 @@ class Task:
         sample: draws one pair and returns a tuple of its two prompts, followed by its two answers
             if `candidates` is None. The right answer to prompt i is answer i.
         same_end: whether both prompts of a pair end in the same token.
+        split: the pairs, if they are already split into those that find a circuit and those that
+            judge it. `prune` then uses these, and `sample` draws from the held-out ones alone.
+
+    Raises:
+        ArgumentError: if a field has the wrong type.
+        TaskError: if the name or a candidate is empty, or the candidates are the same.
     """
 
     name: str
@@ -62,22 +53,75 @@ class Task:
     candidates: tuple[str, str] | None
     sample: Callable[[random.Random], tuple[str, str] | tuple[str, str, str, str]]
     same_end: bool = True
+    split: TaskPairs | None = None
+
+    def __post_init__(self) -> None:
+        for field, kind in (("name", str), ("description", str), ("same_end", bool)):
+            self._check_type(field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
+        self._check_type("sample", callable(self.sample), "a function of a random.Random")
+        is_split = isinstance(self.split, TaskPairs | None)
+        self._check_type("split", is_split, "a TaskPairs, or None")
+        if not self.name:
+            raise TaskError("the name of a task is empty")
+        if self.candidates is None:
+            return
+        texts = self.candidates if isinstance(self.candidates, tuple) else ()
+        are_two_texts = len(texts) == 2 and all(isinstance(text, str) for text in texts)
+        self._check_type("candidates", are_two_texts, "a tuple of two texts, or None")
+        first, second = texts
+        if not first or not second or first == second:
+            raise TaskError(
+                f"the candidates of task {self.name} are {first!r} and {second!r}; they must be "
+                "two different texts that are not empty"
+            )
+
+    def _check_type(self, field: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            value = described(getattr(self, field))
+            raise ArgumentError(f"Task: {field} must be {expected}, not {value}")
 
     @classmethod
     def from_jsonl(cls, path: str | Path, name: str | None = None) -> "Task":
         """The task whose pairs are in a file, one on each line: `{"prompts": ["…", "…"], "answers":
         ["…", "…"]}`.
 
-        `make_task_data` draws the pairs in an order that the seed decides, and no pair twice. Other
-        keys and empty lines are ignored. Without `name` the task is named after the file, without
-        `.jsonl`.
+        `make_task_data` draws the pairs in an order that the seed decides, and no pair twice. A
+        line may also have `"same_end": false`, which then holds for the task. If one line has a
+        `"split"`, which is "training", "selection" or "heldout", each must have one; `prune` then
+        splits the pairs in this way. The file `pairs.jsonl` of a saved circuit is of this kind.
+        Other keys and empty lines are ignored.
+
+        Args:
+            path: the file.
+            name: the name of the task; by default that of the file, without `.jsonl`.
 
         Raises:
-            DataError: if the file cannot be read, has no pairs, has the same two prompts twice, or
-                has a line that is not a pair.
+            DataError: if the file cannot be read, has no pairs, has the same two prompts twice, has
+                a line that is not a pair, or splits the pairs only in part.
         """
-        sample = partial(_one_of, _pairs_in_file(path))
-        return cls(name or Path(path).stem, f"the pairs in {path}", None, sample)
+        file = read_pairs(path)
+        name = name or Path(path).stem
+        description = f"the pairs in {path}"
+        if None in file.parts:
+            sample = partial(_one_of, file.parts[None])
+            return cls(name, description, None, sample, file.same_end)
+        training, selection, heldout = [file.parts[part] for part in PARTS]
+        return cls.from_pairs(
+            TaskPairs(name, description, training, selection, heldout, same_end=file.same_end)
+        )
+
+    @classmethod
+    def from_pairs(cls, pairs: TaskPairs) -> "Task":
+        """The task of pairs that are already split, such as those that a circuit keeps."""
+        sample = _one_of if pairs.candidates is None else _prompts_of_one
+        return cls(
+            pairs.name,
+            pairs.description,
+            pairs.candidates,
+            partial(sample, pairs.heldout),
+            pairs.same_end,
+            split=pairs,
+        )
 
     def pair(self, rng: random.Random) -> Pair:
         """Draw a pair with `sample`; its answers are `candidates`, unless that is None.
@@ -86,15 +130,16 @@ class Task:
             TaskError: if `sample` does not return two prompts, followed by two answers if
                 `candidates` is None.
         """
-        texts = (*self.sample(rng), *(self.candidates or ()))
-        if len(texts) == 4 and all(isinstance(text, str) for text in texts):
-            return Pair(*texts)
+        drawn = self.sample(rng)
+        if isinstance(drawn, tuple | list):  # a text would be taken for its letters
+            texts = (*drawn, *(self.candidates or ()))
+            if len(texts) == 4 and all(isinstance(text, str) for text in texts):
+                return Pair(*texts)
         wanted = "two prompts"
         if self.candidates is None:
             wanted += " and two answers, since candidates is None"
         raise TaskError(
-            f"sample of task {self.name} must return {wanted}; with the candidates added, it "
-            f"returned {texts}"
+            f"sample of task {self.name} must return a tuple of {wanted}, not {repr(drawn)[:200]}"
         )
 
 
@@ -134,51 +179,8 @@ def _one_of(pairs: tuple[Pair, ...], rng: random.Random) -> Pair:
     return rng.choice(pairs)
 
 
-def _pairs_in_file(path: str | Path) -> tuple[Pair, ...]:
-    try:
-        lines = read_text(Path(path), MAX_JSON_BYTES).split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
-    pairs: dict[frozenset[str], Pair] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        pair = _pair_in_line(line, place)
-        prompts = frozenset(pair.prompts)
-        if prompts in pairs:
-            raise DataError(
-                f"{place}: an earlier line has the same two prompts; remove one of them"
-            )
-        pairs[prompts] = pair
-    if not pairs:
-        raise DataError(f"{path} is empty; it must have a pair on each line, {_PAIR_FORMAT}")
-    return tuple(pairs.values())
-
-
-def _pair_in_line(line: str, place: str) -> Pair:
-    """The pair on a line of a file.
-
-    Args:
-        line: the line.
-        place: the file and line number, for error messages.
-
-    Raises:
-        DataError: if the line is not a pair.
-    """
-    try:
-        value = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not valid JSON: {error}") from error
-    match value:
-        case {"prompts": [str(), str()] as prompts, "answers": [str(), str()] as answers}:
-            pair = Pair(*prompts, *answers)
-            if all(pair) and prompts[0] != prompts[1] and answers[0] != answers[1]:
-                return pair
-    raise DataError(
-        f"{place} must be {_PAIR_FORMAT}, without empty texts, with two different prompts and two "
-        f"different answers, not {printable(line[:80])}"
-    )
+def _prompts_of_one(pairs: tuple[Pair, ...], rng: random.Random) -> tuple[str, str]:
+    return rng.choice(pairs).prompts
 
 
 # The built-in tasks
@@ -223,3 +225,8 @@ _QUOTE_TASK = Task(
 )
 #: The built-in tasks, which are those of the paper, by name.
 TASKS: dict[str, Task] = {task.name: task for task in (_QUOTE_TASK, *map(_task_from_yaml, PAIRS))}
+
+
+def is_built_in(task: Task) -> bool:
+    """Whether this is one of `TASKS`, and not another task of the same name."""
+    return TASKS.get(task.name) == task

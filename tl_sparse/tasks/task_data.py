@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.errors import DataError, TaskError, TokenizerError, counted
+from tl_sparse.errors import DataError, TaskError, TokenizerError, counted, warn_user
 from tl_sparse.precision import in_float32
-from tl_sparse.tasks.task import Pair, Task, as_task
+from tl_sparse.tasks.pairs import Pair
+from tl_sparse.tasks.task import Task, as_task, is_built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,6 +56,7 @@ class TaskData:
         candidates: the ids of each prompt's two candidates, the same for both prompts of a pair.
         correct: the index of the right candidate for each prompt, 0 or 1.
         partners: each prompt's partner in resample ablation, if `with_partners` has drawn them.
+        shortened: each answer that is not a single token → its beginning that stands for it.
     """
 
     task: str
@@ -64,6 +66,7 @@ class TaskData:
     candidates: Int[Tensor, "prompt 2"]
     correct: Int[Tensor, " prompt"]
     partners: Partners | None = None
+    shortened: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_pairs(self) -> int:
@@ -175,10 +178,55 @@ def make_task_data(
             that leave the tokens of the prompts unchanged, or if the tokenizer has no
             beginning-of-text token.
         DataError: if a prompt is longer than `n_ctx`.
+
+    Warns if an answer is shortened, unless the task is one of `TASKS`.
     """
     task = as_task(task)
     if n_pairs < 1:
-        raise TaskError(f"n_pairs is {n_pairs}; it must be at least 1")
+        raise TaskError(f"n_pairs (--pairs) is {n_pairs}; it must be at least 1")
+    pairs = draw_pairs(task, n_pairs, seed, exclude)
+    if len(pairs) < n_pairs:
+        raise too_few_pairs(task, len(pairs), n_pairs, len(exclude))
+    data = encode_pairs(task, pairs, tokenizer, n_ctx)
+    warn_of_shortened(task, data)
+    return data
+
+
+def draw_pairs(task: Task, n_pairs: int, seed: int, exclude: Collection[str] = ()) -> list[Pair]:
+    """`n_pairs` pairs whose prompts are all different and not in `exclude`, or fewer if the task
+    has no more.
+    """
+    rng = random.Random(seed)
+    taken = set(exclude)
+    pairs: list[Pair] = []
+    # A task from a file draws its N pairs at random with replacement. The probability that a given
+    # pair is missing from 100 N draws is e^-100, so these draws are enough to see all of them.
+    for _ in range(100 * (n_pairs + len(exclude)) + 1000):
+        pair = task.pair(rng)
+        if taken.isdisjoint(pair.prompts):
+            taken.update(pair.prompts)
+            pairs.append(pair)
+        if len(pairs) == n_pairs:
+            break
+    return pairs
+
+
+def too_few_pairs(task: Task, n_found: int, n_wanted: int, n_excluded: int) -> TaskError:
+    """The error if a task has not as many pairs as were asked for."""
+    has = counted(n_found, "pair") if n_found else "no pairs"
+    message = f"task {task.name} has {has} of distinct prompts"
+    if n_excluded:
+        is_or_are = "is" if n_excluded == 1 else "are"
+        message += f" besides the {counted(n_excluded, 'prompt')} that {is_or_are} excluded"
+    if n_found:
+        message += f"; n_pairs (--pairs) is {n_wanted}, and must be at most {n_found}"
+    return TaskError(message)
+
+
+def encode_pairs(
+    task: Task, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, n_ctx: int | None
+) -> TaskData:
+    """These pairs of a task as tokens; for the checks see `make_task_data`."""
     if getattr(tokenizer, "bos_token_id", None) is None:
         raise TokenizerError(
             f"task {task.name} needs the model's tokenizer, "
@@ -187,12 +235,17 @@ def make_task_data(
     prompts: list[str] = []
     rows: list[list[int]] = []
     candidates: list[list[int]] = []
-    for pair in _distinct_pairs(task, n_pairs, random.Random(seed), exclude):
+    shortened: dict[str, str] = {}
+    for pair in pairs:
         pair_rows = [_encode(tokenizer, prompt) for prompt in pair.prompts]
         _check_fair(task, pair, *pair_rows)
         prompts += pair.prompts
         rows += pair_rows
-        candidates.append(_candidates(task, tokenizer, pair, *pair_rows))
+        prefixes = _candidates(task, tokenizer, pair, *pair_rows)
+        candidates.append([prefix.token for prefix in prefixes])
+        for answer, prefix in zip(pair.answers, prefixes, strict=True):
+            if prefix.text != answer:
+                shortened[answer] = prefix.text
     lengths = list(map(len, rows))
     if n_ctx is not None:
         _check_context(task, prompts, lengths, n_ctx)
@@ -202,8 +255,29 @@ def make_task_data(
         tokens=_padded(rows, max(lengths), tokenizer),
         last=torch.tensor(lengths) - 1,
         candidates=torch.tensor(candidates).repeat_interleave(2, dim=0),
-        correct=torch.arange(2).repeat(n_pairs),
+        correct=torch.arange(2).repeat(len(pairs)),
+        shortened=shortened,
     )
+
+
+def warn_of_shortened(task: Task, *parts: TaskData) -> None:
+    """Warn of the answers of a task, with pairs in these parts, that are not a single token.
+
+    It does not warn of built-in tasks, whose answers are meant to be shortened.
+    """
+    shortened: dict[str, str] = {}
+    for data in parts:
+        shortened.update(data.shortened)
+    if not shortened or is_built_in(task):
+        return
+    answer, beginning = next(iter(shortened.items()))
+    message = (
+        f"task {task.name}: {answer!r} is not one token of this tokenizer; its beginning "
+        f"{beginning!r} stands for it"
+    )
+    if len(shortened) > 1:
+        message += f" (and so for {counted(len(shortened) - 1, 'other answer')})"
+    warn_user(message)
 
 
 @checked()
@@ -231,27 +305,6 @@ def task_loss_and_accuracy(
     return losses, right > wrong
 
 
-def _distinct_pairs(
-    task: Task, n_pairs: int, rng: random.Random, exclude: Collection[str]
-) -> list[Pair]:
-    """`n_pairs` pairs whose prompts are all different and not in `exclude`."""
-    taken = set(exclude)
-    pairs: list[Pair] = []
-    # A task from a file draws its N pairs at random with replacement. The probability that a given
-    # pair is missing from 100 N draws is e^-100, so these draws are enough to see all of them.
-    for _ in range(100 * (n_pairs + len(exclude)) + 1000):
-        pair = task.pair(rng)
-        if taken.isdisjoint(pair.prompts):
-            taken.update(pair.prompts)
-            pairs.append(pair)
-        if len(pairs) == n_pairs:
-            return pairs
-    raise TaskError(
-        f"task {task.name} gave only {len(pairs)} of {counted(n_pairs, 'pair')} of distinct "
-        f"prompts, {counted(len(exclude), 'prompt')} excluded; ask for fewer pairs"
-    )
-
-
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
@@ -276,9 +329,9 @@ def _check_fair(task: Task, pair: Pair, first_ids: list[int], second_ids: list[i
 
 
 class _Prefix(NamedTuple):
-    """The longest prefix of an answer that is a single token; its text is None if there is none."""
+    """The longest prefix of an answer that is a single token; its text is "" if there is none."""
 
-    text: str | None
+    text: str
     token: int
 
 
@@ -288,8 +341,8 @@ def _candidates(
     pair: Pair,
     first_ids: list[int],
     second_ids: list[int],
-) -> list[int]:
-    """The candidate tokens of a pair whose prompts have these tokens.
+) -> tuple[_Prefix, _Prefix]:
+    """What stands for the two answers of a pair whose prompts have these tokens.
 
     Raises:
         TokenizerError: if the answers are not two different tokens.
@@ -297,12 +350,12 @@ def _candidates(
     first = _one_token(tokenizer, pair.first_prompt, pair.first_answer, first_ids)
     second = _one_token(tokenizer, pair.second_prompt, pair.second_answer, second_ids)
     if first.text and second.text and first.token != second.token:
-        return [first.token, second.token]
+        return first, second
     raise TokenizerError(
         f"the answers {pair.first_answer!r} and {pair.second_answer!r} of task {task.name} are, "
         "whole or shortened, not two different single tokens "
         f"after {pair.first_prompt!r} and {pair.second_prompt!r}: "
-        f"the longest that are one token are {first.text!r} and {second.text!r}"
+        f"the longest that are one token are {first.text or None!r} and {second.text or None!r}"
     )
 
 
@@ -316,7 +369,7 @@ def _one_token(
         is_known = token != tokenizer.unk_token_id or text == tokenizer.unk_token
         if before == prompt_ids and is_known:
             return _Prefix(text, token)
-    return _Prefix(None, -1)
+    return _Prefix("", -1)
 
 
 def _check_context(task: Task, prompts: list[str], lengths: list[int], n_ctx: int) -> None:
