@@ -298,7 +298,7 @@ def test_evaluate_names_what_is_missing(tmp_path, capsys):
     assert "the task 'micro' of this circuit is not built in" in capsys.readouterr().err
     command += ["--task", save_pairs(tmp_path / "micro.jsonl")]
     assert main([*command, "--pairs", "0"]) == 1
-    assert "n_pairs is 0; it must be at least 1" in capsys.readouterr().err
+    assert "n_pairs (--pairs) is 0; it must be at least 1" in capsys.readouterr().err
     assert main([*command, "--pairs", "16"]) == 0
     assert "On 16 held-out pairs" in capsys.readouterr().out
 
