@@ -33,7 +33,7 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import main
 from tl_sparse.cli.arguments import given_fields
 from tl_sparse.cli.parser import build_parser
-from tl_sparse.errors import CheckpointError, CircuitError, TaskError
+from tl_sparse.errors import CheckpointError, CircuitError, DataError, TaskError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view import drawing
 from tl_sparse.view import page as page_module
@@ -96,15 +96,22 @@ def test_data_of_the_micro_circuit_on_paper(data, micro):
     assert (read["openai"], value["head"], written["channel"]) == ("0.attn.act_in.0", 0, 2)
     assert [node["mean"] for node in data["nodes"]] == [0, 0, 0]
     # Without any one of its three nodes, the circuit does not distinguish the candidates.
-    assert [node["cut_loss"] for node in data["nodes"]] == pytest.approx(
-        [math.log(2)] * 3, abs=1e-6
+    assert [node["effect"] for node in data["nodes"]] == pytest.approx(
+        [math.log(2) - LOSS] * 3, abs=1e-6
     )
-    assert data["loss"] == pytest.approx(LOSS, abs=1e-6)
+    assert data["summary"]["n_effect_pairs"] == LIMITS.effect_pairs
     assert [step[:2] for step in data["ladder"]] == [[1, 0], [2, 1], [3, 2]]
     assert [step[2] for step in data["ladder"]] == pytest.approx(
         [math.log(2)] * 2 + [LOSS], abs=1e-6
     )
-    assert data["summary"]["scores"]["circuit"]["loss"] == pytest.approx(LOSS, abs=1e-6)
+    # The circuit has one loss: that of the head of the page is the last one of the curve.
+    scores = data["summary"]["scores"]
+    assert scores["circuit"]["loss"] == pytest.approx(LOSS, abs=1e-6)
+    assert data["ladder"][-1][2:4] == [scores["circuit"]["loss"], scores["circuit"]["accuracy"]]
+    assert data["ladder"][-1][4] == scores["circuit"]["next_token"]["kl"]
+    assert data["summary"]["faithfulness"] == pytest.approx(1.0)
+    assert data["summary"]["answers"] == [" yes", " no"]
+    assert data["summary"]["misses_target"] is False
     assert data["summary"]["n_edges"] == 2
     yes, no = VOCABULARY["yes"], VOCABULARY["no"]
     assert written["tokens"] == [[[yes, 3.0]], [[no, -3.0]]]
@@ -127,7 +134,9 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
             assert value == read
             assert side["patterns"]["0.0"] == [[round(100 / n)] * n for n in range(1, 7)]
             # The circuit computes what the model computes.
-            assert side["logits"][0] == side["logits"][1]
+            of_model, of_circuit = side["runs"]
+            assert (of_model.pop("name"), of_circuit.pop("name")) == ("model", "circuit")
+            assert of_model == of_circuit
     read = data["nodes"][0]
     assert read["scale"] == 2.0
     positive, negative = read["passages"]
@@ -139,6 +148,45 @@ def test_prompts_and_passages_have_the_values_on_paper(data):
     histogram = read["histogram"]
     assert (histogram["low"], histogram["high"], sum(histogram["counts"])) == (-2.0, 2.0, 40 * 6)
     assert histogram["counts"][0] == histogram["counts"][-1] == 20
+
+
+def test_probabilities_are_what_they_are_called(data):
+    """Between the two answers, the right one has exp(-LOSS); among all tokens, it has less."""
+    side = data["prompts"][0][0]
+    run = side["runs"][-1]
+    right, wrong = run["logits"]
+    others = len(VOCABULARY) - 2
+    total = math.exp(right) + math.exp(wrong) + others
+    assert run["share"] == pytest.approx(math.exp(-LOSS), rel=1e-3)
+    assert run["probability"] == pytest.approx(math.exp(right) / total, rel=1e-3)
+    most_likely, probability = run["top"][0]
+    assert (most_likely, probability) == (side["answer"], run["probability"])
+    assert len(run["top"]) == LIMITS.next_tokens
+    # Of one node alone, the answers are as likely as all other tokens.
+    smallest = side["at_sizes"][0]
+    assert (smallest["n_nodes"], smallest["share"]) == (1, 0.5)
+    assert smallest["probability"] == pytest.approx(1 / len(VOCABULARY), rel=1e-3)
+    whole = side["at_sizes"][-1]
+    assert whole == {"n_nodes": 3} | {key: run[key] for key in ("share", "probability", "top")}
+
+
+def test_prompts_of_the_users_own(micro):
+    found = page_data(micro_circuit(micro), micro, MICRO_TASK, prompts=["f1 f2 B end"])
+    (own,), *pairs = found["prompts"]
+    assert (own["right"], own["answer"], own["candidates"]) == (None, None, [])
+    assert [found["vocab"][token] for token in own["tokens"]] == ["<s>", "f1", "f2", "B", "end"]
+    read = own["values"][0]
+    assert read == [0, 0, 0, -999, 0]
+    run = own["runs"][-1]
+    assert (run["share"], run["probability"], run["logits"]) == (None, None, [])
+    assert found["vocab"][run["top"][0][0]] == "no"
+    assert [len(sides) for sides in pairs] == [2] * LIMITS.prompt_pairs
+    alone = page_data(micro_circuit(micro), micro, prompts=["B end"])  # the task is not known
+    assert len(alone["prompts"]) == 1
+    with pytest.raises(DataError, match=r"the prompt 'A A A A A A A A' has 9 tokens, more than"):
+        page_data(micro_circuit(micro), micro, prompts=["A A A A A A A A"])
+    with pytest.raises(DataError, match="the prompt '' has no tokens"):
+        page_data(micro_circuit(micro), micro, prompts=[""])
 
 
 def test_it_is_the_same_each_time_and_leaves_the_model_alone(data, micro):
@@ -170,7 +218,7 @@ def test_cut_edges_are_not_edges_of_the_page_or_an_export(micro):
     )
     found = page_data(pruned, micro, MICRO_TASK)
     assert found["edges"] == [[0, 1, 1.5]]
-    assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["summary"]["scores"]["circuit"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found["prompts"][0][0]["values"][2] == [0] * 6
     assert list(to_networkx(pruned, micro).edges) == [EDGES[0][:2]]
     links = attribution_graph(pruned, micro, MICRO_TASK)["links"]
@@ -202,7 +250,7 @@ def test_the_command_makes_the_circuit_again(micro):
     )
     command = page_data(circuit, micro)["summary"]["command"]
     options = "--method=integrated_gradients --steps=7 --tied-qk"
-    assert command == f"tl-sparse prune micro micro --out circuit {options}"
+    assert command == f"tl-sparse prune micro micro --out again {options}"
     args = build_parser().parse_args(shlex.split(command)[1:])
     assert PruneConfig(**given_fields(args, PruneConfig)) == config
 
@@ -221,9 +269,9 @@ def test_without_corpus_means_task_or_tokenizer_there_is_less_to_show(micro):
     circuit = micro_circuit(micro)
     bare = page_data(dataclasses.replace(circuit, means={}), micro)  # "micro" is not in TASKS
     assert (bare["prompts"], bare["ladder"], bare["caps"]["corpus_tokens"]) == ([], [], 0)
-    assert bare["nodes"][0]["cut_loss"] is bare["nodes"][0]["mean"] is None
+    assert bare["nodes"][0]["effect"] is bare["nodes"][0]["mean"] is None
     looked_at = page_data(dataclasses.replace(circuit, means={}), micro, MICRO_TASK)
-    assert len(looked_at["prompts"][0][0]["logits"]) == 1
+    assert [run["name"] for run in looked_at["prompts"][0][0]["runs"]] == ["model"]
     assert "without means" in looked_at["caps"]["sees"]
     model = micro_model()
     model.tokenizer = None
@@ -238,7 +286,10 @@ def test_what_cannot_be_drawn(micro, monkeypatch):
     empty = dataclasses.replace(
         circuit, kept={name: mask & False for name, mask in circuit.kept.items()}
     )
-    with pytest.raises(CircuitError, match="no nodes, so there is nothing to draw"):
+    with pytest.raises(
+        CircuitError,
+        match="the embedding of the last token alone solves the task, so there is nothing to find",
+    ):
         page_data(empty, micro)
     with pytest.raises(
         CircuitError,

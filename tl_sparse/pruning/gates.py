@@ -6,16 +6,18 @@
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from tl_sparse.errors import counted
 from tl_sparse.evaluation import resampled, task_loss
 from tl_sparse.hooks import NodeGates, TLModel, hooked
 from tl_sparse.precision import in_float32
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.phases import phase
 from tl_sparse.tasks import TaskData
 
 #: The lasting part of steering keeps the weight of the number of open gates within this factor of
@@ -44,28 +46,30 @@ def learn_gates(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     penalty = SizePenalty(config)
     batches = _batches(data, config)
-    bar = tqdm(range(config.steps), desc="learning gates", disable=not progress, unit="step")
-    for step in bar:
-        batch = next(batches)
-        loss = _gated_loss(model, gates, batch, config)
-        k = penalty.update(loss.item())
-        objective = loss + k * gates.expected_size()
-        if config.necessity > 0:
-            # Every second pair, to save time: the first half of a batch, which is sorted by length,
-            # would be the shorter pairs.
-            half = batch.pairs(range(0, batch.n_pairs, 2))
-            loss_without = _gated_loss(model, gates, half, config, inverted=True)
-            below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
-            objective = objective + config.necessity * below_chance
-        optimizer.zero_grad()
-        objective.backward()
-        nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
-        optimizer.step()
-        schedule.step()
-        gates.clamp()
-        if step % 20 == 19:
-            n_open = int((gates.tau > 0).sum())
-            bar.set_postfix_str(f"task loss {penalty.smoothed_loss:.3f}, {n_open} nodes")
+    with phase("learning gates", progress, config.steps, "step") as bar:
+        for step in range(config.steps):
+            batch = next(batches)
+            loss = _gated_loss(model, gates, batch, config)
+            k = penalty.update(loss.item())
+            objective = loss + k * gates.expected_size()
+            if config.necessity > 0:
+                # Every second pair, to save time: the first half of a batch, which is sorted by
+                # length, would be the shorter pairs.
+                half = batch.pairs(range(0, batch.n_pairs, 2))
+                loss_without = _gated_loss(model, gates, half, config, inverted=True)
+                below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
+                objective = objective + config.necessity * below_chance
+            optimizer.zero_grad()
+            objective.backward()
+            nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
+            optimizer.step()
+            schedule.step()
+            gates.clamp()
+            bar.update()
+            if step % 20 == 19:
+                n_open = int((gates.tau > 0).sum())
+                loss_now = f"task loss {penalty.smoothed_loss:.3f} while they move"
+                bar.set_postfix_str(f"{counted(n_open, 'gate')} open, {loss_now}")
 
 
 class SizePenalty:
@@ -130,7 +134,11 @@ def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
 
 
 def attribution(
-    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig
+    model: TLModel,
+    gates: NodeGates,
+    data: TaskData,
+    config: PruneConfig,
+    progress: bool = False,
 ) -> Float[Tensor, " gate"]:
     """The signed change of the task loss when each gate opens, to first order.
 
@@ -149,8 +157,9 @@ def attribution(
     # The midpoints of four equal parts of the line.
     openings = [1.0] if config.method == "attribution" else [1 / 8, 3 / 8, 5 / 8, 7 / 8]
     total = torch.zeros_like(gates.tau)
-    for opening in openings:
-        for pairs in batches:
+    points = list(product(openings, batches))
+    with phase("ranking nodes", progress, len(points), "step") as bar:
+        for opening, pairs in points:
             batch = data.pairs(pairs)
             held_at, alike = gates.means, True
             if config.ablation == "resample":
@@ -162,6 +171,7 @@ def attribution(
             with hooked(model, functions, positions_alike=alike):
                 loss = task_loss(model, batch) * len(pairs)
             total += torch.autograd.grad(loss, opened)[0]
+            bar.update()
     return total / (len(openings) * data.n_pairs)
 
 

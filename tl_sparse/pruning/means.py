@@ -1,6 +1,7 @@
 """The means at which nodes outside a circuit are held."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,6 +23,7 @@ from tl_sparse.hooks import (
     tokens_for,
 )
 from tl_sparse.precision import at_least_float32
+from tl_sparse.pruning.phases import phase
 from tl_sparse.tasks import TaskData
 
 #: A warning is given if the standard error of the means is a larger fraction of their norm than
@@ -60,6 +62,7 @@ def corpus_means(
     batch_size: int = 256,
     embed: bool = False,
     mask: Bool[Tensor, "seq pos"] | Int[Tensor, "seq pos"] | None = None,
+    progress: bool = False,
 ) -> NodeValues:
     """The mean activations over a corpus at all node locations and, for tl_sparse models, hook_z.
 
@@ -75,6 +78,7 @@ def corpus_means(
         embed: whether the channels of the token embedding are nodes too.
         mask: 1 (or True) for each real token and 0 for padding, which does not count. None means
             that all tokens are real.
+        progress: show a progress bar.
 
     Raises:
         HookNameError: if the hook points of the model do not carry nodes.
@@ -96,10 +100,12 @@ def corpus_means(
     n_rows = max(1, batch_size // 4)
     means = []
     n_tokens = []
-    for rows, real in zip(corpus.tensor_split(2), is_real.tensor_split(2), strict=True):
-        masks = None if mask is None else real.split(n_rows)
-        means.append(_means(model, rows.split(n_rows), embed, masks))
-        n_tokens.append(int(real.sum()))
+    with phase("means over the corpus", progress, len(corpus), "row") as bar:
+        for rows, real in zip(corpus.tensor_split(2), is_real.tensor_split(2), strict=True):
+            masks = None if mask is None else real.split(n_rows)
+            batches = _counted_by(bar, rows.split(n_rows))
+            means.append(_means(model, batches, embed, masks))
+            n_tokens.append(int(real.sum()))
     error = _standard_error(*means)
     if error > LARGEST_ERROR:
         tokens = counted(sum(n_tokens), "token")
@@ -111,6 +117,13 @@ def corpus_means(
     dtype = at_least_float32(next(model.parameters()).dtype)
     first, second = means
     return {name: torch.lerp(mean, second[name], share).to(dtype) for name, mean in first.items()}
+
+
+def _counted_by(bar: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches, whose rows a progress bar counts."""
+    for batch in batches:
+        yield batch
+        bar.update(len(batch))
 
 
 def _standard_error(first_half: NodeValues, second_half: NodeValues) -> float:

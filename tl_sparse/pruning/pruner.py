@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
-from tl_sparse.errors import CircuitError, PruneError
+from tl_sparse.errors import CircuitError, PruneError, counted
 from tl_sparse.evaluation import Evaluation, judged, score
 from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
 from tl_sparse.pruning.config import PruneConfig, as_config
 from tl_sparse.pruning.gates import learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
+from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
 from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
@@ -44,7 +44,7 @@ def prune(
         corpus: tokens of the training distribution, over which the means are taken. None means the
             sample in the folder that the model was loaded from; see `load_corpus`.
         config: the settings of pruning, or the fields in which they differ from `PruneConfig()`.
-        progress: show a progress bar with the task loss and the number of open gates.
+        progress: show a progress bar for each phase, which ends with what the phase has reached.
         means: the means over `corpus`, if `corpus_means` has already computed them.
 
     Returns:
@@ -71,7 +71,9 @@ def prune(
             means = task_means(model, train, config.embed_gates)
         elif not means:
             corpus = as_corpus(corpus, model)
-            means = corpus_means(model, corpus, config.batch_size, config.embed_gates)
+            means = corpus_means(
+                model, corpus, config.batch_size, config.embed_gates, progress=progress
+            )
         if corpus is not None:
             measured["corpus_tokens"] = as_corpus(corpus, model).numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
@@ -81,7 +83,7 @@ def prune(
             circuits.append(_search(empty, model, train, selection, restarted, progress))
         smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
         smallest = dataclasses.replace(smallest, pairs=_pairs_to_keep(task, pairs))
-        return _judged(smallest, model, selection, heldout, config, measured)
+        return _judged(smallest, model, selection, heldout, config, measured, progress)
 
 
 def _pairs_to_keep(task: Task, pairs: TaskPairs) -> TaskPairs | None:
@@ -124,10 +126,10 @@ def _search(
     """Rank the nodes, and find the smallest circuit of those ranked highest."""
     gates = initial_gates(empty, model, config)
     if config.warm_start or config.method != "learned":
-        start_from_ranking(gates, empty, model, train, selection, config)
+        start_from_ranking(gates, empty, model, train, selection, config, progress)
     if config.method == "learned":
         learn_gates(model, gates, train, config, progress)
-    return discretise(empty, model, gates, selection, config)
+    return discretise(empty, model, gates, selection, config, progress)
 
 
 @checked("task", "config")
@@ -150,7 +152,7 @@ def prune_edges(
         task: the task of the circuit, or its name; by default that of the circuit.
         config: the settings that `prune` was given, or the fields in which they differ from
             `PruneConfig()`, so that the selection and held-out pairs are the same.
-        progress: show a progress bar while the effects of the edges are measured.
+        progress: show a progress bar for each phase, which ends with what the phase has reached.
 
     Returns:
         The new circuit, and its scores on the held-out pairs.
@@ -181,15 +183,20 @@ def prune_edges(
             )
         some_pairs = representative(circuit, model, selection, config)
         effects = {}
-        for edge in tqdm(edges, desc="measuring edges", disable=not progress, unit="edge"):
-            effects[edge] = circuit_score(without([edge]), model, some_pairs, config).loss
-        cut = eliminate(
-            sorted(edges, key=effects.__getitem__),
-            lambda cut: is_circuit(without(cut), model, some_pairs, config),
-            lambda cut: is_circuit(without(cut), model, selection, config),
-        )
+        with phase("measuring edges", progress, len(edges), "edge") as bar:
+            for edge in edges:
+                effects[edge] = circuit_score(without([edge]), model, some_pairs, config).loss
+                bar.update()
+        with phase("removing edges", progress, len(edges), "edge") as bar:
+            cut = eliminate(
+                sorted(edges, key=effects.__getitem__),
+                lambda cut: is_circuit(without(cut), model, some_pairs, config),
+                lambda cut: is_circuit(without(cut), model, selection, config),
+                bar.update,
+            )
+            bar.set_postfix_str(f"{counted(len(edges) - len(cut), 'edge')} left")
         smaller = dataclasses.replace(without(cut), pairs=_pairs_to_keep(task, pairs))
-        return _judged(smaller, model, selection, heldout, config, {})
+        return _judged(smaller, model, selection, heldout, config, {}, progress)
 
 
 def _ends(edges: Collection[Edge]) -> set[Node]:
@@ -208,6 +215,7 @@ def _judged(
     heldout: TaskData,
     config: PruneConfig,
     measured: dict[str, Any],
+    progress: bool,
 ) -> tuple[Circuit, Evaluation]:
     """Evaluate the circuit on the held-out pairs.
 
@@ -219,12 +227,15 @@ def _judged(
         kept=_on_cpu(circuit.kept),
         means=_on_cpu(circuit.means),
         scores=_on_cpu(circuit.scores),
+        measured={**circuit.measured, **measured, "config": dataclasses.asdict(config)},
     )
-    evaluation, scores = judged(
-        circuit, model, selection, heldout, config.batch_size, config.ablation
-    )
-    measured = {**circuit.measured, **measured, "config": dataclasses.asdict(config), **scores}
-    return dataclasses.replace(circuit, measured=measured), evaluation
+    with phase("judging", progress, total=1) as bar:
+        evaluation, scores = judged(
+            circuit, model, selection, heldout, config.batch_size, config.ablation
+        )
+        bar.update()
+        say_reached(bar, circuit.n_nodes, evaluation.circuit.loss, "held-out")
+    return dataclasses.replace(circuit, measured={**circuit.measured, **scores}), evaluation
 
 
 def _on_cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

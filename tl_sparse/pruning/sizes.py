@@ -3,16 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.errors import PruneError
+from tl_sparse.errors import PruneError, counted
 from tl_sparse.evaluation import all_logits, holding_nodes, score
 from tl_sparse.hooks import NodeGates, TLModel
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.tasks import Score, TaskData, task_loss_and_accuracy
 
 T = TypeVar("T")
@@ -63,7 +64,12 @@ class _Ranking:
 
 
 def discretise(
-    empty: Circuit, model: TLModel, gates: NodeGates, selection: TaskData, config: PruneConfig
+    empty: Circuit,
+    model: TLModel,
+    gates: NodeGates,
+    selection: TaskData,
+    config: PruneConfig,
+    progress: bool = False,
 ) -> Circuit:
     """The smallest circuit of top-ranked nodes on the selection pairs (A.5).
 
@@ -73,19 +79,28 @@ def discretise(
         PruneError: if not even the set of all nodes passes `is_circuit`.
     """
     ranking = _Ranking(empty, gates)
-    size = _smallest_size(ranking, model, selection, config)
+
+    def loss(circuit: Circuit) -> float:
+        return circuit_score(circuit, model, selection, config).loss
+
+    with phase("choosing the size", progress) as bar:
+        size = _smallest_size(ranking, model, selection, config, bar)
+        say_reached(bar, size, loss(ranking.circuit(size)), "selection")
     some_pairs = representative(ranking.circuit(size), model, selection, config)
     candidates: list[int] = []
     if config.method == "learned":
         # All gates are learned together, so some remain open although no kept node reads their
         # node, or another node has taken over its function. The lowest-ranked is tried first.
         candidates = ranking.order[:size].flip(0).tolist()
-    removed = eliminate(
-        candidates,
-        lambda gone: is_circuit(ranking.circuit(size, gone), model, some_pairs, config),
-        lambda gone: is_circuit(ranking.circuit(size, gone), model, selection, config),
-    )
-    circuit = ranking.circuit(size, removed)
+    with phase("removing nodes", progress and bool(candidates), len(candidates), "node") as bar:
+        removed = eliminate(
+            candidates,
+            lambda gone: is_circuit(ranking.circuit(size, gone), model, some_pairs, config),
+            lambda gone: is_circuit(ranking.circuit(size, gone), model, selection, config),
+            bar.update,
+        )
+        circuit = ranking.circuit(size, removed)
+        say_reached(bar, circuit.n_nodes, loss(circuit), "selection")
     scores: dict[str, Tensor] = {}
     for name, tau in gates.at_nodes(gates.tau.detach()).items():
         # τ is in [-1, 1], so adding 2 ranks the kept nodes above all others.
@@ -94,7 +109,7 @@ def discretise(
 
 
 def _smallest_size(
-    ranking: _Ranking, model: TLModel, selection: TaskData, config: PruneConfig
+    ranking: _Ranking, model: TLModel, selection: TaskData, config: PruneConfig, bar: Any
 ) -> int:
     """The smallest number of top-ranked nodes that pass `is_circuit`.
 
@@ -104,6 +119,8 @@ def _smallest_size(
     """
 
     def is_enough(size: int, pairs: TaskData) -> bool:
+        bar.set_postfix_str(f"trying {counted(size, 'node')}")
+        bar.update()
         return is_circuit(ranking.circuit(size), model, pairs, config)
 
     enough = max(1, int((ranking.gates.tau > 0).sum()))
@@ -160,7 +177,10 @@ def representative(
 
 
 def eliminate(
-    candidates: Sequence[T], holds: Callable[[list[T]], bool], decides: Callable[[list[T]], bool]
+    candidates: Sequence[T],
+    holds: Callable[[list[T]], bool],
+    decides: Callable[[list[T]], bool],
+    tried: Callable[[int], object],
 ) -> list[T]:
     """The candidates that can be removed from a circuit.
 
@@ -169,8 +189,9 @@ def eliminate(
         holds: a quick test of whether the rest is still a circuit without the given candidates.
         decides: the same as a thorough test. If it fails, the candidates that were removed last are
             restored until it passes.
+        tried: called with the number of candidates whenever the quick test has decided on some.
     """
-    removed = _removed_by_test(candidates, holds)
+    removed = _removed_by_test(candidates, holds, tried)
     n_gone = 0
     too_many = len(removed) + 1
     n_tried = len(removed)
@@ -183,7 +204,9 @@ def eliminate(
     return removed[:n_gone]
 
 
-def _removed_by_test(candidates: Sequence[T], holds: Callable[[list[T]], bool]) -> list[T]:
+def _removed_by_test(
+    candidates: Sequence[T], holds: Callable[[list[T]], bool], tried: Callable[[int], object]
+) -> list[T]:
     """The candidates that can be removed according to `holds`.
 
     They are tried in groups. The group size doubles after each group that can be removed, and is
@@ -198,8 +221,10 @@ def _removed_by_test(candidates: Sequence[T], holds: Callable[[list[T]], bool]) 
             removed += group
             first += len(group)
             size *= 2
+            tried(len(group))
         elif len(group) > 1:
             size = len(group) // 2
         else:
             first += 1
+            tried(1)
     return removed

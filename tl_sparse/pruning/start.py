@@ -61,6 +61,7 @@ def start_from_ranking(
     train: TaskData,
     selection: TaskData,
     config: PruneConfig,
+    progress: bool = False,
 ) -> None:
     """Set the gates to values in the order of a ranking of the nodes.
 
@@ -71,7 +72,7 @@ def start_from_ranking(
     noise = gates.tau.detach() - config.init_bias
     scores = noise
     if config.method != "random":
-        scores = attribution(model, gates, train, config).abs()
+        scores = attribution(model, gates, train, config, progress).abs()
     order = scores.argsort(descending=True, stable=True)
     rank = order.argsort()  # the rank of each gate, from 0
     size = _sufficient_size(rank, gates, empty, model, selection, config)

@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
-from tl_sparse.evaluation import check_padding, evaluate
+from tl_sparse.errors import CircuitError
+from tl_sparse.evaluation import evaluate
 from tl_sparse.hooks import TLModel, tokens_for
-from tl_sparse.pruning import PruneConfig
-from tl_sparse.tasks import TASKS, Task, TaskData, as_task, make_task_data
+from tl_sparse.pruning import PruneConfig, heldout_pairs
+from tl_sparse.tasks import Task, TaskData
 from tl_sparse.view.activations import (
     corpus_values,
     histogram,
@@ -25,11 +26,26 @@ from tl_sparse.view.activations import (
     part_of_corpus,
     strongest_passages,
 )
-from tl_sparse.view.cuts import circuit_loss, curve_by_size, cut_losses, most_important_first
+from tl_sparse.view.cuts import (
+    circuits_by_size,
+    cut_effects,
+    faithfulness_by_size,
+    most_important_first,
+)
 from tl_sparse.view.drawing import drawn
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.nodes import PageNode, page_nodes, task_ends
-from tl_sparse.view.prompts import PromptSide, prompt_pairs, run_prompts
+from tl_sparse.view.prompts import (
+    Batch,
+    PromptSide,
+    ShownPrompt,
+    add_smaller_circuits,
+    in_pairs,
+    own_prompts,
+    prompt_sides,
+    run_prompts,
+    task_prompts,
+)
 from tl_sparse.view.writing import Vocabulary, four_digits
 
 
@@ -44,11 +60,9 @@ class PageContents:
             fields, nodes are identified by their position in `nodes`.
         ends: the tokens and candidates of the task, and their weights; see `task_ends`.
         vocabulary: the texts of all tokens that the page shows.
-        prompts: pairs of prompts.
-        curve: the faithfulness curve; see `cuts.curve_by_size`.
+        prompts: single prompts of the user's own, then pairs of the task.
+        curve: the faithfulness curve; see `cuts.faithfulness_by_size`.
         corpus_tokens: the number of tokens of the corpus that were run.
-        loss: the loss of the circuit on the pairs on which the ablation of each node is measured;
-            None if it is not measured.
     """
 
     summary: dict[str, Any]
@@ -56,26 +70,25 @@ class PageContents:
     edges: list[list[float]]
     ends: dict[str, Any]
     vocabulary: Vocabulary
-    prompts: list[tuple[PromptSide, PromptSide]] = field(default_factory=list)
+    prompts: list[list[PromptSide]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)
     corpus_tokens: int = 0
-    loss: float | None = None
 
     def as_json(self, circuit: Circuit) -> dict[str, Any]:
         """The JSON values that page.js reads."""
-        data: dict[str, Any] = {
+        prompts = []
+        for sides in self.prompts:
+            prompts.append([side.as_json() for side in sides])
+        return {
             "summary": self.summary,
             "nodes": [node.as_json() for node in self.nodes],
-            "prompts": [[vars(first), vars(second)] for first, second in self.prompts],
+            "prompts": prompts,
             "ladder": self.curve,
             "edges": self.edges,
             "ends": self.ends,
             "vocab": self.vocabulary.texts,
             "caps": _stated_limits(circuit, self.corpus_tokens),
         }
-        if self.loss is not None:
-            data["loss"] = self.loss
-        return data
 
 
 @checked("task", "corpus")
@@ -86,69 +99,63 @@ def page_data(
     task: Task | str | None = None,
     corpus: Int[Tensor, "seq pos"] | None = None,
     min_weight: float = 0.0,
+    prompts: Sequence[str] = (),
+    source: str = "",
 ) -> dict[str, Any]:
     """The contents of a page about the circuit, as JSON values.
 
+    Losses, accuracies and divergences are measured on the circuit's held-out pairs (see
+    `heldout_pairs`), and the effects of single nodes on the first `LIMITS.effect_pairs` of them.
+
     Args:
-        task: the task of the prompts, candidates and effects; by default the circuit's own, if it
-            is one of `TASKS`.
+        task: the task of the prompts, candidates and effects; by default the circuit's own. If that
+            is not known, the page has none of these.
         corpus: tokens for histograms and passages. Without them the page has neither, and states
             this.
         min_weight: leave out edges with a smaller absolute weight, and nodes that then have no
             edges.
+        prompts: prompts of the user's own, whose values the page shows too.
+        source: the folder or repository of the circuit, for the commands that the page shows.
 
     Raises:
         ConfigError: if `min_weight` is negative, or not a finite number.
         CircuitError: if the circuit has no nodes, is too large to draw (the message suggests a
             `min_weight`), or belongs to another model.
         TaskError: if there is no such task.
-        TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
+        TaskError, DataError, TokenizerError: if a prompt does not fit the model.
     """
     check(0 <= min_weight < math.inf, "min_weight", min_weight, "a number of at least 0")
     nodes, edges = drawn(circuit, model, min_weight)
+    own = own_prompts(model, prompts)
     task = _task_to_show(circuit, model, task)
     vocabulary = Vocabulary(model.tokenizer)
     page = PageContents(
-        summary=_summary(circuit, model, task, min_weight),
+        summary=_summary(circuit, model, task, min_weight, source),
         nodes=page_nodes(circuit, model, nodes, vocabulary),
         edges=_numbered(edges, nodes),
         ends=task_ends(model, nodes, task, vocabulary),
         vocabulary=vocabulary,
     )
-    points = node_points(circuit, nodes)
-    activations = []
-    if corpus is not None:
-        corpus = tokens_for(model, corpus, "the corpus")
-        corpus = part_of_corpus(corpus, points)
-        on_corpus = corpus_values(model, corpus, points)
-        activations.append(on_corpus)
+    sizes: list[Circuit] = []
+    shown = []
     if task is not None:
-        pairs = make_task_data(task, model.tokenizer, LIMITS.effect_pairs, 0, model.cfg.n_ctx)
-        pairs = pairs.to(next(model.parameters()).device)
-        prompts = pairs.pairs(range(LIMITS.prompt_pairs)).trimmed()
-        check_padding(model, prompts)
-        heads = {(node.layer, node.head) for node in page.nodes if node.head is not None}
-        runs = run_prompts(circuit, model, prompts, points, sorted(heads))
-        is_prompt = torch.arange(prompts.tokens.shape[1]) <= prompts.last.cpu()[:, None]
-        activations.append(runs[-1].values * is_prompt.to(runs[-1].values)[..., None])
+        pairs = heldout_pairs(circuit, model, task)
+        shown = task_prompts(pairs.pairs(range(min(LIMITS.prompt_pairs, pairs.n_pairs))))
         if circuit.means:
-            _measure_cuts(page, circuit, model, nodes, pairs)
-    scales = node_scales(activations, len(nodes))
-    for node, scale in zip(page.nodes, scales, strict=True):
-        node.scale = four_digits(scale)
-    if corpus is not None:
-        _show_corpus(page, corpus, on_corpus, scales)
-    if task is not None:
-        page.prompts = prompt_pairs(prompts, runs, scales, vocabulary)
+            sizes = _measure(page, circuit, model, nodes, pairs)
+    _show_runs(page, circuit, model, nodes, shown, own, corpus, sizes)
     return page.as_json(circuit)
 
 
 def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> Task | None:
     """The given task or, by default, the circuit's own.
 
-    It is None if the circuit's task is not one of `TASKS`, or the model has no tokenizer.
+    It is None if the circuit's own is not known, or the model has no tokenizer.
     """
-    task = TASKS.get(circuit.task) if task is None else as_task(task)
+    try:
+        task = circuit_task(circuit, task)
+    except CircuitError:
+        return None
     return None if model.tokenizer is None else task
 
 
@@ -162,25 +169,70 @@ def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]
     return numbered
 
 
-def _measure_cuts(
+def _measure(
     page: PageContents, circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
-) -> None:
+) -> list[Circuit]:
     """Add the scores of the circuit, the effect of each node, and the faithfulness curve.
 
     The curve is added only if all nodes of the circuit are drawn.
+
+    Returns:
+        The circuits on the curve that are not larger than the circuit itself.
     """
-    if not page.summary["scores"]:
-        page.summary["scores"] = asdict(evaluate(circuit, model, pairs))
-    page.loss = circuit_loss(circuit, model, pairs)
-    losses = cut_losses(circuit, model, nodes, pairs)
-    for page_node, loss in zip(page.nodes, losses, strict=True):
-        page_node.cut_loss = loss
-    if len(nodes) == circuit.n_nodes:
-        order = most_important_first(circuit, nodes, losses)
-        for rank, number in enumerate(order):
-            page.nodes[number].rank = rank
-        ranked = [nodes[number] for number in order]
-        page.curve = curve_by_size(circuit, model, ranked, pairs)
+    evaluation = evaluate(circuit, model, pairs)
+    page.summary["scores"] = asdict(evaluation)
+    page.summary["faithfulness"] = evaluation.faithfulness(evaluation.circuit)
+    page.summary["misses_target"] = evaluation.misses_target
+    some_pairs = pairs.pairs(range(min(LIMITS.effect_pairs, pairs.n_pairs)))
+    page.summary["n_effect_pairs"] = some_pairs.n_pairs
+    effects = cut_effects(circuit, model, nodes, some_pairs)
+    for page_node, effect in zip(page.nodes, effects, strict=True):
+        page_node.effect = effect
+    if len(nodes) < circuit.n_nodes:
+        return []
+    order = most_important_first(circuit, nodes, effects)
+    for rank, number in enumerate(order):
+        page.nodes[number].rank = rank
+    ranked = [nodes[number] for number in order]
+    circuits = circuits_by_size(circuit, model, ranked)
+    page.curve = faithfulness_by_size(circuits, model, pairs)
+    return [smaller for smaller in circuits if smaller.n_nodes <= circuit.n_nodes]
+
+
+def _show_runs(
+    page: PageContents,
+    circuit: Circuit,
+    model: TLModel,
+    nodes: Sequence[Node],
+    shown: Sequence[ShownPrompt],
+    own: Sequence[ShownPrompt],
+    corpus: Int[Tensor, "seq pos"] | None,
+    sizes: Sequence[Circuit],
+) -> None:
+    """Add what the nodes do on the corpus and on the prompts: those of the task, and the user's."""
+    points = node_points(circuit, nodes)
+    prompts = [*own, *shown]  # the last ones are left out if the page becomes too large
+    activations = []
+    if corpus is not None:
+        corpus = part_of_corpus(tokens_for(model, corpus, "the corpus"), points)
+        on_corpus = corpus_values(model, corpus, points)
+        activations.append(on_corpus)
+    if prompts:
+        batch = Batch.of(prompts)
+        batch.check_padding(model)
+        heads = {(node.layer, node.head) for node in page.nodes if node.head is not None}
+        runs = run_prompts(circuit, model, batch, points, sorted(heads))
+        values = list(runs.values())[-1].values
+        activations.append(values * batch.is_prompt().to(values)[..., None])
+    scales = node_scales(activations, len(nodes))
+    for node, scale in zip(page.nodes, scales, strict=True):
+        node.scale = four_digits(scale)
+    if corpus is not None:
+        _show_corpus(page, corpus, on_corpus, scales)
+    if prompts:
+        sides = prompt_sides(prompts, batch, runs, scales, page.vocabulary)
+        add_smaller_circuits(sides, prompts, batch, sizes, model, page.vocabulary)
+        page.prompts = list(in_pairs(sides, n_own=len(own)))
 
 
 def _show_corpus(
@@ -209,7 +261,6 @@ def _stated_limits(circuit: Circuit, corpus_tokens: int) -> dict[str, Any]:
         "tokens": LIMITS.top_tokens,
         "prompt_tokens": LIMITS.prompt_tokens,
         "token_chars": LIMITS.token_chars,
-        "effect_pairs": LIMITS.effect_pairs,
         "corpus_tokens": corpus_tokens,
         "levels": LIMITS.activation_levels,
         "ranked": "the search" if circuit.scores else "the loss when each is cut alone",
@@ -218,32 +269,38 @@ def _stated_limits(circuit: Circuit, corpus_tokens: int) -> dict[str, Any]:
 
 
 def _summary(
-    circuit: Circuit, model: TLModel, task: Task | None, min_weight: float
+    circuit: Circuit, model: TLModel, task: Task | None, min_weight: float, source: str
 ) -> dict[str, Any]:
     """The values at the head of the page; the counts include nodes and edges that are not drawn."""
     model_name = circuit.model_name or str(getattr(model.cfg, "model_name", ""))
-    measured = circuit.measured
     return {
         "task": task.name if task else circuit.task,
         "description": task.description if task else "",
+        "answers": list(task.candidates) if task and task.candidates else None,
         "model": model_name,
-        "command": _prune_command(circuit, model_name),
+        "command": _prune_command(circuit, model_name, source),
         "layers": model.cfg.n_layers,
         "min_weight": min_weight,
         "n_nodes": circuit.n_nodes,
         "n_edges": len(circuit.edges(model)),
         "all_nodes": circuit.n_candidates,
-        "scores": measured.get("heldout") or measured.get("openai") or {},
+        "scores": circuit.measured.get("openai") or {},
+        "faithfulness": None,
+        "misses_target": None,
+        "n_effect_pairs": 0,
     }
 
 
-def _prune_command(circuit: Circuit, model_name: str) -> str:
+def _prune_command(circuit: Circuit, model_name: str, source: str) -> str:
     """The command line that finds the circuit again; "" if its configuration is not known."""
     config = circuit.measured.get("config")
     if not isinstance(config, dict):
         return ""
+    task = circuit.task
+    if circuit.pairs is not None:
+        task = f"{source or 'circuit'}/pairs.jsonl"
     defaults = asdict(PruneConfig())
-    words = ["tl-sparse", "prune", model_name, circuit.task, "--out", "circuit"]
+    words = ["tl-sparse", "prune", model_name, task, "--out", "again"]
     for key, value in config.items():
         if value != defaults.get(key, value):
             words.append(_option(key, value))

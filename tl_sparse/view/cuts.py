@@ -1,38 +1,44 @@
 """The scores of a circuit when some of its nodes are ablated."""
 
+import math
 from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits import Circuit, Node
-from tl_sparse.evaluation import holding_nodes, scaled_sizes, score, sized_score
+from tl_sparse.evaluation import (
+    all_next_token_logits,
+    holding_nodes,
+    scaled_sizes,
+    score,
+    score_next_tokens,
+)
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TaskData
 from tl_sparse.view.activations import node_points
 from tl_sparse.view.limits import LIMITS
 
 
-def circuit_loss(circuit: Circuit, model: TLModel, pairs: TaskData) -> float:
-    """The task loss of the circuit on `pairs`."""
-    return score(model, pairs, run_context=holding_nodes(circuit, model)).loss
-
-
-def cut_losses(
+def cut_effects(
     circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
 ) -> list[float]:
-    """For each of `nodes`, the task loss of the circuit without this node."""
-    losses = []
-    for node in tqdm(nodes, "cutting nodes", disable=None):
-        without_node = circuit.without([node], model)
-        losses.append(circuit_loss(without_node, model, pairs))
-    return losses
+    """For each of `nodes`, by how much the task loss rises without it."""
+
+    def loss(circuit: Circuit) -> float:
+        return score(model, pairs, run_context=holding_nodes(circuit, model)).loss
+
+    whole_loss = loss(circuit)
+    effects = []
+    for node in tqdm(nodes, "cutting nodes", disable=None, leave=False, unit="node"):
+        effects.append(loss(circuit.without([node], model)) - whole_loss)
+    return effects
 
 
 def most_important_first(
-    circuit: Circuit, nodes: Sequence[Node], losses: Sequence[float]
+    circuit: Circuit, nodes: Sequence[Node], effects: Sequence[float]
 ) -> list[int]:
-    """The positions of the nodes, sorted by the circuit's scores or, without these, by `losses`."""
-    importance = list(losses)
+    """The positions of the nodes, sorted by the circuit's scores or, without them, by `effects`."""
+    importance = list(effects)
     if circuit.scores:
         importance = []
         for point in node_points(circuit, nodes):
@@ -40,26 +46,39 @@ def most_important_first(
     return sorted(range(len(nodes)), key=lambda position: -importance[position])
 
 
-def curve_by_size(
-    circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
-) -> list[list[float]]:
-    """The number of nodes, number of edges, task loss and accuracy of circuits of rising size.
+def circuits_by_size(circuit: Circuit, model: TLModel, nodes: Sequence[Node]) -> list[Circuit]:
+    """Circuits of rising size: the first of `nodes`, then all of them, which is the circuit itself.
 
-    These circuits consist of the first of `nodes`. If the circuit has scores, they are followed by
-    circuits up to eight times as large.
+    If the circuit has scores, they are followed by circuits up to eight times as large.
 
     Args:
         nodes: the nodes of the circuit, the most important first.
     """
     n_sizes = LIMITS.curve_sizes
     sizes = {round(len(nodes) ** (step / (n_sizes - 1))) for step in range(n_sizes)}
-    circuits = [circuit.without(nodes[size:], model) for size in sorted(sizes)]
+    circuits = []
+    for size in sorted(sizes):
+        circuits.append(circuit.without(nodes[size:], model))
     if circuit.scores:
         for size in scaled_sizes(circuit, range(1, 7)):
             if size > len(nodes):
                 circuits.append(circuit.of_size(size))
+    return circuits
+
+
+def faithfulness_by_size(
+    circuits: Sequence[Circuit], model: TLModel, pairs: TaskData
+) -> list[list[float]]:
+    """The number of nodes and edges of each circuit, its task loss and accuracy, and its divergence
+    from the model; see `NextToken.kl`.
+    """
+    full_logits = all_next_token_logits(model, pairs)
     curve: list[list[float]] = []
-    for sized_circuit in circuits:
-        sized = sized_score(sized_circuit, model, pairs)
-        curve.append([sized.n_nodes, sized.n_edges, sized.circuit.loss, sized.circuit.accuracy])
+    for circuit in tqdm(circuits, "scoring sizes", disable=None, leave=False, unit="circuit"):
+        run_context = holding_nodes(circuit, model)
+        logits = all_next_token_logits(model, pairs, run_context=run_context)
+        scored = score_next_tokens(logits, pairs, full_logits)
+        kl = scored.next_token.kl if scored.next_token else math.nan
+        n_edges = len(circuit.edges(model))
+        curve.append([circuit.n_nodes, n_edges, scored.loss, scored.accuracy, kl])
     return curve

@@ -8,6 +8,22 @@ from tl_sparse.hooks import TLModel
 from tl_sparse.view.limits import LIMITS
 
 
+def has_bigram_table(model: TLModel) -> bool:
+    """Whether the logits have a share, of the last token alone, that no node carries."""
+    return bool(getattr(getattr(model, "sparse_cfg", None), "bigram_table", False))
+
+
+def why_no_nodes(model: TLModel) -> str:
+    """What it means that a circuit of `model` has no nodes."""
+    alone = "the embedding of the last token alone solves"
+    if has_bigram_table(model):
+        alone = "the bigram table and the embedding of the last token alone solve"
+    return (
+        f"the circuit has no nodes: with every node at its mean, {alone} the task, so there is "
+        "nothing to find"
+    )
+
+
 def drawn(
     circuit: Circuit, model: TLModel, min_weight: float = 0.0
 ) -> tuple[list[Node], list[Edge]]:
@@ -24,7 +40,7 @@ def drawn(
     nodes = circuit.nodes
     edges = circuit.edges(model)
     if not nodes:
-        raise CircuitError("the circuit has no nodes, so there is nothing to draw")
+        raise CircuitError(f"nothing can be drawn: {why_no_nodes(model)}")
     if min_weight > 0:
         edges = [edge for edge in edges if abs(edge.weight) >= min_weight]
         joined = _joined_nodes(edges)

@@ -11,6 +11,7 @@ from tl_sparse.circuits import LOCATIONS, Circuit, Node
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 from tl_sparse.view.activations import node_points
+from tl_sparse.view.drawing import has_bigram_table
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.tables import task_tokens
 from tl_sparse.view.writing import Vocabulary, four_digits
@@ -28,7 +29,8 @@ class PageNode:
         head: the number of the head; None at locations without heads.
         mean: the mean at which the node is held when it is ablated; None if the circuit has no
             means.
-        cut_loss: the task loss of the circuit without this node; None if it is not measured.
+        effect: by how much the task loss rises when this node alone is held at its mean; None if
+            it is not measured.
         passages: the passages with the most positive activations, and those with the most negative
             ones; see `strongest_passages`.
         channel: for reads and writes, the channel of the residual stream. A positional channel is
@@ -49,7 +51,7 @@ class PageNode:
     index: int
     head: int | None
     mean: float | None
-    cut_loss: float | None = None
+    effect: float | None = None
     passages: list[list[Any]] = field(default_factory=lambda: [[], []])
     channel: int | str | None = None
     tokens: list[list[Any]] | None = None
@@ -100,6 +102,8 @@ def task_ends(
 ) -> dict[str, Any]:
     """The `tokens` and `candidates` of a task, and the weights that join them to nodes.
 
+    `bigram` says whether the logits also have the share of a bigram table, which no node carries.
+
     `embed` lists the nonzero weights of the embedding between these tokens and reads, each with the
     position of its token and of its node. `unembed` lists the nonzero weights of the unembedding
     between writes and the candidates, each with the position of its node and of its candidate.
@@ -123,7 +127,13 @@ def task_ends(
             for number, weight in enumerate(weights):
                 if weight:
                     unembed.append([i, number, four_digits(weight)])
-    return {"tokens": tokens, "candidates": candidates, "embed": embed, "unembed": unembed}
+    return {
+        "tokens": tokens,
+        "candidates": candidates,
+        "embed": embed,
+        "unembed": unembed,
+        "bigram": has_bigram_table(model),
+    }
 
 
 def _reads(node: Node) -> bool:

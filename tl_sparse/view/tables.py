@@ -8,21 +8,39 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import LOCATIONS, Circuit
+from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, residual_joins
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task, as_task, make_task_data, score_row, table
+from tl_sparse.view.drawing import why_no_nodes
 from tl_sparse.view.measurements import read_tabulated
+
+#: A report lists at most as many edges, the strongest.
+STRONGEST = 40
+_CONSTANT = "nothing kept leads to it, so it is its bias everywhere"
+#: What a node at each location does in a circuit without edges to other nodes.
+_WITHOUT_EDGES = {
+    "embed_out": "it brings the tokens' embedding to its channel",
+    "attn_in": "nothing kept uses what it reads",
+    "attn_q": f"{_CONSTANT}; it still shapes its head's attention",
+    "attn_k": f"{_CONSTANT}; it still shapes its head's attention",
+    "attn_v": f"{_CONSTANT}, and nothing kept uses it",
+    "attn_out": "nothing kept leads to it, so it writes its bias everywhere",
+    "mlp_in": "nothing kept uses what it reads",
+    "mlp_neuron": f"{_CONSTANT}, and nothing kept uses it",
+    "mlp_out": "nothing kept leads to it, so it writes its bias everywhere",
+}
 
 
 @checked("task")
 def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evaluation) -> str:
     """A description of the circuit of `task` in `model`, which must be a model of this package.
 
-    It lists the nodes by layer and location, each edge with its weight, the weights of embedding
-    and unembedding for the task's tokens (or for those of one pair, if each pair has its own), and
-    the scores.
+    It lists the nodes by layer and location, the `STRONGEST` edges with their weights, what is
+    written on a residual channel and read further up, nodes that no edge reaches, the weights of
+    embedding and unembedding for the task's tokens (or for those of one pair, if each pair has its
+    own), and the scores.
 
     Raises:
         CircuitError: if `model` is not the circuit's model.
@@ -36,7 +54,7 @@ def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evalu
         title,
         "=" * len(title),
         _nodes_table(circuit, model),
-        _edges_table(circuit, model),
+        *_joined_tables(circuit, model),
         *_token_tables(circuit, model, task),
         scores_table(evaluation),
     ]
@@ -109,6 +127,8 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
 
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
+    if not circuit.n_nodes:
+        return f"No nodes of {circuit.n_candidates:,}. {why_no_nodes(model).capitalize()}."
     rows = []
     for (layer, location), nodes in groupby(circuit.nodes, lambda n: (n.layer, n.location)):
         which = [node.shown_index for node in nodes]
@@ -116,17 +136,59 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
         rows.append([f"{layer}.{location}", kind, str(len(which)), " ".join(which)])
     counts = f"{counted(circuit.n_nodes, 'node')} of {circuit.n_candidates:,}"
     heading = f"{counts}; every other node is held at its mean"
-    return heading + "\n" + table(["location", "kind", "nodes", "which"], rows)
+    sections = [heading + "\n" + table(["location", "kind", "nodes", "which"], rows)]
+    if any(" p" in str(node) for node in circuit.nodes):
+        sections.append(
+            "  p8 is positional channel 8: it holds where a token stands, not which it is."
+        )
+    if circuit.labels:
+        labels = [
+            [str(node), circuit.labels[node]] for node in circuit.nodes if node in circuit.labels
+        ]
+        sections.append(table(["node", "label"], labels))
+    return "\n\n".join(sections)
 
 
-def _edges_table(circuit: Circuit, model: TLModel) -> str:
+def _joined_tables(circuit: Circuit, model: TLModel) -> list[str]:
+    """Tables of the edges, of the joins by the residual stream, and of nodes without edges."""
+    edges = circuit.edges(model)
+    strongest = sorted(edges, key=lambda edge: -abs(edge.weight))[:STRONGEST]
+    shown = set(strongest)
     rows = []
-    for edge in circuit.edges(model):
-        rows.append([str(edge.source), "→", str(edge.target), f"{edge.weight:+.3f}"])
-    heading = f"{counted(len(rows), 'edge')}: the nonzero weights between these nodes"
-    if not rows:
-        return heading
-    return heading + "\n" + table(["from", "", "to", "weight"], rows)
+    for edge in edges:
+        if edge in shown:
+            rows.append([str(edge.source), "→", str(edge.target), f"{edge.weight:+.3f}"])
+    heading = f"{counted(len(edges), 'edge')}: the nonzero weights between these nodes"
+    if len(edges) > len(rows):
+        heading += (
+            f". These are the {STRONGEST} of the largest absolute weight; circuit.edges(model), "
+            "`tl-sparse export` and the page (`tl-sparse view`) have all of them"
+        )
+    tables = [heading]
+    if rows:
+        tables[0] += "\n" + table(["from", "", "to", "weight"], rows)
+    joins = residual_joins(circuit.nodes)
+    if joins:
+        rows = [[str(write), "→", str(read)] for write, read in joins[:STRONGEST]]
+        heading = (
+            f"{counted(len(joins), 'link')} by the residual stream: written, and read further up"
+        )
+        if len(joins) > len(rows):
+            heading += f". These are the first {STRONGEST}"
+        tables.append(heading + "\n" + table(["written by", "", "read by"], rows))
+    alone = _nodes_without_edges(circuit, edges)
+    if alone:
+        rows = [[str(node), _WITHOUT_EDGES[node.location]] for node in alone[:STRONGEST]]
+        heading = f"{counted(len(alone), 'node')} without edges to other nodes of the circuit"
+        tables.append(heading + "\n" + table(["node", "what it does"], rows))
+    return tables
+
+
+def _nodes_without_edges(circuit: Circuit, edges: Sequence[Edge]) -> list[Node]:
+    joined = set[Node]()
+    for edge in edges:
+        joined.update(edge.ends)
+    return [node for node in circuit.nodes if node not in joined]
 
 
 def _token_tables(circuit: Circuit, model: TLModel, task: Task) -> list[str]:
