@@ -1,7 +1,7 @@
 """The pairs of a task with which a circuit is trained, selected and judged."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, circuit_task
@@ -202,14 +202,15 @@ def encoded_splits(
     model: TLModel, task: Task, pairs: TaskPairs, config: PruneConfig
 ) -> tuple[TaskData, TaskData, TaskData]:
     """The training, selection and held-out pairs as tokens; see `task_splits`."""
-    training, selection, heldout = [
-        _encoded(model, task, pairs.part(part), config) for part in PARTS
-    ]
+    parts = [_encoded(model, task, pairs.part(part), config) for part in PARTS]
+    warn_of_shortened(task, *parts)
+    training, selection, heldout = parts
     return training, selection, heldout
 
 
-def _encoded(model: TLModel, task: Task, pairs: Iterable[Pair], config: PruneConfig) -> TaskData:
-    data = encode_pairs(task, tuple(pairs), model.tokenizer, model.cfg.n_ctx)
+def _encoded(model: TLModel, task: Task, pairs: Sequence[Pair], config: PruneConfig) -> TaskData:
+    """The pairs of a part as tokens, with the partners that the search gives them."""
+    data = encode_pairs(task, pairs, model.tokenizer, model.cfg.n_ctx)
     if config.ablation == "resample":
         data = data.with_partners(config.seed)
     return data.to(next(model.parameters()).device)
@@ -252,20 +253,17 @@ def heldout_pairs(
     task = circuit_task(circuit, task)
     config = recorded_config(circuit)
     known = _known_split(circuit, task, config)
-    used = set[str]()
-    for split in (known, circuit.pairs):
-        if split is not None:
-            used.update(split.searched_prompts)
+    searched = circuit.pairs or known
+    used = searched.searched_prompts if searched else set[str]()
     if known is not None and n_pairs is None and seed is None:
         # Of another version of the task, some may have been used to find the circuit.
         pairs = [pair for pair in known.heldout if used.isdisjoint(pair.prompts)]
-        data = _encoded(model, task, pairs, config)
     else:
-        wanted = config.heldout_pairs if n_pairs is None else n_pairs
-        pairs = draw_pairs(task, wanted, seed or 0, used)
-        if len(pairs) < (n_pairs or 1):
-            raise too_few_pairs(task, len(pairs), wanted, len(used))
-        data = _encoded(model, task, pairs, config)
+        pairs = draw_pairs(task, n_pairs or config.heldout_pairs, seed or 0, used)
+        config = dataclasses.replace(config, ablation="mean")  # the search gave them no partners
+    if len(pairs) < (n_pairs or 1):
+        raise too_few_pairs(task, len(pairs), n_pairs or 1, len(used))
+    data = _encoded(model, task, pairs, config)
     if not is_own:
         warn_of_shortened(task, data)
     return data
