@@ -27,7 +27,18 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class CircuitFigures:
-    """The figures of one circuit in job.json."""
+    """The figures of one circuit in job.json.
+
+    Attributes:
+        nodes, edges: how many it has.
+        seconds: how long it took to find it.
+        loss, standard_error: the task loss of the circuit alone on held-out pairs.
+        accuracy_without: the accuracy of the model without the circuit.
+        kept: the names of its nodes in files.
+        kl: the divergence of the circuit's next-token distribution from the model's; see
+            `NextToken`. None in older files, as is the next.
+        target_loss: the task loss that the circuit had to reach on its selection pairs.
+    """
 
     nodes: int
     edges: int
@@ -36,9 +47,12 @@ class CircuitFigures:
     standard_error: float | None
     accuracy_without: float
     kept: list[str]
+    kl: float | None = None
+    target_loss: float | None = None
 
     @classmethod
     def of(cls, circuit: Circuit, evaluation: Evaluation, seconds: float) -> "CircuitFigures":
+        next_token = evaluation.circuit.next_token
         return cls(
             nodes=evaluation.n_nodes,
             edges=evaluation.n_edges,
@@ -47,6 +61,8 @@ class CircuitFigures:
             standard_error=evaluation.circuit.standard_error,
             accuracy_without=evaluation.ablated.accuracy,
             kept=[node.indexed_name for node in circuit.nodes],
+            kl=next_token.kl if next_token else None,
+            target_loss=evaluation.target_loss,
         )
 
 

@@ -30,11 +30,14 @@ FORMATS = {
     "edges": "g",
     "loss": ".3f",
     "standard_error": ".3f",
+    "kl": ".2f",
     "accuracy_without": ".1%",
     "seconds": ".1f",
     "overlap": ".2f",
 }
 
+#: The mark of a loss that misses the target.
+MISSES_TARGET = "†"
 
 #: Model → task → the fields of `TaskResults`.
 ModelResults = dict[str, dict[str, dict[str, Any]]]
@@ -86,7 +89,7 @@ def _task_results(reports: Mapping[str, JobReport]) -> TaskResults:
 
 def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
     summaries = {}
-    for name in FORMATS:
+    for name in (*FORMATS, "target_loss"):
         if name == "overlap":
             values = _overlaps(circuits)
         else:
@@ -143,6 +146,8 @@ def results_table(results: Mapping[str, Any]) -> str:
     for model, tasks in read.models.items():
         for task, entry in tasks.items():
             cells = [_cell(entry.node_pruned, name) for name in FORMATS]
+            if _misses_target(entry.node_pruned):
+                cells[list(FORMATS).index("loss")] += f" {MISSES_TARGET}"
             cells += [_cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
             rows.append([model, task, *cells])
             for seed, problem in entry.problems.items():
@@ -160,8 +165,37 @@ def results_table(results: Mapping[str, Any]) -> str:
         "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
         "are over the tasks that all models solved",
         f"with every seed: {_in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
+        "The kl is the divergence of the circuit's next-token distribution from the model's, in "
+        "nats.",
     ]
+    if any(MISSES_TARGET in cell for row in rows for cell in row):
+        note.append(f"{MISSES_TARGET} misses the target loss on held-out pairs with some seed.")
+    without_edges = _without_edges(read)
+    if without_edges:
+        note.append(
+            "Tasks that need no circuit, since the last token alone decides the answer, count as "
+            f"one edge in geometric means: {_in_one_line(', '.join(without_edges))}."
+        )
     return "\n".join([*lines, "", *note, "", *problems]) + "\n"
+
+
+def _misses_target(summaries: Summaries) -> bool:
+    """Whether the circuit of some seed has a larger loss than it had to reach."""
+    if "target_loss" not in summaries:
+        return False
+    largest = summary(summaries, "loss", "max", "the results")
+    return largest > summary(summaries, "target_loss", "min", "the results")
+
+
+def _without_edges(results: SuiteResults) -> list[str]:
+    """The tasks, each with its model, whose median circuit has no edges."""
+    found = []
+    for model, tasks in results.models.items():
+        for task, entry in tasks.items():
+            has_circuit = bool(entry.node_pruned)
+            if has_circuit and not summary(entry.node_pruned, "edges", "median", "the results"):
+                found.append(f"{task} in {model}")
+    return found
 
 
 def _table_line(cells: Sequence[str]) -> str:
