@@ -170,7 +170,7 @@ def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys)
     assert circuit.model_name == "model"
     assert f"{circuit.n_nodes} nodes of" in printed
     assert f"{len(circuit.edges(model))} edges" in printed
-    for score in ("the full model", "the circuit alone", "the model without the circuit"):
+    for score in ("the full model", "the circuit alone", "without the circuit"):
         assert score in printed
     assert (out / "report.txt").read_text().strip() in printed
     heldout = circuit.measured["heldout"]
@@ -367,16 +367,24 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         "tl_sparse.pruning.pruner.as_config", lambda config: as_config(config or PRUNE)
     )
 
-    # Nodes kept in any case, so that there is a first node and a first edge to print.
+    # A few nodes in any case, so that there is a first node and a first edge to print.
     def some(empty, model, gates, *_):
-        return dataclasses.replace(
-            empty, kept=gates.at_nodes(torch.arange(len(gates.tau)) % 3 == 0)
-        )
+        kept = {name: torch.zeros_like(mask) for name, mask in empty.kept.items()}
+        for read, neuron in model.blocks[0].mlp.W_in.nonzero()[:4].tolist():
+            kept["blocks.0.ln2.hook_read"][read] = True
+            kept["blocks.0.mlp.hook_post"][neuron] = True
+        return dataclasses.replace(empty, kept=kept)
 
     monkeypatch.setattr("tl_sparse.pruning.pruner.discretise", some)
+
+    def few_rows(*arguments):
+        return tl_sparse.load_corpus(*arguments)[:32]
+
+    monkeypatch.setattr("tl_sparse.pruning.means.load_corpus", few_rows)
+    monkeypatch.setattr("tl_sparse.view.contents.load_corpus", few_rows)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     (tmp_path / "names.jsonl").write_text(
         re.search(r"`({.prompts.*})`", (ROOT / "README.md").read_text())[1]
     )

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import json
 import types
 
 import pytest
@@ -17,6 +18,7 @@ from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro
 from tl_sparse.errors import ArgumentError, TLSparseError
 from tl_sparse.evaluation.judge import evaluate, full_evaluation
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.scores import Score
 
 ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "view"]
@@ -83,6 +85,14 @@ def right():
         "stop": 3,
         "n_pairs": 4,
         "seed": 0,
+        "n_ctx": 8,
+        "n_found": 3,
+        "n_wanted": 4,
+        "n_excluded": 0,
+        "pairs": [Pair("A end", "B end", " yes", " no")],
+        "parts": [data],
+        "source": "",
+        "prompts": [],
         "tokenizer": model.tokenizer,
         "logits": torch.zeros(4, 8, model.cfg.d_vocab),
         "correct": data.correct,
@@ -108,6 +118,8 @@ def right():
 OTHERWISE = {
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},
+    "read_pairs": {"path": "pairs.jsonl"},
+    "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
     "get_task": {"name": "single_double_quote"},
     "read_results": {"values": {"models": {}, "geometric_mean_edges": {"node_pruned": {}}}},
     "summary": {
@@ -132,6 +144,8 @@ def call(function, arguments):
 @pytest.mark.parametrize("function", functions())
 def test_wrong_values_of_each_argument(function, right, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    line = {"prompts": ["A end", "B end"], "answers": [" yes", " no"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
     parameters = inspect.signature(function).parameters
     arguments = {}
     for name, parameter in parameters.items():

@@ -673,8 +673,10 @@ def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, 
         tried.append(gone)
         return kept.isdisjoint(gone)
 
-    gone = eliminate(range(40), holds, lambda gone: len(gone) <= final)
+    decided = []
+    gone = eliminate(range(40), holds, lambda gone: len(gone) <= final, decided.append)
     assert gone == sorted(set(range(40)) - kept)[:final]
+    assert sum(decided) == 40  # as many as the progress bar counts
     assert len(tried) == tests
 
 

@@ -180,7 +180,7 @@ _NODE_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, repr=False)
 class Node:
     """One node: an entry of the activation at a location of a layer.
 
@@ -199,10 +199,13 @@ class Node:
     layer: int
     location: str
     index: int
-    shown_index: str = field(default="", compare=False, repr=False)
+    shown_index: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.location} {self.shown_index or self.index}"
+
+    def __repr__(self) -> str:
+        return f"Node({str(self)!r})"
 
     @property
     def indexed_name(self) -> str:

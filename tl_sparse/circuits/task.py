@@ -1,11 +1,13 @@
 """The task of a circuit."""
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CircuitError
 from tl_sparse.parsing import printable
 from tl_sparse.tasks import TASKS, Task, as_task
 
 
+@checked("task")
 def circuit_task(circuit: CircuitParts, task: Task | str | None = None) -> Task:
     """The given task or, by default, the circuit's own.
 

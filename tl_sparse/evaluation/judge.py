@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
-from tl_sparse.errors import DataError, TaskError, TokenizerError
+from tl_sparse.errors import ArgumentError, DataError, TaskError, TokenizerError, counted
 from tl_sparse.evaluation.running import (
     RunContext,
     all_logits,
@@ -83,7 +83,15 @@ def score_next_tokens(
     Args:
         logits: the logits after the prompts of `data`; see `all_next_token_logits`.
         full_logits: those of the full model, from which the divergence is measured.
+
+    Raises:
+        ArgumentError: if these are not the logits of as many tokens after each prompt.
     """
+    if logits.shape != full_logits.shape or len(logits) != len(data.prompts):
+        raise ArgumentError(
+            f"logits have the shape {list(logits.shape)} and full_logits {list(full_logits.shape)}; "
+            f"both must be [prompt, d_vocab], with {counted(len(data.prompts), 'prompt')}"
+        )
     answers = data.candidates.gather(1, data.correct[:, None])
     log_probabilities = logits.log_softmax(1)
     divergence = torch.nn.functional.kl_div(

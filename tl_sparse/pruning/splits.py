@@ -265,7 +265,7 @@ def heldout_pairs(
         raise too_few_pairs(task, len(pairs), n_pairs or 1, len(used))
     data = _encoded(model, task, pairs, config)
     if not is_own:
-        warn_of_shortened(task, data)
+        warn_of_shortened(task, [data])
     return data
 
 
@@ -281,6 +281,7 @@ def _known_split(circuit: Circuit, task: Task, config: PruneConfig) -> TaskPairs
         return None
 
 
+@checked()
 def recorded_config(circuit: Circuit) -> PruneConfig:
     """The recorded settings with which the circuit was found; defaults if it records none.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import ArgumentError, DataError, TaskError
 from tl_sparse.parsing import MAX_JSON_BYTES, parse_json, printable, read_text
 
@@ -97,6 +98,7 @@ def _is_pair(pair: object) -> bool:
     return isinstance(pair, Pair) and all(isinstance(text, str) for text in pair)
 
 
+@checked()
 def prompts_of(pairs: Iterable[Pair]) -> set[str]:
     """All prompts of these pairs."""
     prompts = set[str]()
@@ -125,6 +127,7 @@ class _Line(NamedTuple):
     same_end: bool
 
 
+@checked()
 def read_pairs(path: str | Path) -> PairsFile:
     """Read a file of pairs; for its format and the errors see `Task.from_jsonl`."""
     by_part: dict[Part | None, list[Pair]] = {}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tl_sparse.arguments import described
+from tl_sparse.arguments import checked, described
 from tl_sparse.errors import ArgumentError, TaskError
 from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides
 from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs, read_pairs
@@ -227,6 +227,7 @@ _QUOTE_TASK = Task(
 TASKS: dict[str, Task] = {task.name: task for task in (_QUOTE_TASK, *map(_task_from_yaml, PAIRS))}
 
 
+@checked()
 def is_built_in(task: Task) -> bool:
     """Whether this is one of `TASKS`, and not another task of the same name."""
     return TASKS.get(task.name) == task

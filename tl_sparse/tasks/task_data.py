@@ -188,10 +188,11 @@ def make_task_data(
     if len(pairs) < n_pairs:
         raise too_few_pairs(task, len(pairs), n_pairs, len(exclude))
     data = encode_pairs(task, pairs, tokenizer, n_ctx)
-    warn_of_shortened(task, data)
+    warn_of_shortened(task, [data])
     return data
 
 
+@checked()
 def draw_pairs(task: Task, n_pairs: int, seed: int, exclude: Collection[str] = ()) -> list[Pair]:
     """`n_pairs` pairs whose prompts are all different and not in `exclude`, or fewer if the task
     has no more.
@@ -211,6 +212,7 @@ def draw_pairs(task: Task, n_pairs: int, seed: int, exclude: Collection[str] = (
     return pairs
 
 
+@checked()
 def too_few_pairs(task: Task, n_found: int, n_wanted: int, n_excluded: int) -> TaskError:
     """The error if a task has not as many pairs as were asked for."""
     has = counted(n_found, "pair") if n_found else "no pairs"
@@ -223,6 +225,7 @@ def too_few_pairs(task: Task, n_found: int, n_wanted: int, n_excluded: int) -> T
     return TaskError(message)
 
 
+@checked()
 def encode_pairs(
     task: Task, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, n_ctx: int | None
 ) -> TaskData:
@@ -260,7 +263,8 @@ def encode_pairs(
     )
 
 
-def warn_of_shortened(task: Task, *parts: TaskData) -> None:
+@checked()
+def warn_of_shortened(task: Task, parts: Sequence[TaskData]) -> None:
     """Warn of the answers of a task, with pairs in these parts, that are not a single token.
 
     It does not warn of built-in tasks, whose answers are meant to be shortened.

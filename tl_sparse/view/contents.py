@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.checkpoints import load_corpus
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
-from tl_sparse.errors import CircuitError
+from tl_sparse.errors import CircuitError, DataError
 from tl_sparse.evaluation import evaluate
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig, heldout_pairs
@@ -110,8 +112,8 @@ def page_data(
     Args:
         task: the task of the prompts, candidates and effects; by default the circuit's own. If that
             is not known, the page has none of these.
-        corpus: tokens for histograms and passages. Without them the page has neither, and states
-            this.
+        corpus: tokens for histograms and passages; by default the sample in the folder that the
+            model was loaded from. If there is none, the page has neither, and states this.
         min_weight: leave out edges with a smaller absolute weight, and nodes that then have no
             edges.
         prompts: prompts of the user's own, whose values the page shows too.
@@ -143,6 +145,7 @@ def page_data(
         shown = task_prompts(pairs.pairs(range(min(LIMITS.prompt_pairs, pairs.n_pairs))))
         if circuit.means:
             sizes = _measure(page, circuit, model, nodes, pairs)
+    corpus = _corpus_to_show(model, corpus)
     _show_runs(page, circuit, model, nodes, shown, own, corpus, sizes)
     return page.as_json(circuit)
 
@@ -157,6 +160,17 @@ def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> 
     except CircuitError:
         return None
     return None if model.tokenizer is None else task
+
+
+def _corpus_to_show(
+    model: TLModel, corpus: Int[Tensor, "seq pos"] | None
+) -> Int[Tensor, "seq pos"] | None:
+    """The given tokens or, by default, the sample in the folder of the model, if there is one."""
+    folder = getattr(model, "folder", None)
+    if corpus is None and folder is not None:
+        with suppress(DataError):
+            corpus = load_corpus(folder, model.tokenizer, model.cfg.n_ctx)
+    return None if corpus is None else tokens_for(model, corpus, "the corpus")
 
 
 def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]:
@@ -214,7 +228,7 @@ def _show_runs(
     prompts = [*own, *shown]  # the last ones are left out if the page becomes too large
     activations = []
     if corpus is not None:
-        corpus = part_of_corpus(tokens_for(model, corpus, "the corpus"), points)
+        corpus = part_of_corpus(corpus, points)
         on_corpus = corpus_values(model, corpus, points)
         activations.append(on_corpus)
     if prompts:

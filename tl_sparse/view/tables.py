@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, residual_joins
+from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, circuit_task, residual_joins
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Task, as_task, make_task_data, score_row, table
+from tl_sparse.tasks import Task, make_task_data, score_row, table
 from tl_sparse.view.drawing import why_no_nodes
 from tl_sparse.view.measurements import read_tabulated
 
@@ -34,7 +34,12 @@ _WITHOUT_EDGES = {
 
 
 @checked("task")
-def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evaluation) -> str:
+def report(
+    circuit: Circuit,
+    model: TLModel,
+    task: Task | str | None = None,
+    evaluation: Evaluation | None = None,
+) -> str:
     """A description of the circuit of `task` in `model`, which must be a model of this package.
 
     It lists the nodes by layer and location, the `STRONGEST` edges with their weights, what is
@@ -42,10 +47,19 @@ def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evalu
     embedding and unembedding for the task's tokens (or for those of one pair, if each pair has its
     own), and the scores.
 
+    Args:
+        circuit: the circuit.
+        model: its model.
+        task: the task of the circuit; by default its own.
+        evaluation: the scores; by default those that the circuit records, if it does.
+
     Raises:
-        CircuitError: if `model` is not the circuit's model.
+        CircuitError: if `model` is not the circuit's model, if no task is given and the circuit's
+            own is not known, or if the recorded scores are damaged.
     """
-    task = as_task(task)
+    task = circuit_task(circuit, task)
+    if evaluation is None:
+        evaluation = _recorded_evaluation(circuit)
     title = f"Circuit of {task.name} in {circuit.model_name}"
     if task.candidates:
         first, second = task.candidates
@@ -56,8 +70,9 @@ def report(circuit: Circuit, model: TLModel, task: Task | str, evaluation: Evalu
         _nodes_table(circuit, model),
         *_joined_tables(circuit, model),
         *_token_tables(circuit, model, task),
-        scores_table(evaluation),
     ]
+    if evaluation is not None:
+        sections.append(scores_table(evaluation))
     return "\n\n".join(sections)
 
 
@@ -91,16 +106,23 @@ def circuit_facts(circuit: Circuit) -> str:
     Raises:
         CircuitError: if its recorded scores are damaged.
     """
+    evaluation = _recorded_evaluation(circuit)
+    if evaluation is None:
+        return repr(circuit)
+    return f"{circuit!r}\n{counted(evaluation.n_edges, 'edge')}\n\n{scores_table(evaluation)}"
+
+
+def _recorded_evaluation(circuit: Circuit) -> Evaluation | None:
+    """The scores on held-out pairs that the circuit records, if it does."""
     heldout = circuit.measured.get("heldout")
     if heldout is None:
-        return repr(circuit)
+        return None
     try:
-        evaluation = Evaluation.from_dict(heldout)
+        return Evaluation.from_dict(heldout)
     except DataError as error:
         raise CircuitError(
             f"the circuit's scores are damaged: 'measured.heldout': {error}"
         ) from error
-    return f"{circuit!r}\n{counted(evaluation.n_edges, 'edge')}\n\n{scores_table(evaluation)}"
 
 
 def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
