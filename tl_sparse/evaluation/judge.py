@@ -89,7 +89,7 @@ def score_next_tokens(
     """
     if logits.shape != full_logits.shape or len(logits) != len(data.prompts):
         raise ArgumentError(
-            f"logits have the shape {list(logits.shape)} and full_logits {list(full_logits.shape)}; "
+            f"logits have the shape {list(logits.shape)}, full_logits {list(full_logits.shape)}; "
             f"both must be [prompt, d_vocab], with {counted(len(data.prompts), 'prompt')}"
         )
     answers = data.candidates.gather(1, data.correct[:, None])

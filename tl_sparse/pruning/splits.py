@@ -203,7 +203,7 @@ def encoded_splits(
 ) -> tuple[TaskData, TaskData, TaskData]:
     """The training, selection and held-out pairs as tokens; see `task_splits`."""
     parts = [_encoded(model, task, pairs.part(part), config) for part in PARTS]
-    warn_of_shortened(task, *parts)
+    warn_of_shortened(task, parts)
     training, selection, heldout = parts
     return training, selection, heldout
 

@@ -235,6 +235,8 @@ def encode_pairs(
             f"task {task.name} needs the model's tokenizer, "
             "with a beginning-of-text token (bos_token) to begin prompts with"
         )
+    if not pairs:
+        raise TaskError(f"task {task.name}: no pairs are given, so there is nothing to encode")
     prompts: list[str] = []
     rows: list[list[int]] = []
     candidates: list[list[int]] = []
