@@ -419,7 +419,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         ),
         (
             ["prune", "nowhere", "single_double_quote", "--out", "OUT"],
-            "'nowhere' is not a folder, nor 'user/repo'",
+            "there is no folder 'nowhere', nor a model of that name",
         ),
         (
             ["prune", "MODEL", "single_double_quote", "--out", "FULL"],

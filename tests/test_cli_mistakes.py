@@ -18,7 +18,7 @@ COMMANDS = {
     "suite": ["suite", "MODEL", "--tasks", "TASK", "--out", "OUT"],
     "search": ["search", "MODEL", "TASK", "--out", "OUT", "--trials", "1"],
     "tasks": ["tasks", "MODEL"],
-    "view": ["view", "CIRCUIT", "--model", "MODEL", "--task", "TASK", "-o", "OUT"],
+    "view": ["view", "CIRCUIT", "--model", "MODEL", "--task", "TASK", "-o", "OUT.html"],
     "export": ["export", "CIRCUIT", "--model", "MODEL", "--task", "TASK", "-o", "OUT.csv"],
     "evaluate": ["evaluate", "CIRCUIT", "--model", "MODEL", "--task", "TASK"],
     "plot": ["plot", "curve", "FIGURES", "-o", "OUT.svg"],
@@ -80,12 +80,15 @@ def places(tmp_path_factory):
 
 
 def run(words, capsys):
-    """The exit status of a command, and the last line that it wrote to standard error."""
+    """The exit status of a command, and the last error that it wrote, without where the help is."""
     try:
         status = main(words)
     except SystemExit as stopped:
         status = stopped.code
-    return status, capsys.readouterr().err.splitlines()[-1:]
+    lines = capsys.readouterr().err.splitlines()
+    if status == 2:
+        assert lines.pop().endswith("--help lists the options")
+    return status, lines[-1:]
 
 
 def takes(command, flag):

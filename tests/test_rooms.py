@@ -21,7 +21,17 @@ ROOT = Path(__file__).parents[1]
 #: From the ground up. Rooms in one line do not know each other.
 FLOORS = [
     ["errors"],
-    ["arguments", "arrays", "config", "parsing", "pickles", "checksums", "records", "precision"],
+    [
+        "arguments",
+        "arrays",
+        "config",
+        "parsing",
+        "pickles",
+        "checksums",
+        "records",
+        "precision",
+        "version",
+    ],
     ["outputs", "locks"],
     ["files"],
     ["kernels"],

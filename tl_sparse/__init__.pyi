@@ -16,4 +16,5 @@ from .tasks.task import get_task as get_task
 from .tasks.task_data import make_task_data as make_task_data
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import train as train
+from .version import __version__ as __version__
 from .view.tables import report as report

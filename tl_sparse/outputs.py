@@ -5,6 +5,7 @@ Symbolic links are written through, and pipes and devices directly. A file that 
 keeps its permissions.
 """
 
+import difflib
 import errno
 import filecmp
 import json
@@ -13,7 +14,7 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,29 @@ def check_new_folder(folder: str | Path) -> None:
         raise ConfigError(
             f"out = {str(folder)!r} is not possible; it must be a new or an empty folder"
         )
+
+
+def check_ending(path: str | Path, endings: Sequence[str], what: str) -> None:
+    """Check that the name of a file has one of these endings, in small or capital letters.
+
+    A pipe or a device may have any name.
+
+    Args:
+        path: the file.
+        endings: the endings, such as ".html".
+        what: what is written, for the message: "a page".
+
+    Raises:
+        ConfigError: if it has none of them.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending in endings or is_stream(path):
+        return
+    near = difflib.get_close_matches(ending, endings, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    has = f"cannot be written as {path.suffix!r}" if ending else "needs an ending"
+    raise ConfigError(f"{path}: {what} {has}; the name must end in {' or '.join(endings)}{hint}")
 
 
 def check_new_file(path: str | Path, overwrite: bool) -> None:

@@ -24,6 +24,7 @@ from helpers import (
     word_tokenizer,
 )
 from tl_sparse import SparseConfig, create, load
+from tl_sparse.checkpoints.network import resolve_device
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, ConfigError, TLSparseError, TokenizerError
 from tl_sparse.files import read_json, write_json, write_tensors
@@ -495,10 +496,10 @@ def folder(saved, tmp_path):
 
 
 def test_folders_without_a_model(tmp_path):
-    with pytest.raises(CheckpointError, match=r"absent' is not a folder"):
+    with pytest.raises(CheckpointError, match=r"^there is no folder '.*absent'"):
         load(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file' is not a folder"):
+    with pytest.raises(CheckpointError, match="file' is a file, not the folder of a model"):
         load(str(tmp_path / "file"))
     with pytest.raises(
         CheckpointError, match=r"holds no model: neither config\.json .* nor beeg_config\.json"
@@ -538,7 +539,7 @@ def test_folders_without_a_model(tmp_path):
         (dict(biases=False), r"unexpected blocks\.0\.attn\.b_K"),
         (dict(attn_sinks=True), r"missing blocks\.0\.attn\.sink"),
         (dict(tied_unembed=True), r"unexpected unembed\.W_U"),
-        (dict(model_type="llama"), "config.json: model_type is not 'tl_sparse'"),
+        (dict(model_type="llama"), "is a dense model, which TransformerLens opens"),
         (dict(model_type=None), "config.json: model_type is not 'tl_sparse'"),
         (dict(format_version=2), "config.json: format_version is not 1"),
     ],
@@ -659,13 +660,42 @@ def test_missing_weights(folder):
         load(folder, device="cpu")
 
 
+def _raising(error):
+    def stub(*args, **kwargs):
+        raise error
+
+    return stub
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+def test_a_device_that_is_not_here_is_not_offered(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", _raising(RuntimeError("not here")))
+    with pytest.raises(ConfigError) as caught:
+        resolve_device(device)
+    why = "because torch finds no GPU here"
+    assert str(caught.value) == f"device = {device!r} is not possible, {why}; use 'cpu'"
+
+
+def test_the_gpus_that_are_here_are_offered(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", _raising(RuntimeError("not here")))
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda:7")
+    here = "'cpu' or 'cuda:0' or 'cuda:1'"
+    assert str(caught.value) == f"device = 'cuda:7' is not possible; use {here}"
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:999", "xla", 1.5])
 def test_impossible_devices(device, saved):
     for make in (
         lambda: load(saved, device=device),
         lambda: create(tiny_config(), 0, device=device),
     ):
-        with pytest.raises(ConfigError, match=f"device = {device!r} is not possible.*'cpu'"):
+        with pytest.raises(ConfigError, match=f"device = {device!r} is not possible.*use 'cpu'"):
             make()
 
 

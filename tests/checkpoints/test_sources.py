@@ -12,23 +12,26 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from helpers import must_not_run
 from loopback import Answer, FakeHub, cache_snapshot, point_hub_at, serving
 from tl_sparse.checkpoints import download, sources
 from tl_sparse.errors import CheckpointError
 
 pytestmark = pytest.mark.any_line
 
-NAMES = (
-    "csp_yolo1, csp_yolo2, csp_bridges1, csp_bridges2, dense1_1x, dense1_2x, dense1_4x, "
-    "csp_sweep1_1x_3.7Mnonzero_afrac0.250, …"
+#: How the message about a wrong name goes on after the name.
+PLACES = (
+    ", nor a model of that name: tiny-python-sparse, tiny-python-dense come with tl_sparse, OpenAI "
+    "published csp_yolo1, csp_yolo2, csp_bridges1, csp_bridges2, dense1_1x, dense1_2x, dense1_4x, "
+    "csp_sweep1_1x_3.7Mnonzero_afrac0.250, …, and the Hugging Face hub has 'user/repo'"
 )
 CONFIG, MODEL = b'{"n_layer": 1}', bytes(range(256)) * 40
 
 
-def failure(source, revision=None):
+def failure(source, revision=None, wanted="model"):
     """The message with which `find` fails."""
     with pytest.raises(CheckpointError) as caught:
-        sources.find(source, revision)
+        sources.find(source, revision, wanted)
     return str(caught.value)
 
 
@@ -63,11 +66,6 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
     [
         "csp_yolo3",
         "no_such_folder",
-        "gpt2",
-        "",
-        "a/b/c",
-        "/no/such/folder",
-        "user/répo",
         "a\0b",
         "csp_sweep1_..x_1Mnonzero_afrac..",
         "csp_sweep1_1x_1Mnonzero_afrac0.",
@@ -76,19 +74,19 @@ def test_a_folder_comes_before_a_published_or_a_hub_name(tmp_path, monkeypatch):
     ],
 )
 def test_anything_else_is_refused_with_what_is_possible(source):
-    start = f"{source!r} is not a folder, nor 'user/repo' on the Hugging Face hub, "
-    start += "nor one of tiny-python-sparse, tiny-python-dense, which come with tl_sparse, "
-    start += "nor a model that OpenAI published: "
+    start = f"there is no folder {source!r}{PLACES}"
     near = {"csp_yolo3": "; did you mean 'csp_yolo2'?"}.get(source, "")
     message = failure(source)
-    assert message.startswith(start + NAMES)
-    assert message == start + NAMES + near or source.startswith(("csp_sweep1", "dense1"))
+    assert message.startswith(start)
+    assert message == start + near or source.startswith(("csp_sweep1", "dense1"))
 
 
 @pytest.mark.parametrize(
     ("typo", "meant"),
     [
         ("csp-yolo1", "csp_yolo1"),
+        ("tiny-python-spars", "tiny-python-sparse"),
+        ("tiny_python_dense", "tiny-python-dense"),
         ("dense_2x", "dense1_2x"),
         ("csp_sweep_1x_3.7Mnonzero_afrac0.25", "csp_sweep1_1x_3.7Mnonzero_afrac0.250"),
     ],
@@ -97,16 +95,85 @@ def test_a_misspelled_published_name_is_answered_with_the_nearest(typo, meant):
     assert failure(typo).endswith(f"did you mean {meant!r}?")
 
 
-def test_a_file_is_not_a_folder(tmp_path):
+@pytest.mark.parametrize("wanted", ["model", "circuit"])
+def test_a_file_is_not_a_folder(wanted, tmp_path):
     path = tmp_path / "final_model.pt"
     path.touch()
-    assert failure(path).startswith(f"{str(path)!r} is not a folder")
+    message = f"{str(path)!r} is a file, not the folder of a {wanted}"
+    assert failure(path, wanted=wanted) == message
+    (tmp_path / "circuit.json").touch()
+    hint = f"; did you mean its folder, {str(tmp_path)!r}?" if wanted == "circuit" else ""
+    assert failure(path, wanted=wanted) == message + hint
 
 
 def test_a_path_is_never_a_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert failure(Path("user/repo")).startswith("'user/repo' is not a folder, nor")
-    assert failure(Path("csp_yolo1")).startswith("'csp_yolo1' is not a folder, nor")
+    assert failure(Path("user/repo")) == "there is no folder 'user/repo'"
+    assert failure(Path("csp_yolo1")) == "there is no folder 'csp_yolo1'"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./user", "./user/repo", "../repo", "/no/such/folder", "~/model", "a/b/c", "a/", "a\\b"],
+)
+@pytest.mark.parametrize("wanted", ["model", "circuit"])
+def test_what_can_only_be_a_path_is_looked_up_nowhere_else(source, wanted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_snapshot", must_not_run("asking the hub"))
+    assert failure(source, wanted=wanted) == f"there is no folder {source!r}"
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("./my-modle", "./my-model"),
+        ("runs/my-modle", "runs/my-model"),
+        ("rums/my-model", "runs"),
+        ("my-modle/", "my-model"),
+        ("my-modle", "my-model"),
+        ("user/repo/my-model", None),
+        ("runs/other", None),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["model", "circuit"])
+def test_the_nearest_folder_is_suggested(source, meant, wanted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my-model", "runs/my-model"):
+        Path(folder).mkdir(parents=True)
+    message = failure(source, wanted=wanted)
+    assert message.startswith(f"there is no folder {source!r}")
+    if meant is None:
+        assert "did you mean" not in message
+    else:
+        assert f"; did you mean {meant!r}?" in message
+
+
+def test_a_home_folder_that_the_shell_did_not_expand(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    hint = f"did you mean {str(tmp_path / 'model')!r}? Only the shell expands '~'"
+    assert failure("~/model") == f"there is no folder '~/model'; {hint}"
+
+
+def test_a_folder_that_is_missing_is_named_before_the_hub(tmp_path):
+    message = failure("runs/my-model")
+    assert message.startswith("there is no folder 'runs/my-model', and on the Hugging Face hub ")
+
+
+def test_names_of_models_are_not_offered_where_a_circuit_is_wanted():
+    places = "a circuit is a folder that prune wrote, or 'user/repo' on the Hugging Face hub"
+    assert failure("my-circuit", wanted="circuit") == f"there is no folder 'my-circuit'; {places}"
+
+
+@pytest.mark.parametrize("name", ["tiny-python-sparse", "csp_yolo1"])
+def test_the_name_of_a_model_where_a_circuit_is_wanted(name):
+    command = f"`tl-sparse prune {name} TASK --out FOLDER` finds a circuit in it"
+    assert failure(name, wanted="circuit") == f"{name} is a model, not a circuit; {command}"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia-70m", "distilgpt2"])
+def test_the_name_of_a_dense_model(name):
+    assert failure(name).startswith(f"{name} is a dense model, which TransformerLens opens: ")
 
 
 def test_only_hub_repositories_have_revisions(tmp_path):
@@ -396,7 +463,8 @@ def test_a_missing_or_impossible_length_is_an_error(storage, length):
 def test_a_model_that_the_storage_does_not_have(storage, folder):
     url = f"{sources.STORAGE}/csp_yolo2/beeg_config.json"
     expected = f"{url} cannot be fetched: HTTP Error 404: Not Found; "
-    expected += f"OpenAI's models are {NAMES}; did you mean "
+    names = ", ".join(sources._OPENAI_NAMES)
+    expected += f"OpenAI's models are {names}, …; did you mean "
     assert failure("csp_yolo2").startswith(expected)
     assert storage.asked == []
     assert list(folder.parent.iterdir()) == []  # not an empty folder for each misspelled name
@@ -489,6 +557,7 @@ def test_two_at_once_fetch_it_once(storage, folder):
 
 # --- The Hugging Face hub
 
+NO_FOLDER = "there is no folder 'user/repo', and on the Hugging Face hub 'user/repo'"
 OURS = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
@@ -548,6 +617,13 @@ def test_pickles_come_where_there_is_no_safetensors_file(on_hub, files):
     assert set(hub.asked) == set(files)
 
 
+def test_of_a_dense_model_no_weights_are_fetched(on_hub):
+    config = {"config.json": b'{"model_type": "gpt2"}'}
+    hub = on_hub(config | {"model.safetensors": b"weights", "pytorch_model.bin": b"pickle"})
+    assert names(sources.find("user/repo")) == ["config.json"]
+    assert set(hub.asked) == {"config.json"}
+
+
 def test_circuits_are_found_too(on_hub):
     files = {"circuit.json": b"{}", "circuit.safetensors": b"x"}
     on_hub(files | {"final_model.pt": b"pickle"})
@@ -560,7 +636,7 @@ def test_a_revision(on_hub):
     assert folder.name == hub.commit
     assert (folder.parents[1] / "refs" / "v1").read_text() == hub.commit
     assert failure("user/repo", "v2") == (
-        "'user/repo' has no revision 'v2'; "
+        f"{NO_FOLDER} has no revision 'v2'; "
         f"its branches and tags are on {constants.ENDPOINT}/user/repo/tree/main"
     )
 
@@ -568,8 +644,8 @@ def test_a_revision(on_hub):
 def test_a_repository_that_does_not_exist_or_is_private(on_hub):
     on_hub(OURS)
     assert failure("user/other") == (
-        "'user/other' is neither a folder here nor a hub repository you may read; "
-        "if it is private, log in: `hf auth login`"
+        "there is no folder 'user/other', and on the Hugging Face hub 'user/other' is no "
+        "repository that you may read; if it is private, log in: `hf auth login`"
     )
 
 
@@ -579,7 +655,7 @@ def test_a_gated_repository(on_hub, status):
     page = f"{constants.ENDPOINT}/user/repo"
     assert (
         failure("user/repo")
-        == f"'user/repo' is gated: accept its terms on {page}, then log in with `hf auth login`"
+        == f"{NO_FOLDER} is gated: accept its terms on {page}, then log in with `hf auth login`"
     )
 
 
@@ -593,14 +669,14 @@ def test_a_repository_without_a_model(on_hub):
 
 def test_an_impossible_repository_name(on_hub):
     on_hub(OURS)
-    assert failure("user/--repo").startswith("'user/--repo' cannot be fetched: ")
+    assert "'user/--repo' cannot be fetched: " in failure("user/--repo")
 
 
 def test_the_hub_in_trouble(on_hub):
     on_hub(OURS, refused={"api": Answer(status=418)})
     message = failure("user/repo")
     assert message.startswith(
-        "'user/repo' is not in the cache, and the hub cannot be reached: Client error '418"
+        f"{NO_FOLDER} is not in the cache, and the hub cannot be reached: Client error '418"
     )
 
 
@@ -610,7 +686,7 @@ def test_the_hub_without_a_network(monkeypatch, tmp_path):
         point_hub_at(monkeypatch, f"http://127.0.0.1:{free.getsockname()[1]}", tmp_path / "hub")
         message = failure("user/repo")
         assert message.startswith(
-            "'user/repo' is not in the cache, and the hub cannot be reached: "
+            f"{NO_FOLDER} is not in the cache, and the hub cannot be reached: "
         )
         assert message.endswith("Connection refused")
         folder = cache_snapshot(tmp_path / "hub", "user/repo", OURS)
@@ -624,8 +700,8 @@ def test_the_cache_of_huggingface_hub_is_read_off_line(tmp_path):
     problem = (
         f"is not (fully) in the cache {tmp_path / 'hub'}; to reach the hub, unset HF_HUB_OFFLINE"
     )
-    assert failure("user/repo", "v2") == f"'user/repo' {problem}"
-    assert failure("user/other") == f"'user/other' {problem}"
+    assert failure("user/repo", "v2") == f"{NO_FOLDER} {problem}"
+    assert failure("user/other") == f"{NO_FOLDER.replace('repo', 'other')} {problem}"
 
 
 def test_a_half_fetched_repository_is_not_used_off_line(on_hub, monkeypatch):

@@ -238,7 +238,7 @@ def test_storages_that_cannot_be_used(place, tried, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": "nowhere"}, CheckpointError, "'nowhere' is not a folder"),
+        ({"model": "nowhere"}, CheckpointError, "there is no folder 'nowhere'"),
         ({"tasks": ["nothing"]}, TaskError, "no task 'nothing'"),
         ({"tasks": []}, ConfigError, r"tasks = \[\] is not possible; it must be one or more"),
         ({"tasks": ["var_if"] * 2}, ConfigError, r"tasks = \['var_if', 'var_if'\] is not possible"),

@@ -176,7 +176,7 @@ def test_the_seed_is_not_a_setting(place, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"models": ["nowhere"]}, CheckpointError, "'nowhere' is not a folder"),
+        ({"models": ["nowhere"]}, CheckpointError, "there is no folder 'nowhere'"),
         ({"models": []}, ConfigError, r"models = \[\] is not possible; it must be one or more"),
         ({"tasks": ["single_quote"]}, TaskError, "did you mean 'single_double_quote'"),
         (

@@ -338,7 +338,7 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
             "tasks results.json results.json -o c.png",
             "tasks is plotted from one source, not from 2",
         ),
-        ("sparsity nowhere -o c.png", "'nowhere' is not a folder"),
+        ("sparsity nowhere -o c.png", "there is no folder 'nowhere'"),
         ("curve a.json -o micro/config.json/c.png", "cannot write"),
     ],
 )

@@ -364,7 +364,7 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
             "nameless does not name its model; give it with --model",
         ),
         ("view homeless -o x.html", "give the circuit's model with --model"),
-        ("view homeless -o x.html --model lost", "'lost' is not a folder"),
+        ("view homeless -o x.html --model lost", "there is no folder 'lost'"),
         ("view nowhere -o x.html", "nowhere"),
         ("view circuit -o circuit", "cannot write circuit: it is a folder"),
         ("view circuit -o page.html/x.html", "cannot write page.html/x.html"),

@@ -1,6 +1,12 @@
+from .contents import contents_of as contents_of
+from .contents import no_circuit as no_circuit
 from .corpus_sample import CORPUS_ROWS as CORPUS_ROWS
 from .corpus_sample import CORPUS_SAMPLE as CORPUS_SAMPLE
 from .corpus_sample import load_corpus as load_corpus
+from .dense import corpus_of as corpus_of
+from .dense import is_dense as is_dense
+from .dense import open_model as open_model
+from .dense import open_with_corpus as open_with_corpus
 from .hub import card_text as card_text
 from .hub import push_folder as push_folder
 from .loading import create as create

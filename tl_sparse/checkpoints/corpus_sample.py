@@ -49,7 +49,8 @@ def load_corpus(
 def _read_sample(path: Path, n_ctx: int) -> Int32[Tensor, "seq pos"]:
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist; give the text the model was trained on, or one like it"
+            f"{path} does not exist; give the text the model was trained on, or one like it "
+            "(source=… in Python, --corpus for a command)"
         )
     tokens = read_tensors(path).get("tokens")
     if tokens is None or tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):

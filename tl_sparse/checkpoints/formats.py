@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tl_sparse.checkpoints.contents import a_dense_model, contents_of, no_model
 from tl_sparse.checkpoints.native import MODEL_FILES, read_native_model
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.checkpoints.openai import read_circuitgpt_model, read_openai_model
@@ -26,14 +27,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     finish_replacing(MODEL_FILES, folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} holds no model: neither config.json (ours) nor beeg_config.json (OpenAI's)"
-        )
+        raise CheckpointError(no_model(folder))
     values = read_json(path)
     if "model_config" in values:
         return read_sparse_pretrain_model(folder, values)
     reader = _READERS.get(str(values.get("model_type")))
     if reader is None:
+        if "auto_map" not in values and contents_of(folder) == "dense model":
+            raise CheckpointError(a_dense_model(str(folder)))
         code = "; the code it names (auto_map) is never run" if "auto_map" in values else ""
         raise CheckpointError(
             f"{path}: model_type is not 'tl_sparse' (ours) or 'circuitgpt' (OpenAI's), and there "

@@ -203,14 +203,27 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = _devices_here()
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, TypeError, AssertionError) as error:
+        is_gpu = str(device).startswith(("cuda", "mps"))
+        why = ", because torch finds no GPU here" if is_gpu and len(here) == 1 else ""
         raise ConfigError(
-            f"device = {device!r} is not possible here; use 'cpu', 'cuda', 'cuda:1', …"
+            f"device = {device!r} is not possible{why}; use {' or '.join(here)}"
         ) from error
     return resolved
+
+
+def _devices_here() -> list[str]:
+    """The devices of this machine on which torch computes, for error messages."""
+    devices = ["'cpu'"]
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        devices.append(f"'cuda:{number}'")
+    if torch.backends.mps.is_available():
+        devices.append("'mps'")
+    return devices
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -4,11 +4,18 @@ import difflib
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import constants, errors, snapshot_download
 
+from tl_sparse.checkpoints.contents import (
+    Wanted,
+    a_dense_model,
+    a_model_is_no_circuit,
+    contents_of,
+)
 from tl_sparse.checkpoints.download import download
 from tl_sparse.errors import CheckpointError
 
@@ -47,7 +54,7 @@ _OPENAI_NAMES = (
 )
 
 
-def find(source: str | Path, revision: str | None = None) -> Path:
+def find(source: str | Path, revision: str | None = None, wanted: Wanted = "model") -> Path:
     """The local folder of a model or circuit, which is downloaded unless it is in the cache.
 
     The cache is Hugging Face's, under `HF_HOME`. With `HF_HUB_OFFLINE=1`, nothing is downloaded.
@@ -55,38 +62,106 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     Args:
         source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
             `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
+            What can only be a path, such as "./x", "~/x" or "a/b/c", is never looked up elsewhere.
         revision: a branch, tag or commit of a hub repository; by default its main branch.
+        wanted: what is looked for, for messages. Only models have names of their own.
 
     Raises:
         CheckpointError: if the source does not exist, access is denied, or the network or the disk
             fails.
     """
-    if isinstance(source, str) and not os.path.exists(source):
-        folder = _folder_of_name(source, revision)
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise CheckpointError(f"{str(source)!r} is not a folder, nor the name of a {wanted}")
+    is_name = isinstance(source, str) and not os.path.exists(source) and not is_path(source)
+    if is_name:
+        folder = _folder_of_name(str(source), revision, wanted)
         if folder is not None:
             return folder
     if revision is not None:
         raise CheckpointError(
             f"revision = {revision!r} is not possible: {str(source)!r} is not a hub repository"
         )
-    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
-        raise CheckpointError(
-            f"{str(source)!r} is not a folder, nor 'user/repo' on the Hugging Face hub, nor one of "
-            f"{', '.join(_BUNDLED)}, which come with tl_sparse, nor a model that OpenAI published: "
-            f"{_openai_names(str(source))}"
-        )
-    return Path(source)
+    if os.path.isdir(source):
+        return Path(source)
+    if os.path.exists(source):
+        raise CheckpointError(_not_a_folder(Path(source), wanted))
+    if is_name:
+        raise CheckpointError(_no_such_name(str(source), wanted))
+    raise CheckpointError(f"there is no folder {str(source)!r}{_did_you_mean(source)}")
 
 
-def _folder_of_name(name: str, revision: str | None) -> Path | None:
+def is_path(source: str) -> bool:
+    """Whether this can only be the path of a folder, and not the name of a model."""
+    is_relative_or_absolute = source.startswith((".", "~", "/")) or "\\" in source
+    return is_relative_or_absolute or ("/" in source and not _HUB_NAME.fullmatch(source))
+
+
+def _folder_of_name(name: str, revision: str | None, wanted: Wanted) -> Path | None:
     """The folder of the model called `name`, if one exists; only hub models have revisions."""
     if _HUB_NAME.fullmatch(name):
         return _hub_folder(name, revision)
     if revision is not None:
         return None
-    if _OPENAI_NAME.fullmatch(name):
+    is_published = _OPENAI_NAME.fullmatch(name) is not None
+    if wanted == "circuit" and (is_published or name in _BUNDLED):
+        raise CheckpointError(a_model_is_no_circuit(name))
+    if is_published:
         return _openai_folder(name)
     return _BUNDLED.get(name)
+
+
+def _not_a_folder(path: Path, wanted: Wanted) -> str:
+    """A message about a file that was given where a folder is wanted."""
+    hint = ""
+    if contents_of(path.parent) == wanted:
+        hint = f"; did you mean its folder, {str(path.parent)!r}?"
+    return f"{str(path)!r} is a file, not the folder of a {wanted}{hint}"
+
+
+def _no_such_name(name: str, wanted: Wanted) -> str:
+    """A message about a name that is neither that of a folder nor that of a model."""
+    if wanted == "circuit":
+        places = "a circuit is a folder that prune wrote, or 'user/repo' on the Hugging Face hub"
+        return f"there is no folder {name!r}; {places}{_did_you_mean(name)}"
+    if is_dense_name(name):
+        return a_dense_model(name)
+    return (
+        f"there is no folder {name!r}, nor a model of that name: {', '.join(_BUNDLED)} come with "
+        f"tl_sparse, OpenAI published {', '.join(_OPENAI_NAMES)}, …, and the Hugging Face hub has "
+        f"'user/repo'{_did_you_mean(name, *_BUNDLED, *_OPENAI_NAMES)}"
+    )
+
+
+def is_dense_name(name: str) -> bool:
+    """Whether TransformerLens knows a dense model by this name."""
+    # Imported here, because only the message about a wrong name, and dense models, need it.
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    return name in OFFICIAL_MODEL_NAMES or any(name in known for known in MODEL_ALIASES.values())
+
+
+def _did_you_mean(source: str | Path, *names: str) -> str:
+    """A hint at the folder, or at one of these names, that is most like `source`; "" if none is."""
+    if str(source).startswith("~") and os.path.isdir(os.path.expanduser(source)):
+        return f"; did you mean {os.path.expanduser(source)!r}? Only the shell expands '~'"
+    near = difflib.get_close_matches(str(source), names, n=1)
+    folder = _nearest_folder(str(source))
+    if folder is not None:
+        near = [folder]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _nearest_folder(source: str) -> str | None:
+    """The folder whose name is most like the first part of the path that does not exist."""
+    missing = source.rstrip("/")
+    while not os.path.isdir(os.path.dirname(missing) or "."):
+        missing = os.path.dirname(missing)
+    parent, name = os.path.split(missing)
+    folders = []
+    with suppress(OSError), os.scandir(parent or ".") as entries:
+        folders = [entry.name for entry in entries if entry.is_dir()]
+    near = difflib.get_close_matches(name, folders, n=1)
+    return os.path.join(parent, near[0]) if near else None
 
 
 def openai_tokenizer(local_only: bool = False) -> Path | None:
@@ -107,15 +182,19 @@ def openai_tokenizer(local_only: bool = False) -> Path | None:
 
 
 def _hub_folder(repo: str, revision: str | None) -> Path:
-    folder = _snapshot(repo, revision, _DATA)
-    if not any((folder / name).is_file() for name in _SAFETENSORS):
-        commit = folder.name
-        folder = _snapshot(repo, commit, _PICKLES)
+    """The folder of a repository; of a dense model, which `load` cannot read, without weights."""
+    folder = _snapshot(repo, revision, ["*.json"])
     if not any((folder / name).is_file() for name in _DESCRIBED_BY):
         raise CheckpointError(
             f"{repo!r} on the hub is not a model or circuit: it has none of "
             f"{', '.join(_DESCRIBED_BY)}"
         )
+    if contents_of(folder) == "dense model":
+        return folder
+    commit = folder.name
+    folder = _snapshot(repo, commit, _DATA)
+    if not any((folder / name).is_file() for name in _SAFETENSORS):
+        folder = _snapshot(repo, commit, _PICKLES)
     return folder
 
 
@@ -134,7 +213,11 @@ def _snapshot(
     # Any exception: depending on its version, huggingface_hub also raises those of httpx or
     # httpx2.
     except Exception as error:
-        raise CheckpointError(f"{repo!r} {_hub_problem(error, repo, revision)}") from error
+        problem = _hub_problem(error, repo, revision)
+        raise CheckpointError(
+            f"there is no folder {repo!r}{_did_you_mean(repo)}, and on the Hugging Face hub "
+            f"{repo!r} {problem}"
+        ) from error
     return Path(path)
 
 
@@ -151,10 +234,7 @@ def _hub_problem(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"has no revision {revision!r}; its branches and tags are on {page}/tree/main"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            "is neither a folder here nor a hub repository you may read; if it is private, log in: "
-            "`hf auth login`"
-        )
+        return "is no repository that you may read; if it is private, log in: `hf auth login`"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"is not in the cache, and the hub cannot be reached: {error.__cause__}"
     return f"cannot be fetched: {error}"
@@ -171,7 +251,8 @@ def _openai_folder(name: str) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hint = f"OpenAI's models are {_openai_names(name)}"
+        near = _did_you_mean(name, *_OPENAI_NAMES)
+        hint = f"OpenAI's models are {', '.join(_OPENAI_NAMES)}, …{near}"
         with FileLock(folder / ".lock"):  # another process may be fetching the same model
             for file in missing:
                 download(f"{STORAGE}/{name}/{file}", folder / file, hint)
@@ -185,10 +266,3 @@ def _openai_folder(name: str) -> Path:
             f"{name!r} cannot be written to the cache, which is under HF_HOME: {error}"
         ) from error
     return folder
-
-
-def _openai_names(name: str) -> str:
-    """For an error message: the names of OpenAI's models, and the one closest to `name`."""
-    names = ", ".join(_OPENAI_NAMES) + ", …"
-    near = difflib.get_close_matches(name, _OPENAI_NAMES, n=1)
-    return f"{names}; did you mean {near[0]!r}?" if near else names

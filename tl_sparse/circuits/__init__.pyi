@@ -1,5 +1,6 @@
 from .attribution import attribution_graph as attribution_graph
 from .circuit import Circuit as Circuit
+from .export_endings import check_export as check_export
 from .exports import export as export
 from .exports import residual_joins as residual_joins
 from .exports import to_networkx as to_networkx

@@ -329,7 +329,7 @@ class Circuit(CircuitParts):
             CheckpointError: if a file is missing, damaged, or has another format or version.
             CircuitError: if the masks and means do not fit each other.
         """
-        return cls._from_parts(read_circuit(find(source, revision)), means=None)
+        return cls._from_parts(read_circuit(find(source, revision, "circuit")), means=None)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the files that `save` writes, and a model card, to the Hugging Face Hub.

@@ -3,7 +3,6 @@
 The formats are networkx, GraphML, DOT, Mermaid, CSV, and the JSON of attribution graphs.
 """
 
-import difflib
 import json
 import re
 from itertools import groupby
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.export_endings import check_export
 from tl_sparse.circuits.nodes import LOCATIONS, Node
-from tl_sparse.errors import CircuitError, ConfigError
+from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_text
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
@@ -52,16 +52,8 @@ def export(
         CircuitError: if `model` is not the circuit's model, or the circuit does not fit the format.
         TaskError, TokenizerError, DataError: for .json, if no prompt of the task fits the model.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    endings = [*TEXT_FORMATS, ".json"]
-    if ending not in endings:
-        near = difflib.get_close_matches(ending, endings, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"{path}: nothing is exported as {path.suffix!r}; {hint}"
-            f"Exports end in {', '.join(endings)}"
-        )
+    check_export(path)
+    ending = Path(path).suffix.lower()
     if ending == ".json":
         graph = attribution_graph(circuit, model, task)
         text = json.dumps(graph, indent=1, ensure_ascii=False)

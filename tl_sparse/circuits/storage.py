@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_sparse.checkpoints import no_circuit
 from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.circuits.fingerprints import FORMATS, Fingerprint, WeightFacts
 from tl_sparse.circuits.nodes import Node
@@ -94,6 +95,8 @@ def read_circuit(folder: Path) -> CircuitParts:
     """
     finish_replacing(CIRCUIT_FILES, folder)
     path = folder / "circuit.json"
+    if not path.exists():
+        raise CheckpointError(no_circuit(folder))
     values = read_json(path)
     check_files(path, values, folder / "circuit.safetensors")
     if values.get("format") != FORMAT:

@@ -1,125 +1,122 @@
-"""Shared code of the commands: their parsers, and configurations from flags and files."""
+"""Shared code of the commands: their parsers and the flags that many of them have."""
 
 import argparse
-import dataclasses
-import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
-from tl_sparse.config import MAX_SEED, merged
-from tl_sparse.parsing import parse_json
+from tl_sparse.config import MAX_SEED
 
 #: The type of what `parser.add_subparsers` returns, for which argparse has no public name.
 Commands = Any
+#: The type of what `parser.add_argument_group` returns, for which argparse has no public name.
+Flags = Any
 
-MODEL_HELP = "The model: a folder, or a name that tl_sparse.load knows."
+MODEL_HELP = (
+    "The model: a folder, a name that tl_sparse.load knows, or a dense model of Hugging Face."
+)
 CORPUS_HELP = (
     "The text over which mean activations are taken: a folder, a glob pattern, a file or 'builtin' "
     "(default: the sample that is stored with the model)."
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, followed by one that says where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and end the process with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options\n")
+
+    # Overridden because the parser of a command leaves what it does not know to the one above it,
+    # which would name neither the command nor a flag of it.
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the arguments; any that is not known is an error."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_help())
+            near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        assert parsed is not None
+        return parsed, []
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Help in which the texts begin far enough to the right of most flags."""
+    return argparse.HelpFormatter(prog, max_help_position=30)
+
+
 def add_command(
     commands: Commands,
     name: str,
+    usage: str,
     help: str,
     run: Callable[[argparse.Namespace], None],
-    *configs: type,
 ) -> argparse.ArgumentParser:
-    """Add a command with the flag --device.
+    """Add a command without any arguments; `add_running_flags` adds those that all commands have.
 
     Args:
         commands: the subparsers to add it to.
         name: the name of the command.
+        usage: the arguments that it needs, as its help shows them behind the name.
         help: what the command does, in one line.
         run: the function that runs the command with the parsed arguments.
-        configs: config dataclasses whose docstrings are shown below the list of flags.
     """
-    docstrings = []
-    for config in configs:
-        docstrings.append(f"{config.__name__}: {inspect.cleandoc(config.__doc__ or '')}")
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
+        usage=f"tl-sparse {name} {usage}",
         help=help,
         description=help,
-        epilog="\n\n".join(docstrings),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=help_formatter,
+        add_help=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--device",
-        help="The device: cpu, cuda, … (default: the GPU if there is one, else the CPU).",
-    )
     return parser
 
 
-def add_out_file(parser: argparse.ArgumentParser, help: str, required: bool = True) -> None:
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the last group of flags, which all commands have: --device, --quiet and --help."""
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
+        "--device",
+        help="The device: cpu, cuda, … (default: the GPU if there is one, else the CPU).",
+    )
+    group.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="Show no progress bars and no remarks, only results, warnings and errors.",
+    )
+    group.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+
+def add_out_file(flags: Flags, help: str, required: bool = True) -> None:
     """Add the flag -o for the file that a command writes, and --overwrite."""
-    parser.add_argument("-o", "--out", required=required, help=help)
-    parser.add_argument(
+    flags.add_argument("-o", "--out", required=required, metavar="FILE", help=help)
+    flags.add_argument(
         "--overwrite", action="store_true", help="Replace the file if it exists already."
     )
 
 
-def report_saved(path: str, remark: str = "") -> None:
-    """Print where the results are; to stderr if they themselves went to a pipe or a device."""
+def remark(text: str, quiet: bool) -> None:
+    """Print what is not a result, unless --quiet is given."""
+    if not quiet:
+        print(text)
+
+
+def report_saved(path: str, quiet: bool, more: str = "") -> None:
+    """Say where the results are; on stderr if they themselves went to a pipe or a device."""
     from tl_sparse.outputs import is_stream
 
-    stream = sys.stderr if is_stream(Path(path)) else sys.stdout
-    print(f"Saved {path}{remark}", file=stream)
-
-
-def add_config_flags(
-    parser: argparse.ArgumentParser, defaults: Any, skip: Sequence[str] = ()
-) -> None:
-    """Add a flag for each field of a config dataclass except those in `skip`.
-
-    `add_command` shows the meaning of the fields below the list of flags. A flag that is not given
-    leaves no attribute in the parsed arguments and so changes nothing; see `given_fields`.
-    """
-    types = get_type_hints(type(defaults))
-    for field in dataclasses.fields(defaults):
-        if field.name in skip:
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        options = _flag_options(field.name, types[field.name], getattr(defaults, field.name))
-        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
-
-
-def _flag_options(name: str, declared: Any, default: Any) -> dict[str, Any]:
-    """The arguments of `add_argument` for the flag of a field."""
-    if name == "abs_topk":
-        # The field maps locations to fractions; the flag is one fraction for the paper's locations.
-        return {
-            "type": float,
-            "help": "The share of activations that AbsTopK keeps at the paper's eight locations; "
-            "1 uses no AbsTopK (default: 0.25).",
-        }
-    options: dict[str, Any] = {"help": f"(default: {default})"}
-    if get_origin(declared) is UnionType:  # `X | None`: a flag that is given is an X
-        declared, _ = get_args(declared)
-    if declared is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(declared) is Literal:
-        options["choices"] = get_args(declared)
-    elif get_origin(declared) is Mapping:
-        options["type"] = json_value
-        options["metavar"] = "JSON"
-    else:
-        options["type"] = declared
-        options["metavar"] = declared.__name__
-    return options
-
-
-def json_value(text: str) -> Any:
-    """The JSON value of a flag."""
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"invalid JSON: {error}") from error
+    if not quiet:
+        stream = sys.stderr if is_stream(Path(path)) else sys.stdout
+        print(f"Saved {path}{more}", file=stream)
 
 
 def seed(text: str) -> int:
@@ -127,23 +124,3 @@ def seed(text: str) -> int:
     if text.isdecimal() and int(text) <= MAX_SEED:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_SEED}")
-
-
-def given_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The fields of a config dataclass whose flags were given."""
-    values = {}
-    for field in dataclasses.fields(config):
-        if hasattr(args, field.name):
-            values[field.name] = getattr(args, field.name)
-    return values
-
-
-def changed_by_file(config: Any, path: str | None) -> Any:
-    """The configuration with the changes of a YAML file, if one is given."""
-    if path is None:
-        return config
-
-    from tl_sparse.files import errors_name_file, read_yaml
-
-    with errors_name_file(path):
-        return merged(config, read_yaml(Path(path)))

@@ -5,34 +5,59 @@ import sys
 from typing import Any
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved, seed
+from tl_sparse.cli.arguments import (
+    Commands,
+    Flags,
+    add_command,
+    add_out_file,
+    add_running_flags,
+    report_saved,
+    seed,
+)
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 
 
-def _add_circuit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "circuit", help="The circuit: a folder, or a repository on the Hugging Face hub."
+def _add_circuit(parser: argparse.ArgumentParser) -> Flags:
+    """Add the group of arguments that say which circuit; it is returned for further ones."""
+    group = parser.add_argument_group("which circuit")
+    group.add_argument(
+        "circuit",
+        metavar="CIRCUIT",
+        help="The circuit: a folder that `prune` wrote, or a repository on the Hugging Face hub.",
     )
-    parser.add_argument(
+    group.add_argument(
         "--model",
-        help="The model: a folder, or a name that tl_sparse.load knows (default: the model "
-        "that the circuit names).",
+        metavar="MODEL",
+        help="The model, as for `prune` (default: the model that the circuit names).",
     )
-    parser.add_argument(
-        "--task", help="The task of the prompts (default: the task of the circuit)."
+    group.add_argument(
+        "--task",
+        metavar="TASK",
+        help="The task of the prompts: a name, or a file of pairs (default: that of the circuit).",
     )
+    return group
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The circuit, its model, and the source of the model, which is a folder or a name."""
-    circuit = tl_sparse.Circuit.load(args.circuit)
-    source = args.model or circuit.model_name
+def _open(
+    circuit_source: str, model_source: str | None, device: str | None, task: str | None
+) -> tuple[Any, Any, str]:
+    """The circuit, its model, and the source of the model, which is a folder or a name.
+
+    A mistake in the task is said even if what the command writes does not need it.
+    """
+    from tl_sparse.checkpoints import open_model
+    from tl_sparse.circuits import circuit_task
+
+    circuit = tl_sparse.Circuit.load(circuit_source)
+    if task is not None:
+        circuit_task(circuit, task)
+    source = model_source or circuit.model_name
     if not source:
-        raise CircuitError(f"{args.circuit} does not name its model; give it with --model")
+        raise CircuitError(f"{circuit_source} does not name its model; give it with --model")
     try:
-        model = tl_sparse.load(source, args.device)
+        model = open_model(source, device)
     except CheckpointError as error:
-        if args.model:
+        if model_source:
             raise
         raise CheckpointError(f"{error}; give the circuit's model with --model") from error
     return circuit, model, source
@@ -43,108 +68,160 @@ def add_view(commands: Commands) -> None:
     parser = add_command(
         commands,
         "view",
+        "CIRCUIT -o FILE.html [options]",
         "Write an interactive page about a circuit, as a single HTML file.",
         _run_view,
     )
     _add_circuit(parser)
-    add_out_file(parser, "The page, an HTML file.")
-    parser.add_argument(
+    group = parser.add_argument_group("the page")
+    add_out_file(group, "The page, *.html.")
+    group.add_argument(
         "--corpus",
+        metavar="TEXT",
         help="The text of the passages: a folder, a glob pattern, a file or 'builtin' (default: "
         "the sample that is stored with the model).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--min-weight",
         type=float,
         default=0.0,
+        metavar="X",
         help="Leave out edges whose absolute weight is smaller than this (default: %(default)s).",
     )
+    add_running_flags(parser)
 
 
 def _run_view(args: argparse.Namespace) -> None:
-    from tl_sparse.outputs import check_new_file
+    from tl_sparse.outputs import check_ending, check_new_file
+    from tl_sparse.view import PAGE_ENDINGS
 
+    check_ending(args.out, PAGE_ENDINGS, "a page")
     check_new_file(args.out, args.overwrite)
-    circuit, model, source = _open(args)
-    corpus = _passages(model, source, args.corpus)
-    page = circuit.view(model, args.task, corpus, min_weight=args.min_weight)
-    page.save(args.out, args.overwrite)
-    report_saved(args.out, f" ({len(page.html):,} bytes); any browser opens it")
+    size = write_page(
+        args.out,
+        args.circuit,
+        args.model,
+        args.task,
+        args.corpus,
+        device=args.device,
+        min_weight=args.min_weight,
+        overwrite=args.overwrite,
+    )
+    report_saved(args.out, args.quiet, f" ({size:,} bytes); any browser opens it")
+
+
+def write_page(
+    out: str,
+    circuit_source: str,
+    model_source: str | None = None,
+    task: str | None = None,
+    corpus: str | None = None,
+    *,
+    device: str | None = None,
+    min_weight: float = 0.0,
+    overwrite: bool = False,
+) -> int:
+    """Write the page of a saved circuit; its size in bytes."""
+    circuit, model, source = _open(circuit_source, model_source, device, task)
+    tokens = _passages(model, source, corpus)
+    page = circuit.view(model, task, tokens, min_weight=min_weight)
+    page.save(out, overwrite)
+    return len(page.html)
 
 
 def _passages(model: Any, source: str, corpus: str | None) -> Any:
     """The tokens of the passages; None if the model has no text and none was given."""
+    from tl_sparse.checkpoints import corpus_of
+
     try:
-        return tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+        return corpus_of(model, source, corpus)
     except DataError as error:
         if corpus is not None:
             raise
-        print(
-            f"tl-sparse: the page has no passages: {error}; give their text with --corpus",
-            file=sys.stderr,
-        )
+        print(f"tl-sparse: warning: the page has no passages: {error}", file=sys.stderr)
         return None
 
 
 def add_export(commands: Commands) -> None:
     """Add the command `export` to the parser."""
-    parser = add_command(commands, "export", "Write a circuit for other tools.", _run_export)
+    parser = add_command(
+        commands,
+        "export",
+        "CIRCUIT -o FILE [options]",
+        "Write a circuit for other tools.",
+        _run_export,
+    )
     _add_circuit(parser)
     add_out_file(
-        parser,
+        parser.add_argument_group("the file"),
         "The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv or "
         ".json (attribution graph).",
     )
+    add_running_flags(parser)
 
 
 def _run_export(args: argparse.Namespace) -> None:
-    from tl_sparse.circuits import circuit_task, export
+    from tl_sparse.circuits import check_export
     from tl_sparse.outputs import check_new_file
 
+    check_export(args.out)
     check_new_file(args.out, args.overwrite)
-    circuit, model, _ = _open(args)
-    if args.task:  # only some formats use it, but a mistake in it is always one
-        circuit_task(circuit, args.task)
+    circuit, model, _ = _open(args.circuit, args.model, args.device, args.task)
+
+    from tl_sparse.circuits import export
+
     export(circuit, model, args.out, args.task, args.overwrite)
-    report_saved(args.out)
+    report_saved(args.out, args.quiet)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Add the command `evaluate` to the parser."""
     parser = add_command(
-        commands, "evaluate", "Measure a circuit on held-out pairs.", _run_evaluate
+        commands,
+        "evaluate",
+        "CIRCUIT [-o FILE.json] [options]",
+        "Measure a circuit on held-out pairs.",
+        _run_evaluate,
     )
     _add_circuit(parser)
-    add_out_file(parser, "A JSON file for all results.", required=False)
-    parser.add_argument(
+    group = parser.add_argument_group("the measurement, and the file")
+    add_out_file(group, "A file for all results, *.json, from which `plot` draws.", required=False)
+    group.add_argument(
         "--corpus",
+        metavar="TEXT",
         help="The text over which mean activations are taken: a folder, a glob pattern, a file or "
         "'builtin' (default: the means that are stored with the circuit).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--pairs",
         type=int,
+        metavar="N",
         help="The number of pairs (default: as many as the circuit was evaluated on when it was "
         "found).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--seed",
         type=seed,
+        metavar="N",
         help="The seed of the pairs and of the random circuits (default: the pairs on which the "
         "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
+    add_running_flags(parser)
 
 
 def _run_evaluate(args: argparse.Namespace) -> None:
+    from tl_sparse.outputs import check_ending, check_new_file
+
+    if args.out:
+        check_ending(args.out, [".json"], "a measurement")
+        check_new_file(args.out, args.overwrite)
+
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
-    from tl_sparse.outputs import check_new_file
     from tl_sparse.pruning import heldout_pairs, recorded_config
     from tl_sparse.view import evaluation_tables
 
-    if args.out:
-        check_new_file(args.out, args.overwrite)
-    circuit, model, source = _open(args)
+    circuit, model, source = _open(args.circuit, args.model, args.device, args.task)
     if args.corpus is not None or not circuit.means:
         circuit = _with_means(circuit, model, source, args.corpus)
     data = heldout_pairs(circuit, model, args.task, args.pairs, args.seed)
@@ -158,8 +235,9 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:
     """The circuit, with mean activations over a corpus."""
+    from tl_sparse.checkpoints import corpus_of
     from tl_sparse.circuits import EMBED_HOOK
     from tl_sparse.pruning import corpus_means
 
-    tokens = tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+    tokens = corpus_of(model, source, corpus)
     return circuit.with_means(corpus_means(model, tokens, embed=EMBED_HOOK in circuit.kept))

@@ -1,13 +1,17 @@
-"""`tl-sparse demo`: from a model to a circuit in about a minute."""
+"""`tl-sparse demo`: from a model to a circuit and its page in half a minute."""
 
 import argparse
 import hashlib
 import os
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 
 import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command, seed
+from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, remark, seed
+from tl_sparse.cli.circuits import write_page
 from tl_sparse.cli.pruning import prune_and_report
 from tl_sparse.cli.training import training_summary
 from tl_sparse.data import DataConfig
@@ -24,36 +28,42 @@ def add_demo(commands: Commands) -> None:
     parser = add_command(
         commands,
         "demo",
-        "Find the circuit with which a small sparse model closes strings, in a minute.",
+        "[options]",
+        "Find the circuit with which a small sparse model closes strings, in half a minute.",
         _run_demo,
     )
-    parser.add_argument(
+    group = parser.add_argument_group("what it does")
+    group.add_argument(
         "--out",
         default="demo",
+        metavar="FOLDER",
         help="A folder for the results, in which those of an earlier demo are replaced (default: "
         "%(default)s).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--train",
         action="store_true",
         help="Train a model first, which takes minutes (default: use the bundled model).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--seed",
         type=seed,
         default=0,
+        metavar="N",
         help="The seed of training and pruning (default: %(default)s).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--steps",
         type=int,
         default=TrainConfig().steps,
+        metavar="N",
         help="The number of training steps with --train (default: %(default)s).",
     )
+    add_running_flags(parser)
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    """Train a model if --train is given, then prune it and print the report of the circuit."""
+    """Train a model if --train is given, then find a circuit in it and write its page."""
     # Made first, so that a mistake in it is reported before anything is removed.
     config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
     prune_config = PruneConfig(seed=args.seed)
@@ -64,16 +74,46 @@ def _run_demo(args: argparse.Namespace) -> None:
     model = "tiny-python-sparse"
     if args.train:
         model = str(out / "model")
-        print("Training a small transformer on Python code, with nearly all weights at zero")
-        _, record = tl_sparse.train(config, model, args.device)
+        remark("Training a small transformer on Python code, nearly all weights zero", args.quiet)
+        _, record = tl_sparse.train(config, model, args.device, not args.quiet)
         print(training_summary(record))
         _record_files(out)
     strings = "print('… → ') and print(\"… → \")"
-    print(f"How does {model} close strings, {strings}? Looking for the circuit")
+    remark(f"How does {model} close strings, {strings}? Looking for the circuit", args.quiet)
     circuit = str(out / "circuit")
-    prune_and_report(model, "single_double_quote", prune_config, circuit, args.device)
+    task = "single_double_quote"
+    prune_and_report(model, task, prune_config, circuit, args.device, quiet=args.quiet)
     _record_files(out)
-    print(f"{time.perf_counter() - started:.0f} s in all")
+    page = str(out / "page.html")
+    write_page(page, circuit, model, device=args.device)
+    _record_files(out)
+    remark(
+        f"{time.perf_counter() - started:.0f} s in all\n\n{_next(page, circuit, model)}", args.quiet
+    )
+
+
+def _next(page: str, circuit: str, model: str) -> str:
+    """What to try after the demo, as commands that work from the current folder."""
+    evaluate = ["evaluate", circuit, "--model", model]
+    prune = ["prune", model, "var_swap", "--out", "my-circuit"]
+    steps = {
+        shlex.join(evaluate): "how good the circuit is, and what each node does for it",
+        shlex.join(["tasks", model]): "which of the paper's twenty tasks the model does",
+        shlex.join(prune): "the circuit of another of them",
+    }
+    program = _program()
+    lines = [f"{page} is the circuit as a page; open it in any browser. What to try next:"]
+    lines += [f"  {program} {words}    # {what}" for words, what in steps.items()]
+    return "\n".join(lines)
+
+
+def _program() -> str:
+    """The words with which a shell in the current folder starts this program."""
+    if shutil.which("tl-sparse"):
+        return "tl-sparse"
+    if Path(sys.argv[0]).name == "tl-sparse":
+        return shlex.quote(sys.argv[0])
+    return shlex.join([sys.executable, "-m", "tl_sparse"])
 
 
 def _record_files(out: Path) -> None:

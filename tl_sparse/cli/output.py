@@ -3,6 +3,9 @@
 import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from tl_sparse.parsing import printable
@@ -22,6 +25,19 @@ def print_error(message: object) -> None:
     """Print a message in one line, whatever characters of files and arguments it quotes."""
     line = " ".join(part.strip() for part in str(message).splitlines())
     print(f"tl-sparse: error: {printable(line)}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Within the context, a warning is a line without the place in the code that it is for."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        yield
+
+
+def _print_warning(message: Warning | str, *_place: object) -> None:
+    line = " ".join(part.strip() for part in str(message).splitlines())
+    print(f"tl-sparse: warning: {printable(line)}", file=sys.stderr)
 
 
 def flush_output() -> None:

@@ -7,6 +7,8 @@ A command imports what it needs when it runs.
 import argparse
 from collections.abc import Sequence
 
+import tl_sparse
+from tl_sparse.cli.arguments import Parser, help_formatter
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.demo import add_demo
 from tl_sparse.cli.output import (
@@ -15,6 +17,7 @@ from tl_sparse.cli.output import (
     flush_output,
     print_any_character,
     print_error,
+    warnings_in_one_line,
 )
 from tl_sparse.cli.plotting import add_plot
 from tl_sparse.cli.pruning import add_prune, add_search, add_suite
@@ -51,7 +54,8 @@ def _run(argv: Sequence[str] | None) -> int:
     """Run a command; its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings_in_one_line():
+            args.run(args)
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
@@ -68,11 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     The parsed arguments have an attribute `run`, the function that runs the command with them.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tl-sparse",
+        usage="tl-sparse COMMAND …",
         description="Weight-sparse transformers as TransformerLens models, and their circuits.",
+        epilog="`tl-sparse COMMAND --help` lists the options of a command. Begin with "
+        "`tl-sparse demo`, which takes half a minute.",
+        formatter_class=help_formatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    version = f"tl-sparse {tl_sparse.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", title="commands", prog="tl-sparse"
+    )
     add_train(commands)
     add_prune(commands)
     add_suite(commands)

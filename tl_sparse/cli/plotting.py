@@ -1,45 +1,63 @@
 """`tl-sparse plot`."""
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import Any
 
-import tl_sparse
-from tl_sparse.cli.arguments import Commands, add_command, add_out_file, report_saved
-from tl_sparse.errors import ConfigError
+from tl_sparse.cli.arguments import (
+    MODEL_HELP,
+    Commands,
+    add_command,
+    add_out_file,
+    add_running_flags,
+    report_saved,
+)
+from tl_sparse.errors import ConfigError, DataError
 
 
 def add_plot(commands: Commands) -> None:
     """Add the command `plot` to the parser."""
-    parser = add_command(commands, "plot", "Plot circuits, suites and models.", _run_plot)
-    parser.add_argument(
+    parser = add_command(
+        commands,
+        "plot",
+        "KIND SOURCE … -o FILE [options]",
+        "Plot circuits, suites and models.",
+        _run_plot,
+    )
+    group = parser.add_argument_group("what to plot")
+    group.add_argument(
         "kind",
         choices=("curve", "tasks", "frontier", "sparsity"),
+        metavar="KIND",
         help="curve: the loss and accuracy of circuits against their size. tasks: the size of a "
         "suite's circuits for each task. frontier: the loss of many circuits against their size. "
         "sparsity: the nonzero weights and activations in each layer of a model.",
     )
-    parser.add_argument(
+    group.add_argument(
         "source",
         nargs="+",
-        help="curve: files that `evaluate -o` wrote. frontier: such files, or the results.json of "
-        "suites. tasks: the results.json of a suite. sparsity: one model.",
+        metavar="SOURCE",
+        help="curve: files that `evaluate -o` wrote. frontier: such files, or the folders of "
+        "suites. tasks: the folder of a suite, or its results.json. sparsity: one model.",
     )
-    add_out_file(parser, "The image file, *.png or *.svg.")
-    parser.add_argument(
+    group.add_argument(
         "--against",
         choices=("edges", "nodes"),
         default="edges",
         help="What the size of a circuit is measured in (default: %(default)s).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--corpus",
+        metavar="TEXT",
         help="sparsity: the text on which activations are counted (default: the sample that is "
         "stored with the model).",
     )
+    add_out_file(parser.add_argument_group("the image"), "The image file, *.png or *.svg.")
+    add_running_flags(parser)
 
 
 def _run_plot(args: argparse.Namespace) -> None:
-    from tl_sparse.files import read_json
     from tl_sparse.outputs import check_new_file
     from tl_sparse.view import plots
 
@@ -49,16 +67,51 @@ def _run_plot(args: argparse.Namespace) -> None:
     if len(args.source) > 1 and args.kind in ("tasks", "sparsity"):
         raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
     if args.kind == "sparsity":
-        model = tl_sparse.load(first, args.device)
-        corpus = tl_sparse.load_corpus(first, model.tokenizer, model.cfg.n_ctx, args.corpus)
+        from tl_sparse.checkpoints import open_with_corpus
+
+        model, corpus = open_with_corpus(first, args.corpus, args.device)
         figure = plots.sparsity(model, corpus)
     elif args.kind == "tasks":
-        figure = plots.tasks(read_json(Path(first)), args.against, first)
+        figure = plots.tasks(_figures(first, args.kind), args.against, first)
     else:
-        evaluations = {path: read_json(Path(path)) for path in args.source}
+        evaluations = {path: _figures(path, args.kind) for path in args.source}
         if args.kind == "curve":
             figure = plots.curve(evaluations, args.against)
         else:
             figure = plots.frontier(evaluations, args.against)
     plots.save(figure, args.out, args.overwrite)
-    report_saved(args.out)
+    report_saved(args.out, args.quiet)
+
+
+def _figures(source: str, kind: str) -> dict[str, Any]:
+    """The figures in a JSON file, or in the results.json of a suite's folder.
+
+    Raises:
+        DataError: if it is something else that the commands read or write; the message names the
+            command that makes the figures.
+        CheckpointError: if it cannot be read.
+    """
+    from tl_sparse.checkpoints import contents_of
+    from tl_sparse.files import read_json
+
+    path = Path(source)
+    if path.is_dir():
+        contents = contents_of(path)
+        if contents == "suite":
+            return read_json(path / "results.json")
+        what = "a folder" if contents == "nothing" else f"a {contents}"
+        given = shlex.quote(source) if contents == "circuit" else "CIRCUIT"
+        raise DataError(
+            f"{source} is {what}, not a file of figures; {_how_to_measure(given, kind)}"
+        )
+    if path.is_file() and path.suffix.lower() != ".json":
+        how = _how_to_measure("CIRCUIT", kind)
+        raise DataError(f"{source} is not a file of figures, *.json; {how}")
+    return read_json(path)
+
+
+def _how_to_measure(circuit: str, kind: str) -> str:
+    """The command that writes the figures from which this kind of plot is drawn."""
+    if kind == "tasks":
+        return "`tl-sparse suite MODEL --out FOLDER` measures the circuits of all tasks"
+    return f"`tl-sparse evaluate {circuit} -o figures.json` measures a circuit and writes one"

@@ -10,27 +10,50 @@ from tl_sparse.cli.arguments import (
     CORPUS_HELP,
     MODEL_HELP,
     Commands,
+    Flags,
     add_command,
-    add_config_flags,
-    changed_by_file,
-    given_fields,
+    add_running_flags,
+    remark,
 )
+from tl_sparse.cli.config_flags import add_config_flags, changed_by_file, given_fields
 from tl_sparse.errors import ConfigError
 from tl_sparse.pruning import PruneConfig
+
+#: Group of flags → the fields of PruneConfig in it.
+PRUNING_FLAGS = {
+    "the search": (
+        "target_loss method ablation means_over necessity ablated_accuracy restarts seed batch_size"
+    ),
+    "the gates": (
+        "steps pairs_per_step k_coef steer_to steer_rate steer_now lr beta1 beta2 weight_decay "
+        "grad_clip warm_start init_bias init_scale temperature tied_qk embed_gates"
+    ),
+    "the pairs": "train_pairs ranking_pairs selection_pairs cleanup_pairs heldout_pairs",
+}
 
 
 def add_prune(commands: Commands) -> None:
     """Add the command `prune` to the parser."""
     parser = add_command(
-        commands, "prune", "Find the circuit of a task in a model.", _run_prune, PruneConfig
+        commands,
+        "prune",
+        "MODEL TASK --out FOLDER [options]",
+        "Find the circuit of a task in a model.",
+        _run_prune,
     )
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument(
+    group = parser.add_argument_group("what to prune")
+    group.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group.add_argument(
         "task",
-        help="The task: its name, for example single_double_quote, or a file of pairs, *.jsonl.",
+        metavar="TASK",
+        help="The task: its name (`tl-sparse tasks` lists them), or a file of pairs, *.jsonl.",
     )
-    parser.add_argument("--out", required=True, help="A new folder for the circuit.")
-    parser.add_argument(
+    _add_corpus(group)
+    group = parser.add_argument_group("the result")
+    group.add_argument(
+        "--out", required=True, metavar="FOLDER", help="A new folder for the circuit."
+    )
+    group.add_argument(
         "--edges",
         action="store_true",
         help="Also prune the edges of the circuit, and save the result in the folder `edges` in "
@@ -45,7 +68,16 @@ def _run_prune(args: argparse.Namespace) -> None:
     from tl_sparse.outputs import check_new_folder
 
     check_new_folder(args.out)
-    prune_and_report(args.model, args.task, config, args.out, args.device, args.corpus, args.edges)
+    prune_and_report(
+        args.model,
+        args.task,
+        config,
+        args.out,
+        args.device,
+        args.corpus,
+        edges=args.edges,
+        quiet=args.quiet,
+    )
 
 
 def prune_and_report(
@@ -55,32 +87,38 @@ def prune_and_report(
     out: str,
     device: str | None,
     corpus: str | None = None,
+    *,
     edges: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Find the circuit of a task in a model, save it in `out`, and save and print its report.
 
     With `edges`, the circuit is then also pruned by edges, and the result is saved in the folder
     `edges` in `out`.
     """
+    from tl_sparse.checkpoints import open_with_corpus
+
+    progress = not quiet
     task = tl_sparse.get_task(task_name)
-    model = tl_sparse.load(source, device)
-    tokens = tl_sparse.load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+    model, tokens = open_with_corpus(source, corpus, device)
 
-    circuit, evaluation = tl_sparse.prune(model, task, tokens, config)
-    _save(circuit, out, tl_sparse.report(circuit, model, task, evaluation))
+    circuit, evaluation = tl_sparse.prune(model, task, tokens, config, progress)
+    _save(circuit, out, tl_sparse.report(circuit, model, task, evaluation), quiet)
     if edges:
-        circuit, evaluation = tl_sparse.prune_edges(circuit, model, config=config)
+        circuit, evaluation = tl_sparse.prune_edges(
+            circuit, model, config=config, progress=progress
+        )
         report = tl_sparse.report(circuit, model, task, evaluation)
-        _save(circuit, str(Path(out, "edges")), "Pruned by edges\n\n" + report)
+        _save(circuit, str(Path(out, "edges")), "Pruned by edges\n\n" + report, quiet)
 
 
-def _save(circuit: Any, folder: str, report: str) -> None:
+def _save(circuit: Any, folder: str, report: str, quiet: bool) -> None:
     from tl_sparse.files import write_text
 
     circuit.save(folder)
     write_text(Path(folder, "report.txt"), report + "\n")
     print("\n" + report + "\n")
-    print(f"Saved in {folder}; open it with tl_sparse.Circuit.load({folder!r})")
+    remark(f"Saved in {folder}; open it with tl_sparse.Circuit.load({folder!r})", quiet)
 
 
 def add_suite(commands: Commands) -> None:
@@ -88,22 +126,26 @@ def add_suite(commands: Commands) -> None:
     parser = add_command(
         commands,
         "suite",
+        "MODEL … --out FOLDER [options]",
         "Prune many tasks in many models, with several seeds.",
         _run_suite,
-        PruneConfig,
     )
-    parser.add_argument(
-        "model", nargs="+", help="The models: folders, or names that tl_sparse.load knows."
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("what to prune")
+    group.add_argument("model", nargs="+", metavar="MODEL", help="The models, each as for `prune`.")
+    group.add_argument(
         "--tasks",
+        metavar="TASK,…",
         help="The tasks: names or files of pairs, *.jsonl, separated by commas (default: all "
         "twenty built-in tasks).",
     )
-    parser.add_argument(
-        "--seeds", default="0,1,2", help="The seeds, separated by commas (default: %(default)s)."
+    group.add_argument(
+        "--seeds",
+        default="0,1,2",
+        metavar="N,…",
+        help="The seeds, separated by commas (default: %(default)s).",
     )
-    _add_shared_work(parser)
+    _add_corpus(group)
+    _add_shared_work(parser.add_argument_group("the result"))
     _add_pruning_flags(parser, "seed")
 
 
@@ -116,9 +158,18 @@ def _run_suite(args: argparse.Namespace) -> None:
 
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
     results = run_suite(
-        args.model, tasks, args.out, seeds, config, args.corpus, args.workers, args.device
+        args.model,
+        tasks,
+        args.out,
+        seeds,
+        config,
+        args.corpus,
+        args.workers,
+        args.device,
+        progress=not args.quiet,
     )
-    print(f"\n{results_table(results)}\nSaved in {args.out}")
+    print(f"\n{results_table(results)}")
+    remark(f"Saved in {args.out}", args.quiet)
 
 
 def _seeds(text: str) -> list[int]:
@@ -134,24 +185,31 @@ def add_search(commands: Commands) -> None:
     parser = add_command(
         commands,
         "search",
+        "MODEL TASK … --out FOLDER [options]",
         "Search for good settings of prune with Optuna.",
         _run_search,
-        PruneConfig,
     )
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("task", nargs="+", help="The tasks: names or files of pairs, *.jsonl.")
-    parser.add_argument(
+    group = parser.add_argument_group("what to prune")
+    group.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group.add_argument(
+        "task", nargs="+", metavar="TASK", help="The tasks: names or files of pairs, *.jsonl."
+    )
+    _add_corpus(group)
+    group = parser.add_argument_group("the study, and the result")
+    group.add_argument(
         "--trials",
         type=int,
         default=50,
+        metavar="N",
         help="The number of trials in the whole study (default: %(default)s).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--storage",
+        metavar="FILE|URL",
         help="A file or the URL of a database, which all machines that work on the study share "
         "(default: study.journal in --out).",
     )
-    _add_shared_work(parser)
+    _add_shared_work(group)
     _add_pruning_flags(parser)
 
 
@@ -170,31 +228,46 @@ def _run_search(args: argparse.Namespace) -> None:
         config=config,
         corpus=args.corpus,
         device=args.device,
+        progress=not args.quiet,
     )
     best = Path(args.out, "best.yaml")
-    print(f"\n{table}\n\nSaved {best}; give it to prune or suite with --config")
+    print(f"\n{table}")
+    remark(f"\nSaved {best}; give it to prune or suite with --config", args.quiet)
 
 
-def _add_shared_work(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_corpus(flags: Flags) -> None:
+    flags.add_argument("--corpus", metavar="TEXT", help=CORPUS_HELP)
+
+
+def _add_shared_work(flags: Flags) -> None:
+    flags.add_argument(
         "--out",
         required=True,
+        metavar="FOLDER",
         help="A folder for the results; unfinished work in it is continued.",
     )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="The number of processes (default: %(default)s)."
+    flags.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="The number of processes (default: %(default)s).",
     )
 
 
 def _add_pruning_flags(parser: argparse.ArgumentParser, *skip: str) -> None:
     """Add the flags that these commands share, except for the fields of PruneConfig in `skip`."""
-    parser.add_argument("--corpus", help=CORPUS_HELP)
-    parser.add_argument(
-        "--config",
-        help="A YAML file with fields of PruneConfig, such as `search` writes. Flags override the "
-        "file.",
-    )
-    add_config_flags(parser, PruneConfig(), skip=skip)
+    for title, names in PRUNING_FLAGS.items():
+        group = parser.add_argument_group(title)
+        if title == "the search":
+            group.add_argument(
+                "--config",
+                metavar="FILE.yaml",
+                help="Fields of PruneConfig, such as `search` writes. Flags override the file.",
+            )
+        fields = [name for name in names.split() if name not in skip]
+        add_config_flags(group, PruneConfig(), *fields)
+    add_running_flags(parser)
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:

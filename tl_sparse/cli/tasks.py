@@ -1,29 +1,80 @@
 """`tl-sparse tasks`."""
 
 import argparse
+import random
 
-import tl_sparse
-from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command, seed
+from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command, add_running_flags, seed
+
+#: How the end of a line is shown in the middle of one.
+_NEWLINE = "⏎"
 
 
 def add_tasks(commands: Commands) -> None:
     """Add the command `tasks` to the parser."""
-    parser = add_command(commands, "tasks", "Measure how well a model does each task.", _run_tasks)
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument(
+    parser = add_command(
+        commands,
+        "tasks",
+        "[MODEL] [options]",
+        "List the built-in tasks or, with a model, measure how well it does each of them.",
+        _run_tasks,
+    )
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("model", nargs="?", help=f"{MODEL_HELP} Without one, the tasks are listed.")
+    group.add_argument(
         "--pairs",
         type=int,
         default=256,
+        metavar="N",
         help="The number of prompt pairs of each task (default: %(default)s).",
     )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="The seed of the pairs (default: %(default)s)."
+    group.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="The seed of the pairs (default: %(default)s).",
     )
+    add_running_flags(parser)
 
 
 def _run_tasks(args: argparse.Namespace) -> None:
+    if args.model is None:
+        print(_list_of_tasks(args.seed))
+        return
+    from tl_sparse.checkpoints import open_model
     from tl_sparse.evaluation import task_scores
     from tl_sparse.tasks import tasks_table
 
-    model = tl_sparse.load(args.model, args.device)
+    model = open_model(args.model, args.device)
     print(tasks_table(task_scores(model, args.pairs, args.seed)))
+
+
+def _list_of_tasks(seed: int) -> str:
+    """For each built-in task, what it is and the ends of the two prompts of a pair."""
+    from tl_sparse.tasks import TASKS
+
+    entries = []
+    for task in TASKS.values():
+        pair = task.pair(random.Random(seed))
+        first, second = _ends(*pair.prompts)
+        width = max(len(first), len(second))
+        entries.append(
+            f"{task.name}: {task.description}\n"
+            f"    {first:{width}}  →  {pair.first_answer!r}\n"
+            f"    {second:{width}}  →  {pair.second_answer!r}"
+        )
+    entries.append(
+        f"{_NEWLINE} is a new line. `tl-sparse tasks MODEL` measures a model on all tasks."
+    )
+    return "\n\n".join(entries)
+
+
+def _ends(first: str, second: str) -> tuple[str, str]:
+    """The last lines of two prompts, from the last one on in which they differ, each as one line."""
+    first_lines = first.split("\n")
+    second_lines = second.split("\n")
+    n_lines = 1
+    most = min(len(first_lines), len(second_lines))
+    while n_lines < most and first_lines[-n_lines] == second_lines[-n_lines]:
+        n_lines += 1
+    return _NEWLINE.join(first_lines[-n_lines:]), _NEWLINE.join(second_lines[-n_lines:])

@@ -2,20 +2,32 @@
 
 import argparse
 import os
+from dataclasses import fields
 from typing import Any
 
 import tl_sparse
-from tl_sparse.cli.arguments import (
-    Commands,
-    add_command,
-    add_config_flags,
-    changed_by_file,
-    given_fields,
-)
+from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, remark
+from tl_sparse.cli.config_flags import add_config_flags, changed_by_file, given_fields
 from tl_sparse.config import merged
 from tl_sparse.data import DataConfig
 from tl_sparse.network import SparseConfig
 from tl_sparse.training import PRESETS, RECIPES, TrainConfig, preset
+
+#: Group of flags → the fields of TrainConfig in it. --seed is also the seed of the text.
+TRAINING_FLAGS = {
+    "the update": (
+        "steps batch_size accumulation lr eps beta1 beta2 warmup_fraction sharkfin gradient "
+        "weight_decay decay bigram_from_counts last_bigram_row precision compile seed"
+    ),
+    "the sparsity": (
+        "l0_fraction l0_count l0_fraction_embed l0_groups fused_qkv sparse_biases min_nonzero "
+        "anneal_start anneal_stop anneal_shape topk_anneal_start topk_anneal_stop"
+    ),
+    "the run": (
+        "validate_steps target_validation_loss max_jump checkpoint_steps checkpoint_minutes "
+        "keep_checkpoints track"
+    ),
+}
 
 
 def add_train(commands: Commands) -> None:
@@ -23,55 +35,67 @@ def add_train(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",
+        "[FILE.yaml] --out FOLDER [options]",
         "Train a weight-sparse model.",
         _run_train,
-        SparseConfig,
-        DataConfig,
-        TrainConfig,
     )
-    parser.add_argument(
+    group = parser.add_argument_group("the result")
+    group.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="A new folder for the model and the record of its training.",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue the unfinished run in --out, with the settings that it was begun with.",
+    )
+    group = parser.add_argument_group("where settings come from; flags override them all")
+    group.add_argument(
         "config",
         nargs="?",
-        help="A YAML file with fields of TrainConfig, in which `model` and `data` hold fields of "
-        "SparseConfig and DataConfig. The file overrides the preset, and flags override the file.",
+        metavar="FILE.yaml",
+        help="Fields of TrainConfig, in which `model` and `data` hold fields of SparseConfig and "
+        "DataConfig. The file overrides the preset.",
     )
-    parser.add_argument(
+    group.add_argument(
         "--preset",
         choices=PRESETS,
-        default="laptop",
-        help="The configuration that the file and the flags override (default: %(default)s).",
+        help="The configuration to begin with (default: laptop).",
     )
-    parser.add_argument(
+    group.add_argument(
         "--recipe",
         choices=RECIPES,
         help="Follow the authors' published training script, or the text of their paper, to the "
         "letter.",
     )
-    parser.add_argument(
-        "--out", required=True, help="A new folder for the model and the record of its training."
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="Continue the unfinished run in --out."
-    )
     laptop = preset("laptop")
-    add_config_flags(parser, laptop.model)
-    add_config_flags(parser, laptop.data, skip=["seed"])
-    add_config_flags(parser, laptop, skip=["model", "data"])
+    model_fields = [field.name for field in fields(SparseConfig)]
+    data_fields = [field.name for field in fields(DataConfig) if field.name != "seed"]
+    add_config_flags(parser.add_argument_group("the model"), laptop.model, *model_fields)
+    add_config_flags(parser.add_argument_group("the text"), laptop.data, *data_fields)
+    for title, names in TRAINING_FLAGS.items():
+        add_config_flags(parser.add_argument_group(title), laptop, *names.split())
+    add_running_flags(parser)
 
 
 def _run_train(args: argparse.Namespace) -> None:
     # Made first, so that a mistake in it is reported before the slow imports.
     config = train_config(args)
-    _, record = tl_sparse.train(config, args.out, args.device, resume=args.resume)
+    _, record = tl_sparse.train(config, args.out, args.device, not args.quiet, args.resume)
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         print(training_summary(record))
-        print(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})")
+        remark(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})", args.quiet)
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    """The preset, overridden by the file, which is overridden by the flags."""
-    config = changed_by_file(preset(args.preset, args.recipe), args.config)
+    """The preset, overridden by the file, which is overridden by the flags.
+
+    To resume a run, its own settings take the place of the preset, unless one is given.
+    """
+    config = changed_by_file(_first_config(args), args.config)
     changes = given_fields(args, TrainConfig)
     changes["model"] = given_fields(args, SparseConfig)
     changes["data"] = given_fields(args, DataConfig)  # --seed is also the seed of the data
@@ -79,6 +103,14 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         fraction = args.abs_topk
         changes["model"]["abs_topk"] = {} if fraction == 1 else tl_sparse.paper_topk(fraction)
     return merged(config, changes)
+
+
+def _first_config(args: argparse.Namespace) -> TrainConfig:
+    if args.resume and args.preset is None and args.recipe is None:
+        from tl_sparse.training import config_of_run
+
+        return config_of_run(args.out)
+    return preset(args.preset or "laptop", args.recipe)
 
 
 def training_summary(record: dict[str, Any]) -> str:

@@ -10,10 +10,11 @@ class DataConfig:
     """Which text to train on.
 
     Attributes:
-        source: "builtin" for the standard library of the running Python and synthetic idioms; a
-            folder, a glob pattern or one file for your own text, by the rules below; or
-            "hf:owner/name", or "hf:" followed by a local folder or file, for a dataset that
-            `datasets.load_dataset` reads, which is streamed and shuffled in a buffer.
+        source: the text: "builtin", a folder, a glob pattern, a file, or "hf:owner/name". "builtin"
+            stands for the standard library of the running Python and synthetic idioms; a folder, a
+            glob pattern or one file is your own text, by the rules below; "hf:owner/name", or "hf:"
+            followed by a local folder or file, is a dataset that `datasets.load_dataset` reads,
+            which is streamed and shuffled in a buffer.
         subset: the subset of an "hf:" dataset to read; "" if it has only one.
         split: the split of an "hf:" dataset to read.
         text_column: the column of an "hf:" dataset that holds a document in each row.

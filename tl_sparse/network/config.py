@@ -42,24 +42,31 @@ class SparseConfig:
     """Sizes and features of a network, with one field per feature of Gao et al. 2025, A.1.
 
     Attributes:
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab, n_ctx: sizes, named as in
-            TransformerLens. `n_heads * d_head` need not equal `d_model`.
-        normalization: "rms" or "layer".
+        n_layers: the number of layers.
+        d_model: the number of channels of the residual stream.
+        n_heads: the number of attention heads in each layer. `n_heads * d_head` need not equal
+            `d_model`.
+        d_head: the number of channels of a head.
+        d_mlp: the number of neurons in the MLP of each layer.
+        d_vocab: the number of tokens in the vocabulary.
+        n_ctx: the number of tokens in the longest context.
+        normalization: the kind of norm.
         norm_eps: the epsilon of the norms, whatever the dtype in which the model runs. None means
             that of a model trained in float32: 2**-23, float32's machine epsilon, with "rms", and
             1e-5 with "layer". In OpenAI's own code, some versions of torch take the machine epsilon
             of the dtype in which the model happens to run, which changes what it computes;
             `2.0**-7`, that of bfloat16, gives what their code then computes in bfloat16.
-        norm_bias: whether norms have a bias (LayerNorm only).
-        act_fn: the MLP's nonlinearity; "gelu" is the exact GELU, not its tanh approximation.
+        norm_bias: whether norms have a bias. Only LayerNorm can have one.
+        act_fn: the nonlinearity of the MLP. "gelu" is the exact GELU, not its tanh approximation.
         resid_relu: whether ReLU is applied to the residual stream after each addition to it.
         abs_topk: AbsTopK location → fraction of the entries kept, where k = int(fraction · dim).
         attn_sinks: whether each head has a learned logit in its softmax denominator.
-        bigram_table: whether the row of the current token in a dense table `[d_vocab, d_vocab]` is
-            added to the logits.
+        bigram_table: whether the logits get the row of the current token in a dense table
+            `[d_vocab, d_vocab]`.
         logits_bias: whether a learned vector is added to the logits.
-        positions: "none"; "added" to the token embedding; or "concatenated", as `d_pos` channels
-            that each block reads together with the residual stream and cannot write to.
+        positions: how the model knows positions. "added" to the token embedding; or
+            "concatenated", as `d_pos` channels that each block reads together with the residual
+            stream and cannot write to.
         d_pos: the number of concatenated positional channels; 0 for other positions.
         sinusoidal: whether positions are fixed sinusoids instead of learned.
         biases: whether the linear maps of attention and MLP have biases.

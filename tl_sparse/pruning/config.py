@@ -29,44 +29,54 @@ class PruneConfig:
     `tl-sparse search` does.
 
     Attributes:
-        target_loss: the task loss that the circuit must reach on the selection pairs (paper: 0.15).
-        method: the method that ranks the nodes: `learned` gates or, as baselines, `attribution`,
-            `integrated_gradients` or `random`.
-        steps, pairs_per_step: the number of gate-learning steps, and of prompt pairs in each step.
+        target_loss: the task loss that the circuit must reach on the selection pairs. The paper's
+            is 0.15.
+        method: what ranks the nodes: learned gates or, as baselines, attribution, integrated
+            gradients or chance.
+        steps: the number of steps in which the gates are learned.
+        pairs_per_step: the number of prompt pairs in each step.
         k_coef: the weight of the number of open gates in the objective at the first step. It is
             then steered: it rises while the task loss is below `steer_to` · target_loss, and falls
-            while the loss is above. In each step its logarithm moves by at most `steer_rate`
-            permanently (by a factor of at most 100 in total), and by at most `steer_now` for this
-            step alone. One setting then fits models and tasks that need different weights, and the
-            gates do not all close at once. If `steer_rate` and `steer_now` are 0, the weight is
+            while the loss is above. One setting then fits models and tasks that need different
+            weights, and the gates do not all close at once.
+        steer_to: the task loss to which k_coef is steered, as a share of target_loss.
+        steer_rate: the most by which the logarithm of k_coef moves in a step for good. In total, it
+            moves by a factor of at most 100. With 0 here and in `steer_now`, the weight is
             constant, as in the paper.
-        lr, beta1, beta2, weight_decay, grad_clip: the settings of AdamW, and the norm to which
-            gradients are clipped. The learning rate falls linearly to 0.
-        warm_start: gates start in the order of their integrated gradients on `ranking_pairs` pairs.
-            The first ones, as many as reach the target loss, start at values from init_bias down to
-            0; the others start just closed. This saves most of the steps. Without a warm start, all
-            gates start at init_bias, as in the paper.
-        init_bias, init_scale: the start value of the gates, and the scale of the noise
-            init_scale · N(0, 1) that is added to it. Without a warm start, all gates can close
-            together if the scale is tiny.
+        steer_now: the most by which the logarithm of k_coef moves in a step for this step alone.
+        lr: the learning rate of AdamW at the first step. It falls linearly to 0.
+        beta1: AdamW's decay rate of the mean gradient.
+        beta2: AdamW's decay rate of the mean squared gradient.
+        weight_decay: AdamW's weight decay.
+        grad_clip: the norm to which gradients are clipped.
+        warm_start: whether gates start in the order of their integrated gradients. The first ones,
+            as many as reach the target loss, start at values from init_bias down to 0; the others
+            start just closed. This saves most of the steps. Without a warm start, all gates start
+            at init_bias, as in the paper.
+        init_bias: the start value of the gates, or of the first of them with a warm start.
+        init_scale: the standard deviation of the noise on the start values. Without a warm start,
+            all gates can close together if it is tiny.
         temperature: the temperature of the surrogate gradient.
         tied_qk: whether each query channel shares a gate with its key channel.
         embed_gates: whether the channels of the token embedding are nodes too.
-        ablation: the values at which nodes outside the circuit are held: their `mean`, `zero` or,
-            with `resample`, their activations on another prompt.
-        means_over: whether means are taken over the corpus (as in the paper) or, for comparison,
-            over the task's training pairs.
-        necessity: the weight of a further term in the objective, max(0, ln 2 - task loss of the
-            model without the circuit), computed on half of the pairs. It finds backup paths that
-            the circuit alone does not need. With 0, the objective is that of the paper.
-        ablated_accuracy: the largest accuracy on the selection pairs that the model without the
-            circuit may have. With 1, the circuit need only be sufficient, as in the paper.
-        restarts: the number of searches, each with other initial gates and another order of the
-            pairs. The circuit with the fewest edges is kept.
-        train_pairs, selection_pairs, heldout_pairs: the numbers of prompt pairs for learning gates,
-            for choosing the size, and for judging the circuit. The three sets are disjoint.
+        ablation: the values at which nodes outside the circuit are held: their mean, zero, or those
+            on another prompt.
+        means_over: whether means are taken over the corpus, or over the task's training pairs. The
+            paper takes them over the corpus.
+        necessity: the weight of a term in the objective by which the circuit is also necessary:
+            max(0, ln 2 - task loss of the model without it), on half of the pairs. It finds backup
+            paths that the circuit alone does not need. With 0, the objective is that of the paper.
+        ablated_accuracy: the largest accuracy that the model without the circuit may have on the
+            selection pairs. With 1, the circuit need only be sufficient, as in the paper.
+        restarts: the number of searches, of which the one with the fewest edges counts. Each has
+            other initial gates and another order of the pairs.
+        train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
+            the held-out pairs are disjoint.
+        ranking_pairs: the number of training pairs for the integrated gradients of a warm start.
+        selection_pairs: the number of prompt pairs for choosing the size of the circuit.
         cleanup_pairs: the number of selection pairs on which sizes are tried quickly, and on which
             the nodes and edges that the circuit does not need are found.
+        heldout_pairs: the number of prompt pairs for judging the circuit.
         batch_size: the number of prompts, or rows of the corpus, to run at once without gradients.
         seed: the seed of the pairs, the initial gates and the order of training.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_sparse.circuits import fingerprint
 from tl_sparse.errors import DataError, SuiteError
-from tl_sparse.hooks import TLModel
+from tl_sparse.hooks import TLModel, is_sparse_model
 from tl_sparse.tasks import TASKS, get_task
 
 #: The pairs of a built-in task that its hash covers. They tell apart different versions of it.
@@ -33,7 +33,8 @@ def content_of_model(name: str, model: TLModel, tokens: Tensor) -> dict[str, str
     """
     weights = hashlib.sha256()
     weights.update(fingerprint(model).architecture.encode())
-    for parameter, values in model.network.weights():
+    named = model.network.weights() if is_sparse_model(model) else model.named_parameters()
+    for parameter, values in named:
         weights.update(parameter.encode())
         weights.update(_bytes(values))
     if model.tokenizer is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tl_sparse.checkpoints import load, load_corpus
+from tl_sparse.checkpoints import find, is_dense, open_with_corpus
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, corpus_means
 from tl_sparse.suites.content import check_unchanged, content_of_model
@@ -17,10 +17,9 @@ def model_name(source: str) -> str:
     return Path(source).resolve().name
 
 
-def opened(source: str, corpus: str | None, device: str | None) -> tuple[TLModel, Tensor]:
-    """A model, and the tokens [seq, pos] of its corpus."""
-    model = load(source, device)
-    return model, load_corpus(source, model.tokenizer, model.cfg.n_ctx, corpus)
+def name_in_study(source: str) -> str:
+    """What the stored settings of a search call a model: the name of its folder."""
+    return model_name(source) if is_dense(source) else find(source).resolve().name
 
 
 def loaded(
@@ -53,6 +52,6 @@ def _loaded(
     embed: bool,
     expected: frozenset[tuple[str, str]],
 ) -> tuple[TLModel, Tensor, NodeValues]:
-    model, tokens = opened(source, corpus, device)
+    model, tokens = open_with_corpus(source, corpus, device)
     check_unchanged(dict(expected), content_of_model(model_name(source), model, tokens))
     return model, tokens, corpus_means(model, tokens, batch_size, embed)

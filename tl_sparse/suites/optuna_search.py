@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints import find
+from tl_sparse.checkpoints import open_with_corpus
 from tl_sparse.circuits import n_weights
 from tl_sparse.config import check
 from tl_sparse.errors import DataError, PruneError, SuiteError
@@ -32,7 +32,7 @@ from tl_sparse.suites.content import (
     content_of_task,
     other_contents,
 )
-from tl_sparse.suites.models import loaded, model_name, opened
+from tl_sparse.suites.models import loaded, model_name, name_in_study
 from tl_sparse.suites.suite import refuse_another
 from tl_sparse.suites.workers import has_ended, in_processes, this_process
 from tl_sparse.tasks import Task, get_task, table
@@ -104,6 +104,7 @@ def search(
     config: PruneConfig | None = None,
     corpus: str | Path | None = None,
     device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> tuple[PruneConfig, str]:
     """Find the settings with which the circuits of `tasks` have the fewest edges, by their
     geometric mean.
@@ -146,7 +147,7 @@ def search(
     )
     setup = dataclasses.replace(setup, contents=_contents(setup))
     n_completed = _prepare_study(setup)
-    _run_trials(setup, n_completed, workers)
+    _run_trials(setup, n_completed, workers, progress)
     return _write_best(folder, setup)
 
 
@@ -161,7 +162,7 @@ def _contents(setup: _Setup) -> dict[str, str]:
         contents |= content_of_task(task)
     has_names = len(contents) == len(setup.tasks)
     check(has_names, "tasks", setup.tasks, "one or more, all with different names")
-    model, tokens = opened(setup.model, setup.corpus, setup.device)
+    model, tokens = open_with_corpus(setup.model, setup.corpus, setup.device)
     return contents | content_of_model(model_name(setup.model), model, tokens)
 
 
@@ -185,10 +186,11 @@ def _write_best(folder: Path, setup: _Setup) -> tuple[PruneConfig, str]:
     return config, _comparison(completed, best, _searched_values(setup.config))
 
 
-def _run_trials(setup: _Setup, n_completed: int, workers: int) -> None:
+def _run_trials(setup: _Setup, n_completed: int, workers: int, progress: bool) -> None:
     run = functools.partial(run_trial, setup)
     missing = range(n_completed, setup.n_trials)
-    with tqdm(total=setup.n_trials, initial=n_completed, desc="trials", unit="trial") as bar:
+    options = {"initial": n_completed, "desc": "trials", "unit": "trial"}
+    with tqdm(total=setup.n_trials, disable=not progress, **options) as bar:
         for _ in in_processes(run, missing, workers):
             bar.update()
 
@@ -282,7 +284,7 @@ def _settings(setup: _Setup) -> dict[str, Any]:
         if name not in searched:
             fixed[name] = value
     return {
-        "model": find(setup.model).resolve().name,
+        "model": name_in_study(setup.model),
         "tasks": [get_task(task).name for task in setup.tasks],
         "ranges": RANGES,
         "corpus": setup.corpus,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints import find
+from tl_sparse.checkpoints import is_dense, open_with_corpus
 from tl_sparse.circuits import Circuit, n_weights
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, SuiteError, TLSparseError
@@ -44,7 +44,7 @@ from tl_sparse.suites.jobs import (
     read_report,
     write_report,
 )
-from tl_sparse.suites.models import loaded, model_name, opened
+from tl_sparse.suites.models import loaded, model_name
 from tl_sparse.suites.results import collected, results_table
 from tl_sparse.suites.workers import has_ended, in_processes, this_process
 from tl_sparse.tasks import Task, get_task
@@ -83,6 +83,7 @@ def run_suite(
     corpus: str | Path | None = None,
     workers: int = 1,
     device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Find the circuit of each task in each model with each seed; in weight-sparse models, also
     prune it by edges.
@@ -100,6 +101,7 @@ def run_suite(
         workers: the number of processes, each with one thread. A script that uses more than one
             needs `if __name__ == "__main__":`.
         device: the device, as for `load`.
+        progress: whether to show a progress bar.
 
     Returns:
         The contents of results.json.
@@ -126,7 +128,7 @@ def run_suite(
 
     contents: dict[str, str] = {}
     for name, source in sources.items():
-        model, tokens = opened(source, corpus, device)
+        model, tokens = open_with_corpus(source, corpus, device)
         contents |= content_of_model(name, model, tokens)
         _refuse_old_circuits(folder / name, model)
     for source in task_sources.values():
@@ -139,7 +141,7 @@ def run_suite(
     _refuse_other_jobs(folder, setup, jobs)
 
     write_json(folder / "suite.json", setup.settings)
-    _run_missing(jobs, functools.partial(run_job, setup), workers)
+    _run_missing(jobs, functools.partial(run_job, setup), workers, progress)
     results = {**setup.settings, "seeds": seed_list, **collected(jobs)}
     _write_results(folder, results)
     return results
@@ -159,7 +161,7 @@ def _by_name(field: str, given: arguments.Names, name_of: Callable[[str], str]) 
 
 
 def _name_of_model(source: str) -> str:
-    find(source)  # raises if there is no such model
+    is_dense(source)  # raises if there is no such model
     return model_name(source)
 
 
@@ -207,10 +209,13 @@ def _refuse_other_jobs(folder: Path, setup: _Setup, jobs: Sequence[Job]) -> None
             read_report(job.folder)
 
 
-def _run_missing(jobs: Sequence[Job], run: Callable[[Job], None], workers: int) -> None:
+def _run_missing(
+    jobs: Sequence[Job], run: Callable[[Job], None], workers: int, progress: bool
+) -> None:
     missing = [job for job in jobs if not job.folder.exists()]
     n_finished = len(jobs) - len(missing)
-    with tqdm(total=len(jobs), initial=n_finished, desc="circuits", unit="circuit") as bar:
+    options = {"initial": n_finished, "desc": "circuits", "unit": "circuit"}
+    with tqdm(total=len(jobs), disable=not progress, **options) as bar:
         for _ in in_processes(run, missing, workers):
             bar.update()
 

@@ -42,57 +42,59 @@ class TrainConfig:
     Attributes:
         model: the architecture.
         data: the training text.
-        steps, batch_size: the number of optimizer steps, and the number of sequences of `n_ctx`
-            tokens in each step, summed over all processes.
-        lr, eps, beta1, beta2: the parameters of Adam. The learning rate is also multiplied by the
-            warm-up and decay schedule.
-        warmup_fraction: the share of the steps in which the learning rate rises linearly; after
+        steps: the number of optimizer steps.
+        batch_size: the number of sequences of n_ctx tokens in each step, over all processes.
+        lr: the learning rate of Adam. It is multiplied by the warm-up and decay schedule.
+        eps: Adam's epsilon.
+        beta1: Adam's decay rate of the mean gradient.
+        beta2: Adam's decay rate of the mean squared gradient.
+        warmup_fraction: the share of the steps in which the learning rate rises linearly. After
             these it falls linearly to 0.
-        sharkfin: whether to multiply the learning rate also by sqrt(l0_fraction / current
-            fraction), which is the factor 1/sqrt(L0) of section A.2.
-        gradient: "divide" divides the gradient by its root mean square over all parameters
-            (published script); "clip" clips this root mean square to 1 (paper's text).
+        sharkfin: whether the learning rate rises as the weights become fewer. It is multiplied by
+            sqrt(l0_fraction / current fraction), which is the factor 1/sqrt(L0) of section A.2.
+        gradient: whether the gradient is divided by its root mean square, or that is clipped to 1.
+            The root mean square is over all parameters; "divide" is the published script, "clip"
+            the paper's text.
         weight_decay: the coefficient λ, with which each matrix shrinks by λ · lr · w in a step.
-        decay: "after" decays the matrices after the top-k (published script); "adamw" decays them
-            before the optimizer step, as AdamW does (paper's text).
-        l0_fraction: the share of each weight matrix that is nonzero at the end of training; 1
-            trains a dense model.
-        l0_count: the number of nonzero weights in the matrices of all layers together, instead of
-            `l0_fraction`; 0 uses `l0_fraction`.
-        l0_fraction_embed: the nonzero share of the embedding and the unembedding; 0 uses the share
-            of the other matrices (paper's text).
-        l0_groups: the nonzero shares of groups of weights by name, for example
+        decay: whether the matrices decay after the top-k, or before the step, as in AdamW. "after"
+            is the published script, "adamw" the paper's text.
+        l0_fraction: the share of each weight matrix that is nonzero in the end; 1 for a dense
+            model.
+        l0_count: the number of nonzero weights in all matrices together; 0 for l0_fraction.
+        l0_fraction_embed: the nonzero share of the (un)embedding; 0 for that of the other matrices.
+            The paper's text has 0.
+        l0_groups: the nonzero shares of groups of weights by name. For example
             {"blocks.*.mlp.W_in": 0.1}; see `WeightSparsity`.
-        fused_qkv: whether Q, K and V share one budget of nonzero weights (published script) or each
-            has its own (paper's text).
-        sparse_biases: whether the biases of attention and MLPs become sparse as well (paper's
-            text).
-        anneal_start, anneal_stop: when, as shares of the steps, the nonzero shares start to fall
-            from 1 and when they reach their final values.
-        anneal_shape: the schedule between these two, "linear" (section A.2) or "exponential".
+        fused_qkv: whether Q, K and V share one budget of nonzero weights. The published script does
+            so; in the paper's text each has its own.
+        sparse_biases: whether the biases of attention and MLPs become sparse as well. They do in
+            the paper's text.
+        anneal_start: when the nonzero shares start to fall from 1, as a share of the steps.
+        anneal_stop: when the nonzero shares reach their final values, as a share of the steps.
+        anneal_shape: how the nonzero shares fall between these two. Linearly in section A.2.
         min_nonzero: the smallest number of nonzero entries per neuron and attention channel.
-        topk_anneal_start, topk_anneal_stop: when, as shares of the steps, the fractions of AbsTopK
-            start to fall from 1 and when they reach those of the model; if both are 0, they are
-            those of the model from the first step.
+        topk_anneal_start: when the fractions of AbsTopK start to fall from 1, as a share of the
+            steps.
+        topk_anneal_stop: when the fractions of AbsTopK reach the model's, as a share of the steps.
+            If both are 0, they are those of the model from the first step.
         bigram_from_counts: whether the bigram table starts at the log-frequencies of the training
             tokens.
-        last_bigram_row: whether the last row of the bigram table is trained; the published script
+        last_bigram_row: whether the last row of the bigram table is trained. The published script
             never trains it.
-        accumulation: the number of parts into which each batch is split. They are processed one
-            after the other to save memory.
-        precision: "bfloat16" multiplies matrices in bfloat16; weights, moments and the loss are
+        accumulation: the number of parts of a batch, processed in turn to save memory.
+        precision: the precision in which matrices are multiplied. Weights, moments and the loss are
             always float32.
         compile: whether to run the model through torch.compile.
-        max_jump: training saves its state and stops if the loss of a step is this many nats above
-            the mean of the hundred steps before.
-        checkpoint_steps, checkpoint_minutes: the number of steps and the number of minutes after
-            which a checkpoint to resume from is written; 0 steps uses the minutes only.
+        max_jump: the jump of the loss, in nats, at which training saves its state and stops. It is
+            above the mean of the hundred steps before.
+        checkpoint_steps: the number of steps between checkpoints to resume from; 0 for minutes
+            only.
+        checkpoint_minutes: the number of minutes between checkpoints to resume from.
         keep_checkpoints: the number of latest checkpoints that are kept until training is done.
-        validate_steps: the number of steps between measurements of the validation loss; 0 measures
-            it only at the end.
-        target_validation_loss: training stops as soon as the validation loss is this low, for
-            example to train a dense twin of a sparse model; 0 never stops it early.
-        track: a tracker that also receives every line of the log; the files of tensorboard are in
+        validate_steps: the number of steps between validations; 0 for one at the end.
+        target_validation_loss: the validation loss at which training stops; 0 for never. For
+            example to train a dense twin of a sparse model.
+        track: a tracker that also receives every line of the log. The files of tensorboard are in
             the folder of the run.
         seed: the seed of the weights and of the order of the data. On the command line, --seed also
             sets `data.seed`, which chooses the text.

@@ -5,6 +5,7 @@ import math
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from os import PathLike
@@ -28,14 +29,20 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 from tl_sparse.training.monitor import Monitor, Stop
 from tl_sparse.training.processes import Processes
-from tl_sparse.training.runs import RECORD_FILE, Run, check_run_folder, run_folder
+from tl_sparse.training.runs import (
+    RECORD_FILE,
+    Run,
+    check_run_folder,
+    config_of_run,
+    run_folder,
+)
 from tl_sparse.training.signals import noticing_signals
 from tl_sparse.training.tokens import batches, packed_for, tokens_per_step
 from tl_sparse.training.trainer import Trainer
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -55,7 +62,7 @@ def train(
     Args:
         config: the architecture, data and hyper-parameters, or a mapping of those that differ from
             the defaults. `d_vocab` is also the size of the tokenizer, which is trained on the same
-            text.
+            text. None means the defaults or, to resume a run, the configuration of that run.
         out: a folder for the model, its tokenizer, `training.json` (the record) and a sample of the
             training tokens, over which the pruner takes mean activations; None saves nothing.
         device: the device; None is the GPU if there is one, else the CPU. Of several processes,
@@ -75,10 +82,14 @@ def train(
         TrainError: if training stops early, there is nothing to resume, `out` holds a run to be
             resumed, another process trains there, or a file cannot be written.
     """
-    config = as_config(config, TrainConfig)
     folder = _as_folder(out)
     if folder is None and resume:
         raise TrainError("resume needs the folder of a run, out")
+    if config is None:
+        config = TrainConfig()
+        if folder is not None and resume:
+            config = config_of_run(folder)
+    config = as_config(config, TrainConfig)
     if folder is not None:
         check_run_folder(folder, resume)
     processes = Processes.launched(config, folder, resolve_device(device))

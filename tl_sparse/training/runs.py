@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tl_sparse.config import merged
 from tl_sparse.data import Corpus, DataConfig
-from tl_sparse.errors import CheckpointError, TrainError
+from tl_sparse.errors import CheckpointError, ConfigError, TrainError
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.locks import LOCK_FILE, folder_lock
 from tl_sparse.network import SparseConfig
@@ -142,9 +144,10 @@ def run_folder(folder: Path, resume: bool) -> Iterator[None]:
     with folder_lock(folder, TrainError):
         check_run_folder(folder, resume)  # another process may have trained there just now
         if not resume and (folder / RUN_FILE).is_file():
+            command = shlex.join(["tl-sparse", "train", "--resume", "--out", str(folder)])
             raise TrainError(
-                f"there is an unfinished run in {folder}; continue it with resume, or use a new "
-                "folder"
+                f"there is an unfinished run in {folder}; continue it with `{command}` (in Python, "
+                "resume=True), or use a new folder"
             )
         yield
 
@@ -166,6 +169,22 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         )
     if not _is_only_begun(folder):
         check_new_folder(folder)
+
+
+def config_of_run(folder: str | Path) -> TrainConfig:
+    """The configuration of the unfinished run in a folder.
+
+    Raises:
+        TrainError: if there is no unfinished run, or its settings are damaged.
+    """
+    folder = Path(folder)
+    check_run_folder(folder, resume=True)
+    path = folder / RUN_FILE
+    try:
+        config: TrainConfig = merged(TrainConfig(), _all_fields(_read_settings(path)["config"]))
+    except ConfigError as error:
+        raise TrainError(f"{path} is damaged: {error}; train into a new folder") from error
+    return config
 
 
 def _is_only_begun(folder: Path) -> bool:
@@ -208,15 +227,21 @@ def _completed(stored: dict[str, Any], kind: type) -> dict[str, Any]:
     return defaults | stored
 
 
+def _all_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored `TrainConfig`, with the defaults of fields that did not exist when it was stored."""
+    config = _completed(config, TrainConfig)
+    for name, kind in (("model", SparseConfig), ("data", DataConfig)):
+        if isinstance(config.get(name), dict):
+            config[name] = _completed(config[name], kind)
+    return config
+
+
 def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> None:
     """Raise `TrainError` if a run's stored configuration differs from the one to resume it with.
 
     The message names the first field that differs.
     """
-    before = _completed(before, TrainConfig)
-    for name, kind in (("model", SparseConfig), ("data", DataConfig)):
-        if isinstance(before.get(name), dict):
-            before[name] = _completed(before[name], kind)
+    before = _all_fields(before)
     # `before` was read from JSON, in which tuples become lists.
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if isinstance(before.get("model"), dict):

@@ -1,4 +1,5 @@
 from .contents import page_data as page_data
+from .limits import PAGE_ENDINGS as PAGE_ENDINGS
 from .measurements import SuiteResults as SuiteResults
 from .measurements import Summaries as Summaries
 from .measurements import TaskResults as TaskResults

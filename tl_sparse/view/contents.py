@@ -15,7 +15,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.checkpoints import load_corpus
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
-from tl_sparse.errors import CircuitError, DataError
+from tl_sparse.errors import CircuitError, DataError, warn_user
 from tl_sparse.evaluation import evaluate
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig, heldout_pairs
@@ -157,9 +157,13 @@ def _task_to_show(circuit: Circuit, model: TLModel, task: Task | str | None) -> 
     """
     try:
         task = circuit_task(circuit, task)
-    except CircuitError:
+    except CircuitError as error:
+        warn_user(f"the page has no prompts: {error}")
         return None
-    return None if model.tokenizer is None else task
+    if model.tokenizer is None:
+        warn_user("the page has no prompts, because the model has no tokenizer")
+        return None
+    return task
 
 
 def _corpus_to_show(

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+#: What the name of a page ends in.
+PAGE_ENDINGS = (".html", ".htm")
+
 
 @dataclass(frozen=True)
 class PageLimits:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_text
-from tl_sparse.view.limits import LIMITS
+from tl_sparse.outputs import check_ending
+from tl_sparse.view.limits import LIMITS, PAGE_ENDINGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +55,15 @@ class Page:
         """Write the page.
 
         Args:
-            path: the file.
+            path: the file, *.html or *.htm, or a pipe or device.
             overwrite: whether a file with other contents is replaced.
 
         Raises:
             CheckpointError: if the file cannot be written.
-            ConfigError: if there is a file with other contents, and `overwrite` is False.
+            ConfigError: if the name does not end in .html or .htm; or if there is a file with
+                other contents, and `overwrite` is False.
         """
+        check_ending(path, PAGE_ENDINGS, "a page")
         write_text(path, self.html, overwrite)
 
     def _repr_html_(self) -> str:
