@@ -1,8 +1,10 @@
 """The output of the commands: any encoding, readers that go away, and what they may delete."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from helpers import script_environment
 from micro import micro_circuit, micro_model, save_micro, save_pairs
 from tl_sparse.cli import main
 from tl_sparse.cli.output import CLOSED_PIPE, print_error
+from tl_sparse.cli.parser import build_parser
+from tl_sparse.tasks import TASKS
 
 pytestmark = pytest.mark.any_line
 
@@ -25,7 +29,7 @@ def run(args):
         print("x" * 100)
     Path({done!r}).touch()
 
-parser.add_tasks = lambda commands: arguments.add_command(commands, "tasks", "", run)
+parser.add_tasks = lambda commands: arguments.add_command(commands, "tasks", "", "", run)
 sys.exit(parser.main(["tasks"]))
 """
 
@@ -91,7 +95,7 @@ def test_interrupting_a_command_is_one_line(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_sparse.load", interrupted)
+    monkeypatch.setattr("tl_sparse.checkpoints.open_model", interrupted)
     assert main(["tasks", "tiny-python-sparse"]) == 130
     assert capsys.readouterr().err == "tl-sparse: error: interrupted\n"
 
@@ -114,15 +118,17 @@ def test_evaluate_writes_its_results_before_it_prints_them(tmp_path, monkeypatch
 
 @pytest.fixture
 def demo(monkeypatch):
-    """Runs a demo that finds its circuit at once: a text file."""
+    """Runs a demo that finds its circuit and writes its page at once: two text files."""
 
-    def pruned(model, task, config, out, device):
-        from pathlib import Path
-
+    def pruned(model, task, config, out, device, quiet):
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "circuit.json").write_text("found")
 
+    def page(out, circuit, model, device):
+        Path(out).write_text("drawn")
+
     monkeypatch.setattr("tl_sparse.cli.demo.prune_and_report", pruned)
+    monkeypatch.setattr("tl_sparse.cli.demo.write_page", page)
     return lambda out: main(["demo", "--out", str(out)])
 
 
@@ -130,6 +136,29 @@ def test_a_demo_replaces_the_files_of_an_earlier_one(demo, tmp_path):
     assert demo(tmp_path / "out") == 0
     assert demo(tmp_path / "out") == 0
     assert (tmp_path / "out" / "circuit" / "circuit.json").read_text() == "found"
+    assert (tmp_path / "out" / "page.html").read_text() == "drawn"
+
+
+def test_a_demo_ends_with_what_to_try_next(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tl_sparse.cli.demo._program", lambda: "tl-sparse")
+    out = tmp_path / "a folder"
+    assert demo(out) == 0
+    _, page, *commands = capsys.readouterr().out.strip().rsplit("\n", 4)
+    assert page.startswith(f"{out}/page.html is the circuit as a page; ")
+    parsed = []
+    for command in commands:
+        program, *words = shlex.split(command, comments=True)
+        assert program == "tl-sparse"
+        parsed.append(build_parser().parse_args(words))
+    evaluate, tasks, prune = parsed
+    assert (evaluate.circuit, evaluate.model) == (f"{out}/circuit", "tiny-python-sparse")
+    assert tasks.model == prune.model == "tiny-python-sparse"
+    assert prune.task in TASKS
+
+
+def test_a_quiet_demo_says_nothing_but_its_results(demo, tmp_path, capsys):
+    assert main(["demo", "--quiet", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("file", ["circuit/thesis.txt", "model/thesis.txt", "thesis.txt"])

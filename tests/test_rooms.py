@@ -21,17 +21,8 @@ ROOT = Path(__file__).parents[1]
 #: From the ground up. Rooms in one line do not know each other.
 FLOORS = [
     ["errors"],
-    [
-        "arguments",
-        "arrays",
-        "config",
-        "parsing",
-        "pickles",
-        "checksums",
-        "records",
-        "precision",
-        "version",
-    ],
+    ["version"],
+    ["arguments", "arrays", "config", "parsing", "pickles", "checksums", "records", "precision"],
     ["outputs", "locks"],
     ["files"],
     ["kernels"],

@@ -352,10 +352,8 @@ def test_a_run_from_before_checksums_is_resumed(interrupted, whole):
 
 
 def test_a_new_run_where_one_is_unfinished(interrupted, whole):
-    with pytest.raises(
-        TrainError,
-        match=r"an unfinished run in .*; continue it with `tl-sparse train --resume --out .*`",
-    ):
+    command = f"`tl-sparse train --resume --out {interrupted}`"
+    with pytest.raises(TrainError, match=f"an unfinished run in .*; continue it with {command}"):
         train(SHORT, interrupted, device="cpu", progress=False)
     resume(interrupted)
     assert_same_run(interrupted, whole)

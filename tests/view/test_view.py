@@ -31,7 +31,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import to_networkx
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import main
-from tl_sparse.cli.arguments import given_fields
+from tl_sparse.cli.config_flags import given_fields
 from tl_sparse.cli.parser import build_parser
 from tl_sparse.errors import CheckpointError, CircuitError, DataError, TaskError
 from tl_sparse.pruning.config import PruneConfig

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,10 +94,8 @@ def a_dense_model(source: str) -> str:
 
 def _model_of_circuit(folder: Path) -> str:
     values: dict[str, Any] = {}
-    try:
+    with suppress(CheckpointError):  # if it is damaged, it still is a circuit
         values = read_json(folder / "circuit.json")
-    except CheckpointError:
-        pass  # it is damaged, but a circuit in any case
     name = values.get("model_name")
     return f"; its model is {name!r}" if isinstance(name, str) and name else ""
 

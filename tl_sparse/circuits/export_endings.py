@@ -1,4 +1,4 @@
-"""The endings of the files that `export` writes, apart from the slow imports of what writes them."""
+"""The endings of the files that `export` writes, checked without slow imports."""
 
 import difflib
 from pathlib import Path

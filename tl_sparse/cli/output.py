@@ -30,14 +30,17 @@ def print_error(message: object) -> None:
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Within the context, a warning is a line without the place in the code that it is for."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _print_warning
+    before = warnings.formatwarning
+    warnings.formatwarning = _as_line
+    try:
         yield
+    finally:
+        warnings.formatwarning = before
 
 
-def _print_warning(message: Warning | str, *_place: object) -> None:
+def _as_line(message: Warning | str, *_place: object, **_source: object) -> str:
     line = " ".join(part.strip() for part in str(message).splitlines())
-    print(f"tl-sparse: warning: {printable(line)}", file=sys.stderr)
+    return f"tl-sparse: warning: {printable(line)}\n"
 
 
 def flush_output() -> None:

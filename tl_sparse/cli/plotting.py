@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tl_sparse.cli.arguments import (
-    MODEL_HELP,
     Commands,
     add_command,
     add_out_file,

@@ -70,7 +70,7 @@ def _list_of_tasks(seed: int) -> str:
 
 
 def _ends(first: str, second: str) -> tuple[str, str]:
-    """The last lines of two prompts, from the last one on in which they differ, each as one line."""
+    """The last lines of two prompts, from the last one in which they differ, each as one line."""
     first_lines = first.split("\n")
     second_lines = second.split("\n")
     n_lines = 1
