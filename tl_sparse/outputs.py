@@ -50,7 +50,7 @@ def check_ending(path: str | Path, endings: Sequence[str], what: str) -> None:
     """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending in endings or is_stream(path):
+    if ending in endings or is_stream(path) or path.is_dir():  # a folder is refused by its writer
         return
     near = difflib.get_close_matches(ending, endings, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
