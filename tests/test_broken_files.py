@@ -42,8 +42,8 @@ from micro import (
     save_pairs,
 )
 from tl_sparse.circuits import Circuit
-from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.cli.circuits import _config_of
+from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.data import load_documents, load_tokenizer
 from tl_sparse.errors import TLSparseError
 from tl_sparse.evaluation import full_evaluation
