@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,26 @@ from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_text
 from tl_sparse.outputs import check_ending
 from tl_sparse.view.limits import LIMITS, PAGE_ENDINGS
+
+#: The folder of what a page consists of beside its contents.
+WEB = Path(__file__).with_name("web")
+#: The scripts of a page, in the order in which they are run.
+SCRIPTS = (
+    "text.js",
+    "graph.js",
+    "state.js",
+    "labels.js",
+    "layout.js",
+    "drawing.js",
+    "captions.js",
+    "lighting.js",
+    "panel.js",
+    "prompts.js",
+    "curve.js",
+    "heading.js",
+    "download.js",
+    "controls.js",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +111,52 @@ def _fill_template(data: dict[str, Any]) -> str:
     The contents are written in ASCII and without `<`, so that no text from a model or a corpus can
     close the element that contains it.
     """
-    parts = {}
-    for name in ("page.css", "d3.min.js", "page.js", "template.html"):
-        parts[name] = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    # A second safeguard: the content security policy lets only these two scripts run, and forbids
-    # all requests.
-    parts["scripts"] = f"{_digest(parts['d3.min.js'])} {_digest(parts['page.js'])}"
-    task = data["summary"]["task"] or "A circuit"
-    model = data["summary"]["model"] or "a model"
-    parts["title"] = html.escape(f"{task} in {model}")
     # JSON has no NaN or infinity, so both are replaced with null.
     finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
-    parts["data"] = json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c")
-    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], parts["template.html"])
+    task = data["summary"]["task"] or "A circuit"
+    model = data["summary"]["model"] or "a model"
+    parts = {
+        "title": html.escape(f"{task} in {model}"),
+        "identity": _identity(finite),
+        "data": json.dumps(finite, separators=(",", ":")).replace("<", "\\u003c"),
+        "page.css": _source("page.css"),
+        "d3.min.js": _source("d3.min.js"),
+        "script": _script(),
+    }
+    parts["policy"] = _policy([parts["d3.min.js"], parts["script"]])
+    template = _source("template.html")
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], template)
 
 
-def _digest(script: str) -> str:
-    """The hash by which the content security policy identifies a script."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest())
-    return f"'sha256-{digest.decode()}'"
+def _source(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    """The scripts of the page as one, whose names do not become names of the window."""
+    sources = [_source(name) for name in SCRIPTS]
+    return "\n".join(['"use strict";', "(() => {", *sources, "})();", ""])
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """The content security policy.
+
+    It is a second safeguard: only these scripts run, and nothing is requested. The graph becomes a
+    PNG file by way of an image whose address is its contents.
+    """
+    digests = []
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest())
+        digests.append(f"'sha256-{digest.decode()}'")
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+        f"script-src {' '.join(digests)}"
+    )
+
+
+def _identity(data: dict[str, Any]) -> str:
+    """What the labels that a browser keeps belong to: the same model, task, nodes and edges."""
+    summary = data["summary"]
+    names = [node["name"] for node in data["nodes"]]
+    contents = json.dumps([summary["model"], summary["task"], names, data["edges"]])
+    return hashlib.sha256(contents.encode()).hexdigest()[:16]
