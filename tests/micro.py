@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
-from helpers import circuit_means, word_tokenizer
+from helpers import circuit_means, node_means, word_tokenizer
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
@@ -139,3 +139,32 @@ def save_pairs(path: Path, answers: tuple[str, str] = (" yes", " no"), n_pairs: 
     lines = [json.dumps({"prompts": pair, "answers": answers}) for pair in pairs]
     path.write_text("\n".join(lines))
     return str(path)
+
+
+def large(n_layers, width, keep=1.0):
+    """A circuit of random nodes, a fraction `keep`, of a model with the micro task's tokens."""
+    config = tl_sparse.SparseConfig(
+        n_layers=n_layers,
+        d_model=width,
+        n_heads=4,
+        d_head=width // 4,
+        d_mlp=width,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        abs_topk=tl_sparse.paper_topk(0.5),
+        attn_sinks=True,
+        bigram_table=True,
+        positions="concatenated",
+        d_pos=2,
+    )
+    model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks.") and "W_" in name:
+                parameter *= torch.rand(parameter.shape, generator=generator) < 0.8
+    means = node_means(model, micro_corpus())
+    kept = {
+        name: torch.rand(mean.shape, generator=generator) < keep for name, mean in means.items()
+    }
+    return Circuit(kept, means, fingerprint(model), "large", "micro"), model

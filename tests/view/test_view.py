@@ -1,35 +1,29 @@
-"""The page: the data that it contains, and its behaviour in a real browser."""
+"""The data that a page contains, and the file; test_page.py is about its behaviour."""
 
 import dataclasses
-import html
 import json
 import math
-import os
 import re
 import shlex
-import shutil
-from contextlib import ExitStack
 
 import pytest
 import torch
 
 import tl_sparse
-from helpers import has_hooks, node_means, word_tokenizer
+from helpers import has_hooks
 from micro import (
     EDGES,
     LOSS,
     MICRO_TASK,
     NODES,
     VOCABULARY,
+    large,
     micro_circuit,
     micro_corpus,
     micro_model,
-    micro_tokenizer,
 )
 from tl_sparse.circuits.attribution import attribution_graph
-from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.exports import to_networkx
-from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.cli import main
 from tl_sparse.cli.config_flags import given_fields
 from tl_sparse.cli.parser import build_parser
@@ -41,41 +35,6 @@ from tl_sparse.view.contents import page_data
 from tl_sparse.view.drawing import drawn
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.page import Page
-
-HOSTILE = [
-    "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
-    "\u202egnp.exe\u2067", "\u2028\u2029", "\x00\x07\x1b[31m\x7f", "e" + "\u0301" * 300,
-    "x" * 10_000, "{{data}}", "${window.hacked=1}",
-]  # fmt: skip
-
-
-def large(n_layers, width, keep=1.0):
-    """A circuit of random nodes, a fraction `keep`, of a model with the micro task's tokens."""
-    config = tl_sparse.SparseConfig(
-        n_layers=n_layers,
-        d_model=width,
-        n_heads=4,
-        d_head=width // 4,
-        d_mlp=width,
-        d_vocab=len(VOCABULARY),
-        n_ctx=8,
-        abs_topk=tl_sparse.paper_topk(0.5),
-        attn_sinks=True,
-        bigram_table=True,
-        positions="concatenated",
-        d_pos=2,
-    )
-    model = tl_sparse.create(config, seed=0, tokenizer=micro_tokenizer(), device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("blocks.") and "W_" in name:
-                parameter *= torch.rand(parameter.shape, generator=generator) < 0.8
-    means = node_means(model, micro_corpus())
-    kept = {
-        name: torch.rand(mean.shape, generator=generator) < keep for name, mean in means.items()
-    }
-    return Circuit(kept, means, fingerprint(model), "large", "micro"), model
 
 
 @pytest.fixture(scope="module")
@@ -385,278 +344,6 @@ def test_mistakes_leave_no_file(command, message, micro, tmp_path, capsys, monke
     assert main(command.split()) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob("*x.*"))
-
-
-# Tests in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """The system's or playwright's Chromium; TL_SPARSE_BROWSER=required forbids skipping."""
-    with ExitStack() as stack:
-        try:
-            from playwright.sync_api import sync_playwright
-
-            playwright = stack.enter_context(sync_playwright())
-            path = next(
-                filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None,
-            )
-            root = hasattr(os, "geteuid") and os.geteuid() == 0
-            chromium = playwright.chromium.launch(
-                executable_path=path, args=["--no-sandbox"] * root
-            )
-        except Exception as error:  # playwright is missing, or no browser starts
-            if os.environ.get("TL_SPARSE_BROWSER") == "required":
-                raise
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        stack.callback(chromium.close)
-        yield chromium
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page; at the end, checks for errors and for requests other than for the file."""
-    pages, errors, requests = [], [], []
-
-    def open_page(content, **options):
-        (tmp_path / "page.html").write_text(
-            content if isinstance(content, str) else Page(content).html
-        )
-        page = browser.new_page(viewport={"width": 1500, "height": 1000}, **options)
-        pages.append(page)
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(f"dialog {dialog.message}"))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(f"file://{tmp_path}/page.html")
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert errors == []
-    assert all(url.startswith(("file:", "about:")) for url in requests)
-
-
-def count(page, selector):
-    return page.locator(selector).count()
-
-
-def slide(page, name, value):
-    move = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }"
-    page.locator(f"#{name}").evaluate(move, value)
-
-
-def pinned(page):
-    return page.locator("#panel h2").inner_text()
-
-
-def test_the_page_shows_the_circuit_and_its_summary(data, opened):
-    page = opened(data, permissions=["clipboard-read", "clipboard-write"])
-    assert page.title() == "micro in micro"
-    assert (
-        count(page, ".node:not(.terminal)"),
-        count(page, "path.edge"),
-        count(page, ".terminal"),
-    ) == (3, 2, 6)
-    assert page.locator("#shown").inner_text() == "3 of 3 nodes, 2 of 2 edges"
-    assert page.locator("#lede").inner_text() == "3 of 24 nodes and 2 edges: was it A or B?"
-    scores = page.locator("#scores").inner_text()
-    assert all(f"{loss:.3f}" in scores for loss in (LOSS, math.log(2)))
-    assert "Each node has at most 4 passages" in page.locator("#caps").inner_text()
-    page.click("#copy")
-    page.wait_for_selector("text=Copied")
-    quote = page.evaluate("navigator.clipboard.readText()")
-    assert quote.startswith("Circuit of micro in micro: 3 of 24 nodes and 2 edges")
-    assert "circuit alone: task loss 2.1e−4, accuracy 100.0\u202f%" in quote
-
-
-def test_hover_lights_up_paths_and_a_click_pins(data, opened):
-    page = opened(data)
-    page.hover("[data-name='0.attn_v h0.0'] circle")
-    assert count(page, "path.edge.near") == 2
-    # All three nodes, the tokens A and B, and both candidates are highlighted.
-    assert count(page, ".node.lit") == 3 + 2 + 2
-    page.mouse.move(5, 5)
-    assert count(page, ".dimmed") == 0
-    page.click("[data-name='0.attn_v h0.0'] circle")
-    assert pinned(page) == "0.attn_v h0.0"
-    text = page.locator("#panel").inner_text()
-    for part in (
-        "0.attn.v.0",
-        "head 0, channel 0",
-        "0.attn_in 0",
-        "+1.5",
-        "0.attn_out 2",
-        "+2",
-        "0.693",
-    ):
-        assert part in text, part
-    for heading in (
-        "incoming edges",
-        "outgoing edges",
-        "attention of head 0",
-        "most positive",
-        "most negative",
-    ):
-        assert heading in text.lower()
-    assert count(page, ".passage .token.peak") >= 8
-    assert count(page, ".patterns canvas") == 2
-    page.locator(".patterns canvas").first.hover()
-    assert "attends to" in page.locator("#attention").inner_text()
-    page.click("#panel .link >> text=0.attn_out 2")
-    text = page.locator("#panel").inner_text().lower()
-    assert "logits it raises" in text
-    assert "logits it lowers" in text
-    page.keyboard.press("Escape")
-    assert pinned(page) == "Nodes that matter most"
-    assert count(page, ".dimmed") == 0
-
-
-def test_search_by_either_name(data, opened):
-    page = opened(data)
-    page.keyboard.press("/")
-    page.keyboard.type("resid_delta")  # OpenAI's name
-    assert count(page, ".node.match") == 1
-    assert page.locator("#found").inner_text() == "1"
-    page.keyboard.press("Enter")
-    assert pinned(page) == "0.attn_out 2"
-    page.fill("#search", "no such node")
-    assert page.locator("#found").inner_text() == "0"
-
-
-def test_filters_and_sizes_take_away_and_give_back(data, opened):
-    page = opened(data)
-    slide(page, "weight", 100)
-    assert count(page, "path.edge:not(.off)") == 1
-    assert page.locator("#shown").inner_text() == "3 of 3 nodes, 1 of 2 edges"
-    slide(page, "weight", 0)
-    for size, _ in enumerate(data["ladder"]):
-        slide(page, "size", size)
-        n_nodes, n_edges, *_ = data["ladder"][size]
-        assert count(page, ".node:not(.terminal, .off)") == n_nodes
-        assert count(page, "path.edge:not(.off)") == n_edges
-        assert page.locator("#size-value").inner_text().startswith(f"{n_nodes} node")
-    page.keyboard.press("[")
-    assert count(page, ".node.off") == 1
-
-
-def test_prompts_are_shown_side_by_side_and_shaded(data, opened):
-    page = opened(data)
-    first = page.locator("#sides").inner_text()
-    assert page.locator("#pair").inner_text() == "pair 1 of 8"
-    assert count(page, ".prompt") == 2
-    assert count(page, ".prompt .differs") == 2
-    assert "circuit 100" in page.locator(".verdict").first.inner_text()
-    page.keyboard.press("n")
-    assert page.locator("#pair").inner_text() == "pair 2 of 8"
-    assert page.locator("#sides").inner_text() != first
-    page.keyboard.press("p")
-    page.locator(".prompt").first.locator(".token").nth(3).click()
-    assert "0.attn_in 0" in page.locator("#flow").inner_text()
-    assert [
-        cell.inner_text() for cell in page.locator("#flow tr").first.locator(".number").all()
-    ] == ["3", "−3"]
-    halves = page.locator("[data-name='0.attn_in 0'] .half")
-    fills = [half.evaluate("half => getComputedStyle(half).fill") for half in halves.all()]
-    assert len(set(fills)) == 2
-    page.click("#values")
-    fills = [half.evaluate("half => getComputedStyle(half).fill") for half in halves.all()]
-    assert len(set(fills)) == 1
-
-
-def test_keys(data, opened):
-    page = opened(data)
-    page.keyboard.press("ArrowUp")
-    assert pinned(page) == "0.attn_in 0"
-    page.keyboard.press("ArrowUp")
-    assert pinned(page) == "0.attn_v h0.0"
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowRight")  # the only node in its row
-    assert pinned(page) == "0.attn_in 0"
-    background = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(background)
-    page.keyboard.press("t")
-    assert page.evaluate(background) != light
-    before = page.locator("#graph > g").first.get_attribute("transform")
-    page.keyboard.press("+")
-    assert page.locator("#graph > g").first.get_attribute("transform") != before
-    page.keyboard.press("0")
-    assert page.locator("#graph > g").first.get_attribute("transform") == before
-    page.mouse.move(600, 500)
-    page.mouse.wheel(0, -300)
-    assert page.locator("#graph > g").first.get_attribute("transform") != before
-    page.keyboard.press("?")
-    assert page.locator("#help").is_visible()
-    page.keyboard.press("Escape")
-    assert not page.locator("#help").is_visible()
-
-
-def test_light_and_dark_follow_the_system(data, opened):
-    backgrounds = [
-        opened(data, color_scheme=scheme).evaluate(
-            "getComputedStyle(document.body).backgroundColor"
-        )
-        for scheme in ("light", "dark")
-    ]
-    assert backgrounds == ["rgb(250, 250, 247)", "rgb(18, 19, 22)"]
-
-
-def test_a_hostile_corpus_executes_and_breaks_nothing(opened):
-    words = HOSTILE + [f"w{i}" for i in range(len(VOCABULARY) - len(HOSTILE))]
-    model = micro_model(word_tokenizer(words, bos_token="<s>"))
-    evil = "</script><script>window.hacked=1</script><b>"
-    circuit = dataclasses.replace(micro_circuit(model), model_name=evil, task=evil)
-    corpus = torch.arange(40).remainder(len(HOSTILE)).repeat(8).view(40, 8)
-    with torch.no_grad():
-        found = page_data(circuit, model, None, corpus)
-    found["prompts"], found["ends"] = [], found["ends"] | {"tokens": [1, 2], "candidates": [3, 4]}
-    found["summary"]["scores"] = {"full": {"loss": "<b>", "accuracy": None}, "circuit": 3}
-    page = opened(found)
-    assert count(page, ".node:not(.terminal)") == 3
-    for name in NODES:
-        page.click(f"[data-name='{name}'] circle")
-        assert pinned(page) == name
-    assert page.evaluate("window.hacked") is None
-    assert count(page, "script") == 3
-    assert count(page, "b, img") == 0
-    assert page.locator("#task").inner_text() == evil
-    assert max(map(len, page.locator(".passage").all_inner_texts())) < 28 * 45
-    passages = "".join(page.locator(".passage").all_inner_texts())
-    assert "␀" in passages
-    assert "\x00" not in passages
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_in_a_notebook(data, opened):
-    shown = Page(data)._repr_html_()
-    page = opened(f"<!doctype html><h1>Notebook</h1>{shown}")
-    frame = page.frame_locator("iframe")
-    frame.locator("[data-name='0.attn_v h0.0'] circle").click()
-    assert frame.locator("#panel h2").inner_text() == "0.attn_v h0.0"
-    assert html.unescape(re.search('srcdoc="(.*)"', shown, re.DOTALL)[1]) == Page(data).html
-
-
-@pytest.mark.parametrize(("n_layers", "width", "keep"), [(1, 8, 0.4), (2, 16, 0.5), (4, 32, 0.53)])
-def test_sizes_and_times(n_layers, width, keep, opened, record_property):
-    circuit, model = large(n_layers, width, keep)
-    found = page_data(circuit, model, MICRO_TASK, micro_corpus())
-    page = opened(found)
-    edges = len(circuit.edges(model))
-    assert (count(page, ".node:not(.terminal)"), count(page, "path.edge")) == (
-        circuit.n_nodes,
-        edges,
-    )
-    page.wait_for_selector("[data-ready]")
-    milliseconds, size = int(page.get_attribute("html", "data-ready")), len(Page(found).html)
-    record_property(
-        "page", f"{circuit.n_nodes} nodes, {edges} edges: {size:,} bytes, {milliseconds} ms"
-    )
-    print(f"{circuit.n_nodes} nodes, {edges} edges: {size:,} bytes, {milliseconds} ms")
-    assert size <= 5_000_000
-    assert milliseconds < 3000  # about one second on an idle machine
-    page.hover(f"[data-name='{circuit.nodes[0]}'] circle", force=True)
 
 
 def test_saving(data, tmp_path):

@@ -29,6 +29,8 @@ SCRIPTS = (
     "captions.js",
     "lighting.js",
     "panel.js",
+    "edges.js",
+    "evidence.js",
     "prompts.js",
     "curve.js",
     "heading.js",

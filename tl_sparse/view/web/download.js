@@ -161,6 +161,7 @@ const SAVING = 'circuit.view(model).save("page.html")';
 async function copyText(text, button, what) {
   const before = button.textContent;
   try {
+    if (isInNotebook()) throw new Error("the frame of a notebook has no clipboard");
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = before), 1500);

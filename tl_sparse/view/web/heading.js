@@ -152,8 +152,8 @@ function showFoot() {
     `Each node has at most ${caps.passages} passages of either sign, ${caps.window} tokens long, ` +
       `from ${caps.corpus_tokens.toLocaleString("en")} tokens of the corpus run through the full ` +
       `model, and ${caps.tokens} tokens of either sign.`,
-    `There are ${count(prompts.length, "pair")} of prompts, of which the last ` +
-      `${caps.prompt_tokens} tokens are shown. A token shows ${caps.token_chars} characters.`,
+    `Of a prompt the last ${caps.prompt_tokens} tokens are shown, of a token ` +
+      `${caps.token_chars} characters.`,
   ];
   if (summary.n_effect_pairs) {
     sentences.push(`Effects are over ${count(summary.n_effect_pairs, "pair")}.`);

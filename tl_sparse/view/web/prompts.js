@@ -6,6 +6,13 @@ function sidesOfPair() {
   return prompts[state.pair].length;
 }
 
+/** What a pair is called; a single prompt is one of the user's own. */
+function pairName(p) {
+  const sameKind = prompts.filter((pair) => pair.length === prompts[p].length);
+  const what = prompts[p].length === 1 ? "own prompt" : "pair";
+  return `${what} ${sameKind.indexOf(prompts[p]) + 1} of ${sameKind.length}`;
+}
+
 /** The chosen token of one prompt of the pair. Positions are counted from the end. */
 function chosenToken(s) {
   return prompts[state.pair][s].tokens.length - 1 - state.back;
@@ -34,7 +41,7 @@ function showPrompts() {
   const pair = prompts[state.pair];
   if (!pair) return;
   state.back = Math.min(state.back, d3.min(pair, (side) => side.tokens.length) - 1);
-  byId("pair").textContent = `pair ${state.pair + 1} of ${prompts.length}`;
+  byId("pair").textContent = pairName(state.pair);
   fill("prompt-note", promptNote(pair));
   const different = pair.length === 2 ? differences(pair[0].tokens, pair[1].tokens) : [new Set()];
   const focused = document.activeElement?.closest(".prompt")?.dataset.side;
