@@ -297,6 +297,7 @@ def _summary(
         "answers": list(task.candidates) if task and task.candidates else None,
         "model": model_name,
         "command": _prune_command(circuit, model_name, source),
+        "source": source,
         "layers": model.cfg.n_layers,
         "min_weight": min_weight,
         "n_nodes": circuit.n_nodes,

@@ -83,7 +83,7 @@ function showScores() {
   if (!rows.length) return;
   const scoreOf = (name) => summary.scores[name];
   const columns = COLUMNS.filter(({ value }, i) => {
-    return i < 2 || rows.some(([name]) => typeof value(scoreOf(name)) === "number");
+    return i === 0 || rows.some(([name]) => typeof value(scoreOf(name)) === "number");
   });
   let cells = [
     ["", ...columns.map(({ title }) => title)],
@@ -159,11 +159,7 @@ function showFoot() {
     sentences.push(`Effects are over ${count(summary.n_effect_pairs, "pair")}.`);
   }
   byId("caps").textContent = sentences.join(" ");
-  const commands = Object.values(summary.commands ?? {}).filter(Boolean);
-  fill(
-    "commands",
-    commands.map((command) => make("p", {}, make("code", {}, command))),
-  );
+  byId("command").textContent = summary.command;
 }
 
 /** The summary as text. */
@@ -175,5 +171,5 @@ function summaryText() {
     lines.push(`${label}: ${parts.map(({ title, text }) => `${title} ${text(score)}`).join(", ")}`);
   }
   if (scoredRows().length) lines.push(lossNote());
-  return [...lines, ...Object.values(summary.commands ?? {})].filter(Boolean).join("\n");
+  return [...lines, summary.command].filter(Boolean).join("\n");
 }

@@ -103,7 +103,7 @@ function labelActions() {
   const button = make("button", { id: "copy-labels" }, "Copy labels");
   button.addEventListener("click", () => copyText(json(), button, "Labels"));
   if (json() === "{}") return null;
-  const folder = summary.labelled_from || "circuit";
+  const folder = summary.source || "circuit";
   return [
     heading("Your labels"),
     note(
