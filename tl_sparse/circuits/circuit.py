@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from tl_sparse.checkpoints import card_text, find, push_folder
 from tl_sparse.circuits import algebra
+from tl_sparse.circuits.description import described
 from tl_sparse.circuits.edges import bias_at, cutting, edge_shares, edges_between, uncut_edges
 from tl_sparse.circuits.exchange import edge_list, read_edge_list, read_openai_circuit
 from tl_sparse.circuits.fingerprints import fingerprint
-from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node
+from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.circuits.reads import holding_reads
 from tl_sparse.circuits.storage import read_circuit, write_circuit
-from tl_sparse.errors import CircuitError, counted
+from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
-from tl_sparse.parsing import printable
 from tl_sparse.tasks import TaskPairs
 
 if TYPE_CHECKING:
@@ -443,33 +442,7 @@ class Circuit(CircuitParts):
         return Page(page_data(self, model, *args, **options))
 
     def __repr__(self) -> str:
-        task = printable(self.task) or "no task"
-        model_name = printable(self.model_name) or "a model"
-        lines = [f"Circuit({task} in {model_name}: {counted(self.n_nodes, 'node')}"]
-        n_nodes_at = Counter(node.location for node in self.nodes)
-        if n_nodes_at:
-            counts = [f"{n_nodes_at[name]} {name}" for name in LOCATIONS if n_nodes_at[name]]
-            lines.append(", ".join(counts))
-        if self.edge_set is not None:
-            lines.append(f"pruned to {counted(len(self.edge_set), 'edge')}")
-        losses = self._measured_losses()
-        if losses:
-            texts = [f"{printable(name)} {loss:.3f}" for name, loss in losses.items()]
-            lines.append(f"task loss: {', '.join(texts)}")
-        if not self.means:
-            lines.append("without means: it can be viewed, but not run")
-        return "\n  ".join(lines) + ")"
-
-    def _measured_losses(self) -> dict[str, float]:
-        """The task losses that `prune` or `from_openai` has recorded in `measured`, by name."""
-        scores = self.measured.get("heldout", self.measured.get("openai"))
-        losses = {}
-        if isinstance(scores, Mapping):
-            for name, score in scores.items():
-                loss = score.get("loss") if isinstance(score, Mapping) else None
-                if isinstance(loss, float):
-                    losses[name] = loss
-        return losses
+        return described(self)
 
 
 def _are_equal(values: NodeValues, others: NodeValues) -> bool:

@@ -7,6 +7,10 @@ from tl_sparse.arguments import checked
 from tl_sparse.errors import ArgumentError, counted
 from tl_sparse.parsing import printable
 
+#: What the columns of the table are.
+_WHAT_LOSS_IS = """\
+  task loss: cross-entropy between the two answers, in nats (chance: 0.693) ± its standard error"""
+
 
 @dataclass(frozen=True)
 class NextToken:
@@ -58,7 +62,7 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
             scored[name] = score
     by_loss = sorted(scored, key=lambda name: scored[name].loss)
     rows = [score_row(name, scored[name]) for name in by_loss]
-    text = table(["task", "loss", "accuracy"], rows)
+    text = table(["task", "task loss", "accuracy"], rows) + "\n\n" + _WHAT_LOSS_IS
     if missing:
         names = ", ".join(map(printable, missing))
         text += f"\n\nNot possible with this tokenizer and context: {names}"
