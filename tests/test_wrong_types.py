@@ -120,6 +120,8 @@ OTHERWISE = {
     "residual_joins": {"nodes": []},
     "read_pairs": {"path": "pairs.jsonl"},
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
+    "task_ends": {"nodes": []},
+    "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
     "read_results": {"values": {"models": {}, "geometric_mean_edges": {"node_pruned": {}}}},
     "summary": {

@@ -16,17 +16,14 @@ import torch
 from helpers import has_hooks
 from micro import EDGES, MICRO_TASK, NODES, VOCABULARY, W_U, WRITTEN
 from tl_sparse.circuits.attribution import attribution_graph
-from tl_sparse.circuits.exports import (
-    TEXT_FORMATS,
-    export,
-    residual_joins,
-    to_dot,
-    to_graphml,
-    to_mermaid,
-    to_networkx,
-)
+from tl_sparse.circuits.dot import to_dot
+from tl_sparse.circuits.ends import residual_joins, task_tokens
+from tl_sparse.circuits.exports import DATA_FORMATS, DRAWINGS, export, to_graphml, to_networkx
+from tl_sparse.circuits.mermaid import to_mermaid
 from tl_sparse.circuits.nodes import Node
-from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TokenizerError
+from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskError, TokenizerError
+from tl_sparse.parsing import printable
+from tl_sparse.tasks.task import Task
 
 SCHEMA = json.loads((Path(__file__).parent / "attribution_graph.schema.json").read_text())
 
@@ -46,6 +43,16 @@ def test_networkx_has_the_nodes_and_edges(circuit, micro):
     assert graph.graph == {"model": "micro", "task": "micro"}
     without_means = dataclasses.replace(circuit, means={})
     assert "mean" not in to_networkx(without_means, micro).nodes["0.attn_v h0.0"]
+
+
+def test_labels_are_in_graphml(circuit, micro):
+    labelled = circuit.with_labels({"0.attn_v h0.0": "inside\ta\nstring", "0.attn_out 2": "\x00\r"})
+    graph = networkx.parse_graphml(to_graphml(labelled, micro))
+    assert dict(graph.nodes(data="label")) == {
+        "0.attn_in 0": None,
+        "0.attn_v h0.0": "inside\ta\nstring",
+        "0.attn_out 2": "\ufffd\ufffd",
+    }
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x1b[31m", "\ufffe", "a < b & 'c' \"d\"", "é\n😀"])
@@ -77,32 +84,186 @@ def test_csv_is_read_back_equal(circuit, micro, tmp_path):
     assert [(row["source"], row["target"], float(row["weight"])) for row in rows] == EDGES
 
 
-def test_dot_has_each_node_and_edge(circuit, micro, tmp_path):
+DOT = """\
+digraph circuit {
+  label="micro in micro\\n3 nodes, 2 edges\\nblue arrows: positive weights; orange bars: negative \
+weights\\ndashed: the residual stream, from a write to a later read of its channel"; labelloc=t; \
+fontname=Helvetica; fontsize=12;
+  rankdir=BT; newrank=true; ranksep=0.7; nodesep=0.2;
+  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Courier,
+    fontsize=10, margin=0.06, height=0.3];
+  edge [fontname=Helvetica, fontsize=8, arrowsize=0.6];
+  subgraph "cluster tokens" {
+    label="tokens"; style=dotted; labeljust=l;
+    "token 1" [label="'A'", shape=ellipse, style=filled];
+    "token 2" [label="'B'", shape=ellipse, style=filled];
+  }
+  subgraph "cluster 0.attn" {
+    label="layer 0: attention"; style="rounded,filled";
+    labeljust=l; color="#cccccc"; fillcolor="#f7f7f7";
+    "0.attn_in 0" [label="0.attn_in 0", tooltip="read by attention"];
+    "0.attn_out 2" [label="0.attn_out 2", tooltip="written by attention"];
+    subgraph "cluster 0.h0" {
+      label="head 0"; fillcolor=white;
+      "0.attn_v h0.0" [label="0.attn_v h0.0\\nwas it A?", tooltip="value channels"];
+    }
+  }
+  subgraph "cluster logits of the answers" {
+    label="logits of the answers"; style=dotted; labeljust=l;
+    "answer 4" [label="'yes'", shape=ellipse, style=filled];
+    "answer 5" [label="'no'", shape=ellipse, style=filled];
+  }
+  { rank=same; "token 1"; "token 2"; }
+  { rank=same; "0.attn_in 0"; }
+  { rank=same; "0.attn_v h0.0"; }
+  { rank=same; "0.attn_out 2"; }
+  { rank=same; "answer 4"; "answer 5"; }
+  "token 1" -> "0.attn_in 0" [style=invis, weight=0];
+  "0.attn_in 0" -> "0.attn_v h0.0" [style=invis, weight=0];
+  "0.attn_v h0.0" -> "0.attn_out 2" [style=invis, weight=0];
+  "0.attn_out 2" -> "answer 4" [style=invis, weight=0];
+  "0.attn_in 0" -> "0.attn_v h0.0" [tooltip="0.attn_in 0 → 0.attn_v h0.0: +1.50", \
+label=" +1.50 ", penwidth="2.75", color="#1b6cb5", fontcolor="#1b6cb5"];
+  "0.attn_v h0.0" -> "0.attn_out 2" [tooltip="0.attn_v h0.0 → 0.attn_out 2: +2.00", \
+label=" +2.00 ", penwidth="3.50", color="#1b6cb5", fontcolor="#1b6cb5"];
+  "token 1" -> "0.attn_in 0" [tooltip="token 1 → 0.attn_in 0: +1.00", \
+label=" +1.00 ", penwidth="3.50", color="#1b6cb5", fontcolor="#1b6cb5"];
+  "token 2" -> "0.attn_in 0" [tooltip="token 2 → 0.attn_in 0: -1.00", \
+label=" -1.00 ", penwidth="3.50", color="#cd4f22", fontcolor="#cd4f22", arrowhead="tee"];
+  "0.attn_out 2" -> "answer 4" [tooltip="0.attn_out 2 → answer 4: +3.00", \
+label=" +3.00 ", penwidth="3.50", color="#1b6cb5", fontcolor="#1b6cb5"];
+  "0.attn_out 2" -> "answer 5" [tooltip="0.attn_out 2 → answer 5: -3.00", \
+label=" -3.00 ", penwidth="3.50", color="#cd4f22", fontcolor="#cd4f22", arrowhead="tee"];
+}"""
+
+MERMAID = """\
+---
+title: "micro in micro: 3 nodes, 2 edges"
+---
+flowchart BT
+  token_1(["#39;A#39;"])
+  token_2(["#39;B#39;"])
+  answer_4(["logit of #39;yes#39;"])
+  answer_5(["logit of #39;no#39;"])
+  attn_in_0_0["0.attn_in 0"]
+  attn_v_0_0["0.attn_v h0.0<br/>was it A#63;"]
+  attn_out_0_2["0.attn_out 2"]
+  attn_in_0_0 -->|"+1.50"| attn_v_0_0
+  attn_v_0_0 -->|"+2.00"| attn_out_0_2
+  token_1 -->|"+1.00"| attn_in_0_0
+  token_2 -->|"-1.00"| attn_in_0_0
+  attn_out_0_2 -->|"+3.00"| answer_4
+  attn_out_0_2 -->|"-3.00"| answer_5"""
+
+
+def test_drawings_of_the_circuit_on_paper(circuit, micro, tmp_path):
+    labelled = circuit.with_labels({"0.attn_v h0.0": "was it A?"})
+    assert to_dot(labelled, micro, MICRO_TASK) == DOT
+    assert to_mermaid(labelled, micro, MICRO_TASK) == MERMAID
+    export(labelled, micro, tmp_path / "c.dot", MICRO_TASK)
+    export(labelled, micro, tmp_path / "c.mmd", MICRO_TASK)
+    assert (tmp_path / "c.dot").read_text() == DOT + "\n"
+    assert (tmp_path / "c.mmd").read_text() == MERMAID + "\n"
+
+
+def test_drawings_show_the_losses_that_are_measured(circuit, micro):
+    heldout = {"circuit": {"loss": 0.1234}, "full": {"loss": 0.0456}}
+    measured = dataclasses.replace(circuit, measured={"heldout": heldout})
+    said = "3 nodes, 2 edges, task loss 0.123 nats (the full model: 0.046)"
+    assert f"\\n{said}\\n" in to_dot(measured, micro)
+    assert f'title: "micro in micro: {said}"' in to_mermaid(measured, micro)
+
+
+@pytest.mark.parametrize(("write", "mark"), [(to_dot, "//"), (to_mermaid, "  %%")])
+def test_drawings_without_a_known_task_or_tokenizer_say_so(write, mark, circuit, micro):
+    text = write(circuit, micro)
+    assert f"{mark} Without tokens and answers: the circuit has no pairs, and the task" in text
+    assert "'A'" not in text
+    assert "answer" not in text.replace("answers:", "")
+    with pytest.raises(TaskError, match="no task 'micro'"):
+        write(circuit, micro, "micro")
+    micro.tokenizer = None
+    built_in = dataclasses.replace(circuit, task="var_swap")
+    text = write(built_in, micro)
+    assert f"{mark} Without tokens and answers: task var_swap needs the model's tokenizer" in text
+    with pytest.raises(TokenizerError, match="needs the model's tokenizer"):
+        write(built_in, micro, MICRO_TASK)
+
+
+def test_the_residual_stream_is_drawn_by_channel(circuit, micro):
+    kept = dict(circuit.kept)
+    kept["blocks.0.ln2.hook_read"] = torch.tensor([False, False, True, False])
+    joined = dataclasses.replace(circuit, kept=kept)
+    assert (
+        '"0.attn_out 2" -> "0.mlp_in 2" [tooltip="0.attn_out 2 → 0.mlp_in 2: channel 2", '
+        'label=" channel 2 ", style="dashed", color="#777777", fontcolor="#777777"];'
+    ) in to_dot(joined, micro)
+    assert '  attn_out_0_2 -.->|"channel 2"| mlp_in_0_2' in to_mermaid(joined, micro).splitlines()
+
+
+#: Texts that would end a label, or be taken for markup, an escape or a comment.
+HOSTILE = [
+    'a "quote") ] } | end',
+    "back\\slash \\n \\N",
+    "line\nbreak\r\x00\x1b[31m",
+    "<b>&amp;</b> &#34; #quot; #35;",
+    "`**bold**` __init__ - 1. %%{init: {}}%%",
+    "é 😀 \ud800",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_labels_and_tokens_end_nothing(text, circuit, micro, monkeypatch):
+    monkeypatch.setattr(micro.tokenizer, "decode", lambda tokens: text)
+    named = dataclasses.replace(circuit, task=text, model_name=text)
+    named = named.with_labels({"0.attn_v h0.0": text})
+    plain = to_dot(circuit, micro, MICRO_TASK)
+    drawn = to_dot(named, micro, MICRO_TASK)
+    assert len(drawn.splitlines()) == len(plain.splitlines())
+    drawn.encode()
+    # With the texts in quotes taken out, what is left is the same as for harmless names.
+    quoted = r'"(?:[^"\\]|\\.)*"'
+    assert re.sub(quoted, "", drawn) == re.sub(quoted, "", plain)
+    lines = to_mermaid(named, micro, MICRO_TASK).splitlines()
+    assert len(lines) == len(MERMAID.splitlines())
+    title = json.loads(lines[1].removeprefix("title: "))
+    assert title == f"{printable(text)} in {printable(text)}: 3 nodes, 2 edges"
+    for line, plain_line in zip(lines[4:], MERMAID.splitlines()[4:], strict=True):
+        assert re.sub('"[^"]*"', "", line) == re.sub('"[^"]*"', "", plain_line)
+        for label in re.findall('"([^"]*)"', line):
+            assert re.fullmatch(r"(?:[\w .+-]|<br/>|#[0-9]+;)*", label)
+    if shutil.which("dot"):
+        checked = subprocess.run(
+            ["dot", "-Tcanon"], input=drawn, capture_output=True, text=True, check=False
+        )
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_dot_draws_the_strongest_edges_of_a_large_circuit(circuit, micro, monkeypatch):
+    monkeypatch.setattr("tl_sparse.circuits.dot.DOT_EDGES", 1)
     text = to_dot(circuit, micro)
-    assert [text.count(f'"{name}" [label=') for name in NODES] == [1, 1, 1]
-    assert all(f'"{source}" -> "{target}"' in text for source, target, _ in EDGES)
-    if shutil.which("dot") is None:
-        return
-    export(circuit, micro, tmp_path / "c.dot")
-    svg = subprocess.run(
-        ["dot", "-Tsvg", tmp_path / "c.dot"], capture_output=True, text=True, check=True
-    ).stdout
-    assert (svg.count('class="node"'), svg.count('class="edge"')) == (3, 2)
+    assert "3 nodes, 2 edges\\ndrawn: the 1 strongest edges; .graphml and .csv have all" in text
+    assert '"0.attn_v h0.0" -> "0.attn_out 2" [tooltip' in text
+    assert '"0.attn_in 0" -> "0.attn_v h0.0" [tooltip' not in text
+    monkeypatch.setattr("tl_sparse.circuits.dot.MAX_WRITTEN_WEIGHTS", 0)
+    assert 'label=" +2.00 "' not in to_dot(circuit, micro)
 
 
 def test_mermaid_is_for_small_circuits(circuit, micro, monkeypatch):
-    lines = to_mermaid(circuit, micro).splitlines()
-    assert lines[0] == "flowchart BT"
-    assert lines[1:] == [
-        '  attn_in_0_0["0.attn_in 0"]',
-        '  attn_v_0_0["0.attn_v h0.0"]',
-        '  attn_out_0_2["0.attn_out 2"]',
-        "  attn_in_0_0 -->|+1.50| attn_v_0_0",
-        "  attn_v_0_0 -->|+2.00| attn_out_0_2",
-    ]
-    monkeypatch.setattr("tl_sparse.circuits.exports.MERMAID_LINKS", 1)
-    with pytest.raises(CircuitError, match=r"at most 1 links, not 2: use \.dot"):
+    monkeypatch.setattr("tl_sparse.circuits.mermaid.MERMAID_LINKS", 1)
+    with pytest.raises(CircuitError, match=r"at most 1 links, not 2: use \.dot, or the page"):
         to_mermaid(circuit, micro)
+
+
+def test_tokens_of_prompts_of_different_lengths_are_those_that_differ(micro):
+    inserted = Task("more", "", (" yes", " no"), lambda rng: ("f1 A f2 end", "f1 A B f2 end"))
+    tokens, answers = task_tokens(micro, inserted)
+    names = list(VOCABULARY)
+    assert [names[token] for token in tokens] == ["B", "yes", "no"]
+    assert [names[token] for token in answers] == ["yes", "no"]
+    swapped = Task("swap", "", (" yes", " no"), lambda rng: ("f1 A B end", "f1 B A end"))
+    tokens, _ = task_tokens(micro, swapped)
+    assert [names[token] for token in tokens] == ["A", "B", "yes", "no"]
 
 
 def test_residual_joins_go_from_writes_to_later_reads_of_the_channel():
@@ -197,7 +358,7 @@ def test_another_model_or_no_means_or_tokenizer_are_refused(circuit, micro):
         attribution_graph(dataclasses.replace(circuit, means={}), micro, MICRO_TASK)
     with torch.no_grad():
         micro.blocks[0].attn.W_V[0, 0, 0] = 7
-    for write in TEXT_FORMATS.values():
+    for write in (*DATA_FORMATS.values(), *DRAWINGS.values()):
         with pytest.raises(CircuitError, match="belongs to the model 'micro'"):
             write(circuit, micro)
     with pytest.raises(CircuitError, match="belongs to the model 'micro'"):

@@ -1,8 +1,13 @@
 from .attribution import attribution_graph as attribution_graph
 from .circuit import Circuit as Circuit
+from .ends import EndWeight as EndWeight
+from .ends import TaskEnds as TaskEnds
+from .ends import residual_joins as residual_joins
+from .ends import task_ends as task_ends
+from .ends import task_tokens as task_tokens
+from .ends import unembedding as unembedding
 from .export_endings import check_export as check_export
 from .exports import export as export
-from .exports import residual_joins as residual_joins
 from .exports import to_networkx as to_networkx
 from .families import node_hooks as node_hooks
 from .fingerprints import fingerprint as fingerprint

@@ -20,7 +20,7 @@ def described(circuit: CircuitParts) -> str:
         lines.append(", ".join(counts))
     if circuit.edge_set is not None:
         lines.append(f"pruned to {counted(len(circuit.edge_set), 'edge')}")
-    losses = _recorded_losses(circuit)
+    losses = recorded_losses(circuit)
     if losses:
         texts = [f"{printable(name)} {loss:.3f}" for name, loss in losses.items()]
         lines.append(f"task loss: {', '.join(texts)}")
@@ -29,7 +29,7 @@ def described(circuit: CircuitParts) -> str:
     return "\n  ".join(lines) + ")"
 
 
-def _recorded_losses(circuit: CircuitParts) -> dict[str, float]:
+def recorded_losses(circuit: CircuitParts) -> dict[str, float]:
     """The task losses that `prune` or `from_openai` has recorded in `measured`, by name."""
     scores = circuit.measured.get("heldout", circuit.measured.get("openai"))
     losses = {}

@@ -217,6 +217,16 @@ class Node:
         """The name of the node in OpenAI's notation, such as `0.attn.q.5` or `0.mlp.post_act.7`."""
         return f"{self.layer}.{LOCATIONS[self.location].openai_name}.{self.index}"
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the node is a channel of the residual stream that attention or an MLP reads."""
+        return self.location.endswith("_in")
+
+    @property
+    def is_write(self) -> bool:
+        """Whether the node is what attention, an MLP or the tokens write to a channel."""
+        return self.location.endswith("_out")
+
     @classmethod
     def parse(cls, text: str, sizes: NodeSizes = NO_SIZES) -> "Node":
         """The node with this name: `0.attn_v h3.7`, its name in files, or OpenAI's name.

@@ -36,7 +36,7 @@ from tl_sparse.view.cuts import (
 )
 from tl_sparse.view.drawing import drawn
 from tl_sparse.view.limits import LIMITS
-from tl_sparse.view.nodes import PageNode, page_nodes, task_ends
+from tl_sparse.view.nodes import PageNode, page_ends, page_nodes
 from tl_sparse.view.prompts import (
     Batch,
     PromptSide,
@@ -60,7 +60,7 @@ class PageContents:
         nodes: the nodes that are drawn.
         edges: the source, target and weight of each edge that is drawn. Here and in the other
             fields, nodes are identified by their position in `nodes`.
-        ends: the tokens and candidates of the task, and their weights; see `task_ends`.
+        ends: the tokens and candidates of the task, and their weights; see `page_ends`.
         vocabulary: the texts of all tokens that the page shows.
         prompts: single prompts of the user's own, then pairs of the task.
         curve: the faithfulness curve; see `cuts.faithfulness_by_size`.
@@ -135,7 +135,7 @@ def page_data(
         summary=_summary(circuit, model, task, min_weight, source),
         nodes=page_nodes(circuit, model, nodes, vocabulary),
         edges=_numbered(edges, nodes),
-        ends=task_ends(model, nodes, task, vocabulary),
+        ends=page_ends(model, nodes, task, vocabulary),
         vocabulary=vocabulary,
     )
     sizes: list[Circuit] = []

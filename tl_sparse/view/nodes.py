@@ -7,13 +7,19 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.circuits import LOCATIONS, Circuit, Node
+from tl_sparse.circuits import (
+    LOCATIONS,
+    Circuit,
+    Node,
+    TaskEnds,
+    task_ends,
+    unembedding,
+)
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 from tl_sparse.view.activations import node_points
 from tl_sparse.view.drawing import has_bigram_table
 from tl_sparse.view.limits import LIMITS
-from tl_sparse.view.tables import task_tokens
 from tl_sparse.view.writing import Vocabulary, four_digits
 
 
@@ -91,13 +97,13 @@ def page_nodes(
             head=head,
             mean=mean,
         )
-        if _reads(node) or _writes(node):
+        if node.is_read or node.is_write:
             _describe_channel(page_node, model, node, vocabulary)
         described.append(page_node)
     return described
 
 
-def task_ends(
+def page_ends(
     model: TLModel, nodes: Sequence[Node], task: Task | None, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     """The `tokens` and `candidates` of a task, and the weights that join them to nodes.
@@ -108,40 +114,25 @@ def task_ends(
     position of its token and of its node. `unembed` lists the nonzero weights of the unembedding
     between writes and the candidates, each with the position of its node and of its candidate.
     """
-    tokens: list[int] = []
-    candidates: list[int] = []
-    if task is not None:
-        tokens, candidates = task_tokens(model, task)
-    vocabulary.add(tokens)
-    vocabulary.add(candidates)
-    in_channels = [(i, node) for i, node in enumerate(nodes) if node.index < model.cfg.d_model]
+    ends = TaskEnds() if task is None else task_ends(model, nodes, task)
+    vocabulary.add(ends.tokens)
+    vocabulary.add(ends.candidates)
+    position_of = {node: position for position, node in enumerate(nodes)}
     embed = []
-    for number, row in enumerate(model.embed.W_E[tokens].tolist()):
-        for i, node in in_channels:
-            if _reads(node) and row[node.index]:
-                embed.append([number, i, four_digits(row[node.index])])
+    for entry in ends.embed:
+        token = ends.tokens.index(entry.token)
+        embed.append([token, position_of[entry.node], four_digits(entry.weight)])
     unembed = []
-    for i, node in in_channels:
-        if _writes(node):
-            weights = _unembedding(model, node.index)[candidates].tolist()
-            for number, weight in enumerate(weights):
-                if weight:
-                    unembed.append([i, number, four_digits(weight)])
+    for entry in ends.unembed:
+        candidate = ends.candidates.index(entry.token)
+        unembed.append([position_of[entry.node], candidate, four_digits(entry.weight)])
     return {
-        "tokens": tokens,
-        "candidates": candidates,
+        "tokens": ends.tokens,
+        "candidates": ends.candidates,
         "embed": embed,
         "unembed": unembed,
         "bigram": has_bigram_table(model),
     }
-
-
-def _reads(node: Node) -> bool:
-    return node.location.endswith("_in")
-
-
-def _writes(node: Node) -> bool:
-    return node.location.endswith("_out")
 
 
 def _describe_channel(
@@ -152,8 +143,8 @@ def _describe_channel(
         page_node.channel = f"p{node.index - model.cfg.d_model}"
         return
     page_node.channel = node.index
-    if _writes(node):
-        weights = _unembedding(model, node.index)
+    if node.is_write:
+        weights = unembedding(model, node.index)
     else:
         weights = model.embed.W_E[:, node.index]
     page_node.tokens = [_top_tokens(weights, sign, vocabulary) for sign in (1, -1)]
@@ -171,12 +162,3 @@ def _top_tokens(
         if size > 0:
             entries.append([token, four_digits(sign * size)])
     return entries
-
-
-def _unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
-    """The contribution to each logit of a 1 in this channel, without the final norm's scale."""
-    row: Tensor = model.unembed.W_U.detach()[channel]
-    norm = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
-    if norm is None:
-        return row
-    return norm.detach()[channel] * row

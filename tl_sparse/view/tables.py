@@ -8,11 +8,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import LOCATIONS, Circuit, Edge, Node, circuit_task, residual_joins
+from tl_sparse.circuits import (
+    LOCATIONS,
+    Circuit,
+    Edge,
+    Node,
+    circuit_task,
+    residual_joins,
+    task_tokens,
+)
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Task, make_task_data, score_row, table
+from tl_sparse.tasks import Task, score_row, table
 from tl_sparse.view.drawing import why_no_nodes
 from tl_sparse.view.measurements import read_tabulated
 
@@ -123,29 +131,6 @@ def _recorded_evaluation(circuit: Circuit) -> Evaluation | None:
         raise CircuitError(
             f"the circuit's scores are damaged: 'measured.heldout': {error}"
         ) from error
-
-
-def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
-    """The tokens of one pair of the task that a description of its circuit shows.
-
-    Returns:
-        The tokens in which the two prompts differ, followed by the two candidates; and the two
-        candidates alone.
-
-    Raises:
-        TaskError, TokenizerError: if the task does not fit the model's tokenizer.
-    """
-    data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
-    first, second = data.prompts
-    first_tokens = model.tokenizer.encode(first, add_special_tokens=False)
-    second_tokens = model.tokenizer.encode(second, add_special_tokens=False)
-    candidates = data.candidates[0].tolist()
-    tokens = []
-    for in_first, in_second in zip(first_tokens, second_tokens, strict=False):
-        if in_first != in_second:
-            tokens += [in_first, in_second]
-    without_repeats = dict.fromkeys(tokens + candidates)
-    return list(without_repeats), candidates
 
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
