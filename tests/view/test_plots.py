@@ -170,6 +170,9 @@ def test_circuits_without_edges_are_explained():
     assert notes(plots.curve({"a": figures()})) == said
     assert notes(plots.curve({"a": figures()}, "nodes")) == ""
     assert notes(plots.frontier({"a": figures()})) == said
+    medians = "Each mark of a suite is a task: its medians over the seeds."
+    assert notes(plots.frontier({"a": results()})) == f"{medians} {said}"
+    assert notes(plots.frontier({"a": results()}, "nodes")) == medians
     counted = (
         "In the geometric mean they count as 1 edge. Without nodes only the last token itself, "
         "through the bigram table, chooses the answer."
@@ -230,9 +233,9 @@ def test_a_frontier_is_the_least_loss_by_size():
     nodes_pruned, edges_pruned, dense = [[0, 0], [4, 0.04]], [[0, 0], [2, 0.02]], [[200, 2]]
     assert drawn(figure.axes[0]) == [nodes_pruned, edges_pruned, dense, chance]
     assert [label.replace("\n", " ") for label in legend(figure)] == [
-        "p, q in sparse, nodes pruned (medians over seeds)",
-        "p, q in sparse, edges pruned too (medians over seeds)",
-        "p in dense, nodes pruned (medians over seeds)",
+        "p, q in sparse, nodes pruned",
+        "p, q in sparse, edges pruned too",
+        "p in dense, nodes pruned",
     ]
     many = {f"task {i}": results()["models"]["sparse"]["p"] for i in range(4)}
     figure = plots.frontier({"r": results() | {"models": {"sparse": many}}})

@@ -77,7 +77,7 @@ def set_log_x(axes: Axes, unit: float, text: Callable[[float, float], str] = tho
     axes.set_xscale("log")
     if low < unit:
         axes.set_xscale("symlog", linthresh=unit, linscale=0.4)
-        axes.set_xlim(-0.15 * unit, 1.3 * max(high, unit))
+        axes.set_xlim(-0.4 * unit, 1.3 * max(high, unit))
     _set_log_ticks(axes.xaxis, low, high, unit, text)
 
 
@@ -87,7 +87,7 @@ def set_log_y(axes: Axes, unit: float) -> None:
     axes.set_yscale("log")
     if low < unit:
         axes.set_yscale("symlog", linthresh=unit, linscale=0.4)
-        axes.set_ylim(-0.15 * unit, 1.3 * max(high, unit))
+        axes.set_ylim(-0.4 * unit, 1.3 * max(high, unit))
     _set_log_ticks(axes.yaxis, low, high, unit, thousands)
 
 

@@ -219,8 +219,12 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
     set_log_x(axes, unit=1)
     set_log_y(axes, unit=1e-3)
     add_legend(figure, axes, "Loss of circuits by their size")
+    notes = []
+    if shown.keys() - measured.evaluated:
+        notes.append("Each mark of a suite is a task: its medians over the seeds.")
     if reaches_zero(axes):
-        add_notes(figure, [ZERO_NOTES[against]])
+        notes.append(ZERO_NOTES[against])
+    add_notes(figure, notes)
     return figure
 
 
@@ -255,7 +259,7 @@ class _Measured:
             }
             for words, summaries_of in by_kind.items():
                 found = {task: summaries for task, summaries in summaries_of.items() if summaries}
-                label = f"{_in_words(list(found))} in {model}, {words} (medians over seeds)"
+                label = f"{_in_words(list(found))} in {model}, {words}"
                 for summaries in found.values():
                     size = summary(summaries, against, "median", name)
                     loss = summary(summaries, "loss", "median", name)

@@ -82,7 +82,7 @@ def names_of(measured: Mapping[str, Drawn]) -> Names:
         labels[name] = as_label(label)
     title = "Circuits by their size"
     if len(n_sources) == 1:
-        title = f"Circuits of {as_label(*n_sources)}"
+        title = f"Circuits of {as_label(next(iter(n_sources)))}"
     return Names(title, labels)
 
 
