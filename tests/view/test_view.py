@@ -305,12 +305,16 @@ def test_command_line(micro, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     micro.save_pretrained(tmp_path / "micro")
     micro_circuit(micro).save(tmp_path / "circuit")
-    assert main(["view", "circuit", "-o", "page.html", "--device", "cpu"]) == 0
+    own = ["--prompt", "f1 B end"]
+    assert main(["view", "circuit", "-o", "page.html", "--device", "cpu", *own]) == 0
     printed = capsys.readouterr()
     assert "Saved page.html" in printed.out
     assert "the page has no passages" in printed.err
     assert "--corpus" in printed.err
-    assert embedded((tmp_path / "page.html").read_text())["nodes"][0]["name"] == NODES[0]
+    found = embedded((tmp_path / "page.html").read_text())
+    assert found["nodes"][0]["name"] == NODES[0]
+    assert found["summary"]["source"] == "circuit"
+    assert [len(sides) for sides in found["prompts"][:2]] == [1, 2]
     assert main(["export", "circuit", "-o", "c.dot", "--device", "cpu"]) == 0
     assert "digraph" in (tmp_path / "c.dot").read_text()
 

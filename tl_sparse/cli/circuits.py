@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import tl_sparse
@@ -82,6 +83,14 @@ def add_view(commands: Commands) -> None:
         "the sample that is stored with the model).",
     )
     group.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="A prompt of your own, whose values and next tokens the page shows too; can be given "
+        "several times.",
+    )
+    group.add_argument(
         "--min-weight",
         type=float,
         default=0.0,
@@ -105,6 +114,7 @@ def _run_view(args: argparse.Namespace) -> None:
         args.corpus,
         device=args.device,
         min_weight=args.min_weight,
+        prompts=args.prompt,
         overwrite=args.overwrite,
     )
     report_saved(args.out, args.quiet, f" ({size:,} bytes); any browser opens it")
@@ -119,12 +129,15 @@ def write_page(
     *,
     device: str | None = None,
     min_weight: float = 0.0,
+    prompts: Sequence[str] = (),
     overwrite: bool = False,
 ) -> int:
     """Write the page of a saved circuit; its size in bytes."""
     circuit, model, source = _open(circuit_source, model_source, device, task)
     tokens = _passages(model, source, corpus)
-    page = circuit.view(model, task, tokens, min_weight=min_weight)
+    page = circuit.view(
+        model, task, tokens, min_weight=min_weight, prompts=prompts, source=circuit_source
+    )
     page.save(out, overwrite)
     return len(page.html)
 
