@@ -298,7 +298,6 @@ def _summary(
         "model": model_name,
         "command": _prune_command(circuit, model_name, source),
         "source": source,
-        "source": source,
         "layers": model.cfg.n_layers,
         "min_weight": min_weight,
         "n_nodes": circuit.n_nodes,
