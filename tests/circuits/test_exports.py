@@ -239,6 +239,13 @@ def test_hostile_names_labels_and_tokens_end_nothing(text, circuit, micro, monke
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
+def test_the_token_of_a_newline_breaks_no_line(circuit, micro, monkeypatch):
+    monkeypatch.setattr(micro.tokenizer, "decode", lambda tokens: "\n")
+    assert r"""token 1" [label="'\\n'",""" in to_dot(circuit, micro, MICRO_TASK)
+    # Mermaid would take a backslash and an n for a new line, so U+2060 stands between them.
+    assert 'token_1(["#39;#92;#8288;n#39;"])' in to_mermaid(circuit, micro, MICRO_TASK)
+
+
 def test_dot_draws_the_strongest_edges_of_a_large_circuit(circuit, micro, monkeypatch):
     monkeypatch.setattr("tl_sparse.circuits.dot.DOT_EDGES", 1)
     text = to_dot(circuit, micro)

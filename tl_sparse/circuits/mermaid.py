@@ -12,6 +12,7 @@ from tl_sparse.tasks import Task
 #: The largest number of links in a Mermaid graph: its renderers refuse more than 500, and such a
 #: large graph is unreadable anyway.
 MERMAID_LINKS = 400
+_WORD_JOINER = "\u2060"
 
 
 def to_mermaid(circuit: Circuit, model: TLModel, task: Task | str | None = None) -> str:
@@ -64,10 +65,12 @@ def _name(end: Node | Token) -> str:
 def _escaped(text: str) -> str:
     """A text as part of a quoted label, in which Mermaid must see neither markup nor its end.
 
-    Everything but letters, digits and spaces is written as the number of its character.
+    Everything but letters, digits and spaces is written as the number of its character. An
+    invisible character follows each backslash, because a backslash and an n, as in the text of a
+    token that is a newline, would break the line.
     """
     characters = []
-    for character in text:
+    for character in text.replace("\\", f"\\{_WORD_JOINER}"):
         is_plain = character.isalnum() or character == " "
         characters.append(character if is_plain else f"#{ord(character)};")
     return "".join(characters)
