@@ -239,6 +239,13 @@ def test_hostile_names_labels_and_tokens_end_nothing(text, circuit, micro, monke
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
+def test_what_no_node_carries_is_said(circuit, micro):
+    empty = dataclasses.replace(circuit - circuit, task="micro")
+    none = "0 nodes, 0 edges; the circuit has no nodes: with every node at its mean, the embedding"
+    assert f'"micro in micro: {none}' in to_mermaid(empty, micro)
+    assert "0 nodes, 0 edges\\nthe circuit has no nodes: with every" in to_dot(empty, micro)
+
+
 def test_the_token_of_a_newline_breaks_no_line(circuit, micro, monkeypatch):
     monkeypatch.setattr(micro.tokenizer, "decode", lambda tokens: "\n")
     assert r"""token 1" [label="'\\n'",""" in to_dot(circuit, micro, MICRO_TASK)

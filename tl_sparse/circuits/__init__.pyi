@@ -2,10 +2,12 @@ from .attribution import attribution_graph as attribution_graph
 from .circuit import Circuit as Circuit
 from .ends import EndWeight as EndWeight
 from .ends import TaskEnds as TaskEnds
+from .ends import has_bigram_table as has_bigram_table
 from .ends import residual_joins as residual_joins
 from .ends import task_ends as task_ends
 from .ends import task_tokens as task_tokens
 from .ends import unembedding as unembedding
+from .ends import why_no_nodes as why_no_nodes
 from .export_endings import check_export as check_export
 from .exports import export as export
 from .exports import to_networkx as to_networkx

@@ -7,7 +7,13 @@ from typing import Literal
 
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.description import recorded_losses
-from tl_sparse.circuits.ends import TaskEnds, residual_joins, task_ends
+from tl_sparse.circuits.ends import (
+    TaskEnds,
+    has_bigram_table,
+    residual_joins,
+    task_ends,
+    why_no_nodes,
+)
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.circuits.task import circuit_task
 from tl_sparse.errors import CircuitError, DataError, TaskError, TokenizerError, counted
@@ -108,6 +114,10 @@ def diagram(
     if most is not None and len(edges) > most:
         title.append(f"drawn: the {most:,} strongest edges; .graphml and .csv have all of them")
         edges = heapq.nlargest(most, edges, key=lambda edge: abs(edge.weight))
+    if not nodes:
+        title.append(why_no_nodes(model))
+    elif has_bigram_table(model):
+        title.append("the logits also have the share of the bigram table, which no node carries")
     links = [Link(edge.source, edge.target, "edge", edge.weight) for edge in edges]
     links += [Link(write, read, "stream") for write, read in residual_joins(nodes)]
     ends_drawn = _Ends(ends, model)

@@ -124,6 +124,24 @@ def unembedding(model: TLModel, channel: int) -> Float[Tensor, " vocab"]:
 
 
 @checked()
+def has_bigram_table(model: TLModel) -> bool:
+    """Whether the logits have a share, of the last token alone, that no node carries."""
+    return bool(getattr(getattr(model, "sparse_cfg", None), "bigram_table", False))
+
+
+@checked()
+def why_no_nodes(model: TLModel) -> str:
+    """What it means that a circuit of `model` has no nodes."""
+    alone = "the embedding of the last token alone solves"
+    if has_bigram_table(model):
+        alone = "the bigram table and the embedding of the last token alone solve"
+    return (
+        f"the circuit has no nodes: with every node at its mean, {alone} the task, so there is "
+        "nothing to find"
+    )
+
+
+@checked()
 def residual_joins(nodes: list[Node]) -> list[tuple[Node, Node]]:
     """The pairs of a write and a later read of the same residual channel.
 

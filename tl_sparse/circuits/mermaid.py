@@ -38,7 +38,8 @@ def to_mermaid(circuit: Circuit, model: TLModel, task: Task | str | None = None)
             f"Mermaid can show at most {MERMAID_LINKS} links, not {len(shown.links):,}: use .dot, "
             "or the page, `tl-sparse view`, which can leave out small weights"
         )
-    title = ": ".join(shown.title)
+    name, *facts = shown.title
+    title = f"{name}: {'; '.join(facts)}"
     lines = ["---", f"title: {json.dumps(title, ensure_ascii=False)}", "---", "flowchart BT"]
     lines += [f"  %% {note}" for note in shown.notes]
     for token in (*shown.tokens, *shown.answers):

@@ -2,26 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.circuits import Circuit, Edge, Node, why_no_nodes
 from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import TLModel
 from tl_sparse.view.limits import LIMITS
-
-
-def has_bigram_table(model: TLModel) -> bool:
-    """Whether the logits have a share, of the last token alone, that no node carries."""
-    return bool(getattr(getattr(model, "sparse_cfg", None), "bigram_table", False))
-
-
-def why_no_nodes(model: TLModel) -> str:
-    """What it means that a circuit of `model` has no nodes."""
-    alone = "the embedding of the last token alone solves"
-    if has_bigram_table(model):
-        alone = "the bigram table and the embedding of the last token alone solve"
-    return (
-        f"the circuit has no nodes: with every node at its mean, {alone} the task, so there is "
-        "nothing to find"
-    )
 
 
 def drawn(

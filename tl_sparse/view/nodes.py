@@ -12,13 +12,13 @@ from tl_sparse.circuits import (
     Circuit,
     Node,
     TaskEnds,
+    has_bigram_table,
     task_ends,
     unembedding,
 )
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 from tl_sparse.view.activations import node_points
-from tl_sparse.view.drawing import has_bigram_table
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.writing import Vocabulary, four_digits
 

@@ -16,12 +16,12 @@ from tl_sparse.circuits import (
     circuit_task,
     residual_joins,
     task_tokens,
+    why_no_nodes,
 )
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task, score_row, table
-from tl_sparse.view.drawing import why_no_nodes
 from tl_sparse.view.measurements import read_tabulated
 
 #: A report lists at most as many edges, the strongest.
