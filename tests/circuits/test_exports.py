@@ -326,6 +326,13 @@ def test_attribution_graph_on_paper(circuit, micro):
     assert all(p.requires_grad and p.grad is None for p in micro.parameters())
 
 
+def test_labels_are_in_attribution_graphs(circuit, micro):
+    labelled = circuit.with_labels({"0.attn_v h0.0": "was it A?"})
+    names = [node["clerp"] for node in attribution_graph(labelled, micro, MICRO_TASK)["nodes"]]
+    assert "0.attn_v h0.0: was it A?" in names
+    assert "0.attn_in 0" in names
+
+
 def test_attribution_graph_of_a_model_with_everything_fits_the_schema(tmp_path):
     from test_view import large
 

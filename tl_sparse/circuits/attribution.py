@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, NodeSizes, node_at
+from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, Node, NodeSizes, node_at
 from tl_sparse.circuits.reads import shared_reads
 from tl_sparse.circuits.task import circuit_task
 from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
@@ -135,6 +135,8 @@ class _RunInPieces:
     deviations: list[Float[Tensor, "1 pos *node"]]
     #: The logits at the last position.
     logits: Float[Tensor, "d_vocab"]
+    #: The user's own words for nodes.
+    labels: dict[Node, str]
 
 
 def _run_in_pieces(circuit: Circuit, model: TLModel, prompt: _Prompt) -> _RunInPieces:
@@ -169,7 +171,12 @@ def _run_in_pieces(circuit: Circuit, model: TLModel, prompt: _Prompt) -> _RunInP
             deviation = (deviation - circuit.means[name].to(device)) * kept
         deviations.append(deviation)
     return _RunInPieces(
-        list(leaves), list(values.values()), list(leaves.values()), deviations, logits
+        hooks=list(leaves),
+        values=list(values.values()),
+        leaves=list(leaves.values()),
+        deviations=deviations,
+        logits=logits,
+        labels=circuit.labels,
     )
 
 
@@ -279,5 +286,8 @@ def _feature(vertex: _Vertex, model: TLModel, prompt: _Prompt, run: _RunInPieces
         return _Feature(str(model.cfg.n_layers + 1), token, "logit", label)
     node = node_at(run.hooks[vertex.depth], vertex.index, NodeSizes.of_model(model))
     number = _FEATURES_PER_LOCATION * list(LOCATIONS).index(node.location) + node.index
+    label = str(node)
+    if node in run.labels:
+        label += f": {run.labels[node]}"
     # The viewers draw only this type as an ordinary node.
-    return _Feature(str(node.layer), number, "cross layer transcoder", str(node))
+    return _Feature(str(node.layer), number, "cross layer transcoder", label)

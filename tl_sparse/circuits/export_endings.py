@@ -3,12 +3,14 @@
 import difflib
 from pathlib import Path
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import ConfigError
 
 #: GraphML, DOT, Mermaid, a table of edges, and an attribution graph.
 _ENDINGS = (".graphml", ".dot", ".mmd", ".csv", ".json")
 
 
+@checked()
 def check_export(path: str | Path) -> None:
     """Raise `ConfigError` unless the name of a file ends as those do that `export` writes."""
     ending = Path(path).suffix
