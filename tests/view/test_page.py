@@ -225,7 +225,7 @@ def test_edges_have_weight_and_weight_times_activation(data, opened):
     assert moved == pytest.approx([2 * 3 * 0.17, -2 * 3 * 0.17], rel=0.01)
     page.locator(".prompt").first.locator(".token").nth(3).click()
     assert edges_listed(page, "Incoming edges") == [[READ, "+1.50", "+3", "−3"]]
-    assert edges_listed(page, "Outgoing edges") == [[WRITE, "+2", "+1.50", "−1.50"]]
+    assert edges_listed(page, "Outgoing edges") == [[WRITE, "+2", "+1.5", "−1.5"]]
     # The token can be chosen by keys, too.
     page.locator(".prompt").first.focus()
     page.keyboard.press("ArrowLeft")

@@ -12,9 +12,18 @@ function pin(vertex) {
     placeCaptions(d3.zoomTransform(svg.node()));
   }
   if (state.pinned) reveal(state.pinned);
+  byId("said").textContent = state.pinned ? spokenName(state.pinned) : "";
   writePermalink(true);
   showPanel();
   showPrompts();
+}
+
+/** What a screen reader says of a node that is pinned. */
+function spokenName(vertex) {
+  const { node } = vertex;
+  const effect = node.effect == null ? "" : `, effect ${signed(node.effect)}`;
+  const [into, from] = [vertex.in, vertex.out].map((side) => side.filter(isDrawn).length);
+  return `${nameWithLabel(node)}${effect}; ${into} links in, ${from} out`;
 }
 
 /** Whether a vertex would be left if it were not pinned. */

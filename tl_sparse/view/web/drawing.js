@@ -111,7 +111,8 @@ function strokeWidth(link) {
 function restingOpacity(link) {
   if (link.kind === "join") return 1;
   if (link.kind === "end") return 0.35 + 0.3 * relativeStrength(link);
-  return 0.3 + 0.6 * Math.sqrt(relativeStrength(link));
+  const faintest = clamp(100 / picture.drawn.length, 0.06, 0.3);
+  return faintest + (0.9 - faintest) * Math.sqrt(relativeStrength(link));
 }
 
 /** Draws the links, the strongest above the others. */
@@ -132,7 +133,7 @@ function drawLinks() {
     .data(visible)
     .join("path");
   paths.attr("class", (link) => (link.weight < 0 ? `${link.kind} minus` : link.kind));
-  paths.attr("d", lineOf).attr("stroke-width", strokeWidth).attr("opacity", restingOpacity);
+  paths.attr("d", lineOf).attr("stroke-width", strokeWidth).attr("stroke-opacity", restingOpacity);
   // Thousands of titles would be half of the page's elements, so each is made when it is needed.
   paths.on("pointerenter", function addTitle(event, link) {
     if (this.firstChild) return;

@@ -21,7 +21,7 @@ function edgeTable(vertex, side, kind, title) {
     }
     if (hasProducts) {
       for (const s of d3.range(sidesOfPair())) {
-        cells.push(make("td", { class: "number product" }, signed(productOf(link, s))));
+        cells.push(make("td", { class: "number product" }, signed(productOf(link, s), 2)));
       }
     }
     return make("tr", {}, cells);

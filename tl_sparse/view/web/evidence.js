@@ -64,7 +64,7 @@ function promptsOf(i, node) {
     if (!ofEachPair.length) return null;
     const passages = ofEachPair.slice(0, 3).map((peak) => promptPassage(peak, i, node));
     return [
-      heading(`Task prompts where it is most ${sign > 0 ? "positive" : "negative"}`),
+      heading(`Prompts where it is most ${sign > 0 ? "positive" : "negative"}`),
       passages,
     ];
   });

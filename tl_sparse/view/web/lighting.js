@@ -44,7 +44,7 @@ function light() {
   svg.classed("dimmed", self != null);
   svg.attr("aria-activedescendant", state.pinned ? `v${state.pinned.i}` : null);
   if (!self) {
-    picture.links.classed("lit near", false).attr("opacity", restingOpacity);
+    picture.links.classed("lit near", false).attr("stroke-opacity", restingOpacity);
     picture.marks.classed("lit near self", false);
     return;
   }
@@ -56,7 +56,7 @@ function light() {
   picture.links
     .classed("lit", isLit)
     .classed("near", (link) => near.has(link))
-    .attr("opacity", (link) => litOpacity(link, strengths.get(link), near.has(link)));
+    .attr("stroke-opacity", (link) => litOpacity(link, strengths.get(link), near.has(link)));
   picture.marks
     .classed("lit", isLit)
     .classed("near", (v) => beside.has(v))

@@ -211,11 +211,15 @@ function nodeFacts(node) {
   return [
     make("dl", { class: "facts" }, [
       fact("effect", make("span", { id: "effect-of-node" }, signed(node.effect)), effectMeaning()),
-      fact("rank", rank, `By ${caps.ranked}`),
+      fact("rank", rank, rankMeaning(node)),
       fact("mean", number(node.mean), "The value at which it is held outside a circuit"),
     ]),
-    node.effect == null ? null : note(`Effect: ${effectMeaning()}`),
+    note(node.effect == null ? null : `Effect: ${effectMeaning()} `, rankMeaning(node)),
   ];
+}
+
+function rankMeaning(node) {
+  return node.rank == null ? null : `Rank: by ${caps.ranked}.`;
 }
 
 function effectMeaning() {

@@ -35,23 +35,25 @@ function fill(id, ...children) {
   byId(id).replaceChildren(...flat(children));
 }
 
-/** A number with three significant digits, or a dash if there is none. */
-function number(x) {
+/** A number with three significant digits or as many as given, or a dash if there is none. */
+function number(x, digits = 3) {
   if (typeof x !== "number") return "–";
   if (x === 0) return "0"; // also for −0
   let text = x.toExponential(1);
   if (Number.isInteger(x) || Math.abs(x) >= 100) text = Math.round(x).toLocaleString("en");
-  else if (Math.abs(x) >= 1e-3) text = x.toPrecision(3);
+  else if (Math.abs(x) >= 1e-3) text = x.toPrecision(digits);
   return text.replace(/-/g, "−");
 }
 
-function signed(x) {
-  return (x > 0 ? "+" : "") + number(x);
+function signed(x, digits = 3) {
+  return (x > 0 ? "+" : "") + number(x, digits);
 }
 
 /** A number with this many decimals, or a dash if there is none. */
 function fixed(x, decimals = 3) {
-  return typeof x === "number" ? x.toFixed(decimals).replace("-", "−") : "–";
+  if (typeof x !== "number") return "–";
+  const rounded = Number(x.toFixed(decimals)) || 0; // never −0
+  return rounded.toFixed(decimals).replace("-", "−");
 }
 
 /** A fraction in percent; small ones never look like none. */
