@@ -130,7 +130,7 @@ function definitions(titles) {
     ["logit difference", "logit of the right answer minus that of the wrong one, mean"],
     ["P(answer)", "probability of the right answer among all tokens, mean"],
     ["KL from model", "KL(model ‖ this) of the next-token distributions, in nats, mean"],
-    ["faithfulness", "(m(this) − m(no circuit)) / (m(model) − m(no circuit)), m: logit difference"],
+    ["faithfulness", "(m(this) − m(no circuit)) / (m(model) − m(no circuit)); m: logit difference"],
   ];
   const rows = scoredRows().map(([, label]) => label);
   const shown = meanings.filter(([name]) => titles.includes(name) || rows.includes(name));
