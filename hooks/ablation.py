@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
+from tl_sparse.hooks.shapes import check_activation, check_mask, check_values
 
 
 @checked()
@@ -31,21 +32,26 @@ def ablating(
 
     Raises:
         HookNameError: if `model` has no hook point of such a name, or `values` lacks the name.
+        ArgumentError: if a mask or values do not have the dtype or shape of the nodes there. At
+            hook points whose shape only a run shows, this is raised in the run.
     """
     check_hook_names(model, nodes)
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     functions = {}
     for name, ablated in nodes.items():
+        check_mask(model, name, ablated)
+        check_values(model, name, values[name], ablated.shape)
         # Where all nodes are kept, no hook is attached, so that the model runs exactly as without
         # ablation.
         if ablated.any():
-            functions[name] = partial(_ablate, ablated, values[name])
+            functions[name] = partial(_ablate, name, ablated, values[name])
     # A value for each node holds it alike at every position; values `[batch, pos, *node]` do not.
     alike = all(values[name].shape == nodes[name].shape for name in functions)
     with hooked(model, functions, positions_alike=alike):
         yield
 
 
-def _ablate(ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:
+def _ablate(name: str, ablated: Tensor, value: Tensor, activation: Tensor, hook: object) -> Tensor:
+    check_activation(name, activation, value, ablated.shape)
     return torch.where(ablated.to(activation.device), value.to(activation), activation)

@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_sparse.arguments import checked
-from tl_sparse.errors import ConfigError
+from tl_sparse.errors import ConfigError, HookNameError
 from tl_sparse.hooks.points import NodeValues, TLModel, hooked
+from tl_sparse.hooks.shapes import check_activation, check_values
 from tl_sparse.precision import in_float32
 
 
@@ -89,11 +90,17 @@ class NodeGates(nn.Module):
                 or `[batch, pos, *node]`, such as their activations on other prompts.
 
         Raises:
-            HookNameError: for a hook name that the model does not have.
+            HookNameError: for a hook name that the model does not have, or that `values` lacks.
+            ArgumentError: if the means or values do not have the shape of the nodes there. At hook
+                points whose shape only a run shows, this is raised in the run.
         """
         held_at = self.means if values is None else values
+        if missing := self.index.keys() - held_at.keys():
+            raise HookNameError(f"no values for the gates at {', '.join(sorted(missing))}")
         functions = {}
-        for name in self.index:
+        for name, index in self.index.items():
+            check_values(model, name, self.means[name], index.shape)
+            check_values(model, name, held_at[name], index.shape)
             functions[name] = partial(self._gate, name, inverted, held_at[name])
         alike = all(held_at[name].shape == index.shape for name, index in self.index.items())
         with hooked(model, functions, positions_alike=alike):
@@ -102,6 +109,7 @@ class NodeGates(nn.Module):
     def _gate(
         self, name: str, inverted: bool, value: Tensor, activation: Tensor, hook: object
     ) -> Tensor:
+        check_activation(name, activation, value, self.index[name].shape)
         tau = self.tau[self.index[name]]
         gated: Tensor = _Gate.apply(activation, tau, value, self.temperature, inverted)
         return gated

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_sparse
-from helpers import stock_model
-from tl_sparse.errors import ConfigError, DataError, HookNameError
+from helpers import must_not_run, stock_model
+from tl_sparse.errors import ArgumentError, ConfigError, DataError, HookNameError
 from tl_sparse.hooks import (
     NodeGates,
     ablating,
@@ -585,6 +585,62 @@ def test_missing_values_are_named(model):
     with pytest.raises(HookNameError, match=expected), context:
         pytest.fail("the context opened")
     assert state_of(model) == state
+
+
+EVERY_Q = torch.ones(2, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("mask", "values", "message"),
+    [
+        (EVERY_Q[0], torch.zeros(2, 6), r"bool of \[2, 6\], not .* \[6\]$|float32 of \[2, 6\]$"),
+        (EVERY_Q.float(), torch.zeros(2, 6), rf"the mask at {Q} must be torch.bool.*float32 of"),
+        (EVERY_Q, torch.zeros(6), rf"at {Q} .* \[2, 6\] or \[batch, pos, 2, 6\], not .* \[6\]$"),
+        (EVERY_Q, torch.zeros(2, 6).long(), rf"values at {Q} must be floats .*int64 of"),
+        (EVERY_Q, torch.zeros(7, 2, 6), r"float32 of \[7, 2, 6\]$"),
+    ],
+)
+def test_masks_and_values_that_do_not_fit_each_other_are_refused_at_once(
+    model, mask, values, message
+):
+    state = state_of(model)
+    context = ablating(model, {V: EVERY_Q, Q: mask}, {V: torch.zeros(2, 6), Q: values})
+    with pytest.raises(ArgumentError, match=message), context:
+        pytest.fail("the context opened")
+    assert state_of(model) == state
+
+
+def test_nodes_of_another_hook_point_are_refused_before_a_run_or_in_it(model):
+    """Before it if the shape is known from the configuration, as in our models."""
+    nodes, values = {NEURON: torch.ones(12, dtype=torch.bool)}, {NEURON: torch.zeros(12)}
+    in_a_run = type(model).__name__ == "TransformerBridge"
+    message = rf"mask at {NEURON} must be torch.bool of \[16\], not torch.bool of \[12\]"
+    if in_a_run:
+        message = rf"nodes at {NEURON} is of \[16\], but the mask or the values are of \[12\]"
+    run = logits if in_a_run else must_not_run("the model")
+    with pytest.raises(ArgumentError, match=message), ablating(model, nodes, values):
+        run(model)
+    gates = gates_of({ATTN_OUT: torch.zeros(12), NEURON: torch.zeros(12)})
+    with pytest.raises(ArgumentError, match=rf"at {NEURON}"), gates.attached(model):
+        run(model)
+
+
+def test_values_of_another_batch_are_named(model):
+    nodes = {LAST: torch.ones(12, dtype=torch.bool)}
+    message = r"are of \[2, 7, 12\], but the activation of this run is of \[3, 7, 12\]"
+    with (
+        ablating(model, nodes, {LAST: torch.zeros(2, 7, 12)}),
+        pytest.raises(ArgumentError, match=message),
+    ):
+        logits(model)
+
+
+def test_gates_name_the_values_that_are_missing(model):
+    gates = gates_of(some_values())
+    message = f"^no values for the gates at {Q}, {V}, {ATTN_OUT}, {NEURON}$"
+    context = gates.attached(model, values=some_values(names=[MLP_OUT]))
+    with pytest.raises(HookNameError, match=message), context:
+        pytest.fail("the context opened")
 
 
 @pytest.mark.parametrize("ablated", [True, False])
