@@ -51,10 +51,10 @@ def known_shape(model: TLModel, hook_name: str) -> _Shape | None:
 
 
 def _size(cfg: Any, field: str) -> int:
-    value = getattr(cfg, field, None)
-    if value is None and field == "n_key_value_heads":  # each query head has its own
-        value = cfg.n_heads
-    return int(value)
+    size = getattr(cfg, field, None)
+    if size is None and field == "n_key_value_heads":  # each query head has its own
+        size = cfg.n_heads
+    return int(size or 0)
 
 
 def check_mask(model: TLModel, hook_name: str, mask: Tensor) -> None:
