@@ -167,13 +167,6 @@ def prune_edges(
     task = circuit_task(circuit, task)
     pairs = split_pairs(task, config)
     _, selection, heldout = encoded_splits(model, task, pairs, config)
-    edges = circuit.edges(model)
-
-    def without(cut: list[Edge]) -> Circuit:
-        smaller = circuit.without(cut, model)
-        still_joined = _ends(set(edges).difference(cut))
-        return smaller.without(_ends(cut) - still_joined, model)
-
     with torch.inference_mode(False), frozen(model), shared_reads(model):
         if not is_circuit(circuit, model, selection, config):
             raise PruneError(
@@ -181,22 +174,37 @@ def prune_edges(
                 f"{config.target_loss}, or the accuracy of the model without it exceeds "
                 f"{config.ablated_accuracy}"
             )
-        some_pairs = representative(circuit, model, selection, config)
-        effects = {}
-        with phase("measuring edges", progress, len(edges), "edge") as bar:
-            for edge in edges:
-                effects[edge] = circuit_score(without([edge]), model, some_pairs, config).loss
-                bar.update()
-        with phase("removing edges", progress, len(edges), "edge") as bar:
-            cut = eliminate(
-                sorted(edges, key=effects.__getitem__),
-                lambda cut: is_circuit(without(cut), model, some_pairs, config),
-                lambda cut: is_circuit(without(cut), model, selection, config),
-                bar.update,
-            )
-            bar.set_postfix_str(f"{counted(len(edges) - len(cut), 'edge')} left")
-        smaller = dataclasses.replace(without(cut), pairs=_pairs_to_keep(task, pairs))
+        smaller = _without_superfluous_edges(circuit, model, selection, config, progress)
+        smaller = dataclasses.replace(smaller, pairs=_pairs_to_keep(task, pairs))
         return _judged(smaller, model, selection, heldout, config, {}, progress)
+
+
+def _without_superfluous_edges(
+    circuit: Circuit, model: TLModel, selection: TaskData, config: PruneConfig, progress: bool
+) -> Circuit:
+    """The circuit without the edges that it does not need, and the nodes that they alone joined."""
+    edges = circuit.edges(model)
+
+    def without(cut: list[Edge]) -> Circuit:
+        smaller = circuit.without(cut, model)
+        still_joined = _ends(set(edges).difference(cut))
+        return smaller.without(_ends(cut) - still_joined, model)
+
+    some_pairs = representative(circuit, model, selection, config)
+    effects = {}
+    with phase("measuring edges", progress, len(edges), "edge") as bar:
+        for edge in edges:
+            effects[edge] = circuit_score(without([edge]), model, some_pairs, config).loss
+            bar.update()
+    with phase("removing edges", progress, len(edges), "edge") as bar:
+        cut = eliminate(
+            sorted(edges, key=effects.__getitem__),
+            lambda cut: is_circuit(without(cut), model, some_pairs, config),
+            lambda cut: is_circuit(without(cut), model, selection, config),
+            bar.update,
+        )
+        bar.set_postfix_str(f"{counted(len(edges) - len(cut), 'edge')} left")
+    return without(cut)
 
 
 def _ends(edges: Collection[Edge]) -> set[Node]:
