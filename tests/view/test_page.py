@@ -282,12 +282,12 @@ def test_prompts_stand_side_by_side_with_their_probabilities(data, opened):
     run = data["prompts"][0][0]["runs"][1]
     title, share, probability, top, *others = next_tokens(page)
     assert title == ["next token", "model", "circuit"]
-    assert share[0] == "yes rather than no"
+    assert share[0] == "yes of the two answers"
     assert probability == ["yes of all tokens"] + [f"{100 * run['probability']:.1f} %"] * 2
     assert top[0] == "the 5 most likely"
     assert top[1].split() == ["yes", *probability[1].split()]
     assert len(others) == 4
-    assert next_tokens(page, side=1)[1][0] == "no rather than yes"
+    assert next_tokens(page, side=1)[1][0] == "no of the two answers"
     # The answers stand in the order of the prompts, in the graph too.
     answers = page.locator("[data-name='yes'], [data-name='no']").all()
     places = {mark.get_attribute("data-name"): mark.bounding_box() for mark in answers[-2:]}
@@ -430,6 +430,10 @@ def test_keys(data, opened):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")  # the only node in its row
     assert pinned(page) == READ
+    page.locator("#panel .link").first.focus()
+    page.keyboard.press("Enter")
+    assert pinned(page) == VALUE
+    assert page.evaluate("document.activeElement.tagName") == "H2"
     page.locator("#png").focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "graph"

@@ -2,6 +2,7 @@
 
 /** Pins a vertex, or none. Tokens and answers are not pinned. */
 function pin(vertex) {
+  const cameByLink = document.activeElement?.matches(".link") ?? false;
   const wasHidden = vertex && !vertex.terminal && !isLeft(vertex);
   const hidesAnother = state.pinned && !isKeptWithoutPin(state.pinned);
   state.pinned = vertex?.terminal ? null : (vertex ?? null);
@@ -16,6 +17,8 @@ function pin(vertex) {
   writePermalink(true);
   showPanel();
   showPrompts();
+  // The link is gone with what it stood in, so the focus goes where it led.
+  if (cameByLink) document.querySelector("#panel h2").focus({ preventScroll: true });
 }
 
 /** What a screen reader says of a node that is pinned. */

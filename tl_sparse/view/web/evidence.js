@@ -63,10 +63,7 @@ function promptsOf(i, node) {
     const ofEachPair = [...d3.group(strongest, ({ p }) => p).values()].map(([first]) => first);
     if (!ofEachPair.length) return null;
     const passages = ofEachPair.slice(0, 3).map((peak) => promptPassage(peak, i, node));
-    return [
-      heading(`Prompts where it is most ${sign > 0 ? "positive" : "negative"}`),
-      passages,
-    ];
+    return [heading(`Prompts where it is most ${sign > 0 ? "positive" : "negative"}`), passages];
   });
 }
 

@@ -61,7 +61,7 @@ function showOverview() {
   const withoutTask = prompts.length ? "" : " Without a task there are no prompts and no effects.";
   fill(
     "panel",
-    make("h2", {}, hasEffects ? "Nodes that matter most" : "Nodes"),
+    make("h2", { tabindex: -1 }, hasEffects ? "Nodes that matter most" : "Nodes"),
     note(introduction, withoutTask),
     heading(hasEffects ? "Effect on the task loss" : "Nodes"),
     barTable(shown.map((v) => [nodeLink(v), v.node.effect])),
@@ -155,7 +155,7 @@ function nodeHeading(node) {
     copyText(location.href.split("#")[0] + permalink(), link, "Link");
   });
   return [
-    make("h2", { class: "name" }, node.name, " ", link),
+    make("h2", { class: "name", tabindex: -1 }, node.name, " ", link),
     make("p", { class: "aka" }, node.openai, " in OpenAI’s notation"),
     make("p", {}, place),
   ];

@@ -104,25 +104,11 @@ function answersTable(side) {
     ),
   ];
   if (side.answer != null) {
-    const answer = () => tokenElement(side.answer);
-    const others = side.candidates.filter((id) => id !== side.answer);
-    const beside = others.length
-      ? ["rather than ", tokenElement(others[0])]
-      : ["of the two answers"];
-    rows.push(
-      answersRow(
-        [answer(), " ", beside],
-        runs.map(({ share }) => percent(share)),
-        "share",
-      ),
-    );
-    rows.push(
-      answersRow(
-        [answer(), " of all tokens"],
-        runs.map(({ probability }) => percent(probability)),
-        "probability",
-      ),
-    );
+    const named = (words) => [tokenElement(side.answer), ` ${words}`];
+    const shares = runs.map(({ share }) => percent(share));
+    const probabilities = runs.map(({ probability }) => percent(probability));
+    rows.push(answersRow(named("of the two answers"), shares, "share"));
+    rows.push(answersRow(named("of all tokens"), probabilities, "probability"));
   }
   const longest = d3.max(runs, ({ top }) => top.length) ?? 0;
   for (const k of d3.range(longest)) {
