@@ -151,7 +151,7 @@ def test_a_demo_ends_with_what_to_try_next(demo, tmp_path, monkeypatch, capsys):
         assert program == "tl-sparse"
         parsed.append(build_parser().parse_args(words))
     evaluate, tasks, prune = parsed
-    assert (evaluate.circuit, evaluate.model) == (f"{out}/circuit", "tiny-python-sparse")
+    assert (evaluate.circuit, evaluate.model) == (f"{out}/circuit", None)
     assert tasks.model == prune.model == "tiny-python-sparse"
     assert prune.task in TASKS
 

@@ -66,7 +66,8 @@ def _run_demo(args: argparse.Namespace) -> None:
     """Train a model if --train is given, then find a circuit in it and write its page."""
     # Made first, so that a mistake in it is reported before anything is removed.
     config = TrainConfig(steps=args.steps, seed=args.seed, data=DataConfig(seed=args.seed))
-    prune_config = PruneConfig(seed=args.seed)
+    # Fewer held-out pairs than by default, since the page measures each node on all of them.
+    prune_config = PruneConfig(seed=args.seed, heldout_pairs=256)
     started = time.perf_counter()
     out = Path(args.out)
     _remove_earlier(out)
@@ -94,7 +95,9 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 def _next(page: str, circuit: str, model: str) -> str:
     """What to try after the demo, as commands that work from the current folder."""
-    evaluate = ["evaluate", circuit, "--model", model]
+    evaluate = ["evaluate", circuit]
+    if os.sep in model:  # a circuit knows the name of its model, not the folder that this is in
+        evaluate += ["--model", model]
     prune = ["prune", model, "var_swap", "--out", "my-circuit"]
     steps = {
         shlex.join(evaluate): "how good the circuit is, and what each node does for it",
