@@ -96,7 +96,7 @@ def test_a_dense_model_in_a_folder(save, places, tmp_path, capsys):
 @only_on(4, "TransformerLens 3 opens only models that it lists by name")
 def test_a_circuit_of_a_dense_model_is_shown_and_measured(places, tmp_path, capsys):
     model = str(places / "small-gpt2")
-    random_circuit(open_model(model, "cpu"), share=0.05).save(tmp_path / "circuit")
+    random_circuit(open_model(model, "cpu"), share=0.02).save(tmp_path / "circuit")
     given = [str(tmp_path / "circuit"), "--model", model, "--device", "cpu"]
     given += ["--task", str(places / "micro.jsonl")]
     assert main(["view", *given, "-o", str(tmp_path / "page.html")]) == 0

@@ -1,13 +1,18 @@
 """Broken arguments and files: every command ends in one clear line, and never in a traceback."""
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 
-from helpers import command_flags
+import tl_sparse
+from helpers import command_flags, must_not_run
 from micro import QUICK_SETTINGS, micro_circuit, micro_model, save_micro, save_pairs
 from tl_sparse.cli import main
+from tl_sparse.cli.output import warnings_in_one_line
 from tl_sparse.cli.parser import build_parser
+from tl_sparse.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.any_line
 
@@ -165,8 +170,6 @@ def test_seeds_that_torch_cannot_take(text, command, capsys):
 
 def test_a_circuit_with_a_damaged_configuration(places, tmp_path, capsys):
     folder = tmp_path / "circuit"
-    from dataclasses import replace
-
     for odd in ([1], {"steps": "many"}, "text"):
         circuit = replace(micro_circuit(micro_model()), measured={"config": odd})
         circuit.save(folder)
@@ -188,3 +191,180 @@ def test_a_task_file_that_is_damaged(places, tmp_path, capsys):
         assert status == 1
         assert str(path) in lines[0]
     assert json.loads((tmp_path / "pairs.jsonl").read_text())["prompts"] == ["a"]
+
+
+# --- One thing given where another is wanted
+
+
+def folder_of_a_suite(folder):
+    (folder / "suite").mkdir()
+    (folder / "suite" / "results.json").write_text("{}")
+    return str(folder / "suite")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["evaluate"], ["view", "-o", "x.html"], ["export", "-o", "x.csv"]],
+    ids=lambda x: x[0],
+)
+@pytest.mark.parametrize("model", ["MODEL", "tiny-python-sparse"])
+def test_a_model_where_a_circuit_is_wanted(command, model, places, capsys):
+    source = places.get(model, model)
+    status, lines = run([command[0], source, *command[1:]], capsys)
+    assert status == 1
+    advice = f"`tl-sparse prune {source} TASK --out FOLDER` finds a circuit in it"
+    assert lines == [f"tl-sparse: error: {source} is a model, not a circuit; {advice}"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "CIRCUIT", "var_if", "--out", "OUT"],
+        ["suite", "CIRCUIT", "--out", "OUT"],
+        ["search", "CIRCUIT", "var_if", "--out", "OUT"],
+        ["tasks", "CIRCUIT"],
+        ["plot", "sparsity", "CIRCUIT", "-o", "OUT.svg"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_circuit_where_a_model_is_wanted(command, places, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    words = [word.replace("CIRCUIT", places["CIRCUIT"]).replace("OUT", out) for word in command]
+    status, lines = run(words, capsys)
+    assert status == 1
+    assert f"{places['CIRCUIT']} holds a circuit, not a model" in lines[0]
+
+
+def test_load_of_a_circuit_names_its_model(tmp_path):
+    replace(micro_circuit(micro_model()), model_name="my-model").save(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        tl_sparse.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path} holds a circuit, not a model; its model is 'my-model'"
+
+
+def test_a_folder_that_holds_the_wanted_one(places, tmp_path, capsys):
+    micro_circuit(micro_model()).save(tmp_path / "circuit")
+    _, lines = run(["evaluate", str(tmp_path)], capsys)
+    assert lines[0].endswith(f"there is no circuit.json; did you mean '{tmp_path}/circuit'?")
+    _, lines = run(["evaluate", str(tmp_path / "circuit" / "circuit.json")], capsys)
+    assert lines[0].endswith(f"did you mean its folder, '{tmp_path}/circuit'?")
+    save_micro(tmp_path / "model")
+    _, lines = run(["tasks", str(tmp_path)], capsys)
+    assert lines[0].endswith(f"; did you mean '{tmp_path}/model'?")
+
+
+def test_a_suite_where_a_circuit_is_wanted(tmp_path, capsys):
+    folder = folder_of_a_suite(tmp_path)
+    _, lines = run(["evaluate", folder], capsys)
+    assert f"{folder} holds a suite; its circuits are in {folder}/MODEL/TASK/SEED" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["curve", "frontier"])
+@pytest.mark.parametrize("given", ["CIRCUIT", "MODEL", "FOLDER", "TEXT"])
+def test_what_holds_no_figures(kind, given, places, tmp_path, capsys):
+    source = places[given]
+    status, lines = run(["plot", kind, source, "-o", str(tmp_path / "a.svg")], capsys)
+    assert status == 1
+    circuit = source if given == "CIRCUIT" else "CIRCUIT"
+    command = f"`tl-sparse evaluate {circuit} -o figures.json`"
+    assert lines[0].startswith(f"tl-sparse: error: {source} is ")
+    assert f"{command} measures a circuit and writes one" in lines[0]
+
+
+def test_tasks_are_plotted_from_a_suite(places, tmp_path, capsys):
+    _, lines = run(["plot", "tasks", places["CIRCUIT"], "-o", str(tmp_path / "a.svg")], capsys)
+    assert "`tl-sparse suite MODEL --out FOLDER` measures the circuits of all tasks" in lines[0]
+
+
+def test_the_folder_of_a_suite_stands_for_its_results(tmp_path, capsys):
+    folder = folder_of_a_suite(tmp_path)
+    _, in_folder = run(["plot", "tasks", folder, "-o", str(tmp_path / "a.svg")], capsys)
+    file = f"{folder}/results.json"
+    _, in_file = run(["plot", "tasks", file, "-o", str(tmp_path / "a.svg")], capsys)
+    assert in_folder == [line.replace(file, folder) for line in in_file]
+
+
+# --- Said at once
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "view CIRCUIT -o page.pdf",
+            "page.pdf: a page cannot be written as '.pdf'; the name must ",
+        ),
+        (
+            "view CIRCUIT -o page",
+            "page: a page needs an ending; the name must end in .html or .htm",
+        ),
+        ("view CIRCUIT -o page.htlm", "page.htlm: a page cannot be written as '.htlm'"),
+        ("export CIRCUIT -o circuit.svg", "circuit.svg: nothing is exported as '.svg'"),
+        ("evaluate CIRCUIT -o figures.csv", "a measurement cannot be written as '.csv'"),
+        ("plot curve FIGURES -o a.pdf", "a.pdf: figures cannot be written as '.pdf'"),
+    ],
+)
+def test_a_wrong_ending_before_any_work(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tl_sparse.Circuit.load", must_not_run("reading the circuit"))
+    status, lines = run(command.split(), capsys)
+    assert status == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_without_prompts_names_the_flag(places, tmp_path, capsys):
+    """The micro task is not built in."""
+    page = tmp_path / "page.html"
+    command = ["view", places["CIRCUIT"], "--model", places["MODEL"], "-o", str(page)]
+    with pytest.warns(UserWarning, match="the page has no prompts: .* --task with a file of pairs"):
+        assert main(command) == 0
+    assert page.is_file()
+
+
+def test_a_warning_is_one_line(capsys):
+    with warnings_in_one_line():
+        line = warnings.formatwarning("a\n  b \x1b", UserWarning, "file.py", 3)
+    assert line == "tl-sparse: warning: a b \\x1b\n"
+    assert "file.py" in warnings.formatwarning("a", UserWarning, "file.py", 3)
+
+
+def test_a_circuit_is_not_saved_over_another(tmp_path):
+    circuit = micro_circuit(micro_model())
+    circuit.save(tmp_path)
+    with pytest.raises(ConfigError, match="overwrite=True in Python"):
+        replace(circuit, task="another").save(tmp_path)
+    assert tl_sparse.Circuit.load(tmp_path).task == "micro"
+
+
+# --- Usage
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune", "m", "t", "--out", "x", "--stpes", "3"], "--stpes 3; did you mean --steps?"),
+        (["prune", "m"], "the following arguments are required: TASK, --out"),
+        (["train", "--out", "x", "--seed", "one"], "argument --seed: invalid int value: 'one'"),
+        (["plot", "curv", "a.json", "-o", "a.svg"], "argument KIND: invalid choice: 'curv'"),
+        (["demo", "--out"], "argument --out: expected one argument"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_two_lines(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    error, where = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"tl-sparse {words[0]}: error: ")
+    assert message in error
+    assert where == f"tl-sparse {words[0]} --help lists the options"
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["prun"])
+    error, where = capsys.readouterr().err.splitlines()
+    assert error.startswith(
+        "tl-sparse: error: argument COMMAND: invalid choice: 'prun' (choose from"
+    )
+    assert where == "tl-sparse --help lists the options"

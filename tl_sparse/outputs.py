@@ -5,7 +5,6 @@ Symbolic links are written through, and pipes and devices directly. A file that 
 keeps its permissions.
 """
 
-import difflib
 import errno
 import filecmp
 import json
@@ -52,10 +51,8 @@ def check_ending(path: str | Path, endings: Sequence[str], what: str) -> None:
     ending = path.suffix.lower()
     if ending in endings or is_stream(path) or path.is_dir():  # a folder is refused by its writer
         return
-    near = difflib.get_close_matches(ending, endings, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     has = f"cannot be written as {path.suffix!r}" if ending else "needs an ending"
-    raise ConfigError(f"{path}: {what} {has}; the name must end in {' or '.join(endings)}{hint}")
+    raise ConfigError(f"{path}: {what} {has}; the name must end in {' or '.join(endings)}")
 
 
 def check_new_file(path: str | Path, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from tl_sparse.config import merged
 from tl_sparse.parsing import parse_json
 
 #: An entry under "Attributes:" in the docstring of a config: its name and its text.
-_ENTRY = re.compile(r"^    (\w+): (.*(?:\n        .*|\n(?=\n        ))*)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n        .*)*)", re.MULTILINE)
 
 
 def add_config_flags(flags: Flags, defaults: Any, *names: str) -> None:
@@ -48,8 +48,9 @@ def field_texts(config: type) -> dict[str, str]:
     The sentence begins with a capital letter, and has no full stop.
     """
     docstring = inspect.cleandoc(config.__doc__ or "")
+    attributes = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
     texts = {}
-    for name, text in _ENTRY.findall(docstring.partition("Attributes:\n")[2]):
+    for name, text in _ENTRY.findall(attributes):
         words = " ".join(text.split())
         sentence = re.split(r"\.(?:$| (?=[A-Z`\"]))", words)[0]
         texts[name] = sentence[0].upper() + sentence[1:]

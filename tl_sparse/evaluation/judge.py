@@ -22,7 +22,7 @@ from tl_sparse.evaluation.running import (
     resampled,
 )
 from tl_sparse.evaluation.scores import ABLATIONS, Ablation, Evaluation, SizedScore
-from tl_sparse.hooks import NodeValues, TLModel
+from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model
 from tl_sparse.tasks import (
     TASKS,
     NextToken,
@@ -382,13 +382,15 @@ def effects(
     """The effect of each node and edge of the circuit.
 
     The effect is the rise of the circuit's task loss when this node alone is held at its mean, or
-    this edge alone is cut.
+    this edge alone is cut. Edges can only be cut in models of this package.
     """
 
     def loss(circuit: Circuit) -> float:
         return score(model, data, batch_size, holding_nodes(circuit, model)).loss
 
     parts = _parts(circuit, model)
+    if not is_sparse_model(model):
+        parts = list(circuit.nodes)
     whole_loss = loss(circuit)
     effect_of = {}
     for part in parts:
