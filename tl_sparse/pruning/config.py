@@ -63,8 +63,8 @@ class PruneConfig:
             on another prompt.
         means_over: whether means are taken over the corpus, or over the task's training pairs. The
             paper takes them over the corpus.
-        necessity: the weight of a term in the objective by which the circuit is also necessary:
-            max(0, ln 2 - task loss of the model without it), on half of the pairs. It finds backup
+        necessity: the weight of a term in the objective by which the circuit is also necessary. It
+            is max(0, ln 2 - task loss of the model without it), on half of the pairs, and finds backup
             paths that the circuit alone does not need. With 0, the objective is that of the paper.
         ablated_accuracy: the largest accuracy that the model without the circuit may have on the
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
