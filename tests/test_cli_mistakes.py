@@ -346,7 +346,7 @@ def test_a_circuit_is_not_saved_over_another(tmp_path):
         (["prune", "m", "t", "--out", "x", "--stpes", "3"], "--stpes 3; did you mean --steps?"),
         (["prune", "m"], "the following arguments are required: TASK, --out"),
         (["train", "--out", "x", "--seed", "one"], "argument --seed: invalid int value: 'one'"),
-        (["plot", "curv", "a.json", "-o", "a.svg"], "argument KIND: invalid choice: 'curv'"),
+        (["plot", "curv", "a.json", "-o", "a.svg"], "; did you mean curve?"),
         (["demo", "--out"], "argument --out: expected one argument"),
     ],
 )
@@ -367,4 +367,5 @@ def test_an_unknown_command(capsys):
     assert error.startswith(
         "tl-sparse: error: argument COMMAND: invalid choice: 'prun' (choose from"
     )
+    assert error.endswith("; did you mean prune?")
     assert where == "tl-sparse --help lists the options"

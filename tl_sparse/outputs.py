@@ -29,9 +29,8 @@ def check_new_folder(folder: str | Path) -> None:
     """Raise `ConfigError` unless `folder` is new or empty: results are never overwritten."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            f"out = {str(folder)!r} is not possible; it must be a new or an empty folder"
-        )
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise ConfigError(f"out = {str(folder)!r} {what}; it must be a new or an empty folder")
 
 
 def check_ending(path: str | Path, endings: Sequence[str], what: str) -> None:

@@ -125,10 +125,13 @@ def _no_such_name(name: str, wanted: Wanted) -> str:
         return f"there is no folder {name!r}; {places}{_did_you_mean(name)}"
     if is_dense_name(name):
         return a_dense_model(name)
+    message = f"there is no folder {name!r}, nor a model of that name"
+    hint = _did_you_mean(name, *_BUNDLED, *_OPENAI_NAMES)
+    if hint:
+        return message + hint
     return (
-        f"there is no folder {name!r}, nor a model of that name: {', '.join(_BUNDLED)} come with "
-        f"tl_sparse, OpenAI published {', '.join(_OPENAI_NAMES)}, …, and the Hugging Face hub has "
-        f"'user/repo'{_did_you_mean(name, *_BUNDLED, *_OPENAI_NAMES)}"
+        f"{message}: {', '.join(_BUNDLED)} come with tl_sparse, OpenAI published "
+        f"{', '.join(_OPENAI_NAMES)}, …, and the Hugging Face hub has 'user/repo'"
     )
 
 
@@ -215,8 +218,8 @@ def _snapshot(
     except Exception as error:
         problem = _hub_problem(error, repo, revision)
         raise CheckpointError(
-            f"there is no folder {repo!r}{_did_you_mean(repo)}, and on the Hugging Face hub "
-            f"{repo!r} {problem}"
+            f"there is no folder {repo!r}, and on the Hugging Face hub {repo!r} {problem}"
+            f"{_did_you_mean(repo)}"
         ) from error
     return Path(path)
 

@@ -29,6 +29,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end the process with status 2."""
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if wrong is not None:
+            message += _did_you_mean(wrong[1], re.findall(r"[\w-]+", wrong[2]))
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options\n")
 
     # Overridden because the parser of a command leaves what it does not know to the one above it,
@@ -40,11 +43,15 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = re.findall(r"--[\w-]+", self.format_help())
-            near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = _did_you_mean(unknown[0].partition("=")[0], flags)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         assert parsed is not None
         return parsed, []
+
+
+def _did_you_mean(given: str, possible: Sequence[str]) -> str:
+    near = get_close_matches(given, possible, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def help_formatter(prog: str) -> argparse.HelpFormatter:

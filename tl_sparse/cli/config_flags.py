@@ -109,5 +109,6 @@ def changed_by_file(config: Any, path: str | None) -> Any:
 
     from tl_sparse.files import errors_name_file, read_yaml
 
+    values = read_yaml(Path(path))
     with errors_name_file(path):
-        return merged(config, read_yaml(Path(path)))
+        return merged(config, values)
