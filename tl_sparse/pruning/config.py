@@ -65,7 +65,7 @@ class PruneConfig:
             paper takes them over the corpus.
         necessity: the weight of a term in the objective by which the circuit is also necessary. It
             is max(0, ln 2 - task loss of the model without it), on half of the pairs, and finds
-            backup paths that the circuit alone does not need. With 0, the objective is that of the paper.
+            backup paths that the circuit alone does not need. With 0, the objective is the paper's.
         ablated_accuracy: the largest accuracy that the model without the circuit may have on the
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
