@@ -42,17 +42,16 @@ from micro import (
     save_pairs,
 )
 from tl_sparse.circuits import Circuit
-from tl_sparse.cli.circuits import _config_of
 from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.data import load_documents, load_tokenizer
 from tl_sparse.errors import TLSparseError
 from tl_sparse.evaluation import full_evaluation
-from tl_sparse.pruning import PruneConfig
+from tl_sparse.pruning import PruneConfig, recorded_config
 from tl_sparse.suites import optuna_search as search_module
 from tl_sparse.suites import suite
 from tl_sparse.suites.optuna_search import search
 from tl_sparse.suites.suite import run_suite
-from tl_sparse.tasks import Task, make_task_data
+from tl_sparse.tasks import PARTS, Task, TaskPairs, make_task_data
 from tl_sparse.training.trainer import Trainer
 from tl_sparse.view import plots
 
@@ -193,18 +192,22 @@ def write_circuit(folder):
         "heldout": json.loads(json.dumps(dataclasses.asdict(measured))),
     }
     edges = frozenset(edge.ends for edge in circuit.edges(model))
-    dataclasses.replace(circuit, measured=kept, edge_set=edges).save(folder)
+    rng = random.Random(0)
+    parts = [(MICRO_TASK.pair(rng),) for _ in PARTS]
+    pairs = TaskPairs("micro", "was it A or B?", *parts, candidates=MICRO_TASK.candidates)
+    dataclasses.replace(circuit, measured=kept, edge_set=edges, pairs=pairs).save(folder)
 
 
 def read_circuit(folder):
     circuit = Circuit.load(folder)
     card = circuit.card("user/circuit")
-    config = _config_of(circuit)
+    config = recorded_config(circuit)
     with tempfile.TemporaryDirectory() as again:
         circuit.save(again)
     circuit.check_model(micro_again())
     edges = circuit.edges(micro_again())
-    return digest(circuit.kept, circuit.means, edges, card, config, circuit.task)
+    texts = (card, config, circuit.task, circuit.pairs)
+    return digest(circuit.kept, circuit.means, edges, *texts)
 
 
 def write_edge_list(folder):
