@@ -71,7 +71,8 @@ class PruneConfig:
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
             other initial gates and another order of the pairs.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
-            the held-out pairs are disjoint.
+            the held-out pairs are disjoint. If a task has too few pairs, those of the three numbers
+            that are the defaults shrink in proportion.
         ranking_pairs: the number of training pairs for the integrated gradients of a warm start.
         selection_pairs: the number of prompt pairs for choosing the size of the circuit.
         cleanup_pairs: the number of selection pairs on which sizes are tried quickly, and on which

@@ -54,9 +54,10 @@ def prune(
         PruneError: if the full model misses the target loss, or no set of nodes that the search
             tries is a circuit.
         TokenizerError: if the model has no tokenizer, or a candidate is not a single token of it.
-        ConfigError: for an unknown or impossible setting.
-        TaskError, DataError: if there is no such task, if its prompts do not fit the model, or if
-            the corpus is missing, malformed or looks padded (then give the `means`).
+        ConfigError: for an unknown or impossible setting, such as more pairs than the task has.
+        TaskError, DataError: if there is no such task, if it has fewer than 12 pairs to divide, if
+            its prompts do not fit the model, or if the corpus is missing, malformed or looks padded
+            (then give the `means`).
         UnsupportedError: if the model was made in `torch.inference_mode`, or sees padding.
         HookNameError: if the hook points of the model do not carry nodes.
     """
