@@ -187,17 +187,19 @@ function shadeNodes(pair) {
 /** The values at the chosen token of the nodes that differ most between the prompts. */
 function valuesTable(pair) {
   const isPair = pair.length === 2;
-  const level = (k, s) => levelHere(pair, k, s);
-  const size = (k) => (isPair ? Math.abs(level(k, 0) - level(k, 1)) : Math.abs(level(k, 0)));
-  const ranked = d3.sort(d3.range(nodes.length).filter(size), (k) => -size(k) * nodes[k].scale);
-  const rows = ranked.slice(0, LISTED_VALUES).map((k) => {
+  const value = (k, s) => activationOf(nodes[k], levelHere(pair, k, s));
+  const size = (k) => Math.abs(isPair ? value(k, 0) - value(k, 1) : value(k, 0));
+  const ranked = d3.sort(d3.range(nodes.length).filter(size), (k) => -size(k));
+  const listed = ranked.slice(0, LISTED_VALUES);
+  if (!listed.length) return note("At the chosen token no node differs between the prompts.");
+  const largest = d3.max(listed, (k) => d3.max(pair, (_, s) => Math.abs(value(k, s))));
+  const rows = listed.map((k) => {
     const cells = pair.map((_, s) => [
-      make("td", { class: "number" }, number(activationOf(nodes[k], level(k, s)))),
-      make("td", { class: "meter" }, bar(level(k, s), caps.levels)),
+      make("td", { class: "number" }, number(value(k, s))),
+      make("td", { class: "meter" }, bar(value(k, s), largest)),
     ]);
     return make("tr", {}, make("td", {}, nodeLink(vertices[k])), cells);
   });
-  if (!rows.length) return note("At the chosen token no node differs between the prompts.");
   const which = isPair ? "those that differ most between the prompts" : "the largest";
   return [
     heading(`Values at the chosen token: ${which}`),
