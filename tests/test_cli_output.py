@@ -29,7 +29,10 @@ def run(args):
         print("x" * 100)
     Path({done!r}).touch()
 
-parser.add_tasks = lambda commands: arguments.add_command(commands, "tasks", "", "", run)
+def add_tasks(commands):
+    arguments.add_running_flags(arguments.add_command(commands, "tasks", "", "", run))
+
+parser.add_tasks = add_tasks
 sys.exit(parser.main(["tasks"]))
 """
 

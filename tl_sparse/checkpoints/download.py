@@ -9,7 +9,8 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from tqdm.auto import tqdm
+# The bar of its own downloads, which one call switches off together with ours.
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from tl_sparse.errors import CheckpointError
 

@@ -28,6 +28,20 @@ def print_error(message: object) -> None:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Within the context, fetching and reading a model shows no progress bar."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # and those of huggingface_hub
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Within the context, a warning is a line without the place in the code that it is for."""
     before = warnings.formatwarning

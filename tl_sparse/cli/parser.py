@@ -6,6 +6,7 @@ A command imports what it needs when it runs.
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import tl_sparse
 from tl_sparse.cli.arguments import Parser, help_formatter
@@ -18,6 +19,7 @@ from tl_sparse.cli.output import (
     print_any_character,
     print_error,
     warnings_in_one_line,
+    without_bars,
 )
 from tl_sparse.cli.plotting import add_plot
 from tl_sparse.cli.pruning import add_prune, add_search, add_suite
@@ -54,7 +56,10 @@ def _run(argv: Sequence[str] | None) -> int:
     """Run a command; its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        with warnings_in_one_line():
+        with ExitStack() as stack:
+            stack.enter_context(warnings_in_one_line())
+            if args.quiet:
+                stack.enter_context(without_bars())
             args.run(args)
     except KeyboardInterrupt:
         print_error("interrupted")
