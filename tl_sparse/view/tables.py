@@ -135,7 +135,7 @@ def _recorded_evaluation(circuit: Circuit) -> Evaluation | None:
 
 def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     if not circuit.n_nodes:
-        return f"No nodes of {circuit.n_candidates:,}. {why_no_nodes(model).capitalize()}."
+        return f"0 nodes of {circuit.n_candidates:,}. {why_no_nodes(model).capitalize()}."
     rows = []
     for (layer, location), nodes in groupby(circuit.nodes, lambda n: (n.layer, n.location)):
         which = [node.shown_index for node in nodes]
