@@ -16,6 +16,7 @@ from test_runs import CONFIG, assert_same_run, log_of, stop_at
 
 from helpers import fork_server
 from tl_sparse import DataConfig, train
+from tl_sparse.cli import main
 from tl_sparse.errors import DataError, TLSparseError, TrainError
 from tl_sparse.locks import LOCK_FILE, folder_lock
 
@@ -349,6 +350,19 @@ def test_a_run_from_before_checksums_is_resumed(interrupted, whole):
 
 
 # --- what is said, and whether it helps
+
+
+def test_to_resume_needs_only_the_folder(interrupted, whole):
+    """The settings are those of the run; flags may change what affects no weight."""
+    command = ["train", "--resume", "--out", str(interrupted), "--device", "cpu", "--quiet"]
+    assert main([*command, "--steps", "999"]) == 1
+    assert main([*command, "--keep-checkpoints", "1"]) == 0
+    assert_same_run(interrupted, whole)
+
+
+def test_to_resume_in_python_needs_only_the_folder(interrupted, whole):
+    train(out=interrupted, device="cpu", progress=False, resume=True)
+    assert_same_run(interrupted, whole)
 
 
 def test_a_new_run_where_one_is_unfinished(interrupted, whole):
