@@ -169,7 +169,7 @@ def test_prune_writes_a_circuit_and_prints_what_it_is(trained, tmp_path, capsys)
     assert circuit.task == "single_double_quote"
     assert circuit.model_name == "model"
     assert circuit.n_nodes == 0  # any loss is good enough, and so that of no nodes
-    assert "No nodes of" in printed
+    assert "0 nodes of" in printed
     assert f"{len(circuit.edges(model))} edges" in printed
     for score in ("the full model", "the circuit alone", "without the circuit"):
         assert score in printed
