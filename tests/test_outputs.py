@@ -331,7 +331,7 @@ def test_a_command_overwrites_if_it_is_told_to(tmp_path, circuit, capfd):
     assert f"{path} exists already; choose another name, or" in capfd.readouterr().err
     assert path.read_text() == "mine"
     assert main([*command, str(path), "--overwrite"]) == 0
-    assert path.read_text().startswith("digraph")
+    assert "digraph" in path.read_text()
     capfd.readouterr()
     # What is written to a pipe or device has nothing else in it.
     pipe = tmp_path / "pipe.dot"
