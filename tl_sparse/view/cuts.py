@@ -49,7 +49,7 @@ def most_important_first(
 def circuits_by_size(circuit: Circuit, model: TLModel, nodes: Sequence[Node]) -> list[Circuit]:
     """Circuits of rising size: the first of `nodes`, then all of them, which is the circuit itself.
 
-    If the circuit has scores, they are followed by circuits up to eight times as large.
+    If the circuit has scores, they are followed by circuits twice, four and eight times as large.
 
     Args:
         nodes: the nodes of the circuit, the most important first.
@@ -60,7 +60,7 @@ def circuits_by_size(circuit: Circuit, model: TLModel, nodes: Sequence[Node]) ->
     for size in sorted(sizes):
         circuits.append(circuit.without(nodes[size:], model))
     if circuit.scores:
-        for size in scaled_sizes(circuit, range(1, 7)):
+        for size in scaled_sizes(circuit, (2, 4, 6)):
             if size > len(nodes):
                 circuits.append(circuit.of_size(size))
     return circuits

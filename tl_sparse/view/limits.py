@@ -36,7 +36,7 @@ class PageLimits:
     page_bytes: int = 5_000_000
     prompt_pairs: int = 8
     effect_pairs: int = 32
-    curve_sizes: int = 12
+    curve_sizes: int = 10
     passages: int = 4
     tokens_before_peak: int = 20
     tokens_from_peak: int = 8
