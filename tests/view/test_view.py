@@ -247,7 +247,7 @@ def test_what_cannot_be_drawn(micro, monkeypatch):
     )
     with pytest.raises(
         CircuitError,
-        match="the embedding of the last token alone solves the task, so there is nothing to find",
+        match="of the last token alone reaches the target loss, so there is nothing to find",
     ):
         page_data(empty, micro)
     with pytest.raises(

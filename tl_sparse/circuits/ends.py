@@ -132,12 +132,12 @@ def has_bigram_table(model: TLModel) -> bool:
 @checked()
 def why_no_nodes(model: TLModel) -> str:
     """What it means that a circuit of `model` has no nodes."""
-    alone = "the embedding of the last token alone solves"
+    alone = "the embedding of the last token alone reaches"
     if has_bigram_table(model):
-        alone = "the bigram table and the embedding of the last token alone solve"
+        alone = "the bigram table and the embedding of the last token alone reach"
     return (
-        f"the circuit has no nodes: with every node at its mean, {alone} the task, so there is "
-        "nothing to find"
+        f"the circuit has no nodes: with every node at its mean, {alone} the target loss, so there "
+        "is nothing to find"
     )
 
 

@@ -14,6 +14,10 @@ from tl_sparse.tasks import NextToken, Score, score_row, table
 Ablation = Literal["mean", "zero", "resample"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
+#: If the logit differences of the full model and of no nodes differ by less, faithfulness, which
+#: divides by their difference, would be noise.
+LEAST_DIFFERENCE = 0.1
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -58,13 +62,16 @@ class Evaluation:
 
         It is (m(C) - m(∅)) / (m(M) - m(∅)), where m is the logit difference, C the run, M the full
         model, and ∅ the model with every node at its mean (Marks et al. 2024, arXiv 2403.19647).
-        It can be above 1 or below 0. None if it is not known, or m(M) = m(∅).
+        It can be above 1 or below 0. None if it is not known, or if m(M) and m(∅) differ by less
+        than `LEAST_DIFFERENCE`, so that there is nothing that a circuit could explain.
         """
         if self.empty is None:
             return None
         of_run, nothing = score.logit_difference, self.empty.logit_difference
         everything = self.full.logit_difference
-        if of_run is None or nothing is None or everything is None or everything == nothing:
+        if of_run is None or nothing is None or everything is None:
+            return None
+        if abs(everything - nothing) < LEAST_DIFFERENCE:
             return None
         return (of_run - nothing) / (everything - nothing)
 
@@ -91,7 +98,8 @@ class SizedScore:
 _BETWEEN_ANSWERS = """\
   task loss: cross-entropy between the two answers, in nats (chance: 0.693) ± its standard error
   logit difference: the logit of the right answer minus that of the wrong one
-  faithfulness: the logit difference, from 0 for no nodes to 1 for the full model"""
+  faithfulness: the logit difference, from 0 for no nodes to 1 for the full model
+  The last two are means over prompts: few prompts, or one of the answers, can dominate them."""
 #: What the columns of the second table mean.
 _AMONG_ALL_TOKENS = """\
   P(answer): the probability of the right answer as the next token

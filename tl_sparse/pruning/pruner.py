@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
-from tl_sparse.errors import CircuitError, PruneError, counted
+from tl_sparse.errors import CircuitError, PruneError, counted, warn_user
 from tl_sparse.evaluation import Evaluation, judged, score
 from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
 from tl_sparse.pruning.config import PruneConfig, as_config
-from tl_sparse.pruning.gates import learn_gates
+from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
@@ -93,7 +93,15 @@ def _pairs_to_keep(task: Task, pairs: TaskPairs) -> TaskPairs | None:
 
 
 def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: PruneConfig) -> None:
-    """Raise `PruneError` if the full model misses the target loss."""
+    """Raise `PruneError` if the full model misses the target loss.
+
+    Warns if that loss is no better than chance.
+    """
+    if config.target_loss >= LOSS_OF_A_COIN:
+        warn_user(
+            f"target_loss = {config.target_loss:g} is not below chance ({LOSS_OF_A_COIN:.3f} "
+            "nats): a circuit that knows nothing can reach it"
+        )
     full = score(model, selection, config.batch_size)
     if full.loss > config.target_loss:
         raise PruneError(

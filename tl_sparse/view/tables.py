@@ -59,22 +59,22 @@ def report(
         circuit: the circuit.
         model: its model.
         task: the task of the circuit; by default its own.
-        evaluation: the scores; by default those that the circuit records, if it does.
+        evaluation: the scores; by default those that the circuit records, if it does and `task` is
+            its own.
 
     Raises:
         CircuitError: if `model` is not the circuit's model, if no task is given and the circuit's
             own is not known, or if the recorded scores are damaged.
     """
     task = circuit_task(circuit, task)
-    if evaluation is None:
+    if evaluation is None and task.name == circuit.task:
         evaluation = _recorded_evaluation(circuit)
     title = f"Circuit of {task.name} in {circuit.model_name}"
     if task.candidates:
         first, second = task.candidates
         title += f": {first!r} or {second!r}?"
     sections = [
-        title,
-        "=" * len(title),
+        title + "\n" + "=" * len(title),
         _nodes_table(circuit, model),
         *_joined_tables(circuit, model),
         *_token_tables(circuit, model, task),
@@ -82,6 +82,12 @@ def report(
     if evaluation is not None:
         sections.append(scores_table(evaluation))
     return "\n\n".join(sections)
+
+
+#: How much a comparison with random nodes says.
+_WHAT_RANDOM_SHOWS = """\
+  As many nodes at each location as the circuit has. Few edges join them, so they are a weak
+  control: that they do not do the task does not say that the circuit is the model's own way."""
 
 
 @checked()
@@ -99,8 +105,8 @@ def evaluation_tables(measured: Mapping[str, Any], most: int = 40) -> str:
         scores_table(read.evaluation),
         table(["kind of node or edge", "number"], kinds),
         _sizes_table("nodes ranked highest", read.ladder),
-        f"{random_table}\n{_random_ranges(read.random)}",
-        table(["node held at its mean, or edge cut", "task loss"], effects[:most]),
+        f"{random_table}\n{_random_ranges(read.random)}\n{_WHAT_RANDOM_SHOWS}",
+        table(["node held at its mean, or edge cut", "rise of the task loss"], effects[:most]),
     ]
     return "\n\n".join(sections)
 

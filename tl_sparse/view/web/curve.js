@@ -43,7 +43,7 @@ function curveLevels() {
   const { scores } = summary;
   const levels = [
     { name: "model", loss: scores.full?.loss },
-    { name: "no circuit", loss: scores.empty?.loss },
+    { name: "no nodes", loss: scores.empty?.loss },
     { name: "without the circuit", loss: scores.ablated?.loss },
     { name: "target", loss: scores.target_loss },
   ];

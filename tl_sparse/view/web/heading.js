@@ -3,7 +3,7 @@
 const SCORED = [
   ["full", "model"],
   ["circuit", "circuit alone"],
-  ["empty", "no circuit"],
+  ["empty", "no nodes"],
   ["ablated", "without the circuit"],
 ];
 
@@ -124,13 +124,13 @@ function lossNote() {
 function definitions(titles) {
   const meanings = [
     ["circuit alone", "every node outside the circuit is held at its mean"],
-    ["no circuit", "every node is held at its mean"],
+    ["no nodes", "every node is held at its mean"],
     ["without the circuit", "the nodes of the circuit are held at their means, the others run"],
     ["accuracy", "how often the right one of the two answers has the larger logit"],
     ["logit difference", "logit of the right answer minus that of the wrong one, mean"],
     ["P(answer)", "probability of the right answer among all tokens, mean"],
     ["KL from model", "KL(model ‖ this) of the next-token distributions, in nats, mean"],
-    ["faithfulness", "(m(this) − m(no circuit)) / (m(model) − m(no circuit)); m: logit difference"],
+    ["faithfulness", "(m(this) − m(no nodes)) / (m(model) − m(no nodes)); m: logit difference"],
   ];
   const rows = scoredRows().map(([, label]) => label);
   const shown = meanings.filter(([name]) => titles.includes(name) || rows.includes(name));
