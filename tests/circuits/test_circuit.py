@@ -256,7 +256,8 @@ def test_repr_says_what_matters(micro):
     judged = dataclasses.replace(circuit, measured={"heldout": dataclasses.asdict(measured)})
     loss = f"{LOSS:.3f}"
     assert repr(judged).splitlines()[2] == (
-        f"  task loss: full {loss}, circuit {loss}, ablated 0.693, zero {loss}, resample {loss})"
+        f"  task loss: full {loss}, circuit {loss}, ablated 0.693, zero {loss}, resample {loss}, "
+        "empty 0.693)"
     )
     assert repr(without_means(circuit)).endswith(
         "\n  without means: it can be viewed, but not run)"

@@ -193,8 +193,7 @@ def test_a_mapping_is_a_configuration():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "config = None is not possible; it must be a TrainConfig, or a mapping"),
-        ("laptop", "config = 'laptop' is not possible"),
+        ("laptop", "config = 'laptop' is not possible; it must be a TrainConfig, or a mapping"),
         (MODEL, "config = SparseConfig"),
         ([], r"config = \[\] is not possible"),
         ({"step": 3}, "unknown configuration key 'step'; did you mean 'steps'"),

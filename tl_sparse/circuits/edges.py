@@ -4,7 +4,7 @@ Gao et al. 2025 (arXiv 2511.13653) prune nodes only, and name the superfluous ed
 between them as a weakness. Cutting makes it possible to prune each edge separately.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +17,6 @@ from tl_sparse.circuits.nodes import (
     MATRICES,
     Edge,
     Node,
-    indices_by_location,
     weight_matrices,
 )
 from tl_sparse.circuits.parts import CircuitParts
@@ -40,19 +39,21 @@ _PRODUCT_WITH = {
 
 def edges_between(nodes: Iterable[Node], model: TLModel) -> list[Edge]:
     """Every nonzero weight that joins two of `nodes`, in the order of the forward pass."""
-    node_of = {node: node for node in nodes}
-    indices = indices_by_location(node_of)
+    nodes_at = defaultdict[tuple[int, str], list[Node]](list)
+    for node in nodes:
+        nodes_at[node.layer, node.location].append(node)
     edges = []
     for layer in range(model.cfg.n_layers):
         for source, target, weights in weight_matrices(model, layer):
-            rows = indices.get((layer, source), [])
-            columns = indices.get((layer, target), [])
-            for i, j in weights[rows][:, columns].nonzero().tolist():
-                # The given nodes, whose names show their heads.
-                source_node = node_of[Node(layer, source, rows[i])]
-                target_node = node_of[Node(layer, target, columns[j])]
-                weight = float(weights[rows[i], columns[j]])
-                edges.append(Edge(source_node, target_node, weight))
+            sources = nodes_at[layer, source]
+            targets = nodes_at[layer, target]
+            rows = [node.index for node in sources]
+            columns = [node.index for node in targets]
+            between = weights[rows][:, columns].detach()
+            nonzero = between.nonzero()
+            values = between[nonzero[:, 0], nonzero[:, 1]]
+            for (i, j), weight in zip(nonzero.tolist(), values.tolist(), strict=True):
+                edges.append(Edge(sources[i], targets[j], weight))
     return edges
 
 

@@ -295,8 +295,10 @@ def kept_nodes(masks: NodeMasks) -> list[Node]:
     sizes = NodeSizes.of_masks(masks)
     nodes = []
     for hook_name, mask in masks.items():
+        at = node_at(hook_name, 0)
         for index in mask.flatten().nonzero()[:, 0].tolist():
-            nodes.append(node_at(hook_name, index, sizes))
+            shown_index = sizes.shown_index(at.location, index)
+            nodes.append(Node(at.layer, at.location, index, shown_index))
     return nodes
 
 
