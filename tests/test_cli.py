@@ -197,7 +197,7 @@ def test_prune_takes_a_file_of_pairs(trained, tmp_path, capsys):
     task.write_text("\n".join(lines))
     circuit = run_prune(trained, task, tmp_path / "circuit", "--init-bias", "1")
     assert circuit.task == "brackets"
-    assert "\nCircuit of brackets in model\n\n====" in capsys.readouterr().out
+    assert "\nCircuit of brackets in model\n====" in capsys.readouterr().out
 
 
 def test_report_of_a_task_in_which_each_pair_has_its_answers():

@@ -161,10 +161,10 @@ def test_the_page_shows_the_circuit_and_its_scores(data, opened):
         "task loss", "accuracy", "logit difference", "P(answer)", "KL from model", "faithfulness"
     ]  # fmt: skip
     rows = {name: row for name, *row in table[1:]}
-    assert list(rows) == ["model", "circuit alone", "no circuit", "without the circuit"]
+    assert list(rows) == ["model", "circuit alone", "no nodes", "without the circuit"]
     assert rows["circuit alone"] == rows["model"]
     assert rows["model"][0] == f"{LOSS:.3f} ± 0.000"
-    assert rows["no circuit"][0] == f"{math.log(2):.3f} ± 0.000"
+    assert rows["no nodes"][0] == f"{math.log(2):.3f} ± 0.000"
     assert [row[-1] for row in rows.values()] == ["1.00", "1.00", "0.00", "0.00"]
     note = page.locator("#loss-note").inner_text()
     assert "in nats; guessing gives 0.693 (ln 2)" in note
