@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks.points import NodeMasks, TLModel, check_hook_names, hooked
-from tl_sparse.hooks.shapes import check_activation, check_mask, check_values
+from tl_sparse.hooks.shapes import check_activation, check_mask, check_no_nan, check_values
 
 
 @checked()
@@ -32,8 +32,9 @@ def ablating(
 
     Raises:
         HookNameError: if `model` has no hook point of such a name, or `values` lacks the name.
-        ArgumentError: if a mask or values do not have the dtype or shape of the nodes there. At
-            hook points whose shape only a run shows, this is raised in the run.
+        ArgumentError: if a mask or values do not have the dtype or shape of the nodes there, or a
+            value is NaN. At hook points whose shape only a run shows, a wrong shape is raised in
+            the run.
     """
     check_hook_names(model, nodes)
     if missing := nodes.keys() - values.keys():
@@ -42,6 +43,7 @@ def ablating(
     for name, ablated in nodes.items():
         check_mask(model, name, ablated)
         check_values(model, name, values[name], ablated.shape)
+        check_no_nan(name, values[name])
         # Where all nodes are kept, no hook is attached, so that the model runs exactly as without
         # ablation.
         if ablated.any():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tl_sparse.arguments import checked
 from tl_sparse.errors import ConfigError, HookNameError
 from tl_sparse.hooks.points import NodeValues, TLModel, hooked
-from tl_sparse.hooks.shapes import check_activation, check_values
+from tl_sparse.hooks.shapes import check_activation, check_no_nan, check_values
 from tl_sparse.precision import in_float32
 
 
@@ -57,6 +57,8 @@ class NodeGates(nn.Module):
         super().__init__()
         if not means:
             raise ConfigError("gates need the means of at least one hook point")
+        for name, mean in means.items():
+            check_no_nan(name, mean)
         self.means = {name: in_float32(mean).clone() for name, mean in means.items()}
         self.temperature = temperature
         self.index: dict[str, Tensor] = {}

@@ -25,7 +25,9 @@ def _has_hook_points(model: object) -> bool:
 
 #: A TransformerLens model: a HookedRootModule such as HookedTransformer on version 3, or a
 #: TransformerBridge on version 4. The two share no base class, so this type accepts anything.
-TLModel = Annotated[Any, Kind("a TransformerLens model", _has_hook_points)]
+TLModel = Annotated[
+    Any, Kind("a TransformerLens model", _has_hook_points, "tl_sparse.load(…) opens one")
+]
 #: A function at a hook point, as TransformerLens calls it: `(activation, hook)`. It returns the
 #: replacement of the activation, or None.
 HookFn = Callable[[Tensor, Any], Tensor | None]

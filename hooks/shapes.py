@@ -64,7 +64,7 @@ def check_mask(model: TLModel, hook_name: str, mask: Tensor) -> None:
     if mask.dtype != torch.bool or not has_shape:
         of_shape = "" if wanted is None else f" of {list(wanted)}"
         raise ArgumentError(
-            f"the mask at {hook_name} must be torch.bool{of_shape}, not {described(mask)}"
+            f"the mask at {hook_name} must be a boolean tensor{of_shape}, not {described(mask)}"
         )
 
 
@@ -78,6 +78,12 @@ def check_values(model: TLModel, hook_name: str, values: Tensor, nodes: torch.Si
             f"the values at {hook_name} must be floats of {list(wanted)} or [{by_position}], not "
             f"{described(values)}"
         )
+
+
+def check_no_nan(hook_name: str, values: Tensor) -> None:
+    """Raise `ArgumentError` if one of these values is NaN."""
+    if bool(values.isnan().any()):
+        raise ArgumentError(f"the values at {hook_name} must be numbers, and some are NaN")
 
 
 def check_activation(hook_name: str, activation: Tensor, values: Tensor, nodes: torch.Size) -> None:

@@ -11,13 +11,20 @@ import inspect
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
-from tl_sparse.errors import ArgumentError, TLSparseError
+from tl_sparse.circuits.attribution import attribution_graph
+from tl_sparse.errors import ArgumentError, DataError, TaskError, TLSparseError
 from tl_sparse.evaluation.judge import evaluate, full_evaluation
+from tl_sparse.hooks.ablation import ablating
+from tl_sparse.hooks.gates import NodeGates
+from tl_sparse.hooks.means import mean_activations
+from tl_sparse.hooks.points import recording
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.scores import Score
 
@@ -171,8 +178,80 @@ def test_wrong_values_of_each_argument(function, right, tmp_path, monkeypatch):
 
 def test_the_message_names_function_argument_and_type():
     with pytest.raises(
-        ArgumentError, match="evaluate: model must be a TransformerLens model, not the str 'micro'"
+        ArgumentError,
+        match="evaluate: model must be a TransformerLens model, not the str 'micro'; "
+        r"tl_sparse.load\(…\) opens one",
     ):
         evaluate(micro_circuit(micro_model()), "micro", micro_data(micro_model()))
-    with pytest.raises(ArgumentError, match=r"evaluate: data must be .*TaskData, not the int 3"):
+    with pytest.raises(ArgumentError, match=r"evaluate: data must be a TaskData, not the int 3"):
         evaluate(micro_circuit(micro_model()), micro_model(), 3)
+    with pytest.raises(
+        ArgumentError, match=r"circuit must be a Circuit, not the str 'c'; Circuit.load\(…\) reads"
+    ):
+        evaluate("c", micro_model(), micro_data(micro_model()))
+    with pytest.raises(ArgumentError, match=r"view: min_weight must be float, not the str 'x'"):
+        micro_circuit(micro_model()).view(micro_model(), min_weight="x")
+
+
+MASK = torch.ones(4, dtype=torch.bool)
+VALUES = torch.zeros(4)
+OUT, RESID = "blocks.0.hook_mlp_out", "blocks.0.hook_attn_out"
+PLACE = r"\['blocks.0.hook_mlp_out'\] must be "
+
+
+@pytest.mark.parametrize(
+    ("mask", "values", "message"),
+    [
+        (MASK.float(), VALUES, rf"nodes{PLACE}a boolean tensor \[\*node\], not torch.float32 of"),
+        (MASK.int(), VALUES, rf"nodes{PLACE}a boolean tensor \[\*node\], not torch.int32 of"),
+        (MASK.numpy(), VALUES, rf"nodes{PLACE}a boolean tensor .* not a numpy.ndarray, bool of"),
+        ([True] * 4, VALUES, rf"nodes{PLACE}a boolean tensor .* not the list \[True"),
+        (MASK, VALUES.int(), rf"values{PLACE}a float tensor \[\*node\].*not torch.int32 of"),
+        (MASK, VALUES.to(torch.complex64), rf"values{PLACE}.*not torch.complex64 of"),
+        (MASK, np.zeros(4), rf"values{PLACE}.*not a numpy.ndarray, float64 of"),
+        (MASK, VALUES * torch.nan, "the values at blocks.0.hook_mlp_out .* some are NaN"),
+    ],
+)
+def test_the_message_names_the_wrong_entry_of_a_mapping(mask, values, message):
+    nodes = {RESID: MASK, OUT: mask}
+    held_at = {RESID: VALUES, OUT: values}
+    with (
+        pytest.raises(ArgumentError, match=message) as raised,
+        ablating(micro_model(), nodes, held_at),
+    ):
+        pass
+    assert "jax" not in str(raised.value)
+
+
+def test_gates_refuse_means_that_are_no_numbers():
+    settings = {"init_bias": 0.0, "init_scale": 0.1, "seed": 0}
+    with pytest.raises(ArgumentError, match=rf"NodeGates: means{PLACE}a float tensor .*int64 of"):
+        NodeGates({OUT: torch.ones(4).long()}, **settings)
+    with pytest.raises(ArgumentError, match="some are NaN"):
+        NodeGates({OUT: VALUES / 0}, **settings)
+
+
+def test_a_text_is_no_list_of_names():
+    message = "names must be a list of names, not the text 'blocks.0.hook_mlp_out'"
+    with pytest.raises(ArgumentError, match=f"mean_activations: {message}"):
+        mean_activations(micro_model(), OUT, [micro_corpus()])
+    with pytest.raises(ArgumentError, match=f"recording: {message}"), recording(micro_model(), OUT):
+        pass
+
+
+def test_texts_and_settings_are_no_tokens():
+    with pytest.raises(
+        DataError, match=r"tokens .* these are texts; model\.to_tokens\(text\) makes"
+    ):
+        mean_activations(micro_model(), [OUT], ["A end"])
+    with pytest.raises(DataError, match=r"the corpus .* these are texts; model\.to_tokens"):
+        prune(micro_model(), MICRO_TASK, ["A end"])
+    for settings in ({"steps": 3}, PruneConfig()):
+        with pytest.raises(ArgumentError, match="looks like settings: pass them as config=…"):
+            prune(micro_model(), MICRO_TASK, settings)
+
+
+def test_a_prompt_is_no_task():
+    circuit = micro_circuit(micro_model())
+    with pytest.raises(TaskError, match="a task or the name of one, and this looks like a prompt"):
+        attribution_graph(circuit, micro_model(), "print('the red house")

@@ -69,6 +69,11 @@ def as_integers(name: str, values: object) -> Tensor:
 def _from_array(name: str, values: object) -> Tensor:
     try:
         array = np.asarray(values)
+        if array.dtype.kind in "US":
+            raise DataError(
+                f"{name} must be integers [batch, pos], and these are texts; "
+                "model.to_tokens(text) makes tokens"
+            )
         if array.dtype.kind == "u":
             array = array.astype(np.int64)  # torch cannot compute with all unsigned dtypes
         return torch.from_numpy(array)

@@ -197,6 +197,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             does not hold a dictionary.
     """
     _check_is_file(path)
+    _check_is_no_other_format(path)
     try:
         values = _load_torch(path)
     except pickle.UnpicklingError as error:
@@ -211,6 +212,16 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"{path} must hold a dictionary of tensors, not a {type(values).__name__}"
         )
     return values
+
+
+def _check_is_no_other_format(path: Path) -> None:
+    """Raise `CheckpointError` if the file is JSON or safetensors, and not of `torch.save`."""
+    with open(path, "rb") as file:
+        beginning = file.read(9)
+    if beginning.lstrip()[:1] in (b"{", b"["):
+        raise CheckpointError(f"{path} is a JSON file, not a *.pt file of torch.save")
+    if beginning[8:] == b"{":  # after the length of its header
+        raise CheckpointError(f"{path} is a safetensors file, not a *.pt file of torch.save")
 
 
 def _check_is_file(path: Path) -> None:

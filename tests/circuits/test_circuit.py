@@ -16,7 +16,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Node
-from tl_sparse.errors import CheckpointError, CircuitError, HookNameError
+from tl_sparse.errors import ArgumentError, CheckpointError, CircuitError, HookNameError
 from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.files import read_json, read_tensors
 from tl_sparse.network.config import SparseConfig, paper_topk
@@ -456,6 +456,19 @@ def test_labels_are_kept_with_the_circuit(micro, tmp_path):
         circuit.with_labels({"0.mlp_in 9": "no"})
     with pytest.raises(CircuitError, match=r"the label of '0\.attn_in 0' must be a text, not 3"):
         circuit.with_labels({"0.attn_in 0": 3})
+
+
+def test_labels_are_of_nodes_of_the_circuit(micro):
+    circuit = micro_circuit(micro)
+    node = circuit.nodes[1]
+    assert circuit.with_labels({node: "A or B?"}).labels == {node: "A or B?"}
+    for absent in ("0.mlp_in 3", circuit.node("0.mlp_in 3")):
+        with pytest.raises(CircuitError, match=r"0\.mlp_in 3 is not in this circuit"):
+            circuit.with_labels({absent: "no"})
+    with pytest.raises(
+        ArgumentError, match=r"a mapping from nodes to texts, .* not the list \['a'\]"
+    ):
+        circuit.with_labels(["a"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Edge, Node
-from tl_sparse.errors import CircuitError
+from tl_sparse.errors import ArgumentError, CircuitError
 from tl_sparse.hooks import mean_activations
 
 SIZES = dict(n_layers=2, d_model=3, n_heads=1, d_head=2, d_mlp=3)
@@ -130,13 +130,35 @@ def test_laws(a, b):
 
 
 @quick
-@given(circuits, st.sets(st.integers(0, 2)))
+@given(circuits, st.sets(st.integers(0, 1)))
 def test_restricted(circuit, layers):
     found = sound(circuit.restricted(layers))
     assert nodes(found) == {node for node in circuit.nodes if node.layer in layers}
     assert ends(found) == {pair for pair in ends(circuit) if pair[0].layer in layers}
     assert (found.edge_set is None) == (circuit.edge_set is None)
     assert found.task == circuit.task
+
+
+@pytest.mark.parametrize("layers", ["0", 0, {0: 1}, None])
+def test_restricted_takes_numbers_of_layers(layers):
+    with pytest.raises(ArgumentError, match=r"collection of numbers of layers, such as \{0\}, not"):
+        EMPTY.restricted(layers)
+
+
+def test_restricted_to_a_layer_that_is_not_there():
+    with pytest.raises(CircuitError, match="there is no layer 7; the circuit's layers are 0, 1"):
+        EMPTY.restricted({0, 7})
+
+
+def test_circuits_are_combined_with_circuits():
+    with pytest.raises(
+        ArgumentError, match="circuit & other: other must be a Circuit, not the int 3"
+    ):
+        EMPTY & 3
+    with pytest.raises(ArgumentError, match=r"circuit \| other: .* a Circuit, not the str 'x'"):
+        EMPTY | "x"
+    with pytest.raises(ArgumentError, match=r"circuit - other: .*not the NoneType None"):
+        EMPTY - None
 
 
 @quick

@@ -205,6 +205,27 @@ def test_openai_indices_that_do_not_fit(two_heads, tmp_path, where, indices, mes
         Circuit.from_openai(path, two_heads)
 
 
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        (
+            "edges.json",
+            b'{"edges": []}',
+            r"is a JSON file, not a \*\.pt file .*; Circuit\.from_edge_list reads edge lists",
+        ),
+        ("viz_data.pt", b" \n[1, 2]", "is a JSON file, not"),
+        ("circuit.safetensors", b"\x10" + bytes(7) + b'{"a": 1}', "is a safetensors file, not"),
+    ],
+)
+def test_openai_circuits_are_not_files_of_other_formats(
+    two_heads, tmp_path, name, contents, message
+):
+    path = tmp_path / name
+    path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=rf"{name} {message}"):
+        Circuit.from_openai(path, two_heads)
+
+
 def test_the_first_wrong_location_is_named(two_heads, tmp_path):
     places = [
         f"{layer}.{name}" for layer in (9, 5, 3, 7) for name in ("mlp.act_in", "attn.k", "attn.v")

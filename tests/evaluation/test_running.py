@@ -8,7 +8,7 @@ import torch
 
 from helpers import full_config, has_hooks, random_circuit, random_data, stock_model, tiny_model
 from micro import micro_circuit, micro_data, micro_model
-from tl_sparse.errors import CircuitError, ConfigError, TaskError, UnsupportedError
+from tl_sparse.errors import CircuitError, ConfigError, DataError, TaskError, UnsupportedError
 from tl_sparse.evaluation.judge import evaluate, holding_circuit, score, score_logits
 from tl_sparse.evaluation.running import all_logits, resampled, task_logits, task_loss
 from tl_sparse.hooks import NodeGates, ablating, recording, treats_positions_alike
@@ -220,6 +220,20 @@ def test_a_tokenizer_that_pads_on_the_left_hides_no_token():
     hook_at_a_hook_point_of_one_layer = ("blocks.0.hook_mlp_out", lambda x, hook: x)
     with model.hooks(fwd_hooks=[hook_at_a_hook_point_of_one_layer]):
         torch.testing.assert_close(all_logits(model, data), expected)
+
+
+def test_prompts_longer_than_the_context():
+    model = micro_model()
+    data = micro_data(model, n_pairs=2)
+    data = dataclasses.replace(
+        data,
+        prompts=("A end " * 20, *data.prompts[1:]),
+        tokens=torch.zeros(4, 9, dtype=torch.long),
+        last=torch.full((4,), 8),
+    )
+    message = r"of task micro has 9 tokens, more than the context of 8: '(A end ){10}…'"
+    with pytest.raises(DataError, match=message):
+        score(model, data)
 
 
 # Models that see padding

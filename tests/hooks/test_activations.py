@@ -593,10 +593,18 @@ EVERY_Q = torch.ones(2, 6, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("mask", "values", "message"),
     [
-        (EVERY_Q[0], torch.zeros(2, 6), r"bool of \[2, 6\], not .* \[6\]$|float32 of \[2, 6\]$"),
-        (EVERY_Q.float(), torch.zeros(2, 6), rf"the mask at {Q} must be torch.bool.*float32 of"),
+        (
+            EVERY_Q[0],
+            torch.zeros(2, 6),
+            r"boolean tensor of \[2, 6\], not .* \[6\]$|float32 of \[2, 6\]$",
+        ),
+        (
+            EVERY_Q.float(),
+            torch.zeros(2, 6),
+            rf"nodes\['{Q}'\] must be a boolean tensor.*float32 of",
+        ),
         (EVERY_Q, torch.zeros(6), rf"at {Q} .* \[2, 6\] or \[batch, pos, 2, 6\], not .* \[6\]$"),
-        (EVERY_Q, torch.zeros(2, 6).long(), rf"values at {Q} must be floats .*int64 of"),
+        (EVERY_Q, torch.zeros(2, 6).long(), rf"values\['{Q}'\] must be a float tensor.*int64 of"),
         (EVERY_Q, torch.zeros(7, 2, 6), r"float32 of \[7, 2, 6\]$"),
     ],
 )
@@ -614,7 +622,7 @@ def test_nodes_of_another_hook_point_are_refused_before_a_run_or_in_it(model):
     """Before it if the shape is known from the configuration, as in our models."""
     nodes, values = {NEURON: torch.ones(12, dtype=torch.bool)}, {NEURON: torch.zeros(12)}
     in_a_run = type(model).__name__ == "TransformerBridge"
-    message = rf"mask at {NEURON} must be torch.bool of \[16\], not torch.bool of \[12\]"
+    message = rf"mask at {NEURON} must be a boolean tensor of \[16\], not torch.bool of \[12\]"
     if in_a_run:
         message = rf"nodes at {NEURON} is of \[16\], but the mask or the values are of \[12\]"
     run = logits if in_a_run else must_not_run("the model")

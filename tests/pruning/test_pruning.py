@@ -689,3 +689,16 @@ def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
     with torch.device("meta"):  # a tensor created without a device lands there, and the test fails
         found = discretise(candidates, micro, gates, selection, CONFIG)
     assert [str(node) for node in found.nodes] == NODES
+
+
+def test_nodes_that_cannot_be_gated_are_noticed_before_pairs_are_drawn(micro, monkeypatch):
+    def no_nodes(model, embed):
+        raise HookNameError("no nodes here")
+
+    def not_drawn(rng):
+        pytest.fail("a pair is drawn")
+
+    monkeypatch.setattr("tl_sparse.pruning.pruner.gated_hooks", no_nodes)
+    task = dataclasses.replace(MICRO_TASK, name="own", sample=not_drawn)
+    with pytest.raises(HookNameError, match="no nodes here"):
+        prune(micro, task, micro_corpus(), CONFIG, progress=False)

@@ -3,17 +3,18 @@
 Every function returns a circuit of the same class as its first argument.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tl_sparse.arguments import described
 from tl_sparse.circuits.edges import uncut_edges
 from tl_sparse.circuits.nodes import Edge, Node, node_at
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.errors import CircuitError
+from tl_sparse.errors import ArgumentError, CircuitError
 from tl_sparse.hooks import NodeMasks, TLModel
 
 _Circuit = TypeVar("_Circuit", bound=CircuitParts)
@@ -21,6 +22,7 @@ _Circuit = TypeVar("_Circuit", bound=CircuitParts)
 
 def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
     """The nodes and edges that are in at least one of the two circuits."""
+    _check_combinable(circuit, other, "|")
     edge_set = None
     if circuit.edge_set is not None and other.edge_set is not None:
         edge_set = circuit.edge_set | other.edge_set
@@ -29,6 +31,7 @@ def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
 
 def intersection(circuit: _Circuit, other: CircuitParts) -> _Circuit:
     """The nodes and edges that are in both circuits."""
+    _check_combinable(circuit, other, "&")
     if circuit.edge_set is None:
         edge_set = other.edge_set
     elif other.edge_set is None:
@@ -40,7 +43,24 @@ def intersection(circuit: _Circuit, other: CircuitParts) -> _Circuit:
 
 def difference(circuit: _Circuit, other: CircuitParts) -> _Circuit:
     """The nodes of `circuit` that are not in `other`, and the edges of `circuit` between them."""
+    _check_combinable(circuit, other, "-")
     return _combined(circuit, other, "-", _and_not, circuit.edge_set)
+
+
+def _check_combinable(circuit: CircuitParts, other: object, sign: str) -> None:
+    """Raise an error unless `other` is a circuit of the same model at the same hook points."""
+    if not isinstance(other, CircuitParts):
+        raise ArgumentError(
+            f"circuit {sign} other: other must be a Circuit, not {described(other)}"
+        )
+    other_model = circuit.model.difference(other.model)
+    if other_model is not None:
+        raise CircuitError(
+            f"circuits of different models cannot be combined with {sign}: "
+            f"the second circuit's model has {other_model}"
+        )
+    if circuit.kept.keys() != other.kept.keys():
+        raise CircuitError(f"circuits over different hook points cannot be combined with {sign}")
 
 
 def _and_not(mask: Tensor, other: Tensor) -> Tensor:
@@ -55,14 +75,6 @@ def _combined(
     edge_set: frozenset[tuple[Node, Node]] | None,
 ) -> _Circuit:
     """The circuit whose masks are `combine` of the two circuits' masks at each hook point."""
-    other_model = circuit.model.difference(other.model)
-    if other_model is not None:
-        raise CircuitError(
-            f"circuits of different models cannot be combined with {sign}: "
-            f"the second circuit's model has {other_model}"
-        )
-    if circuit.kept.keys() != other.kept.keys():
-        raise CircuitError(f"circuits over different hook points cannot be combined with {sign}")
     kept = {name: combine(mask, other.kept[name]) for name, mask in circuit.kept.items()}
     if circuit.pairs != other.pairs:
         # One of the circuits was searched on pairs by which the other was judged.
@@ -72,11 +84,26 @@ def _combined(
 
 def restricted(circuit: _Circuit, layers: Collection[int]) -> _Circuit:
     """The nodes of a circuit in `layers`, and its edges between them."""
+    _check_layers(circuit, layers)
     kept = {}
     for name, mask in circuit.kept.items():
         is_included = node_at(name, 0).layer in layers
         kept[name] = mask if is_included else torch.zeros_like(mask)
     return _derived(circuit, kept, circuit.task, circuit.edge_set)
+
+
+def _check_layers(circuit: CircuitParts, layers: object) -> None:
+    """Raise an error unless these are layers of the circuit."""
+    existing = sorted({layer for layer, _ in circuit.hooks})
+    if isinstance(layers, str | Mapping) or not isinstance(layers, Collection):
+        raise ArgumentError(
+            f"layers must be a collection of numbers of layers, such as {{{existing[0]}}}, not "
+            f"{described(layers)}"
+        )
+    for layer in layers:
+        if layer not in existing:
+            numbers = ", ".join(map(str, existing))
+            raise CircuitError(f"there is no layer {layer!r}; the circuit's layers are {numbers}")
 
 
 def without(circuit: _Circuit, removed: Iterable[Node | Edge], model: TLModel) -> _Circuit:

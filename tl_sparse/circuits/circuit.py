@@ -19,7 +19,7 @@ from tl_sparse.circuits.edges import bias_at, cutting, edge_shares, edges_betwee
 from tl_sparse.circuits.exchange import edge_list, read_edge_list, read_openai_circuit
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.nodes import Edge, Node
-from tl_sparse.circuits.parts import CircuitParts
+from tl_sparse.circuits.parts import CircuitParts, with_labels
 from tl_sparse.circuits.reads import holding_reads
 from tl_sparse.circuits.storage import read_circuit, write_circuit
 from tl_sparse.errors import CircuitError
@@ -190,25 +190,21 @@ class Circuit(CircuitParts):
             measured = {name: measured[name] for name in ("config",) if name in measured}
         return replace(self, means=needed, measured=measured)
 
-    def with_labels(self, labels: Mapping[str, str]) -> Circuit:
+    def with_labels(self, labels: Mapping[str, str] | Mapping[Node, str]) -> Circuit:
         """This circuit with the user's own words for some of its nodes.
 
         For example: `circuit.with_labels({"0.attn_v h3.7": "inside a string"})`. They are saved
         with the circuit, and shown on its page and in its exports.
 
         Args:
-            labels: the name of a node → its label. They are added to the labels that are there; an
-                empty text removes one.
+            labels: a node of the circuit, or its name → its label. They are added to the labels
+                that are there; an empty text removes one.
 
         Raises:
-            CircuitError: if there is no such node, or a label is not a text.
+            ArgumentError: if `labels` is not a mapping.
+            CircuitError: if a node is not in this circuit, or a label is not a text.
         """
-        changed = dict(self.labels)
-        for name, label in labels.items():
-            if not isinstance(label, str):
-                raise CircuitError(f"the label of {name!r} must be a text, not {label!r}")
-            changed[self.node(name)] = label
-        return replace(self, labels={node: label for node, label in changed.items() if label})
+        return replace(self, labels=with_labels(self, labels))
 
     def applied(self, model: TLModel) -> AbstractContextManager[None]:
         """A context in which every forward pass of `model` runs under the circuit.
@@ -276,7 +272,11 @@ class Circuit(CircuitParts):
         return algebra.difference(self, other)
 
     def restricted(self, layers: Collection[int]) -> Circuit:
-        """This circuit's nodes in `layers`, and its edges between them."""
+        """This circuit's nodes in `layers`, and its edges between them.
+
+        Raises:
+            CircuitError: if the model has no such layer.
+        """
         return algebra.restricted(self, layers)
 
     def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:

@@ -42,7 +42,12 @@ _SIZES = {
 
 def read_openai_circuit(path: Path, model: TLModel, task: str) -> CircuitParts:
     """Read a circuit that OpenAI published; see `Circuit.from_openai`."""
-    values = read_torch(path)
+    try:
+        values = read_torch(path)
+    except CheckpointError as error:
+        if path.suffix != ".json":
+            raise
+        raise CheckpointError(f"{error}; Circuit.from_edge_list reads edge lists") from error
     data = values.get("circuit_data")
     importances = values.get("importances", {})
     if not isinstance(data, dict) or not isinstance(importances, dict):

@@ -1,11 +1,13 @@
 """The data of a circuit: its nodes and edges, and what is known about it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tl_sparse.arguments import described
 from tl_sparse.circuits.fingerprints import Fingerprint
 from tl_sparse.circuits.nodes import Node, NodeSizes, indices_by_location, kept_nodes, node_at
-from tl_sparse.errors import CircuitError
+from tl_sparse.errors import ArgumentError, CircuitError
 from tl_sparse.hooks import NodeMasks, NodeValues
 from tl_sparse.tasks import TaskPairs
 
@@ -77,3 +79,22 @@ class CircuitParts:
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → the indices of the kept nodes there."""
         return indices_by_location(self.nodes)
+
+
+def with_labels(circuit: CircuitParts, labels: object) -> dict[Node, str]:
+    """The labels of a circuit together with these; see `Circuit.with_labels`."""
+    if not isinstance(labels, Mapping):
+        raise ArgumentError(
+            'labels must be a mapping from nodes to texts, such as {"0.attn_v h3.7": "inside a '
+            f'string"}}, not {described(labels)}'
+        )
+    nodes = set(circuit.nodes)
+    changed = dict(circuit.labels)
+    for key, label in labels.items():
+        if not isinstance(label, str):
+            raise CircuitError(f"the label of '{key}' must be a text, not {label!r}")
+        node = key if isinstance(key, Node) else circuit.node(key)
+        if label and node not in nodes:
+            raise CircuitError(f"{node} is not in this circuit, so it gets no label")
+        changed[node] = label
+    return {node: label for node, label in changed.items() if label}

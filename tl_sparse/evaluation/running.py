@@ -44,6 +44,7 @@ def next_token_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d
 
 def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_vocab"]:
     check_padding(model, data)
+    data.check_context(model.cfg.n_ctx)
     data = data.trimmed()
     if is_sparse_model(model) and treats_positions_alike(model):
         return model.network(data.tokens, last=data.last)[:, 0]

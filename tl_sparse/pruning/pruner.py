@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
-from tl_sparse.errors import CircuitError, PruneError, counted, warn_user
+from tl_sparse.errors import ArgumentError, CircuitError, PruneError, counted, warn_user
 from tl_sparse.evaluation import Evaluation, judged, score
 from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
 from tl_sparse.pruning.config import PruneConfig, as_config
@@ -63,7 +63,9 @@ def prune(
     """
     task = as_task(task)
     config = as_config(config)
+    corpus = _given_corpus(corpus, model)
     with differentiating(model), frozen(model), shared_reads(model):
+        gated_hooks(model, config.embed_gates)  # of some models, no nodes can be gated
         pairs = split_pairs(task, config)
         train, selection, heldout = encoded_splits(model, task, pairs, config)
         _check_full_model(model, task, selection, config)
@@ -76,7 +78,7 @@ def prune(
                 model, corpus, config.batch_size, config.embed_gates, progress=progress
             )
         if corpus is not None:
-            measured["corpus_tokens"] = as_corpus(corpus, model).numel()
+            measured["corpus_tokens"] = corpus.numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
         circuits = []
         for restart in range(config.restarts):
@@ -85,6 +87,16 @@ def prune(
         smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
         smallest = dataclasses.replace(smallest, pairs=_pairs_to_keep(task, pairs))
         return _judged(smallest, model, selection, heldout, config, measured, progress)
+
+
+def _given_corpus(corpus: object, model: TLModel) -> Int[Tensor, "seq pos"] | None:
+    """The tokens of the corpus, if one is given."""
+    if isinstance(corpus, Mapping | PruneConfig):
+        raise ArgumentError(
+            "prune: corpus must be tokens [seq, pos]; this looks like settings: pass them as "
+            "config=…"
+        )
+    return None if corpus is None else as_corpus(corpus, model)
 
 
 def _pairs_to_keep(task: Task, pairs: TaskPairs) -> TaskPairs | None:

@@ -15,6 +15,7 @@ itself the cue.
 
 import difflib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -159,7 +160,12 @@ def get_task(name: str | Path) -> Task:
     if name.lower().endswith(".jsonl"):
         return Task.from_jsonl(name)
     nearest = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    if nearest:
+        hint = f"; did you mean {nearest[0]!r}?"
+    elif re.fullmatch(r"[\w./\\-]*", name):
+        hint = "."
+    else:
+        hint = ": the argument is a task or the name of one, and this looks like a prompt."
     raise TaskError(
         f"no task {name!r}{hint} Tasks: {', '.join(sorted(TASKS))}, or a file of pairs, *.jsonl"
     )

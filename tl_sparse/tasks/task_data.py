@@ -87,6 +87,18 @@ class TaskData:
         """The same data without the positions that are padding in every prompt."""
         return replace(self, tokens=self.tokens[:, : int(self.last.max()) + 1])
 
+    def check_context(self, n_ctx: int) -> None:
+        """Raise `DataError` if the longest prompt does not fit the context."""
+        row = int(self.last.argmax())
+        longest = int(self.last[row]) + 1
+        if longest > n_ctx:
+            prompt = self.prompts[row]
+            beginning = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
+            raise DataError(
+                f"a prompt of task {self.task} has {longest} tokens, more than the context of "
+                f"{n_ctx}: {beginning!r}"
+            )
+
     def pairs(self, indices: Sequence[int] | Int[Tensor, " chosen"]) -> TaskData:
         """The pairs at `indices`, in that order, padded to the same length as before."""
         chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
@@ -252,9 +264,7 @@ def encode_pairs(
             if prefix.text != answer:
                 shortened[answer] = prefix.text
     lengths = list(map(len, rows))
-    if n_ctx is not None:
-        _check_context(task, prompts, lengths, n_ctx)
-    return TaskData(
+    data = TaskData(
         task=task.name,
         prompts=tuple(prompts),
         tokens=_padded(rows, max(lengths), tokenizer),
@@ -263,6 +273,9 @@ def encode_pairs(
         correct=torch.arange(2).repeat(len(pairs)),
         shortened=shortened,
     )
+    if n_ctx is not None:
+        data.check_context(n_ctx)
+    return data
 
 
 @checked()
@@ -376,16 +389,6 @@ def _one_token(
         if before == prompt_ids and is_known:
             return _Prefix(text, token)
     return _Prefix("", -1)
-
-
-def _check_context(task: Task, prompts: list[str], lengths: list[int], n_ctx: int) -> None:
-    """Raise `DataError` if the longest prompt does not fit the context."""
-    longest = max(lengths)
-    if longest > n_ctx:
-        raise DataError(
-            f"a prompt of task {task.name} has {longest} tokens, more than the context of {n_ctx}: "
-            f"{prompts[lengths.index(longest)]!r}"
-        )
 
 
 def _padded(

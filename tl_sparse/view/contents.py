@@ -93,7 +93,7 @@ class PageContents:
         }
 
 
-@checked("task", "corpus")
+@checked("task", "corpus", called="view")
 @torch.no_grad()
 def page_data(
     circuit: Circuit,
