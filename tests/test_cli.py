@@ -414,7 +414,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
         ),
         (
             ["prune", "MODEL", "nowhere.jsonl", "--out", "OUT"],
-            "cannot read nowhere.jsonl as UTF-8 text",
+            "there is no file nowhere.jsonl",
         ),
         (
             ["prune", "nowhere", "single_double_quote", "--out", "OUT"],

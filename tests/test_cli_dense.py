@@ -167,9 +167,18 @@ def test_load_says_how_a_dense_model_is_opened(places):
 
 @only_on(4, "TransformerLens 3 opens only models that it lists by name")
 def test_a_dense_model_that_transformer_lens_cannot_open(tmp_path):
+    micro_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(CheckpointError) as caught:
         open_model(tmp_path, "cpu")
     message = str(caught.value)
     assert message.startswith(f"TransformerLens cannot open the dense model {tmp_path}: ")
     assert len(message) < 500
+
+
+def test_a_dense_model_without_a_tokenizer(places, tmp_path, capsys):
+    save_gpt2(tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "bare" / name).unlink(missing_ok=True)
+    assert prune(places, tmp_path / "bare", tmp_path / "circuit") == 1
+    assert f"no tokenizer is beside the model in {tmp_path / 'bare'}" in capsys.readouterr().err

@@ -369,3 +369,120 @@ def test_an_unknown_command(capsys):
     )
     assert error.endswith("; did you mean prune?")
     assert where == "tl-sparse --help lists the options"
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["prune", "m", "t", "--out", "x", "--step", "3"], "--steps"),
+        (["evaluate", "c", "--mod", "x"], "--model"),
+        (["train", "--out", "x", "--validate", "3"], "--validate-steps"),
+    ],
+)
+def test_a_flag_is_written_in_full(words, flag, capsys):
+    status, lines = run(words, capsys)
+    assert status == 2
+    assert lines[0].endswith(f"; did you mean {flag}?")
+
+
+# --- Missing files
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "MODEL", "MISSING.jsonl", "--out", "OUT"],
+        ["prune", "MODEL", "TASK", "--out", "OUT", "--config", "MISSING.yaml"],
+        ["plot", "curve", "MISSING.json", "-o", "OUT.svg"],
+    ],
+)
+def test_a_missing_file_and_the_nearest_name(words, places, tmp_path, capsys):
+    for ending in ("json", "jsonl", "yaml"):
+        (tmp_path / f"misssing.{ending}").touch()
+    missing = str(tmp_path / "missing")
+    places = {**places, "MISSING": missing, "OUT": str(tmp_path / "out")}
+    for place, path in places.items():
+        words = [word.replace(place, path) for word in words]
+    file = next(word for word in words if word.startswith(missing))
+    status, lines = run(words, capsys)
+    assert status == 1
+    near = file.replace("missing.", "misssing.")
+    assert lines == [f"tl-sparse: error: there is no file {file}; did you mean {near}?"]
+
+
+def test_a_circuit_is_no_run_to_resume(places, capsys):
+    folder = places["CIRCUIT"]
+    _, lines = run(["train", "--out", folder, "--resume"], capsys)
+    assert lines == [
+        f"tl-sparse: error: there is no unfinished run in {folder}; it holds a circuit"
+    ]
+
+
+@pytest.mark.parametrize("command", ["prune", "search"])
+def test_the_model_comes_first(command, places, tmp_path, capsys):
+    words = [command, "var_if", places["MODEL"], "--out", str(tmp_path / "out")]
+    _, lines = run(words, capsys)
+    message = f"var_if is a task; the model comes first: {places['MODEL']} var_if"
+    assert lines == [f"tl-sparse: error: {message}"]
+
+
+def test_tasks_are_not_plotted_from_any_folder(tmp_path, capsys):
+    (tmp_path / "a.txt").touch()
+    _, lines = run(["plot", "tasks", str(tmp_path), "-o", str(tmp_path / "a.svg")], capsys)
+    assert f"{tmp_path} is a folder with a.txt, not the folder of a suite" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"), [(["suite", "MODEL"], "a suite"), (["search", "MODEL", "TASK"], "a search")]
+)
+def test_a_folder_with_other_contents_is_not_taken(words, what, places, capsys):
+    folder = places["CIRCUIT"]
+    words = [places.get(word, word) for word in words]
+    status, lines = run([*words, "--out", folder], capsys)
+    assert status == 1
+    message = f"out = {folder!r} is not the folder of {what}: it holds circuit.json, "
+    assert lines[0].startswith(f"tl-sparse: error: {message}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "MODEL", "TASK", "--out", "OUT"],
+        ["suite", "MODEL", "--tasks", "TASK", "--out", "OUT"],
+        ["search", "MODEL", "TASK", "--out", "OUT"],
+        ["evaluate", "CIRCUIT", "--model", "MODEL"],
+        ["view", "CIRCUIT", "--model", "MODEL", "-o", "OUT.html"],
+        ["plot", "sparsity", "MODEL", "-o", "OUT.svg"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_missing_corpus_before_the_model_is_opened(
+    command, places, tmp_path, monkeypatch, capsys
+):
+    opening = must_not_run("opening the model")
+    monkeypatch.setattr("tl_sparse.checkpoints.dense.open_model", opening)
+    monkeypatch.setattr("tl_sparse.checkpoints.open_model", opening)
+    out = str(tmp_path / "out")
+    words = [places.get(word, word.replace("OUT", out)) for word in command]
+    _, lines = run([*words, "--corpus", "nothere/"], capsys)
+    assert lines[0].startswith("tl-sparse: error: no files at nothere/: give ")
+
+
+def test_a_model_that_can_do_no_task(places, capsys):
+    status, lines = run(["tasks", places["MODEL"], "--pairs", "2"], capsys)
+    assert status == 1
+    message = f"none of the 20 tasks is possible with {places['MODEL']}: single_double_quote: "
+    assert lines[0].startswith(f"tl-sparse: error: {message}the prompts of a pair of ")
+
+
+def test_whose_text_the_means_are_taken_over(places, tmp_path, capsys):
+    circuit = micro_circuit(micro_model())
+    replace(circuit, means={}).save(tmp_path / "circuit")
+    words = ["evaluate", str(tmp_path / "circuit"), "--model", places["MODEL"]]
+    words += ["--task", places["TASK"], "--pairs", "4"]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    sample = f"they are taken over the sample of text of {places['MODEL']}"
+    assert f"the circuit has no means; {sample} (--corpus TEXT takes another text)" in said
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

@@ -137,6 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = parse_json(read_text(path, MAX_JSON_BYTES))
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -155,6 +157,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = parse_yaml(read_text(path, MAX_YAML_BYTES))
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -229,7 +233,7 @@ def _check_is_file(path: Path) -> None:
     try:
         check_is_file(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
+        raise CheckpointError(str(error)) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 

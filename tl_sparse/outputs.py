@@ -33,6 +33,14 @@ def check_new_folder(folder: str | Path) -> None:
         raise ConfigError(f"out = {str(folder)!r} {what}; it must be a new or an empty folder")
 
 
+def listing(folder: Path) -> str:
+    """The names in a folder, for messages: at most three of them, and how many there are more."""
+    names = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(names[:3]) or "nothing in it"
+    more = len(names) - 3
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 def check_ending(path: str | Path, endings: Sequence[str], what: str) -> None:
     """Check that the name of a file has one of these endings, in small or capital letters.
 

@@ -5,9 +5,12 @@ and each integer fits into 64 bits. For anything else they raise `OSError` or `V
 the readers turn into errors of this package.
 """
 
+import difflib
 import json
+import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +26,34 @@ MAX_DEPTH = 100
 
 
 def check_is_file(path: Path) -> None:
-    """Raise `OSError` unless `path` is a file: opening a named pipe or a device may never end."""
-    mode = path.stat().st_mode
+    """Raise `OSError` unless `path` is a file: opening a named pipe or a device may never end.
+
+    The message of a `FileNotFoundError` is a whole sentence, which also gives the nearest name.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}{_nearest_file(path)}") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError("it is a folder, not a file")
     if not stat.S_ISREG(mode):
         raise OSError("it is a named pipe or a device, not a file")
 
 
+def _nearest_file(path: Path) -> str:
+    """A hint at the file in the same folder whose name is most like that of a missing one."""
+    files: list[str] = []
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        files = [entry.name for entry in entries if entry.is_file()]
+    near = difflib.get_close_matches(path.name, files, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
 def read_text(path: Path, max_bytes: int) -> str:
     r"""The text of a UTF-8 file, without a byte-order mark, in which every line ends in "\n".
 
     Raises:
-        OSError: if the file cannot be read.
+        OSError: if the file cannot be read; see `check_is_file` for one that is missing.
         ValueError: if it is larger than `max_bytes`, or not UTF-8 text.
     """
     check_is_file(path)

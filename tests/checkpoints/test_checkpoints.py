@@ -475,7 +475,7 @@ def test_truncated_openai_weights(share, tmp_path):
     ):
         load(folder, device="cpu")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"final_model\.pt does not exist"):
+    with pytest.raises(CheckpointError, match=r"there is no file .*final_model\.pt"):
         load(folder, device="cpu")
 
 
@@ -656,7 +656,7 @@ def test_truncated_weights(share, folder):
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"broken/model\.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"there is no file .*broken/model\.safetensors"):
         load(folder, device="cpu")
 
 

@@ -261,7 +261,7 @@ def test_openai_circuit_of_another_model(two_heads, tmp_path):
 
 
 def test_what_is_no_circuit_of_openais(micro, tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="there is no file"):
         Circuit.from_openai(tmp_path / "nothing.pt", micro)
     with pytest.raises(CheckpointError, match=r"viz_data\.pt has no dictionary circuit_data"):
         Circuit.from_openai(viz_data(tmp_path, [1]), micro)

@@ -227,8 +227,9 @@ def test_other_pairs_are_none_that_the_search_used(found, micro):
     assert larger.n_pairs == 60 - 34
     assert searched.isdisjoint(larger.prompts)
     message = (
-        "task own has 6 pairs of distinct prompts besides the 68 prompts that are excluded; "
-        "n_pairs (--pairs) is 7, and must be at most 6"
+        "n_pairs (--pairs) is 7, and must be at most 6: of task own the circuit keeps only the "
+        "pairs with which it was made, 34 pairs that found it and 6 pairs to judge it; give others "
+        "with --task FILE"
     )
     with pytest.raises(TaskError, match=re.escape(message)):
         heldout_pairs(circuit, micro, n_pairs=7)

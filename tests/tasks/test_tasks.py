@@ -542,9 +542,7 @@ def test_a_file_of_another_program(tmp_path):
 
 def test_files_that_are_no_tasks(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    with pytest.raises(
-        DataError, match=r"cannot read .*pairs\.jsonl as UTF-8 text: .*No such file"
-    ):
+    with pytest.raises(DataError, match=r"^there is no file .*pairs\.jsonl$"):
         get_task(str(path))
     with pytest.raises(
         DataError, match=r"cannot read .* as UTF-8 text: it is a folder, not a file"

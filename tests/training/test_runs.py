@@ -371,8 +371,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
 
 
 def test_only_an_unfinished_run_is_resumed(uninterrupted, tmp_path):
-    message = r"there is no unfinished run in .*training\.json instead"
-    for folder in (tmp_path / "absent", uninterrupted):
+    reasons = {
+        tmp_path / "absent": "there is no such folder",
+        uninterrupted: "its training.json is that of a finished run",
+    }
+    for folder, reason in reasons.items():
+        message = f"^there is no unfinished run in {folder}; {reason}$"
         with pytest.raises(TrainError, match=message):
             train(CONFIG, folder, device="cpu", progress=False, resume=True)
     with pytest.raises(TrainError, match="resume needs the folder of a run, out"):

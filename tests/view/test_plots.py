@@ -324,7 +324,7 @@ def test_commands_write_pictures(command, ending, beginning, files, capsys):
             r"c.pdf: figures cannot be written as '.pdf'; the name must end in .png or .svg",
         ),
         ("curve missing.json -o c", "figures cannot be written as ''"),
-        ("curve missing.json -o c.png", "cannot read missing.json"),
+        ("curve missing.json -o c.png", "there is no file missing.json"),
         (
             "curve a.json results.json -o c.png",
             "results.json is not what `tl-sparse evaluate` writes; missing or",

@@ -14,7 +14,8 @@ from tl_sparse.checkpoints.corpus_sample import load_corpus
 from tl_sparse.checkpoints.loading import load
 from tl_sparse.checkpoints.network import resolve_device
 from tl_sparse.checkpoints.sources import find, is_dense_name
-from tl_sparse.errors import CheckpointError, DataError, UnsupportedError
+from tl_sparse.data import check_source
+from tl_sparse.errors import CheckpointError, DataError, TokenizerError, UnsupportedError
 from tl_sparse.faces import transformer_lens_line
 from tl_sparse.files import printable_name
 from tl_sparse.hooks import is_sparse_model
@@ -22,6 +23,8 @@ from tl_sparse.hooks import is_sparse_model
 #: The length of the rows of text over which means are taken in a dense model, whose context may be
 #: as long as a book.
 _ROW_TOKENS = 256
+#: Any of these files of Hugging Face holds the vocabulary of a tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def open_model(source: str | Path, device: str | torch.device | None = None) -> Any:
@@ -39,18 +42,33 @@ def open_model(source: str | Path, device: str | torch.device | None = None) -> 
     Raises:
         CheckpointError: as for `load`, or if TransformerLens cannot open the dense model.
         UnsupportedError: for a dense model in a folder, on TransformerLens 3.
+        TokenizerError: if a dense model in a folder has no tokenizer.
         ConfigError: if there is no such device.
     """
     device = resolve_device(device)
     if not is_dense(source):
         return load(source, device)
+    is_folder = os.path.isdir(source)
+    if is_folder:
+        _check_tokenizer(Path(source))
     with warnings.catch_warnings():
         # TransformerLens says that names and classes will go in its next version.
         warnings.simplefilter("ignore", DeprecationWarning)
         model = _boot(str(source), device)
-    is_folder = os.path.isdir(source)
     model.cfg.model_name = printable_name(Path(source)) if is_folder else str(source)
     return model.eval()
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise `TokenizerError` unless there is a tokenizer beside a dense model.
+
+    Transformers would make one up that knows only a few special tokens.
+    """
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise TokenizerError(
+            f"no tokenizer is beside the model in {folder}; save the model's own there with "
+            f"tokenizer.save_pretrained({str(folder)!r})"
+        )
 
 
 def is_dense(source: str | Path) -> bool:
@@ -73,7 +91,10 @@ def open_with_corpus(
         CheckpointError, ConfigError, UnsupportedError: as for `open_model`.
         DataError, TokenizerError: as for `corpus_of`.
     """
-    if corpus is None and is_dense(source):  # said before a large model is opened
+    # Mistakes are said before a large model is opened.
+    if corpus is not None:
+        check_source(corpus)
+    elif is_dense(source):
         raise DataError(_no_sample(source))
     model = open_model(source, device)
     return model, corpus_of(model, source, corpus)

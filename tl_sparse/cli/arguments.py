@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
 
 def _did_you_mean(given: str, possible: Sequence[str]) -> str:
     near = get_close_matches(given, possible, n=1)
+    if given.startswith("--"):  # it may be an abbreviation
+        near = [flag for flag in possible if flag.startswith(given)] or near
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -82,6 +84,7 @@ def add_command(
         description=help,
         formatter_class=help_formatter,
         add_help=False,
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     return parser

@@ -133,6 +133,10 @@ def write_page(
     overwrite: bool = False,
 ) -> int:
     """Write the page of a saved circuit; its size in bytes."""
+    from tl_sparse.data import check_source
+
+    if corpus is not None:
+        check_source(corpus)  # before the model is opened
     circuit, model, source = _open(circuit_source, model_source, device, task)
     tokens = _passages(model, source, corpus)
     page = circuit.view(
@@ -203,7 +207,8 @@ def add_evaluate(commands: Commands) -> None:
         "--corpus",
         metavar="TEXT",
         help="The text over which mean activations are taken: a folder, a glob pattern, a file or "
-        "'builtin' (default: the means that are stored with the circuit).",
+        "'builtin' (default: the means that are stored with the circuit or, if there are none, "
+        "those over the sample of text that is stored with the model).",
     )
     group.add_argument(
         "--pairs",
@@ -229,13 +234,18 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         check_ending(args.out, [".json"], "a measurement")
         check_new_file(args.out, args.overwrite)
 
+    from tl_sparse.data import check_source
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
     from tl_sparse.pruning import heldout_pairs, recorded_config
     from tl_sparse.view import evaluation_tables
 
+    if args.corpus is not None:
+        check_source(args.corpus)  # before the model is opened
     circuit, model, source = _open(args.circuit, args.model, args.device, args.task)
     if args.corpus is not None or not circuit.means:
+        if args.corpus is None:
+            _say_whose_means(circuit, source, args.quiet)
         circuit = _with_means(circuit, model, source, args.corpus)
     data = heldout_pairs(circuit, model, args.task, args.pairs, args.seed)
     batch_size = recorded_config(circuit).batch_size
@@ -244,6 +254,12 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)
     print(evaluation_tables(results))
+
+
+def _say_whose_means(circuit: Any, source: str, quiet: bool) -> None:
+    if circuit.n_nodes and not quiet:
+        text = f"the circuit has no means; they are taken over the sample of text of {source}"
+        print(f"tl-sparse: {text} (--corpus TEXT takes another text)", file=sys.stderr)
 
 
 def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> Any:

@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`tl-sparse COMMAND --help` lists the options of a command. Begin with "
         "`tl-sparse demo`, which takes half a minute.",
         formatter_class=help_formatter,
+        allow_abbrev=False,
     )
     version = f"tl-sparse {tl_sparse.__version__}"
     parser.add_argument("--version", action="version", version=version)

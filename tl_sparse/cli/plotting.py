@@ -92,17 +92,19 @@ def _figures(source: str, kind: str) -> dict[str, Any]:
     """
     from tl_sparse.checkpoints import contents_of
     from tl_sparse.files import read_json
+    from tl_sparse.outputs import listing
 
     path = Path(source)
     if path.is_dir():
         contents = contents_of(path)
         if contents == "suite":
             return read_json(path / "results.json")
-        what = "a folder" if contents == "nothing" else f"a {contents}"
+        what = f"a {contents}"
+        if contents == "nothing":
+            what = f"a folder with {listing(path)}"
+        wanted = "the folder of a suite" if kind == "tasks" else "a file of figures"
         given = shlex.quote(source) if contents == "circuit" else "CIRCUIT"
-        raise DataError(
-            f"{source} is {what}, not a file of figures; {_how_to_measure(given, kind)}"
-        )
+        raise DataError(f"{source} is {what}, not {wanted}; {_how_to_measure(given, kind)}")
     if path.is_file() and path.suffix.lower() != ".json":
         how = _how_to_measure("CIRCUIT", kind)
         raise DataError(f"{source} is not a file of figures, *.json; {how}")

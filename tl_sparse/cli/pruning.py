@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tl_sparse.cli.arguments import (
     remark,
 )
 from tl_sparse.cli.config_flags import add_config_flags, changed_by_file, given_fields
-from tl_sparse.errors import ConfigError
+from tl_sparse.errors import ConfigError, TaskError
 from tl_sparse.pruning import PruneConfig
 
 #: Group of flags → the fields of PruneConfig in it.
@@ -64,6 +65,7 @@ def add_prune(commands: Commands) -> None:
 
 def _run_prune(args: argparse.Namespace) -> None:
     config = _prune_config(args)
+    _check_order(args.model, [args.task])
 
     from tl_sparse.outputs import check_new_folder
 
@@ -215,6 +217,7 @@ def add_search(commands: Commands) -> None:
 
 def _run_search(args: argparse.Namespace) -> None:
     config = _prune_config(args)
+    _check_order(args.model, args.task)
 
     from tl_sparse.suites import search
 
@@ -233,6 +236,17 @@ def _run_search(args: argparse.Namespace) -> None:
     best = Path(args.out, "best.yaml")
     print(f"\n{table}")
     remark(f"\nSaved {best}; give it to prune or suite with --config", args.quiet)
+
+
+def _check_order(model: str, tasks: Sequence[str]) -> None:
+    """Raise `TaskError` if the name of a task stands where that of the model does.
+
+    The model is not opened for this: only one of the two can be the name of a task.
+    """
+    from tl_sparse.tasks import is_task_name
+
+    if is_task_name(model) and not is_task_name(tasks[0]):
+        raise TaskError(f"{model} is a task; the model comes first: {tasks[0]} {model}")
 
 
 def _add_corpus(flags: Flags) -> None:

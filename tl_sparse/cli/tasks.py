@@ -2,8 +2,11 @@
 
 import argparse
 import random
+import textwrap
+from typing import Any
 
 from tl_sparse.cli.arguments import MODEL_HELP, Commands, add_command, add_running_flags, seed
+from tl_sparse.errors import DataError, TaskError, TokenizerError
 
 #: How the end of a line is shown in the middle of one.
 _NEWLINE = "⏎"
@@ -46,7 +49,28 @@ def _run_tasks(args: argparse.Namespace) -> None:
     from tl_sparse.tasks import tasks_table
 
     model = open_model(args.model, args.device)
-    print(tasks_table(task_scores(model, args.pairs, args.seed)))
+    scores = task_scores(model, args.pairs, args.seed)
+    problems = {}
+    for name, score in scores.items():
+        if score is None:
+            problems[name] = _problem(model, name, args.pairs, args.seed)
+    if len(problems) == len(scores):
+        name, problem = next(iter(problems.items()))
+        raise TaskError(
+            f"none of the {len(scores)} tasks is possible with {args.model}: {name}: {problem}"
+        )
+    print(tasks_table(scores, problems))
+
+
+def _problem(model: Any, name: str, n_pairs: int, seed: int) -> str:
+    """Why a task is not possible with the model's tokenizer and context."""
+    from tl_sparse.tasks import TASKS, make_task_data
+
+    try:
+        make_task_data(TASKS[name], model.tokenizer, n_pairs, seed, model.cfg.n_ctx)
+    except (DataError, TaskError, TokenizerError) as error:
+        return textwrap.shorten(str(error), 240, placeholder=" …")
+    return ""
 
 
 def _list_of_tasks(seed: int) -> str:

@@ -3,6 +3,7 @@ from .corpus import Corpus as Corpus
 from .corpus import pack_tokens as pack_tokens
 from .corpus import packed_corpus as packed_corpus
 from .documents import load_documents as load_documents
+from .text_files import check_source as check_source
 from .tokenizer import END_OF_TEXT as END_OF_TEXT
 from .tokenizer import find_tokenizer as find_tokenizer
 from .tokenizer import load_tokenizer as load_tokenizer

@@ -108,10 +108,7 @@ def user_documents(source: str) -> list[str]:
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user …
         raise DataError(f"cannot read {source}: {error}") from error
     if not paths:
-        raise DataError(
-            f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern '
-            "or a file"
-        )
+        raise _no_files(source)
     documents = []
     not_text: list[str] = []
     for path in paths:
@@ -129,6 +126,29 @@ def user_documents(source: str) -> list[str]:
     if not_text:
         warnings.warn(f"left out of {source}: {_listed(not_text)}", stacklevel=2)
     return documents
+
+
+def check_source(source: str) -> None:
+    """Raise `DataError` if a source of text (see `DataConfig.source`) names no file or folder.
+
+    It reads nothing, so it can come before slow work; datasets of the hub are not looked up.
+    """
+    if source == "builtin" or source.startswith("hf:"):
+        return
+    try:
+        path = str(Path(source).expanduser())
+        is_there = os.path.exists(path) or bool(glob.glob(path, recursive=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"cannot read {source}: {error}") from error
+    if not is_there:
+        raise _no_files(source)
+
+
+def _no_files(source: str) -> DataError:
+    return DataError(
+        f'no files at {source}: give "builtin", a folder with *.py or *.txt, a glob pattern or a '
+        "file"
+    )
 
 
 def _stdlib_paths() -> list[Path]:

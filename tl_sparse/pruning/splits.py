@@ -262,11 +262,24 @@ def heldout_pairs(
         pairs = draw_pairs(task, n_pairs or config.heldout_pairs, seed or 0, used)
         config = dataclasses.replace(config, ablation="mean")  # the search gave them no partners
     if len(pairs) < (n_pairs or 1):
+        if is_own and circuit.pairs is not None:
+            raise _only_kept_pairs(circuit.pairs, len(pairs), n_pairs or 1)
         raise too_few_pairs(task, len(pairs), n_pairs or 1, len(used))
     data = _encoded(model, task, pairs, config)
     if not is_own:
         warn_of_shortened(task, [data])
     return data
+
+
+def _only_kept_pairs(kept: TaskPairs, n_found: int, n_wanted: int) -> TaskError:
+    """The error if more pairs are asked for than a circuit of the user's own task keeps."""
+    n_searched = len(kept.training) + len(kept.selection)
+    return TaskError(
+        f"n_pairs (--pairs) is {n_wanted}, and must be at most {n_found}: of task {kept.name} the "
+        f"circuit keeps only the pairs with which it was made, {counted(n_searched, 'pair')} that "
+        f"found it and {counted(n_found, 'pair')} to judge it; give others with --task FILE (in "
+        "Python, task=…)"
+    )
 
 
 def _known_split(circuit: Circuit, task: Task, config: PruneConfig) -> TaskPairs | None:

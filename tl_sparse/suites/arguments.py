@@ -1,13 +1,15 @@
 """Checks of the arguments of `run_suite` and `search`, before anything is read or written."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_sparse.config import check
+from tl_sparse.errors import ConfigError
+from tl_sparse.outputs import is_unfinished, listing
 from tl_sparse.pruning import PruneConfig
 
 #: A name, file or folder, or several.
@@ -56,6 +58,27 @@ def folder(field: str, given: Any) -> Path:
     is_valid = isinstance(given, str | os.PathLike) and bool(os.fspath(given))
     check(is_valid, field, given, "a folder")
     return Path(given)
+
+
+def check_own_folder(folder: Path, marks: Sequence[str], what: str) -> None:
+    """Check that a folder is new or empty, or that of an earlier suite or search.
+
+    Args:
+        folder: the folder for the results.
+        marks: glob patterns of files; one of them is in any folder of this kind.
+        what: "a suite" or "a search", for the message.
+
+    Raises:
+        ConfigError: if it holds anything else.
+    """
+    if not folder.is_dir():
+        return  # a file is refused when the folder is made
+    is_empty = all(is_unfinished(path) for path in folder.iterdir())
+    if not is_empty and not any(mark and next(folder.glob(mark), None) for mark in marks):
+        raise ConfigError(
+            f"out = {str(folder)!r} is not the folder of {what}: it holds {listing(folder)}; give "
+            "a new or an empty folder"
+        )
 
 
 def name(field: str, given: Any) -> str:

@@ -129,7 +129,7 @@ def search(
     Raises:
         SuiteError: if Optuna is not installed, the storage cannot be used or is damaged, or its
             study has other settings, or another model, text or pairs under the same names.
-        ConfigError: if an argument has the wrong type or value.
+        ConfigError: if an argument has the wrong type or value, or `out` holds anything else.
         PruneError: if no trial found a circuit of every task.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used.
     """
@@ -145,6 +145,8 @@ def search(
         device=arguments.device_name(device),
         contents={},
     )
+    own_files = ["best.yaml", Path(setup.storage).name]
+    arguments.check_own_folder(folder, own_files, "a search")
     setup = dataclasses.replace(setup, contents=_contents(setup))
     n_completed = _prepare_study(setup)
     _run_trials(setup, n_completed, workers, progress)

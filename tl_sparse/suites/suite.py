@@ -52,6 +52,8 @@ from tl_sparse.view import plots
 
 #: A circuit with more edges is not pruned by edges, because each edge is tried separately.
 MAX_EDGES = 2000
+#: Any folder of a suite has one of these files.
+_OWN_FILES = ("suite.json", "results.json", "*/*/*/job.json")
 #: Kind of circuit → where it is saved in the folder of the job.
 CIRCUIT_FOLDERS = {NODE_PRUNED: ".", EDGE_PRUNED: "edges"}
 
@@ -110,7 +112,7 @@ def run_suite(
         SuiteError: if `out` holds a suite with other settings, or circuits of other models, texts
             or pairs under the same names; if a file of it is damaged; if a process died; or if
             Ctrl-C was pressed.
-        ConfigError: if an argument has the wrong type or value.
+        ConfigError: if an argument has the wrong type or value, or `out` holds anything else.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. A
             task for which a model has no circuit is not an error; the results give the reason.
     """
@@ -119,6 +121,7 @@ def run_suite(
     corpus = arguments.optional_name("corpus", corpus)
     device = arguments.device_name(device)
     folder = arguments.folder("out", out)
+    arguments.check_own_folder(folder, _OWN_FILES, "a suite")
     seed_list = arguments.whole_numbers("seeds", seeds)
     check(len(set(seed_list)) == len(seed_list), "seeds", seed_list, "all different")
     for seed in seed_list:

@@ -162,6 +162,8 @@ def _lines(path: str | Path) -> Iterator[_Line]:
     """The lines of a file that are not empty."""
     try:
         lines = read_text(Path(path), MAX_JSON_BYTES).split("\n")
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -51,8 +51,15 @@ class Score:
 
 
 @checked()
-def tasks_table(scores: Mapping[str, Score | None]) -> str:
-    """A table of each task's loss and accuracy, lowest loss first, from `task_scores`."""
+def tasks_table(
+    scores: Mapping[str, Score | None], problems: Mapping[str, str] | None = None
+) -> str:
+    """A table of each task's loss and accuracy, lowest loss first, from `task_scores`.
+
+    Args:
+        scores: task → its score; None if it is not possible.
+        problems: task → the reason why it is not possible, where that is known.
+    """
     scored: dict[str, Score] = {}
     missing: list[str] = []
     for name, score in scores.items():
@@ -64,8 +71,11 @@ def tasks_table(scores: Mapping[str, Score | None]) -> str:
     rows = [score_row(name, scored[name]) for name in by_loss]
     text = table(["task", "task loss", "accuracy"], rows) + "\n\n" + _WHAT_LOSS_IS
     if missing:
-        names = ", ".join(map(printable, missing))
-        text += f"\n\nNot possible with this tokenizer and context: {names}"
+        text += "\n\nNot possible with this tokenizer and context:"
+        for name in missing:
+            text += f"\n  {printable(name)}"
+            if problems and name in problems:
+                text += f": {printable(problems[name])}"
     return text
 
 

@@ -171,6 +171,11 @@ def get_task(name: str | Path) -> Task:
     )
 
 
+def is_task_name(name: str) -> bool:
+    """Whether this is a built-in task, or can be a file of pairs."""
+    return name in TASKS or name.lower().endswith(".jsonl")
+
+
 def as_task(task: Task | str) -> Task:
     """The task itself, or the task of that name; see `get_task`.
 

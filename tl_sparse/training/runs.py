@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tl_sparse.checkpoints import contents_of
 from tl_sparse.config import merged
 from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
@@ -164,11 +165,21 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     if (folder / RUN_FILE).is_file():
         return
     if resume:
-        raise TrainError(
-            f"there is no unfinished run in {folder}; a finished run has a {RECORD_FILE} instead"
-        )
+        raise TrainError(f"there is no unfinished run in {folder}; {_what_is_in(folder)}")
     if not _is_only_begun(folder):
         check_new_folder(folder)
+
+
+def _what_is_in(folder: Path) -> str:
+    """What there is instead of an unfinished run."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / RECORD_FILE).is_file():
+        return f"its {RECORD_FILE} is that of a finished run"
+    contents = contents_of(folder)
+    if contents == "nothing":
+        return f"it has no {RUN_FILE}"
+    return f"it holds a {contents}"
 
 
 def config_of_run(folder: str | Path) -> TrainConfig:
