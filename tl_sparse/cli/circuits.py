@@ -116,6 +116,7 @@ def _run_view(args: argparse.Namespace) -> None:
         min_weight=args.min_weight,
         prompts=args.prompt,
         overwrite=args.overwrite,
+        progress=not args.quiet,
     )
     report_saved(args.out, args.quiet, f" ({size:,} bytes); any browser opens it")
 
@@ -131,6 +132,7 @@ def write_page(
     min_weight: float = 0.0,
     prompts: Sequence[str] = (),
     overwrite: bool = False,
+    progress: bool = True,
 ) -> int:
     """Write the page of a saved circuit; its size in bytes."""
     from tl_sparse.data import check_source
@@ -140,7 +142,13 @@ def write_page(
     circuit, model, source = _open(circuit_source, model_source, device, task)
     tokens = _passages(model, source, corpus)
     page = circuit.view(
-        model, task, tokens, min_weight=min_weight, prompts=prompts, source=circuit_source
+        model,
+        task,
+        tokens,
+        min_weight=min_weight,
+        prompts=prompts,
+        source=circuit_source,
+        progress=progress,
     )
     page.save(out, overwrite)
     return len(page.html)
@@ -249,7 +257,9 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         circuit = _with_means(circuit, model, source, args.corpus)
     data = heldout_pairs(circuit, model, args.task, args.pairs, args.seed)
     batch_size = recorded_config(circuit).batch_size
-    results = full_evaluation(circuit, model, data, batch_size, args.seed or 0)
+    results = full_evaluation(
+        circuit, model, data, batch_size, args.seed or 0, progress=not args.quiet
+    )
     if args.out:
         # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)

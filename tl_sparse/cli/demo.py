@@ -86,7 +86,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     prune_and_report(model, task, prune_config, circuit, args.device, quiet=args.quiet)
     _record_files(out)
     page = str(out / "page.html")
-    write_page(page, circuit, model, device=args.device)
+    write_page(page, circuit, model, device=args.device, progress=not args.quiet)
     _record_files(out)
     remark(
         f"{time.perf_counter() - started:.0f} s in all\n\n{_next(page, circuit, model)}", args.quiet

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
@@ -377,7 +378,11 @@ def random_circuits(
 
 @checked()
 def effects(
-    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256
+    circuit: Circuit,
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    progress: bool = False,
 ) -> dict[Node | Edge, float]:
     """The effect of each node and edge of the circuit.
 
@@ -393,14 +398,19 @@ def effects(
         parts = list(circuit.nodes)
     whole_loss = loss(circuit)
     effect_of = {}
-    for part in parts:
+    for part in tqdm(parts, "measuring effects", disable=not progress, unit=" parts"):
         effect_of[part] = loss(circuit.without([part], model)) - whole_loss
     return effect_of
 
 
 @checked()
 def full_evaluation(
-    circuit: Circuit, model: TLModel, data: TaskData, batch_size: int = 256, seed: int = 0
+    circuit: Circuit,
+    model: TLModel,
+    data: TaskData,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """All measurements of a circuit that this module makes, as JSON values.
 
@@ -409,6 +419,7 @@ def full_evaluation(
 
     Args:
         seed: the seed of the random circuits, and of the prompts for resample ablation.
+        progress: show a progress bar while the effects are measured.
 
     Raises:
         CircuitError: if `model` is not the circuit's model.
@@ -416,7 +427,7 @@ def full_evaluation(
     parts = _parts(circuit, model)
     effect_of: dict[Node | Edge, float] = {}
     if len(parts) <= MAX_EFFECTS:
-        effect_of = effects(circuit, model, data, batch_size)
+        effect_of = effects(circuit, model, data, batch_size, progress)
     largest_first = sorted(effect_of.items(), key=itemgetter(1), reverse=True)
     curve: list[SizedScore] = []
     if circuit.scores:

@@ -103,6 +103,7 @@ def page_data(
     min_weight: float = 0.0,
     prompts: Sequence[str] = (),
     source: str = "",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The contents of a page about the circuit, as JSON values.
 
@@ -118,6 +119,7 @@ def page_data(
             edges.
         prompts: prompts of the user's own, whose values the page shows too.
         source: the folder or repository of the circuit, for the commands that the page shows.
+        progress: show progress bars while the effects of nodes and the sizes are measured.
 
     Raises:
         ConfigError: if `min_weight` is negative, or not a finite number.
@@ -144,7 +146,7 @@ def page_data(
         pairs = heldout_pairs(circuit, model, task)
         shown = task_prompts(pairs.pairs(range(min(LIMITS.prompt_pairs, pairs.n_pairs))))
         if circuit.means:
-            sizes = _measure(page, circuit, model, nodes, pairs)
+            sizes = _measure(page, circuit, model, nodes, pairs, progress)
     corpus = _corpus_to_show(model, corpus)
     _show_runs(page, circuit, model, nodes, shown, own, corpus, sizes)
     return page.as_json(circuit)
@@ -188,7 +190,12 @@ def _numbered(edges: Sequence[Edge], nodes: Sequence[Node]) -> list[list[float]]
 
 
 def _measure(
-    page: PageContents, circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
+    page: PageContents,
+    circuit: Circuit,
+    model: TLModel,
+    nodes: Sequence[Node],
+    pairs: TaskData,
+    progress: bool,
 ) -> list[Circuit]:
     """Add the scores of the circuit, the effect of each node, and the faithfulness curve.
 
@@ -203,7 +210,7 @@ def _measure(
     page.summary["misses_target"] = evaluation.misses_target
     some_pairs = pairs.pairs(range(min(LIMITS.effect_pairs, pairs.n_pairs)))
     page.summary["n_effect_pairs"] = some_pairs.n_pairs
-    effects = cut_effects(circuit, model, nodes, some_pairs)
+    effects = cut_effects(circuit, model, nodes, some_pairs, progress)
     for page_node, effect in zip(page.nodes, effects, strict=True):
         page_node.effect = effect
     if len(nodes) < circuit.n_nodes:
@@ -213,7 +220,7 @@ def _measure(
         page.nodes[number].rank = rank
     ranked = [nodes[number] for number in order]
     circuits = circuits_by_size(circuit, model, ranked)
-    page.curve = faithfulness_by_size(circuits, model, pairs)
+    page.curve = faithfulness_by_size(circuits, model, pairs, progress)
     return [smaller for smaller in circuits if smaller.n_nodes <= circuit.n_nodes]
 
 

@@ -20,7 +20,7 @@ from tl_sparse.view.limits import LIMITS
 
 
 def cut_effects(
-    circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData
+    circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData, progress: bool
 ) -> list[float]:
     """For each of `nodes`, by how much the task loss rises without it."""
 
@@ -29,7 +29,7 @@ def cut_effects(
 
     whole_loss = loss(circuit)
     effects = []
-    for node in tqdm(nodes, "cutting nodes", disable=None, leave=False, unit="node"):
+    for node in tqdm(nodes, "cutting nodes", disable=not progress, unit=" nodes"):
         effects.append(loss(circuit.without([node], model)) - whole_loss)
     return effects
 
@@ -67,14 +67,14 @@ def circuits_by_size(circuit: Circuit, model: TLModel, nodes: Sequence[Node]) ->
 
 
 def faithfulness_by_size(
-    circuits: Sequence[Circuit], model: TLModel, pairs: TaskData
+    circuits: Sequence[Circuit], model: TLModel, pairs: TaskData, progress: bool
 ) -> list[list[float]]:
     """The number of nodes and edges of each circuit, its task loss and accuracy, and its divergence
     from the model; see `NextToken.kl`.
     """
     full_logits = all_next_token_logits(model, pairs)
     curve: list[list[float]] = []
-    for circuit in tqdm(circuits, "scoring sizes", disable=None, leave=False, unit="circuit"):
+    for circuit in tqdm(circuits, "scoring sizes", disable=not progress, unit=" circuits"):
         run_context = holding_nodes(circuit, model)
         logits = all_next_token_logits(model, pairs, run_context=run_context)
         scored = score_next_tokens(logits, pairs, full_logits)
