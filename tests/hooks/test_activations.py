@@ -612,8 +612,8 @@ def test_masks_and_values_that_do_not_fit_each_other_are_refused_at_once(
     model, mask, values, message
 ):
     state = state_of(model)
-    context = ablating(model, {V: EVERY_Q, Q: mask}, {V: torch.zeros(2, 6), Q: values})
-    with pytest.raises(ArgumentError, match=message), context:
+    masks, held_at = {V: EVERY_Q, Q: mask}, {V: torch.zeros(2, 6), Q: values}
+    with pytest.raises(ArgumentError, match=message), ablating(model, masks, held_at):
         pytest.fail("the context opened")
     assert state_of(model) == state
 
