@@ -460,8 +460,8 @@ def test_a_missing_corpus_before_the_model_is_opened(
     command, places, tmp_path, monkeypatch, capsys
 ):
     opening = must_not_run("opening the model")
-    monkeypatch.setattr("tl_sparse.checkpoints.dense.open_model", opening)
     monkeypatch.setattr("tl_sparse.checkpoints.open_model", opening)
+    monkeypatch.setattr("tl_sparse.checkpoints.dense.open_model", opening)
     out = str(tmp_path / "out")
     words = [places.get(word, word.replace("OUT", out)) for word in command]
     _, lines = run([*words, "--corpus", "nothere/"], capsys)
