@@ -275,9 +275,9 @@ def test_evaluate_takes_other_pairs_that_pruning_did_not_see(pruned, tmp_path, m
     real = tl_sparse.evaluation.full_evaluation
     seen = []
 
-    def remembering(*arguments):
+    def remembering(*arguments, **options):
         seen.append(arguments[2])
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr("tl_sparse.evaluation.full_evaluation", remembering)
     assert main([*command, "--pairs", "64", "--seed", "0"]) == 0

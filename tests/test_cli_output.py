@@ -127,7 +127,7 @@ def demo(monkeypatch):
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "circuit.json").write_text("found")
 
-    def page(out, circuit, model, device):
+    def page(out, circuit, model, device, progress):
         Path(out).write_text("drawn")
 
     monkeypatch.setattr("tl_sparse.cli.demo.prune_and_report", pruned)

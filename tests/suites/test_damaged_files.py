@@ -133,7 +133,7 @@ def test_damage_is_found_before_anything_is_searched(finished, monkeypatch):
     with pytest.raises(CheckpointError, match=r"job.json is damaged, or was edited after it was"):
         run_suite(*arguments, (0, 1), CONFIG)
     path.unlink()
-    with pytest.raises(TLSparseError, match=r"cannot read .*job\.json"):
+    with pytest.raises(TLSparseError, match=r"there is no file .*job\.json"):
         run_suite(*arguments, (0, 1), CONFIG)
 
 

@@ -232,6 +232,8 @@ def _read(path: Path) -> str:
     try:
         check_is_file(path)  # reading a pipe or a device could wait for ever
         raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     try:

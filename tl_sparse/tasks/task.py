@@ -171,6 +171,7 @@ def get_task(name: str | Path) -> Task:
     )
 
 
+@checked()
 def is_task_name(name: str) -> bool:
     """Whether this is a built-in task, or can be a file of pairs."""
     return name in TASKS or name.lower().endswith(".jsonl")
