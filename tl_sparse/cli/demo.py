@@ -1,4 +1,4 @@
-"""`tl-sparse demo`: from a model to a circuit and its page in half a minute."""
+"""`tl-sparse demo`: from a model to a circuit and its page in about a minute."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ def add_demo(commands: Commands) -> None:
         commands,
         "demo",
         "[options]",
-        "Find the circuit with which a small sparse model closes strings, in half a minute.",
+        "Find the circuit with which a small sparse model closes strings, in about a minute.",
         _run_demo,
     )
     group = parser.add_argument_group("what it does")

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="tl-sparse COMMAND …",
         description="Weight-sparse transformers as TransformerLens models, and their circuits.",
         epilog="`tl-sparse COMMAND --help` lists the options of a command. Begin with "
-        "`tl-sparse demo`, which takes half a minute.",
+        "`tl-sparse demo`, which takes about a minute.",
         formatter_class=help_formatter,
         allow_abbrev=False,
     )
