@@ -24,6 +24,7 @@ def run(script, *arguments):
 
 
 @once
+@pytest.mark.slow
 def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
     arguments = ("size", "--out", tmp_path, "--steps", 2, "--idiom-chars", 50_000, "--only", 1)
     printed = run("sweep.py", *arguments)
@@ -53,6 +54,7 @@ def a_run(tmp_path):
 
 
 @once
+@pytest.mark.slow
 def test_a_bundle_is_the_run_rounded_and_measured(a_run, tmp_path):
     run("bundle.py", a_run, "--out", tmp_path / "models")
     folder = tmp_path / "models" / "my-run"
@@ -100,6 +102,7 @@ def quote_circuit(tmp_path_factory):
 
 
 @once
+@pytest.mark.slow
 def test_from_training_to_circuit(tmp_path):
     out = tmp_path / "my-run"
     printed = run("from_training_to_circuit.py", "--quick", "--out", out)

@@ -10,6 +10,8 @@ from micro import micro_tokenizer
 from tl_sparse.errors import ArgumentError, DataError, TaskError
 from tl_sparse.tasks import TASKS, Pair, Task, TaskPairs, is_built_in, make_task_data, read_pairs
 
+pytestmark = pytest.mark.any_line
+
 PAIRS = [Pair(f"f{i} A end", f"f{i} B end", " yes", " no") for i in range(6)]
 SPLIT = TaskPairs("letters", "was it A or B?", (*PAIRS[:3],), (PAIRS[3],), (*PAIRS[4:],))
 

@@ -30,6 +30,8 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view.contents import page_data
 from tl_sparse.view.page import SCRIPTS, WEB, Page
 
+pytestmark = pytest.mark.any_line
+
 READ, VALUE, WRITE = NODES
 HOSTILE = [
     "<s>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",

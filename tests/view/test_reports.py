@@ -13,6 +13,8 @@ from tl_sparse.evaluation.judge import evaluate
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.view.tables import STRONGEST, report
 
+pytestmark = pytest.mark.any_line
+
 
 @pytest.fixture(scope="module")
 def micro():
