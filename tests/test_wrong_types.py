@@ -103,6 +103,7 @@ def right():
         "tokenizer": model.tokenizer,
         "logits": torch.zeros(4, 8, model.cfg.d_vocab),
         "correct": data.correct,
+        "last": data.last,
         "n_chars": 100,
         "score": Score(1.0, 0.1, 0.5),
         "scores": {"micro": Score(1.0, 0.1, 0.5)},

@@ -63,8 +63,8 @@ def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
     standard_error = None
     if len(pair_losses) > 1:
         standard_error = float(pair_losses.std() / len(pair_losses) ** 0.5)
-    right_minus_wrong = logits.gather(1, data.correct[:, None])[:, 0]
-    right_minus_wrong = right_minus_wrong - logits.gather(1, 1 - data.correct[:, None])[:, 0]
+    second_minus_first = logits[:, 1] - logits[:, 0]
+    right_minus_wrong = torch.where(data.correct == 1, second_minus_first, -second_minus_first)
     return Score(
         loss=float(losses.mean()),
         standard_error=standard_error,

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +42,7 @@ def next_token_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d
 
 
 def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_vocab"]:
-    check_padding(model, data)
+    check_padding(model, data.last)
     data.check_context(model.cfg.n_ctx)
     data = data.trimmed()
     if is_sparse_model(model) and treats_positions_alike(model):
@@ -163,14 +162,17 @@ def sees_padding(model: TLModel) -> bool:
 
 
 @checked()
-def check_padding(model: TLModel, data: TaskData) -> None:
+def check_padding(model: TLModel, last: Int[Tensor, " prompt"]) -> None:
     """Check that the logits after the last tokens do not depend on the padding behind them.
+
+    Args:
+        last: the position of each prompt's last token.
 
     Raises:
         UnsupportedError: if the model sees padding, and the prompts differ in length.
     """
-    if sees_padding(model) and bool((data.last != data.last[0]).any()):
-        lengths = sorted(set((data.last + 1).tolist()))
+    if sees_padding(model) and bool((last != last[0]).any()):
+        lengths = sorted(set((last + 1).tolist()))
         raise UnsupportedError(
             "this model attends to later positions, so padding would change its answers: the "
             f"prompts of a batch must have the same length, not {lengths} tokens"
@@ -198,7 +200,7 @@ def resampled(
     partners = data.partners or data.drawn_partners(seed)
     n_positions = int(data.last.max()) + 1
     tokens = partners.tokens[:, :n_positions]
-    check_padding(model, replace(data, last=torch.cat([data.last, partners.last])))
+    check_padding(model, torch.cat([data.last, partners.last]))
     with holding_reads(model), recording(model, names) as activations:
         _run(model, tokens)
     if bool((partners.last >= n_positions - 1).all()):

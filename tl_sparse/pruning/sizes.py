@@ -85,7 +85,8 @@ def discretise(
 
     with phase("choosing the size", progress) as bar:
         size = _smallest_size(ranking, model, selection, config, bar)
-        say_reached(bar, size, loss(ranking.circuit(size)), "selection")
+        if progress:  # the loss takes a run over all pairs, and is only shown
+            say_reached(bar, size, loss(ranking.circuit(size)), "selection")
     some_pairs = representative(ranking.circuit(size), model, selection, config)
     candidates: list[int] = []
     if config.method == "learned":
@@ -100,7 +101,8 @@ def discretise(
             bar.update,
         )
         circuit = ranking.circuit(size, removed)
-        say_reached(bar, circuit.n_nodes, loss(circuit), "selection")
+        if progress:
+            say_reached(bar, circuit.n_nodes, loss(circuit), "selection")
     scores: dict[str, Tensor] = {}
     for name, tau in gates.at_nodes(gates.tau.detach()).items():
         # τ is in [-1, 1], so adding 2 ranks the kept nodes above all others.

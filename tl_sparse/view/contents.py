@@ -16,7 +16,7 @@ from tl_sparse.checkpoints import load_corpus
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, DataError, warn_user
-from tl_sparse.evaluation import evaluate
+from tl_sparse.evaluation import check_padding, evaluate
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig, heldout_pairs
 from tl_sparse.tasks import Task, TaskData
@@ -244,7 +244,7 @@ def _show_runs(
         activations.append(on_corpus)
     if prompts:
         batch = Batch.of(prompts)
-        batch.check_padding(model)
+        check_padding(model, batch.last)
         heads = {(node.layer, node.head) for node in page.nodes if node.head is not None}
         runs = run_prompts(circuit, model, batch, points, sorted(heads))
         values = list(runs.values())[-1].values

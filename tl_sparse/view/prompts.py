@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.errors import DataError, TokenizerError, UnsupportedError
-from tl_sparse.evaluation import sees_padding
+from tl_sparse.errors import DataError, TokenizerError
 from tl_sparse.hooks import TLModel
 from tl_sparse.precision import in_float32
 from tl_sparse.tasks import TaskData
@@ -137,14 +136,6 @@ class Batch:
         """Which positions are tokens of the prompts, of shape [prompt, pos]."""
         positions = torch.arange(self.tokens.shape[1], device=self.last.device)
         return positions <= self.last[:, None]
-
-    def check_padding(self, model: TLModel) -> None:
-        """Raise `UnsupportedError` if the model would see the padding."""
-        if sees_padding(model) and bool((self.last != self.last[0]).any()):
-            raise UnsupportedError(
-                "this model attends to later positions, so prompts of different lengths cannot be "
-                "shown together"
-            )
 
     def next_logits(self, logits: Float[Tensor, "prompt pos vocab"]) -> Tensor:
         """The logits after each prompt, at least in float32."""
