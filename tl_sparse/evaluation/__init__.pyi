@@ -1,3 +1,4 @@
+from .estimates import Estimate as Estimate
 from .judge import effects as effects
 from .judge import evaluate as evaluate
 from .judge import faithfulness_curve as faithfulness_curve

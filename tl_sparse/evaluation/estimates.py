@@ -1,0 +1,56 @@
+"""Means over prompts, pairs or draws, with their standard errors."""
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was measured on a sample.
+
+    Attributes:
+        value: the number.
+        standard_error: its standard error; None if the sample is too small to tell.
+    """
+
+    value: float
+    standard_error: float | None = None
+
+    def __str__(self) -> str:
+        if self.standard_error is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} ± {self.standard_error:.3f}"
+
+
+def mean_of(values: Float[Tensor, " sample"]) -> Estimate:
+    """The mean of independent values, such as one for each pair of prompts."""
+    n = len(values)
+    precise = values.double()
+    standard_error = float(precise.std()) / math.sqrt(n) if n > 1 else None
+    return Estimate(float(precise.mean()), standard_error)
+
+
+def mean_of_pairs(values: Float[Tensor, " prompt"]) -> Estimate:
+    """The mean over the prompts of a task, of which each two in a row are a pair.
+
+    The prompts of a pair depend on each other, so the standard error is that over pairs.
+    """
+    return mean_of(values.view(-1, 2).mean(1))
+
+
+def correlation(first: Float[Tensor, " sample"], second: Float[Tensor, " sample"]) -> Estimate:
+    """The Pearson correlation of two samples, with its asymptotic standard error.
+
+    The standard error is (1 - r²) / sqrt(n - 1). The value is NaN if a sample does not vary.
+    """
+    first, second = first.double(), second.double()
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(first.norm() * second.norm())
+    if scale == 0:
+        return Estimate(math.nan, None)
+    r = float(first @ second) / scale
+    n = len(first)
+    return Estimate(r, (1 - r**2) / math.sqrt(n - 1) if n > 2 else None)
