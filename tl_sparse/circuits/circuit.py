@@ -98,6 +98,15 @@ class Circuit(CircuitParts):
                 f"this circuit belongs to the model {name!r}; the given one has {difference}"
             )
 
+    def check_means(self) -> None:
+        """Raise `CircuitError` if this circuit has no means, which every run under it needs."""
+        if not self.means:
+            raise CircuitError(
+                "this circuit has no means to hold nodes at; circuit.with_means("
+                "tl_sparse.hooks.mean_activations(model, circuit.mean_hooks, batches_of_tokens)) "
+                "adds them"
+            )
+
     def edges(self, model: TLModel) -> list[Edge]:
         """Every nonzero weight of `model` that joins two kept nodes and is not cut.
 
@@ -237,12 +246,7 @@ class Circuit(CircuitParts):
         Nodes are held by `hooks.ablating`; for edges, it is their contribution that is held. This
         does not check that `model` is the circuit's model.
         """
-        if not self.means:
-            raise CircuitError(
-                "this circuit has no means to hold nodes at; circuit.with_means("
-                "tl_sparse.hooks.mean_activations(model, circuit.mean_hooks, batches_of_tokens)) "
-                "adds them"
-            )
+        self.check_means()
         with (
             holding_reads(model),
             cutting(model, cut, self.means),

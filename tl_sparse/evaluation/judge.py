@@ -16,6 +16,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TokenizerError, counted
+from tl_sparse.evaluation.baselines import random_circuits_like, without_nodes
 from tl_sparse.evaluation.running import (
     RunContext,
     all_logits,
@@ -251,18 +252,13 @@ def evaluate(
         zero=held_score(circuit, "zero"),
         resample=resample,
         ablated=held_score(circuit, "mean", inverted=True),
-        empty=held_score(_without_nodes(circuit), "mean"),
+        empty=held_score(without_nodes(circuit), "mean"),
         full=score_next_tokens(full_logits, data, full_logits),
         n_pairs=data.n_pairs,
         n_nodes=circuit.n_nodes,
         n_edges=n_edges,
         target_loss=_target_loss(circuit),
     )
-
-
-def _without_nodes(circuit: Circuit) -> Circuit:
-    nothing_kept = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
-    return replace(circuit, kept=nothing_kept, edge_set=None, scores={})
 
 
 def _target_loss(circuit: Circuit) -> float | None:
@@ -364,14 +360,8 @@ def random_circuits(
 
     They show which score a circuit of this size has by chance.
     """
-    generator = torch.Generator().manual_seed(seed)
     sized_scores = []
-    for _ in range(n_circuits):
-        kept = {}
-        for name, mask in circuit.kept.items():
-            order = torch.randperm(mask.numel(), generator=generator)
-            kept[name] = mask.flatten()[order].view_as(mask)
-        random_circuit = replace(circuit, kept=kept, edge_set=None, measured={}, scores={})
+    for random_circuit in random_circuits_like(circuit, n_circuits, seed):
         sized_scores.append(sized_score(random_circuit, model, data, batch_size))
     return sized_scores
 

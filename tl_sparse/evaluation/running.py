@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -117,19 +118,44 @@ def _in_batches(
     seed: int,
 ) -> Float[Tensor, "prompt token"]:
     """What `logits_of` returns for all batches, in the order of the prompts."""
-    if run_context is not None and data.partners is None and data.n_pairs > 1:
-        # Drawn from all prompts, so that they do not depend on the batches.
-        data = data.with_partners(seed)
-    batches = _batches(model, data, max(1, batch_size // 2))
+    batches = prompt_batches(model, data, batch_size, seed)
     logits = []
-    for indices in batches:
-        batch = data.pairs(indices)
-        context = run_context(batch) if run_context else nullcontext()
+    for batch in batches:
+        context = run_context(batch.data) if run_context else nullcontext()
         with context:
-            logits.append(logits_of(model, batch))
+            logits.append(logits_of(model, batch.data))
     by_pair = torch.cat(logits).unflatten(0, (-1, 2))
-    original_order = torch.cat(batches).argsort()
+    original_order = torch.cat([batch.pairs for batch in batches]).argsort()
     return by_pair[original_order].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Some pairs of a task that run together.
+
+    Attributes:
+        pairs: the numbers of the pairs among all pairs of the task.
+        data: their prompts.
+    """
+
+    pairs: Int[Tensor, " pair"]
+    data: TaskData
+
+
+def prompt_batches(
+    model: TLModel, data: TaskData, batch_size: int, seed: int = 0
+) -> list[PromptBatch]:
+    """All pairs in batches of at most `batch_size` prompts, but at least one pair.
+
+    Each prompt has a partner for resample ablation, drawn with this seed from all prompts, so that
+    it does not depend on the batches. Only a single pair has none.
+    """
+    if data.partners is None and data.n_pairs > 1:
+        data = data.with_partners(seed)
+    batches = []
+    for pairs in _batches(model, data, max(1, batch_size // 2)):
+        batches.append(PromptBatch(pairs, data.pairs(pairs)))
+    return batches
 
 
 def _batches(model: TLModel, data: TaskData, n_pairs: int) -> list[Int[Tensor, " pair"]]:
