@@ -80,64 +80,49 @@ class AgreementSums:
 
     def agreements(self) -> list[Agreement]:
         """The agreement of each node."""
-        total = self._sums.sum(0)
-        n, reference_sum, value_sum, reference_squares, value_squares, _ = total
-        variance, value_variance = _variances(total)
-        varying = torch.stack(
-            [
-                variance > ROUNDING**2 * reference_squares,
-                value_variance > ROUNDING**2 * value_squares,
-            ]
-        )
-        means = torch.stack([reference_sum, value_sum]) / n
-        figures = _correlation_and_error(total)
-        standard_errors = _jackknife(_correlation_and_error(total - self._sums))
-        found = []
-        for node in range(total.shape[1]):
-            correlation, error = map(_estimate, figures[:, node], standard_errors[:, node])
-            reference_mean, mean = means[:, node].tolist()
-            reference_varies, varies = varying[:, node].tolist()
-            found.append(
-                Agreement(
-                    reference_mean=reference_mean,
-                    mean=mean,
-                    reference_varies=reference_varies,
-                    varies=varies,
-                    correlation=correlation if reference_varies and varies else None,
-                    error=error if reference_varies else None,
-                )
-            )
-        return found
+        of_each_node = self._sums.cpu().unbind(2)
+        return [_agreement(sums) for sums in of_each_node]
 
 
-def _variances(
-    sums: Float[Tensor, "*block 6 node"],
-) -> tuple[Float[Tensor, "*block node"], Float[Tensor, "*block node"]]:
+def _agreement(sums: Float[Tensor, "block 6"]) -> Agreement:
+    """The agreement of one node, from its sums over the samples of each block."""
+    total = sums.sum(0)
+    n, reference, value, reference_squares, value_squares, _ = total.tolist()
+    variance, value_variance = _variances(total).tolist()
+    reference_varies = variance > ROUNDING**2 * reference_squares
+    varies = value_variance > ROUNDING**2 * value_squares
+    without_block = total - sums
+    correlation = error = None
+    if reference_varies and varies:
+        correlation = _estimate(_correlation(total), _correlation(without_block))
+    if reference_varies:
+        error = _estimate(_error(total), _error(without_block))
+    return Agreement(reference / n, value / n, reference_varies, varies, correlation, error)
+
+
+def _variances(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, "*block 2"]:
     """The sums of squared deviations from the mean: of the reference, and of the value."""
-    n, reference, value, reference_squares, value_squares, _ = sums.unbind(-2)
-    return reference_squares - reference**2 / n, value_squares - value**2 / n
+    n = sums[..., :1]
+    means = sums[..., 1:3] / n
+    return sums[..., 3:5] - n * means.square()
 
 
-def _correlation_and_error(
-    sums: Float[Tensor, "*block 6 node"],
-) -> Float[Tensor, "2 *block node"]:
-    n, reference, value, reference_squares, value_squares, errors = sums.unbind(-2)
-    variance, value_variance = _variances(sums)
+def _correlation(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, " *block"]:
+    n, reference, value, reference_squares, value_squares, errors = sums.unbind(-1)
     products = (reference_squares + value_squares - errors) / 2
     covariance = products - reference * value / n
-    correlation = covariance / (variance * value_variance).sqrt()
-    return torch.stack([correlation.clamp(-1, 1), errors / variance])
+    return (covariance / _variances(sums).prod(-1).sqrt()).clamp(-1, 1)
 
 
-def _jackknife(without_block: Float[Tensor, "figure block node"]) -> Float[Tensor, "figure node"]:
-    """Standard errors from the figures without each of the blocks in turn."""
-    n_blocks = without_block.shape[1]
-    deviations = without_block - without_block.mean(1, keepdim=True)
-    return ((n_blocks - 1) / n_blocks * deviations.square().sum(1)).sqrt()
+def _error(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, " *block"]:
+    return sums[..., 5] / _variances(sums)[..., 0]
 
 
-def _estimate(value: Float[Tensor, ""], standard_error: Float[Tensor, ""]) -> Estimate:
-    """The standard error is None if it cannot be told from so few blocks."""
-    if not bool(standard_error.isfinite()):
-        return Estimate(float(value))
-    return Estimate(float(value), float(standard_error))
+def _estimate(figure: Float[Tensor, ""], without_block: Float[Tensor, " block"]) -> Estimate:
+    """A figure with its jackknife standard error, if it can be told from so few blocks."""
+    n_blocks = len(without_block)
+    deviations = without_block - without_block.mean()
+    standard_error = ((n_blocks - 1) / n_blocks * deviations.square().sum()).sqrt()
+    if n_blocks < 3 or not bool(standard_error.isfinite()):
+        return Estimate(float(figure))
+    return Estimate(float(figure), float(standard_error))
