@@ -126,6 +126,7 @@ def right():
 OTHERWISE = {
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},
+    "removal_rises": {"parts": []},
     "read_pairs": {"path": "pairs.jsonl"},
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
     "task_ends": {"nodes": []},

@@ -36,17 +36,17 @@ from tl_sparse.circuits.families import node_hooks
 from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation import judge as evaluation
 from tl_sparse.evaluation import running
+from tl_sparse.evaluation.holding import holding_circuit
 from tl_sparse.evaluation.judge import (
     calibration,
-    effects,
     evaluate,
     faithfulness_curve,
-    holding_circuit,
     random_circuits,
     score,
     score_logits,
     score_next_tokens,
 )
+from tl_sparse.evaluation.removal import effects
 from tl_sparse.evaluation.running import all_logits, resampled, task_logits, task_loss
 from tl_sparse.evaluation.scores import Evaluation, scores_table
 from tl_sparse.hooks import ablating, mean_activations

@@ -9,7 +9,8 @@ import torch
 from helpers import full_config, has_hooks, random_circuit, random_data, stock_model, tiny_model
 from micro import micro_circuit, micro_data, micro_model
 from tl_sparse.errors import CircuitError, ConfigError, DataError, TaskError, UnsupportedError
-from tl_sparse.evaluation.judge import evaluate, holding_circuit, score, score_logits
+from tl_sparse.evaluation.holding import holding_circuit
+from tl_sparse.evaluation.judge import evaluate, score, score_logits
 from tl_sparse.evaluation.running import all_logits, resampled, task_logits, task_loss
 from tl_sparse.hooks import NodeGates, ablating, recording, treats_positions_alike
 from tl_sparse.tasks.task_data import candidate_logits

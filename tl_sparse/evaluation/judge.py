@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from operator import itemgetter
 from typing import Any
@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.config import check
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TokenizerError, counted
 from tl_sparse.evaluation.baselines import random_circuits_like, without_nodes
-from tl_sparse.evaluation.running import (
-    RunContext,
-    all_logits,
-    all_next_token_logits,
-    resampled,
-)
-from tl_sparse.evaluation.scores import ABLATIONS, Ablation, Evaluation, SizedScore
-from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model
+from tl_sparse.evaluation.holding import holding_nodes
+from tl_sparse.evaluation.removal import effects
+from tl_sparse.evaluation.running import RunContext, all_logits, all_next_token_logits
+from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
+from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import (
     TASKS,
     NextToken,
@@ -165,53 +161,6 @@ def _calibrated(
 ) -> Float[Tensor, "prompt 2"]:
     shifts = torch.stack([torch.zeros_like(shift), shift])
     return logits * scale + shifts.to(logits)
-
-
-# --- the contexts in which a model runs under a circuit
-
-
-@checked("ablation")
-def holding_circuit(
-    circuit: Circuit, model: TLModel, ablation: Ablation = "mean", inverted: bool = False
-) -> RunContext:
-    """The `RunContext` in which `model` runs under the circuit: all other nodes are held.
-
-    Args:
-        ablation: the values at which nodes are held; see `Ablation`.
-        inverted: hold the circuit's nodes instead of all others, and cut no edges.
-
-    Raises:
-        ConfigError: for an unknown `ablation`.
-        CircuitError: if `model` is not the circuit's model.
-    """
-    circuit.check_model(model)
-    return holding_nodes(circuit, model, ablation, inverted)
-
-
-@checked("ablation")
-def holding_nodes(
-    circuit: Circuit, model: TLModel, ablation: Ablation = "mean", inverted: bool = False
-) -> RunContext:
-    """The same as `holding_circuit`, for a model that is known to be the circuit's.
-
-    The check reads all weights, which takes too long before each of the many runs of a search.
-    """
-    check(ablation in ABLATIONS, "ablation", ablation, f"one of {', '.join(ABLATIONS)}")
-    nodes = circuit.kept if inverted else circuit.dropped
-    cut = () if inverted else circuit.cut_edges(model)
-    constants: NodeValues | None = None
-    if ablation == "mean":
-        constants = circuit.means
-    elif ablation == "zero":
-        constants = {name: torch.zeros_like(mean) for name, mean in circuit.means.items()}
-
-    def hold(data: TaskData) -> AbstractContextManager[None]:
-        values = constants
-        if values is None:
-            values = resampled(model, data, circuit.kept)
-        return circuit.holding(model, nodes, values, cut)
-
-    return hold
 
 
 # --- judging a circuit
@@ -364,33 +313,6 @@ def random_circuits(
     for random_circuit in random_circuits_like(circuit, n_circuits, seed):
         sized_scores.append(sized_score(random_circuit, model, data, batch_size))
     return sized_scores
-
-
-@checked()
-def effects(
-    circuit: Circuit,
-    model: TLModel,
-    data: TaskData,
-    batch_size: int = 256,
-    progress: bool = False,
-) -> dict[Node | Edge, float]:
-    """The effect of each node and edge of the circuit.
-
-    The effect is the rise of the circuit's task loss when this node alone is held at its mean, or
-    this edge alone is cut. Edges can only be cut in models of this package.
-    """
-
-    def loss(circuit: Circuit) -> float:
-        return score(model, data, batch_size, holding_nodes(circuit, model)).loss
-
-    parts = _parts(circuit, model)
-    if not is_sparse_model(model):
-        parts = list(circuit.nodes)
-    whole_loss = loss(circuit)
-    effect_of = {}
-    for part in tqdm(parts, "measuring effects", disable=not progress, unit=" parts"):
-        effect_of[part] = loss(circuit.without([part], model)) - whole_loss
-    return effect_of
 
 
 @checked()

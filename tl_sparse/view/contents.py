@@ -16,7 +16,7 @@ from tl_sparse.checkpoints import load_corpus
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, DataError, warn_user
-from tl_sparse.evaluation import check_padding, evaluate
+from tl_sparse.evaluation import check_padding, evaluate, removal_rises
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig, heldout_pairs
 from tl_sparse.tasks import Task, TaskData
@@ -30,7 +30,6 @@ from tl_sparse.view.activations import (
 )
 from tl_sparse.view.cuts import (
     circuits_by_size,
-    cut_effects,
     faithfulness_by_size,
     most_important_first,
 )
@@ -210,7 +209,8 @@ def _measure(
     page.summary["misses_target"] = evaluation.misses_target
     some_pairs = pairs.pairs(range(min(LIMITS.effect_pairs, pairs.n_pairs)))
     page.summary["n_effect_pairs"] = some_pairs.n_pairs
-    effects = cut_effects(circuit, model, nodes, some_pairs, progress)
+    rises = removal_rises(circuit, model, some_pairs, nodes, progress=progress)
+    effects = rises.double().mean(1).tolist()
     for page_node, effect in zip(page.nodes, effects, strict=True):
         page_node.effect = effect
     if len(nodes) < circuit.n_nodes:

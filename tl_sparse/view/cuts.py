@@ -10,28 +10,12 @@ from tl_sparse.evaluation import (
     all_next_token_logits,
     holding_nodes,
     scaled_sizes,
-    score,
     score_next_tokens,
 )
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TaskData
 from tl_sparse.view.activations import node_points
 from tl_sparse.view.limits import LIMITS
-
-
-def cut_effects(
-    circuit: Circuit, model: TLModel, nodes: Sequence[Node], pairs: TaskData, progress: bool
-) -> list[float]:
-    """For each of `nodes`, by how much the task loss rises without it."""
-
-    def loss(circuit: Circuit) -> float:
-        return score(model, pairs, run_context=holding_nodes(circuit, model)).loss
-
-    whole_loss = loss(circuit)
-    effects = []
-    for node in tqdm(nodes, "cutting nodes", disable=not progress, unit=" nodes"):
-        effects.append(loss(circuit.without([node], model)) - whole_loss)
-    return effects
 
 
 def most_important_first(
