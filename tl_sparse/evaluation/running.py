@@ -48,12 +48,14 @@ def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_voca
     data = data.trimmed()
     if is_sparse_model(model) and treats_positions_alike(model):
         return model.network(data.tokens, last=data.last)[:, 0]
-    logits = _run(model, data.tokens)
+    logits = logits_at_all_positions(model, data.tokens)
     rows = torch.arange(len(data.last), device=logits.device)
     return logits[rows, data.last.to(logits.device)]
 
 
-def _run(model: TLModel, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
+def logits_at_all_positions(
+    model: TLModel, tokens: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt pos vocab"]:
     """The logits at every position."""
     if not is_sparse_model(model):
         return model(tokens)
@@ -228,7 +230,7 @@ def resampled(
     tokens = partners.tokens[:, :n_positions]
     check_padding(model, torch.cat([data.last, partners.last]))
     with holding_reads(model), recording(model, names) as activations:
-        _run(model, tokens)
+        logits_at_all_positions(model, tokens)
     if bool((partners.last >= n_positions - 1).all()):
         return activations
     positions = torch.arange(n_positions, device=tokens.device)

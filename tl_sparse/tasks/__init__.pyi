@@ -16,6 +16,7 @@ from .task import as_task as as_task
 from .task import get_task as get_task
 from .task import is_built_in as is_built_in
 from .task import is_task_name as is_task_name
+from .task_data import Partners as Partners
 from .task_data import TaskData as TaskData
 from .task_data import candidate_logits as candidate_logits
 from .task_data import draw_pairs as draw_pairs
