@@ -12,7 +12,7 @@ from helpers import has_hooks, random_circuit, random_data, random_tokens, stock
 from micro import W_O, W_U, W_V, WRITTEN, micro_circuit, micro_corpus, micro_data
 from tl_sparse.errors import CircuitError, ConfigError, DataError, TaskError
 from tl_sparse.evaluation.baselines import without_nodes
-from tl_sparse.evaluation.judge import holding_circuit
+from tl_sparse.evaluation.holding import holding_circuit
 from tl_sparse.evaluation.like_model import (
     Likeness,
     _shared_errors,

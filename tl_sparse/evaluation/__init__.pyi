@@ -10,10 +10,10 @@ from .judge import score as score
 from .judge import score_next_tokens as score_next_tokens
 from .judge import sized_score as sized_score
 from .judge import task_scores as task_scores
-from .removal import effects as effects
-from .removal import removal_rises as removal_rises
 from .like_model import Likeness as Likeness
 from .like_model import likeness as likeness
+from .removal import effects as effects
+from .removal import removal_rises as removal_rises
 from .running import all_logits as all_logits
 from .running import all_next_token_logits as all_next_token_logits
 from .running import check_padding as check_padding

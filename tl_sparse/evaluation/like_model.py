@@ -20,7 +20,7 @@ from tl_sparse.evaluation.baselines import (
     without_nodes,
 )
 from tl_sparse.evaluation.estimates import Estimate, mean_of, mean_of_pairs
-from tl_sparse.evaluation.judge import holding_nodes
+from tl_sparse.evaluation.holding import holding_nodes
 from tl_sparse.evaluation.running import (
     RunContext,
     all_next_token_logits,
