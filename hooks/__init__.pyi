@@ -8,6 +8,7 @@ from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
 from .means import recording_means as recording_means
+from .permuting import permuted_weights as permuted_weights
 from .points import NodeMasks as NodeMasks
 from .points import NodeValues as NodeValues
 from .points import TLModel as TLModel

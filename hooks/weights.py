@@ -145,10 +145,11 @@ _LAYOUTS = {
 #: are the neurons and attention channels, and maps whose inputs are.
 _INTO_NEURONS = re.compile(
     r"(.*\.)?(q|k|v|qkv|q_proj|k_proj|v_proj|qkv_proj|query|key|value|query_key_value|c_attn|Wqkv|"
-    r"c_fc|fc_in|fc1|dense_h_to_4h|up_proj|gate_proj|gate_up_proj|w1|w3|intermediate\.dense)"
+    r"c_fc|fc_in|fc1|dense_h_to_4h|up_proj|gate_proj|gate_up_proj|w1|w3|intermediate\.dense|"
+    r"mlp\.in|mlp\.gate)"
 )
 _OUT_OF_NEURONS = re.compile(
-    r"(.*\.)?(o|o_proj|out_proj|c_proj|dense|fc_out|fc2|dense_4h_to_h|down_proj|w2)"
+    r"(.*\.)?(o|o_proj|out_proj|c_proj|dense|fc_out|fc2|dense_4h_to_h|down_proj|w2|mlp\.out)"
 )
 _BIAS = re.compile(r".*(attn|mlp)\.b_\w+")
 _EMBEDDINGS = re.compile(
@@ -183,8 +184,7 @@ def weight_groups(
     bands: dict[str, dict[str, list[GroupedWeight]]] = {}
     single_weights: list[WeightGroup] = []
     for stored_name, parameter in model.named_parameters():
-        # TransformerBridge adds this to the parameter names of the components that it wraps.
-        name = stored_name.replace("_original_component.", "")
+        name = _short_name(stored_name)
         layout = _known_layout(name, parameter.ndim)
         if layout is not None:
             matrix = name.removesuffix("_pos")
@@ -205,6 +205,24 @@ def weight_groups(
     for name, matrices in bands.items():
         groups.append(WeightGroup(name, tuple(tuple(band) for band in matrices.values())))
     return groups + single_weights
+
+
+def is_layer_matrix(model: torch.nn.Module, stored_name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a weight matrix of attention or of an MLP.
+
+    Args:
+        model: the model.
+        stored_name: the name of the parameter in `model.named_parameters()`.
+        parameter: the parameter.
+    """
+    if _known_layout(_short_name(stored_name), parameter.ndim) is not None:
+        return True
+    return _layout_by_neuron(model, stored_name) is not None
+
+
+def _short_name(stored_name: str) -> str:
+    """The name without what TransformerBridge adds for each component that it wraps."""
+    return stored_name.replace("_original_component.", "")
 
 
 def _known_layout(name: str, n_axes: int) -> MatrixLayout | None:
