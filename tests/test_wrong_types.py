@@ -119,6 +119,13 @@ def right():
         "half_octaves": [0, 1],
         "evaluation": evaluate(circuit, model, data),
         "measured": full_evaluation(circuit, model, data),
+        "circuits": {"micro": circuit},
+        "tasks": [MICRO_TASK],
+        "n_random": 2,
+        "n_random_pairs": 2,
+        "n_permutations": 20,
+        "max_parts": 2,
+        "n_candidates": 2,
     }
 
 

@@ -1,3 +1,6 @@
+from .coablation import Backup as Backup
+from .coablation import Backups as Backups
+from .coablation import backups as backups
 from .estimates import Estimate as Estimate
 from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
@@ -10,8 +13,17 @@ from .judge import score as score
 from .judge import score_next_tokens as score_next_tokens
 from .judge import sized_score as sized_score
 from .judge import task_scores as task_scores
+from .knockout import AgainstRandom as AgainstRandom
+from .knockout import Independence as Independence
+from .knockout import Necessity as Necessity
+from .knockout import Without as Without
+from .knockout import necessity as necessity
 from .like_model import Likeness as Likeness
 from .like_model import likeness as likeness
+from .minimal import Minimality as Minimality
+from .minimal import PartEffect as PartEffect
+from .minimal import RandomRemovals as RandomRemovals
+from .minimal import minimality as minimality
 from .removal import effects as effects
 from .removal import removal_rises as removal_rises
 from .running import all_logits as all_logits
@@ -24,3 +36,9 @@ from .scores import Ablation as Ablation
 from .scores import Evaluation as Evaluation
 from .scores import SizedScore as SizedScore
 from .scores import scores_table as scores_table
+from .significance import PValue as PValue
+from .specific import Specificity as Specificity
+from .specific import SpecificityMatrix as SpecificityMatrix
+from .specific import TaskLoss as TaskLoss
+from .specific import specificity as specificity
+from .specific import specificity_matrix as specificity_matrix
