@@ -4,6 +4,8 @@ from .coablation import backups as backups
 from .estimates import Estimate as Estimate
 from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
+from .inner_values import Inside as Inside
+from .inner_values import inside as inside
 from .judge import evaluate as evaluate
 from .judge import faithfulness_curve as faithfulness_curve
 from .judge import full_evaluation as full_evaluation
