@@ -214,7 +214,10 @@ def _kind(to_uniform: Estimate, spread: float) -> str:
 
 
 def _remark(in_model: str, in_circuit: str) -> str:
-    """What is said of a head whose attention is degenerate in the model or under the circuit."""
+    """What is said of a head whose attention is degenerate in the model or under the circuit.
+
+    The sentence is about the model unless it names the circuit.
+    """
     words = {
         "uniform": "spreads its attention evenly over all tokens",
         "fixed": "attends by position alone, whatever the prompt says",
@@ -222,4 +225,4 @@ def _remark(in_model: str, in_circuit: str) -> str:
     }
     if in_model == in_circuit:
         return f"{words[in_model]}, in the model and under the circuit" if in_model else ""
-    return f"{words[in_model]} in the model; under the circuit it {words[in_circuit]}"
+    return f"{words[in_model]}; under the circuit it {words[in_circuit]}"
