@@ -380,3 +380,60 @@ def test_without_matplotlib_it_says_what_to_install(files, monkeypatch, capsys):
         plots.check_drawing("c.png")
     assert main(["plot", "curve", "missing.json", "-o", "c.png"]) == 1
     assert "tl-sparse[plots]" in capsys.readouterr().err
+
+
+# The matrix of circuits and tasks
+
+
+def matrix():
+    """Circuits of two tasks, of which the second has no measurement of a third task."""
+
+    def of(rise, random_rise):
+        fields = ("full_loss", "full_accuracy", "loss", "accuracy", "drop", "random_drop")
+        loss = {name: {"value": 0.5, "standard_error": 0.1} for name in fields}
+        loss["rise"] = {"value": rise, "standard_error": 0.1}
+        loss["random_rise"] = {"value": random_rise, "standard_error": None}
+        return loss
+
+    return {
+        "losses": {
+            "first": {"q": of(-0.001, 0.02), "p": of(0.91, 0.03), "r": of(0.1, 0.04)},
+            "second": {"q": of(0.7, 0.05), "p": of(0.08, 0.06)},
+        },
+        "own_tasks": {"first": "p", "second": "q"},
+    }
+
+
+def test_the_matrix_shows_each_rise_and_frames_own_tasks():
+    figure = plots.specificity(matrix())
+    of_circuits, of_random = figure.axes
+    # The tasks that have a circuit come first, in the order of the circuits.
+    assert [tick.get_text() for tick in of_circuits.get_xticklabels()] == ["p", "q", "r"]
+    assert [tick.get_text() for tick in of_circuits.get_yticklabels()] == ["first", "second"]
+    cells = [text.get_text() for text in of_circuits.texts]
+    assert cells == ["0.91", "0.00", "0.10", "0.08", "0.70", ""]
+    assert [text.get_text() for text in of_random.texts] == [
+        *("0.03", "0.02", "0.04"),
+        *("0.06", "0.05", ""),
+    ]
+    for axes in (of_circuits, of_random):
+        frames = [(frame.get_x() + 0.5, frame.get_y() + 0.5) for frame in axes.patches]
+        assert frames == [(0, 0), (1, 1)]
+    assert of_circuits.get_title() == "without the circuit"
+    assert "rise of the task loss in nats" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_values_that_are_no_matrix():
+    with pytest.raises(DataError, match=r"a.json is not what `specificity_matrix` returns.*losses"):
+        plots.specificity(figures(), "a.json")
+    with pytest.raises(DataError, match="there is nothing to draw"):
+        plots.specificity({"losses": {}, "own_tasks": {}})
+    with pytest.raises(DataError, match="there is nothing to draw"):
+        plots.specificity({"losses": {"a": {}}, "own_tasks": {}})
+
+
+def test_the_command_draws_a_matrix(tmp_path):
+    path, drawn = tmp_path / "matrix.json", tmp_path / "matrix.png"
+    path.write_text(json.dumps(matrix()))
+    assert main(["plot", "specificity", str(path), "-o", str(drawn)]) == 0
+    assert drawn.stat().st_size > 1000

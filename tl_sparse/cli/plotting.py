@@ -27,10 +27,11 @@ def add_plot(commands: Commands) -> None:
     group = parser.add_argument_group("what to plot")
     group.add_argument(
         "kind",
-        choices=("curve", "tasks", "frontier", "sparsity"),
+        choices=("curve", "tasks", "frontier", "specificity", "sparsity"),
         metavar="KIND",
         help="curve: the loss and accuracy of circuits against their size. tasks: the size of a "
         "suite's circuits for each task. frontier: the loss of many circuits against their size. "
+        "specificity: what each task loses without the circuit of each task. "
         "sparsity: the nonzero weights and activations in each layer of a model.",
     )
     group.add_argument(
@@ -38,7 +39,8 @@ def add_plot(commands: Commands) -> None:
         nargs="+",
         metavar="SOURCE",
         help="curve: files that `evaluate -o` wrote. frontier: such files, or the folders of "
-        "suites. tasks: the folder of a suite, or its results.json. sparsity: one model.",
+        "suites. tasks: the folder of a suite, or its results.json. specificity: what the Python "
+        "function specificity_matrix returns, as JSON. sparsity: one model.",
     )
     group.add_argument(
         "--against",
@@ -63,7 +65,7 @@ def _run_plot(args: argparse.Namespace) -> None:
     plots.check_drawing(args.out)
     check_new_file(args.out, args.overwrite)
     first = args.source[0]
-    if len(args.source) > 1 and args.kind in ("tasks", "sparsity"):
+    if len(args.source) > 1 and args.kind in ("tasks", "specificity", "sparsity"):
         raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
     if args.kind == "sparsity":
         from tl_sparse.checkpoints import open_with_corpus
@@ -72,6 +74,8 @@ def _run_plot(args: argparse.Namespace) -> None:
         figure = plots.sparsity(model, corpus)
     elif args.kind == "tasks":
         figure = plots.tasks(_figures(first, args.kind), args.against, first)
+    elif args.kind == "specificity":
+        figure = plots.specificity(_figures(first, args.kind), first)
     else:
         evaluations = {path: _figures(path, args.kind) for path in args.source}
         if args.kind == "curve":
@@ -113,6 +117,8 @@ def _figures(source: str, kind: str) -> dict[str, Any]:
 
 def _how_to_measure(circuit: str, kind: str) -> str:
     """The command that writes the figures from which this kind of plot is drawn."""
+    if kind == "specificity":
+        return "tl_sparse.evaluation.specificity_matrix measures the circuits of a suite"
     if kind == "tasks":
         return "`tl-sparse suite MODEL --out FOLDER` measures the circuits of all tasks"
     return f"`tl-sparse evaluate {circuit} -o figures.json` measures a circuit and writes one"

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from tl_sparse.arguments import checked
 from tl_sparse.errors import DataError
-from tl_sparse.evaluation import Evaluation, SizedScore
+from tl_sparse.evaluation import Evaluation, SizedScore, SpecificityMatrix
 from tl_sparse.records import record_from
 from tl_sparse.tasks import Score
 
@@ -119,6 +119,21 @@ def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteR
         DataError: if an entry is missing or has the wrong type.
     """
     return _read(SuiteResults, values, name, "suite")
+
+
+def read_matrix(values: Mapping[str, Any], name: str) -> SpecificityMatrix:
+    """What `specificity_matrix` returned, read from its JSON, which is called `name`.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type.
+    """
+    try:
+        return record_from(SpecificityMatrix, values)
+    except DataError as error:
+        raise DataError(
+            f"{name} is not what `specificity_matrix` returns, as JSON; missing or malformed "
+            f"entry: {error}"
+        ) from error
 
 
 @checked()

@@ -1,4 +1,4 @@
-"""Figures of circuits by size, the sizes of a suite's circuits, and a model's sparsity."""
+"""Figures of circuits by size, the circuits of a suite, and a model's sparsity."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from tl_sparse.view.series import (
     subject,
 )
 from tl_sparse.view.shares import sparsity as sparsity
+from tl_sparse.view.task_matrix import specificity as specificity
 from tl_sparse.view.task_sizes import tasks as tasks
 
 if TYPE_CHECKING:
