@@ -6,6 +6,8 @@ from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
 from .inner_values import Inside as Inside
 from .inner_values import inside as inside
+from .interchanging import Interchange as Interchange
+from .interchanging import interchange as interchange
 from .judge import evaluate as evaluate
 from .judge import faithfulness_curve as faithfulness_curve
 from .judge import full_evaluation as full_evaluation

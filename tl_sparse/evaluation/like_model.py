@@ -298,7 +298,7 @@ def _logit_agreement(
 ) -> LogitAgreement:
     n_prompts = len(answers)
     between = _agreement(full_answers.diff(dim=1), answers.diff(dim=1))
-    groups, n_groups = _groups_by_answer(data)
+    groups, n_groups = groups_by_answer(data)
     if n_prompts - n_groups < LEAST_WITHIN:
         remark = f"too few prompts have the same answers: {n_prompts} of {n_groups} kinds"
         return LogitAgreement(between.correlation, None, None, n_prompts, remark)
@@ -317,7 +317,7 @@ def _logit_agreement(
     )
 
 
-def _groups_by_answer(data: TaskData) -> tuple[Int[Tensor, " prompt"], int]:
+def groups_by_answer(data: TaskData) -> tuple[Int[Tensor, " prompt"], int]:
     """For each prompt, the number of its group: the prompts with the same two answers and the same
     right one; and how many groups there are.
     """

@@ -84,13 +84,9 @@ class _Spread:
 
     @classmethod
     def of_length(cls, n_heads: int, length: int, device: torch.device) -> "_Spread":
-        size = (n_heads, length, length + 1)
-        options = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(length, **options),
-            torch.zeros(size, **options),
-            torch.zeros(size, **options),
-        )
+        n = torch.zeros(length, dtype=torch.float64, device=device)
+        sums = n.new_zeros(n_heads, length, length + 1)
+        return cls(n, sums, sums.clone())
 
     def add(self, pattern: Pattern, counted: Float[Tensor, "prompt query"]) -> None:
         """Add the patterns of a batch at its counted queries; the last key is the sink."""
