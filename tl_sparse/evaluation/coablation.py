@@ -100,7 +100,7 @@ def backups(
     data: TaskData,
     n_candidates: int = 20,
     n_random: int = 10,
-    n_pairs: int = 64,
+    n_pairs: int = 48,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,

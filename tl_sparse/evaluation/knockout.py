@@ -122,8 +122,8 @@ def necessity(
     model: TLModel,
     data: TaskData,
     n_random: int = 30,
-    n_random_pairs: int = 32,
-    n_permutations: int = 499,
+    n_random_pairs: int = 24,
+    n_permutations: int = 199,
     batch_size: int = 256,
     seed: int = 0,
 ) -> Necessity:

@@ -102,7 +102,7 @@ def minimality(
     circuit: Circuit,
     model: TLModel,
     data: TaskData,
-    n_pairs: int = 64,
+    n_pairs: int = 48,
     n_random: int = 20,
     max_parts: int = 100,
     batch_size: int = 256,
