@@ -128,7 +128,7 @@ def interchange(
     model: TLModel,
     data: TaskData,
     ablation: Ablation = "mean",
-    n_pairs: int = 32,
+    n_pairs: int = 24,
     n_random: int = 4,
     batch_size: int = 256,
     seed: int = 0,
