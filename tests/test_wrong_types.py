@@ -17,6 +17,7 @@ import torch
 
 from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
 from tl_sparse.circuits.attribution import attribution_graph
+from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TLSparseError
 from tl_sparse.evaluation.judge import evaluate, full_evaluation
 from tl_sparse.hooks.ablation import ablating
@@ -139,6 +140,11 @@ OTHERWISE = {
     "task_ends": {"nodes": []},
     "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
+    "held_out_contexts": {"task": "single_double_quote"},
+    "nonsense_task": {
+        "task": "single_double_quote",
+        "tokenizer": train_tokenizer(["print('a')"], 300, required=[" in", ":"]),
+    },
     "read_results": {"values": {"models": {}, "geometric_mean_edges": {"node_pruned": {}}}},
     "summary": {
         "summaries": {"nodes": {"median": 3.0}},

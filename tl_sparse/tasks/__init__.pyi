@@ -1,3 +1,7 @@
+from .controls import nonsense_task as nonsense_task
+from .controls import shuffled_task as shuffled_task
+from .held_out import ContextKind as ContextKind
+from .held_out import held_out_contexts as held_out_contexts
 from .idioms import idiom_documents as idiom_documents
 from .pairs import PARTS as PARTS
 from .pairs import Pair as Pair

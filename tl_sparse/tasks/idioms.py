@@ -19,9 +19,10 @@ The random generator must therefore be called at the same places in this file, i
 
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -29,22 +30,26 @@ import yaml
 from tl_sparse.arguments import checked
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
+def read_yaml(name: str) -> dict[str, Any]:
+    """What a YAML file beside this one holds."""
     return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-_IDIOMS = _read_yaml("idioms.yaml")
+def words_by_kind(listed: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Words by kind from texts that list them, as a YAML file has them."""
+    return {kind: tuple(words.split()) for kind, words in listed.items()}
+
+
+_IDIOMS = read_yaml("idioms.yaml")
 #: Names and words by kind; none of them is a Python keyword. A word that is listed twice is drawn
 #: twice as often. `var` and `vars` share no word, so both can be parameters of one function.
-WORDS: dict[str, tuple[str, ...]] = {
-    kind: tuple(words.split()) for kind, words in _IDIOMS.pop("words").items()
-}
+WORDS = words_by_kind(_IDIOMS.pop("words"))
 #: Templates by group; a template that is listed twice is drawn twice as often.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     group: tuple(templates) for group, templates in _IDIOMS.items()
 }
 #: The entry of each task in tasks.yaml.
-PAIRS: dict[str, dict[str, Any]] = _read_yaml("tasks.yaml")
+PAIRS: dict[str, dict[str, Any]] = read_yaml("tasks.yaml")
 
 _TASK_NAMES = tuple(PAIRS)
 _TASK_SHARES = tuple(task.get("share", 1) for task in PAIRS.values())
@@ -98,13 +103,20 @@ def both_sides(text: str) -> tuple[str, str]:
 
 
 class Writer:
-    """Fills in templates for one document with a few names of each kind, drawn with `rng`."""
+    """Fills in templates for one document with a few names of each kind, drawn with `rng`.
 
-    def __init__(self, rng: random.Random) -> None:
+    Args:
+        rng: the random generator.
+        words: the names and words by kind.
+    """
+
+    def __init__(
+        self, rng: random.Random, words: Mapping[str, tuple[str, ...]] = MappingProxyType(WORDS)
+    ) -> None:
         self.rng = rng
-        self._names = dict(WORDS)
+        self._names = dict(words)
         for kind, n_names in _NAMES_PER_DOCUMENT.items():
-            self._names[kind] = tuple(rng.sample(WORDS[kind], n_names))
+            self._names[kind] = tuple(rng.sample(words[kind], n_names))
         self._composed: dict[str, Callable[[], str]] = {
             "phrase": self.phrase,
             "str": self._string,
@@ -159,16 +171,27 @@ class Writer:
         return self.fill(self.choose("statements"))
 
     def pair(self, task: str) -> str:
-        """Three lines of context, and then a pair of the task with its choices marked `«a|b»`.
-
-        Each line of context is a filled-in template. Two of them show one side of the choice and
-        one shows the other, at random, so that the cues for both answers have occurred before, and
-        which of them occurred more often does not give away the answer.
-        """
+        """Three lines of context, and then a pair of the task with its choices marked `«a|b»`."""
         templates = PAIRS[task]["templates"]
-        context_templates = PAIRS[task].get("context", templates)
+        return self.pair_of(templates, PAIRS[task].get("context", templates))
+
+    def pair_of(
+        self, templates: Sequence[str], context_templates: Sequence[str], n_lines: int = 3
+    ) -> str:
+        """Lines of context, and then one of `templates` with its choices marked `«a|b»`.
+
+        Each line of context is a filled-in template. One more than half of them show one side of
+        the choice and the others show the other, at random, so that the cues for both answers have
+        occurred before, and which of them occurred more often does not give away the answer.
+
+        Args:
+            templates: templates of the pair.
+            context_templates: templates of the context.
+            n_lines: the number of lines of context, which is odd.
+        """
+        both = (0, 1) * (n_lines // 2)
         text = ""
-        for side in self.rng.sample((0, 1, self.rng.randrange(2)), 3):
+        for side in self.rng.sample((*both, self.rng.randrange(2)), n_lines):
             context = self.fill(self.rng.choice(context_templates))
             text += both_sides(context)[side] + "\n"
         return text + self.fill(self.rng.choice(templates)) + "\n"

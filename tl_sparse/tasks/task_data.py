@@ -378,6 +378,12 @@ def _candidates(
     )
 
 
+@checked()
+def is_one_token(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> bool:
+    """Whether an answer is a single token after a prompt, and leaves the prompt's tokens alone."""
+    return _one_token(tokenizer, prompt, answer, _encode(tokenizer, prompt)).text == answer
+
+
 def _one_token(
     tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, prompt_ids: list[int]
 ) -> _Prefix:
