@@ -143,7 +143,7 @@ OTHERWISE = {
     "held_out_contexts": {"task": "single_double_quote"},
     "nonsense_task": {
         "task": "single_double_quote",
-        "tokenizer": train_tokenizer(["print('a')"], 300, required=[" in", ":"]),
+        "tokenizer": train_tokenizer(["print('a')"], 262, required=[" in", ":"]),
     },
     "read_results": {"values": {"models": {}, "geometric_mean_edges": {"node_pruned": {}}}},
     "summary": {

@@ -18,7 +18,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.errors import TaskError
 from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs
 from tl_sparse.tasks.task import Task, as_task
-from tl_sparse.tasks.task_data import is_one_token
+from tl_sparse.tasks.task_data import check_tokenizer, is_one_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,8 +44,10 @@ def nonsense_task(task: Task | str, tokenizer: PreTrainedTokenizerFast) -> Task:
 
     Raises:
         TaskError: if fewer than two of the texts suit the task.
+        TokenizerError: if the tokenizer has no beginning-of-text token.
     """
     task = as_task(task)
+    check_tokenizer(task, tokenizer)
     pairs = _some_pairs(task)
     answers = {answer for pair in pairs for answer in pair.answers}
     suitable = []
@@ -103,8 +105,14 @@ def _changed(
 def _changed_split(
     split: TaskPairs, name: str, change: Callable[[Pair], Pair], candidates: tuple[str, str] | None
 ) -> TaskPairs:
-    parts = {part: tuple(map(change, split.part(part))) for part in PARTS}
-    return replace(split, name=name, candidates=candidates, **parts)
+    return replace(
+        split,
+        name=name,
+        training=tuple(map(change, split.training)),
+        selection=tuple(map(change, split.selection)),
+        heldout=tuple(map(change, split.heldout)),
+        candidates=candidates,
+    )
 
 
 def _sample(

@@ -242,11 +242,7 @@ def encode_pairs(
     task: Task, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, n_ctx: int | None
 ) -> TaskData:
     """These pairs of a task as tokens; for the checks see `make_task_data`."""
-    if getattr(tokenizer, "bos_token_id", None) is None:
-        raise TokenizerError(
-            f"task {task.name} needs the model's tokenizer, "
-            "with a beginning-of-text token (bos_token) to begin prompts with"
-        )
+    check_tokenizer(task, tokenizer)
     if not pairs:
         raise TaskError(f"task {task.name}: no pairs are given, so there is nothing to encode")
     prompts: list[str] = []
@@ -378,7 +374,15 @@ def _candidates(
     )
 
 
-@checked()
+def check_tokenizer(task: Task, tokenizer: object) -> None:
+    """Raise `TokenizerError` unless prompts of `task` can be encoded with this tokenizer."""
+    if getattr(tokenizer, "bos_token_id", None) is None:
+        raise TokenizerError(
+            f"task {task.name} needs the model's tokenizer, "
+            "with a beginning-of-text token (bos_token) to begin prompts with"
+        )
+
+
 def is_one_token(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> bool:
     """Whether an answer is a single token after a prompt, and leaves the prompt's tokens alone."""
     return _one_token(tokenizer, prompt, answer, _encode(tokenizer, prompt)).text == answer
