@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_sparse.arguments import checked
-from tl_sparse.errors import ConfigError, HookNameError
-from tl_sparse.hooks.points import NodeValues, TLModel, hooked
+from tl_sparse.config import check
+from tl_sparse.errors import ArgumentError, ConfigError, HookNameError
+from tl_sparse.hooks.points import NodeMasks, NodeValues, TLModel, hooked
 from tl_sparse.hooks.shapes import check_activation, check_no_nan, check_values
 from tl_sparse.precision import in_float32
 
@@ -27,7 +28,7 @@ class NodeGates(nn.Module):
 
     Attributes:
         means: hook name → the mean activation of each node, at least in float32.
-        temperature: the temperature T of the surrogate gradient; see `_Gate`.
+        temperature: the temperature T of the surrogate gradient; see `openings`.
         tau: the parameters τ of all gates, as one vector, at least in float32: in half precision,
             most steps of an optimizer would be rounded away.
         index: hook name → the index in `tau` of each node's gate, `[*node]`.
@@ -49,7 +50,7 @@ class NodeGates(nn.Module):
         Args:
             means: hook name → the mean activation of each node at that hook point.
             init_bias, init_scale: τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1].
-            temperature: the temperature T of the surrogate gradient; see `_Gate`.
+            temperature: the temperature T of the surrogate gradient; see `openings`.
             seed: the seed of the noise in the initial τ.
             tied: hook name → a hook name earlier in `means`, with as many nodes, whose gates it
                 shares: a query channel and its key channel, for example.
@@ -78,9 +79,41 @@ class NodeGates(nn.Module):
         self.tau = nn.Parameter(initial_tau.to(next(iter(self.means.values()))))
 
     @checked()
+    def openings(self, n_open: int | None = None) -> Float[Tensor, " gate"]:
+        """1 for each open gate and 0 for each closed one, with a surrogate gradient.
+
+        The step from closed to open has no useful derivative, so the gradient of τ is that of a
+        soft gate, sigmoid(τ / T) (A.5): a straight-through estimator.
+
+        Args:
+            n_open: open the gates with the `n_open` highest τ; by default those with τ above 0.
+
+        Raises:
+            ConfigError: if there are not that many gates.
+        """
+        if n_open is None:
+            return _open(self.tau, self.temperature)
+        n_gates = self.tau.numel()
+        check(0 <= n_open <= n_gates, "n_open", n_open, f"at least 0 and at most {n_gates}")
+        return _open(self.tau - self._threshold(n_open), self.temperature)
+
+    def _threshold(self, n_open: int) -> float:
+        """A value below the `n_open` highest τ, and not below any of the others."""
+        highest_first = self.tau.detach().sort(descending=True).values
+        if n_open == 0:
+            return float(highest_first[0])
+        if n_open == len(highest_first):
+            return float(highest_first[-1]) - 1
+        return float(highest_first[n_open])
+
+    @checked()
     @contextmanager
     def attached(
-        self, model: TLModel, inverted: bool = False, values: Mapping[str, Tensor] | None = None
+        self,
+        model: TLModel,
+        inverted: bool = False,
+        values: Mapping[str, Tensor] | None = None,
+        openings: Float[Tensor, " gate"] | None = None,
     ) -> Iterator[None]:
         """Within the context, the gates act on every run of `model`.
 
@@ -90,35 +123,62 @@ class NodeGates(nn.Module):
                 without the circuit instead of the circuit alone.
             values: hook name → the values that nodes are held at instead of their means: `[*node]`,
                 or `[batch, pos, *node]`, such as their activations on other prompts.
+            openings: 1 for each gate that is open and 0 for each that is closed; by default
+                `openings()`. Gradients flow to it.
 
         Raises:
             HookNameError: for a hook name that the model does not have, or that `values` lacks.
-            ArgumentError: if the means or values do not have the shape of the nodes there. At hook
-                points whose shape only a run shows, this is raised in the run.
+            ArgumentError: if the means or values do not have the shape of the nodes there, or there
+                is not an opening for each gate. At hook points whose shape only a run shows, this
+                is raised in the run.
         """
         held_at = self.means if values is None else values
         if missing := self.index.keys() - held_at.keys():
             raise HookNameError(f"no values for the gates at {', '.join(sorted(missing))}")
+        if openings is not None and openings.shape != self.tau.shape:
+            raise ArgumentError(
+                f"openings have the shape {list(openings.shape)}; there are {self.tau.numel()} "
+                "gates, each of which needs one"
+            )
         functions = {}
         for name, index in self.index.items():
             check_values(model, name, self.means[name], index.shape)
             check_values(model, name, held_at[name], index.shape)
-            functions[name] = partial(self._gate, name, inverted, held_at[name])
+            functions[name] = partial(self._gate, name, inverted, openings, held_at[name])
         alike = all(held_at[name].shape == index.shape for name, index in self.index.items())
         with hooked(model, functions, positions_alike=alike):
             yield
 
     def _gate(
-        self, name: str, inverted: bool, value: Tensor, activation: Tensor, hook: object
+        self,
+        name: str,
+        inverted: bool,
+        openings: Tensor | None,
+        value: Tensor,
+        activation: Tensor,
+        hook: object,
     ) -> Tensor:
-        check_activation(name, activation, value, self.index[name].shape)
-        tau = self.tau[self.index[name]]
-        gated: Tensor = _Gate.apply(activation, tau, value, self.temperature, inverted)
+        index = self.index[name]
+        check_activation(name, activation, value, index.shape)
+        if openings is None:
+            opening = _open(self.tau[index], self.temperature)
+        else:
+            opening = openings[index]
+        if inverted:
+            opening = 1 - opening
+        gated: Tensor = _Gate.apply(activation, opening, value)
         return gated
 
     def at_nodes(self, of_gates: Tensor) -> dict[str, Tensor]:
         """Map one value per gate to the nodes of the gates: hook name → `[*node]`."""
         return {name: of_gates[index] for name, index in self.index.items()}
+
+    def of_nodes(self, at_nodes: NodeMasks) -> Bool[Tensor, " gate"]:
+        """Which gates are those of the nodes in these masks: the inverse of `at_nodes`."""
+        chosen = torch.zeros_like(self.tau, dtype=torch.bool)
+        for name, mask in at_nodes.items():
+            chosen[self.index[name][mask.to(chosen.device)]] = True
+        return chosen
 
     def kept(self) -> dict[str, Bool[Tensor, " *node"]]:
         """Hook name → mask of the nodes whose gates are open."""
@@ -129,8 +189,7 @@ class NodeGates(nn.Module):
 
         Nodes that share a gate count once.
         """
-        soft = torch.sigmoid(self.tau / self.temperature)
-        return (self.tau > 0).sum() + (soft - soft.detach()).sum()
+        return self.openings().sum()
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -138,21 +197,19 @@ class NodeGates(nn.Module):
         self.tau.clamp_(-1, 1)
 
 
-class _Gate(torch.autograd.Function):
-    """The gated activation: x where the gate is open, else the value that the node is held at.
+def _open(tau: Tensor, temperature: float) -> Tensor:
+    """1 where τ is above 0, else 0; its gradient is that of sigmoid(τ / temperature)."""
+    soft = torch.sigmoid(tau / temperature)
+    return (tau > 0).to(tau.dtype) + (soft - soft.detach())
 
-    The step from closed to open has no useful derivative, so the gradient of τ is that of a soft
-    gate, sigmoid(τ / T) (A.5): a straight-through estimator.
-    """
+
+class _Gate(torch.autograd.Function):
+    """The gated activation: x where the opening is 1, else the value that the node is held at."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, tau: Tensor, value: Tensor, temperature: float, inverted: bool
-    ) -> Tensor:
-        is_open = (tau > 0) != inverted
-        ctx.save_for_backward(x, tau, value, is_open)
-        ctx.temperature = temperature
-        ctx.sign = -1.0 if inverted else 1.0
+    def forward(ctx: Any, x: Tensor, opening: Tensor, value: Tensor) -> Tensor:
+        is_open = opening > 0.5
+        ctx.save_for_backward(x, value, is_open)
         held_at = value.to(x.dtype)
         if x.device.type == "cpu":
             # Multiplying finite values by 0 or 1 is exact, and on a CPU several times faster than
@@ -165,17 +222,15 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, tau, value, is_open = ctx.saved_tensors
-        # The gradient of the gate: Σ grad · (x − value) over batch and position.
+        x, value, is_open = ctx.saved_tensors
+        # The gradient of the opening: Σ grad · (x − value) over batch and position.
         precise = in_float32(grad)
-        if value.shape == tau.shape:
+        if value.shape == is_open.shape:
             # The same sum, without allocating x − value, which is as large as the activation.
-            grad_gate = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
+            grad_opening = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
         else:
-            grad_gate = (precise * (x - value)).sum((0, 1))
+            grad_opening = (precise * (x - value)).sum((0, 1))
         # An infinite activation has no finite effect to learn from.
-        grad_gate = grad_gate.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        grad_opening = grad_opening.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        soft = torch.sigmoid(tau / ctx.temperature)
-        grad_tau = ctx.sign * grad_gate * soft * (1 - soft) / ctx.temperature
-        return grad_x, grad_tau, None, None, None
+        return grad_x, grad_opening, None

@@ -61,6 +61,7 @@ def test_help_is_in_groups_of_one_line_for_each_option(capsys, monkeypatch):
         "what to prune:",
         "the result:",
         "the search:",
+        "robustness:",
         "the gates:",
         "the pairs:",
         "how it runs:",

@@ -925,7 +925,8 @@ def test_infinite_values_behind_a_gate_are_not_seen(per_element):
     value = torch.tensor([1.0, torch.inf, 2.0, torch.nan])  # where the gate is open
     if per_element:
         value = value.expand(2, 3, 4).contiguous()
-    gated = gates_module._Gate.apply(x, tau, value, 1.0, False)
+    opening = gates_module._open(tau, temperature=1.0)
+    gated = gates_module._Gate.apply(x, opening, value)
     assert torch.equal(gated, torch.where(tau > 0, x, value))
     gated.sum().backward()
     assert torch.equal(x.grad, (tau > 0).float().expand(2, 3, 4))
@@ -995,3 +996,45 @@ def test_the_gradient_of_a_shared_gate_is_the_sum_of_its_nodes(model):
         tied.at_nodes(tied.tau.grad)[Q], parts[Q] + parts[K], rtol=1e-4, atol=1e-7
     )
     assert parts[K].abs().max() > 1e-6
+
+
+def test_the_gates_with_the_highest_tau_are_opened():
+    gates = gates_of({MLP_OUT: torch.zeros(4)}, init_bias=0.0, init_scale=0.0)
+    gates.tau.data = torch.tensor([-0.4, -0.1, -0.2, -0.3])
+    assert gates.openings().tolist() == [0, 0, 0, 0]
+    assert gates.openings(2).tolist() == [0, 1, 1, 0]
+    assert gates.openings(0).tolist() == [0, 0, 0, 0]
+    assert gates.openings(4).tolist() == [1, 1, 1, 1]
+    # The gradient is that of sigmoid(τ - threshold): here σ'(0.2), σ'(0.1), σ'(0) for the gate that
+    # is the threshold, and σ'(-0.1).
+    gates.openings(2).sum().backward()
+    distances = torch.tensor([-0.1, 0.2, 0.1, 0.0])
+    soft = torch.sigmoid(distances)
+    torch.testing.assert_close(gates.tau.grad, soft * (1 - soft))
+
+
+def test_more_gates_cannot_be_opened_than_there_are():
+    gates = gates_of({MLP_OUT: torch.zeros(4)}, init_bias=0.0, init_scale=0.0)
+    with pytest.raises(ConfigError, match="must be at least 0 and at most 4"):
+        gates.openings(5)
+
+
+def test_given_openings_take_the_place_of_tau(model):
+    gates = gates_of(some_values(), init_bias=1.0, init_scale=0.0)
+    kept = some_nodes()
+    openings = gates.of_nodes(kept).float().requires_grad_()
+    assert all(torch.equal(mask, kept[name]) for name, mask in gates.at_nodes(openings > 0).items())
+    with ablating(model, {name: ~mask for name, mask in kept.items()}, gates.means):
+        expected = logits(model)
+    with gates.attached(model, openings=openings):
+        assert torch.equal(logits(model), expected)
+        model(batch(), return_type="loss").backward()
+    assert openings.grad.abs().max() > 0
+    assert gates.tau.grad is None
+
+
+def test_openings_of_another_number_of_gates_are_refused(model):
+    gates = gates_of(some_values(), init_bias=1.0, init_scale=0.0)
+    context = gates.attached(model, openings=torch.ones(3))
+    with pytest.raises(ArgumentError, match=r"openings have the shape \[3\]; there are"), context:
+        pass

@@ -573,10 +573,10 @@ def test_the_model_is_as_it_was_after_an_exception_in_edge_pruning(monkeypatch):
             raise ZeroDivisionError
         return real(*arguments)
 
-    from tl_sparse.evaluation import running
+    from tl_sparse.evaluation import objectives
 
-    real = running.task_logits
-    monkeypatch.setattr(running, "task_logits", failing)
+    real = objectives.next_token_logits
+    monkeypatch.setattr(objectives, "next_token_logits", failing)
     micro.train()
     micro.blocks[0].attn.W_V.requires_grad_(False)
     config = dataclasses.replace(CONFIG, batch_size=8)

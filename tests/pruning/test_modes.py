@@ -101,7 +101,7 @@ def test_modes_flags_and_gradients_come_back_after_an_exception(micro, mode, mon
     def fail(*arguments, **options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(gates_module, "task_loss", fail)
+    monkeypatch.setattr(gates_module, "objective_loss", fail)
     with mode():
         with pytest.raises(ZeroDivisionError):
             prune(micro, MICRO_TASK, micro_corpus(), CONFIG, progress=False)

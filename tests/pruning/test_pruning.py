@@ -38,9 +38,13 @@ from tl_sparse.pruning import means as means_module
 from tl_sparse.pruning import pruner as pruning
 from tl_sparse.pruning import start as start_module
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.elimination import eliminate
+from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import attribution
 from tl_sparse.pruning.pruner import corpus_means, frozen, prune
-from tl_sparse.pruning.sizes import discretise, eliminate
+from tl_sparse.pruning.ranking import Ranking
+from tl_sparse.pruning.sizes import discretise
 from tl_sparse.pruning.splits import task_splits
 
 CONFIG = PruneConfig(
@@ -110,6 +114,12 @@ def test_a_seed_makes_pruning_repeatable(micro):
     assert circuits[0].measured == circuits[1].measured
 
 
+def chosen(empty_circuit, model, gates, selection):
+    """What discretise makes of gates whose τ are given."""
+    ranking = Ranking(empty_circuit, gates, FixedGates.of_config(empty_circuit, gates, CONFIG))
+    return discretise(ranking, Criterion(model, CONFIG), selection, selection)
+
+
 @pytest.mark.parametrize("learned", [1, 3, 20])
 def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, learned):
     """If τ ranks the three nodes first, bisection from any size must end at exactly these three."""
@@ -125,7 +135,7 @@ def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, lear
         gates.tau.copy_(flat - (ranked[learned - 1] + ranked[learned]) / 2)
     assert int((gates.tau > 0).sum()) == learned
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
-    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    found = chosen(empty(micro), micro, gates, selection)
     assert [str(node) for node in found.nodes] == NODES
     assert found.of_size(3).nodes == found.nodes
 
@@ -142,7 +152,7 @@ def test_leftover_nodes_are_dropped(micro):
         ] = 0.5
         gates.tau[gates.index["blocks.0.hook_attn_out"][2]] = 0.5
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
-    found = discretise(empty(micro), micro, gates, selection, CONFIG)
+    found = chosen(empty(micro), micro, gates, selection)
     assert [str(node) for node in found.nodes] == NODES
     # In the ranking the kept nodes are before all others, and within each group the order is that
     # of the gates.
@@ -372,12 +382,13 @@ def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
     held = []
 
     class Spy(NodeGates):
-        def attached(self, model, inverted=False, values=None):
+        def attached(self, model, inverted=False, values=None, openings=None):
             held.append(values or self.means)
-            return super().attached(model, inverted, values)
+            return super().attached(model, inverted, values, openings)
 
     monkeypatch.setattr(start_module, "NodeGates", Spy)
-    config = dataclasses.replace(CONFIG, target_loss=0.01, ablation=ablation, necessity=0.5)
+    settings = {"target_loss": 0.01, "ablation": ablation, "necessity": 0.5, "exchanges": 0}
+    config = dataclasses.replace(CONFIG, **settings)
     circuit, evaluation = prune(
         with_constant(micro), MICRO_TASK, micro_corpus(), config, progress=False
     )
@@ -687,7 +698,7 @@ def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
     _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
     candidates = empty(micro)
     with torch.device("meta"):  # a tensor created without a device lands there, and the test fails
-        found = discretise(candidates, micro, gates, selection, CONFIG)
+        found = chosen(candidates, micro, gates, selection)
     assert [str(node) for node in found.nodes] == NODES
 
 

@@ -55,6 +55,8 @@ class Circuit(CircuitParts):
         pairs: the pairs of a task that is not built in, with which the circuit was found and
             judged. None for built-in tasks, which draw the same pairs again, and if they are not
             known.
+        frozen_norms: whether the circuit runs with the norm scales that the full model has on the
+            same prompts. `tl_sparse.evaluation.holding_circuit` does that.
     """
 
     def __post_init__(self) -> None:
@@ -220,8 +222,18 @@ class Circuit(CircuitParts):
 
         All other nodes are held at their means. If edges were pruned, the contribution of each cut
         edge is held at its mean too.
+
+        Raises:
+            CircuitError: if `model` is not this circuit's model, or the circuit has `frozen_norms`,
+                which depend on the prompts.
         """
         self.check_model(model)
+        if self.frozen_norms:
+            raise CircuitError(
+                "this circuit runs with the norm scales of the full model, which depend on the "
+                "prompts: tl_sparse.evaluation.holding_circuit(circuit, model) gives a context for "
+                "prompts"
+            )
         return self.holding(model, self.dropped, self.means, self.cut_edges(model))
 
     def ablated(self, model: TLModel) -> AbstractContextManager[None]:

@@ -29,11 +29,17 @@ class CircuitParts:
     scores: NodeValues = field(default_factory=dict)
     labels: dict[Node, str] = field(default_factory=dict)
     pairs: TaskPairs | None = None
+    frozen_norms: bool = False
 
     @property
     def nodes(self) -> list[Node]:
         """The kept nodes, in the order of the forward pass."""
         return kept_nodes(self.kept)
+
+    @property
+    def node_names(self) -> tuple[str, ...]:
+        """The names of the kept nodes, such as `exclude` and `include` of `PruneConfig` take."""
+        return tuple(map(str, self.nodes))
 
     def node(self, name: str) -> Node:
         """The node of this name, kept or not.

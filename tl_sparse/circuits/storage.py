@@ -67,6 +67,7 @@ def write_circuit(folder: Path, circuit: CircuitParts, overwrite: bool) -> None:
         "measured": circuit.measured,
         "labels": {node.indexed_name: label for node, label in circuit.labels.items()},
         "pairs": _task_values(circuit.pairs),
+        "frozen_norms": circuit.frozen_norms,
     }
     with replacing_together(CIRCUIT_FILES, folder, overwrite) as new:
         write_tensors(new / "circuit.safetensors", tensors)
@@ -139,6 +140,7 @@ def read_circuit(folder: Path) -> CircuitParts:
         scores=parts["score"],
         labels=labels,
         pairs=_read_pairs(folder, values.get("pairs")),
+        frozen_norms=bool(values.get("frozen_norms", False)),
     )
     if circuit.n_nodes != n_nodes:
         raise CheckpointError(

@@ -61,7 +61,7 @@ def _written(default: Any) -> str:
     """A default value as the help shows it."""
     if isinstance(default, bool):
         return "yes" if default else "no"
-    return "none" if default in (None, {}, "") else str(default)
+    return "none" if default in (None, {}, "", ()) else str(default)
 
 
 def _flag_options(name: str, declared: Any) -> dict[str, Any]:
@@ -76,6 +76,9 @@ def _flag_options(name: str, declared: Any) -> dict[str, Any]:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(declared) is Literal:
         options["choices"] = get_args(declared)
+    elif declared == tuple[str, ...]:
+        options["type"] = node_names
+        options["metavar"] = "NODE,…|CIRCUIT"
     elif get_origin(declared) is Mapping:
         options["type"] = json_value
         options["metavar"] = "JSON"
@@ -83,6 +86,16 @@ def _flag_options(name: str, declared: Any) -> dict[str, Any]:
         options["type"] = declared
         options["metavar"] = {int: "N", float: "X", str: "TEXT"}[declared]
     return options
+
+
+def node_names(text: str) -> tuple[str, ...]:
+    """The names of nodes, or those of the circuit in a folder."""
+    if not Path(text).is_dir():
+        return tuple(name.strip() for name in text.split(","))
+
+    from tl_sparse.circuits import Circuit
+
+    return Circuit.load(text).node_names
 
 
 def json_value(text: str) -> Any:

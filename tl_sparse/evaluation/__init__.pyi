@@ -1,3 +1,7 @@
+from .adversary import AdversaryScore as AdversaryScore
+from .adversary import adversary_score as adversary_score
+from .adversary import learned_subset as learned_subset
+from .batches import random_batches as random_batches
 from .coablation import Backup as Backup
 from .coablation import Backups as Backups
 from .coablation import backups as backups
@@ -28,16 +32,21 @@ from .minimal import Minimality as Minimality
 from .minimal import PartEffect as PartEffect
 from .minimal import RandomRemovals as RandomRemovals
 from .minimal import minimality as minimality
+from .objectives import all_objective_losses as all_objective_losses
+from .objectives import objective_loss as objective_loss
+from .objectives import with_reference as with_reference
 from .removal import effects as effects
 from .removal import removal_rises as removal_rises
 from .running import all_logits as all_logits
 from .running import all_next_token_logits as all_next_token_logits
 from .running import check_padding as check_padding
+from .running import full_norm_scales as full_norm_scales
 from .running import resampled as resampled
 from .running import sees_padding as sees_padding
 from .running import task_loss as task_loss
 from .scores import Ablation as Ablation
 from .scores import Evaluation as Evaluation
+from .scores import Objective as Objective
 from .scores import SizedScore as SizedScore
 from .scores import scores_table as scores_table
 from .significance import PValue as PValue
@@ -46,3 +55,6 @@ from .specific import SpecificityMatrix as SpecificityMatrix
 from .specific import TaskLoss as TaskLoss
 from .specific import specificity as specificity
 from .specific import specificity_matrix as specificity_matrix
+from .subsets import SubsetScores as SubsetScores
+from .subsets import random_subsets as random_subsets
+from .subsets import subset_scores as subset_scores

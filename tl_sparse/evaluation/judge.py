@@ -95,10 +95,12 @@ def score_next_tokens(
     divergence = torch.nn.functional.kl_div(
         log_probabilities, full_logits.log_softmax(1), log_target=True, reduction="batchmean"
     )
+    of_answers = log_probabilities.gather(1, answers)
     next_token = NextToken(
-        probability=float(log_probabilities.gather(1, answers).exp().mean()),
+        probability=float(of_answers.exp().mean()),
         top=float((logits.argmax(1) == answers[:, 0]).float().mean()),
         kl=float(divergence),
+        loss=-float(of_answers.mean()),
     )
     between_answers = score_logits(logits.gather(1, data.candidates), data)
     return replace(between_answers, next_token=next_token)

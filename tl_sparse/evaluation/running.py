@@ -12,7 +12,13 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import holding_reads
 from tl_sparse.errors import UnsupportedError
-from tl_sparse.hooks import TLModel, is_sparse_model, recording, treats_positions_alike
+from tl_sparse.hooks import (
+    TLModel,
+    is_sparse_model,
+    norm_scale_hooks,
+    recording,
+    treats_positions_alike,
+)
 from tl_sparse.precision import in_float32
 from tl_sparse.tasks import TaskData, task_loss_and_accuracy
 
@@ -92,7 +98,7 @@ def all_logits(
     Raises:
         UnsupportedError: if the model sees padding, and the prompts of a pair differ in length.
     """
-    return _in_batches(task_logits, model, data, batch_size, run_context, seed)
+    return in_batches(task_logits, model, data, batch_size, run_context, seed)
 
 
 @checked()
@@ -108,10 +114,10 @@ def all_next_token_logits(
 
     For the arguments and errors see `all_logits`.
     """
-    return _in_batches(next_token_logits, model, data, batch_size, run_context, seed)
+    return in_batches(next_token_logits, model, data, batch_size, run_context, seed)
 
 
-def _in_batches(
+def in_batches(
     logits_of: Callable[[TLModel, TaskData], Tensor],
     model: TLModel,
     data: TaskData,
@@ -237,3 +243,16 @@ def resampled(
     positions = positions.minimum(partners.last[:, None])
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     return {name: activation[rows, positions] for name, activation in activations.items()}
+
+
+@checked()
+@torch.no_grad()
+def full_norm_scales(model: TLModel, data: TaskData) -> dict[str, Float[Tensor, "prompt pos 1"]]:
+    """The scales of the norms in the full model, at every position of the prompts.
+
+    Raises:
+        UnsupportedError: if the scales of this model cannot be held; see `norm_scale_hooks`.
+    """
+    with holding_reads(model), recording(model, norm_scale_hooks(model)) as scales:
+        logits_at_all_positions(model, data.trimmed().tokens)
+    return scales

@@ -14,6 +14,14 @@ from tl_sparse.tasks import NextToken, Score, score_row, table
 Ablation = Literal["mean", "zero", "resample"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
+#: What a circuit is asked to do:
+#: - "candidates": the cross-entropy of the right answer between the task's two answers, which is
+#:   the task loss of the paper;
+#: - "model": the divergence KL(full model ‖ circuit) of the distributions of the next token;
+#: - "next_token": the cross-entropy of the right answer in the whole vocabulary.
+Objective = Literal["candidates", "model", "next_token"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
 #: If the logit differences of the full model and of no nodes differ by less, faithfulness, which
 #: divides by their difference, would be noise.
 LEAST_DIFFERENCE = 0.1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tl_sparse.config import MAX_SEED, check, check_types, merged, short_repr
-from tl_sparse.evaluation import Ablation
+from tl_sparse.evaluation import Ablation, Objective
 
 #: Fields that must be at least 1.
 _COUNTS = (
@@ -18,6 +18,8 @@ _COUNTS = (
     "heldout_pairs",
     "ranking_pairs",
     "cleanup_pairs",
+    "subsets",
+    "adversary_steps",
 )
 
 
@@ -29,10 +31,32 @@ class PruneConfig:
     `tl-sparse search` does.
 
     Attributes:
-        target_loss: the task loss that the circuit must reach on the selection pairs. The paper's
-            is 0.15.
-        method: what ranks the nodes: learned gates or, as baselines, attribution, integrated
-            gradients or chance.
+        target_loss: the loss that the circuit must reach on the selection pairs, in nats. The
+            paper's is 0.15.
+        objective: what the target loss measures. "candidates" is the choice between the task's two
+            answers, as in the paper; "model" the divergence from the model's distribution of the
+            next token; "next_token" the cross-entropy of the right answer among all tokens.
+        method: what ranks the nodes. Gates are "learned"; or learned for "any_size", where another
+            number of them is open in each step, so that one ranking serves all sizes; or, as
+            baselines, the ranking is attribution, integrated gradients or chance.
+        robust: what the circuit must withstand besides all other nodes being held. With "subsets",
+            it must also reach the target loss while random subsets of them are left as they are in
+            the model, and with "adversary" while those are that an adversary chooses by gradient
+            ascent. With "none", as in the paper, all are held at once, and errors can cancel.
+        subsets: the number of random subsets under which a robust circuit must reach the target
+            loss.
+        adversaries: the number of times that a fresh adversary attacks the chosen circuit. If it
+            raises the loss above the target, its subset is added to those that the circuit must
+            withstand, and the size is chosen again.
+        adversary_steps: the number of steps in which each fresh adversary learns.
+        adversary_budget: the largest share of the other nodes that a fresh adversary may leave as
+            they are.
+        freeze_norms: whether norms have the scales of the full model on the same prompt, in the
+            search and in the evaluation. Held nodes cannot then act through the norms.
+        exclude: the names of nodes that are never used, such as `node_names` of another circuit.
+        include: the names of nodes that are always used.
+        allow_failing_model: whether to search although the full model misses the target loss, which
+            shows what a search finds where there is nothing to find.
         steps: the number of steps in which the gates are learned.
         pairs_per_step: the number of prompt pairs in each step.
         k_coef: the weight of the number of open gates in the objective at the first step. It is
@@ -68,6 +92,8 @@ class PruneConfig:
             backup paths that the circuit alone does not need. With 0, the objective is the paper's.
         ablated_accuracy: the largest accuracy that the model without the circuit may have on the
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
+        exchanges: the number of nodes outside the circuit that are tried in it at the end of the
+            search, in place of two or more of its own.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
             other initial gates and another order of the pairs.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
@@ -87,7 +113,19 @@ class PruneConfig:
     """
 
     target_loss: float = 0.15
-    method: Literal["learned", "attribution", "integrated_gradients", "random"] = "learned"
+    objective: Objective = "candidates"
+    method: Literal["learned", "any_size", "attribution", "integrated_gradients", "random"] = (
+        "learned"
+    )
+    robust: Literal["none", "subsets", "adversary"] = "none"
+    subsets: int = 8
+    adversaries: int = 3
+    adversary_steps: int = 60
+    adversary_budget: float = 1.0
+    freeze_norms: bool = False
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    allow_failing_model: bool = False
     steps: int = 140
     pairs_per_step: int = 16
     k_coef: float = 2e-3
@@ -109,6 +147,7 @@ class PruneConfig:
     means_over: Literal["corpus", "task"] = "corpus"
     necessity: float = 0.0
     ablated_accuracy: float = 1.0
+    exchanges: int = 16
     restarts: int = 1
     train_pairs: int = 2048
     ranking_pairs: int = 64
@@ -121,6 +160,8 @@ class PruneConfig:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        for name in ("exclude", "include"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         check_types(self)
         for name in _COUNTS:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -134,6 +175,23 @@ class PruneConfig:
         accuracy = self.ablated_accuracy
         check(0.5 <= accuracy <= 1, "ablated_accuracy", accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")
+        for name in ("adversaries", "exchanges"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        budget = self.adversary_budget
+        check(0 < budget <= 1, "adversary_budget", budget, "above 0 and at most 1")
+        if self.objective != "candidates":
+            compares = "0 with this objective: it compares the two answers with chance"
+            check(self.necessity == 0, "necessity", self.necessity, compares)
+        both = sorted(set(self.exclude) & set(self.include))
+        check(not both, "include", both, "without the nodes that are excluded")
+
+
+def _names(field: str, value: object) -> tuple[str, ...]:
+    """The names in a field, which may also be a list, as in YAML and JSON."""
+    expected = 'names of nodes, such as ("0.attn_v h3.7",); circuit.node_names gives them'
+    are_names = isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+    check(are_names, field, value, expected)
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def as_config(config: PruneConfig | Mapping[str, Any] | None) -> PruneConfig:

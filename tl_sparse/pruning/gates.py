@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
 
@@ -13,10 +14,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_sparse.errors import counted
-from tl_sparse.evaluation import resampled, task_loss
-from tl_sparse.hooks import NodeGates, TLModel, hooked
+from tl_sparse.evaluation import (
+    full_norm_scales,
+    objective_loss,
+    random_batches,
+    resampled,
+    with_reference,
+)
+from tl_sparse.hooks import NodeGates, TLModel, holding_norms, hooked
 from tl_sparse.precision import in_float32
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.fixed import FixedGates
+from tl_sparse.pruning.opponents import opponent
 from tl_sparse.pruning.phases import phase
 from tl_sparse.tasks import TaskData
 
@@ -28,12 +37,23 @@ LOSS_OF_A_COIN = math.log(2)
 
 
 def learn_gates(
-    model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig, progress: bool
+    model: TLModel,
+    gates: NodeGates,
+    data: TaskData,
+    config: PruneConfig,
+    fixed: FixedGates,
+    progress: bool,
 ) -> None:
-    """Minimise task loss + k · (number of open gates) with respect to the gates alone (A.5).
+    """Minimise loss + k · (number of open gates) with respect to the gates alone (A.5).
 
-    The weight k starts at `k_coef` and is steered by the task loss; see `SizePenalty`. A third term
-    is added if `necessity` is not 0: necessity · max(0, ln 2 - task loss without the circuit).
+    The weight k starts at `k_coef` and is steered by the loss; see `SizePenalty`. A third term is
+    added if `necessity` is not 0: necessity · max(0, ln 2 - task loss without the circuit).
+
+    With the method "any_size", there is no such weight: in each step, another number of gates is
+    open, namely those with the highest τ, so that the order of all gates is learned.
+
+    If `robust` is not "none", some of the nodes with closed gates are left as they are; see
+    `opponent`.
 
     The caller has frozen the model. The ranking is the order of `gates.tau` afterwards.
     """
@@ -45,31 +65,66 @@ def learn_gates(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
     penalty = SizePenalty(config)
-    batches = _batches(data, config)
+    sizes = _random_sizes(gates, fixed, config)
+    against = opponent(gates, config)
+    batches = random_batches(data, config.pairs_per_step, config.seed)
     with phase("learning gates", progress, config.steps, "step") as bar:
         for step in range(config.steps):
             batch = next(batches)
-            loss = _gated_loss(model, gates, batch, config)
+            openings = gates.openings(next(sizes))
+            loss = gated_loss(model, gates, batch, config, openings, against.left(step))
             k = penalty.update(loss.item())
-            objective = loss + k * gates.expected_size()
+            objective = loss
+            if config.method == "learned":
+                objective = loss + k * gates.expected_size()
             if config.necessity > 0:
                 # Every second pair, to save time: the first half of a batch, which is sorted by
                 # length, would be the shorter pairs.
                 half = batch.pairs(range(0, batch.n_pairs, 2))
-                loss_without = _gated_loss(model, gates, half, config, inverted=True)
-                below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
-                objective = objective + config.necessity * below_chance
+                objective = objective + _necessity_term(model, gates, half, config, openings)
             optimizer.zero_grad()
             objective.backward()
             nn.utils.clip_grad_norm_([gates.tau], config.grad_clip)
             optimizer.step()
             schedule.step()
-            gates.clamp()
+            against.learn()
+            if config.method == "learned":
+                gates.clamp()
+            fixed.apply(gates)
             bar.update()
             if step % 20 == 19:
                 n_open = int((gates.tau > 0).sum())
-                loss_now = f"task loss {penalty.smoothed_loss:.3f} while they move"
-                bar.set_postfix_str(f"{counted(n_open, 'gate')} open, {loss_now}")
+                loss_now = f"{penalty.smoothed_loss:.3f} while they move"
+                bar.set_postfix_str(f"{counted(n_open, 'gate')} open, loss {loss_now}")
+
+
+def _random_sizes(gates: NodeGates, fixed: FixedGates, config: PruneConfig) -> Iterator[int | None]:
+    """How many gates are open in each step; None for those with τ above 0.
+
+    With the method "any_size" the logarithm of the number is uniform, so that small circuits, of
+    which each node matters, are met as often as large ones.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    smallest = max(1, int(fixed.included.sum()))
+    largest = len(gates.tau) - int(fixed.excluded.sum())
+    while True:
+        if config.method == "learned":
+            yield None
+            continue
+        draw = float(torch.rand(1, generator=generator))
+        yield round(smallest * (largest / smallest) ** draw)
+
+
+def _necessity_term(
+    model: TLModel,
+    gates: NodeGates,
+    pairs: TaskData,
+    config: PruneConfig,
+    openings: Float[Tensor, " gate"],
+) -> Float[Tensor, ""]:
+    loss_without = gated_loss(model, gates, pairs, config, 1 - openings)
+    below_chance = (LOSS_OF_A_COIN - loss_without).clamp(min=0)
+    return config.necessity * below_chance
 
 
 class SizePenalty:
@@ -104,33 +159,34 @@ class SizePenalty:
         return math.exp(self.log_k + self.config.steer_now * room)
 
 
-def _gated_loss(
-    model: TLModel, gates: NodeGates, pairs: TaskData, config: PruneConfig, inverted: bool = False
+def gated_loss(
+    model: TLModel,
+    gates: NodeGates,
+    pairs: TaskData,
+    config: PruneConfig,
+    openings: Float[Tensor, " gate"],
+    left: Float[Tensor, " gate"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The task loss under the gates or, if `inverted`, that of the model without the circuit."""
+    """The loss while nodes are kept as `openings` says, and those in `left` are not held."""
     values = None
     if config.ablation == "resample":
         values = resampled(model, pairs, gates.index)
-    with gates.attached(model, inverted, values=values):
-        return task_loss(model, pairs)
+    if config.objective == "model":
+        pairs = with_reference(model, pairs)
+    if left is not None:
+        openings = openings + (1 - openings) * left
+    with (
+        _norms(model, pairs, config),
+        gates.attached(model, values=values, openings=openings),
+    ):
+        return objective_loss(model, pairs, config.objective)
 
 
-def _batches(data: TaskData, config: PruneConfig) -> Iterator[TaskData]:
-    """An endless iterator over random batches of pairs.
-
-    16 batches are drawn at a time and sorted by length, so that each has pairs of similar length
-    and little computation is spent on padding.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    size = min(config.pairs_per_step, data.n_pairs)
-    lengths = data.last.view(-1, 2).amax(1).cpu()
-    while True:
-        drawn = torch.randperm(data.n_pairs, generator=generator)[: 16 * size]
-        by_length = drawn[lengths[drawn].argsort(stable=True)]
-        # Of almost equal size, so that no pair counts for more in a small last batch.
-        batches = by_length.tensor_split(math.ceil(len(by_length) / size))
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            yield data.pairs(batches[i])
+def _norms(model: TLModel, pairs: TaskData, config: PruneConfig) -> AbstractContextManager[None]:
+    """Within the context, norms have the scales of the full model if the settings ask for it."""
+    if not config.freeze_norms:
+        return nullcontext()
+    return holding_norms(model, full_norm_scales(model, pairs))
 
 
 def attribution(
@@ -140,7 +196,7 @@ def attribution(
     config: PruneConfig,
     progress: bool = False,
 ) -> Float[Tensor, " gate"]:
-    """The signed change of the task loss when each gate opens, to first order.
+    """The signed change of the loss when each gate opens, to first order.
 
     It is Σ gradient · (activation − held value), where the node is held at its mean or, in zero and
     resample ablation, at zero or at its activation on the partner of the prompt. For the method
@@ -168,8 +224,11 @@ def attribution(
             functions = {}
             for name, opened_there in gates.at_nodes(opened).items():
                 functions[name] = partial(_mix, held_at[name], opened_there)
-            with hooked(model, functions, positions_alike=alike):
-                loss = task_loss(model, batch) * len(pairs)
+            if config.objective == "model":
+                batch = with_reference(model, batch)
+            norms = _norms(model, batch, config)
+            with norms, hooked(model, functions, positions_alike=alike):
+                loss = objective_loss(model, batch, config.objective) * len(pairs)
             total += torch.autograd.grad(loss, opened)[0]
             bar.update()
     return total / (len(openings) * data.n_pairs)

@@ -15,13 +15,30 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
 from tl_sparse.errors import ArgumentError, CircuitError, PruneError, counted, warn_user
-from tl_sparse.evaluation import Evaluation, judged, score
-from tl_sparse.hooks import NodeValues, TLModel, differentiating, frozen, without_inference
+from tl_sparse.evaluation import (
+    Evaluation,
+    all_objective_losses,
+    judged,
+    score,
+    with_reference,
+)
+from tl_sparse.hooks import (
+    NodeValues,
+    TLModel,
+    check_norms_can_be_held,
+    differentiating,
+    frozen,
+    without_inference,
+)
 from tl_sparse.pruning.config import PruneConfig, as_config
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.elimination import eliminate
+from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.phases import phase, say_reached
-from tl_sparse.pruning.sizes import circuit_score, discretise, eliminate, is_circuit, representative
+from tl_sparse.pruning.ranking import Ranking
+from tl_sparse.pruning.sizes import discretise, representative
 from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
 from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
@@ -66,6 +83,8 @@ def prune(
     corpus = _given_corpus(corpus, model)
     with differentiating(model), frozen(model), shared_reads(model):
         gated_hooks(model, config.embed_gates)  # of some models, no nodes can be gated
+        if config.freeze_norms:
+            check_norms_can_be_held(model)
         pairs = split_pairs(task, config)
         train, selection, heldout = encoded_splits(model, task, pairs, config)
         _check_full_model(model, task, selection, config)
@@ -80,6 +99,8 @@ def prune(
         if corpus is not None:
             measured["corpus_tokens"] = corpus.numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
+        if config.objective == "model":
+            selection = with_reference(model, selection, config.batch_size)
         circuits = []
         for restart in range(config.restarts):
             restarted = dataclasses.replace(config, seed=config.seed + restart)
@@ -109,17 +130,21 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
 
     Warns if that loss is no better than chance.
     """
-    if config.target_loss >= LOSS_OF_A_COIN:
+    if config.objective == "candidates" and config.target_loss >= LOSS_OF_A_COIN:
         warn_user(
             f"target_loss = {config.target_loss:g} is not below chance ({LOSS_OF_A_COIN:.3f} "
             "nats): a circuit that knows nothing can reach it"
         )
-    full = score(model, selection, config.batch_size)
-    if full.loss > config.target_loss:
+    if config.allow_failing_model or config.objective == "model":
+        return
+    losses = all_objective_losses(model, selection, config.objective, config.batch_size)
+    loss = float(losses.mean())
+    if loss > config.target_loss:
+        accuracy = score(model, selection, config.batch_size).accuracy
         raise PruneError(
-            f"the full model's loss on {task.name} is {full.loss:.3f} (accuracy "
-            f"{full.accuracy:.0%}), above the target loss {config.target_loss}: no circuit can be "
-            "trusted to reach it. Train the model longer, or give a larger target_loss"
+            f"the full model's loss on {task.name} is {loss:.3f} (accuracy {accuracy:.0%}), above "
+            f"the target loss {config.target_loss}: no circuit can be trusted to reach it. Train "
+            "the model longer, or give a larger target_loss"
         )
 
 
@@ -133,7 +158,14 @@ def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneC
     for name in names:
         nothing_kept[name] = torch.zeros_like(means[name], dtype=torch.bool)
     model_name = str(getattr(model.cfg, "model_name", None) or "")
-    return Circuit(nothing_kept, means, fingerprint(model), model_name, task.name)
+    return Circuit(
+        nothing_kept,
+        means,
+        fingerprint(model),
+        model_name,
+        task.name,
+        frozen_norms=config.freeze_norms,
+    )
 
 
 def _search(
@@ -146,11 +178,15 @@ def _search(
 ) -> Circuit:
     """Rank the nodes, and find the smallest circuit of those ranked highest."""
     gates = initial_gates(empty, model, config)
-    if config.warm_start or config.method != "learned":
-        start_from_ranking(gates, empty, model, train, selection, config, progress)
-    if config.method == "learned":
-        learn_gates(model, gates, train, config, progress)
-    return discretise(empty, model, gates, selection, config, progress)
+    fixed = FixedGates.of_config(empty, gates, config)
+    fixed.apply(gates)
+    are_learned = config.method in ("learned", "any_size")
+    if config.warm_start or not are_learned:
+        start_from_ranking(gates, empty, model, train, selection, config, fixed, progress)
+    if are_learned:
+        learn_gates(model, gates, train, config, fixed, progress)
+    criterion = Criterion.of_config(empty, model, config)
+    return discretise(Ranking(empty, gates, fixed), criterion, train, selection, progress)
 
 
 @checked("task", "config")
@@ -180,7 +216,7 @@ def prune_edges(
 
     Raises:
         PruneError: if `model` is not a model of this package, or the given circuit misses the
-            target loss or is not necessary.
+            target loss, under a subset too if `robust` asks for that, or is not necessary.
         CircuitError: if `model` is not the circuit's model; or if no task is given, and the
             circuit's own is not known.
     """
@@ -189,21 +225,25 @@ def prune_edges(
     pairs = split_pairs(task, config)
     _, selection, heldout = encoded_splits(model, task, pairs, config)
     with torch.inference_mode(False), frozen(model), shared_reads(model):
-        if not is_circuit(circuit, model, selection, config):
+        if config.objective == "model":
+            selection = with_reference(model, selection, config.batch_size)
+        criterion = Criterion.of_config(circuit, model, config)
+        if not criterion.passes(circuit, selection):
             raise PruneError(
                 "before any edge is cut, the circuit misses the target loss "
                 f"{config.target_loss}, or the accuracy of the model without it exceeds "
                 f"{config.ablated_accuracy}"
             )
-        smaller = _without_superfluous_edges(circuit, model, selection, config, progress)
+        smaller = _without_superfluous_edges(circuit, criterion, selection, progress)
         smaller = dataclasses.replace(smaller, pairs=_pairs_to_keep(task, pairs))
         return _judged(smaller, model, selection, heldout, config, {}, progress)
 
 
 def _without_superfluous_edges(
-    circuit: Circuit, model: TLModel, selection: TaskData, config: PruneConfig, progress: bool
+    circuit: Circuit, criterion: Criterion, selection: TaskData, progress: bool
 ) -> Circuit:
     """The circuit without the edges that it does not need, and the nodes that they alone joined."""
+    model = criterion.model
     edges = circuit.edges(model)
 
     def without(cut: list[Edge]) -> Circuit:
@@ -211,17 +251,17 @@ def _without_superfluous_edges(
         still_joined = _ends(set(edges).difference(cut))
         return smaller.without(_ends(cut) - still_joined, model)
 
-    some_pairs = representative(circuit, model, selection, config)
+    some_pairs = representative(circuit, criterion, selection)
     effects = {}
     with phase("measuring edges", progress, len(edges), "edge") as bar:
         for edge in edges:
-            effects[edge] = circuit_score(without([edge]), model, some_pairs, config).loss
+            effects[edge] = criterion.loss(without([edge]), some_pairs)
             bar.update()
     with phase("removing edges", progress, len(edges), "edge") as bar:
         cut = eliminate(
             sorted(edges, key=effects.__getitem__),
-            lambda cut: is_circuit(without(cut), model, some_pairs, config),
-            lambda cut: is_circuit(without(cut), model, selection, config),
+            lambda cut: criterion.passes(without(cut), some_pairs, quick=True),
+            lambda cut: criterion.passes(without(cut), selection),
             bar.update,
         )
         bar.set_postfix_str(f"{counted(len(edges) - len(cut), 'edge')} left")

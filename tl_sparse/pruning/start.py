@@ -11,8 +11,9 @@ from tl_sparse.circuits import Circuit, node_hooks
 from tl_sparse.errors import PruneError
 from tl_sparse.hooks import NodeGates, TLModel
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import attribution
-from tl_sparse.pruning.sizes import circuit_score
 from tl_sparse.tasks import TaskData
 
 #: The size of the first circuit that a warm start tries, and the factor by which each further
@@ -61,6 +62,7 @@ def start_from_ranking(
     train: TaskData,
     selection: TaskData,
     config: PruneConfig,
+    fixed: FixedGates,
     progress: bool = False,
 ) -> None:
     """Set the gates to values in the order of a ranking of the nodes.
@@ -73,15 +75,18 @@ def start_from_ranking(
     scores = noise
     if config.method != "random":
         scores = attribution(model, gates, train, config, progress).abs()
+    scores[fixed.included] = torch.inf
+    scores[fixed.excluded] = -torch.inf
     order = scores.argsort(descending=True, stable=True)
     rank = order.argsort()  # the rank of each gate, from 0
     size = _sufficient_size(rank, gates, empty, model, selection, config)
     if_open = config.init_bias * (1 - rank / size)
     if_closed = 0.3 * (size - rank) / len(rank)
     tau = torch.where(rank < size, if_open, if_closed)
-    if config.method == "learned":
+    if config.method in ("learned", "any_size"):
         tau = tau + noise
     gates.tau.data = tau
+    fixed.apply(gates)
 
 
 def _sufficient_size(
@@ -97,7 +102,7 @@ def _sufficient_size(
     size = FIRST_SIZE
     while size < len(rank):
         circuit = dataclasses.replace(empty, kept=gates.at_nodes(rank < size))
-        if circuit_score(circuit, model, pairs, config).loss <= config.target_loss:
+        if Criterion(model, config).loss(circuit, pairs) <= config.target_loss:
             break
         size = math.ceil(GROWTH * size)
     return size

@@ -21,11 +21,14 @@ class NextToken:
         top: the share of prompts at which the right answer is the most likely token.
         kl: the Kullback-Leibler divergence KL(full model ‖ this model) of the distributions of the
             next token, in nats, averaged over prompts.
+        loss: the cross-entropy of the right answer among all tokens, in nats, averaged over
+            prompts. None in files that were written before it was measured.
     """
 
     probability: float
     top: float
     kl: float
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class TaskData:
         correct: the index of the right candidate for each prompt, 0 or 1.
         partners: each prompt's partner in resample ablation, if `with_partners` has drawn them.
         shortened: each answer that is not a single token → its beginning that stands for it.
+        reference: the full model's log-probabilities of the next token, if they have been measured.
     """
 
     task: str
@@ -67,6 +68,7 @@ class TaskData:
     correct: Int[Tensor, " prompt"]
     partners: Partners | None = None
     shortened: Mapping[str, str] = field(default_factory=dict)
+    reference: Float[Tensor, "prompt d_vocab"] | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -81,6 +83,7 @@ class TaskData:
             candidates=self.candidates.to(device),
             correct=self.correct.to(device),
             partners=self.partners and self.partners.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
         )
 
     def trimmed(self) -> TaskData:
@@ -111,6 +114,7 @@ class TaskData:
             candidates=self.candidates[rows],
             correct=self.correct[rows],
             partners=self.partners and self.partners.rows(rows),
+            reference=None if self.reference is None else self.reference[rows],
         )
 
     def with_partners(self, seed: int) -> TaskData:

@@ -1,0 +1,93 @@
+"""What a set of nodes must pass to be a circuit."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparse.circuits import Circuit
+from tl_sparse.evaluation import all_objective_losses, holding_nodes, random_subsets, score
+from tl_sparse.hooks import NodeMasks, TLModel
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.tasks import TaskData
+
+#: A quick test tries only so many subsets: those that have made circuits fail most recently.
+_QUICK = 3
+
+
+class Criterion:
+    """Whether circuits of a model are sufficient, and necessary if that is asked for.
+
+    A circuit is sufficient if it reaches the target loss while all other nodes are held, and while
+    all but those in each of `subsets` are. It is necessary if the accuracy of the model without it
+    is at most `ablated_accuracy`; if that is 1, this is not tested.
+
+    Attributes:
+        model: the model.
+        config: the settings of pruning.
+        subsets: masks of nodes that are left as they are if they are outside the circuit. Those
+            that have made a circuit fail most recently come first.
+    """
+
+    def __init__(
+        self, model: TLModel, config: PruneConfig, subsets: Sequence[NodeMasks] = ()
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.subsets = list(subsets)
+
+    @classmethod
+    def of_config(cls, circuit: Circuit, model: TLModel, config: PruneConfig) -> "Criterion":
+        """The criterion with the random subsets that `config` asks for, if any.
+
+        Args:
+            circuit: any circuit with the hook points of the search.
+        """
+        if config.robust == "none":
+            return cls(model, config)
+        return cls(model, config, random_subsets(circuit, config.subsets, config.seed))
+
+    def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
+        """The loss of the circuit, with the nodes in `left` as they are in the model."""
+        return float(self.losses(circuit, data, left).mean())
+
+    def losses(
+        self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None
+    ) -> Float[Tensor, " prompt"]:
+        """The same, for each prompt."""
+        under = holding_nodes(circuit, self.model, self.config.ablation, left=left)
+        return all_objective_losses(
+            self.model, data, self.config.objective, self.config.batch_size, under
+        )
+
+    def ablated_accuracy(self, circuit: Circuit, data: TaskData) -> float:
+        """The accuracy of the model without the circuit."""
+        without = holding_nodes(circuit, self.model, self.config.ablation, inverted=True)
+        return score(self.model, data, self.config.batch_size, without).accuracy
+
+    def passes(self, circuit: Circuit, data: TaskData, *, quick: bool = False) -> bool:
+        """Whether the circuit is sufficient and necessary on these pairs.
+
+        Args:
+            quick: try only some of the subsets.
+        """
+        if self.loss(circuit, data) > self.config.target_loss:
+            return False
+        n_subsets = _QUICK if quick else len(self.subsets)
+        if not self._withstands(circuit, data, n_subsets):
+            return False
+        if self.config.ablated_accuracy == 1:
+            return True
+        return self.ablated_accuracy(circuit, data) <= self.config.ablated_accuracy
+
+    def _withstands(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
+        """Whether the circuit reaches the target loss under each of the first subsets.
+
+        They are tried on `cleanup_pairs` pairs, since there are many of them.
+        """
+        some_pairs = data.pairs(range(min(self.config.cleanup_pairs, data.n_pairs)))
+        for i, subset in enumerate(self.subsets[:n_subsets]):
+            if self.loss(circuit, some_pairs, subset) > self.config.target_loss:
+                self.subsets.insert(0, self.subsets.pop(i))
+                return False
+        return True

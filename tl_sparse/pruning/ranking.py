@@ -1,0 +1,58 @@
+"""Circuits of the nodes that a search ranks highest."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_sparse.circuits import Circuit
+from tl_sparse.hooks import NodeGates
+from tl_sparse.pruning.fixed import FixedGates
+
+
+class Ranking:
+    """Makes circuits of the nodes whose gates rank highest.
+
+    Attributes:
+        empty: a circuit of no nodes.
+        gates: the gates, in the order of whose τ the nodes rank.
+        fixed: those of nodes that are always or never used, which rank first and last.
+        order: the gates, the highest-ranked first.
+        rank: the rank of each gate, from 0.
+        n_included: the number of gates of nodes that are always used.
+        smallest, largest: the sizes that are possible, since these are always used, and others
+            never.
+    """
+
+    def __init__(self, empty: Circuit, gates: NodeGates, fixed: FixedGates) -> None:
+        self.empty = empty
+        self.gates = gates
+        self.fixed = fixed
+        self.order = gates.tau.detach().argsort(descending=True, stable=True)
+        self.rank = self.order.argsort()
+        self.n_included = int(fixed.included.sum())
+        self.smallest = max(1, self.n_included)
+        self.largest = len(self.order) - int(fixed.excluded.sum())
+
+    def circuit(self, size: int, removed: Sequence[int] = ()) -> Circuit:
+        """The circuit of the `size` highest-ranked gates, without the gates in `removed`."""
+        kept = self.rank < size
+        if removed:
+            kept[list(removed)] = False
+        return dataclasses.replace(self.empty, kept=self.gates.at_nodes(kept))
+
+    def with_gates(self, circuit: Circuit, kept: Bool[Tensor, " gate"]) -> Circuit:
+        """The circuit with the nodes of these gates instead of its own."""
+        return dataclasses.replace(circuit, kept=self.gates.at_nodes(kept))
+
+    def comparable_tau(self) -> Float[Tensor, " gate"]:
+        """The values of τ in [-1, 1], with those of fixed gates at its ends.
+
+        Values that were not clamped while they were learned are divided by the largest magnitude.
+        """
+        tau = self.gates.tau.detach().clone()
+        learned = tau[~(self.fixed.included | self.fixed.excluded)]
+        if len(learned):
+            tau /= max(1.0, float(learned.abs().max()))
+        return tau.clamp(-1, 1)
