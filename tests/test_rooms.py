@@ -35,6 +35,7 @@ FLOORS = [
     ["training", "circuits"],
     ["evaluation"],
     ["pruning"],
+    ["certificates"],
     ["view"],
     ["suites"],
     ["cli"],

@@ -29,7 +29,7 @@ from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.scores import Score
 
-ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "view"]
+ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "certificates", "view"]
 WRONG = {
     "text": "no such thing",
     "empty text": "",

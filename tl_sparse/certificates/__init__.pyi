@@ -1,0 +1,3 @@
+from .efforts import FULL as FULL
+from .efforts import QUICK as QUICK
+from .efforts import Effort as Effort

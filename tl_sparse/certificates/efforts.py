@@ -1,0 +1,73 @@
+"""How much each section of a certificate measures: the one table of these numbers."""
+
+from dataclasses import dataclass, field, fields
+
+from tl_sparse.config import check, check_types
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured for a certificate.
+
+    Attributes:
+        pairs: the number of held-out pairs of prompts for which a section has no number of its own.
+        subsets: the number of random subsets of the other nodes that are left as they are.
+        subset_pairs: the number of pairs on which each of them is measured.
+        adversaries: the number of adversaries without a limit; the most harmful counts.
+        adversary_steps: the number of steps in which each adversary learns.
+        budgets: how many nodes further adversaries may leave as they are, one adversary for each.
+        corpus_rows: the number of rows of the corpus on which next tokens are compared.
+        random_circuits: the number of random circuits that most sections compare with.
+        interchange_pairs: the number of pairs between which values are exchanged.
+        necessity_circuits: the number of random circuits in the tests of necessity.
+        minimality_pairs: the number of pairs on which each part is removed.
+        minimality_draws: the number of parts of randomly enlarged circuits that are removed.
+        other_task_pairs: the number of pairs of each of the other tasks.
+        searches: whether stability and controls, which search for other circuits, are measured.
+    """
+
+    pairs: int = 512
+    subsets: int = 64
+    subset_pairs: int = 64
+    adversaries: int = 3
+    adversary_steps: int = 60
+    budgets: list[int] = field(default_factory=lambda: [10, 30, 100, 300])
+    corpus_rows: int = 64
+    random_circuits: int = 3
+    interchange_pairs: int = 24
+    necessity_circuits: int = 24
+    minimality_pairs: int = 64
+    minimality_draws: int = 60
+    other_task_pairs: int = 32
+    searches: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for number in fields(self):
+            if number.type is int:
+                value = getattr(self, number.name)
+                check(value >= 1, number.name, value, "at least 1")
+        budgets = self.budgets
+        are_counts = all(type(budget) is int and budget >= 1 for budget in budgets)
+        check(are_counts, "budgets", budgets, "whole numbers of at least 1")
+
+
+#: At most three minutes for a circuit of about 20 nodes in the bundled model, on two cores.
+FULL = Effort()
+#: At most 30 seconds for the same.
+QUICK = Effort(
+    pairs=128,
+    subsets=16,
+    subset_pairs=32,
+    adversaries=1,
+    adversary_steps=30,
+    budgets=[30],
+    corpus_rows=16,
+    random_circuits=2,
+    interchange_pairs=12,
+    necessity_circuits=12,
+    minimality_pairs=32,
+    minimality_draws=30,
+    other_task_pairs=16,
+    searches=False,
+)
