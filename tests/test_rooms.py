@@ -23,6 +23,7 @@ FLOORS = [
     ["errors"],
     ["version"],
     ["arguments", "arrays", "config", "parsing", "pickles", "checksums", "records", "precision"],
+    ["resuming"],
     ["outputs", "locks"],
     ["files"],
     ["kernels"],

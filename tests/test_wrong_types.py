@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
+from tl_sparse.certificates import certifying
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TLSparseError
 from tl_sparse.evaluation.judge import evaluate, full_evaluation
+from tl_sparse.files import write_json
 from tl_sparse.hooks.ablation import ablating
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.hooks.means import mean_activations
@@ -123,6 +125,7 @@ def right():
         "steps": 2,
         "restarts": 1,
         "n_subsets": 2,
+        "n_circuits": 2,
         "pairs_per_batch": 1,
         "half_octaves": [0, 1],
         "evaluation": evaluate(circuit, model, data),
@@ -134,6 +137,7 @@ def right():
         "n_permutations": 20,
         "max_parts": 2,
         "n_candidates": 2,
+        "certificate": micro_certificate(model, circuit),
     }
 
 
@@ -143,8 +147,10 @@ OTHERWISE = {
     "residual_joins": {"nodes": []},
     "removal_rises": {"parts": []},
     "read_pairs": {"path": "pairs.jsonl"},
+    "read_certificate": {"path": "certificate.json"},
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
     "task_ends": {"nodes": []},
+    "mean_of": {"values": torch.ones(3)},
     "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
     "held_out_contexts": {"task": "single_double_quote"},
@@ -162,6 +168,13 @@ OTHERWISE = {
 }
 
 
+def micro_certificate(model, circuit):
+    """A certificate in which nothing is measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifying, "SECTIONS", ())
+        return certifying.certify(circuit, model, MICRO_TASK, corpus=micro_corpus())
+
+
 def call(function, arguments):
     """Call a function, enter the context it returns, and take all that it yields."""
     result = function(**arguments)
@@ -177,6 +190,8 @@ def test_wrong_values_of_each_argument(function, right, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = {"prompts": ["A end", "B end"], "answers": [" yes", " no"]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
+    write_json(tmp_path / "certificate.json", dataclasses.asdict(right["certificate"]))
+    monkeypatch.setattr(certifying, "SECTIONS", ())  # only the arguments matter here
     parameters = inspect.signature(function).parameters
     arguments = {}
     for name, parameter in parameters.items():

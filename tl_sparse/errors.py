@@ -73,6 +73,13 @@ class SuiteError(TLSparseError, RuntimeError):
     """
 
 
+class CertificateError(TLSparseError, RuntimeError):
+    """A certificate cannot be started or continued.
+
+    Its folder holds the certificate of something else, or it was interrupted.
+    """
+
+
 def counted(number: int, noun: str) -> str:
     """A number of things in words for messages: "1 pair", "2 pairs"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

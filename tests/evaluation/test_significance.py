@@ -1,7 +1,5 @@
 """Tests of significance against p-values that are worked out by hand."""
 
-import math
-
 import pytest
 import torch
 
@@ -117,7 +115,7 @@ def test_what_does_not_vary_is_independent_of_everything():
 
 def test_too_few_permutations_for_a_test():
     hsic, p_value = independence_test(normal(20, 1), normal(20, 1), 19, seed=0)
-    assert math.isnan(hsic)
+    assert hsic is None
     assert p_value.value is None
 
 

@@ -17,11 +17,14 @@ class Effort:
         adversary_steps: the number of steps in which each adversary learns.
         budgets: how many nodes further adversaries may leave as they are, one adversary for each.
         corpus_rows: the number of rows of the corpus on which next tokens are compared.
-        random_circuits: the number of random circuits that most sections compare with.
+        random_circuits: the number of random circuits of equal size that a section compares with.
         interchange_pairs: the number of pairs between which values are exchanged.
-        necessity_circuits: the number of random circuits in the tests of necessity.
-        minimality_pairs: the number of pairs on which each part is removed.
-        minimality_draws: the number of parts of randomly enlarged circuits that are removed.
+        tested_circuits: the number of random circuits in the tests of section 5; below 29, these
+            have no p-values.
+        tested_pairs: the number of pairs on which these are measured.
+        part_pairs: the number of pairs on which single nodes and edges are removed.
+        random_parts: the number of random nodes, and of random edges, that parts are compared with.
+        backup_candidates: the number of nodes outside that are measured as backups.
         other_task_pairs: the number of pairs of each of the other tasks.
         searches: whether stability and controls, which search for other circuits, are measured.
     """
@@ -32,12 +35,14 @@ class Effort:
     adversaries: int = 3
     adversary_steps: int = 60
     budgets: list[int] = field(default_factory=lambda: [10, 30, 100, 300])
-    corpus_rows: int = 64
-    random_circuits: int = 3
+    corpus_rows: int = 32
+    random_circuits: int = 4
     interchange_pairs: int = 24
-    necessity_circuits: int = 24
-    minimality_pairs: int = 64
-    minimality_draws: int = 60
+    tested_circuits: int = 30
+    tested_pairs: int = 24
+    part_pairs: int = 48
+    random_parts: int = 20
+    backup_candidates: int = 20
     other_task_pairs: int = 32
     searches: bool = True
 
@@ -62,12 +67,14 @@ QUICK = Effort(
     adversaries=1,
     adversary_steps=30,
     budgets=[30],
-    corpus_rows=16,
+    corpus_rows=8,
     random_circuits=2,
-    interchange_pairs=12,
-    necessity_circuits=12,
-    minimality_pairs=32,
-    minimality_draws=30,
-    other_task_pairs=16,
+    interchange_pairs=8,
+    tested_circuits=30,
+    tested_pairs=8,
+    part_pairs=16,
+    random_parts=12,
+    backup_candidates=8,
+    other_task_pairs=8,
     searches=False,
 )

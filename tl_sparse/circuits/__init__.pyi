@@ -13,6 +13,9 @@ from .exports import export as export
 from .exports import to_networkx as to_networkx
 from .families import node_hooks as node_hooks
 from .fingerprints import fingerprint as fingerprint
+from .hashes import hash_of_circuit as hash_of_circuit
+from .hashes import hash_of_model as hash_of_model
+from .hashes import hash_of_tensor as hash_of_tensor
 from .nodes import EMBED_HOOK as EMBED_HOOK
 from .nodes import LOCATIONS as LOCATIONS
 from .nodes import Edge as Edge

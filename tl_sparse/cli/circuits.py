@@ -18,7 +18,7 @@ from tl_sparse.cli.arguments import (
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 
 
-def _add_circuit(parser: argparse.ArgumentParser) -> Flags:
+def add_circuit(parser: argparse.ArgumentParser) -> Flags:
     """Add the group of arguments that say which circuit; it is returned for further ones."""
     group = parser.add_argument_group("which circuit")
     group.add_argument(
@@ -39,7 +39,7 @@ def _add_circuit(parser: argparse.ArgumentParser) -> Flags:
     return group
 
 
-def _open(
+def open_circuit(
     circuit_source: str, model_source: str | None, device: str | None, task: str | None
 ) -> tuple[Any, Any, str]:
     """The circuit, its model, and the source of the model, which is a folder or a name.
@@ -73,7 +73,7 @@ def add_view(commands: Commands) -> None:
         "Write an interactive page about a circuit, as a single HTML file.",
         _run_view,
     )
-    _add_circuit(parser)
+    add_circuit(parser)
     group = parser.add_argument_group("the page")
     add_out_file(group, "The page, *.html.")
     group.add_argument(
@@ -139,7 +139,7 @@ def write_page(
 
     if corpus is not None:
         check_source(corpus)  # before the model is opened
-    circuit, model, source = _open(circuit_source, model_source, device, task)
+    circuit, model, source = open_circuit(circuit_source, model_source, device, task)
     tokens = _passages(model, source, corpus)
     page = circuit.view(
         model,
@@ -176,7 +176,7 @@ def add_export(commands: Commands) -> None:
         "Write a circuit for other tools.",
         _run_export,
     )
-    _add_circuit(parser)
+    add_circuit(parser)
     add_out_file(
         parser.add_argument_group("the file"),
         "The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv or "
@@ -191,7 +191,7 @@ def _run_export(args: argparse.Namespace) -> None:
 
     check_export(args.out)
     check_new_file(args.out, args.overwrite)
-    circuit, model, _ = _open(args.circuit, args.model, args.device, args.task)
+    circuit, model, _ = open_circuit(args.circuit, args.model, args.device, args.task)
 
     from tl_sparse.circuits import export
 
@@ -208,7 +208,7 @@ def add_evaluate(commands: Commands) -> None:
         "Measure a circuit on held-out pairs.",
         _run_evaluate,
     )
-    _add_circuit(parser)
+    add_circuit(parser)
     group = parser.add_argument_group("the measurement, and the file")
     add_out_file(group, "A file for all results, *.json, from which `plot` draws.", required=False)
     group.add_argument(
@@ -250,7 +250,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
     if args.corpus is not None:
         check_source(args.corpus)  # before the model is opened
-    circuit, model, source = _open(args.circuit, args.model, args.device, args.task)
+    circuit, model, source = open_circuit(args.circuit, args.model, args.device, args.task)
     if args.corpus is not None or not circuit.means:
         if args.corpus is None:
             _say_whose_means(circuit, source, args.quiet)

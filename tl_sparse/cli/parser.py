@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import tl_sparse
 from tl_sparse.cli.arguments import Parser, help_formatter
+from tl_sparse.cli.certifying import add_certify
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.demo import add_demo
 from tl_sparse.cli.output import (
@@ -99,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_view(commands)
     add_export(commands)
     add_evaluate(commands)
+    add_certify(commands)
     add_plot(commands)
     add_demo(commands)
     return parser

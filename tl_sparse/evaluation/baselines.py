@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import torch
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import TLModel
 
 
+@checked()
 def check_measurable(circuit: Circuit, model: TLModel) -> None:
     """Check that a model can run under the circuit, and that the circuit has nodes.
 
@@ -22,6 +24,7 @@ def check_measurable(circuit: Circuit, model: TLModel) -> None:
         raise CircuitError("this circuit has no nodes, so there is nothing to measure")
 
 
+@checked()
 def random_circuits_like(circuit: Circuit, n_circuits: int, seed: int = 0) -> list[Circuit]:
     """Circuits of random nodes, as many at each hook point as `circuit` has there.
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.arguments import checked
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -25,6 +27,7 @@ class Estimate:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"
 
 
+@checked()
 def mean_of(values: Float[Tensor, " sample"]) -> Estimate:
     """The mean of independent values, such as one for each pair of prompts."""
     n = len(values)

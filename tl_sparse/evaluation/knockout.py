@@ -36,11 +36,11 @@ class Independence:
     easy. `Without.told_apart` asks about the answer alone.
 
     Attributes:
-        hsic: the Hilbert-Schmidt independence criterion of the two; NaN if it is not measured.
+        hsic: the Hilbert-Schmidt independence criterion of the two; None if it is not measured.
         p_value: that they are independent, by permuting the pairs of one run.
     """
 
-    hsic: float
+    hsic: float | None
     p_value: PValue
 
 

@@ -125,7 +125,7 @@ def independence_test(
     second: Float[Tensor, "pair feature"],
     n_permutations: int,
     seed: int,
-) -> tuple[float, PValue]:
+) -> tuple[float | None, PValue]:
     """The Hilbert-Schmidt independence criterion (HSIC) of two samples, and its permutation test.
 
     The null hypothesis is that the samples are independent. The statistic is
@@ -140,7 +140,7 @@ def independence_test(
     """
     n = len(first)
     if math.factorial(min(n, 20)) * SIGNIFICANT <= 1 or SIGNIFICANT * (1 + n_permutations) <= 1:
-        return math.nan, _too_few(n, "pairs")
+        return None, _too_few(n, "pairs")
     kernels = _centred_kernel(first), _centred_kernel(second)
     if kernels[0] is None or kernels[1] is None:
         return 0.0, PValue(1.0, n, "pairs", n_permutations)

@@ -1,4 +1,5 @@
 from .config import PruneConfig as PruneConfig
+from .means import as_corpus as as_corpus
 from .means import corpus_means as corpus_means
 from .pruner import prune as prune
 from .pruner import prune_edges as prune_edges

@@ -37,6 +37,7 @@ def gated_hooks(model: TLModel, embed: bool) -> list[str]:
     return [EMBED_HOOK, *hooks] if embed else hooks
 
 
+@checked("corpus")
 def as_corpus(corpus: object, model: TLModel) -> Int[Tensor, "seq pos"]:
     """The tokens of a corpus; if it is None, the sample in the folder the model was loaded from.
 

@@ -11,12 +11,12 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from tl_sparse.circuits import fingerprint
+from tl_sparse.circuits import hash_of_model, hash_of_tensor
 from tl_sparse.errors import DataError, SuiteError
-from tl_sparse.hooks import TLModel, is_sparse_model
+from tl_sparse.hooks import TLModel
+from tl_sparse.resuming import other_contents
 from tl_sparse.tasks import TASKS, get_task
 
 #: The pairs of a built-in task that its hash covers. They tell apart different versions of it.
@@ -31,22 +31,10 @@ def content_of_model(name: str, model: TLModel, tokens: Tensor) -> dict[str, str
         model: the model.
         tokens: the tokens [seq, pos] of its corpus.
     """
-    weights = hashlib.sha256()
-    weights.update(fingerprint(model).architecture.encode())
-    named = model.network.weights() if is_sparse_model(model) else model.named_parameters()
-    for parameter, values in named:
-        weights.update(parameter.encode())
-        weights.update(_bytes(values))
-    if model.tokenizer is not None:
-        vocabulary = json.dumps(model.tokenizer.get_vocab(), sort_keys=True)
-        weights.update(vocabulary.encode())
-    corpus = hashlib.sha256(_bytes(tokens))
-    return {f"model {name}": weights.hexdigest(), f"corpus of {name}": corpus.hexdigest()}
-
-
-def _bytes(values: Tensor) -> bytes:
-    flat = values.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    return {
+        f"model {name}": hash_of_model(model),
+        f"corpus of {name}": hash_of_tensor(tokens),
+    }
 
 
 def content_of_task(source: str) -> dict[str, str]:
@@ -69,15 +57,6 @@ def content_of_task(source: str) -> dict[str, str]:
         except OSError as error:
             raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     return {f"task {task.name}": hashlib.sha256(data).hexdigest()}
-
-
-def other_contents(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """For an error message: what has other contents now, of all that is in both."""
-    changes = []
-    for name in before:
-        if name in now and before[name] != now[name]:
-            changes.append(f"other contents of the {name}")
-    return changes
 
 
 def check_unchanged(expected: Mapping[str, str], found: Mapping[str, str]) -> None:

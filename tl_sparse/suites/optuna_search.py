@@ -25,13 +25,9 @@ from tl_sparse.files import write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, prune
 from tl_sparse.records import record_from
+from tl_sparse.resuming import other_contents
 from tl_sparse.suites import arguments
-from tl_sparse.suites.content import (
-    check_unchanged,
-    content_of_model,
-    content_of_task,
-    other_contents,
-)
+from tl_sparse.suites.content import check_unchanged, content_of_model, content_of_task
 from tl_sparse.suites.models import loaded, model_name, name_in_study
 from tl_sparse.suites.suite import refuse_another
 from tl_sparse.suites.workers import has_ended, in_processes, this_process

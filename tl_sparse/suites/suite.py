@@ -28,12 +28,12 @@ from tl_sparse.evaluation import Evaluation
 from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, prune, prune_edges
+from tl_sparse.resuming import changed_settings, other_contents
 from tl_sparse.suites import arguments
 from tl_sparse.suites.content import (
     check_unchanged,
     content_of_model,
     content_of_task,
-    other_contents,
 )
 from tl_sparse.suites.jobs import (
     EDGE_PRUNED,
@@ -252,25 +252,12 @@ def refuse_another(
         now: the current settings.
         others: what is different besides the settings, see `other_contents`.
     """
-    old = _flat(before)
-    changes = []
-    for name, value in _flat(now).items():
-        if old.get(name) != value:
-            changes.append(f"{name} = {old.get(name)!r}, now {value!r}")
-    changes += others
+    changes = [*changed_settings(before, now), *others]
     if changes:
         raise SuiteError(
             f"{place} was made with {'; '.join(changes)}. Continue with those, or give another "
             "folder or storage"
         )
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which the fields of `config` are at the top level."""
-    config = settings.get("config", {})
-    if not isinstance(config, dict):  # the file was damaged
-        config = {}
-    return {**settings, **config, "config": None}
 
 
 def run_job(setup: _Setup, job: Job) -> None:

@@ -1,0 +1,264 @@
+"""Making a certificate: what it holds, and how an interrupted one is continued."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model
+from tl_sparse.certificates import certifying
+from tl_sparse.certificates.certifying import certify
+from tl_sparse.certificates.efforts import QUICK, Effort
+from tl_sparse.certificates.record import Certificate, read_certificate
+from tl_sparse.certificates.sections import SECTIONS, Section
+from tl_sparse.certificates.text import certificate_text
+from tl_sparse.errors import (
+    CertificateError,
+    CheckpointError,
+    CircuitError,
+    ConfigError,
+    TokenizerError,
+)
+from tl_sparse.tasks.pairs import Pair
+from tl_sparse.tasks.task import Task
+
+#: Enough for the micro model, in which all prompts are alike.
+TINY = replace(
+    QUICK,
+    pairs=16,
+    subsets=4,
+    subset_pairs=4,
+    adversary_steps=3,
+    budgets=[1],
+    corpus_rows=4,
+    interchange_pairs=4,
+    tested_circuits=30,
+    tested_pairs=2,
+    part_pairs=8,
+    random_parts=4,
+    backup_candidates=2,
+)
+NAMES = [section.name for section in SECTIONS]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(certifying, "QUICK", TINY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return micro_model()
+
+
+@pytest.fixture(scope="module")
+def circuit(model):
+    return micro_circuit(model)
+
+
+def certified(circuit, model, **options):
+    given = {"task": MICRO_TASK, "corpus": micro_corpus(), "quick": True, "progress": False}
+    return certify(circuit, model, **(given | options))
+
+
+@pytest.fixture(scope="module")
+def certificate(circuit, model, tmp_path_factory):
+    """The certificate of the circuit on paper, and its folder."""
+    folder = tmp_path_factory.mktemp("certificate") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifying, "QUICK", TINY)
+        return certified(circuit, model, folder=folder), folder
+
+
+def results_of(certificate):
+    return {criterion.code: criterion.result for criterion in certificate.verdict}
+
+
+def test_the_circuit_on_paper_meets_what_can_be_told(certificate):
+    made, _ = certificate
+    results = results_of(made)
+    # It is all of the model that computes, so nothing outside can break or replace it.
+    for code in ("C1", "C4", "I1", "I2", "I4", "M1"):
+        assert results[code] == "met", code
+    # The micro tokenizer knows no word of the other tasks, and one node is as important as another.
+    assert results["C3"] == "not tested"
+    assert results["E1"] == "not tested"
+    assert results["C5"] == "not tested"
+    # With one node at each hook point, random circuits often are the circuit.
+    assert results["M3"] == "not met"
+
+
+def test_sections_measure_what_is_known_on_paper(certificate):
+    made, _ = certificate
+    assert made.sufficiency.alone == made.sufficiency.evaluation.circuit
+    assert made.sufficiency.alone.loss == pytest.approx(made.sufficiency.evaluation.full.loss)
+    assert [each.adversary.budget for each in made.sufficiency.attacks] == [1, None]
+    assert made.necessity.mean.told_apart.value == pytest.approx(0.5)
+    assert made.inside.summary.share == 1.0
+    assert made.minimality.indistinct == []
+
+
+def test_a_certificate_is_read_back_as_it_was(certificate):
+    made, folder = certificate
+    assert read_certificate(folder) == made
+    assert read_certificate(folder / "certificate.json") == made
+    assert Certificate.from_dict(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+
+
+def test_the_text_has_every_section_and_is_in_the_folder(certificate):
+    made, folder = certificate
+    text = certificate_text(made)
+    assert (folder / "certificate.txt").read_text() == text + "\n"
+    for number in (1, 2, 3, 4, 5, 6, 8, 10):
+        assert f"\n{number}. " in text
+    assert "rests on errors" not in text
+
+
+def test_a_finished_certificate_is_not_measured_again(circuit, model, certificate, monkeypatch):
+    made, folder = certificate
+    fail_at(monkeypatch, NAMES[0], AssertionError("it is measured again"))
+    assert certified(circuit, model, folder=folder) == made
+
+
+# --- interrupted, continued, refused
+
+
+def fail_at(monkeypatch, name, error, made=None):
+    """Sections that return those of the certificate `made` at once, and of which one fails."""
+
+    def measure(subject, section):
+        if section == name:
+            raise error
+        return getattr(made, section)
+
+    sections = []
+    for section in SECTIONS:
+        sections.append(
+            Section(section.name, section.title, partial(measure, section=section.name))
+        )
+    monkeypatch.setattr(certifying, "SECTIONS", tuple(sections))
+
+
+def test_an_interrupted_certificate_is_continued(
+    circuit, model, certificate, monkeypatch, tmp_path
+):
+    made, _ = certificate
+    with monkeypatch.context() as patch:
+        fail_at(patch, "inside", KeyboardInterrupt(), made)
+        with pytest.raises(CertificateError, match="2 of 8 sections are finished and kept in"):
+            certified(circuit, model, folder=tmp_path)
+    kept = read_certificate(tmp_path)
+    assert kept.likeness is not None
+    assert kept.inside is None
+    assert not kept.is_finished
+    assert "not finished" in certificate_text(kept)
+    fail_at(monkeypatch, "sufficiency", AssertionError("it is measured again"), made)
+    continued = certified(circuit, model, folder=tmp_path)
+    assert continued.sufficiency == kept.sufficiency
+    assert continued.verdict == made.verdict
+
+
+def test_without_a_folder_an_interruption_says_that_nothing_is_kept(circuit, model, monkeypatch):
+    fail_at(monkeypatch, "sufficiency", KeyboardInterrupt())
+    with pytest.raises(CertificateError, match="nothing is kept, because no folder was given"):
+        certified(circuit, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"seed": 1}, "seed = 0, now 1"),
+        ({"corpus": micro_corpus()[1:]}, "other contents of the corpus"),
+        ({"task": replace(MICRO_TASK, name="other")}, "task = 'micro', now 'other'"),
+    ],
+    ids=["seed", "corpus", "task"],
+)
+def test_another_certificate_in_the_folder_is_refused(
+    circuit, model, certificate, options, difference
+):
+    _, folder = certificate
+    with pytest.raises(CertificateError, match=difference):
+        certified(circuit, model, folder=folder, **options)
+
+
+def test_another_circuit_and_other_efforts_are_refused(circuit, model, certificate, monkeypatch):
+    _, folder = certificate
+    kept = dict(circuit.kept)
+    name = next(iter(kept))
+    kept[name] = kept[name].clone()
+    kept[name][1] = True
+    with pytest.raises(CertificateError, match="other contents of the circuit"):
+        certified(replace(circuit, kept=kept), model, folder=folder)
+    monkeypatch.setattr(certifying, "QUICK", replace(TINY, subsets=5))
+    with pytest.raises(CertificateError, match="subsets"):
+        certified(circuit, model, folder=folder)
+
+
+def test_a_folder_of_something_else_is_refused(circuit, model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"this one holds notes\.txt"):
+        certified(circuit, model, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda values: values.pop("settings"), "'settings' is missing"),
+        (lambda values: values.update(n_nodes="many"), "'n_nodes' is 'many'"),
+        (lambda values: values["settings"]["effort"].update(pairs=0), "pairs = 0"),
+    ],
+    ids=["missing", "wrong type", "impossible"],
+)
+def test_a_damaged_certificate_is_named(circuit, model, certificate, tmp_path, change, expected):
+    made, _ = certificate
+    values = dataclasses.asdict(made)
+    change(values)
+    (tmp_path / "certificate.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=expected):
+        certified(circuit, model, folder=tmp_path)
+    (tmp_path / "certificate.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"certificate\.json is not valid JSON"):
+        read_certificate(tmp_path)
+
+
+# --- bad input
+
+
+def test_circuits_that_cannot_be_measured_are_refused(circuit, model):
+    nothing = {name: mask & False for name, mask in circuit.kept.items()}
+    with pytest.raises(CircuitError, match="no nodes"):
+        certified(replace(circuit, kept=nothing), model)
+    with pytest.raises(CircuitError, match="no means"):
+        certified(replace(circuit, means={}), model)
+    other = micro_model()
+    other.blocks[0].attn.W_V.data *= 2
+    with pytest.raises(CircuitError, match="belongs to the model 'micro'"):
+        certified(circuit, other)
+
+
+def test_a_task_of_few_prompts_is_measured_as_far_as_that_goes(circuit, model):
+    pairs = [Pair(f"f{i} f1 A f2 end", f"f{i} f1 B f2 end", " yes", " no") for i in range(3)]
+    task = Task("few", "few", (" yes", " no"), lambda rng: rng.choice(pairs).prompts)
+    made = certified(circuit, model, task=task)
+    assert "task few has 3 pairs of distinct prompts" in made.sufficiency.no_attacks
+    assert made.necessity.p_equivalent.value is None
+    text = certificate_text(made)
+    assert "No adversaries: task few has 3 pairs" in text
+    assert "3 pairs: too few for a test" in text
+    assert results_of(made)["I2"] == "met"
+    assert results_of(made)["C1"] == "not tested"
+
+
+def test_a_task_without_prompts_is_an_error(circuit, model):
+    task = Task("none", "none", (" yes", " no"), MICRO_TASK.sample)
+    with pytest.raises(TokenizerError, match="not two different single tokens"):
+        certified(circuit, model, task=replace(task, candidates=(" nonsense", " no")))
+
+
+def test_efforts_are_checked():
+    with pytest.raises(ConfigError, match="subsets = 0 is not possible"):
+        Effort(subsets=0)
+    with pytest.raises(ConfigError, match="budgets"):
+        Effort(budgets=[0])

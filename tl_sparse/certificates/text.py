@@ -1,0 +1,102 @@
+"""A certificate as text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tl_sparse.arguments import checked
+from tl_sparse.certificates import behaviour, belonging
+from tl_sparse.certificates.findings import findings
+from tl_sparse.certificates.layout import SectionText, paragraph
+from tl_sparse.certificates.record import Certificate
+from tl_sparse.errors import counted
+from tl_sparse.parsing import printable
+from tl_sparse.tasks import table
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """How a section is written.
+
+    Attributes:
+        name: the field of the certificate.
+        title: its number and its question.
+        parts: the function that writes its tables and paragraphs.
+    """
+
+    name: str
+    title: str
+    parts: Callable[[Certificate], list[str]]
+
+
+_WRITERS = (
+    _Writer("sufficiency", "1. Is it sufficient?", behaviour.sufficiency_text),
+    _Writer("likeness", "2. Is it like the model, not only right?", behaviour.likeness_text),
+    _Writer("inside", "3. Is it like the model inside?", behaviour.inside_text),
+    _Writer("interchange", "4. Do other values move it as the model?", behaviour.interchange_text),
+    _Writer("necessity", "5. Is it necessary?", belonging.necessity_text),
+    _Writer("backups", "5. Backups", belonging.backups_text),
+    _Writer("minimality", "6. Is each part needed?", belonging.minimality_text),
+    _Writer("specificity", "8. Is it specific?", belonging.specificity_text),
+)
+
+
+@checked()
+def certificate_text(certificate: Certificate) -> str:
+    """A certificate as text, in which every number has its error and its baseline beside it."""
+    sections = [_head(certificate), str(verdict_text(certificate))]
+    sections += map(str, section_texts(certificate))
+    sections.append(_foot(certificate))
+    return "\n\n".join(sections)
+
+
+def section_texts(certificate: Certificate) -> list[SectionText]:
+    """The text of each section from 1 to 9, with what was found against the circuit on top."""
+    against = findings(certificate)
+    texts = []
+    for writer in _WRITERS:
+        if getattr(certificate, writer.name) is None:
+            reason = certificate.left_out.get(writer.name, "not measured yet")
+            texts.append(SectionText(writer.title, [paragraph(f"Left out: {printable(reason)}")]))
+            continue
+        parts = writer.parts(certificate)
+        found = [paragraph(f"False: {sentence}") for sentence in against.get(writer.name, [])]
+        if found:
+            parts.insert(0, "\n".join(found))
+        texts.append(SectionText(writer.title, parts))
+    return texts
+
+
+def verdict_text(certificate: Certificate) -> SectionText:
+    """Section 10, which stands on top."""
+    rows = []
+    for criterion in certificate.verdict:
+        rows.append([f"{criterion.code} {criterion.name}", criterion.result, criterion.numbers])
+    thresholds = [[each.code, each.threshold] for each in certificate.verdict]
+    about = paragraph(
+        "The criteria are those of the Mechanistic Validity catalogue to which these measurements "
+        "speak. There is no single score."
+    )
+    parts = [table(["criterion", "", "numbers"], rows), table(["", "met if"], thresholds), about]
+    if not certificate.is_finished:
+        parts = [paragraph("The certificate is not finished, so there is no verdict yet.")]
+    return SectionText("10. The verdict", parts)
+
+
+def _head(certificate: Certificate) -> str:
+    settings = certificate.settings
+    title = f"Certificate: {printable(settings.task)} in {printable(settings.model)}"
+    size = f"{counted(certificate.n_nodes, 'node')} of {certificate.n_candidates:,}"
+    if certificate.n_edges is not None:
+        size += f", {counted(certificate.n_edges, 'edge')}"
+    about = paragraph(
+        f"{size}. Measured on {counted(settings.n_pairs, 'held-out pair')}; where a section uses "
+        f"one ablation, it is {settings.ablation}, that of the search. Losses are cross-entropies "
+        "between the two answers in nats: 0.693 is chance. ± is one standard error.",
+    )
+    return f"{title}\n{'=' * len(title)}\n\n{about}"
+
+
+def _foot(certificate: Certificate) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in certificate.versions.items())
+    seconds = sum(certificate.seconds.values())
+    return paragraph(f"Made in {seconds:.0f} s with {versions}; seed {certificate.settings.seed}.")

@@ -1,0 +1,211 @@
+"""Section 10: which criteria of the Mechanistic Validity catalogue a circuit meets.
+
+There is no single score. Each criterion is met, not met, or not tested, by numbers that the
+certificate shows and thresholds that stand here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tl_sparse.certificates.derived import idle_parts, slope_of
+from tl_sparse.certificates.record import Certificate, Criterion
+from tl_sparse.certificates.sufficient import limit_in_words
+from tl_sparse.certificates.thresholds import (
+    FOLLOWS,
+    IDLE_PARTS,
+    LARGEST_SLOPE,
+    LOST,
+    PRECISE,
+    SPARED,
+    TOLD_APART,
+    WITHSTOOD,
+)
+
+MET, NOT_MET, NOT_TESTED = "met", "not met", "not tested"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A part of a criterion.
+
+    Attributes:
+        holds: whether the measured number passes.
+        number: the number, in words.
+    """
+
+    holds: bool
+    number: str
+
+
+def verdict(certificate: Certificate) -> list[Criterion]:
+    """The criteria, in the order of the catalogue."""
+    criteria = []
+    for code, name, threshold, conditions_of in _CRITERIA:
+        conditions = conditions_of(certificate)
+        if not conditions:
+            result, numbers = NOT_TESTED, "what it needs was left out"
+        else:
+            result = MET if all(each.holds for each in conditions) else NOT_MET
+            numbers = "; ".join(each.number for each in conditions)
+        criteria.append(Criterion(code, name, result, numbers, threshold))
+    return criteria
+
+
+# --- the conditions of each criterion; none if the sections that it needs were left out
+
+
+def _falsifiability(certificate: Certificate) -> list[Condition]:
+    measured = certificate.sufficiency
+    if measured is None or not measured.attacks:
+        return []
+    conditions = [_loss("worst subset", measured.subsets.worst.loss)]
+    for attack in measured.attacks:
+        limit = limit_in_words(attack.adversary.budget)
+        conditions.append(_loss(f"adversary with {limit}", attack.adversary.score.loss))
+    return conditions
+
+
+def _task_specificity(certificate: Certificate) -> list[Condition]:
+    measured = certificate.specificity
+    if measured is None or measured.mean_rise is None or measured.mean_random_rise is None:
+        return []
+    own = measured.own.rise.value
+    others = measured.mean_rise.value - measured.mean_random_rise.value
+    return [
+        Condition(own >= LOST, f"its task loses {own:.3f}"),
+        Condition(others <= SPARED, f"others lose {others:+.3f} beside random nodes"),
+    ]
+
+
+def _minimality(certificate: Certificate) -> list[Condition]:
+    measured = certificate.minimality
+    if measured is None:
+        return []
+    n_parts = len(measured.parts)
+    idle = idle_parts(measured)
+    return [
+        Condition(
+            len(idle) <= IDLE_PARTS * n_parts,
+            f"{len(idle)} of {n_parts} parts have no effect beyond noise or random parts",
+        )
+    ]
+
+
+def _necessity(certificate: Certificate) -> list[Condition]:
+    measured = certificate.necessity
+    if measured is None or measured.resample is None:
+        return []
+    conditions = []
+    for without in (measured.mean, measured.resample):
+        share = without.told_apart.value
+        conditions.append(
+            Condition(share <= TOLD_APART, f"{without.ablation}: {share:.0%} of pairs told apart")
+        )
+    return conditions
+
+
+def _sufficiency(certificate: Certificate) -> list[Condition]:
+    measured = certificate.sufficiency
+    if measured is None:
+        return []
+    target = certificate.settings.target_loss
+    loss = measured.alone.loss
+    return [Condition(loss <= target, f"loss {loss:.3f}, target {target:g}")]
+
+
+def _consistency(certificate: Certificate) -> list[Condition]:
+    measured = certificate.sufficiency
+    if measured is None or measured.evaluation.resample is None:
+        return []
+    return [
+        _loss("mean", measured.evaluation.circuit.loss),
+        _loss("zero", measured.evaluation.zero.loss),
+        _loss("resample", measured.evaluation.resample.loss),
+        _loss("worst subset", measured.subsets.worst.loss),
+    ]
+
+
+def _reach(certificate: Certificate) -> list[Condition]:
+    measured = certificate.interchange
+    if measured is None or measured.correlation is None:
+        return []
+    correlation = measured.correlation.value
+    conditions = [Condition(correlation >= FOLLOWS, f"correlation {correlation:.2f}")]
+    slope = slope_of(measured)
+    if slope is not None:
+        is_alike = 1 / LARGEST_SLOPE <= slope <= LARGEST_SLOPE
+        conditions.append(Condition(is_alike, f"slope {slope:.2f}"))
+    return conditions
+
+
+def _separation(certificate: Certificate) -> list[Condition]:
+    measured = certificate.necessity
+    if measured is None or measured.sufficiency.p_value.value is None:
+        return []
+    conditions = []
+    compared = {"alone": measured.sufficiency, "without it": measured.partial_necessity}
+    for name, against in compared.items():
+        conditions.append(Condition(against.p_value.is_significant, f"{name}: {against.p_value}"))
+    return conditions
+
+
+def _reliability(certificate: Certificate) -> list[Condition]:
+    measured = certificate.sufficiency
+    if measured is None or measured.evaluation.circuit.standard_error is None:
+        return []
+    error = measured.evaluation.circuit.standard_error
+    return [Condition(error <= PRECISE, f"standard error of the loss {error:.3f}")]
+
+
+def _not_tested(certificate: Certificate) -> list[Condition]:
+    return []
+
+
+def _loss(name: str, loss: float) -> Condition:
+    return Condition(loss <= WITHSTOOD, f"{name} {loss:.3f}")
+
+
+#: Code, name, threshold in words, and the function that gives the conditions.
+_CRITERIA: Sequence[tuple[str, str, str, Callable[[Certificate], list[Condition]]]] = (
+    (
+        "C1",
+        "falsifiability",
+        f"attempts to refute it fail: loss at most {WITHSTOOD} under subsets and adversaries",
+        _falsifiability,
+    ),
+    (
+        "C3",
+        "task specificity",
+        f"its task loses at least {LOST} without it, others at most {SPARED} more than random",
+        _task_specificity,
+    ),
+    ("C4", "minimality", f"at most {IDLE_PARTS:.0%} of parts without effect", _minimality),
+    ("C5", "convergence of methods", "other searches find the same", _not_tested),
+    (
+        "I1",
+        "necessity, two ablations",
+        f"at most {TOLD_APART:.0%} of pairs told apart without it (chance: 50%)",
+        _necessity,
+    ),
+    ("I2", "sufficiency", "loss at most the target of the search", _sufficiency),
+    (
+        "I4",
+        "consistency",
+        f"loss at most {WITHSTOOD} under each ablation and the worst subset",
+        _consistency,
+    ),
+    (
+        "E1",
+        "reach of interventions",
+        f"interchange as in the model: correlation at least {FOLLOWS}, slope within a factor of "
+        f"{LARGEST_SLOPE:g}",
+        _reach,
+    ),
+    (
+        "M3",
+        "baseline separation",
+        "better than 90% of random circuits, alone and without it: p < 0.05",
+        _separation,
+    ),
+    ("M1", "reliability", f"standard error of the loss at most {PRECISE}", _reliability),
+)
