@@ -26,6 +26,8 @@ from micro import (
     micro_corpus,
     micro_model,
 )
+from tl_sparse.certificates import certifying
+from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.view.contents import page_data
 from tl_sparse.view.page import SCRIPTS, WEB, Page
@@ -573,3 +575,64 @@ def test_sizes_and_times(n_layers, width, keep, opened, record_property):
     assert count(page, "path.edge") == n_edges
     assert count(page, ".node:not(.terminal)") == circuit.n_nodes
     page.hover(f"[data-name='{circuit.nodes[0]}'] circle", force=True)
+
+
+@pytest.fixture(scope="module")
+def certified():
+    """The contents of the page of a circuit with a certificate, in which little is measured."""
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifying, "SECTIONS", certifying.SECTIONS[2:3])
+        certificate = certifying.certify(
+            circuit, model, MICRO_TASK, corpus=micro_corpus(), quick=True, progress=False
+        )
+    hostile = [dataclasses.replace(each, numbers=HOSTILE[1]) for each in certificate.verdict]
+    left_out = {"necessity": HOSTILE[2], "likeness": HOSTILE[3]}
+    certificate = dataclasses.replace(certificate, verdict=hostile, left_out=left_out)
+    return page_data(circuit, model, MICRO_TASK, micro_corpus(), certificate=certificate)
+
+
+def test_a_page_without_a_certificate_has_no_such_section(data, opened):
+    page = opened(data)
+    assert not page.locator("#certificate-section").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 400])
+def test_the_certificate_is_shown_as_text(certified, opened, scheme, width):
+    page = opened(certified, color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    assert count(page, "#verdict tr") == 10
+    results = page.locator("#verdict td:nth-child(2)").all_inner_texts()
+    assert set(results) <= {"✓ met", "✗ not met", "– not tested"}
+    assert HOSTILE[1] in page.locator("#verdict tr").first.inner_text()
+    page.click("#certificate-texts summary:has-text('3. Is it like the model inside?')")
+    shown = page.locator("#certificate-texts details[open] pre").inner_text()
+    assert "0.attn_out 2" in shown
+    assert "hacked" not in page.evaluate("Object.keys(window)")
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) <= 0
+
+
+def test_the_certificate_of_another_circuit_is_not_shown(tmp_path):
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifying, "SECTIONS", ())
+        folder = tmp_path / "certificate"
+        made = certifying.certify(
+            circuit, model, MICRO_TASK, corpus=micro_corpus(), folder=folder, progress=False
+        )
+    own = page_data(circuit, model, MICRO_TASK, micro_corpus(), source=str(tmp_path))
+    assert own["certificate"]["verdict"][0]["code"] == "C1"
+    kept = {name: mask.clone() for name, mask in circuit.kept.items()}
+    kept["blocks.0.ln1.hook_read"][1] = True
+    other = dataclasses.replace(circuit, kept=kept)
+    with pytest.warns(UserWarning, match="is of another circuit"):
+        shown = page_data(other, model, MICRO_TASK, micro_corpus(), source=str(tmp_path))
+    assert shown["certificate"] is None
+    with pytest.raises(CircuitError, match="of another circuit"):
+        page_data(other, model, MICRO_TASK, micro_corpus(), certificate=made)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        page_data(circuit, model, MICRO_TASK, micro_corpus(), certificate=tmp_path / "none.json")

@@ -2,6 +2,8 @@ from .certifying import certify as certify
 from .efforts import FULL as FULL
 from .efforts import QUICK as QUICK
 from .efforts import Effort as Effort
+from .record import CERTIFICATE_FOLDER as CERTIFICATE_FOLDER
+from .record import CERTIFICATE_JSON as CERTIFICATE_JSON
 from .record import Certificate as Certificate
 from .record import Criterion as Criterion
 from .record import Settings as Settings
@@ -9,3 +11,4 @@ from .record import read_certificate as read_certificate
 from .sufficient import Attack as Attack
 from .sufficient import Sufficiency as Sufficiency
 from .text import certificate_text as certificate_text
+from .text import section_texts as section_texts

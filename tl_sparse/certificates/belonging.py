@@ -4,6 +4,7 @@ from tl_sparse.certificates.layout import (
     MOST_ROWS,
     NOTHING,
     estimate,
+    listed,
     number,
     paragraph,
     share,
@@ -123,6 +124,32 @@ def _backups_table(measured: Backups) -> str:
     )
     header = ["backup", "effect", "effect without the circuit", "growth", "p-value"]
     return table(header, rows)
+
+
+def relatives_text(certificate: Certificate) -> list[str]:
+    """The family of section 5."""
+    measured = certificate.relatives
+    assert measured is not None
+    rows = [
+        ["circuits of the same round", number(measured.overlap_within)],
+        ["circuits of different rounds", number(measured.overlap_between)],
+        ["random sets of nodes", number(measured.overlap_by_chance)],
+    ]
+    core = "No node is needed by every circuit."
+    if measured.core:
+        core = (
+            f"{counted(len(measured.core), 'node')} are needed by every circuit; "
+            f"{len(measured.core_in_circuit)} of them are in this one: {listed(measured.core)}."
+        )
+    rounds = counted(measured.n_rounds, "round")
+    return [
+        table(["nodes in common", "Jaccard index"], rows),
+        paragraph(f"{rounds} of forbidding what circuits share; ended: {measured.ending}.", core),
+        shows(
+            "whether there are other circuits of the task, and what all of them need.",
+            "which of them the model uses when none is forbidden.",
+        ),
+    ]
 
 
 def minimality_text(certificate: Certificate) -> list[str]:

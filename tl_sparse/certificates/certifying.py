@@ -1,5 +1,7 @@
 """Making a certificate, section by section, so that an interrupted one can be continued."""
 
+import hashlib
+import json
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -14,12 +16,13 @@ from tl_sparse.arguments import checked
 from tl_sparse.certificates.efforts import FULL, QUICK
 from tl_sparse.certificates.finite import check_finite
 from tl_sparse.certificates.record import (
-    JSON_FILE,
-    TEXT_FILE,
+    CERTIFICATE_JSON,
+    CERTIFICATE_TEXT,
     Certificate,
     Settings,
     read_certificate,
 )
+from tl_sparse.certificates.relatives import Relatives, relatives_of
 from tl_sparse.certificates.sections import SECTIONS, Section
 from tl_sparse.certificates.subject import Subject, subject_of
 from tl_sparse.certificates.text import certificate_text
@@ -83,7 +86,10 @@ def certify(
     check(batch_size >= 1, "batch_size", batch_size, "at least 1")
     check_measurable(circuit, model)
     subject = subject_of(circuit, model, task, corpus, QUICK if quick else FULL, batch_size, seed)
-    certificate = _empty(subject)
+    relatives = None
+    if family is not None:
+        relatives = relatives_of(circuit, Path(family), subject.data.task)
+    certificate = _empty(subject, relatives)
     place = None if folder is None else Path(folder)
     if place is not None:
         certificate = _begun(place, certificate)
@@ -98,11 +104,11 @@ def certify(
     certificate = replace(certificate, verdict=verdict(certificate))
     _save(certificate, place)
     if place is not None:
-        write_text(place / TEXT_FILE, certificate_text(certificate) + "\n")
+        write_text(place / CERTIFICATE_TEXT, certificate_text(certificate) + "\n")
     return certificate
 
 
-def _empty(subject: Subject) -> Certificate:
+def _empty(subject: Subject, relatives: Relatives | None) -> Certificate:
     """The certificate before anything is measured."""
     circuit = subject.circuit
     contents = {
@@ -112,7 +118,11 @@ def _empty(subject: Subject) -> Certificate:
     }
     if subject.corpus is not None:
         contents["corpus"] = hash_of_tensor(subject.corpus)
+    if relatives is not None:
+        described = json.dumps(asdict(relatives), sort_keys=True)
+        contents["family"] = hashlib.sha256(described.encode()).hexdigest()
     return Certificate(
+        relatives=relatives,
         settings=Settings(
             model=circuit.model_name,
             task=subject.data.task,
@@ -163,7 +173,7 @@ def _begun(folder: Path, empty: Certificate) -> Certificate:
         CertificateError: if it is of something else.
         ConfigError: if the folder holds anything else.
     """
-    path = folder / JSON_FILE
+    path = folder / CERTIFICATE_JSON
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             found = listing(folder)
@@ -186,7 +196,7 @@ def _begun(folder: Path, empty: Certificate) -> Certificate:
 
 def _save(certificate: Certificate, folder: Path | None) -> None:
     if folder is not None:
-        write_json(folder / JSON_FILE, asdict(certificate))
+        write_json(folder / CERTIFICATE_JSON, asdict(certificate))
 
 
 def _interrupted(certificate: Certificate, folder: Path | None) -> str:

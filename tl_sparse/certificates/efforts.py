@@ -29,11 +29,11 @@ class Effort:
         searches: whether stability and controls, which search for other circuits, are measured.
     """
 
-    pairs: int = 512
+    pairs: int = 256
     subsets: int = 64
-    subset_pairs: int = 64
+    subset_pairs: int = 32
     adversaries: int = 3
-    adversary_steps: int = 60
+    adversary_steps: int = 40
     budgets: list[int] = field(default_factory=lambda: [10, 30, 100, 300])
     corpus_rows: int = 32
     random_circuits: int = 4
@@ -63,9 +63,9 @@ FULL = Effort()
 QUICK = Effort(
     pairs=128,
     subsets=16,
-    subset_pairs=32,
+    subset_pairs=16,
     adversaries=1,
-    adversary_steps=30,
+    adversary_steps=20,
     budgets=[30],
     corpus_rows=8,
     random_circuits=2,

@@ -27,8 +27,13 @@ class SectionText:
     title: str
     parts: list[str] = field(default_factory=list)
 
+    @property
+    def body(self) -> str:
+        """The text without its title."""
+        return "\n\n".join(filter(None, self.parts))
+
     def __str__(self) -> str:
-        return "\n\n".join([f"{self.title}\n{'-' * len(self.title)}", *self.parts])
+        return f"{self.title}\n{'-' * len(self.title)}\n\n{self.body}"
 
 
 def paragraph(*sentences: str) -> str:

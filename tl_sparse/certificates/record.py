@@ -7,6 +7,7 @@ from typing import Any
 
 from tl_sparse.arguments import checked
 from tl_sparse.certificates.efforts import Effort
+from tl_sparse.certificates.relatives import Relatives
 from tl_sparse.certificates.sufficient import Sufficiency
 from tl_sparse.errors import CheckpointError, DataError
 from tl_sparse.evaluation import (
@@ -21,9 +22,10 @@ from tl_sparse.evaluation import (
 from tl_sparse.files import read_json
 from tl_sparse.records import record_from
 
-#: The files of a certificate in its folder.
-JSON_FILE = "certificate.json"
-TEXT_FILE = "certificate.txt"
+#: The folder of a certificate in that of its circuit, and its files there.
+CERTIFICATE_FOLDER = "certificate"
+CERTIFICATE_JSON = "certificate.json"
+CERTIFICATE_TEXT = "certificate.txt"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Certificate:
         interchange: section 4, do values from other prompts move it as they move the model?
         necessity: section 5, does the model need it?
         backups: section 5, which nodes take over when it is gone?
+        relatives: section 5, the circuit in the family of all circuits of its task; None if no
+            family is given.
         minimality: section 6, is each part of it needed?
         specificity: section 8, do other tasks do without it?
         verdict: section 10, criteria met, not met, and not tested; empty until all other sections
@@ -109,6 +113,7 @@ class Certificate:
     interchange: Interchange | None = None
     necessity: Necessity | None = None
     backups: Backups | None = None
+    relatives: Relatives | None = None
     minimality: Minimality | None = None
     specificity: Specificity | None = None
     verdict: list[Criterion] = field(default_factory=list)
@@ -143,7 +148,7 @@ def read_certificate(path: str | Path) -> Certificate:
     """
     path = Path(path)
     if path.is_dir():
-        path /= JSON_FILE
+        path /= CERTIFICATE_JSON
     values = read_json(path)
     try:
         return Certificate.from_dict(values)

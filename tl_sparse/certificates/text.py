@@ -35,9 +35,14 @@ _WRITERS = (
     _Writer("interchange", "4. Do other values move it as the model?", behaviour.interchange_text),
     _Writer("necessity", "5. Is it necessary?", belonging.necessity_text),
     _Writer("backups", "5. Backups", belonging.backups_text),
+    _Writer("relatives", "5. The family of all circuits", belonging.relatives_text),
     _Writer("minimality", "6. Is each part needed?", belonging.minimality_text),
     _Writer("specificity", "8. Is it specific?", belonging.specificity_text),
 )
+
+
+_NOT_YET = "not measured yet"
+_MISSING = {"relatives": "no family was given (`tl-sparse family` searches for all circuits)"}
 
 
 @checked()
@@ -49,13 +54,14 @@ def certificate_text(certificate: Certificate) -> str:
     return "\n\n".join(sections)
 
 
+@checked()
 def section_texts(certificate: Certificate) -> list[SectionText]:
     """The text of each section from 1 to 9, with what was found against the circuit on top."""
     against = findings(certificate)
     texts = []
     for writer in _WRITERS:
         if getattr(certificate, writer.name) is None:
-            reason = certificate.left_out.get(writer.name, "not measured yet")
+            reason = certificate.left_out.get(writer.name, _MISSING.get(writer.name, _NOT_YET))
             texts.append(SectionText(writer.title, [paragraph(f"Left out: {printable(reason)}")]))
             continue
         parts = writer.parts(certificate)

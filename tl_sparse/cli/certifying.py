@@ -14,9 +14,6 @@ from tl_sparse.cli.arguments import (
 from tl_sparse.cli.circuits import add_circuit, open_circuit
 from tl_sparse.errors import ConfigError, DataError
 
-#: The folder of the certificate in the folder of its circuit.
-FOLDER = "certificate"
-
 
 def add_certify(commands: Commands) -> None:
     """Add the command `certify` to the parser."""
@@ -96,12 +93,14 @@ def _folder(out: str | None, circuit: str) -> Path:
     """
     if out is not None:
         return Path(out)
+    from tl_sparse.certificates import CERTIFICATE_FOLDER
+
     if not Path(circuit).is_dir():
         raise ConfigError(
             f"{circuit} is not a folder, so the certificate needs one of its own; give it with "
             "--out FOLDER"
         )
-    return Path(circuit, FOLDER)
+    return Path(circuit, CERTIFICATE_FOLDER)
 
 
 def _corpus(model: Any, source: str, corpus: str | None) -> Any:

@@ -83,6 +83,12 @@ def add_view(commands: Commands) -> None:
         "the sample that is stored with the model).",
     )
     group.add_argument(
+        "--certificate",
+        metavar="FILE",
+        help="The circuit's certificate.json (default: the one that `certify` wrote into the "
+        "folder of the circuit, if it did).",
+    )
+    group.add_argument(
         "--prompt",
         action="append",
         default=[],
@@ -115,6 +121,7 @@ def _run_view(args: argparse.Namespace) -> None:
         device=args.device,
         min_weight=args.min_weight,
         prompts=args.prompt,
+        certificate=args.certificate,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
@@ -131,6 +138,7 @@ def write_page(
     device: str | None = None,
     min_weight: float = 0.0,
     prompts: Sequence[str] = (),
+    certificate: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
@@ -149,6 +157,7 @@ def write_page(
         prompts=prompts,
         source=circuit_source,
         progress=progress,
+        certificate=certificate,
     )
     page.save(out, overwrite)
     return len(page.html)

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.certificates import Certificate
 from tl_sparse.checkpoints import load_corpus
 from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
@@ -28,6 +30,7 @@ from tl_sparse.view.activations import (
     part_of_corpus,
     strongest_passages,
 )
+from tl_sparse.view.certified import certificate_to_show
 from tl_sparse.view.cuts import (
     circuits_by_size,
     faithfulness_by_size,
@@ -64,6 +67,7 @@ class PageContents:
         prompts: single prompts of the user's own, then pairs of the task.
         curve: the faithfulness curve; see `cuts.faithfulness_by_size`.
         corpus_tokens: the number of tokens of the corpus that were run.
+        certificate: the circuit's certificate; see `certified.certificate_to_show`.
     """
 
     summary: dict[str, Any]
@@ -74,6 +78,7 @@ class PageContents:
     prompts: list[list[PromptSide]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)
     corpus_tokens: int = 0
+    certificate: dict[str, Any] | None = None
 
     def as_json(self, circuit: Circuit) -> dict[str, Any]:
         """The JSON values that page.js reads."""
@@ -89,6 +94,7 @@ class PageContents:
             "ends": self.ends,
             "vocab": self.vocabulary.texts,
             "caps": _stated_limits(circuit, self.corpus_tokens),
+            "certificate": self.certificate,
         }
 
 
@@ -103,6 +109,7 @@ def page_data(
     prompts: Sequence[str] = (),
     source: str = "",
     progress: bool = True,
+    certificate: Certificate | str | Path | None = None,
 ) -> dict[str, Any]:
     """The contents of a page about the circuit, as JSON values.
 
@@ -119,8 +126,12 @@ def page_data(
         prompts: prompts of the user's own, whose values the page shows too.
         source: the folder or repository of the circuit, for the commands that the page shows.
         progress: show progress bars while the effects of nodes and the sizes are measured.
+        certificate: the circuit's certificate, or its file; by default the one in the folder
+            `source`, if there is one.
 
     Raises:
+        CheckpointError: if the file of the certificate is missing or damaged.
+        CircuitError: if it is the certificate of another circuit.
         ConfigError: if `min_weight` is negative, or not a finite number.
         CircuitError: if the circuit has no nodes, is too large to draw (the message suggests a
             `min_weight`), or belongs to another model.
@@ -130,6 +141,7 @@ def page_data(
     check(0 <= min_weight < math.inf, "min_weight", min_weight, "a number of at least 0")
     nodes, edges = drawn(circuit, model, min_weight)
     own = own_prompts(model, prompts)
+    shown_certificate = certificate_to_show(circuit, certificate, source)
     task = _task_to_show(circuit, model, task)
     vocabulary = Vocabulary(model.tokenizer)
     page = PageContents(
@@ -138,6 +150,7 @@ def page_data(
         edges=_numbered(edges, nodes),
         ends=page_ends(model, nodes, task, vocabulary),
         vocabulary=vocabulary,
+        certificate=shown_certificate,
     )
     sizes: list[Circuit] = []
     shown = []

@@ -34,6 +34,7 @@ SCRIPTS = (
     "prompts.js",
     "curve.js",
     "heading.js",
+    "certificate.js",
     "download.js",
     "controls.js",
 )

@@ -254,6 +254,7 @@ function showAll() {
 prepare();
 readPermalink();
 showHeading();
+showCertificate();
 showAll();
 if (state.pinned) reveal(state.pinned);
 listen();

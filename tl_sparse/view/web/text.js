@@ -3,7 +3,7 @@
 // The texts of the data are untrusted. They only ever become text nodes or attribute values.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { nodes, edges, summary, ends, prompts, ladder, caps } = data;
+const { nodes, edges, summary, ends, prompts, ladder, caps, certificate } = data;
 
 function byId(id) {
   return document.getElementById(id);
