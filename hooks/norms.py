@@ -47,13 +47,14 @@ def check_norms_can_be_held(model: TLModel) -> None:
     device = next(model.parameters()).device
     tokens = torch.arange(2, device=device)[None]
     as_it_is = model(tokens)
-    for name in norm_scale_hooks(model):
-        with hooked(model, {name: lambda scale, hook: 2 * scale}):
-            if torch.equal(model(tokens), as_it_is):
-                raise UnsupportedError(
-                    f"{type(model).__name__} does not read the scale of its norm from {name}, so "
-                    "it cannot be held"
-                )
+    double = {name: lambda scale, hook: 2 * scale for name in norm_scale_hooks(model)}
+    with hooked(model, double):
+        doubled = model(tokens)
+    if torch.equal(doubled, as_it_is):
+        raise UnsupportedError(
+            f"{type(model).__name__} does not read the scales of its norms from its hook points, "
+            "so they cannot be held"
+        )
 
 
 @checked()

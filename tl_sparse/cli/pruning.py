@@ -26,7 +26,7 @@ PRUNING_FLAGS = {
         "target_loss objective method ablation means_over freeze_norms necessity ablated_accuracy "
         "exclude include allow_failing_model exchanges restarts seed batch_size"
     ),
-    "robustness": "robust subsets adversaries adversary_steps adversary_budget",
+    "robustness": "robust subsets subset_pairs adversaries adversary_steps adversary_budget",
     "the gates": (
         "steps pairs_per_step k_coef steer_to steer_rate steer_now lr beta1 beta2 weight_decay "
         "grad_clip warm_start init_bias init_scale temperature tied_qk embed_gates"

@@ -127,7 +127,7 @@ def learned_subset(
         Hook point → mask of the nodes that are left, none of which is in the circuit.
 
     Raises:
-        ConfigError: for an impossible `budget`, `steps` or `pairs_per_step`.
+        ConfigError: for an impossible `budget`, `steps`, `lr` or `pairs_per_step`.
         CircuitError: if `model` is not the circuit's model, or the circuit has no means.
     """
     n_outside = circuit.n_candidates - circuit.n_nodes
@@ -135,6 +135,7 @@ def learned_subset(
         check(budget >= 0, "budget", budget, "at least 0, or None for no limit")
         budget = min(budget, n_outside)
     check(steps >= 1, "steps", steps, "at least 1")
+    check(lr > 0, "lr", lr, "above 0")
     circuit.check_model(model)
     circuit.check_means()
     device = next(model.parameters()).device

@@ -19,6 +19,7 @@ _COUNTS = (
     "ranking_pairs",
     "cleanup_pairs",
     "subsets",
+    "subset_pairs",
     "adversary_steps",
 )
 
@@ -45,6 +46,7 @@ class PruneConfig:
             ascent. With "none", as in the paper, all are held at once, and errors can cancel.
         subsets: the number of random subsets under which a robust circuit must reach the target
             loss.
+        subset_pairs: the number of selection pairs on which each subset is tried.
         adversaries: the number of times that a fresh adversary attacks the chosen circuit. If it
             raises the loss above the target, its subset is added to those that the circuit must
             withstand, and the size is chosen again.
@@ -118,7 +120,8 @@ class PruneConfig:
         "learned"
     )
     robust: Literal["none", "subsets", "adversary"] = "none"
-    subsets: int = 8
+    subsets: int = 24
+    subset_pairs: int = 48
     adversaries: int = 3
     adversary_steps: int = 60
     adversary_budget: float = 1.0

@@ -83,9 +83,11 @@ class Criterion:
     def _withstands(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         """Whether the circuit reaches the target loss under each of the first subsets.
 
-        They are tried on `cleanup_pairs` pairs, since there are many of them.
+        They are tried on `subset_pairs` pairs, since there are many of them.
         """
-        some_pairs = data.pairs(range(min(self.config.cleanup_pairs, data.n_pairs)))
+        n_pairs = min(self.config.subset_pairs, data.n_pairs)
+        # At even intervals, since a representative sample is sorted by loss.
+        some_pairs = data.pairs([i * data.n_pairs // n_pairs for i in range(n_pairs)])
         for i, subset in enumerate(self.subsets[:n_subsets]):
             if self.loss(circuit, some_pairs, subset) > self.config.target_loss:
                 self.subsets.insert(0, self.subsets.pop(i))
