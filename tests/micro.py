@@ -83,6 +83,37 @@ def micro_model(tokenizer=None):
     return model
 
 
+def cancelling_model():
+    """The answer is carried by three value channels of weights 1, 3 and -3, of which two cancel.
+
+    A circuit of the first or the second channel alone is as sure of the answer as the model, or
+    surer. It is wrong, or knows nothing, when the third is as it is in the model. The first two
+    together are right whatever is held: their weights add up to 4, or to 1 with the third.
+    """
+    tokenizer = micro_tokenizer()
+    config = tl_sparse.SparseConfig(
+        n_layers=1,
+        d_model=4,
+        n_heads=1,
+        d_head=3,
+        d_mlp=2,
+        d_vocab=len(VOCABULARY),
+        n_ctx=8,
+        act_fn="relu",
+    )
+    model = tl_sparse.create(config, seed=0, tokenizer=tokenizer, device="cpu")
+    original = micro_model(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name in ("embed.W_E", "unembed.W_U", "ln_final.w", "blocks.0.ln1.w", "blocks.0.ln2.w"):
+            model.get_parameter(name).copy_(original.get_parameter(name))
+        block = model.blocks[0]
+        block.attn.W_V[0, 0] = W_V
+        block.attn.W_O[0, :, 2] = W_O * torch.tensor([1.0, 3.0, -3.0])
+    return model
+
+
 def _sample(rng: random.Random) -> tuple[str, str]:
     before, between, after = [rng.choice(FILLERS) for _ in range(3)]
     return f"{before} {between} A {after} end", f"{before} {between} B {after} end"

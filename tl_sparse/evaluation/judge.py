@@ -19,7 +19,13 @@ from tl_sparse.evaluation.baselines import random_circuits_like, without_nodes
 from tl_sparse.evaluation.holding import holding_nodes
 from tl_sparse.evaluation.removal import effects
 from tl_sparse.evaluation.running import RunContext, all_logits, all_next_token_logits
-from tl_sparse.evaluation.scores import Ablation, Evaluation, SizedScore
+from tl_sparse.evaluation.scores import (
+    OBJECTIVES,
+    Ablation,
+    Evaluation,
+    Objective,
+    SizedScore,
+)
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import (
     TASKS,
@@ -209,6 +215,7 @@ def evaluate(
         n_nodes=circuit.n_nodes,
         n_edges=n_edges,
         target_loss=_target_loss(circuit),
+        objective=_objective(circuit),
     )
 
 
@@ -217,6 +224,13 @@ def _target_loss(circuit: Circuit) -> float | None:
     config = circuit.measured.get("config")
     target_loss = config.get("target_loss") if isinstance(config, dict) else None
     return target_loss if isinstance(target_loss, float) else None
+
+
+def _objective(circuit: Circuit) -> Objective:
+    """The objective of the search that found the circuit; the paper's if it is not recorded."""
+    config = circuit.measured.get("config")
+    recorded = config.get("objective") if isinstance(config, dict) else None
+    return recorded if recorded in OBJECTIVES else "candidates"
 
 
 @checked()

@@ -67,13 +67,13 @@ def objective_losses(
     return divergences.sum(1)
 
 
-@checked()
+@checked("objective")
 def objective_loss(model: TLModel, data: TaskData, objective: Objective) -> Float[Tensor, ""]:
     """The mean loss of the prompts, through which gradients flow."""
     return objective_losses(next_token_logits(model, data), data, objective).mean()
 
 
-@checked()
+@checked("objective")
 @torch.no_grad()
 def all_objective_losses(
     model: TLModel,

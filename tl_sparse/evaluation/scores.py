@@ -22,6 +22,13 @@ ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 Objective = Literal["candidates", "model", "next_token"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
+#: Objective → what its loss is called.
+_LOSS_NAMES = {
+    "candidates": "task loss",
+    "model": "divergence from the model",
+    "next_token": "loss among all tokens",
+}
+
 #: If the logit differences of the full model and of no nodes differ by less, faithfulness, which
 #: divides by their difference, would be noise.
 LEAST_DIFFERENCE = 0.1
@@ -47,6 +54,7 @@ class Evaluation:
             were written before it was measured.
         target_loss: the loss that the search had to reach on its selection pairs; None if the
             circuit does not record it.
+        objective: what that loss measures; see `Objective`.
     """
 
     full: Score
@@ -59,11 +67,25 @@ class Evaluation:
     n_edges: int
     empty: Score | None = None
     target_loss: float | None = None
+    objective: str = "candidates"
+
+    @property
+    def reached_loss(self) -> float | None:
+        """The circuit's loss by its own objective; None if that was not measured."""
+        if self.objective == "candidates":
+            return self.circuit.loss
+        next_token = self.circuit.next_token
+        if next_token is None:
+            return None
+        return next_token.kl if self.objective == "model" else next_token.loss
 
     @property
     def misses_target(self) -> bool:
         """Whether the circuit alone misses the target loss on these pairs."""
-        return self.target_loss is not None and self.circuit.loss > self.target_loss
+        reached = self.reached_loss
+        if self.target_loss is None or reached is None:
+            return False
+        return reached > self.target_loss
 
     def faithfulness(self, score: Score) -> float | None:
         """How far a run goes from no circuit at all (0) to the full model (1).
@@ -135,10 +157,10 @@ def scores_table(evaluation: Evaluation) -> str:
         _BETWEEN_ANSWERS,
     ]
     if evaluation.misses_target:
+        loss = f"{_LOSS_NAMES[evaluation.objective]} is {evaluation.reached_loss:.3f}"
         sections.append(
-            f"  The circuit misses the target on these pairs: its task loss is "
-            f"{evaluation.circuit.loss:.3f}, and it had to be at most {evaluation.target_loss:g} "
-            "on the pairs that selected it."
+            f"  The circuit misses the target on these pairs: its {loss}, and it had to be at most "
+            f"{evaluation.target_loss:g} on the pairs that selected it."
         )
     rows = []
     for name, score in scores.items():

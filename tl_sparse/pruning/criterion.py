@@ -12,7 +12,11 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
 
 #: A quick test tries only so many subsets: those that have made circuits fail most recently.
-_QUICK = 3
+_QUICK_SUBSETS = 3
+#: A circuit fails clearly if its loss on a few pairs is larger than the target by this factor.
+_CLEARLY = 1.5
+#: So many pairs are a few.
+_FEW = 24
 
 
 class Criterion:
@@ -65,15 +69,22 @@ class Criterion:
         without = holding_nodes(circuit, self.model, self.config.ablation, inverted=True)
         return score(self.model, data, self.config.batch_size, without).accuracy
 
-    def passes(self, circuit: Circuit, data: TaskData, *, quick: bool = False) -> bool:
-        """Whether the circuit is sufficient and necessary on these pairs.
+    def passes(self, circuit: Circuit, data: TaskData) -> bool:
+        """Whether the circuit is sufficient and necessary on these pairs."""
+        return self._passes(circuit, data, len(self.subsets))
 
-        Args:
-            quick: try only some of the subsets.
+    def passes_quickly(self, circuit: Circuit, data: TaskData) -> bool:
+        """The same in less time: only some of the subsets are tried, and a circuit that clearly
+        fails on a few of the pairs is not tried on the others.
         """
+        limit = _CLEARLY * self.config.target_loss
+        if self.loss(circuit, few_of(data)) > limit:
+            return False
+        return self._passes(circuit, data, _QUICK_SUBSETS)
+
+    def _passes(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         if self.loss(circuit, data) > self.config.target_loss:
             return False
-        n_subsets = _QUICK if quick else len(self.subsets)
         if not self._withstands(circuit, data, n_subsets):
             return False
         if self.config.ablated_accuracy == 1:
@@ -85,11 +96,23 @@ class Criterion:
 
         They are tried on `subset_pairs` pairs, since there are many of them.
         """
-        n_pairs = min(self.config.subset_pairs, data.n_pairs)
-        # At even intervals, since a representative sample is sorted by loss.
-        some_pairs = data.pairs([i * data.n_pairs // n_pairs for i in range(n_pairs)])
+        some_pairs = evenly(data, self.config.subset_pairs)
         for i, subset in enumerate(self.subsets[:n_subsets]):
             if self.loss(circuit, some_pairs, subset) > self.config.target_loss:
                 self.subsets.insert(0, self.subsets.pop(i))
                 return False
         return True
+
+
+def evenly(data: TaskData, n_pairs: int) -> TaskData:
+    """`n_pairs` of the pairs, or all if there are fewer.
+
+    They are at even intervals, so that of pairs that are sorted by their loss, they represent all.
+    """
+    n_pairs = min(n_pairs, data.n_pairs)
+    return data.pairs([i * data.n_pairs // n_pairs for i in range(n_pairs)])
+
+
+def few_of(data: TaskData) -> TaskData:
+    """Enough of the pairs to see roughly what the loss is."""
+    return evenly(data, _FEW)

@@ -1,15 +1,21 @@
-"""Trying nodes outside a circuit in place of two of its own."""
+"""Trying nodes outside a circuit in place of two of its own.
+
+Learned gates close together, and a node that could do the work of two others may close before it
+shows. These trials, each of which runs the circuit, find such nodes.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.errors import counted
+from tl_sparse.pruning.criterion import Criterion, few_of
 from tl_sparse.pruning.gates import gated_loss
 from tl_sparse.pruning.phases import phase
 from tl_sparse.pruning.ranking import Ranking
@@ -35,114 +41,120 @@ class ExchangeData:
 
 
 def exchanged(
-    circuit: Circuit,
-    ranking: Ranking,
-    criterion: Criterion,
-    data: ExchangeData,
-    progress: bool,
+    circuit: Circuit, ranking: Ranking, criterion: Criterion, data: ExchangeData, progress: bool
 ) -> Circuit:
     """The circuit, in which two nodes at a time are replaced by one, as long as it passes.
 
-    The nodes outside that are tried are those that would lower the loss most, to first order. Each
-    trial is a run of the circuit.
+    Nodes outside are tried in the order of how much they would lower the loss, to first order.
     """
     n_tried = criterion.config.exchanges
     with phase("exchanging nodes", progress, n_tried, "node") as bar:
-        kept = ranking.gates.of_nodes(circuit.kept)
-        tried = torch.zeros_like(kept)
-        while int(tried.sum()) < n_tried:
-            outside = _outside(kept, tried, ranking, criterion, data.train)
-            removals = _removals(circuit, kept, ranking, criterion, data.some)
-            n_left = n_tried - int(tried.sum())
-            found = None
-            for added in outside[:n_left]:
-                bar.update()
-                tried[added] = True
-                found = _exchange(circuit, kept, added, removals, ranking, criterion, data)
-                if found is not None:
-                    break
-            if found is None:
+        exchanges = _Exchanges(circuit, ranking, criterion, data, bar)
+        while n_tried > 0:
+            n_before = exchanges.n_tried
+            found = exchanges.exchange_one(n_tried)
+            if not found:
                 break
-            kept = found
-            bar.set_postfix_str(f"{int(kept.sum())} nodes")
-    return ranking.with_gates(circuit, kept)
+            n_tried -= exchanges.n_tried - n_before
+    return ranking.with_gates(circuit, exchanges.kept)
 
 
-def _outside(
-    kept: Bool[Tensor, " gate"],
-    tried: Bool[Tensor, " gate"],
-    ranking: Ranking,
-    criterion: Criterion,
-    train: TaskData,
-) -> list[int]:
-    """The gates outside the circuit that would lower the loss, the best to first order first."""
-    config = criterion.config
-    pairs = train.pairs(range(min(config.ranking_pairs, train.n_pairs)))
-    openings = kept.to(ranking.gates.tau).requires_grad_()
-    loss = gated_loss(criterion.model, ranking.gates, pairs, config, openings)
-    (slopes,) = torch.autograd.grad(loss, openings)
-    slopes[kept | tried | ranking.fixed.excluded] = torch.inf
-    order = slopes.argsort()
-    return order[: int((slopes < 0).sum())].tolist()
-
-
-@dataclass(frozen=True)
-class _Removals:
-    """The loss of a circuit, and by how much it rises without each of its gates.
+class _Exchanges:
+    """Exchanges of nodes in one circuit.
 
     Attributes:
-        loss: the loss of the circuit.
-        gates: the gates that can be removed, in the order of their `rises`.
-        rises: the rise of the loss without each of them.
+        kept: the gates of the circuit's nodes, after the exchanges so far.
+        tried: the gates of nodes outside that have been tried.
     """
 
-    loss: float
-    gates: list[int]
-    rises: list[float]
+    def __init__(
+        self,
+        circuit: Circuit,
+        ranking: Ranking,
+        criterion: Criterion,
+        data: ExchangeData,
+        bar: Any,
+    ) -> None:
+        self.circuit = circuit
+        self.ranking = ranking
+        self.criterion = criterion
+        self.data = data
+        self.few = few_of(data.some)
+        self.bar = bar
+        self.kept = ranking.gates.of_nodes(circuit.kept)
+        self.tried = torch.zeros_like(self.kept)
 
-    def pairs(self, room: float) -> Iterator[tuple[int, int]]:
-        """The two gates of each pair whose rises fit into `room`, if they add up."""
-        for i, j in combinations(range(len(self.gates)), 2):
-            if self.rises[i] + self.rises[j] <= room:
-                yield self.gates[i], self.gates[j]
+    @property
+    def n_tried(self) -> int:
+        """The number of nodes outside that have been tried."""
+        return int(self.tried.sum())
+
+    def exchange_one(self, n_most: int) -> bool:
+        """Try nodes outside, at most so many, until one is exchanged; whether one was.
+
+        Each exchange changes what all other nodes do, so their effects are then measured again.
+        """
+        rises = self._rises()
+        for added in self._outside()[:n_most]:
+            self.tried[added] = True
+            self.bar.update()
+            if self._exchange(added, rises):
+                return True
+        return False
+
+    def _outside(self) -> list[int]:
+        """The gates outside that have not been tried, those that lower the loss most first."""
+        config = self.criterion.config
+        pairs = few_of(self.data.train)
+        openings = self.kept.to(self.ranking.gates.tau).requires_grad_()
+        loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings)
+        (slopes,) = torch.autograd.grad(loss, openings)
+        slopes[self.kept | self.tried | self.ranking.fixed.excluded] = torch.inf
+        n_lower = int((slopes < 0).sum())
+        return slopes.argsort()[:n_lower].tolist()
+
+    def _rises(self) -> dict[int, float]:
+        """Gate of the circuit → the loss without its node, less the loss with it.
+
+        Gates whose nodes are always used are left out. The lowest rise comes first.
+        """
+        whole_loss = self._loss(self.kept)
+        rises = {}
+        for gate in (self.kept & ~self.ranking.fixed.included).nonzero().flatten().tolist():
+            rises[gate] = self._loss(self._changed(removed=[gate])) - whole_loss
+        return dict(sorted(rises.items(), key=lambda item: item[1]))
+
+    def _exchange(self, added: int, rises: dict[int, float]) -> bool:
+        """Add one gate and remove two, if that passes."""
+        loss = self._loss(self.kept)
+        gain = loss - self._loss(self._changed(added=[added]))
+        # With the new node, others may matter less than before: twice its gain allows for that.
+        room = self.criterion.config.target_loss - loss + 2 * gain
+        for pair in islice(_pairs_within(rises, room), _PAIRS_TRIED):
+            kept = self._changed(added=[added], removed=pair)
+            circuit = self.ranking.with_gates(self.circuit, kept)
+            if not self.criterion.passes_quickly(circuit, self.data.some):
+                continue
+            if self.criterion.passes(circuit, self.data.selection):
+                self.kept = kept
+                self.bar.set_postfix_str(counted(int(kept.sum()), "node"))
+                return True
+        return False
+
+    def _changed(
+        self, added: list[int] | None = None, removed: list[int] | None = None
+    ) -> Bool[Tensor, " gate"]:
+        kept = self.kept.clone()
+        kept[added or []] = True
+        kept[removed or []] = False
+        return kept
+
+    def _loss(self, kept: Bool[Tensor, " gate"]) -> float:
+        return self.criterion.loss(self.ranking.with_gates(self.circuit, kept), self.few)
 
 
-def _removals(
-    circuit: Circuit,
-    kept: Bool[Tensor, " gate"],
-    ranking: Ranking,
-    criterion: Criterion,
-    pairs: TaskData,
-) -> _Removals:
-    whole_loss = criterion.loss(ranking.with_gates(circuit, kept), pairs)
-    rise_of = {}
-    for gate in (kept & ~ranking.fixed.included).nonzero().flatten().tolist():
-        fewer = kept.clone()
-        fewer[gate] = False
-        rise_of[gate] = criterion.loss(ranking.with_gates(circuit, fewer), pairs) - whole_loss
-    lowest_first = sorted(rise_of, key=rise_of.__getitem__)
-    return _Removals(whole_loss, lowest_first, [rise_of[gate] for gate in lowest_first])
-
-
-def _exchange(
-    circuit: Circuit,
-    kept: Bool[Tensor, " gate"],
-    added: int,
-    removals: _Removals,
-    ranking: Ranking,
-    criterion: Criterion,
-    data: ExchangeData,
-) -> Bool[Tensor, " gate"] | None:
-    """The circuit with the gate `added` and without two others; None if none of them passes."""
-    larger = kept.clone()
-    larger[added] = True
-    gain = removals.loss - criterion.loss(ranking.with_gates(circuit, larger), data.some)
-    room = criterion.config.target_loss - removals.loss + 2 * gain
-    for removed in islice(removals.pairs(room), _PAIRS_TRIED):
-        smaller = larger.clone()
-        smaller[list(removed)] = False
-        trial = ranking.with_gates(circuit, smaller)
-        passes = criterion.passes(trial, data.some, quick=True)
-        if passes and criterion.passes(trial, data.selection):
-            return smaller
-    return None
+def _pairs_within(rises: dict[int, float], room: float) -> Iterator[list[int]]:
+    """Two gates each, whose rises add up to at most `room`; low ones first."""
+    for first, second in combinations(rises, 2):
+        if rises[first] + rises[second] <= room:
+            yield [first, second]

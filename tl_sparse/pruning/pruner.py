@@ -260,7 +260,7 @@ def _without_superfluous_edges(
     with phase("removing edges", progress, len(edges), "edge") as bar:
         cut = eliminate(
             sorted(edges, key=effects.__getitem__),
-            lambda cut: criterion.passes(without(cut), some_pairs, quick=True),
+            lambda cut: criterion.passes_quickly(without(cut), some_pairs),
             lambda cut: criterion.passes(without(cut), selection),
             bar.update,
         )

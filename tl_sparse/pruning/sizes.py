@@ -52,7 +52,7 @@ def discretise(
     with phase("removing nodes", progress and bool(candidates), len(candidates), "node") as bar:
         removed = eliminate(
             candidates,
-            lambda gone: criterion.passes(ranking.circuit(size, gone), some_pairs, quick=True),
+            lambda gone: criterion.passes_quickly(ranking.circuit(size, gone), some_pairs),
             lambda gone: criterion.passes(ranking.circuit(size, gone), selection),
             bar.update,
         )
@@ -85,7 +85,8 @@ def _smallest_size(
     def is_enough(size: int, pairs: TaskData, quick: bool) -> bool:
         bar.set_postfix_str(f"trying {counted(size, 'node')}")
         bar.update()
-        return criterion.passes(ranking.circuit(size), pairs, quick=quick)
+        test = criterion.passes_quickly if quick else criterion.passes
+        return test(ranking.circuit(size), pairs)
 
     smallest, largest = ranking.smallest, ranking.largest
     enough = start or int((ranking.gates.tau > 0).sum())

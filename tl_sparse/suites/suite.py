@@ -252,12 +252,22 @@ def refuse_another(
         now: the current settings.
         others: what is different besides the settings, see `other_contents`.
     """
-    changes = [*changed_settings(before, now), *others]
+    changes = [*changed_settings(_with_defaults(before), now), *others]
     if changes:
         raise SuiteError(
             f"{place} was made with {'; '.join(changes)}. Continue with those, or give another "
             "folder or storage"
         )
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings, in which fields of `config` that an older version lacked have their
+    defaults.
+    """
+    config = settings.get("config")
+    if not isinstance(config, Mapping):
+        return dict(settings)
+    return {**settings, "config": {**dataclasses.asdict(PruneConfig()), **config}}
 
 
 def run_job(setup: _Setup, job: Job) -> None:

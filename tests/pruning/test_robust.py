@@ -1,0 +1,291 @@
+"""Searches against subsets and adversaries, for other objectives, and with fixed nodes."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from helpers import has_hooks
+from micro import (
+    LOSS,
+    MICRO_TASK,
+    NODES,
+    QUICK_SETTINGS,
+    W_O,
+    W_V,
+    cancelling_model,
+    micro_circuit,
+    micro_corpus,
+    micro_data,
+    micro_model,
+)
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.errors import ArgumentError, CircuitError, ConfigError, PruneError
+from tl_sparse.evaluation import adversary as adversary_module
+from tl_sparse.evaluation.adversary import adversary_score, learned_subset
+from tl_sparse.evaluation.holding import holding_circuit
+from tl_sparse.evaluation.judge import evaluate, score
+from tl_sparse.evaluation.objectives import all_objective_losses, with_reference
+from tl_sparse.evaluation.subsets import random_subsets, subset_scores
+from tl_sparse.hooks.points import recording
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.pruner import prune, prune_edges
+
+CONFIG = PruneConfig(**QUICK_SETTINGS)
+READ, WRITE = "0.attn_in 0", "0.attn_out 2"
+FIRST, SECOND, THIRD = (f"0.attn_v h0.{channel}" for channel in range(3))
+
+
+def found(model, task=MICRO_TASK, **settings):
+    config = dataclasses.replace(CONFIG, **settings)
+    circuit, evaluation = prune(model, task, micro_corpus(), config, progress=False)
+    return circuit, evaluation
+
+
+# --- a circuit whose errors cancel
+
+
+def test_a_search_that_holds_all_else_finds_a_circuit_that_cheats():
+    model = cancelling_model()
+    circuit, evaluation = found(model)
+    assert len(circuit.nodes) == 3
+    assert THIRD not in circuit.node_names
+    assert evaluation.circuit.loss <= CONFIG.target_loss
+    scores = subset_scores(circuit, model, micro_data(model, n_pairs=8), n_subsets=24)
+    assert scores.worst.loss >= math.log(2) - 1e-6
+    assert scores.worst.accuracy == 0
+
+
+@pytest.mark.parametrize("robust", ["subsets", "adversary"])
+def test_a_robust_search_does_not(robust):
+    model = cancelling_model()
+    circuit, evaluation = found(model, robust=robust)
+    assert circuit.node_names == (READ, FIRST, SECOND, WRITE)
+    assert evaluation.circuit.loss <= CONFIG.target_loss
+    scores = subset_scores(circuit, model, micro_data(model, n_pairs=8), n_subsets=24)
+    assert scores.worst.loss <= CONFIG.target_loss
+    attacked = adversary_score(circuit, model, micro_data(model), micro_data(model), steps=20)
+    assert attacked.score.loss <= CONFIG.target_loss
+    fewer, _ = prune_edges(
+        circuit, model, config=dataclasses.replace(CONFIG, robust=robust), progress=False
+    )
+    assert fewer.nodes == circuit.nodes
+    assert not has_hooks(model)
+
+
+def test_an_adversary_that_may_leave_one_node_finds_the_one_that_matters():
+    model = cancelling_model()
+    circuit, _ = found(model)
+    data = micro_data(model)
+    left = learned_subset(circuit, model, data, budget=1, steps=40)
+    assert {name: mask.sum().item() for name, mask in left.items() if mask.any()} == {
+        "blocks.0.attn.hook_v": 1
+    }
+    assert left["blocks.0.attn.hook_v"][0, 2]
+    attacked = adversary_score(circuit, model, data, data, budget=1, steps=40, restarts=2)
+    assert attacked.n_left == 1
+    assert attacked.score.accuracy == 0
+    assert len(attacked.losses) == 2
+    none = adversary_score(circuit, model, data, data, budget=0, steps=1, restarts=1)
+    assert none.n_left == 0
+    assert none.score.loss == pytest.approx(
+        score(model, data, run_context=holding_circuit(circuit, model)).loss
+    )
+
+
+def test_random_subsets_are_spread_over_all_shares():
+    circuit = micro_circuit(micro_model())
+    subsets = random_subsets(circuit, 8, seed=3)
+    sizes = [sum(int(mask.sum()) for mask in subset.values()) for subset in subsets]
+    assert sizes[0] < sizes[-1]
+    again = random_subsets(circuit, 8, seed=3)
+    for subset, same in zip(subsets, again, strict=True):
+        assert all(torch.equal(mask, same[name]) for name, mask in subset.items())
+
+
+def test_an_adversary_needs_means_and_the_circuits_own_model():
+    model = micro_model()
+    data, circuit = micro_data(model), micro_circuit(model)
+    with pytest.raises(CircuitError, match="no means to hold nodes at"):
+        learned_subset(dataclasses.replace(circuit, means={}), model, data)
+    with pytest.raises(CircuitError, match="this circuit belongs to the model"):
+        subset_scores(circuit, cancelling_model(), data)
+    for settings, message in (
+        ({"budget": -1}, "budget = -1 is not possible"),
+        ({"steps": 0}, "steps = 0 is not possible"),
+        ({"lr": 0.0}, "lr = 0.0 is not possible"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            learned_subset(circuit, model, data, **settings)
+
+
+def test_an_adversary_that_makes_the_model_diverge_ends_there(micro, monkeypatch):
+    losses = []
+
+    def diverging(*arguments):
+        loss = real(*arguments)
+        losses.append(loss)
+        return loss * math.nan if len(losses) == 3 else loss
+
+    real = adversary_module._loss
+    monkeypatch.setattr(adversary_module, "_loss", diverging)
+    circuit = micro_circuit(micro)
+    left = learned_subset(circuit, micro, micro_data(micro), steps=10)
+    assert len(losses) == 3
+    assert not any((left[name] & kept).any() for name, kept in circuit.kept.items())
+    assert not has_hooks(micro)
+
+
+# --- what is asked of a circuit
+
+
+def test_objectives_by_hand():
+    """Of three tokens with probabilities 1/2, 1/4 and 1/4, the first is right, the second wrong."""
+    from tl_sparse.evaluation.objectives import objective_losses
+
+    data = micro_data(micro_model(), n_pairs=1)
+    data = dataclasses.replace(
+        data,
+        candidates=torch.tensor([[0, 1], [0, 1]]),
+        correct=torch.tensor([0, 0]),
+        reference=torch.tensor([[0.25, 0.5, 0.25]] * 2).log(),
+    )
+    logits = torch.tensor([[0.5, 0.25, 0.25]] * 2).log()
+    expected = {
+        "candidates": math.log(1.5),
+        "next_token": math.log(2),
+        "model": 0.25 * math.log(0.5) + 0.5 * math.log(2) + 0.25 * math.log(1),
+    }
+    for objective, loss in expected.items():
+        losses = objective_losses(logits, data, objective)
+        torch.testing.assert_close(losses, torch.full((2,), loss))
+
+
+def test_the_divergence_from_the_model_needs_a_reference(micro):
+    data = micro_data(micro)
+    with pytest.raises(ArgumentError, match=r"with_reference\(model, data\) measures it first"):
+        all_objective_losses(micro, data, "model")
+    of_model = all_objective_losses(micro, with_reference(micro, data), "model")
+    torch.testing.assert_close(of_model, torch.zeros_like(of_model), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="objective = 'other' is not possible"):
+        all_objective_losses(micro, data, "other")
+
+
+@pytest.mark.parametrize("objective", ["model", "next_token"])
+def test_the_micro_circuit_is_found_with_other_objectives(micro, objective):
+    full = evaluate(micro_circuit(micro), micro, micro_data(micro)).full.next_token
+    target = 0.01 if objective == "model" else 1.1 * full.loss
+    circuit, evaluation = found(micro, objective=objective, target_loss=target)
+    assert set(NODES) <= set(circuit.node_names)
+    reached = evaluation.circuit.next_token
+    assert (reached.kl if objective == "model" else reached.loss) <= target
+    assert not evaluation.misses_target
+
+
+def test_a_term_for_necessity_fits_one_objective_alone():
+    with pytest.raises(ConfigError, match="it must be 0 with this objective"):
+        PruneConfig(objective="model", necessity=0.5)
+
+
+# --- norms
+
+
+def test_norms_have_the_scales_of_the_full_model(micro):
+    """RMSNorm divides by sqrt((1 + a²) / 4): with nothing kept, a would be 0."""
+    data = micro_data(micro)
+    circuit, evaluation = found(micro, freeze_norms=True)
+    assert circuit.frozen_norms
+    assert list(map(str, circuit.nodes)) == NODES
+    assert evaluation.circuit.loss == pytest.approx(LOSS, rel=1e-4)
+    nothing = circuit.without(circuit.nodes, micro)
+    with holding_circuit(nothing, micro)(data), recording(micro, ["ln_final.hook_scale"]) as held:
+        micro(data.trimmed().tokens)
+    with recording(micro, ["ln_final.hook_scale"]) as full:
+        micro(data.trimmed().tokens)
+    torch.testing.assert_close(held["ln_final.hook_scale"], full["ln_final.hook_scale"])
+    with pytest.raises(CircuitError, match="holding_circuit"):
+        circuit.applied(micro)
+
+
+def test_frozen_norms_are_kept_in_files(micro, tmp_path):
+    circuit = dataclasses.replace(micro_circuit(micro), frozen_norms=True)
+    circuit.save(tmp_path / "circuit")
+    assert Circuit.load(tmp_path / "circuit").frozen_norms
+
+
+# --- nodes that are always or never used
+
+
+def test_included_nodes_are_always_used(micro):
+    circuit, _ = found(micro, include=("0.mlp_out 3", "0.attn_q h0.1"))
+    assert set(circuit.node_names) == {*NODES, "0.mlp_out 3", "0.attn_q h0.1"}
+
+
+def test_excluded_nodes_are_never_used(micro):
+    with torch.no_grad():  # the second channel of the head carries the answer too
+        micro.blocks[0].attn.W_V[0, 0, 1] = W_V
+        micro.blocks[0].attn.W_O[0, 1, 2] = W_O
+    channels = {"0.attn_v h0.0", "0.attn_v h0.1"}
+    first, _ = found(micro)
+    (used,) = channels.intersection(first.node_names)
+    second, _ = found(micro, exclude=(used,))
+    assert channels.intersection(second.node_names) == channels - {used}
+    with pytest.raises(PruneError, match="that was tried, up to all 22 nodes"):
+        found(micro, exclude=channels_of(first))
+
+
+def channels_of(circuit):
+    """The nodes of a circuit whose removal leaves no way for the answer."""
+    return tuple(name for name in circuit.node_names if "attn_v" not in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exclude": ("0.attn_q h7.0",)}, "exclude = '0.attn_q h7.0' is not possible"),
+        ({"include": ("9.mlp_out 0",)}, "include = '9.mlp_out 0' is not possible"),
+        ({"include": ("nonsense",)}, "'nonsense' is not a node"),
+    ],
+)
+def test_nodes_that_the_model_does_not_have_are_refused(micro, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        found(micro, **settings)
+
+
+def test_excluding_all_nodes_is_refused(micro):
+    everything = micro_circuit(micro)
+    kept = {name: torch.ones_like(mask) for name, mask in everything.kept.items()}
+    names = dataclasses.replace(everything, kept=kept).node_names
+    with pytest.raises(ConfigError, match="exclude names all"):
+        found(micro, exclude=names)
+
+
+@pytest.mark.parametrize("names", ["0.mlp_out 3", [1], {"0.mlp_out 3"}])
+def test_names_are_a_tuple_or_list_of_texts(names):
+    with pytest.raises(ConfigError, match="it must be names of nodes"):
+        PruneConfig(exclude=names)
+
+
+def test_no_node_is_both_included_and_excluded():
+    with pytest.raises(ConfigError, match="without the nodes that are excluded"):
+        PruneConfig(exclude=("0.mlp_out 3",), include=["0.mlp_out 3"])
+
+
+# --- rankings for any size, and models that cannot do the task
+
+
+def test_one_ranking_serves_all_sizes(micro):
+    circuit, _ = found(micro, method="any_size", steps=60)
+    assert list(map(str, circuit.nodes)) == NODES
+    assert [str(node) for node in circuit.of_size(3).nodes] == NODES
+    assert all(bool((score.abs() <= 3).all()) for score in circuit.scores.values())
+
+
+def test_a_search_where_the_model_fails_is_possible_if_asked_for(micro):
+    with torch.no_grad():
+        micro.unembed.W_U.zero_()
+    with pytest.raises(PruneError, match="the full model's loss"):
+        found(micro)
+    with pytest.raises(PruneError, match="no circuit was found at any size"):
+        found(micro, allow_failing_model=True)
