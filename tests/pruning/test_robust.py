@@ -1,17 +1,19 @@
 """Searches against subsets and adversaries, for other objectives, and with fixed nodes."""
 
+import contextlib
 import dataclasses
 import math
 
 import pytest
 import torch
 
-from helpers import has_hooks
+from helpers import has_hooks, stock_model
 from micro import (
     LOSS,
     MICRO_TASK,
     NODES,
     QUICK_SETTINGS,
+    VOCABULARY,
     W_O,
     W_V,
     cancelling_model,
@@ -19,6 +21,7 @@ from micro import (
     micro_corpus,
     micro_data,
     micro_model,
+    micro_tokenizer,
 )
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.errors import ArgumentError, CircuitError, ConfigError, PruneError
@@ -71,6 +74,19 @@ def test_a_robust_search_does_not(robust):
         circuit, model, config=dataclasses.replace(CONFIG, robust=robust), progress=False
     )
     assert fewer.nodes == circuit.nodes
+    assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
+@pytest.mark.parametrize("robust", ["subsets", "adversary"])
+def test_a_dense_model_is_searched_against_opponents(robust, ablation):
+    model = stock_model(d_vocab=len(VOCABULARY))
+    model.tokenizer = micro_tokenizer()
+    settings = {"target_loss": 0.69, "allow_failing_model": True, "steps": 4, "adversary_steps": 2}
+    config = dataclasses.replace(CONFIG, robust=robust, ablation=ablation, **settings)
+    corpus = torch.randint(model.cfg.d_vocab, (40, 8), generator=torch.Generator().manual_seed(0))
+    with contextlib.suppress(PruneError):  # a random model need not have a circuit
+        prune(model, MICRO_TASK, corpus, config, progress=False)
     assert not has_hooks(model)
 
 
