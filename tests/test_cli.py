@@ -364,17 +364,19 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr("tl_sparse.TrainConfig", small)
     monkeypatch.setattr("tl_sparse.PruneConfig", functools.partial(PruneConfig, **PRUNE))
-    monkeypatch.setattr(
-        "tl_sparse.pruning.pruner.as_config", lambda config: as_config(config or PRUNE)
-    )
+
+    def scaled_down(config):
+        return config if isinstance(config, PruneConfig) else as_config(PRUNE | (config or {}))
+
+    monkeypatch.setattr("tl_sparse.pruning.pruner.as_config", scaled_down)
 
     # A few nodes in any case, so that there is a first node and a first edge to print.
-    def some(empty, model, gates, *_):
-        kept = {name: torch.zeros_like(mask) for name, mask in empty.kept.items()}
-        for read, neuron in model.blocks[0].mlp.W_in.nonzero()[:4].tolist():
+    def some(ranking, criterion, *_):
+        kept = {name: torch.zeros_like(mask) for name, mask in ranking.empty.kept.items()}
+        for read, neuron in criterion.model.blocks[0].mlp.W_in.nonzero()[:4].tolist():
             kept["blocks.0.ln2.hook_read"][read] = True
             kept["blocks.0.mlp.hook_post"][neuron] = True
-        return dataclasses.replace(empty, kept=kept)
+        return dataclasses.replace(ranking.empty, kept=kept)
 
     monkeypatch.setattr("tl_sparse.pruning.pruner.discretise", some)
 
@@ -385,7 +387,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.view.contents.load_corpus", few_rows)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
     namespace: dict = {}

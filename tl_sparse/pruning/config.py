@@ -1,7 +1,7 @@
 """The settings of pruning."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tl_sparse.config import MAX_SEED, check, check_types, merged, short_repr
@@ -187,6 +187,11 @@ class PruneConfig:
             check(self.necessity == 0, "necessity", self.necessity, compares)
         both = sorted(set(self.exclude) & set(self.include))
         check(not both, "include", both, "without the nodes that are excluded")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values: names are in lists."""
+        values = asdict(self)
+        return {**values, "exclude": list(self.exclude), "include": list(self.include)}
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:

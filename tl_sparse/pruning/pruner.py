@@ -296,7 +296,7 @@ def _judged(
         kept=_on_cpu(circuit.kept),
         means=_on_cpu(circuit.means),
         scores=_on_cpu(circuit.scores),
-        measured={**circuit.measured, **measured, "config": dataclasses.asdict(config)},
+        measured={**circuit.measured, **measured, "config": config.to_json()},
     )
     with phase("judging", progress, total=1) as bar:
         evaluation, scores = judged(

@@ -73,7 +73,7 @@ class _Setup:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"config": dataclasses.asdict(self.config), "corpus": self.corpus}
+        return {"config": self.config.to_json(), "corpus": self.corpus}
 
 
 def run_suite(
