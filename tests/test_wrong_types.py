@@ -132,6 +132,8 @@ def right():
         "evaluation": evaluate(circuit, model, data),
         "measured": full_evaluation(circuit, model, data),
         "circuits": {"micro": circuit},
+        "first": ["0.attn_in 0"],
+        "second": ["0.attn_in 0"],
         "tasks": [MICRO_TASK],
         "n_random": 2,
         "n_random_pairs": 2,
@@ -146,6 +148,7 @@ def right():
 OTHERWISE = {
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},
+    "circuit_of": {"names": ["0.attn_in 0"]},
     "removal_rises": {"parts": []},
     "read_pairs": {"path": "pairs.jsonl"},
     "read_certificate": {"path": "certificate.json"},

@@ -13,7 +13,9 @@ from tl_sparse.files import read_json
 #: What a command or function can be given.
 Wanted = Literal["model", "circuit"]
 #: What a folder can hold.
-Contents = Literal["model", "dense model", "circuit", "unfinished run", "suite", "nothing"]
+Contents = Literal[
+    "model", "dense model", "circuit", "unfinished run", "suite", "family", "nothing"
+]
 
 #: `model_type` in config.json of the formats that `load` reads.
 OWN_TYPES = ("tl_sparse", "circuitgpt")
@@ -23,6 +25,7 @@ _MARKS: dict[str, Contents] = {
     "beeg_config.json": "model",
     "run.json": "unfinished run",
     "results.json": "suite",
+    "family.json": "family",
 }
 
 
@@ -58,6 +61,8 @@ def no_model(folder: Path) -> str:
         return f"{folder} holds an unfinished training run, not a model yet; `{command}` goes on"
     if contents == "suite":
         return f"{folder} holds the results of a suite, not a model"
+    if contents == "family":
+        return f"{folder} holds a family of circuits, not a model"
     files = "neither config.json (ours) nor beeg_config.json (OpenAI's)"
     return f"{folder} holds no model: {files}{_inside(folder, ('model', 'dense model'))}"
 
@@ -69,6 +74,8 @@ def no_circuit(folder: Path) -> str:
         return a_model_is_no_circuit(str(folder))
     if contents == "suite":
         return f"{folder} holds a suite; its circuits are in {folder}/MODEL/TASK/SEED"
+    if contents == "family":
+        return f"{folder} holds a family; its circuits are in {folder}/rounds/ROUND/SEED"
     if contents == "unfinished run":
         return f"{folder} holds an unfinished training run, not a circuit"
     return f"{folder} holds no circuit: there is no circuit.json{_inside(folder, ('circuit',))}"

@@ -13,6 +13,7 @@ from tl_sparse.cli.arguments import Parser, help_formatter
 from tl_sparse.cli.certifying import add_certify
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.demo import add_demo
+from tl_sparse.cli.families import add_family
 from tl_sparse.cli.output import (
     CLOSED_PIPE,
     discard_output,
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_prune(commands)
     add_suite(commands)
     add_search(commands)
+    add_family(commands)
     add_tasks(commands)
     add_view(commands)
     add_export(commands)

@@ -27,11 +27,12 @@ def add_plot(commands: Commands) -> None:
     group = parser.add_argument_group("what to plot")
     group.add_argument(
         "kind",
-        choices=("curve", "tasks", "frontier", "specificity", "sparsity"),
+        choices=("curve", "tasks", "frontier", "specificity", "family", "sparsity"),
         metavar="KIND",
         help="curve: the loss and accuracy of circuits against their size. tasks: the size of a "
         "suite's circuits for each task. frontier: the loss of many circuits against their size. "
         "specificity: what each task loses without the circuit of each task. "
+        "family: the size of a family's circuits by round. "
         "sparsity: the nonzero weights and activations in each layer of a model.",
     )
     group.add_argument(
@@ -40,7 +41,8 @@ def add_plot(commands: Commands) -> None:
         metavar="SOURCE",
         help="curve: files that `evaluate -o` wrote. frontier: such files, or the folders of "
         "suites. tasks: the folder of a suite, or its results.json. specificity: what the Python "
-        "function specificity_matrix returns, as JSON. sparsity: one model.",
+        "function specificity_matrix returns, as JSON. family: the folder of a family, or its "
+        "family.json. sparsity: one model.",
     )
     group.add_argument(
         "--against",
@@ -65,7 +67,7 @@ def _run_plot(args: argparse.Namespace) -> None:
     plots.check_drawing(args.out)
     check_new_file(args.out, args.overwrite)
     first = args.source[0]
-    if len(args.source) > 1 and args.kind in ("tasks", "specificity", "sparsity"):
+    if len(args.source) > 1 and args.kind in ("tasks", "specificity", "family", "sparsity"):
         raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
     if args.kind == "sparsity":
         from tl_sparse.checkpoints import open_with_corpus
@@ -74,6 +76,8 @@ def _run_plot(args: argparse.Namespace) -> None:
         figure = plots.sparsity(model, corpus)
     elif args.kind == "tasks":
         figure = plots.tasks(_figures(first, args.kind), args.against, first)
+    elif args.kind == "family":
+        figure = plots.family(_figures(first, args.kind), args.against, first)
     elif args.kind == "specificity":
         figure = plots.specificity(_figures(first, args.kind), first)
     else:
@@ -103,10 +107,13 @@ def _figures(source: str, kind: str) -> dict[str, Any]:
         contents = contents_of(path)
         if contents == "suite":
             return read_json(path / "results.json")
+        if contents == "family":
+            return read_json(path / "family.json")
         what = f"a {contents}"
         if contents == "nothing":
             what = f"a folder with {listing(path)}"
-        wanted = "the folder of a suite" if kind == "tasks" else "a file of figures"
+        folders = {"tasks": "the folder of a suite", "family": "the folder of a family"}
+        wanted = folders.get(kind, "a file of figures")
         given = shlex.quote(source) if contents == "circuit" else "CIRCUIT"
         raise DataError(f"{source} is {what}, not {wanted}; {_how_to_measure(given, kind)}")
     if path.is_file() and path.suffix.lower() != ".json":
@@ -119,6 +126,8 @@ def _how_to_measure(circuit: str, kind: str) -> str:
     """The command that writes the figures from which this kind of plot is drawn."""
     if kind == "specificity":
         return "tl_sparse.evaluation.specificity_matrix measures the circuits of a suite"
+    if kind == "family":
+        return "`tl-sparse family MODEL TASK --out FOLDER` finds one"
     if kind == "tasks":
         return "`tl-sparse suite MODEL --out FOLDER` measures the circuits of all tasks"
     return f"`tl-sparse evaluate {circuit} -o figures.json` measures a circuit and writes one"

@@ -51,7 +51,7 @@ def add_prune(commands: Commands) -> None:
         metavar="TASK",
         help="The task: its name (`tl-sparse tasks` lists them), or a file of pairs, *.jsonl.",
     )
-    _add_corpus(group)
+    add_corpus(group)
     group = parser.add_argument_group("the result")
     group.add_argument(
         "--out", required=True, metavar="FOLDER", help="A new folder for the circuit."
@@ -62,12 +62,12 @@ def add_prune(commands: Commands) -> None:
         help="Also prune the edges of the circuit, and save the result in the folder `edges` in "
         "--out.",
     )
-    _add_pruning_flags(parser)
+    add_pruning_flags(parser)
 
 
 def _run_prune(args: argparse.Namespace) -> None:
-    config = _prune_config(args)
-    _check_order(args.model, [args.task])
+    config = prune_config(args)
+    check_order(args.model, [args.task])
 
     from tl_sparse.outputs import check_new_folder
 
@@ -142,20 +142,15 @@ def add_suite(commands: Commands) -> None:
         help="The tasks: names or files of pairs, *.jsonl, separated by commas (default: all "
         "twenty built-in tasks).",
     )
-    group.add_argument(
-        "--seeds",
-        default="0,1,2",
-        metavar="N,…",
-        help="The seeds, separated by commas (default: %(default)s).",
-    )
-    _add_corpus(group)
-    _add_shared_work(parser.add_argument_group("the result"))
-    _add_pruning_flags(parser, "seed")
+    add_seeds(group)
+    add_corpus(group)
+    add_shared_work(parser.add_argument_group("the result"))
+    add_pruning_flags(parser, "seed")
 
 
 def _run_suite(args: argparse.Namespace) -> None:
-    config = _prune_config(args)
-    seeds = _seeds(args.seeds)
+    config = prune_config(args)
+    seeds = seeds_of(args.seeds)
 
     from tl_sparse.suites import results_table, run_suite
     from tl_sparse.tasks import TASKS
@@ -176,7 +171,22 @@ def _run_suite(args: argparse.Namespace) -> None:
     remark(f"Saved in {args.out}", args.quiet)
 
 
-def _seeds(text: str) -> list[int]:
+def add_seeds(flags: Flags) -> None:
+    """Add the flag --seeds, whose text `seeds_of` reads."""
+    flags.add_argument(
+        "--seeds",
+        default="0,1,2",
+        metavar="N,…",
+        help="The seeds, separated by commas (default: %(default)s).",
+    )
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of the flag --seeds.
+
+    Raises:
+        ConfigError: if they are not whole numbers.
+    """
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
@@ -198,7 +208,7 @@ def add_search(commands: Commands) -> None:
     group.add_argument(
         "task", nargs="+", metavar="TASK", help="The tasks: names or files of pairs, *.jsonl."
     )
-    _add_corpus(group)
+    add_corpus(group)
     group = parser.add_argument_group("the study, and the result")
     group.add_argument(
         "--trials",
@@ -213,13 +223,13 @@ def add_search(commands: Commands) -> None:
         help="A file or the URL of a database, which all machines that work on the study share "
         "(default: study.journal in --out).",
     )
-    _add_shared_work(group)
-    _add_pruning_flags(parser)
+    add_shared_work(group)
+    add_pruning_flags(parser)
 
 
 def _run_search(args: argparse.Namespace) -> None:
-    config = _prune_config(args)
-    _check_order(args.model, args.task)
+    config = prune_config(args)
+    check_order(args.model, args.task)
 
     from tl_sparse.suites import search
 
@@ -240,7 +250,7 @@ def _run_search(args: argparse.Namespace) -> None:
     remark(f"\nSaved {best}; give it to prune or suite with --config", args.quiet)
 
 
-def _check_order(model: str, tasks: Sequence[str]) -> None:
+def check_order(model: str, tasks: Sequence[str]) -> None:
     """Raise `TaskError` if the name of a task stands where that of the model does.
 
     The model is not opened for this: only one of the two can be the name of a task.
@@ -251,11 +261,13 @@ def _check_order(model: str, tasks: Sequence[str]) -> None:
         raise TaskError(f"{model} is a task; the model comes first: {tasks[0]} {model}")
 
 
-def _add_corpus(flags: Flags) -> None:
+def add_corpus(flags: Flags) -> None:
+    """Add the flag --corpus."""
     flags.add_argument("--corpus", metavar="TEXT", help=CORPUS_HELP)
 
 
-def _add_shared_work(flags: Flags) -> None:
+def add_shared_work(flags: Flags) -> None:
+    """Add the flags --out and --workers of commands whose work is shared and continued."""
     flags.add_argument(
         "--out",
         required=True,
@@ -271,7 +283,7 @@ def _add_shared_work(flags: Flags) -> None:
     )
 
 
-def _add_pruning_flags(parser: argparse.ArgumentParser, *skip: str) -> None:
+def add_pruning_flags(parser: argparse.ArgumentParser, *skip: str) -> None:
     """Add the flags that these commands share, except for the fields of PruneConfig in `skip`."""
     for title, names in PRUNING_FLAGS.items():
         group = parser.add_argument_group(title)
@@ -286,7 +298,7 @@ def _add_pruning_flags(parser: argparse.ArgumentParser, *skip: str) -> None:
     add_running_flags(parser)
 
 
-def _prune_config(args: argparse.Namespace) -> PruneConfig:
+def prune_config(args: argparse.Namespace) -> PruneConfig:
     """The defaults, overridden by the file, which is overridden by the flags."""
     config = changed_by_file(PruneConfig(), args.config)
     return dataclasses.replace(config, **given_fields(args, PruneConfig))

@@ -24,6 +24,14 @@ from .judge import score as score
 from .judge import score_next_tokens as score_next_tokens
 from .judge import sized_score as sized_score
 from .judge import task_scores as task_scores
+from .kinship import EXHAUSTED as EXHAUSTED
+from .kinship import NO_CIRCUIT as NO_CIRCUIT
+from .kinship import OUT_OF_ROUNDS as OUT_OF_ROUNDS
+from .kinship import CoreCandidate as CoreCandidate
+from .kinship import Family as Family
+from .kinship import FamilyRound as FamilyRound
+from .kinship import FamilySearch as FamilySearch
+from .kinship import jaccard as jaccard
 from .knockout import AgainstRandom as AgainstRandom
 from .knockout import Independence as Independence
 from .knockout import Necessity as Necessity
@@ -38,6 +46,11 @@ from .minimal import minimality as minimality
 from .objectives import all_objective_losses as all_objective_losses
 from .objectives import objective_loss as objective_loss
 from .objectives import with_reference as with_reference
+from .relatives import Relatedness as Relatedness
+from .relatives import Relative as Relative
+from .relatives import circuit_of as circuit_of
+from .relatives import loss_without as loss_without
+from .relatives import relatedness as relatedness
 from .removal import effects as effects
 from .removal import removal_rises as removal_rises
 from .running import all_logits as all_logits

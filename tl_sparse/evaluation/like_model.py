@@ -297,7 +297,7 @@ def _logit_agreement(
     random_answers: Sequence[Float[Tensor, "prompt 2"]],
 ) -> LogitAgreement:
     n_prompts = len(answers)
-    between = _agreement(full_answers.diff(dim=1), answers.diff(dim=1))
+    between = value_agreement(full_answers.diff(dim=1), answers.diff(dim=1))
     groups, n_groups = groups_by_answer(data)
     if n_prompts - n_groups < LEAST_WITHIN:
         remark = f"too few prompts have the same answers: {n_prompts} of {n_groups} kinds"
@@ -305,7 +305,7 @@ def _logit_agreement(
     full_within = _within_groups(full_answers, data, groups)
     agreements = []
     for of_run in [answers, *random_answers]:
-        agreements.append(_agreement(full_within, _within_groups(of_run, data, groups)))
+        agreements.append(value_agreement(full_within, _within_groups(of_run, data, groups)))
     circuit, *random = agreements
     of_random = [each.correlation.value for each in random if each.correlation is not None]
     return LogitAgreement(
@@ -341,7 +341,9 @@ def _within_groups(
     return (differences - means[groups] + differences.abs().mean())[:, None]
 
 
-def _agreement(reference: Float[Tensor, "prompt 1"], value: Float[Tensor, "prompt 1"]) -> Agreement:
+def value_agreement(
+    reference: Float[Tensor, "prompt 1"], value: Float[Tensor, "prompt 1"]
+) -> Agreement:
     """The agreement of one value for each prompt."""
     n_pairs = len(reference) // 2
     sums = AgreementSums(1, n_pairs)

@@ -158,7 +158,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         row[header.index("edges")] = _mean_cell(read, NODE_PRUNED, model)
         row[-1] = _mean_cell(read, EDGE_PRUNED, model)
         rows.append(row)
-    lines = [_table_line(row) for row in rows]
+    lines = [table_line(row) for row in rows]
     note = [
         "Cells are the median (range) over seeds, on held-out pairs. The overlap is the mean "
         "Jaccard index of the nodes found with",
@@ -198,7 +198,8 @@ def _without_edges(results: SuiteResults) -> list[str]:
     return found
 
 
-def _table_line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     # The name of a folder or a file can hold anything.
     escaped = [_in_one_line(cell).replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"

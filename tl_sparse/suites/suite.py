@@ -7,13 +7,12 @@ written as a table, JSON and a plot.
 import dataclasses
 import functools
 import itertools
-import shutil
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from tl_sparse.suites.content import (
     content_of_model,
     content_of_task,
 )
+from tl_sparse.suites.folders import whole_folder
 from tl_sparse.suites.jobs import (
     EDGE_PRUNED,
     NODE_PRUNED,
@@ -46,7 +46,7 @@ from tl_sparse.suites.jobs import (
 )
 from tl_sparse.suites.models import loaded, model_name
 from tl_sparse.suites.results import collected, results_table
-from tl_sparse.suites.workers import has_ended, in_processes, this_process
+from tl_sparse.suites.workers import in_processes
 from tl_sparse.tasks import Task, get_task
 from tl_sparse.view import plots
 
@@ -331,21 +331,7 @@ def _can_cut_edges(model: TLModel, evaluation: Evaluation) -> bool:
 
 def _save(folder: Path, report: JobReport, circuits: Mapping[str, Circuit]) -> None:
     """Write the folder of a job, completely or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}."
-    _remove_unfinished(folder.parent, prefix)
-    with TemporaryDirectory(prefix=f"{prefix}{this_process()}.", dir=folder.parent) as temporary:
-        written = Path(temporary, "job")
+    with whole_folder(folder) as written:
         write_report(written, report)
         for kind, circuit in circuits.items():
             circuit.save(written / CIRCUIT_FOLDERS[kind])
-        if not folder.exists():  # otherwise, another suite wrote it first
-            written.replace(folder)
-
-
-def _remove_unfinished(parent: Path, prefix: str) -> None:
-    """Remove the folders that a process left unfinished when it was killed."""
-    for path in parent.glob(f"{prefix}*"):
-        process = path.name.removeprefix(prefix).rpartition(".")[0]
-        if has_ended(process):
-            shutil.rmtree(path, ignore_errors=True)

@@ -26,6 +26,7 @@ from tl_sparse.view.axes import (
     set_log_x,
     set_log_y,
 )
+from tl_sparse.view.family_rounds import family as family
 from tl_sparse.view.measurements import Drawn, SuiteResults, read_drawn, read_results, summary
 from tl_sparse.view.series import (
     ZERO_NOTES,
