@@ -7,7 +7,6 @@ written as a table, JSON and a plot.
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
