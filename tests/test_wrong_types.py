@@ -141,6 +141,9 @@ def right():
         "max_parts": 2,
         "n_candidates": 2,
         "certificate": micro_certificate(model, circuit),
+        "n_seeds": 0,
+        "n_samples": 0,
+        "n_draws": 1,
     }
 
 
@@ -150,6 +153,7 @@ OTHERWISE = {
     "residual_joins": {"nodes": []},
     "circuit_of": {"names": ["0.attn_in 0"]},
     "removal_rises": {"parts": []},
+    "mean_of_pairs": {"values": torch.ones(4)},
     "read_pairs": {"path": "pairs.jsonl"},
     "read_certificate": {"path": "certificate.json"},
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},

@@ -3,12 +3,14 @@ from .adversary import adversary_score as adversary_score
 from .adversary import learned_subset as learned_subset
 from .baselines import check_measurable as check_measurable
 from .baselines import random_circuits_like as random_circuits_like
+from .baselines import without_nodes as without_nodes
 from .batches import random_batches as random_batches
 from .coablation import Backup as Backup
 from .coablation import Backups as Backups
 from .coablation import backups as backups
 from .estimates import Estimate as Estimate
 from .estimates import mean_of as mean_of
+from .estimates import mean_of_pairs as mean_of_pairs
 from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
 from .inner_values import Inside as Inside

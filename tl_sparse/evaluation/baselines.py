@@ -41,6 +41,7 @@ def random_circuits_like(circuit: Circuit, n_circuits: int, seed: int = 0) -> li
     return drawn
 
 
+@checked()
 def without_nodes(circuit: Circuit) -> Circuit:
     """The circuit of no nodes, which holds every node of the model."""
     nothing_kept = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}

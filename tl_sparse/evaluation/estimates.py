@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.errors import ArgumentError, counted
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,19 @@ def mean_of(values: Float[Tensor, " sample"]) -> Estimate:
     return Estimate(float(precise.mean()), standard_error)
 
 
+@checked()
 def mean_of_pairs(values: Float[Tensor, " prompt"]) -> Estimate:
     """The mean over the prompts of a task, of which each two in a row are a pair.
 
     The prompts of a pair depend on each other, so the standard error is that over pairs.
+
+    Raises:
+        ArgumentError: if there is no value, or an odd number of them.
     """
+    if len(values) == 0 or len(values) % 2 == 1:
+        raise ArgumentError(
+            f"values must have two values for each pair of prompts, not {counted(len(values), 'value')}"
+        )
     return mean_of(values.view(-1, 2).mean(1))
 
 

@@ -5,4 +5,5 @@ from .pruner import prune as prune
 from .pruner import prune_edges as prune_edges
 from .splits import heldout_pairs as heldout_pairs
 from .splits import recorded_config as recorded_config
+from .splits import split_pairs as split_pairs
 from .splits import task_splits as task_splits

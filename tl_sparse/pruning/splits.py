@@ -52,6 +52,7 @@ def task_splits(
     return encoded_splits(model, task, split_pairs(task, config), config)
 
 
+@checked()
 def split_pairs(task: Task, config: PruneConfig) -> TaskPairs:
     """The pairs of `task`, split into disjoint parts.
 
