@@ -2,9 +2,9 @@ from .again import Found as Found
 from .certifying import certify as certify
 from .control_searches import Controls as Controls
 from .control_searches import controls as controls
-from .efforts import Effort as Effort
 from .efforts import FULL as FULL
 from .efforts import QUICK as QUICK
+from .efforts import Effort as Effort
 from .record import CERTIFICATE_FOLDER as CERTIFICATE_FOLDER
 from .record import CERTIFICATE_JSON as CERTIFICATE_JSON
 from .record import Certificate as Certificate

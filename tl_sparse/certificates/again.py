@@ -1,4 +1,4 @@
-"""Repeating the search that found a circuit: with another seed, on other pairs, or other weights."""
+"""Repeating the search that found a circuit, with another seed, pairs or weights."""
 
 from dataclasses import dataclass
 

@@ -337,7 +337,7 @@ def _contexts(subject: _Subject, n_pairs: int, left_out: dict[str, str]) -> dict
         left_out["contexts"] = str(error)
         return {}
     model = subject.model
-    found = {}
+    found: dict[str, InContext] = {}
     for kind, task in kinds.items():
         seed = subject.search.seed
         try:

@@ -47,9 +47,8 @@ def mean_of_pairs(values: Float[Tensor, " prompt"]) -> Estimate:
         ArgumentError: if there is no value, or an odd number of them.
     """
     if len(values) == 0 or len(values) % 2 == 1:
-        raise ArgumentError(
-            f"values must have two values for each pair of prompts, not {counted(len(values), 'value')}"
-        )
+        n_values = counted(len(values), "value")
+        raise ArgumentError(f"values must be two for each pair of prompts, not {n_values}")
     return mean_of(values.view(-1, 2).mean(1))
 
 
