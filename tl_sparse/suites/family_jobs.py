@@ -25,6 +25,7 @@ from tl_sparse.evaluation import (
 from tl_sparse.files import read_json, write_json
 from tl_sparse.pruning import PruneConfig, prune, task_splits
 from tl_sparse.records import record_from
+from tl_sparse.resuming import other_contents
 from tl_sparse.suites.content import check_unchanged, content_of_task
 from tl_sparse.suites.folders import whole_folder
 from tl_sparse.suites.models import loaded, model_name
