@@ -9,11 +9,15 @@ import pytest
 
 from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model
 from tl_sparse.certificates import certifying
+from tl_sparse.certificates.again import Found
 from tl_sparse.certificates.certifying import certify
+from tl_sparse.certificates.control_searches import Controls
 from tl_sparse.certificates.efforts import QUICK, Effort
 from tl_sparse.certificates.record import Certificate, read_certificate
-from tl_sparse.certificates.sections import SECTIONS, Section
+from tl_sparse.certificates.sections import SECTIONS
+from tl_sparse.certificates.stable import InContext, SearchedAgain, Stability
 from tl_sparse.certificates.text import certificate_text
+from tl_sparse.certificates.verdicts import verdict
 from tl_sparse.errors import (
     CertificateError,
     CheckpointError,
@@ -21,6 +25,7 @@ from tl_sparse.errors import (
     ConfigError,
     TokenizerError,
 )
+from tl_sparse.evaluation import AgainstRandom, Estimate, PValue
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.task import Task
 
@@ -111,7 +116,7 @@ def test_the_text_has_every_section_and_is_in_the_folder(certificate):
     made, folder = certificate
     text = certificate_text(made)
     assert (folder / "certificate.txt").read_text() == text + "\n"
-    for number in (1, 2, 3, 4, 5, 6, 8, 10):
+    for number in range(1, 11):
         assert f"\n{number}. " in text
     assert "rests on errors" not in text
 
@@ -135,9 +140,8 @@ def fail_at(monkeypatch, name, error, made=None):
 
     sections = []
     for section in SECTIONS:
-        sections.append(
-            Section(section.name, section.title, partial(measure, section=section.name))
-        )
+        stand_in = partial(measure, section=section.name)
+        sections.append(replace(section, measure=stand_in))
     monkeypatch.setattr(certifying, "SECTIONS", tuple(sections))
 
 
@@ -147,7 +151,7 @@ def test_an_interrupted_certificate_is_continued(
     made, _ = certificate
     with monkeypatch.context() as patch:
         fail_at(patch, "inside", KeyboardInterrupt(), made)
-        with pytest.raises(CertificateError, match="2 of 8 sections are finished and kept in"):
+        with pytest.raises(CertificateError, match="2 of 10 sections are finished and kept in"):
             certified(circuit, model, folder=tmp_path)
     kept = read_certificate(tmp_path)
     assert kept.likeness is not None
@@ -262,3 +266,71 @@ def test_efforts_are_checked():
         Effort(subsets=0)
     with pytest.raises(ConfigError, match="budgets"):
         Effort(budgets=[0])
+
+
+# --- sections that search for other circuits
+
+
+def found(n_nodes, n_edges, loss):
+    return Found(Estimate(0.01), n_nodes, n_edges, Estimate(loss), Estimate(loss), Estimate(0.7))
+
+
+def test_a_quick_certificate_leaves_out_what_searches(certificate):
+    made, _ = certificate
+    for name in ("stability", "controls"):
+        assert "a quick certificate leaves it out" in made.left_out[name]
+
+
+def test_a_circuit_that_no_search_found_has_no_controls(circuit, model, monkeypatch):
+    searches = [section for section in SECTIONS if section.searches]
+    monkeypatch.setattr(certifying, "SECTIONS", searches)
+    made = certified(circuit, model, quick=False)
+    assert made.left_out.keys() == {"stability", "controls"}
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "loss", "overlap", "results"),
+    [
+        (9, 0.1, 0.6, {"C5": "met", "I4": "met", "M3": "met"}),
+        (4, 0.3, 0.4, {"C5": "not met", "I4": "not met", "M3": "not met"}),
+    ],
+)
+def test_searches_decide_by_overlap_contexts_and_sizes(
+    certificate, n_nodes, loss, overlap, results
+):
+    """Controls of four nodes are too near to the circuit's three, an overlap of 0.4 too small."""
+    made, _ = certificate
+    estimate = Estimate(loss, 0.01)
+    context = InContext(*[estimate] * 6, model_can=True, n_pairs=8)
+    again = SearchedAgain(1, found(3, 2, 0.1), overlap, withstands=True)
+    stability = Stability(
+        first=found(3, 2, 0.1),
+        seeds=[again],
+        samples=[],
+        loss_interval=[0.1, 0.2],
+        fresh_losses=[estimate],
+        contexts={"names": context},
+        left_out={"samples": "too few pairs"},
+        target_loss=0.15,
+        n_pairs=8,
+        n_subsets=4,
+    )
+    nothing = Found(Estimate(0.7), not_found="every circuit fails")
+    controls = Controls(
+        found(3, 2, 0.1),
+        {"nonsense": found(n_nodes, 9, 0.1), "permuted": nothing},
+        {"shuffled": "too few pairs"},
+        target_loss=0.15,
+        n_pairs=8,
+        n_subsets=4,
+    )
+    better = AgainstRandom(0.0, PValue(0.01, 30, "random circuits"))
+    necessity = replace(made.necessity, sufficiency=better, partial_necessity=better)
+    searched = replace(made, stability=stability, controls=controls, necessity=necessity)
+    searched = replace(searched, verdict=verdict(searched))
+    decided = results_of(searched)
+    assert {code: decided[code] for code in results} == results
+    assert Certificate.from_dict(json.loads(json.dumps(dataclasses.asdict(searched)))) == searched
+    text = certificate_text(searched)
+    assert "Permuted weights: no circuit (every circuit fails)." in text
+    assert "Left out: shuffled: too few pairs." in text

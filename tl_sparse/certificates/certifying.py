@@ -39,6 +39,7 @@ from tl_sparse.tasks import Task
 
 #: The packages whose versions can change numbers.
 _PACKAGES = ("tl-sparse", "torch", "transformer-lens", "transformers")
+#: Why a quick certificate has no stability and no controls.
 QUICK_LEAVES_OUT = "a quick certificate leaves it out, because it searches for other circuits"
 
 
@@ -153,6 +154,9 @@ def _missing(certificate: Certificate) -> list[Section]:
 def _with_section(certificate: Certificate, section: Section, subject: Subject) -> Certificate:
     """The certificate with one more section or, where that is impossible, with the reason."""
     started = time.perf_counter()
+    if section.searches and not subject.effort.searches:
+        left_out = certificate.left_out | {section.name: QUICK_LEAVES_OUT}
+        return replace(certificate, left_out=left_out)
     try:
         measured = section.measure(subject)
         check_finite(asdict(measured))

@@ -26,6 +26,8 @@ class Effort:
         random_parts: the number of random nodes, and of random edges, that parts are compared with.
         backup_candidates: the number of nodes outside that are measured as backups.
         other_task_pairs: the number of pairs of each of the other tasks.
+        search_pairs: the number of pairs on which the circuits of other searches are measured.
+        search_subsets: the number of random subsets around each of these.
         searches: whether stability and controls, which search for other circuits, are measured.
     """
 
@@ -44,6 +46,8 @@ class Effort:
     random_parts: int = 20
     backup_candidates: int = 20
     other_task_pairs: int = 32
+    search_pairs: int = 128
+    search_subsets: int = 16
     searches: bool = True
 
     def __post_init__(self) -> None:

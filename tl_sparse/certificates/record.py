@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_sparse.arguments import checked
+from tl_sparse.certificates.control_searches import Controls
 from tl_sparse.certificates.efforts import Effort
 from tl_sparse.certificates.relatives import Relatives
+from tl_sparse.certificates.stable import Stability
 from tl_sparse.certificates.sufficient import Sufficiency
 from tl_sparse.errors import CheckpointError, DataError
 from tl_sparse.evaluation import (
@@ -95,7 +97,9 @@ class Certificate:
         relatives: section 5, the circuit in the family of all circuits of its task; None if no
             family is given.
         minimality: section 6, is each part of it needed?
+        stability: section 7, is it found again, and does it do the task in other contexts?
         specificity: section 8, do other tasks do without it?
+        controls: section 9, what does the search find where there is nothing to find?
         verdict: section 10, criteria met, not met, and not tested; empty until all other sections
             are finished.
         left_out: section → why it was left out.
@@ -115,7 +119,9 @@ class Certificate:
     backups: Backups | None = None
     relatives: Relatives | None = None
     minimality: Minimality | None = None
+    stability: Stability | None = None
     specificity: Specificity | None = None
+    controls: Controls | None = None
     verdict: list[Criterion] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

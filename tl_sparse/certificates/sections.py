@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tl_sparse.certificates.control_searches import Controls, controls
+from tl_sparse.certificates.stable import Stability, stability
 from tl_sparse.certificates.subject import Subject
 from tl_sparse.certificates.sufficient import sufficiency
 from tl_sparse.evaluation import (
@@ -32,11 +34,13 @@ class Section:
         name: the field of `Certificate` that holds it.
         title: what the bar calls it while it is measured.
         measure: the function that measures it.
+        searches: whether it searches for other circuits, which takes long.
     """
 
     name: str
     title: str
     measure: Callable[[Subject], Any]
+    searches: bool = False
 
 
 def _likeness(subject: Subject) -> Likeness:
@@ -125,6 +129,33 @@ def _specificity(subject: Subject) -> Specificity:
     )
 
 
+def _stability(subject: Subject) -> Stability:
+    return stability(
+        subject.circuit,
+        subject.model,
+        subject.task,
+        n_pairs=subject.effort.search_pairs,
+        n_subsets=subject.effort.search_subsets,
+        batch_size=subject.batch_size,
+        seed=subject.seed,
+        progress=False,
+    )
+
+
+def _controls(subject: Subject) -> Controls:
+    return controls(
+        subject.circuit,
+        subject.model,
+        subject.task,
+        subject.whole_corpus,
+        n_pairs=subject.effort.search_pairs,
+        n_subsets=subject.effort.search_subsets,
+        batch_size=subject.batch_size,
+        seed=subject.seed,
+        progress=False,
+    )
+
+
 #: In the order in which they are measured.
 SECTIONS = (
     Section("sufficiency", "1 sufficient?", sufficiency),
@@ -134,5 +165,7 @@ SECTIONS = (
     Section("necessity", "5 necessary?", _necessity),
     Section("backups", "5 backups", _backups),
     Section("minimality", "6 minimal?", _minimality),
+    Section("stability", "7 stable?", _stability, searches=True),
     Section("specificity", "8 specific?", _specificity),
+    Section("controls", "9 controls", _controls, searches=True),
 )

@@ -27,7 +27,8 @@ class Subject:
         model: its model.
         task: the task of the prompts.
         data: the held-out pairs, none of which was used to find the circuit.
-        corpus: rows of the corpus; None if there is no text.
+        corpus: the first rows of the corpus; None if there is no text.
+        whole_corpus: all rows, over which controls take means.
         no_corpus: why there is none; else empty.
         config: the settings with which the circuit was found; the defaults if it records none.
         effort: how much is measured.
@@ -40,6 +41,7 @@ class Subject:
     task: Task
     data: TaskData
     corpus: Int[Tensor, "seq pos"] | None
+    whole_corpus: Int[Tensor, "seq pos"] | None
     no_corpus: str
     config: PruneConfig
     effort: Effort
@@ -105,6 +107,7 @@ def subject_of(
         task=chosen,
         data=data.pairs(range(min(effort.pairs, data.n_pairs))),
         corpus=None if rows is None else rows[: effort.corpus_rows],
+        whole_corpus=rows,
         no_corpus=no_corpus,
         config=config,
         effort=effort,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tl_sparse.arguments import checked
-from tl_sparse.certificates import behaviour, belonging
+from tl_sparse.certificates import behaviour, belonging, searching
 from tl_sparse.certificates.findings import findings
 from tl_sparse.certificates.layout import SectionText, paragraph
 from tl_sparse.certificates.record import Certificate
@@ -37,7 +37,9 @@ _WRITERS = (
     _Writer("backups", "5. Backups", belonging.backups_text),
     _Writer("relatives", "5. The family of all circuits", belonging.relatives_text),
     _Writer("minimality", "6. Is each part needed?", belonging.minimality_text),
+    _Writer("stability", "7. Is it stable?", searching.stability_text),
     _Writer("specificity", "8. Is it specific?", belonging.specificity_text),
+    _Writer("controls", "9. Controls", searching.controls_text),
 )
 
 

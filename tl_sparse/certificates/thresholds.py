@@ -23,3 +23,8 @@ PRECISE = 0.02
 #: The circuit is surer where the model is surer if the logit differences correlate at least so much
 #: among prompts with the same answers: a quarter of the variance.
 SURER = 0.5
+#: Two searches find the same if at least half of the nodes of either are in both.
+OVERLAP = 0.5
+#: What is found where there is nothing to find must be so many times larger: by less, the size of a
+#: circuit changes from seed to seed.
+CONTROL_SIZE = 3

@@ -11,10 +11,12 @@ from tl_sparse.certificates.derived import idle_parts, slope_of
 from tl_sparse.certificates.record import Certificate, Criterion
 from tl_sparse.certificates.sufficient import limit_in_words
 from tl_sparse.certificates.thresholds import (
+    CONTROL_SIZE,
     FOLLOWS,
     IDLE_PARTS,
     LARGEST_SLOPE,
     LOST,
+    OVERLAP,
     PRECISE,
     SPARED,
     TOLD_APART,
@@ -117,12 +119,17 @@ def _consistency(certificate: Certificate) -> list[Condition]:
     measured = certificate.sufficiency
     if measured is None or measured.evaluation.resample is None:
         return []
-    return [
+    conditions = [
         _loss("mean", measured.evaluation.circuit.loss),
         _loss("zero", measured.evaluation.zero.loss),
         _loss("resample", measured.evaluation.resample.loss),
         _loss("worst subset", measured.subsets.worst.loss),
     ]
+    if certificate.stability is not None:
+        for kind, context in certificate.stability.contexts.items():
+            if context.model_can:
+                conditions.append(_loss(f"unseen {kind}", context.loss.value))
+    return conditions
 
 
 def _reach(certificate: Certificate) -> list[Condition]:
@@ -146,6 +153,12 @@ def _separation(certificate: Certificate) -> list[Condition]:
     compared = {"alone": measured.sufficiency, "without it": measured.partial_necessity}
     for name, against in compared.items():
         conditions.append(Condition(against.p_value.is_significant, f"{name}: {against.p_value}"))
+    if certificate.controls is not None:
+        real = certificate.controls.real.n_nodes or 0
+        for name, found in certificate.controls.searches.items():
+            size = "nothing found" if found.n_nodes is None else f"{found.n_nodes} nodes"
+            is_larger = found.n_nodes is None or found.n_nodes >= CONTROL_SIZE * real
+            conditions.append(Condition(is_larger, f"{name}: {size}"))
     return conditions
 
 
@@ -157,8 +170,17 @@ def _reliability(certificate: Certificate) -> list[Condition]:
     return [Condition(error <= PRECISE, f"standard error of the loss {error:.3f}")]
 
 
-def _not_tested(certificate: Certificate) -> list[Condition]:
-    return []
+def _convergence(certificate: Certificate) -> list[Condition]:
+    measured = certificate.stability
+    if measured is None:
+        return []
+    overlaps = []
+    for search in [*measured.seeds, *measured.samples]:
+        overlaps.append(0.0 if search.overlap is None else search.overlap)
+    if not overlaps:
+        return []
+    lowest = min(overlaps)
+    return [Condition(lowest >= OVERLAP, f"lowest overlap of {len(overlaps)}: {lowest:.2f}")]
 
 
 def _loss(name: str, loss: float) -> Condition:
@@ -180,7 +202,12 @@ _CRITERIA: Sequence[tuple[str, str, str, Callable[[Certificate], list[Condition]
         _task_specificity,
     ),
     ("C4", "minimality", f"at most {IDLE_PARTS:.0%} of parts without effect", _minimality),
-    ("C5", "convergence of methods", "other searches find the same", _not_tested),
+    (
+        "C5",
+        "convergence of methods",
+        f"other seeds and pairs find circuits with an overlap (Jaccard) of at least {OVERLAP}",
+        _convergence,
+    ),
     (
         "I1",
         "necessity, two ablations",
@@ -191,7 +218,7 @@ _CRITERIA: Sequence[tuple[str, str, str, Callable[[Certificate], list[Condition]
     (
         "I4",
         "consistency",
-        f"loss at most {WITHSTOOD} under each ablation and the worst subset",
+        f"loss at most {WITHSTOOD} under each ablation, the worst subset, and in unseen contexts",
         _consistency,
     ),
     (
@@ -204,7 +231,8 @@ _CRITERIA: Sequence[tuple[str, str, str, Callable[[Certificate], list[Condition]
     (
         "M3",
         "baseline separation",
-        "better than 90% of random circuits, alone and without it: p < 0.05",
+        "better than 90% of random circuits, alone and without it: p < 0.05; controls give "
+        f"nothing, or circuits of at least {CONTROL_SIZE} times its nodes",
         _separation,
     ),
     ("M1", "reliability", f"standard error of the loss at most {PRECISE}", _reliability),
