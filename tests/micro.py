@@ -83,19 +83,14 @@ def micro_model(tokenizer=None):
     return model
 
 
-def cancelling_model():
-    """The answer is carried by three value channels of weights 1, 3 and -3, of which two cancel.
-
-    A circuit of the first or the second channel alone is as sure of the answer as the model, or
-    surer. It is wrong, or knows nothing, when the third is as it is in the model. The first two
-    together are right whatever is held: their weights add up to 4, or to 1 with the third.
-    """
+def wide_head_model(write_weights):
+    """The micro model with a value channel for each of these weights of W_O, all with W_V."""
     tokenizer = micro_tokenizer()
     config = tl_sparse.SparseConfig(
         n_layers=1,
         d_model=4,
         n_heads=1,
-        d_head=3,
+        d_head=len(write_weights),
         d_mlp=2,
         d_vocab=len(VOCABULARY),
         n_ctx=8,
@@ -110,8 +105,18 @@ def cancelling_model():
             model.get_parameter(name).copy_(original.get_parameter(name))
         block = model.blocks[0]
         block.attn.W_V[0, 0] = W_V
-        block.attn.W_O[0, :, 2] = W_O * torch.tensor([1.0, 3.0, -3.0])
+        block.attn.W_O[0, :, 2] = torch.tensor(write_weights)
     return model
+
+
+def cancelling_model():
+    """The answer is carried by three value channels of weights 1, 3 and -3, of which two cancel.
+
+    A circuit of the first or the second channel alone is as sure of the answer as the model, or
+    surer. It is wrong, or knows nothing, when the third is as it is in the model. The first two
+    together are right whatever is held: their weights add up to 4, or to 1 with the third.
+    """
+    return wide_head_model([W_O, 3 * W_O, -3 * W_O])
 
 
 def _sample(rng: random.Random) -> tuple[str, str]:

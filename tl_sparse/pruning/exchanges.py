@@ -10,7 +10,7 @@ from itertools import combinations, islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
@@ -23,6 +23,8 @@ from tl_sparse.tasks import TaskData
 
 #: For each node outside, so many pairs of nodes of the circuit are tried.
 _PAIRS_TRIED = 3
+#: Of a large circuit, the effects of only so many nodes are measured, each of which takes a run.
+_MOST_MEASURED = 64
 
 
 @dataclass(frozen=True)
@@ -94,33 +96,42 @@ class _Exchanges:
 
         Each exchange changes what all other nodes do, so their effects are then measured again.
         """
-        rises = self._rises()
-        for added in self._outside()[:n_most]:
+        slopes = self._slopes()
+        rises = self._rises(slopes)
+        for added in self._outside(slopes)[:n_most]:
             self.tried[added] = True
             self.bar.update()
             if self._exchange(added, rises):
                 return True
         return False
 
-    def _outside(self) -> list[int]:
-        """The gates outside that have not been tried, those that lower the loss most first."""
+    def _slopes(self) -> Float[Tensor, " gate"]:
+        """The change of the loss when each gate opens, to first order."""
         config = self.criterion.config
         pairs = few_of(self.data.train)
         openings = self.kept.to(self.ranking.gates.tau).requires_grad_()
         loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings)
         (slopes,) = torch.autograd.grad(loss, openings)
-        slopes[self.kept | self.tried | self.ranking.fixed.excluded] = torch.inf
-        n_lower = int((slopes < 0).sum())
-        return slopes.argsort()[:n_lower].tolist()
+        return slopes
 
-    def _rises(self) -> dict[int, float]:
-        """Gate of the circuit → the loss without its node, less the loss with it.
+    def _outside(self, slopes: Float[Tensor, " gate"]) -> list[int]:
+        """The gates outside that have not been tried, those that lower the loss most first."""
+        is_tried_next = ~(self.kept | self.tried | self.ranking.fixed.excluded) & (slopes < 0)
+        steepest_first = slopes.argsort()
+        return steepest_first[is_tried_next[steepest_first]].tolist()
 
-        Gates whose nodes are always used are left out. The lowest rise comes first.
+    def _rises(self, slopes: Float[Tensor, " gate"]) -> dict[int, float]:
+        """Gate of the circuit → the loss without its node, less the loss with it; lowest first.
+
+        Gates whose nodes are always used are left out, and so are those of a large circuit whose
+        nodes matter most to first order.
         """
         whole_loss = self._loss(self.kept)
+        can_be_removed = self.kept & ~self.ranking.fixed.included
+        flattest_first = slopes.argsort(descending=True)
+        gates = flattest_first[can_be_removed[flattest_first]][:_MOST_MEASURED]
         rises = {}
-        for gate in (self.kept & ~self.ranking.fixed.included).nonzero().flatten().tolist():
+        for gate in gates.tolist():
             rises[gate] = self._loss(self._changed(removed=[gate])) - whole_loss
         return dict(sorted(rises.items(), key=lambda item: item[1]))
 
