@@ -66,7 +66,9 @@ def right():
     model = micro_model()
     circuit = micro_circuit(model)
     scores = {name: circuit.means[name] for name in circuit.kept}
-    circuit = dataclasses.replace(circuit, scores=scores)
+    config = PruneConfig(**(QUICK_SETTINGS | {"steps": 3, "train_pairs": 8}))
+    measured = {"config": config.to_json()}
+    circuit = dataclasses.replace(circuit, scores=scores, measured=measured)
     data = micro_data(model, n_pairs=2)
     name = "blocks.0.hook_mlp_out"
     return {
@@ -82,7 +84,7 @@ def right():
         "batches": [micro_corpus()],
         "mask": torch.ones_like(micro_corpus()),
         "masks": None,
-        "config": PruneConfig(**(QUICK_SETTINGS | {"steps": 3, "train_pairs": 8})),
+        "config": config,
         "progress": False,
         "names": [name],
         "functions": {name: lambda activation, hook: None},

@@ -29,6 +29,8 @@ from tl_sparse.evaluation import AgainstRandom, Estimate, PValue
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.task import Task
 
+pytestmark = pytest.mark.any_line
+
 #: Enough for the micro model, in which all prompts are alike.
 TINY = replace(
     QUICK,

@@ -18,6 +18,8 @@ from tl_sparse.certificates.certifying import certify
 from tl_sparse.certificates.efforts import QUICK
 from tl_sparse.certificates.text import certificate_text
 
+pytestmark = pytest.mark.any_line
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -526,7 +526,7 @@ def test_what_is_measured_of_an_edge_pruned_circuit():
         "calibrated",
     }  # nothing that was measured of the node-pruned circuit
     assert found.measured["heldout"] == dataclasses.asdict(evaluation)
-    assert found.measured["config"] == dataclasses.asdict(CONFIG)
+    assert found.measured["config"] == CONFIG.to_json()
     _, selection, heldout = task_splits(micro, MICRO_TASK, CONFIG)
     with found.applied(micro):
         alone = (

@@ -338,7 +338,7 @@ def test_the_micro_circuit_is_found_with_any_settings(micro, changes):
     circuit, evaluation = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
     assert [str(node) for node in circuit.nodes] == NODES
     assert evaluation.circuit.loss == pytest.approx(LOSS, abs=1e-6)
-    assert circuit.measured["config"] == dataclasses.asdict(config)
+    assert circuit.measured["config"] == config.to_json()
     assert not has_hooks(micro)
 
 

@@ -25,6 +25,8 @@ from tl_sparse.suites.family import find_family
 from tl_sparse.suites.family_results import family_table
 from tl_sparse.view import plots
 
+pytestmark = pytest.mark.any_line
+
 #: The ranking by integrated gradients has the stronger path before the weaker one with any seed.
 SETTINGS = QUICK_SETTINGS | {
     "target_loss": 0.01,

@@ -251,7 +251,7 @@ def refuse_another(
         now: the current settings.
         others: what is different besides the settings, see `other_contents`.
     """
-    changes = [*changed_settings(_with_defaults(before), now), *others]
+    changes = [*changed_settings(_with_defaults(before, now), now), *others]
     if changes:
         raise SuiteError(
             f"{place} was made with {'; '.join(changes)}. Continue with those, or give another "
@@ -259,14 +259,15 @@ def refuse_another(
         )
 
 
-def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings, in which fields of `config` that an older version lacked have their
     defaults.
     """
-    config = settings.get("config")
-    if not isinstance(config, Mapping):
-        return dict(settings)
-    return {**settings, "config": {**dataclasses.asdict(PruneConfig()), **config}}
+    old, new = before.get("config"), now.get("config")
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return dict(before)
+    defaults = {name: getattr(PruneConfig(), name) for name in new}
+    return {**before, "config": {**defaults, **old}}
 
 
 def run_job(setup: _Setup, job: Job) -> None:
