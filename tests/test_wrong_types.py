@@ -32,6 +32,8 @@ from tl_sparse.pruning.pruner import prune
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.scores import Score
 
+pytestmark = pytest.mark.any_line
+
 ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "certificates", "view"]
 WRONG = {
     "text": "no such thing",

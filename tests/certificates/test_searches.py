@@ -25,6 +25,8 @@ from tl_sparse.records import record_from
 from tl_sparse.tasks import TASKS
 from tl_sparse.tasks.task import Task
 
+pytestmark = pytest.mark.any_line
+
 CHANCE = 0.6931471805599453
 SMALL = {"n_pairs": 4, "n_subsets": 4, "progress": False}
 

@@ -45,6 +45,8 @@ from tl_sparse.records import record_from
 from tl_sparse.tasks.task import Task
 from tl_sparse.tasks.task_data import make_task_data
 
+pytestmark = pytest.mark.any_line
+
 CHANCE = math.log(2)
 
 

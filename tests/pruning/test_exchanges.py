@@ -15,6 +15,8 @@ from tl_sparse.pruning.pruner import prune
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.splits import task_splits
 
+pytestmark = pytest.mark.any_line
+
 #: The second channel writes as much as the last two together.
 WEIGHTS = [0.6 * W_O, 0.4 * W_O, 0.2 * W_O, 0.2 * W_O]
 #: Enough for a circuit that writes as much as 0.8 · W_O, which has a loss of 5.5e-4.
