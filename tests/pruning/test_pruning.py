@@ -140,6 +140,29 @@ def test_bisection_from_any_learned_size_ends_at_the_smallest_prefix(micro, lear
     assert found.of_size(3).nodes == found.nodes
 
 
+class PassingAt22(Criterion):
+    """All pairs let only 22 nodes pass, some of the pairs 21 too."""
+
+    def passes(self, circuit, data):
+        return circuit.n_nodes == 22
+
+    def passes_quickly(self, circuit, data):
+        return circuit.n_nodes in (21, 22)
+
+
+def test_a_size_that_passes_is_not_given_up_for_a_larger_one(micro):
+    """From 21, the next size that would be tried is 23, and then all 24."""
+    gates = NodeGates(node_means(micro, micro_corpus()), init_bias=0.0, init_scale=0.0, seed=0)
+    with torch.no_grad():
+        gates.tau.copy_(torch.where(torch.arange(24) < 22, 0.5, -0.5))
+    nothing = empty(micro)
+    _, selection, _ = task_splits(micro, MICRO_TASK, CONFIG)
+    ranking = Ranking(nothing, gates, FixedGates.of_config(nothing, gates, CONFIG))
+    config = dataclasses.replace(CONFIG, exchanges=0)
+    found = discretise(ranking, PassingAt22(micro, config), selection, selection)
+    assert found.n_nodes == 22
+
+
 def test_leftover_nodes_are_dropped(micro):
     """Ten useless nodes that rank above the circuit's own nodes must be removed."""
     means = node_means(micro, micro_corpus())

@@ -97,6 +97,7 @@ def _smallest_size(
             raise _failure_of_all(ranking, criterion, selection)
         too_small = enough
         enough = min(largest, math.ceil(enough * SIZE_FACTOR))
+    surely_enough = enough
     some_pairs = representative(ranking.circuit(enough), criterion, selection)
     while enough - too_small > 1:
         # Until a size is known to be too small, the search moves down from the learned size.
@@ -108,8 +109,8 @@ def _smallest_size(
         else:
             too_small = size
     # A size that is enough on some of the pairs may be too small on all of them.
-    while enough < largest and not is_enough(enough, selection, quick=False):
-        enough = min(largest, enough + math.ceil(enough / 20))
+    while enough < surely_enough and not is_enough(enough, selection, quick=False):
+        enough = min(surely_enough, enough + math.ceil(enough / 20))
     return enough
 
 
