@@ -17,12 +17,17 @@ from micro import (
     micro_model,
     save_pairs,
 )
+from tl_sparse.certificates import stable
+from tl_sparse.certificates.again import Found, search_of
 from tl_sparse.certificates.control_searches import Controls, controls
 from tl_sparse.certificates.stable import Stability, stability
 from tl_sparse.errors import CircuitError, ConfigError
+from tl_sparse.evaluation.estimates import Estimate
 from tl_sparse.pruning.pruner import prune, prune_edges
+from tl_sparse.pruning.splits import heldout_pairs, task_splits
 from tl_sparse.records import record_from
 from tl_sparse.tasks import TASKS
+from tl_sparse.tasks.pairs import prompts_of
 from tl_sparse.tasks.task import Task
 
 pytestmark = pytest.mark.any_line
@@ -104,7 +109,8 @@ def test_a_task_of_which_only_the_pairs_are_known(model, tmp_path):
     result = stability(circuit, model, n_seeds=0, n_samples=1, **SMALL)
     assert result.samples == []
     assert "only the pairs are known" in result.left_out["samples"]
-    assert result.fresh_losses[0].value == estimate(LOSS)
+    assert result.fresh_losses == []
+    assert "to draw other pairs" in result.left_out["fresh_losses"]
 
 
 def test_a_task_with_too_few_pairs_to_search_on_others(model):
@@ -117,6 +123,16 @@ def test_a_task_with_too_few_pairs_to_search_on_others(model):
     result = stability(circuit, model, task, n_seeds=0, n_samples=1, **SMALL)
     assert result.samples == []
     assert "task few has 16 pairs of distinct prompts besides" in result.left_out["samples"]
+
+
+def test_fresh_pairs_are_not_those_that_judge_the_circuit(model, found):
+    """Held-out pairs are drawn with the seed 1, which fresh ones have too."""
+    data = heldout_pairs(found, model, MICRO_TASK)
+    search = search_of(found, model, n_subsets=1, batch_size=8, seed=0, progress=False)
+    subject = stable._Subject(found, model, MICRO_TASK, data, search, Found(Estimate(0.0)))
+    fresh = prompts_of(stable._new_pairs(subject, 8, seed=1))
+    splits = task_splits(model, MICRO_TASK, search.config)
+    assert all(fresh.isdisjoint(part.prompts) for part in splits)
 
 
 @pytest.mark.parametrize("measure", [stability, controls])

@@ -35,10 +35,12 @@ from tl_sparse.evaluation import (
 from tl_sparse.hooks import TLModel
 from tl_sparse.pruning import heldout_pairs, split_pairs
 from tl_sparse.tasks import (
+    Pair,
     Task,
     TaskData,
     TaskPairs,
     draw_pairs,
+    encode_pairs,
     held_out_contexts,
     make_task_data,
     prompts_of,
@@ -107,7 +109,7 @@ class Stability:
         samples: the same search with the same seed, on other training and selection pairs.
         loss_interval: the 2.5 % and 97.5 % quantiles of the circuit's loss on bootstrap resamples
             of the held-out pairs; empty for a single pair.
-        fresh_losses: its loss on pairs that are drawn anew, for each draw.
+        fresh_losses: its loss on pairs that neither found nor judged it, for each draw.
         contexts: kind of context that the search has not seen → how the circuit does there.
         left_out: what was not measured ("samples", "fresh_losses", "contexts" or the kind of
             context) → why.
@@ -246,21 +248,32 @@ def _other_pairs(subject: _Subject, seed: int) -> TaskPairs:
     Raises:
         TaskError: if the task has too few pairs for that.
     """
+    first = split_pairs(subject.task, subject.search.config)
+    n_training, n_selection = len(first.training), len(first.selection)
+    drawn = _new_pairs(subject, n_training + n_selection, seed)
+    return dataclasses.replace(
+        first, training=tuple(drawn[:n_training]), selection=tuple(drawn[n_training:])
+    )
+
+
+def _new_pairs(subject: _Subject, n_pairs: int, seed: int) -> list[Pair]:
+    """Pairs of the task that neither found the circuit nor judged it.
+
+    Raises:
+        TaskError: if the task has too few pairs for that.
+    """
     task = subject.task
     if task.split is not None:
         raise TaskError(
             f"of task {task.name} only the pairs are known with which the circuit was found; give "
-            "the task itself as the argument task to search on other pairs"
+            "the task itself as the argument task to draw other pairs"
         )
     first = split_pairs(task, subject.search.config)
-    n_training, n_selection = len(first.training), len(first.selection)
     used = first.searched_prompts | prompts_of(first.heldout)
-    drawn = draw_pairs(task, n_training + n_selection, seed, used)
-    if len(drawn) < n_training + n_selection:
-        raise too_few_pairs(task, len(drawn), n_training + n_selection, len(used))
-    return dataclasses.replace(
-        first, training=tuple(drawn[:n_training]), selection=tuple(drawn[n_training:])
-    )
+    drawn = draw_pairs(task, n_pairs, seed, used)
+    if len(drawn) < n_pairs:
+        raise too_few_pairs(task, len(drawn), n_pairs, len(used))
+    return drawn
 
 
 def _searched(subject: _Subject, task: Task, search_seed: int, seed: int) -> SearchedAgain:
@@ -308,15 +321,18 @@ def _loss_interval(subject: _Subject) -> list[float]:
 def _fresh_losses(
     subject: _Subject, n_draws: int, n_pairs: int, left_out: dict[str, str]
 ) -> list[Estimate]:
-    """The circuit's loss on each of several draws of pairs that the search has not seen."""
+    """The circuit's loss on each of several draws of pairs that are neither searched nor judged."""
+    model, task = subject.model, subject.task
     found: list[Estimate] = []
     for i in range(n_draws):
         seed = subject.search.seed + i
         try:
-            data = heldout_pairs(subject.circuit, subject.model, subject.task, n_pairs, seed)
+            pairs = _new_pairs(subject, n_pairs, seed)
         except TaskError as error:
             left_out["fresh_losses"] = str(error)
             break
+        data = encode_pairs(task, pairs, model.tokenizer, model.cfg.n_ctx)
+        data = data.to(next(model.parameters()).device)
         found.append(mean_of_pairs(_losses(subject, data)))
     return found
 
