@@ -8,6 +8,7 @@ from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
 from .means import recording_means as recording_means
+from .mixtures import mixing as mixing
 from .norms import check_norms_can_be_held as check_norms_can_be_held
 from .norms import holding_norms as holding_norms
 from .norms import norm_scale_hooks as norm_scale_hooks

@@ -92,6 +92,7 @@ def right():
         "functions": {name: lambda activation, hook: None},
         "nodes": {name: torch.ones(4, dtype=torch.bool)},
         "values": {name: torch.zeros(4)},
+        "openings": {name: torch.ones(4)},
         "fractions": {name: 0.5},
         "x": torch.ones(2, 4),
         "k": 2,
@@ -125,6 +126,8 @@ def right():
         "batch_size": 256,
         "ablation": "mean",
         "objective": "candidates",
+        "frozen": False,
+        "subset": circuit.dropped,
         "scales": {"ln_final.hook_scale": torch.ones(1, 1, 1)},
         "train": data,
         "steps": 2,
@@ -153,6 +156,7 @@ def right():
 
 #: Arguments of some functions that differ from those of the same name of others.
 OTHERWISE = {
+    "right_minus_wrong": {"logits": torch.zeros(4, 2)},
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},
     "circuit_of": {"names": ["0.attn_in 0"]},

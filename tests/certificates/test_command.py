@@ -1,5 +1,6 @@
 """`tl-sparse certify`, and the family beside a certificate."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,18 +12,32 @@ from tl_sparse.certificates.record import read_certificate
 from tl_sparse.certificates.text import certificate_text
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, DataError
+from tl_sparse.evaluation.kinship import Family, FamilyRound
 
 pytestmark = pytest.mark.any_line
 
-FAMILY = {
-    "task": "micro",
-    "rounds": [{}, {}],
-    "ending": "exhausted",
-    "core": ["0.attn_out 2", "0.attn_in 3"],
-    "overlap_within": 0.8,
-    "overlap_between": 0.25,
-    "overlap_by_chance": None,
-}
+FAMILY = dataclasses.asdict(
+    Family(
+        model="micro",
+        task="micro",
+        seeds=[0],
+        target_loss=0.15,
+        n_model_nodes=22,
+        rounds=[FamilyRound(number, [], [], []) for number in range(2)],
+        ending="exhausted",
+        core=["0.attn_out 2", "0.attn_in 3"],
+        core_candidates=[],
+        needed_later=[],
+        occurrences={},
+        overlap_within=0.8,
+        overlap_between=0.25,
+        overlap_by_chance=None,
+        relatedness=None,
+        backups=None,
+        backups_in_later=[],
+        backups_by_chance=None,
+    )
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +88,7 @@ def test_a_family_that_does_not_fit_is_refused(tmp_path):
     path.write_text(json.dumps(FAMILY | {"task": "other"}))
     with pytest.raises(DataError, match="the family of the task 'other', not of 'micro'"):
         certified(path)
-    path.write_text(json.dumps({"task": "micro"}))
+    path.write_text(json.dumps({name: FAMILY[name] for name in FAMILY if name != "rounds"}))
     with pytest.raises(CheckpointError, match="damaged, or not a family: 'rounds' is missing"):
         certified(path)
     with pytest.raises(CheckpointError, match="there is no file"):

@@ -15,7 +15,7 @@ from tl_sparse.evaluation import (
     holding_nodes,
     mean_of_pairs,
     random_subsets,
-    with_reference,
+    ready_for,
     without_nodes,
 )
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel
@@ -91,8 +91,7 @@ class Search:
 
     def measured(self, circuit: Circuit, model: TLModel, data: TaskData) -> Found:
         """The size and the losses of a circuit."""
-        if self.config.objective == "model":
-            data = with_reference(model, data, self.batch_size)
+        data = self._ready(model, data)  # once for all that follows
         empty = without_nodes(circuit)
         return Found(
             full_loss=self._full_loss(model, data),
@@ -107,6 +106,7 @@ class Search:
         self, circuit: Circuit, model: TLModel, data: TaskData, subset: NodeMasks | None = None
     ) -> Float[Tensor, " prompt"]:
         """The loss of each prompt, with the nodes in `subset` as they are in the model."""
+        data = self._ready(model, data)
         under = holding_nodes(circuit, model, self.config.ablation, left=subset)
         return all_objective_losses(
             model, data, self.config.objective, self.batch_size, under, self.seed
@@ -121,10 +121,12 @@ class Search:
         return max(under_each, key=lambda loss: loss.value)
 
     def _full_loss(self, model: TLModel, data: TaskData) -> Estimate:
-        objective = self.config.objective
-        if objective == "model" and data.reference is None:
-            data = with_reference(model, data, self.batch_size)
-        return mean_of_pairs(all_objective_losses(model, data, objective, self.batch_size))
+        data = self._ready(model, data)
+        losses = all_objective_losses(model, data, self.config.objective, self.batch_size)
+        return mean_of_pairs(losses)
+
+    def _ready(self, model: TLModel, data: TaskData) -> TaskData:
+        return ready_for(self.config.objective, model, data, self.batch_size)
 
 
 def search_of(
@@ -153,8 +155,3 @@ def search_of(
         )
     with_edges = circuit.edge_set is not None
     return Search(recorded_config(circuit), with_edges, n_subsets, batch_size, seed, progress)
-
-
-def some_of(data: TaskData, n_pairs: int) -> TaskData:
-    """The first pairs, at most `n_pairs`."""
-    return data.pairs(range(min(n_pairs, data.n_pairs)))

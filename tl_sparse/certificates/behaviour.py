@@ -12,7 +12,6 @@ from tl_sparse.certificates.layout import (
     share,
     shows,
 )
-from tl_sparse.certificates.record import Certificate
 from tl_sparse.certificates.sufficient import Sufficiency, limit_in_words
 from tl_sparse.errors import counted
 from tl_sparse.evaluation import Inside, Interchange, Likeness
@@ -20,10 +19,8 @@ from tl_sparse.parsing import printable
 from tl_sparse.tasks import table
 
 
-def sufficiency_text(certificate: Certificate) -> list[str]:
+def sufficiency_text(measured: Sufficiency) -> list[str]:
     """Section 1."""
-    measured = certificate.sufficiency
-    assert measured is not None
     return [
         _alone_table(measured),
         _subsets_table(measured),
@@ -95,10 +92,8 @@ def _attacks_table(measured: Sufficiency) -> str:
     return table(header, rows)
 
 
-def likeness_text(certificate: Certificate) -> list[str]:
+def likeness_text(measured: Likeness) -> list[str]:
     """Section 2."""
-    measured = certificate.likeness
-    assert measured is not None
     return [
         _divergence_table(measured),
         _agreement_table(measured),
@@ -147,10 +142,8 @@ def _errors_in_words(measured: Likeness) -> str:
     return f"{sentence}; p = {errors.p_value:.2g})."
 
 
-def inside_text(certificate: Certificate) -> list[str]:
+def inside_text(measured: Inside) -> list[str]:
     """Section 3."""
-    measured = certificate.inside
-    assert measured is not None
     parts = [_values_table(measured), _nodes_table(measured)]
     if measured.heads:
         parts.append(_heads_table(measured))
@@ -208,10 +201,8 @@ def _heads_table(measured: Inside) -> str:
     return table(header, rows)
 
 
-def interchange_text(certificate: Certificate) -> list[str]:
+def interchange_text(measured: Interchange) -> list[str]:
     """Section 4."""
-    measured = certificate.interchange
-    assert measured is not None
     slope = slope_of(measured)
     in_words = (
         "" if slope is None else f"Slope of the circuit's effects over the model's: {slope:.2f}."

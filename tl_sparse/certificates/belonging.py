@@ -10,16 +10,14 @@ from tl_sparse.certificates.layout import (
     share,
     shows,
 )
-from tl_sparse.certificates.record import Certificate
+from tl_sparse.certificates.relatives import Relatives
 from tl_sparse.errors import counted
-from tl_sparse.evaluation import Backups, Minimality, Necessity
+from tl_sparse.evaluation import Backups, Minimality, Necessity, Specificity
 from tl_sparse.tasks import table
 
 
-def necessity_text(certificate: Certificate) -> list[str]:
+def necessity_text(measured: Necessity) -> list[str]:
     """Section 5, without the backups."""
-    measured = certificate.necessity
-    assert measured is not None
     return [
         _without_table(measured),
         _tests_table(measured),
@@ -86,10 +84,8 @@ def _tests_table(measured: Necessity) -> str:
     return table(["test (Shi et al. 2024)", "measured", "p-value"], rows)
 
 
-def backups_text(certificate: Certificate) -> list[str]:
+def backups_text(measured: Backups) -> list[str]:
     """The backups of section 5."""
-    measured = certificate.backups
-    assert measured is not None
     found = (
         f"{counted(measured.n_found, 'node')} of {len(measured.candidates)} tried matter more once "
         "the circuit is gone; without circuit and these the loss is "
@@ -126,10 +122,8 @@ def _backups_table(measured: Backups) -> str:
     return table(header, rows)
 
 
-def relatives_text(certificate: Certificate) -> list[str]:
+def relatives_text(measured: Relatives) -> list[str]:
     """The family of section 5."""
-    measured = certificate.relatives
-    assert measured is not None
     rows = [
         ["circuits of the same round", number(measured.overlap_within)],
         ["circuits of different rounds", number(measured.overlap_between)],
@@ -152,10 +146,8 @@ def relatives_text(certificate: Certificate) -> list[str]:
     ]
 
 
-def minimality_text(certificate: Certificate) -> list[str]:
+def minimality_text(measured: Minimality) -> list[str]:
     """Section 6."""
-    measured = certificate.minimality
-    assert measured is not None
     left_out = ""
     if measured.n_left_out:
         left_out = f"{counted(measured.n_left_out, 'part')} were not measured: there are too many."
@@ -191,10 +183,8 @@ def _parts_table(measured: Minimality) -> str:
     return f"{text}\n  … and {n_more} more in certificate.json" if n_more > 0 else text
 
 
-def specificity_text(certificate: Certificate) -> list[str]:
+def specificity_text(measured: Specificity) -> list[str]:
     """Section 8."""
-    measured = certificate.specificity
-    assert measured is not None
     rows = []
     own = measured.own
     for name, task in {"its own task": own, **measured.others}.items():

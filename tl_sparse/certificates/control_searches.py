@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
-from tl_sparse.certificates.again import Found, Search, search_of, some_of
+from tl_sparse.certificates.again import Found, Search, search_of
 from tl_sparse.circuits import Circuit, circuit_task
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError, DataError, TaskError, TokenizerError, UnsupportedError
@@ -88,7 +88,7 @@ def controls(
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     search = search_of(circuit, model, n_subsets, batch_size, seed, progress=False)
     task = circuit_task(circuit, task)
-    real = search.measured(circuit, model, some_of(heldout_pairs(circuit, model, task), n_pairs))
+    real = search.measured(circuit, model, heldout_pairs(circuit, model, task).first(n_pairs))
     config = dataclasses.replace(search.config, allow_failing_model=True)
     search = dataclasses.replace(search, config=config)
 
@@ -115,7 +115,7 @@ def _searched(
 ) -> Found:
     """What the search finds for a control task."""
     _, _, heldout = task_splits(model, control, search.config)
-    return search.outcome(model, control, circuit.means, some_of(heldout, n_pairs))
+    return search.outcome(model, control, circuit.means, heldout.first(n_pairs))
 
 
 def _permuted(
@@ -131,4 +131,4 @@ def _permuted(
     embed = search.config.embed_gates
     with permuted_weights(model, search.seed):
         means = corpus_means(model, corpus, search.batch_size, embed)
-        return search.outcome(model, task, means, some_of(heldout, n_pairs))
+        return search.outcome(model, task, means, heldout.first(n_pairs))

@@ -1,11 +1,12 @@
 """Where a circuit is false: what its certificate found against it, in plain words."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tl_sparse.certificates.derived import idle_parts, slope_of
 from tl_sparse.certificates.layout import listed
 from tl_sparse.certificates.record import Certificate
-from tl_sparse.certificates.sufficient import limit_in_words
+from tl_sparse.certificates.sufficient import Sufficiency, limit_in_words
 from tl_sparse.certificates.thresholds import (
     FOLLOWS,
     LARGEST_SLOPE,
@@ -16,22 +17,28 @@ from tl_sparse.certificates.thresholds import (
     WITHSTOOD,
 )
 from tl_sparse.errors import counted
+from tl_sparse.evaluation import (
+    Inside,
+    Interchange,
+    Likeness,
+    Minimality,
+    Necessity,
+    Specificity,
+)
 
 
 def findings(certificate: Certificate) -> dict[str, list[str]]:
     """Section → the sentences against the circuit, of the sections that have some."""
     found = {}
     for section, against in _AGAINST.items():
-        sentences = against(certificate)
+        measured = getattr(certificate, section)
+        sentences = [] if measured is None else against(measured)
         if sentences:
             found[section] = sentences
     return found
 
 
-def _sufficiency(certificate: Certificate) -> list[str]:
-    measured = certificate.sufficiency
-    if measured is None:
-        return []
+def _sufficiency(measured: Sufficiency) -> list[str]:
     if measured.alone.loss > WITHSTOOD:
         return [f"Alone the circuit does not do the task: its loss is {measured.alone.loss:.2f}."]
     sentences = []
@@ -59,10 +66,7 @@ def _sufficiency(certificate: Certificate) -> list[str]:
     return sentences
 
 
-def _likeness(certificate: Certificate) -> list[str]:
-    measured = certificate.likeness
-    if measured is None:
-        return []
+def _likeness(measured: Likeness) -> list[str]:
     sentences = []
     circuit, nothing = measured.task.circuit.value, measured.task.no_nodes.value
     if circuit >= nothing:
@@ -79,10 +83,7 @@ def _likeness(certificate: Certificate) -> list[str]:
     return sentences
 
 
-def _inside(certificate: Certificate) -> list[str]:
-    measured = certificate.inside
-    if measured is None:
-        return []
+def _inside(measured: Inside) -> list[str]:
     sentences = []
     median = measured.summary.median_correlation
     if median is not None and median < FOLLOWS:
@@ -96,10 +97,7 @@ def _inside(certificate: Certificate) -> list[str]:
     return sentences
 
 
-def _interchange(certificate: Certificate) -> list[str]:
-    measured = certificate.interchange
-    if measured is None:
-        return []
+def _interchange(measured: Interchange) -> list[str]:
     sentences = []
     slope = slope_of(measured)
     if slope is not None and not 1 / LARGEST_SLOPE <= slope <= LARGEST_SLOPE:
@@ -117,10 +115,7 @@ def _interchange(certificate: Certificate) -> list[str]:
     return sentences
 
 
-def _necessity(certificate: Certificate) -> list[str]:
-    measured = certificate.necessity
-    if measured is None:
-        return []
+def _necessity(measured: Necessity) -> list[str]:
     sentences = []
     for without in (measured.mean, measured.resample):
         if without is not None and without.told_apart.value > TOLD_APART:
@@ -131,10 +126,7 @@ def _necessity(certificate: Certificate) -> list[str]:
     return sentences
 
 
-def _minimality(certificate: Certificate) -> list[str]:
-    measured = certificate.minimality
-    if measured is None:
-        return []
+def _minimality(measured: Minimality) -> list[str]:
     idle = idle_parts(measured)
     if not idle:
         return []
@@ -144,10 +136,7 @@ def _minimality(certificate: Certificate) -> list[str]:
     ]
 
 
-def _specificity(certificate: Certificate) -> list[str]:
-    measured = certificate.specificity
-    if measured is None:
-        return []
+def _specificity(measured: Specificity) -> list[str]:
     sentences = []
     if measured.own.rise.value < LOST:
         sentences.append(
@@ -162,7 +151,8 @@ def _specificity(certificate: Certificate) -> list[str]:
     return sentences
 
 
-_AGAINST: Mapping[str, Callable[[Certificate], list[str]]] = {
+#: Section → the function that finds what speaks against the circuit in the section's record.
+_AGAINST: Mapping[str, Callable[[Any], list[str]]] = {
     "sufficiency": _sufficiency,
     "likeness": _likeness,
     "inside": _inside,

@@ -2,25 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError, DataError
+from tl_sparse.evaluation import Family
 from tl_sparse.files import read_json
-from tl_sparse.records import record_from
-
-
-@dataclass(frozen=True)
-class _FamilyFile:
-    """The entries of family.json that a certificate uses."""
-
-    task: str
-    rounds: list[Any]
-    ending: str
-    core: list[str]
-    overlap_within: float | None
-    overlap_between: float | None
-    overlap_by_chance: float | None
 
 
 @dataclass(frozen=True)
@@ -55,12 +41,12 @@ def relatives_of(circuit: Circuit, path: Path, task: str) -> Relatives:
         DataError: if it is the family of another task.
     """
     try:
-        family = record_from(_FamilyFile, read_json(path))
+        family = Family.from_dict(read_json(path))
     except DataError as error:
         raise CheckpointError(f"{path} is damaged, or not a family: {error}") from error
     if family.task != task:
         raise DataError(f"{path} is the family of the task {family.task!r}, not of {task!r}")
-    names = set(map(str, circuit.nodes))
+    names = set(circuit.node_names)
     return Relatives(
         n_rounds=len(family.rounds),
         ending=family.ending,

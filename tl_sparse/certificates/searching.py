@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from tl_sparse.certificates.again import Found
+from tl_sparse.certificates.control_searches import Controls
 from tl_sparse.certificates.layout import NOTHING, estimate, number, paragraph, share, shows
-from tl_sparse.certificates.record import Certificate
 from tl_sparse.certificates.stable import Stability
 from tl_sparse.errors import counted
 from tl_sparse.parsing import printable
@@ -13,10 +13,8 @@ from tl_sparse.tasks import table
 _FOUND = ["nodes", "edges", "loss", "worst subset", "full model"]
 
 
-def stability_text(certificate: Certificate) -> list[str]:
+def stability_text(measured: Stability) -> list[str]:
     """Section 7."""
-    measured = certificate.stability
-    assert measured is not None
     return [
         _searches_table(measured),
         _contexts_table(measured),
@@ -78,10 +76,8 @@ def _losses_in_words(measured: Stability) -> str:
     return " ".join(sentences)
 
 
-def controls_text(certificate: Certificate) -> list[str]:
+def controls_text(measured: Controls) -> list[str]:
     """Section 9."""
-    measured = certificate.controls
-    assert measured is not None
     titles = {
         "nonsense": "answers that make no sense",
         "shuffled": "random labels",

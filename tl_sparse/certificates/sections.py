@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tl_sparse.certificates.control_searches import Controls, controls
 from tl_sparse.certificates.stable import Stability, stability
@@ -25,6 +25,8 @@ from tl_sparse.evaluation import (
     specificity,
 )
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Section:
@@ -43,115 +45,109 @@ class Section:
     searches: bool = False
 
 
-def _likeness(subject: Subject) -> Likeness:
-    return likeness(
+def _measured(function: Callable[..., R], subject: Subject, *more: Any, **options: Any) -> R:
+    """What a function measures of the circuit, with the arguments that all of them have."""
+    return function(
         subject.circuit,
         subject.model,
+        *more,
+        batch_size=subject.batch_size,
+        seed=subject.seed,
+        **options,
+    )
+
+
+def _likeness(subject: Subject) -> Likeness:
+    return _measured(
+        likeness,
+        subject,
         subject.data,
         subject.corpus,
         subject.ablation,
-        subject.effort.random_circuits,
-        subject.batch_size,
-        subject.seed,
+        n_random=subject.effort.random_circuits,
     )
 
 
 def _inside(subject: Subject) -> Inside:
-    return inside(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        inside,
+        subject,
         subject.data,
         subject.ablation,
-        subject.effort.random_circuits,
-        subject.batch_size,
-        subject.seed,
+        n_random=subject.effort.random_circuits,
     )
 
 
 def _interchange(subject: Subject) -> Interchange:
-    return interchange(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        interchange,
+        subject,
         subject.data,
         subject.ablation,
         n_pairs=subject.effort.interchange_pairs,
         n_random=subject.effort.random_circuits,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
     )
 
 
 def _necessity(subject: Subject) -> Necessity:
-    return necessity(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        necessity,
+        subject,
         subject.data,
         n_random=subject.effort.tested_circuits,
         n_random_pairs=subject.effort.tested_pairs,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
     )
 
 
 def _backups(subject: Subject) -> Backups:
-    return backups(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        backups,
+        subject,
         subject.data,
         n_candidates=subject.effort.backup_candidates,
         n_pairs=subject.effort.part_pairs,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
     )
 
 
 def _minimality(subject: Subject) -> Minimality:
-    return minimality(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        minimality,
+        subject,
         subject.data,
         n_pairs=subject.effort.part_pairs,
         n_random=subject.effort.random_parts,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
     )
 
 
 def _specificity(subject: Subject) -> Specificity:
-    return specificity(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        specificity,
+        subject,
         subject.data,
         n_pairs=subject.effort.other_task_pairs,
         n_random=subject.effort.random_circuits,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
     )
 
 
 def _stability(subject: Subject) -> Stability:
-    return stability(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        stability,
+        subject,
         subject.task,
         n_pairs=subject.effort.search_pairs,
         n_subsets=subject.effort.search_subsets,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
         progress=False,
     )
 
 
 def _controls(subject: Subject) -> Controls:
-    return controls(
-        subject.circuit,
-        subject.model,
+    return _measured(
+        controls,
+        subject,
         subject.task,
         subject.whole_corpus,
         n_pairs=subject.effort.search_pairs,
         n_subsets=subject.effort.search_subsets,
-        batch_size=subject.batch_size,
-        seed=subject.seed,
         progress=False,
     )
 

@@ -15,21 +15,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
-from tl_sparse.certificates.again import Found, Search, search_of, some_of
+from tl_sparse.certificates.again import Found, Search, search_of
 from tl_sparse.circuits import Circuit, circuit_task
 from tl_sparse.config import check
-from tl_sparse.errors import (
-    DataError,
-    PruneError,
-    TaskError,
-    TokenizerError,
-)
+from tl_sparse.errors import DataError, PruneError, TaskError, TokenizerError
 from tl_sparse.evaluation import (
+    LEAST_ACCURACY,
     Estimate,
-    all_logits,
-    holding_nodes,
+    Runs,
+    jaccard,
     mean_of_pairs,
-    with_reference,
     without_nodes,
 )
 from tl_sparse.hooks import TLModel
@@ -44,15 +39,12 @@ from tl_sparse.tasks import (
     held_out_contexts,
     make_task_data,
     prompts_of,
-    task_loss_and_accuracy,
     too_few_pairs,
 )
 
 #: Bootstrap resamples of the held-out pairs, and the quantiles of their losses that are reported.
 _N_RESAMPLES = 2000
 _QUANTILES = (0.025, 0.975)
-#: If the objective has no target for the task loss, a model can do a task with this accuracy.
-LEAST_ACCURACY = 0.9
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,7 @@ def stability(
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     search = search_of(circuit, model, n_subsets, batch_size, seed, progress=False)
     task = circuit_task(circuit, task)
-    data = some_of(heldout_pairs(circuit, model, task), n_pairs)
+    data = heldout_pairs(circuit, model, task).first(n_pairs)
     first = search.measured(circuit, model, data)
     subject = _Subject(circuit, model, task, data, search, first)
     left_out: dict[str, str] = {}
@@ -204,6 +196,10 @@ class _Subject:
     data: TaskData
     search: Search
     first: Found
+
+    def losses(self, data: TaskData) -> Float[Tensor, " prompt"]:
+        """The circuit's loss on each prompt, by the objective of its search."""
+        return self.search.losses(self.circuit, self.model, data)
 
 
 # --- searching again
@@ -286,8 +282,7 @@ def _searched(subject: _Subject, task: Task, search_seed: int, seed: int) -> Sea
         not_found = Found(subject.first.full_loss, not_found=str(error))
         return SearchedAgain(seed, not_found)
     found = search.measured(circuit, subject.model, subject.data)
-    nodes, first_nodes = set(circuit.nodes), set(subject.circuit.nodes)
-    overlap = len(nodes & first_nodes) / len(nodes | first_nodes)
+    overlap = jaccard(circuit.node_names, subject.circuit.node_names)
     withstands = _withstands(found, subject.first, config.target_loss)
     return SearchedAgain(seed, found, overlap, withstands)
 
@@ -307,7 +302,7 @@ def _withstands(found: Found, first: Found, target_loss: float) -> bool:
 
 def _loss_interval(subject: _Subject) -> list[float]:
     """Quantiles of the circuit's mean loss over pairs that are drawn with replacement."""
-    pair_losses = _losses(subject, subject.data).view(-1, 2).mean(1).double().cpu()
+    pair_losses = subject.losses(subject.data).view(-1, 2).mean(1).double().cpu()
     n = len(pair_losses)
     if n == 1:
         return []
@@ -333,16 +328,8 @@ def _fresh_losses(
             break
         data = encode_pairs(task, pairs, model.tokenizer, model.cfg.n_ctx)
         data = data.to(next(model.parameters()).device)
-        found.append(mean_of_pairs(_losses(subject, data)))
+        found.append(mean_of_pairs(subject.losses(data)))
     return found
-
-
-def _losses(subject: _Subject, data: TaskData) -> Float[Tensor, " prompt"]:
-    """The circuit's loss on each prompt, by the objective of its search."""
-    search = subject.search
-    if search.config.objective == "model":
-        data = with_reference(subject.model, data, search.batch_size)
-    return search.losses(subject.circuit, subject.model, data)
 
 
 def _contexts(subject: _Subject, n_pairs: int, left_out: dict[str, str]) -> dict[str, InContext]:
@@ -366,33 +353,21 @@ def _contexts(subject: _Subject, n_pairs: int, left_out: dict[str, str]) -> dict
 
 
 def _in_context(subject: _Subject, data: TaskData) -> InContext:
-    full_loss, full_accuracy = _task_scores(subject, data, None)
-    loss, accuracy = _task_scores(subject, data, subject.circuit)
-    empty_loss, empty_accuracy = _task_scores(subject, data, without_nodes(subject.circuit))
-    config = subject.search.config
-    model_can = full_accuracy.value >= LEAST_ACCURACY
-    if config.objective == "candidates":
-        model_can = full_loss.value <= config.target_loss
-    return InContext(
-        full_loss,
-        full_accuracy,
-        loss,
-        accuracy,
-        empty_loss,
-        empty_accuracy,
-        model_can,
-        data.n_pairs,
-    )
-
-
-def _task_scores(
-    subject: _Subject, data: TaskData, circuit: Circuit | None
-) -> tuple[Estimate, Estimate]:
-    """The task loss and the accuracy of the model under a circuit, or of the full model."""
     search = subject.search
-    under = None
-    if circuit is not None:
-        under = holding_nodes(circuit, subject.model, search.config.ablation)
-    logits = all_logits(subject.model, data, search.batch_size, under, search.seed)
-    losses, are_right = task_loss_and_accuracy(logits, data.correct)
-    return mean_of_pairs(losses), mean_of_pairs(are_right.float())
+    config = search.config
+    runs = Runs(subject.model, data, search.batch_size, config.ablation, search.seed)
+    full, alone = runs.full(), runs.alone(subject.circuit)
+    empty = runs.alone(without_nodes(subject.circuit))
+    model_can = full.accuracy.value >= LEAST_ACCURACY
+    if config.objective == "candidates":
+        model_can = full.loss.value <= config.target_loss
+    return InContext(
+        full_loss=full.loss,
+        full_accuracy=full.accuracy,
+        loss=alone.loss,
+        accuracy=alone.accuracy,
+        empty_loss=empty.loss,
+        empty_accuracy=empty.accuracy,
+        model_can=model_can,
+        n_pairs=data.n_pairs,
+    )

@@ -105,7 +105,7 @@ def subject_of(
         circuit=circuit,
         model=model,
         task=chosen,
-        data=data.pairs(range(min(effort.pairs, data.n_pairs))),
+        data=data.first(effort.pairs),
         corpus=None if rows is None else rows[: effort.corpus_rows],
         whole_corpus=rows,
         no_corpus=no_corpus,

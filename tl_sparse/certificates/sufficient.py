@@ -1,6 +1,5 @@
 """Section 1: is the circuit sufficient, also when others choose what is held?"""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from tl_sparse.evaluation import (
     mean_of,
     random_circuits_like,
     score,
+    subset_score,
     subset_scores,
 )
 from tl_sparse.hooks import NodeMasks
@@ -146,22 +146,21 @@ def _attack(subject: Subject, budget: int | None, restarts: int) -> Attack:
         subject.seed,
     )
     left = _random_nodes(subject.circuit, adversary.n_left, subject.seed)
-    run_context = holding_nodes(subject.circuit, subject.model, subject.ablation, left=left)
-    random = score(subject.model, subject.data, subject.batch_size, run_context, subject.seed)
+    random = subset_score(
+        subject.circuit,
+        subject.model,
+        subject.data,
+        left,
+        subject.ablation,
+        subject.batch_size,
+        subject.seed,
+    )
     return Attack(adversary, random)
 
 
 def _random_nodes(circuit: Circuit, n_nodes: int, seed: int) -> NodeMasks:
     """Masks of random nodes outside the circuit."""
-    outside: Mapping[str, torch.Tensor] = circuit.dropped
-    flat = torch.cat([mask.flatten().cpu() for mask in outside.values()])
+    numbers = circuit.numbers_in(circuit.dropped)
     generator = torch.Generator().manual_seed(seed)
-    numbers = flat.nonzero()[:, 0]
     order = torch.randperm(len(numbers), generator=generator)
-    chosen = torch.zeros_like(flat)
-    chosen[numbers[order[:n_nodes]]] = True
-    sizes = [mask.numel() for mask in outside.values()]
-    masks = {}
-    for (name, mask), part in zip(outside.items(), chosen.split(sizes), strict=True):
-        masks[name] = part.view(mask.shape).to(mask.device)
-    return masks
+    return circuit.masks_of_numbers(numbers[order[:n_nodes]])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tl_sparse.arguments import checked
 from tl_sparse.certificates import behaviour, belonging, searching
@@ -20,12 +21,12 @@ class _Writer:
     Attributes:
         name: the field of the certificate.
         title: its number and its question.
-        parts: the function that writes its tables and paragraphs.
+        parts: the function that writes the tables and paragraphs of the section's record.
     """
 
     name: str
     title: str
-    parts: Callable[[Certificate], list[str]]
+    parts: Callable[[Any], list[str]]
 
 
 _WRITERS = (
@@ -62,11 +63,12 @@ def section_texts(certificate: Certificate) -> list[SectionText]:
     against = findings(certificate)
     texts = []
     for writer in _WRITERS:
-        if getattr(certificate, writer.name) is None:
+        measured = getattr(certificate, writer.name)
+        if measured is None:
             reason = certificate.left_out.get(writer.name, _MISSING.get(writer.name, _NOT_YET))
             texts.append(SectionText(writer.title, [paragraph(f"Left out: {printable(reason)}")]))
             continue
-        parts = writer.parts(certificate)
+        parts = writer.parts(measured)
         found = [paragraph(f"False: {sentence}") for sentence in against.get(writer.name, [])]
         if found:
             parts.insert(0, "\n".join(found))

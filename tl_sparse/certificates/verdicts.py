@@ -4,7 +4,7 @@ There is no single score. Each criterion is met, not met, or not tested, by numb
 certificate shows and thresholds that stand here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tl_sparse.certificates.derived import idle_parts, slope_of
@@ -39,21 +39,38 @@ class Condition:
     number: str
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a criterion asks.
+
+    Attributes:
+        code, name: those of the catalogue.
+        threshold: what must hold, in words.
+        conditions: the function that gives its conditions; none if the sections that it needs were
+            left out.
+    """
+
+    code: str
+    name: str
+    threshold: str
+    conditions: Callable[[Certificate], list[Condition]]
+
+
 def verdict(certificate: Certificate) -> list[Criterion]:
     """The criteria, in the order of the catalogue."""
     criteria = []
-    for code, name, threshold, conditions_of in _CRITERIA:
-        conditions = conditions_of(certificate)
+    for asked in _CRITERIA:
+        conditions = asked.conditions(certificate)
         if not conditions:
             result, numbers = NOT_TESTED, "what it needs was left out"
         else:
             result = MET if all(each.holds for each in conditions) else NOT_MET
             numbers = "; ".join(each.number for each in conditions)
-        criteria.append(Criterion(code, name, result, numbers, threshold))
+        criteria.append(Criterion(asked.code, asked.name, result, numbers, asked.threshold))
     return criteria
 
 
-# --- the conditions of each criterion; none if the sections that it needs were left out
+# --- the conditions of each criterion
 
 
 def _falsifiability(certificate: Certificate) -> list[Condition]:
@@ -187,53 +204,52 @@ def _loss(name: str, loss: float) -> Condition:
     return Condition(loss <= WITHSTOOD, f"{name} {loss:.3f}")
 
 
-#: Code, name, threshold in words, and the function that gives the conditions.
-_CRITERIA: Sequence[tuple[str, str, str, Callable[[Certificate], list[Condition]]]] = (
-    (
+_CRITERIA = (
+    _Asked(
         "C1",
         "falsifiability",
         f"attempts to refute it fail: loss at most {WITHSTOOD} under subsets and adversaries",
         _falsifiability,
     ),
-    (
+    _Asked(
         "C3",
         "task specificity",
         f"its task loses at least {LOST} without it, others at most {SPARED} more than random",
         _task_specificity,
     ),
-    ("C4", "minimality", f"at most {IDLE_PARTS:.0%} of parts without effect", _minimality),
-    (
+    _Asked("C4", "minimality", f"at most {IDLE_PARTS:.0%} of parts without effect", _minimality),
+    _Asked(
         "C5",
         "convergence of methods",
         f"other seeds and pairs find circuits with an overlap (Jaccard) of at least {OVERLAP}",
         _convergence,
     ),
-    (
+    _Asked(
         "I1",
         "necessity, two ablations",
         f"at most {TOLD_APART:.0%} of pairs told apart without it (chance: 50%)",
         _necessity,
     ),
-    ("I2", "sufficiency", "loss at most the target of the search", _sufficiency),
-    (
+    _Asked("I2", "sufficiency", "loss at most the target of the search", _sufficiency),
+    _Asked(
         "I4",
         "consistency",
         f"loss at most {WITHSTOOD} under each ablation, the worst subset, and in unseen contexts",
         _consistency,
     ),
-    (
+    _Asked(
         "E1",
         "reach of interventions",
         f"interchange as in the model: correlation at least {FOLLOWS}, slope within a factor of "
         f"{LARGEST_SLOPE:g}",
         _reach,
     ),
-    (
+    _Asked(
         "M3",
         "baseline separation",
         "better than 90% of random circuits, alone and without it: p < 0.05; controls give "
         f"nothing, or circuits of at least {CONTROL_SIZE} times its nodes",
         _separation,
     ),
-    ("M1", "reliability", f"standard error of the loss at most {PRECISE}", _reliability),
+    _Asked("M1", "reliability", f"standard error of the loss at most {PRECISE}", _reliability),
 )

@@ -138,25 +138,15 @@ def of_size(circuit: _Circuit, n_nodes: int) -> _Circuit:
             f"n_nodes = {n_nodes}; it must be in [0, {circuit.n_candidates}], "
             f"and the circuit must have scores"
         )
-    flat_masks = []
-    flat_scores = []
-    for name, score in scores.items():
-        flat_masks.append(circuit.kept[name].flatten())
-        flat_scores.append(score.flatten())
-    is_kept = torch.cat(flat_masks)
-    by_score = torch.cat(flat_scores).argsort(descending=True, stable=True)
+    is_kept = torch.zeros(circuit.n_candidates, dtype=torch.bool)
+    is_kept[circuit.numbers_in(circuit.kept)] = True
+    flat_scores = torch.cat([scores[name].flatten().cpu() for name in circuit.kept])
+    by_score = flat_scores.argsort(descending=True, stable=True)
     # Kept nodes come first even where nodes with a higher score were dropped after the search.
     kept_by_score = by_score[is_kept[by_score]]
     others_by_score = by_score[~is_kept[by_score]]
     ranking = torch.cat([kept_by_score, others_by_score])
-    is_chosen = torch.zeros_like(is_kept)
-    is_chosen[ranking[:n_nodes]] = True
-    kept = {}
-    start = 0
-    for name, score in scores.items():
-        stop = start + score.numel()
-        kept[name] = is_chosen[start:stop].view(score.shape)
-        start = stop
+    kept = circuit.masks_of_numbers(ranking[:n_nodes])
     return _derived(circuit, kept, circuit.task, None)
 
 

@@ -1,8 +1,12 @@
 """The data of a circuit: its nodes and edges, and what is known about it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from tl_sparse.arguments import described
 from tl_sparse.circuits.fingerprints import Fingerprint
@@ -81,6 +85,33 @@ class CircuitParts:
     def n_candidates(self) -> int:
         """The number of all nodes at the circuit's hook points, kept or not."""
         return sum(mask.numel() for mask in self.kept.values())
+
+    def masks_of(self, nodes: Iterable[Node]) -> dict[str, Bool[Tensor, " *node"]]:
+        """Masks of these nodes, at all hook points of the circuit."""
+        masks = {name: torch.zeros_like(mask) for name, mask in self.kept.items()}
+        hooks = self.hooks
+        for node in nodes:
+            masks[hooks[node.layer, node.location]].view(-1)[node.index] = True
+        return masks
+
+    # Nodes as numbers, which run over all hook points in the order of `kept`
+
+    def numbers_in(self, nodes: NodeMasks) -> Int[Tensor, " chosen"]:
+        """The numbers of the nodes in masks at the circuit's hook points, on the CPU."""
+        flat = torch.cat([nodes[name].flatten().cpu() for name in self.kept])
+        return flat.nonzero()[:, 0]
+
+    def masks_of_numbers(
+        self, numbers: Int[Tensor, " chosen"] | Sequence[int]
+    ) -> dict[str, Bool[Tensor, " *node"]]:
+        """Masks of the nodes with these numbers, at all hook points of the circuit."""
+        is_chosen = torch.zeros(self.n_candidates, dtype=torch.bool)
+        is_chosen[torch.as_tensor(numbers, dtype=torch.long)] = True
+        sizes = [mask.numel() for mask in self.kept.values()]
+        masks = {}
+        for (name, mask), part in zip(self.kept.items(), is_chosen.split(sizes), strict=True):
+            masks[name] = part.view(mask.shape).to(mask.device)
+        return masks
 
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → the indices of the kept nodes there."""

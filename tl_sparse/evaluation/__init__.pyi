@@ -11,6 +11,7 @@ from .coablation import backups as backups
 from .estimates import Estimate as Estimate
 from .estimates import mean_of as mean_of
 from .estimates import mean_of_pairs as mean_of_pairs
+from .holding import freezing_norms as freezing_norms
 from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
 from .inner_values import Inside as Inside
@@ -33,7 +34,6 @@ from .kinship import CoreCandidate as CoreCandidate
 from .kinship import Family as Family
 from .kinship import FamilyRound as FamilyRound
 from .kinship import FamilySearch as FamilySearch
-from .kinship import jaccard as jaccard
 from .knockout import AgainstRandom as AgainstRandom
 from .knockout import Independence as Independence
 from .knockout import Necessity as Necessity
@@ -47,10 +47,13 @@ from .minimal import RandomRemovals as RandomRemovals
 from .minimal import minimality as minimality
 from .objectives import all_objective_losses as all_objective_losses
 from .objectives import objective_loss as objective_loss
+from .objectives import ready_for as ready_for
 from .objectives import with_reference as with_reference
+from .prompt_runs import Runs as Runs
 from .relatives import Relatedness as Relatedness
 from .relatives import Relative as Relative
 from .relatives import circuit_of as circuit_of
+from .relatives import jaccard as jaccard
 from .relatives import loss_without as loss_without
 from .relatives import relatedness as relatedness
 from .removal import effects as effects
@@ -68,6 +71,7 @@ from .scores import Objective as Objective
 from .scores import SizedScore as SizedScore
 from .scores import scores_table as scores_table
 from .significance import PValue as PValue
+from .specific import LEAST_ACCURACY as LEAST_ACCURACY
 from .specific import Specificity as Specificity
 from .specific import SpecificityMatrix as SpecificityMatrix
 from .specific import TaskLoss as TaskLoss
@@ -75,4 +79,5 @@ from .specific import specificity as specificity
 from .specific import specificity_matrix as specificity_matrix
 from .subsets import SubsetScores as SubsetScores
 from .subsets import random_subsets as random_subsets
+from .subsets import subset_score as subset_score
 from .subsets import subset_scores as subset_scores

@@ -15,11 +15,10 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
 from tl_sparse.config import check
 from tl_sparse.evaluation.batches import random_batches
-from tl_sparse.evaluation.holding import freezing_norms, held_values, holding_nodes
-from tl_sparse.evaluation.judge import score
-from tl_sparse.evaluation.objectives import objective_loss, with_reference
+from tl_sparse.evaluation.holding import freezing_norms, held_values
+from tl_sparse.evaluation.objectives import objective_loss, ready_for
 from tl_sparse.evaluation.scores import Ablation, Objective
-from tl_sparse.evaluation.subsets import share_of
+from tl_sparse.evaluation.subsets import share_of, subset_score
 from tl_sparse.hooks import NodeGates, NodeMasks, TLModel, differentiating, frozen
 from tl_sparse.tasks import Score, TaskData
 
@@ -85,8 +84,7 @@ def adversary_score(
         subsets.append(subset)
     scores = []
     for subset in subsets:
-        run_context = holding_nodes(circuit, model, ablation, left=subset)
-        scores.append(score(model, data, batch_size, run_context, seed))
+        scores.append(subset_score(circuit, model, data, subset, ablation, batch_size, seed))
     worst = max(range(restarts), key=lambda i: scores[i].loss)
     return AdversaryScore(
         budget=budget,
@@ -150,9 +148,7 @@ def learned_subset(
         optimizer = torch.optim.Adam([gates.tau], lr=lr, maximize=True)
         batches = random_batches(data, pairs_per_step, seed)
         for _ in range(steps):
-            batch = next(batches)
-            if objective == "model":
-                batch = with_reference(model, batch)
+            batch = ready_for(objective, model, next(batches))
             loss = _loss(circuit, model, batch, gates, kept, budget, ablation, objective)
             if not loss.isfinite():
                 break  # no subset is worse than one that makes the model diverge
@@ -185,7 +181,7 @@ def _loss(
     """The loss of the circuit while the adversary's nodes are left as they are."""
     values = held_values(circuit, model, ablation)(data)
     with (
-        freezing_norms(circuit, model, data),
+        freezing_norms(circuit.frozen_norms, model, data),
         circuit.holding(model, {}, {}, circuit.cut_edges(model)),
         gates.attached(model, values=values, openings=_openings(gates, kept, budget)),
     ):

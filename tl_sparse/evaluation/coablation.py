@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -15,10 +14,10 @@ from tl_sparse.config import check
 from tl_sparse.evaluation.baselines import check_measurable, without_nodes
 from tl_sparse.evaluation.estimates import Estimate, mean_of
 from tl_sparse.evaluation.holding import holding_nodes
-from tl_sparse.evaluation.removal import PromptScores, first_pairs, prompt_scores
+from tl_sparse.evaluation.prompt_runs import Runs
 from tl_sparse.evaluation.running import prompt_batches, task_loss
 from tl_sparse.evaluation.significance import PValue, holm, sign_flip_tests
-from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
+from tl_sparse.hooks import TLModel, differentiating, frozen, mixing, without_inference
 from tl_sparse.precision import in_float32
 from tl_sparse.tasks import TaskData
 
@@ -131,24 +130,25 @@ def backups(
     check(n_random >= 1, "n_random", n_random, "at least 1")
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     check_measurable(circuit, model)
-    runs = _Runs(circuit, model, first_pairs(data, n_pairs), batch_size)
+    runs = Runs(model, data.first(n_pairs), batch_size)
+    effects = _CoAblation(circuit, runs)
     for_ranking = _pairs_for_ranking(data, n_pairs)
     ranked = _ranked_outside(circuit, model, for_ranking, batch_size)
-    candidates = runs.measured(ranked[:n_candidates], seed, progress)
-    random = runs.measured(_drawn(ranked, n_random, seed), seed, progress)
+    candidates = effects.measured(ranked[:n_candidates], seed, progress)
+    random = effects.measured(_drawn(ranked, n_random, seed), seed, progress)
     found = [node.number for node in candidates if node.backup.p_no_growth.is_significant]
     without_found = runs.without(_union(circuit, found))
     without_random = runs.without(_union(circuit, _drawn(ranked, len(found), seed + 1)))
-    no_nodes = runs.no_nodes()
-    share, problem = _share(runs.without_circuit.loss, without_found.loss, no_nodes.loss)
+    no_nodes = runs.alone(without_nodes(circuit))
+    share, problem = _share(effects.without_circuit.loss, without_found.loss, no_nodes.loss)
     random_growths = [node.backup.growth.value for node in random]
     return Backups(
         candidates=[node.backup for node in candidates],
         n_found=len(found),
         random_growth=mean_of(torch.tensor(random_growths)) if random else None,
         largest_random_growth=max(random_growths, default=None),
-        full_loss=runs.full.loss,
-        without_loss=runs.without_circuit.loss,
+        full_loss=effects.full.loss,
+        without_loss=effects.without_circuit.loss,
         without_found_loss=without_found.loss,
         without_random_loss=without_random.loss,
         no_nodes_loss=no_nodes.loss,
@@ -193,13 +193,7 @@ def _share(
 
 def _only(circuit: Circuit, numbers: Sequence[int]) -> Circuit:
     """The circuit of these nodes alone."""
-    is_chosen = torch.zeros(circuit.n_candidates, dtype=torch.bool)
-    is_chosen[list(numbers)] = True
-    sizes = [mask.numel() for mask in circuit.kept.values()]
-    kept = {}
-    for (name, mask), chosen in zip(circuit.kept.items(), is_chosen.split(sizes), strict=True):
-        kept[name] = chosen.view(mask.shape).to(mask.device)
-    return replace(without_nodes(circuit), kept=kept)
+    return replace(without_nodes(circuit), kept=circuit.masks_of_numbers(numbers))
 
 
 def _union(circuit: Circuit, numbers: Sequence[int]) -> Circuit:
@@ -214,8 +208,8 @@ def _ranked_outside(circuit: Circuit, model: TLModel, data: TaskData, batch_size
     in_full = estimated_effects(without_nodes(circuit), model, data, batch_size)
     without = estimated_effects(circuit, model, data, batch_size)
     ranked = (without - in_full).argsort(descending=True, stable=True)
-    is_outside = torch.cat([mask.flatten().cpu() for mask in circuit.dropped.values()])
-    numbers: list[int] = ranked[is_outside[ranked]].tolist()
+    outside = ranked[torch.isin(ranked, circuit.numbers_in(circuit.dropped))]
+    numbers: list[int] = outside.tolist()
     return numbers
 
 
@@ -234,22 +228,13 @@ def estimated_effects(
         for batch in prompt_batches(model, data, batch_size):
             prompts = _ordinary(batch.data)
             opened = {}
-            functions = {}
             for name in held.kept:
-                mean = in_float32(held.means[name])
-                opened[name] = torch.ones_like(mean).requires_grad_()
-                functions[name] = partial(_mix, mean, opened[name])
-            with hold(prompts), hooked(model, functions, positions_alike=True):
+                opened[name] = torch.ones_like(in_float32(held.means[name])).requires_grad_()
+            with hold(prompts), mixing(model, opened, held.means):
                 loss = task_loss(model, prompts) * prompts.n_pairs
             gradients = torch.autograd.grad(loss, list(opened.values()), materialize_grads=True)
             total -= torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
         return total / data.n_pairs
-
-
-def _mix(mean: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
-    """The activation, with a gradient with respect to how far it is opened from the mean."""
-    precise = in_float32(activation)
-    return torch.lerp(mean.to(precise).expand_as(precise), precise, opened).to(activation.dtype)
 
 
 def _ordinary(data: TaskData) -> TaskData:
@@ -274,34 +259,22 @@ class _Measured:
     backup: Backup
 
 
-class _Runs:
-    """Runs of a model on the same prompts, with and without a circuit."""
+class _CoAblation:
+    """The effects of nodes on the same prompts, with and without a circuit."""
 
-    def __init__(self, circuit: Circuit, model: TLModel, data: TaskData, batch_size: int) -> None:
+    def __init__(self, circuit: Circuit, runs: Runs) -> None:
         self.circuit = circuit
-        self.model = model
-        self.data = data
-        self.batch_size = batch_size
-        self.full = prompt_scores(model, data, batch_size)
-        self.without_circuit = self.without(circuit)
-
-    def without(self, held: Circuit) -> PromptScores:
-        """The model in which the nodes of `held` are at their means."""
-        run_context = holding_nodes(held, self.model, inverted=True)
-        return prompt_scores(self.model, self.data, self.batch_size, run_context)
-
-    def no_nodes(self) -> PromptScores:
-        """The model in which every node is at its mean."""
-        run_context = holding_nodes(without_nodes(self.circuit), self.model)
-        return prompt_scores(self.model, self.data, self.batch_size, run_context)
+        self.runs = runs
+        self.full = runs.full()
+        self.without_circuit = runs.without(circuit)
 
     def measured(self, numbers: Sequence[int], seed: int, progress: bool) -> list[_Measured]:
         """The effects of the nodes with these numbers, the largest growth first."""
         effects = []
         effects_without = []
         for number in tqdm(numbers, "co-ablating", disable=not progress, unit=" nodes"):
-            alone = self.without(_only(self.circuit, [number])).pair_losses
-            both = self.without(_union(self.circuit, [number])).pair_losses
+            alone = self.runs.without(_only(self.circuit, [number])).pair_losses
+            both = self.runs.without(_union(self.circuit, [number])).pair_losses
             effects.append(alone - self.full.pair_losses)
             effects_without.append(both - self.without_circuit.pair_losses)
         if not effects:

@@ -76,7 +76,10 @@ def holding_nodes(
     @contextmanager
     def hold(data: TaskData) -> Iterator[None]:
         values = values_for(data)
-        with freezing_norms(circuit, model, data), circuit.holding(model, held, values, cut):
+        with (
+            freezing_norms(circuit.frozen_norms, model, data),
+            circuit.holding(model, held, values, cut),
+        ):
             yield
 
     return hold
@@ -105,10 +108,9 @@ def held_values(
     return lambda data: values
 
 
-def freezing_norms(
-    circuit: Circuit, model: TLModel, data: TaskData
-) -> AbstractContextManager[None]:
-    """Within the context, norms have the scales of the full model if the circuit asks for it."""
-    if not circuit.frozen_norms:
+@checked()
+def freezing_norms(frozen: bool, model: TLModel, data: TaskData) -> AbstractContextManager[None]:
+    """Within the context, if `frozen`, norms have the scales of the full model on these prompts."""
+    if not frozen:
         return nullcontext()
     return holding_norms(model, full_norm_scales(model, data))

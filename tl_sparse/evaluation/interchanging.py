@@ -21,11 +21,10 @@ from tl_sparse.evaluation.baselines import check_measurable, random_circuits_lik
 from tl_sparse.evaluation.estimates import Estimate, correlation, mean_of_pairs
 from tl_sparse.evaluation.holding import holding_nodes
 from tl_sparse.evaluation.like_model import groups_by_answer
-from tl_sparse.evaluation.removal import first_pairs
 from tl_sparse.evaluation.running import RunContext, prompt_batches, task_logits
 from tl_sparse.evaluation.scores import Ablation
 from tl_sparse.hooks import NodeMasks, TLModel, ablating, recording
-from tl_sparse.tasks import TaskData
+from tl_sparse.tasks import TaskData, right_minus_wrong
 
 #: A correlation over nodes needs at least so many.
 LEAST_NODES = 3
@@ -163,9 +162,7 @@ def interchange(
     check_measurable(circuit, model)
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     check(n_random >= 0, "n_random", n_random, "at least 0")
-    data = first_pairs(data, n_pairs)
-    if data.partners is None and data.n_pairs > 1:
-        data = data.with_partners(seed)
+    data = data.first(n_pairs).partnered(seed)
     random = [each.kept for each in random_circuits_like(circuit, n_random, seed)]
     runs = _Runs(circuit, model, holding_nodes(circuit, model, ablation), random)
 
@@ -291,10 +288,10 @@ class _Runs:
             task_logits(self.model, donors)
         values = {name: recorded[by_row, aligned] for name, recorded in activations.items()}
         with context(data), holding_reads(self.model):
-            margins = [_right_minus_wrong(task_logits(self.model, data), data)]
+            margins = [right_minus_wrong(task_logits(self.model, data), data.correct)]
             for nodes in sets:
                 with ablating(self.model, nodes, values):
-                    margins.append(_right_minus_wrong(task_logits(self.model, data), data))
+                    margins.append(right_minus_wrong(task_logits(self.model, data), data.correct))
         return torch.stack(margins, dim=1)
 
 
@@ -312,13 +309,6 @@ def _single_nodes(kept: NodeMasks) -> list[NodeMasks]:
             alone.view(-1)[index] = True
             single.append({name: alone})
     return single
-
-
-def _right_minus_wrong(
-    logits: Float[Tensor, "prompt 2"], data: TaskData
-) -> Float[Tensor, " prompt"]:
-    second_minus_first = logits[:, 1] - logits[:, 0]
-    return torch.where(data.correct == 1, second_minus_first, -second_minus_first)
 
 
 # --- what changes

@@ -17,6 +17,7 @@ from tl_sparse.config import check
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TokenizerError, counted
 from tl_sparse.evaluation.baselines import random_circuits_like, without_nodes
 from tl_sparse.evaluation.holding import holding_nodes
+from tl_sparse.evaluation.objectives import divergences
 from tl_sparse.evaluation.removal import effects
 from tl_sparse.evaluation.running import RunContext, all_logits, all_next_token_logits
 from tl_sparse.evaluation.scores import (
@@ -33,6 +34,7 @@ from tl_sparse.tasks import (
     Score,
     TaskData,
     make_task_data,
+    right_minus_wrong,
     task_loss_and_accuracy,
 )
 
@@ -66,13 +68,11 @@ def score_logits(logits: Float[Tensor, "prompt 2"], data: TaskData) -> Score:
     standard_error = None
     if len(pair_losses) > 1:
         standard_error = float(pair_losses.std() / len(pair_losses) ** 0.5)
-    second_minus_first = logits[:, 1] - logits[:, 0]
-    right_minus_wrong = torch.where(data.correct == 1, second_minus_first, -second_minus_first)
     return Score(
         loss=float(losses.mean()),
         standard_error=standard_error,
         accuracy=float(right.float().mean()),
-        logit_difference=float(right_minus_wrong.mean()),
+        logit_difference=float(right_minus_wrong(logits, data.correct).mean()),
     )
 
 
@@ -98,9 +98,7 @@ def score_next_tokens(
         )
     answers = data.candidates.gather(1, data.correct[:, None])
     log_probabilities = logits.log_softmax(1)
-    divergence = torch.nn.functional.kl_div(
-        log_probabilities, full_logits.log_softmax(1), log_target=True, reduction="batchmean"
-    )
+    divergence = divergences(full_logits.log_softmax(1), log_probabilities).mean()
     of_answers = log_probabilities.gather(1, answers)
     next_token = NextToken(
         probability=float(of_answers.exp().mean()),

@@ -3,11 +3,10 @@
 These are the records of `family.json`; `tl_sparse.suites.find_family` makes them.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tl_sparse.arguments import checked
 from tl_sparse.evaluation.coablation import Backups
 from tl_sparse.evaluation.estimates import Estimate
 from tl_sparse.evaluation.relatives import Relatedness
@@ -165,12 +164,3 @@ class Family:
     def n_circuits(self) -> int:
         """The number of circuits of all rounds."""
         return sum(len(each.found) for each in self.rounds)
-
-
-@checked()
-def jaccard(first: Collection[str], second: Collection[str]) -> float:
-    """The Jaccard index of two sets of nodes; 1 if both are empty."""
-    in_either = set(first) | set(second)
-    if not in_either:
-        return 1.0
-    return len(set(first) & set(second)) / len(in_either)

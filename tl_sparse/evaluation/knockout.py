@@ -1,7 +1,7 @@
 """Whether a circuit is necessary, and the tests of Shi et al. 2024 (arXiv 2410.13032) beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,8 +10,7 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.config import check
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like
 from tl_sparse.evaluation.estimates import Estimate, mean_of
-from tl_sparse.evaluation.holding import holding_nodes
-from tl_sparse.evaluation.removal import PromptScores, first_pairs, prompt_scores
+from tl_sparse.evaluation.prompt_runs import PromptScores, Runs
 from tl_sparse.evaluation.scores import Ablation
 from tl_sparse.evaluation.significance import PValue, exceeds_most, independence_test, sign_test
 from tl_sparse.hooks import TLModel
@@ -153,68 +152,47 @@ def necessity(
     check(n_random_pairs >= 1, "n_random_pairs", n_random_pairs, "at least 1")
     check(n_permutations >= 1, "n_permutations", n_permutations, "at least 1")
     check_measurable(circuit, model)
-    if data.partners is None and data.n_pairs > 1:
-        data = data.with_partners(seed)  # drawn once, so that all runs have the same
-    runs = _Runs(model, data, batch_size)
+    data = data.partnered(seed)  # drawn once, so that all runs have the same
+    runs = Runs(model, data, batch_size)
+    some_runs = Runs(model, data.first(n_random_pairs), batch_size)
     full = runs.full()
-    alone = runs.under(circuit)
-    without = runs.under(circuit, inverted=True)
-    some_runs = _Runs(model, first_pairs(data, n_random_pairs), batch_size)
+    alone = runs.alone(circuit)
     random = random_circuits_like(circuit, n_random, seed)
-    random_alone = [some_runs.under(each) for each in random]
-    random_without = [some_runs.under(each, inverted=True) for each in random]
+
+    def without(ablation: Ablation, circuits: Sequence[Circuit]) -> list[PromptScores]:
+        """The model without the circuit, and without each of these."""
+        of_circuit = replace(runs, ablation=ablation).without(circuit)
+        of_random = replace(some_runs, ablation=ablation)
+        return [of_circuit, *[of_random.without(each) for each in circuits]]
+
+    by_mean = without("mean", random)
     resample = None
     if data.partners is not None:
-        few = random[:MOST_RESAMPLED]
-        resample = _without(
-            "resample",
-            runs.under(circuit, "resample", inverted=True),
-            full,
-            [some_runs.under(each, "resample", inverted=True) for each in few],
-            n_permutations,
-            seed,
-        )
+        resampled = without("resample", random[:MOST_RESAMPLED])
+        resample = _without("resample", resampled, full, n_permutations, seed)
     return Necessity(
         full_loss=full.loss,
         full_accuracy=full.accuracy,
-        mean=_without("mean", without, full, random_without, n_permutations, seed),
+        mean=_without("mean", by_mean, full, n_permutations, seed),
         resample=resample,
         better=mean_of((alone.pair_losses < full.pair_losses).double()),
         p_equivalent=_p_equivalent(alone, full),
-        sufficiency=_sufficiency(alone, full, random_alone),
-        partial_necessity=_partial_necessity(without, full, random_without),
+        sufficiency=_sufficiency([alone, *[some_runs.alone(each) for each in random]], full),
+        partial_necessity=_partial_necessity(by_mean, full),
         n_pairs=data.n_pairs,
         n_random_pairs=some_runs.data.n_pairs,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """Runs of a model on the same prompts."""
-
-    model: TLModel
-    data: TaskData
-    batch_size: int
-
-    def full(self) -> PromptScores:
-        return prompt_scores(self.model, self.data, self.batch_size)
-
-    def under(
-        self, circuit: Circuit, ablation: Ablation = "mean", inverted: bool = False
-    ) -> PromptScores:
-        """The model under the circuit or, `inverted`, without it."""
-        run_context = holding_nodes(circuit, self.model, ablation, inverted)
-        return prompt_scores(self.model, self.data, self.batch_size, run_context)
-
-
 def _without(
     ablation: Ablation,
-    run: PromptScores,
+    runs: Sequence[PromptScores],
     full: PromptScores,
-    random: Sequence[PromptScores],
     n_permutations: int,
     seed: int,
 ) -> Without:
+    """The record of the model without the circuit, of which the first run is."""
+    run, *random = runs
     # The sum of both margins is by how much the difference of the logits moves between the prompts.
     moves = run.margins.view(-1, 2).sum(1).cpu()
     shares = (torch.sign(moves).double() + 1) / 2  # a pair that does not move counts as half
@@ -242,35 +220,28 @@ def _p_equivalent(alone: PromptScores, full: PromptScores) -> PValue:
     return sign_test(n_better, n_better + n_worse, "pairs", MARGIN)
 
 
-def _sufficiency(
-    alone: PromptScores, full: PromptScores, random: Sequence[PromptScores]
-) -> AgainstRandom:
-    """How many random circuits are as near to the model's loss as the circuit."""
-    distances = _distances(alone, full, random)
-    n_worse = sum(distance > distances[0] for distance in distances[1:])
-    return _against_random(n_worse, len(random))
+def _sufficiency(runs: Sequence[PromptScores], full: PromptScores) -> AgainstRandom:
+    """How many random circuits are as near to the model's loss as the circuit, which is first."""
+    distance, *of_random = _distances(runs, full)
+    n_worse = sum(each > distance for each in of_random)
+    return _against_random(n_worse, len(of_random))
 
 
-def _partial_necessity(
-    without: PromptScores, full: PromptScores, random: Sequence[PromptScores]
-) -> AgainstRandom:
-    """How many random circuits are missed as much as the circuit."""
-    distances = _distances(without, full, random)
-    n_missed_less = sum(distance < distances[0] for distance in distances[1:])
-    return _against_random(n_missed_less, len(random))
+def _partial_necessity(runs: Sequence[PromptScores], full: PromptScores) -> AgainstRandom:
+    """How many random circuits are missed as much as the circuit, which is first."""
+    distance, *of_random = _distances(runs, full)
+    n_missed_less = sum(each < distance for each in of_random)
+    return _against_random(n_missed_less, len(of_random))
 
 
-def _distances(
-    of_circuit: PromptScores, full: PromptScores, random: Sequence[PromptScores]
-) -> list[float]:
-    """How far the loss is from the full model's: for the circuit, then for each random circuit.
+def _distances(runs: Sequence[PromptScores], full: PromptScores) -> list[float]:
+    """How far the loss of each run is from the full model's.
 
-    All are compared on the pairs of the random circuits, which are the first ones.
+    All are compared on the pairs of the last ones, those of random circuits, which are the first.
     """
-    n_pairs = len(random[0].pair_losses)
+    n_pairs = len(runs[-1].pair_losses)
     reference = full.first(n_pairs).loss.value
-    runs = [of_circuit.first(n_pairs), *random]
-    return [abs(run.loss.value - reference) for run in runs]
+    return [abs(run.first(n_pairs).loss.value - reference) for run in runs]
 
 
 def _against_random(n_worse: int, n_random: int) -> AgainstRandom:

@@ -21,6 +21,7 @@ from tl_sparse.evaluation.baselines import (
 )
 from tl_sparse.evaluation.estimates import Estimate, mean_of, mean_of_pairs
 from tl_sparse.evaluation.holding import holding_nodes
+from tl_sparse.evaluation.objectives import divergences
 from tl_sparse.evaluation.running import (
     RunContext,
     all_next_token_logits,
@@ -29,7 +30,7 @@ from tl_sparse.evaluation.running import (
 from tl_sparse.evaluation.scores import Ablation
 from tl_sparse.hooks import TLModel
 from tl_sparse.precision import in_float32
-from tl_sparse.tasks import Partners, TaskData, task_loss_and_accuracy
+from tl_sparse.tasks import Partners, TaskData, right_minus_wrong, task_loss_and_accuracy
 
 #: The test of shared errors needs the model to err on at least so many prompts.
 LEAST_ERRORS = 5
@@ -175,18 +176,20 @@ def likeness(
     circuits = [circuit, without_nodes(circuit), *random_circuits_like(circuit, n_random, seed)]
     contexts = [holding_nodes(each, model, ablation) for each in circuits]
     full_logits = all_next_token_logits(model, data, batch_size)
-    divergences = []
+    full_log_probabilities = full_logits.log_softmax(1)
+    on_prompts = []
     answers = []
     for context in contexts:
         logits = all_next_token_logits(model, data, batch_size, context, seed)
-        divergences.append(mean_of_pairs(_divergences(full_logits, logits)))
+        of_prompts = divergences(full_log_probabilities, logits.log_softmax(1))
+        on_prompts.append(mean_of_pairs(of_prompts))
         answers.append(logits.gather(1, data.candidates))
     of_corpus = None
     if corpus is not None:
         of_corpus = _divergence_on_corpus(model, contexts, corpus, batch_size)
     full_answers = full_logits.gather(1, data.candidates)
     return Likeness(
-        task=_divergence(divergences, len(full_logits)),
+        task=_divergence(on_prompts, len(full_logits)),
         corpus=of_corpus,
         logits=_logit_agreement(data, full_answers, answers[0], answers[2:]),
         errors=_shared_errors(data, full_answers, answers[0]),
@@ -198,14 +201,6 @@ def likeness(
 
 
 # --- divergence
-
-
-def _divergences(
-    full_logits: Float[Tensor, "*sample d_vocab"], logits: Float[Tensor, "*sample d_vocab"]
-) -> Float[Tensor, " *sample"]:
-    """KL(full model ‖ run) of each distribution, in nats."""
-    log_ratio = full_logits.log_softmax(-1) - logits.log_softmax(-1)
-    return (full_logits.softmax(-1) * log_ratio).sum(-1)
 
 
 def _divergence(means: Sequence[Estimate], n_distributions: int) -> Divergence:
@@ -230,11 +225,11 @@ def _divergence_on_corpus(
     """The divergence at all positions of the corpus, of which no more than a batch is kept."""
     of_rows: list[list[Tensor]] = [[] for _ in contexts]
     for batch in _corpus_batches(model, corpus, batch_size):
-        full_logits = in_float32(logits_at_all_positions(model, batch.tokens))
+        full = in_float32(logits_at_all_positions(model, batch.tokens)).log_softmax(-1)
         for context, found in zip(contexts, of_rows, strict=True):
             with context(batch):
                 logits = in_float32(logits_at_all_positions(model, batch.tokens))
-            found.append(_divergences(full_logits, logits).mean(1))
+            found.append(divergences(full, logits.log_softmax(-1)).mean(1))
     # The positions of a row depend on each other, so the standard error is that over rows.
     means = [mean_of(torch.cat(found)) for found in of_rows]
     return _divergence(means, corpus.numel())
@@ -298,15 +293,15 @@ def _logit_agreement(
 ) -> LogitAgreement:
     n_prompts = len(answers)
     between = value_agreement(full_answers.diff(dim=1), answers.diff(dim=1))
-    groups, n_groups = groups_by_answer(data)
+    _, n_groups = groups_by_answer(data)
     if n_prompts - n_groups < LEAST_WITHIN:
         remark = f"too few prompts have the same answers: {n_prompts} of {n_groups} kinds"
         return LogitAgreement(between.correlation, None, None, n_prompts, remark)
-    full_within = _within_groups(full_answers, data, groups)
-    agreements = []
-    for of_run in [answers, *random_answers]:
-        agreements.append(value_agreement(full_within, _within_groups(of_run, data, groups)))
-    circuit, *random = agreements
+    full_within, *within = [
+        within_answers(right_minus_wrong(of_run, data.correct), data)
+        for of_run in [full_answers, answers, *random_answers]
+    ]
+    circuit, *random = [value_agreement(full_within, of_run) for of_run in within]
     of_random = [each.correlation.value for each in random if each.correlation is not None]
     return LogitAgreement(
         between_answers=between.correlation,
@@ -326,19 +321,18 @@ def groups_by_answer(data: TaskData) -> tuple[Int[Tensor, " prompt"], int]:
     return groups, len(distinct)
 
 
-def _within_groups(
-    answers: Float[Tensor, "prompt 2"], data: TaskData, groups: Int[Tensor, " prompt"]
-) -> Float[Tensor, "prompt 1"]:
-    """The right answer's logit minus the wrong one's, without the means of the groups.
+def within_answers(margins: Float[Tensor, " prompt"], data: TaskData) -> Float[Tensor, "prompt 1"]:
+    """The right answer's logit minus the wrong one's, without the means of the groups of prompts
+    with the same answers.
 
     The mean size of the differences is added, which changes no correlation, so that what is only
     rounding beside it can be told.
     """
-    second_minus_first = answers.diff(dim=1).double()[:, 0]
-    differences = torch.where(data.correct == 1, second_minus_first, -second_minus_first)
-    sizes = groups.bincount()
-    means = differences.new_zeros(len(sizes)).index_add(0, groups, differences) / sizes
-    return (differences - means[groups] + differences.abs().mean())[:, None]
+    margins = margins.double()
+    groups, n_groups = groups_by_answer(data)
+    sums = margins.new_zeros(n_groups).index_add(0, groups, margins)
+    means = sums / groups.bincount(minlength=n_groups)
+    return (margins - means[groups] + margins.abs().mean())[:, None]
 
 
 def value_agreement(

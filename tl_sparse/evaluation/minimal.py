@@ -12,13 +12,8 @@ from tl_sparse.circuits import Circuit, Edge, Node, weight_matrices
 from tl_sparse.config import check
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like
 from tl_sparse.evaluation.estimates import Estimate, mean_of
-from tl_sparse.evaluation.holding import holding_nodes
-from tl_sparse.evaluation.removal import (
-    first_pairs,
-    prompt_scores,
-    removable_parts,
-    removal_rises,
-)
+from tl_sparse.evaluation.prompt_runs import Runs
+from tl_sparse.evaluation.removal import removable_parts, removal_rises
 from tl_sparse.evaluation.significance import PValue, exceeds_fewer, holm, sign_flip_tests
 from tl_sparse.hooks import TLModel, is_sparse_model
 from tl_sparse.tasks import TaskData
@@ -137,14 +132,14 @@ def minimality(
     check(n_random >= 1, "n_random", n_random, "at least 1")
     check(max_parts >= 1, "max_parts", max_parts, "at least 1")
     check_measurable(circuit, model)
-    some_pairs = first_pairs(data, n_pairs)
+    some_pairs = data.first(n_pairs)
     generator = torch.Generator().manual_seed(seed)
     all_parts = removable_parts(circuit, model)
     parts = _drawn(all_parts, max_parts, generator)
     rises = removal_rises(circuit, model, some_pairs, parts, batch_size, progress)
     random = _random_rises(circuit, model, some_pairs, n_random, batch_size, generator)
     effects = _part_effects(parts, rises, random, seed)
-    whole = prompt_scores(model, some_pairs, batch_size, holding_nodes(circuit, model))
+    whole = Runs(model, some_pairs, batch_size).alone(circuit)
     return Minimality(
         circuit_loss=whole.loss,
         parts=sorted(effects, key=lambda effect: effect.rise.value, reverse=True),

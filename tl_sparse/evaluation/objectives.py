@@ -28,11 +28,21 @@ from tl_sparse.tasks import TaskData, task_loss_and_accuracy
 
 
 @checked()
+def ready_for(
+    objective: Objective, model: TLModel, data: TaskData, batch_size: int = 256
+) -> TaskData:
+    """The same prompts, `with_reference` if the objective compares with the full model."""
+    if objective != "model" or data.reference is not None:
+        return data
+    return with_reference(model, data, batch_size)
+
+
+@checked()
 def with_reference(model: TLModel, data: TaskData, batch_size: int = 256) -> TaskData:
     """The same prompts with the full model's distributions of the next token.
 
-    The objective "model" needs them. The model runs as it is, so this must not be called while it
-    runs under a circuit.
+    The objective "model" needs them; see `ready_for`. The model runs as it is, so this must not be
+    called while it runs under a circuit.
     """
     logits = all_next_token_logits(model, data, batch_size)
     return replace(data, reference=logits.log_softmax(1))
@@ -61,10 +71,16 @@ def objective_losses(
             'the objective "model" compares with the full model: with_reference(model, data) '
             "measures it first"
         )
-    divergences = F.kl_div(
-        logits.log_softmax(1), data.reference.to(logits), reduction="none", log_target=True
-    )
-    return divergences.sum(1)
+    return divergences(data.reference.to(logits), logits.log_softmax(1))
+
+
+def divergences(
+    full_log_probabilities: Float[Tensor, "*sample d_vocab"],
+    log_probabilities: Float[Tensor, "*sample d_vocab"],
+) -> Float[Tensor, " *sample"]:
+    """The divergence KL(full model ‖ run) of each distribution of the next token, in nats."""
+    terms = F.kl_div(log_probabilities, full_log_probabilities, reduction="none", log_target=True)
+    return terms.sum(-1)
 
 
 @checked("objective")

@@ -1,11 +1,9 @@
 """Whether circuits that were found one after the other can stand in for each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
@@ -14,10 +12,9 @@ from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like, without_nodes
 from tl_sparse.evaluation.estimates import Estimate, mean_of, mean_of_pairs
 from tl_sparse.evaluation.holding import holding_nodes
-from tl_sparse.evaluation.like_model import groups_by_answer, value_agreement
+from tl_sparse.evaluation.like_model import value_agreement, within_answers
 from tl_sparse.evaluation.objectives import all_objective_losses
-from tl_sparse.evaluation.removal import PromptScores, first_pairs, prompt_scores
-from tl_sparse.evaluation.running import RunContext
+from tl_sparse.evaluation.prompt_runs import PromptScores, Runs
 from tl_sparse.evaluation.scores import Ablation, Objective
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TaskData
@@ -114,17 +111,17 @@ def relatedness(
         raise CircuitError("no circuits are given, so there is nothing to compare")
     for circuit in circuits.values():
         check_measurable(circuit, model)
-    runs = _Runs(model, first_pairs(data, n_pairs), ablation, batch_size, seed)
+    runs = Runs(model, data.first(n_pairs), batch_size, ablation, seed)
     (first_name, first), *later = circuits.items()
     alone = {name: runs.alone(circuit) for name, circuit in circuits.items()}
     relatives = []
     for name, circuit in later:
-        agreement = runs.agreement(alone[first_name], alone[name])
+        agreement = _agreement(alone[first_name], alone[name], runs.data)
         relatives.append(_relative(first, circuit, name, runs, agreement))
-    full = runs.scores(None)
+    full = runs.full()
     random = []
     for circuit in random_circuits_like(first, n_random, seed):
-        agreement = runs.agreement(alone[first_name], runs.alone(circuit))
+        agreement = _agreement(alone[first_name], runs.alone(circuit), runs.data)
         if agreement is not None:
             random.append(agreement.value)
     return Relatedness(
@@ -132,7 +129,7 @@ def relatedness(
         relatives=relatives,
         losses={name: scores.loss for name, scores in alone.items()},
         agreements_with_model={
-            name: runs.agreement(full, scores) for name, scores in alone.items()
+            name: _agreement(full, scores, runs.data) for name, scores in alone.items()
         },
         random_agreement=mean_of(torch.tensor(random)) if random else None,
         full_loss=full.loss,
@@ -142,17 +139,16 @@ def relatedness(
 
 
 def _relative(
-    first: Circuit, later: Circuit, name: str, runs: "_Runs", agreement: Estimate | None
+    first: Circuit, later: Circuit, name: str, runs: Runs, agreement: Estimate | None
 ) -> Relative:
     own_first = first - later
     own = later - first
     union = first | later
-    n_shared = (first & later).n_nodes
     return Relative(
         name=name,
         n_own_first=own_first.n_nodes,
         n_own=own.n_nodes,
-        overlap=n_shared / union.n_nodes,
+        overlap=jaccard(first.node_names, later.node_names),
         agreement=agreement,
         without_first=runs.without(own_first).loss,
         without=runs.without(own).loss,
@@ -161,41 +157,10 @@ def _relative(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """Runs of a model on the same prompts."""
-
-    model: TLModel
-    data: TaskData
-    ablation: Ablation
-    batch_size: int
-    seed: int
-
-    def scores(self, run_context: RunContext | None) -> PromptScores:
-        return prompt_scores(self.model, self.data, self.batch_size, run_context, self.seed)
-
-    def alone(self, circuit: Circuit) -> PromptScores:
-        """All nodes outside the circuit are held."""
-        return self.scores(holding_nodes(circuit, self.model, self.ablation))
-
-    def without(self, circuit: Circuit) -> PromptScores:
-        """The circuit's nodes are held."""
-        return self.scores(holding_nodes(circuit, self.model, self.ablation, inverted=True))
-
-    def agreement(self, first: PromptScores, second: PromptScores) -> Estimate | None:
-        """The correlation of the margins among prompts with the same answers."""
-        return value_agreement(self._within(first), self._within(second)).correlation
-
-    def _within(self, scores: PromptScores) -> Float[Tensor, "prompt 1"]:
-        """The margins without their mean over the prompts with the same answers.
-
-        Their mean size is added, so that what is only rounding beside it can be told.
-        """
-        margins = scores.margins.double()
-        groups, n_groups = groups_by_answer(self.data)
-        sums = margins.new_zeros(n_groups).index_add(0, groups, margins)
-        means = sums / groups.bincount(minlength=n_groups)
-        return (margins - means[groups] + margins.abs().mean())[:, None]
+def _agreement(first: PromptScores, second: PromptScores, data: TaskData) -> Estimate | None:
+    """The correlation of the margins among prompts with the same answers."""
+    of_first, of_second = within_answers(first.margins, data), within_answers(second.margins, data)
+    return value_agreement(of_first, of_second).correlation
 
 
 @checked()
@@ -230,8 +195,14 @@ def circuit_of(circuit: Circuit, names: list[str]) -> Circuit:
     Raises:
         CircuitError: if there is no such node.
     """
-    kept = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
-    for name in names:
-        node = circuit.node(name)
-        kept[circuit.hooks[node.layer, node.location]].view(-1)[node.index] = True
+    kept = circuit.masks_of(map(circuit.node, names))
     return replace(without_nodes(circuit), kept=kept)
+
+
+@checked()
+def jaccard(first: Collection[str], second: Collection[str]) -> float:
+    """The Jaccard index of two sets of nodes; 1 if both are empty."""
+    in_either = set(first) | set(second)
+    if not in_either:
+        return 1.0
+    return len(set(first) & set(second)) / len(in_either)

@@ -158,8 +158,7 @@ def prompt_batches(
     Each prompt has a partner for resample ablation, drawn with this seed from all prompts, so that
     it does not depend on the batches. Only a single pair has none.
     """
-    if data.partners is None and data.n_pairs > 1:
-        data = data.with_partners(seed)
+    data = data.partnered(seed)
     batches = []
     for pairs in _batches(model, data, max(1, batch_size // 2)):
         batches.append(PromptBatch(pairs, data.pairs(pairs)))

@@ -12,8 +12,7 @@ from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, DataError, TaskError, TokenizerError
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like
 from tl_sparse.evaluation.estimates import Estimate, mean_of, mean_of_pairs
-from tl_sparse.evaluation.holding import holding_nodes
-from tl_sparse.evaluation.removal import PromptScores, first_pairs, prompt_scores
+from tl_sparse.evaluation.prompt_runs import PromptScores, Runs
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TASKS, Task, TaskData, as_task, make_task_data
 
@@ -126,8 +125,8 @@ def specificity(
     chosen = [as_task(task) for task in (TASKS if tasks is None else tasks)]
     others = [task for task in chosen if task.name != data.task]
     prompts, left_out = _prompts(model, others, n_pairs, batch_size, seed)
-    own = first_pairs(data, n_pairs)
-    measured = {data.task: _Prompts(own, prompt_scores(model, own, batch_size))} | prompts
+    own = data.first(n_pairs)
+    measured = {data.task: _Prompts(own, Runs(model, own, batch_size).full())} | prompts
     losses = _task_losses(circuit, model, measured, n_random, batch_size, seed, progress)
     own_loss = losses.pop(data.task)
     return Specificity(
@@ -210,7 +209,7 @@ def _prompts(
             left_out[task.name] = str(error)
             continue
         data = data.to(device)
-        full = prompt_scores(model, data, batch_size)
+        full = Runs(model, data, batch_size).full()
         if full.accuracy.value >= LEAST_ACCURACY:
             prompts[task.name] = _Prompts(data, full)
         else:
@@ -231,11 +230,9 @@ def _task_losses(
     random = random_circuits_like(circuit, n_random, seed)
     losses = {}
     for name, task in tqdm(prompts.items(), "measuring tasks", disable=not progress):
-        runs = []
-        for each in [circuit, *random]:
-            run_context = holding_nodes(each, model, inverted=True)
-            runs.append(prompt_scores(model, task.data, batch_size, run_context))
-        losses[name] = _task_loss(task.full, runs[0], runs[1:])
+        runs = Runs(model, task.data, batch_size)
+        without_random = [runs.without(each) for each in random]
+        losses[name] = _task_loss(task.full, runs.without(circuit), without_random)
     return losses
 
 

@@ -97,11 +97,11 @@ def subset_scores(
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
     circuit.check_model(model)
     subsets = random_subsets(circuit, n_subsets, seed)
-    some_pairs = data.pairs(range(min(n_pairs, data.n_pairs)))
+    some_pairs = data.first(n_pairs)
     losses = torch.empty(n_subsets, dtype=torch.float64)
     for i, subset in enumerate(subsets):
-        run_context = holding_nodes(circuit, model, ablation, left=subset)
-        losses[i] = score(model, some_pairs, batch_size, run_context, seed).loss
+        of_subset = subset_score(circuit, model, some_pairs, subset, ablation, batch_size, seed)
+        losses[i] = of_subset.loss
     worst_subset, worst = _worst(
         circuit,
         model,
@@ -122,6 +122,25 @@ def subset_scores(
     )
 
 
+@checked("ablation")
+def subset_score(
+    circuit: Circuit,
+    model: TLModel,
+    data: TaskData,
+    subset: NodeMasks,
+    ablation: Ablation = "mean",
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Score:
+    """The score of a circuit while the nodes outside it that are in `subset` are left as they are.
+
+    This does not check that `model` is the circuit's model. For the other arguments and errors see
+    `holding_nodes` and `score`.
+    """
+    run_context = holding_nodes(circuit, model, ablation, left=subset)
+    return score(model, data, batch_size, run_context, seed)
+
+
 def _worst(
     circuit: Circuit,
     model: TLModel,
@@ -134,8 +153,7 @@ def _worst(
     """The subset under which the task loss is highest, and the score."""
     scores = []
     for subset in subsets:
-        run_context = holding_nodes(circuit, model, ablation, left=subset)
-        scores.append(score(model, data, batch_size, run_context, seed))
+        scores.append(subset_score(circuit, model, data, subset, ablation, batch_size, seed))
     worst = max(range(len(scores)), key=lambda i: scores[i].loss)
     return subsets[worst], scores[worst]
 

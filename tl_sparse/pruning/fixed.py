@@ -54,12 +54,10 @@ class FixedGates:
 def _gates_of(
     field: str, names: Iterable[str], empty: Circuit, gates: NodeGates
 ) -> Bool[Tensor, " gate"]:
-    masks = {name: torch.zeros_like(mask) for name, mask in empty.kept.items()}
-    hooks = empty.hooks
+    nodes = []
     for name in names:
         try:
-            node = empty.node(name)
+            nodes.append(empty.node(name))
         except CircuitError as error:
             raise ConfigError(f"{field} = {name!r} is not possible: {error}") from error
-        masks[hooks[node.layer, node.location]].view(-1)[node.index] = True
-    return gates.of_nodes(masks)
+    return gates.of_nodes(empty.masks_of(nodes))

@@ -5,8 +5,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import product
 
 import torch
@@ -15,14 +13,13 @@ from torch import Tensor, nn
 
 from tl_sparse.errors import counted
 from tl_sparse.evaluation import (
-    full_norm_scales,
+    freezing_norms,
     objective_loss,
     random_batches,
+    ready_for,
     resampled,
-    with_reference,
 )
-from tl_sparse.hooks import NodeGates, TLModel, holding_norms, hooked
-from tl_sparse.precision import in_float32
+from tl_sparse.hooks import NodeGates, TLModel, mixing
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.opponents import opponent
@@ -171,22 +168,14 @@ def gated_loss(
     values = None
     if config.ablation == "resample":
         values = resampled(model, pairs, gates.index)
-    if config.objective == "model":
-        pairs = with_reference(model, pairs)
+    pairs = ready_for(config.objective, model, pairs)
     if left is not None:
         openings = openings + (1 - openings) * left
     with (
-        _norms(model, pairs, config),
+        freezing_norms(config.freeze_norms, model, pairs),
         gates.attached(model, values=values, openings=openings),
     ):
         return objective_loss(model, pairs, config.objective)
-
-
-def _norms(model: TLModel, pairs: TaskData, config: PruneConfig) -> AbstractContextManager[None]:
-    """Within the context, norms have the scales of the full model if the settings ask for it."""
-    if not config.freeze_norms:
-        return nullcontext()
-    return holding_norms(model, full_norm_scales(model, pairs))
 
 
 def attribution(
@@ -207,7 +196,7 @@ def attribution(
     As final rankings, both are baselines, because learned gates find far smaller circuits (A.5). As
     the start of gate learning, integrated gradients save most of the steps.
     """
-    data = data.pairs(range(min(config.ranking_pairs, data.n_pairs)))
+    data = data.first(config.ranking_pairs)
     batch_size = max(1, config.batch_size // 2)  # in pairs, of two prompts each
     batches = torch.arange(data.n_pairs).split(batch_size)
     # The midpoints of four equal parts of the line.
@@ -217,24 +206,14 @@ def attribution(
     with phase("ranking nodes", progress, len(points), "step") as bar:
         for opening, pairs in points:
             batch = data.pairs(pairs)
-            held_at, alike = gates.means, True
+            held_at = gates.means
             if config.ablation == "resample":
-                held_at, alike = resampled(model, batch, gates.index), False
+                held_at = resampled(model, batch, gates.index)
             opened = torch.full_like(gates.tau, opening).requires_grad_()
-            functions = {}
-            for name, opened_there in gates.at_nodes(opened).items():
-                functions[name] = partial(_mix, held_at[name], opened_there)
-            if config.objective == "model":
-                batch = with_reference(model, batch)
-            norms = _norms(model, batch, config)
-            with norms, hooked(model, functions, positions_alike=alike):
+            batch = ready_for(config.objective, model, batch)
+            norms = freezing_norms(config.freeze_norms, model, batch)
+            with norms, mixing(model, gates.at_nodes(opened), held_at):
                 loss = objective_loss(model, batch, config.objective) * len(pairs)
             total += torch.autograd.grad(loss, opened)[0]
             bar.update()
     return total / (len(openings) * data.n_pairs)
-
-
-def _mix(held_at: Tensor, opened: Tensor, activation: Tensor, hook: object) -> Tensor:
-    """The held value where `opened` is 0, the activation where it is 1, else a mixture of them."""
-    precise = in_float32(activation)
-    return torch.lerp(held_at.to(precise).expand_as(precise), precise, opened).to(activation.dtype)

@@ -19,8 +19,8 @@ from tl_sparse.evaluation import (
     Evaluation,
     all_objective_losses,
     judged,
+    ready_for,
     score,
-    with_reference,
 )
 from tl_sparse.hooks import (
     NodeValues,
@@ -99,8 +99,7 @@ def prune(
         if corpus is not None:
             measured["corpus_tokens"] = corpus.numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
-        if config.objective == "model":
-            selection = with_reference(model, selection, config.batch_size)
+        selection = ready_for(config.objective, model, selection, config.batch_size)
         circuits = []
         for restart in range(config.restarts):
             restarted = dataclasses.replace(config, seed=config.seed + restart)
@@ -225,8 +224,7 @@ def prune_edges(
     pairs = split_pairs(task, config)
     _, selection, heldout = encoded_splits(model, task, pairs, config)
     with torch.inference_mode(False), frozen(model), shared_reads(model):
-        if config.objective == "model":
-            selection = with_reference(model, selection, config.batch_size)
+        selection = ready_for(config.objective, model, selection, config.batch_size)
         criterion = Criterion.of_config(circuit, model, config)
         if not criterion.passes(circuit, selection):
             raise PruneError(

@@ -98,7 +98,7 @@ def _sufficient_size(
     config: PruneConfig,
 ) -> int:
     """Approximately how many of the highest-ranked nodes are needed to reach the target loss."""
-    pairs = selection.pairs(range(min(config.cleanup_pairs, selection.n_pairs)))
+    pairs = selection.first(config.cleanup_pairs)
     size = FIRST_SIZE
     while size < len(rank):
         circuit = dataclasses.replace(empty, kept=gates.at_nodes(rank < size))

@@ -1,5 +1,6 @@
 """Checks of the arguments of `run_suite` and `search`, before anything is read or written."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -120,6 +121,19 @@ def at_least_one(field: str, given: Any) -> int:
     check(type(given) is int and given >= 1, field, given, "at least 1")
     number: int = given
     return number
+
+
+def seeds(given: Any, config: PruneConfig) -> list[int]:
+    """The seeds of searches with these settings, all different.
+
+    Raises:
+        ConfigError: if they are anything else, or one is impossible.
+    """
+    numbers = whole_numbers("seeds", given)
+    check(len(set(numbers)) == len(numbers), "seeds", numbers, "all different")
+    for seed in numbers:
+        dataclasses.replace(config, seed=seed)  # raises if it is impossible
+    return numbers
 
 
 def pruning(given: Any) -> PruneConfig:

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints import is_dense, open_with_corpus
 from tl_sparse.circuits import Circuit
-from tl_sparse.config import check
 from tl_sparse.evaluation import (
     EXHAUSTED,
     NO_CIRCUIT,
@@ -100,10 +99,7 @@ def find_family(
     workers = arguments.at_least_one("workers", workers)
     max_rounds = arguments.at_least_one("max_rounds", max_rounds)
     config = dataclasses.replace(arguments.pruning(config), seed=0)
-    seed_list = arguments.whole_numbers("seeds", seeds)
-    check(len(set(seed_list)) == len(seed_list), "seeds", seed_list, "all different")
-    for seed in seed_list:
-        dataclasses.replace(config, seed=seed)  # raises if it is impossible
+    seed_list = arguments.seeds(seeds, config)
     folder = arguments.folder("out", out)
     arguments.check_own_folder(folder, _OWN_FILES, "a family")
     setup = FamilySetup(

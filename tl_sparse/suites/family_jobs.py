@@ -20,7 +20,7 @@ from tl_sparse.evaluation import (
     FamilySearch,
     circuit_of,
     loss_without,
-    with_reference,
+    ready_for,
 )
 from tl_sparse.files import read_json, write_json
 from tl_sparse.pruning import PruneConfig, prune, task_splits
@@ -63,7 +63,7 @@ class FamilySetup:
             "task": get_task(self.task).name,
             "seeds": self.seeds,
             "corpus": self.corpus,
-            "config": asdict(self.config),
+            "config": self.config.to_json(),
         }
 
     def config_of(self, seed: int, forbidden: Sequence[str]) -> PruneConfig:
@@ -235,7 +235,6 @@ def _loss_without_node(setup: FamilySetup, job: CoreJob) -> Estimate:
     model, _, _ = loaded(setup.model, setup.corpus, setup.device, setup.config, setup.contents)
     config = setup.config_of(job.seed, [])
     _, selection, _ = task_splits(model, get_task(setup.task), config)
-    if config.objective == "model":
-        selection = with_reference(model, selection, config.batch_size)
+    selection = ready_for(config.objective, model, selection, config.batch_size)
     node = circuit_of(Circuit.load(job.found), [*config.exclude, job.node])
     return loss_without(node, model, selection, config.objective, config.ablation)

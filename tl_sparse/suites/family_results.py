@@ -26,7 +26,7 @@ from tl_sparse.hooks import TLModel
 from tl_sparse.pruning import heldout_pairs
 from tl_sparse.suites.family_jobs import FamilySetup
 from tl_sparse.suites.models import loaded, model_name
-from tl_sparse.suites.results import table_line
+from tl_sparse.suites.results import markdown_table
 from tl_sparse.tasks import TaskData, get_task
 
 #: The pairs of prompts on which circuits are compared.
@@ -210,7 +210,7 @@ def _summary(family: Family) -> str:
 
 def _rounds_table(family: Family) -> str:
     header = ["round", "forbidden", "circuits", "edges", "nodes", "loss", "cost", "overlap"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for each in family.rounds:
         found = each.found
         row = [str(each.number), str(len(each.forbidden)), f"{len(found)} of {len(each.searches)}"]
@@ -226,7 +226,7 @@ def _rounds_table(family: Family) -> str:
         f"{_shown(family.overlap_within)} within and {_shown(family.overlap_between)} between "
         f"rounds, and would be {_shown(family.overlap_by_chance, '{:.4f}')} by chance."
     )
-    return "\n".join(map(table_line, rows)) + "\n\n" + note
+    return markdown_table(header, rows) + "\n\n" + note
 
 
 def _shown(value: float | None, form: str = "{:.2f}") -> str:
@@ -258,7 +258,7 @@ def _core_sections(family: Family) -> list[str]:
         f"No circuit was found without one of these: {core}.",
     ]
     header = ["node", "needed", "loss of the model without it", "edges of a circuit without it"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for each in family.core_candidates:
         edges = "not searched"
         if each.problem is not None:
@@ -267,7 +267,7 @@ def _core_sections(family: Family) -> list[str]:
             edges = str(each.n_edges)
         needed = "yes" if each.is_needed else "no"
         rows.append([each.node, needed, str(each.loss_without), edges])
-    lines.append("\n".join(map(table_line, rows)))
+    lines.append(markdown_table(header, rows))
     if family.needed_later:
         later = ", ".join(family.needed_later)
         lines.append(f"Needed later, given what else was forbidden by then: {later}.")
@@ -278,8 +278,9 @@ def _relatives_sections(family: Family) -> list[str]:
     related = family.relatedness
     if related is None:
         return []
-    header = ["circuit", "overlap", "agreement", "without first", "without it", "without both"]
-    rows = [[*header, "union"], ["---"] * 7]
+    losses = ["without first", "without it", "without both", "union"]
+    header = ["circuit", "overlap", "agreement", *losses]
+    rows = []
     for each in related.relatives:
         row = [each.name, f"{each.overlap:.2f}", _estimate(each.agreement)]
         for loss in (each.without_first, each.without, each.without_both, each.union):
@@ -294,7 +295,7 @@ def _relatives_sections(family: Family) -> list[str]:
         f"prompts with the same answers; {_estimate(related.random_agreement)} with random "
         "circuits of the same size. The union is the loss of both circuits alone."
     )
-    return ["## Can they stand in for each other?", "\n".join(map(table_line, rows)), note]
+    return ["## Can they stand in for each other?", markdown_table(header, rows), note]
 
 
 def _backups_sections(family: Family) -> list[str]:
@@ -318,7 +319,7 @@ def _occurrences_sections(family: Family) -> list[str]:
     common = list(family.occurrences.items())[:MOST_COMMON]
     if not common:
         return []
-    rows = [["node", f"circuits of {family.n_circuits}"], ["---", "---"]]
-    rows += [[node, str(n)] for node, n in common]
+    header = ["node", f"circuits of {family.n_circuits}"]
+    rows = [[node, str(n)] for node, n in common]
     heading = f"## The most common of {counted(len(family.occurrences), 'node')}"
-    return [heading, "\n".join(map(table_line, rows))]
+    return [heading, markdown_table(header, rows)]

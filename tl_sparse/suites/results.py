@@ -141,7 +141,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     read = read_results(results)
     figures = [name.replace("_", " ") for name in FORMATS]
     header = ["model", "task", *figures, "edge-pruned: nodes", "edges"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     problems = []
     for model, tasks in read.models.items():
         for task, entry in tasks.items():
@@ -158,7 +158,6 @@ def results_table(results: Mapping[str, Any]) -> str:
         row[header.index("edges")] = _mean_cell(read, NODE_PRUNED, model)
         row[-1] = _mean_cell(read, EDGE_PRUNED, model)
         rows.append(row)
-    lines = [table_line(row) for row in rows]
     note = [
         "Cells are the median (range) over seeds, on held-out pairs. The overlap is the mean "
         "Jaccard index of the nodes found with",
@@ -176,7 +175,7 @@ def results_table(results: Mapping[str, Any]) -> str:
             "Tasks that need no circuit, since the last token alone decides the answer, count as "
             f"one edge in geometric means: {_in_one_line(', '.join(without_edges))}."
         )
-    return "\n".join([*lines, "", *note, "", *problems]) + "\n"
+    return "\n".join([markdown_table(header, rows), "", *note, "", *problems]) + "\n"
 
 
 def _misses_target(summaries: Summaries) -> bool:
@@ -198,7 +197,13 @@ def _without_edges(results: SuiteResults) -> list[str]:
     return found
 
 
-def table_line(cells: Sequence[str]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(map(_table_line, lines))
+
+
+def _table_line(cells: Sequence[str]) -> str:
     """A row of a Markdown table."""
     # The name of a folder or a file can hold anything.
     escaped = [_in_one_line(cell).replace("|", "\\|") for cell in cells]

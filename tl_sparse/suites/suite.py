@@ -121,10 +121,7 @@ def run_suite(
     device = arguments.device_name(device)
     folder = arguments.folder("out", out)
     arguments.check_own_folder(folder, _OWN_FILES, "a suite")
-    seed_list = arguments.whole_numbers("seeds", seeds)
-    check(len(set(seed_list)) == len(seed_list), "seeds", seed_list, "all different")
-    for seed in seed_list:
-        dataclasses.replace(config, seed=seed)  # raises if it is impossible
+    seed_list = arguments.seeds(seeds, config)
     sources = _by_name("models", models, _name_of_model)
     task_sources = _by_name("tasks", tasks, _name_of_task)
 

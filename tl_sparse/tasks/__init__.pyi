@@ -26,6 +26,7 @@ from .task_data import candidate_logits as candidate_logits
 from .task_data import draw_pairs as draw_pairs
 from .task_data import encode_pairs as encode_pairs
 from .task_data import make_task_data as make_task_data
+from .task_data import right_minus_wrong as right_minus_wrong
 from .task_data import task_loss_and_accuracy as task_loss_and_accuracy
 from .task_data import too_few_pairs as too_few_pairs
 from .task_data import warn_of_shortened as warn_of_shortened

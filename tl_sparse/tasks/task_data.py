@@ -117,6 +117,10 @@ class TaskData:
             reference=None if self.reference is None else self.reference[rows],
         )
 
+    def first(self, n_pairs: int) -> TaskData:
+        """The first `n_pairs` pairs, or all of them if there are fewer."""
+        return self.pairs(range(min(n_pairs, self.n_pairs)))
+
     def with_partners(self, seed: int) -> TaskData:
         """The same data, in which each prompt has a partner: the prompt it is resampled from.
 
@@ -130,6 +134,12 @@ class TaskData:
             TaskError: if there is only one pair.
         """
         return replace(self, partners=self.drawn_partners(seed))
+
+    def partnered(self, seed: int) -> TaskData:
+        """The same, but partners that there are stay, and a single pair has none."""
+        if self.partners is not None or self.n_pairs < 2:
+            return self
+        return self.with_partners(seed)
 
     def drawn_partners(self, seed: int) -> Partners:
         """The partners that `with_partners` gives the prompts."""
@@ -307,6 +317,15 @@ def candidate_logits(
     data = data.to(logits.device)
     rows = torch.arange(len(data.last), device=logits.device)
     return in_float32(logits[rows[:, None], data.last[:, None], data.candidates])
+
+
+@checked()
+def right_minus_wrong(
+    logits: Float[Tensor, "prompt 2"], correct: Int[Tensor, " prompt"]
+) -> Float[Tensor, " prompt"]:
+    """For each prompt, the logit of the right candidate minus that of the wrong one."""
+    second_minus_first = logits[:, 1] - logits[:, 0]
+    return torch.where(correct == 1, second_minus_first, -second_minus_first)
 
 
 @checked()

@@ -156,7 +156,7 @@ def page_data(
     shown = []
     if task is not None:
         pairs = heldout_pairs(circuit, model, task)
-        shown = task_prompts(pairs.pairs(range(min(LIMITS.prompt_pairs, pairs.n_pairs))))
+        shown = task_prompts(pairs.first(LIMITS.prompt_pairs))
         if circuit.means:
             sizes = _measure(page, circuit, model, nodes, pairs, progress)
     corpus = _corpus_to_show(model, corpus)
@@ -220,7 +220,7 @@ def _measure(
     page.summary["scores"] = asdict(evaluation)
     page.summary["faithfulness"] = evaluation.faithfulness(evaluation.circuit)
     page.summary["misses_target"] = evaluation.misses_target
-    some_pairs = pairs.pairs(range(min(LIMITS.effect_pairs, pairs.n_pairs)))
+    some_pairs = pairs.first(LIMITS.effect_pairs)
     page.summary["n_effect_pairs"] = some_pairs.n_pairs
     rises = removal_rises(circuit, model, some_pairs, nodes, progress=progress)
     effects = rises.double().mean(1).tolist()
