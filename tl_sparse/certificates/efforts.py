@@ -61,9 +61,10 @@ class Effort:
         check(are_counts, "budgets", budgets, "whole numbers of at least 1")
 
 
-#: At most three minutes for a circuit of about 20 nodes in the bundled model, on two cores.
+#: Stability and controls, which search for other circuits, take most of the time: minutes each.
 FULL = Effort()
-#: At most 30 seconds for the same.
+#: About half a minute of measuring for a circuit of about 20 nodes in the bundled model, on two
+#: cores.
 QUICK = Effort(
     pairs=128,
     subsets=16,
