@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tl_sparse.arguments import checked
 from tl_sparse.errors import TaskError
-from tl_sparse.tasks.idioms import PAIRS, WORDS, Writer, both_sides, read_yaml, words_by_kind
+from tl_sparse.tasks.idioms import PAIRS, WORDS, Writer, prompts_of_text, read_yaml, words_by_kind
 from tl_sparse.tasks.task import Task, as_task, is_built_in
 
 #: In which respect a context differs from the prompts of its task.
@@ -76,9 +76,8 @@ def _other_words() -> Mapping[str, tuple[str, ...]]:
 
 
 def _from_held_out_templates(name: str, kind: ContextKind, rng: random.Random) -> tuple[str, str]:
-    """The prompts of a pair: its text before the answer, which is the last `«a|b»`."""
-    text = _filled_in(name, kind, rng)
-    return both_sides(text[: text.rindex("«")])
+    """The prompts of a pair of this task in contexts of that kind."""
+    return prompts_of_text(_filled_in(name, kind, rng))
 
 
 def _filled_in(name: str, kind: ContextKind, rng: random.Random) -> str:

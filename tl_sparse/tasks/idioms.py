@@ -102,6 +102,11 @@ def both_sides(text: str) -> tuple[str, str]:
     return _CHOICE.sub(r"\1", text), _CHOICE.sub(r"\2", text)
 
 
+def prompts_of_text(text: str) -> tuple[str, str]:
+    """The prompts of a pair: both sides of its text before the answer, the last `«a|b»`."""
+    return both_sides(text[: text.rindex("«")])
+
+
 class Writer:
     """Fills in templates for one document with a few names of each kind, drawn with `rng`.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tl_sparse.arguments import checked, described
 from tl_sparse.errors import ArgumentError, TaskError
-from tl_sparse.tasks.idioms import PAIRS, Writer, both_sides
+from tl_sparse.tasks.idioms import PAIRS, Writer, prompts_of_text
 from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs, read_pairs
 
 
@@ -213,9 +213,8 @@ def _closed_strings(rng: random.Random) -> tuple[str, str]:
 
 
 def _from_templates(name: str, rng: random.Random) -> tuple[str, str]:
-    """The prompts of a pair: its text before the answer, which is the last `«a|b»`."""
-    text = Writer(rng).pair(name)
-    return both_sides(text[: text.rindex("«")])
+    """The prompts of a pair of this task in tasks.yaml."""
+    return prompts_of_text(Writer(rng).pair(name))
 
 
 def _task_from_yaml(name: str) -> Task:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tl_sparse.errors import DataError, counted
-from tl_sparse.evaluation import Family
+from tl_sparse.errors import counted
+from tl_sparse.evaluation import EXHAUSTED, OUT_OF_ROUNDS, Family, FamilySearch
 from tl_sparse.view.axes import (
     COLORS,
     GREY,
@@ -17,6 +17,7 @@ from tl_sparse.view.axes import (
     series_style,
     set_log_y,
 )
+from tl_sparse.view.measurements import read_family
 from tl_sparse.view.series import Size, check_not_empty, check_size
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ def family(
         DataError: if they do not have the form of such values, or contain no circuit.
     """
     check_size(against)
-    try:
-        read = Family.from_dict(values)
-    except DataError as error:
-        raise DataError(
-            f"{name} is not what `tl-sparse family` writes; missing or malformed entry: {error}"
-        ) from error
+    read = read_family(values, name)
     check_not_empty(read.occurrences, name)
     figure, (axes,) = figure_with_panels(1, (max(5.5, 1.5 + 0.4 * len(read.rounds)), 4.4))
     for number, seed in enumerate(read.seeds):
@@ -72,8 +68,12 @@ def _sizes_of(read: Family, seed: int, against: Size) -> tuple[list[int], list[i
         for search in each.found:
             if search.seed == seed:
                 numbers.append(each.number)
-                sizes.append(search.n_edges or 0 if against == "edges" else len(search.nodes))
+                sizes.append(_size(search, against))
     return numbers, sizes
+
+
+def _size(search: FamilySearch, against: Size) -> int:
+    return len(search.nodes) if against == "nodes" else search.n_edges or 0
 
 
 def _draw_seed(axes: Axes, read: Family, seed: int, number: int, against: Size) -> None:
@@ -91,8 +91,7 @@ def _draw_smallest(axes: Axes, read: Family, against: Size) -> None:
         smallest = each.smallest
         if smallest is not None:
             numbers.append(each.number)
-            size = smallest.n_edges or 0 if against == "edges" else len(smallest.nodes)
-            sizes.append(size)
+            sizes.append(_size(smallest, against))
     axes.plot(numbers, sizes, color=GREY, lw=1.2, label="the smallest", zorder=1)
 
 
@@ -107,8 +106,8 @@ def _draw_empty_rounds(axes: Axes, read: Family) -> None:
 
 def _note(read: Family) -> str:
     endings = {
-        "exhausted": "nothing more can be forbidden",
-        "out of rounds": "it may go on",
+        EXHAUSTED: "nothing more can be forbidden",
+        OUT_OF_ROUNDS: "it may go on",
     }
     ending = endings.get(read.ending, read.ending)
     n_forbidden = len(read.rounds[-1].forbidden)

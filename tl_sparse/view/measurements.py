@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from tl_sparse.arguments import checked
 from tl_sparse.errors import DataError
-from tl_sparse.evaluation import Evaluation, SizedScore, SpecificityMatrix
+from tl_sparse.evaluation import Evaluation, Family, SizedScore, SpecificityMatrix
 from tl_sparse.records import record_from
 from tl_sparse.tasks import Score
 
@@ -119,6 +119,15 @@ def read_results(values: Mapping[str, Any], name: str = "the results") -> SuiteR
         DataError: if an entry is missing or has the wrong type.
     """
     return _read(SuiteResults, values, name, "suite")
+
+
+def read_family(values: Mapping[str, Any], name: str) -> Family:
+    """A family, read from the contents of family.json, which are called `name`.
+
+    Raises:
+        DataError: if an entry is missing or has the wrong type.
+    """
+    return _read(Family, values, name, "family")
 
 
 def read_matrix(values: Mapping[str, Any], name: str) -> SpecificityMatrix:
