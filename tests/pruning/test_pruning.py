@@ -472,6 +472,23 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
     assert circuit.measured["config"]["restarts"] == 4
 
 
+def test_a_restart_that_finds_nothing_does_not_end_the_others(micro, monkeypatch):
+    best = micro_circuit(micro)
+
+    def search(empty, model, train, selection, config, progress):
+        if config.seed == 1:
+            return best
+        raise PruneError(f"nothing with seed {config.seed}")
+
+    monkeypatch.setattr(pruning, "_search", search)
+    config = dataclasses.replace(CONFIG, restarts=2)
+    circuit, _ = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert circuit.nodes == best.nodes
+    config = dataclasses.replace(CONFIG, restarts=2, seed=2)
+    with pytest.raises(PruneError, match="nothing with seed 2"):
+        prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_queries_and_keys_are_kept_together(tied):
     """On a random model, they also have the same rank."""
@@ -624,6 +641,8 @@ def test_unknown_location(micro):
         ("ranking_pairs", 0, "at least 1"),
         ("restarts", 0, "at least 1"),
         ("restarts", 1.5, "of type int"),
+        ("max_nodes", 0, "None, or a whole number of at least 1"),
+        ("max_nodes", 10.0, "None, or a whole number"),
         ("batch_size", 0, "at least 1"),
         ("steer_to", 0.0, "above 0"),
         ("steer_rate", -0.1, "at least 0"),

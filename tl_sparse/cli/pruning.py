@@ -24,7 +24,7 @@ from tl_sparse.pruning import PruneConfig
 PRUNING_FLAGS = {
     "the search": (
         "target_loss objective method ablation means_over freeze_norms necessity ablated_accuracy "
-        "exclude include allow_failing_model exchanges restarts seed batch_size"
+        "exclude include max_nodes allow_failing_model exchanges restarts seed batch_size"
     ),
     "robustness": "robust subsets subset_pairs adversaries adversary_steps adversary_budget",
     "the gates": (

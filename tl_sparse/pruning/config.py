@@ -59,6 +59,10 @@ class PruneConfig:
         include: the names of nodes that are always used.
         allow_failing_model: whether to search although the full model misses the target loss, which
             shows what a search finds where there is nothing to find.
+        max_nodes: the largest number of nodes that are tried as a circuit. If not even so many
+            of the highest-ranked nodes pass, the search ends with a `PruneError`. Nodes are then
+            still in it that a circuit would not need, so give many times the size that is looked
+            for. A query channel and its key channel count once if they share a gate.
         steps: the number of steps in which the gates are learned.
         pairs_per_step: the number of prompt pairs in each step.
         k_coef: the weight of the number of open gates in the objective at the first step. It is
@@ -129,6 +133,7 @@ class PruneConfig:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     allow_failing_model: bool = False
+    max_nodes: int | None = None
     steps: int = 140
     pairs_per_step: int = 16
     k_coef: float = 2e-3
@@ -187,6 +192,16 @@ class PruneConfig:
             check(self.necessity == 0, "necessity", self.necessity, compares)
         both = sorted(set(self.exclude) & set(self.include))
         check(not both, "include", both, "without the nodes that are excluded")
+        if self.max_nodes is not None:
+            self._check_max_nodes(self.max_nodes)
+
+    def _check_max_nodes(self, max_nodes: int) -> None:
+        n_included = len(set(self.include))
+        expected = "None, or a whole number of at least 1"
+        if n_included > 1:
+            expected = f"at least {n_included}, the number of nodes that are included"
+        is_possible = type(max_nodes) is int and max_nodes >= max(1, n_included)
+        check(is_possible, "max_nodes", max_nodes, expected)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values: names are in lists."""

@@ -100,10 +100,7 @@ def prune(
             measured["corpus_tokens"] = corpus.numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
         selection = ready_for(config.objective, model, selection, config.batch_size)
-        circuits = []
-        for restart in range(config.restarts):
-            restarted = dataclasses.replace(config, seed=config.seed + restart)
-            circuits.append(_search(empty, model, train, selection, restarted, progress))
+        circuits = _found(empty, model, train, selection, config, progress)
         smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
         smallest = dataclasses.replace(smallest, pairs=_pairs_to_keep(task, pairs))
         return _judged(smallest, model, selection, heldout, config, measured, progress)
@@ -167,6 +164,32 @@ def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneC
     )
 
 
+def _found(
+    empty: Circuit,
+    model: TLModel,
+    train: TaskData,
+    selection: TaskData,
+    config: PruneConfig,
+    progress: bool,
+) -> list[Circuit]:
+    """The circuits that the restarts find.
+
+    Raises:
+        PruneError: if none of them finds one.
+    """
+    circuits = []
+    failures = []
+    for restart in range(config.restarts):
+        restarted = dataclasses.replace(config, seed=config.seed + restart)
+        try:
+            circuits.append(_search(empty, model, train, selection, restarted, progress))
+        except PruneError as error:
+            failures.append(error)
+    if not circuits:
+        raise failures[0]
+    return circuits
+
+
 def _search(
     empty: Circuit,
     model: TLModel,
@@ -185,7 +208,8 @@ def _search(
     if are_learned:
         learn_gates(model, gates, train, config, fixed, progress)
     criterion = Criterion.of_config(empty, model, config)
-    return discretise(Ranking(empty, gates, fixed), criterion, train, selection, progress)
+    ranking = Ranking(empty, gates, fixed, config.max_nodes)
+    return discretise(ranking, criterion, train, selection, progress)
 
 
 @checked("task", "config")

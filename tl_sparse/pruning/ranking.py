@@ -21,11 +21,17 @@ class Ranking:
         order: the gates, the highest-ranked first.
         rank: the rank of each gate, from 0.
         n_included: the number of gates of nodes that are always used.
-        smallest, largest: the sizes that are possible, since these are always used, and others
-            never.
+        smallest, largest: the sizes that are possible, since these are always used, others never,
+            and none is larger than `max_nodes`.
     """
 
-    def __init__(self, empty: Circuit, gates: NodeGates, fixed: FixedGates) -> None:
+    def __init__(
+        self,
+        empty: Circuit,
+        gates: NodeGates,
+        fixed: FixedGates,
+        max_nodes: int | None = None,
+    ) -> None:
         self.empty = empty
         self.gates = gates
         self.fixed = fixed
@@ -34,6 +40,8 @@ class Ranking:
         self.n_included = int(fixed.included.sum())
         self.smallest = max(1, self.n_included)
         self.largest = len(self.order) - int(fixed.excluded.sum())
+        if max_nodes is not None:
+            self.largest = min(self.largest, max_nodes)
 
     def circuit(self, size: int, removed: Sequence[int] = ()) -> Circuit:
         """The circuit of the `size` highest-ranked gates, without the gates in `removed`."""

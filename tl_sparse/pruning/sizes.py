@@ -150,16 +150,18 @@ def _withstanding_adversaries(
 
 
 def _failure_of_all(ranking: Ranking, criterion: Criterion, selection: TaskData) -> PruneError:
-    """The error if no tried size passes, although the last one has all nodes."""
+    """The error if no tried size passes, not even the largest."""
     circuit = ranking.circuit(ranking.largest)
     loss = criterion.loss(circuit, selection)
     accuracy = criterion.ablated_accuracy(circuit, selection)
     config = criterion.config
+    largest = f"all {ranking.largest} nodes"
+    if config.max_nodes == ranking.largest:
+        largest = f"the {counted(ranking.largest, 'node')} that max_nodes allows"
     return PruneError(
-        f"no circuit was found at any size that was tried, up to all {ranking.largest} nodes: with "
-        f"these, the loss is {loss:.3f} (it must be at most {config.target_loss}), and the "
-        f"accuracy of the model without them is {accuracy:.1%} (it must be at most "
-        f"{config.ablated_accuracy:.1%})"
+        f"no circuit was found at any size that was tried, up to {largest}: with these, the loss "
+        f"is {loss:.3f} (it must be at most {config.target_loss}), and the accuracy of the "
+        f"model without them is {accuracy:.1%} (it must be at most {config.ablated_accuracy:.1%})"
     )
 
 
