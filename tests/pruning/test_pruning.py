@@ -716,7 +716,7 @@ def test_means_over_the_task_leave_padding_out(micro):
 
 
 @pytest.mark.parametrize(
-    ("kept", "final", "tests"), [(set(), 40, 6), ({0, 7, 8, 30}, 25, 28), (set(range(40)), 0, 40)]
+    ("kept", "final", "tests"), [(set(), 40, 6), ({0, 7, 8, 30}, 25, 52), (set(range(40)), 0, 40)]
 )
 def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, final, tests):
     """All of 40 go in groups of 1, 2, 4, 8, 16 and 9; if none can go, they are tried one by one."""
@@ -731,6 +731,19 @@ def test_elimination_takes_all_that_goes_and_gives_back_what_was_too_much(kept, 
     assert gone == sorted(set(range(40)) - kept)[:final]
     assert sum(decided) == 40  # as many as the progress bar counts
     assert len(tried) == tests
+
+
+def test_elimination_goes_on_after_a_case_that_only_the_thorough_test_knew():
+    """The thorough test knows of a node that must stay; once it has failed, the quick one does."""
+    needed: set[int] = set()
+
+    def decides(gone):
+        if 3 in gone:
+            needed.add(3)
+        return needed.isdisjoint(gone)
+
+    gone = eliminate(range(40), needed.isdisjoint, decides, lambda n: None)
+    assert gone == [0, 1, 2, *range(4, 40)]
 
 
 def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):

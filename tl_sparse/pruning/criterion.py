@@ -78,14 +78,20 @@ class Criterion:
         fails on a few of the pairs is not tried on the others.
         """
         limit = _CLEARLY * self.config.target_loss
-        if self.loss(circuit, few_of(data)) > limit:
+        if self.loss(circuit, few_of(data), self.hardest) > limit:
             return False
         return self._passes(circuit, data, _QUICK_SUBSETS)
 
+    @property
+    def hardest(self) -> NodeMasks | None:
+        """The subset that has made a circuit fail most recently, if there are any."""
+        return self.subsets[0] if self.subsets else None
+
     def _passes(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
-        if self.loss(circuit, data) > self.config.target_loss:
-            return False
+        # Where there are subsets, one of them fails first as a rule, and on fewer pairs.
         if not self._withstands(circuit, data, n_subsets):
+            return False
+        if self.loss(circuit, data) > self.config.target_loss:
             return False
         if self.config.ablated_accuracy == 1:
             return True

@@ -5,6 +5,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: After so many rounds, of which each takes several thorough tests, nothing else is removed.
+_MOST_ROUNDS = 8
+
 
 def eliminate(
     candidates: Sequence[T],
@@ -14,30 +17,52 @@ def eliminate(
 ) -> list[T]:
     """The candidates that can be removed from a circuit.
 
+    The quick test removes as many as it allows. If the thorough test then fails, the first ones of
+    them are removed with which it passes, the next one stays, and those after it are tried again.
+    A quick test that learns from the failures of the thorough one thus soon agrees with it.
+
     Args:
         candidates: nodes or edges, in the order in which they are tried.
         holds: a quick test of whether the rest is still a circuit without the given candidates.
-        decides: the same as a thorough test. If it fails, the candidates that were removed last are
-            restored until it passes.
-        tried: called with the number of candidates whenever the quick test has decided on some.
+        decides: the same as a thorough test.
+        tried: called with the number of candidates whenever the quick test has decided on some, and
+            with minus the number of those that are tried again.
     """
-    removed = _removed_by_test(candidates, holds, tried)
-    n_gone = 0
+    gone: list[T] = []
+    waiting = list(candidates)
+    for _ in range(_MOST_ROUNDS):
+        removed = _removed_by_test(gone, waiting, holds, tried)
+        n_passing = _n_passing(gone, removed, decides)
+        gone += removed[:n_passing]
+        waiting = removed[n_passing + 1 :]
+        if not waiting:
+            return gone
+        tried(-len(waiting))
+    tried(len(waiting))
+    return gone
+
+
+def _n_passing(gone: Sequence[T], removed: Sequence[T], decides: Callable[[list[T]], bool]) -> int:
+    """How many of `removed` can be removed together besides `gone`, by bisection."""
+    n_passing = 0
     too_many = len(removed) + 1
     n_tried = len(removed)
-    while too_many - n_gone > 1:
-        if decides(removed[:n_tried]):
-            n_gone = n_tried
+    while too_many - n_passing > 1:
+        if decides([*gone, *removed[:n_tried]]):
+            n_passing = n_tried
         else:
             too_many = n_tried
-        n_tried = (n_gone + too_many) // 2
-    return removed[:n_gone]
+        n_tried = (n_passing + too_many) // 2
+    return n_passing
 
 
 def _removed_by_test(
-    candidates: Sequence[T], holds: Callable[[list[T]], bool], tried: Callable[[int], object]
+    gone: Sequence[T],
+    candidates: Sequence[T],
+    holds: Callable[[list[T]], bool],
+    tried: Callable[[int], object],
 ) -> list[T]:
-    """The candidates that can be removed according to `holds`.
+    """The candidates that can be removed besides `gone` according to `holds`.
 
     They are tried in groups. The group size doubles after each group that can be removed, and is
     halved after each group that cannot.
@@ -47,7 +72,7 @@ def _removed_by_test(
     size = 1
     while first < len(candidates):
         group = list(candidates[first : first + size])
-        if holds(removed + group):
+        if holds([*gone, *removed, *group]):
             removed += group
             first += len(group)
             size *= 2

@@ -25,6 +25,8 @@ from tl_sparse.tasks import TaskData
 _PAIRS_TRIED = 3
 #: Of a large circuit, the effects of only so many nodes are measured, each of which takes a run.
 _MOST_MEASURED = 64
+#: After an exchange, the effects of only so many are measured again, those that matter least.
+_MEASURED_AGAIN = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class _Exchanges:
     Attributes:
         kept: the gates of the circuit's nodes, after the exchanges so far.
         tried: the gates of nodes outside that have been tried.
+        rises: gate of the circuit → the loss without its node, less the loss with it; lowest first.
+        loss: the loss on a few pairs before the exchange that is being tried.
+
+    Of a robust circuit, losses are those under the subset that made one fail most recently.
     """
 
     def __init__(
@@ -85,6 +91,8 @@ class _Exchanges:
         self.bar = bar
         self.kept = ranking.gates.of_nodes(circuit.kept)
         self.tried = torch.zeros_like(self.kept)
+        self.rises: dict[int, float] = {}
+        self.loss = torch.inf
 
     @property
     def n_tried(self) -> int:
@@ -94,14 +102,14 @@ class _Exchanges:
     def exchange_one(self, n_most: int) -> bool:
         """Try nodes outside, at most so many, until one is exchanged; whether one was.
 
-        Each exchange changes what all other nodes do, so their effects are then measured again.
+        An exchange changes what all other nodes do, so their effects are then estimated again.
         """
         slopes = self._slopes()
-        rises = self._rises(slopes)
+        self._measure_rises(slopes)
         for added in self._outside(slopes)[:n_most]:
             self.tried[added] = True
             self.bar.update()
-            if self._exchange(added, rises):
+            if self._exchange(added):
                 return True
         return False
 
@@ -110,7 +118,10 @@ class _Exchanges:
         config = self.criterion.config
         pairs = few_of(self.data.train)
         openings = self.kept.to(self.ranking.gates.tau).requires_grad_()
-        loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings)
+        left = None
+        if self.criterion.hardest is not None:
+            left = self.ranking.gates.of_nodes(self.criterion.hardest).to(openings)
+        loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings, left)
         (slopes,) = torch.autograd.grad(loss, openings)
         return slopes
 
@@ -120,34 +131,36 @@ class _Exchanges:
         steepest_first = slopes.argsort()
         return steepest_first[is_tried_next[steepest_first]].tolist()
 
-    def _rises(self, slopes: Float[Tensor, " gate"]) -> dict[int, float]:
-        """Gate of the circuit → the loss without its node, less the loss with it; lowest first.
+    def _measure_rises(self, slopes: Float[Tensor, " gate"]) -> None:
+        """Measure `rises` of all nodes or, after an exchange, of those that matter least.
 
         Gates whose nodes are always used are left out, and so are those of a large circuit whose
         nodes matter most to first order.
         """
-        whole_loss = self._loss(self.kept)
         can_be_removed = self.kept & ~self.ranking.fixed.included
         flattest_first = slopes.argsort(descending=True)
-        gates = flattest_first[can_be_removed[flattest_first]][:_MOST_MEASURED]
-        rises = {}
-        for gate in gates.tolist():
-            rises[gate] = self._loss(self._changed(removed=[gate])) - whole_loss
-        return dict(sorted(rises.items(), key=lambda item: item[1]))
+        gates = flattest_first[can_be_removed[flattest_first]][:_MOST_MEASURED].tolist()
+        if self.rises:
+            gates = list(self.rises)[:_MEASURED_AGAIN]
+        self.loss = self._loss(self.kept)
+        for gate in gates:
+            self.rises[gate] = self._loss(self._changed(removed=[gate])) - self.loss
+        self.rises = dict(sorted(self.rises.items(), key=lambda item: item[1]))
 
-    def _exchange(self, added: int, rises: dict[int, float]) -> bool:
+    def _exchange(self, added: int) -> bool:
         """Add one gate and remove two, if that passes."""
-        loss = self._loss(self.kept)
-        gain = loss - self._loss(self._changed(added=[added]))
+        gain = self.loss - self._loss(self._changed(added=[added]))
         # With the new node, others may matter less than before: twice its gain allows for that.
-        room = self.criterion.config.target_loss - loss + 2 * gain
-        for pair in islice(_pairs_within(rises, room), _PAIRS_TRIED):
+        room = self.criterion.config.target_loss - self.loss + 2 * gain
+        for pair in islice(_pairs_within(self.rises, room), _PAIRS_TRIED):
             kept = self._changed(added=[added], removed=pair)
             circuit = self.ranking.with_gates(self.circuit, kept)
             if not self.criterion.passes_quickly(circuit, self.data.some):
                 continue
             if self.criterion.passes(circuit, self.data.selection):
                 self.kept = kept
+                for gate in pair:
+                    del self.rises[gate]
                 self.bar.set_postfix_str(counted(int(kept.sum()), "node"))
                 return True
         return False
@@ -161,7 +174,8 @@ class _Exchanges:
         return kept
 
     def _loss(self, kept: Bool[Tensor, " gate"]) -> float:
-        return self.criterion.loss(self.ranking.with_gates(self.circuit, kept), self.few)
+        circuit = self.ranking.with_gates(self.circuit, kept)
+        return self.criterion.loss(circuit, self.few, self.criterion.hardest)
 
 
 def _pairs_within(rises: dict[int, float], room: float) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from tl_sparse.errors import DataError, SuiteError
 from tl_sparse.evaluation import Evaluation
 from tl_sparse.files import read_json, write_json
 from tl_sparse.records import record_from
+from tl_sparse.suites.robustness import Robustness
 
 #: The two kinds of circuit of a job, which are never summarised together.
 NODE_PRUNED = "node_pruned"
@@ -38,6 +39,8 @@ class CircuitFigures:
         kl: the divergence of the circuit's next-token distribution from the model's; see
             `NextToken`. None in older files, as is the next.
         target_loss: the task loss that the circuit had to reach on its selection pairs.
+        zero_loss, resample_loss: the task loss with all other nodes at zero and resampled.
+        subsets_mean, subsets_worst, limited_adversary, adversary: see `Robustness`.
     """
 
     nodes: int
@@ -49,10 +52,19 @@ class CircuitFigures:
     kept: list[str]
     kl: float | None = None
     target_loss: float | None = None
+    zero_loss: float | None = None
+    resample_loss: float | None = None
+    subsets_mean: float | None = None
+    subsets_worst: float | None = None
+    limited_adversary: float | None = None
+    adversary: float | None = None
 
     @classmethod
-    def of(cls, circuit: Circuit, evaluation: Evaluation, seconds: float) -> "CircuitFigures":
+    def of(
+        cls, circuit: Circuit, evaluation: Evaluation, seconds: float, robustness: Robustness
+    ) -> "CircuitFigures":
         next_token = evaluation.circuit.next_token
+        resample = evaluation.resample
         return cls(
             nodes=evaluation.n_nodes,
             edges=evaluation.n_edges,
@@ -63,6 +75,12 @@ class CircuitFigures:
             kept=[node.indexed_name for node in circuit.nodes],
             kl=next_token.kl if next_token else None,
             target_loss=evaluation.target_loss,
+            zero_loss=evaluation.zero.loss,
+            resample_loss=resample.loss if resample else None,
+            subsets_mean=robustness.subsets_mean,
+            subsets_worst=robustness.subsets_worst,
+            limited_adversary=robustness.limited_adversary,
+            adversary=robustness.adversary,
         )
 
 

@@ -14,6 +14,7 @@ from tl_sparse.suites.jobs import (
     JobReport,
     read_reports,
 )
+from tl_sparse.suites.robustness import LIMIT
 from tl_sparse.view import SuiteResults, Summaries, TaskResults, read_results, summary
 
 #: The summaries over the seeds that results.json gives of each figure.
@@ -31,6 +32,11 @@ FORMATS = {
     "loss": ".3f",
     "standard_error": ".3f",
     "kl": ".2f",
+    "zero_loss": ".2f",
+    "resample_loss": ".2f",
+    "subsets_worst": ".3f",
+    "limited_adversary": ".3f",
+    "adversary": ".2f",
     "accuracy_without": ".1%",
     "seconds": ".1f",
     "overlap": ".2f",
@@ -165,7 +171,10 @@ def results_table(results: Mapping[str, Any]) -> str:
         "are over the tasks that all models solved",
         f"with every seed: {_in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
         "The kl is the divergence of the circuit's next-token distribution from the model's, in "
-        "nats.",
+        "nats. Losses are with all other nodes at their",
+        "means, at zero, resampled; with the worst of 64 random subsets of them as in the model; "
+        f"and with those, at most {LIMIT} or any number, that",
+        "a fresh adversary chooses.",
     ]
     if any(MISSES_TARGET in cell for row in rows for cell in row):
         note.append(f"{MISSES_TARGET} misses the target loss on held-out pairs with some seed.")

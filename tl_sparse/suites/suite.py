@@ -25,7 +25,7 @@ from tl_sparse.errors import CircuitError, SuiteError, TLSparseError
 from tl_sparse.evaluation import Evaluation
 from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
-from tl_sparse.pruning import PruneConfig, prune, prune_edges
+from tl_sparse.pruning import PruneConfig, prune, prune_edges, task_splits
 from tl_sparse.resuming import changed_settings, other_contents
 from tl_sparse.suites import arguments
 from tl_sparse.suites.content import (
@@ -45,6 +45,7 @@ from tl_sparse.suites.jobs import (
 )
 from tl_sparse.suites.models import loaded, model_name
 from tl_sparse.suites.results import collected, results_table
+from tl_sparse.suites.robustness import robustness
 from tl_sparse.suites.workers import in_processes
 from tl_sparse.tasks import Task, get_task
 from tl_sparse.view import plots
@@ -312,12 +313,15 @@ def _searched(
     started = time.perf_counter()
     circuit, evaluation = prune(model, task, tokens, config, False, means)
     seconds = time.perf_counter() - started
-    yield NODE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds)
+    train, _, heldout = task_splits(model, task, config)
+    withstands = robustness(circuit, model, config, train, heldout)
+    yield NODE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds, withstands)
     if _can_cut_edges(model, evaluation):
         started = time.perf_counter()
         circuit, evaluation = prune_edges(circuit, model, None, config, False)
         seconds = time.perf_counter() - started
-        yield EDGE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds)
+        withstands = robustness(circuit, model, config, train, heldout)
+        yield EDGE_PRUNED, circuit, CircuitFigures.of(circuit, evaluation, seconds, withstands)
 
 
 def _can_cut_edges(model: TLModel, evaluation: Evaluation) -> bool:

@@ -1,0 +1,390 @@
+"""Make every table and figure in examples/results again.
+
+    make results                                     # all of them
+    python examples/results.py circuits --seeds 0    # one of them, in part
+
+What is found and measured is kept in the folder --work. An interrupted call continues there, and
+does nothing twice. All of it takes days on two cores: --tasks and --seeds choose what comes first.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copyfile
+from statistics import geometric_mean
+from typing import Any
+
+from tl_sparse import PruneConfig, prune
+from tl_sparse.certificates import certificate_text, certify
+from tl_sparse.checkpoints import open_with_corpus
+from tl_sparse.circuits import Circuit
+from tl_sparse.errors import CheckpointError
+from tl_sparse.evaluation import adversary_score
+from tl_sparse.files import read_json, write_json, write_text
+from tl_sparse.pruning import task_splits
+from tl_sparse.suites import find_family, results_table, run_suite
+from tl_sparse.tasks import TASKS, table
+
+REPOSITORY = Path(__file__).parents[1]
+SPARSE, DENSE = "tiny-python-sparse", "tiny-python-dense"
+MODELS = [SPARSE, DENSE]
+
+#: Name of a search → its settings. Each is made for every task and both models.
+SEARCHES = {
+    "none": PruneConfig(),
+    "subsets": PruneConfig(robust="subsets"),
+    "adversary": PruneConfig(robust="adversary"),
+}
+#: The same with the whole distribution of the next token as the objective; targets are in nats.
+LIKE_THE_MODEL = {
+    "KL 0.15": PruneConfig(objective="model", target_loss=0.15),
+    "KL 0.5": PruneConfig(objective="model", target_loss=0.5),
+}
+#: The tasks whose circuits of all sizes are attacked, of which the first two have a family.
+FEW_TASKS = ["single_double_quote", "bracket_brace", "class_init", "if_equals"]
+#: The adversaries that attack each size: restarts, and steps of each.
+RESTARTS, STEPS = 3, 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made.
+
+    Attributes:
+        out: the folder for tables and figures.
+        work: the folder for circuits and measurements.
+        tasks: the tasks; None means those that a result is about by default.
+        models: the models.
+        seeds: the seeds of searches.
+        workers: the number of processes.
+    """
+
+    out: Path
+    work: Path
+    tasks: list[str] | None
+    models: list[str]
+    seeds: list[int]
+    workers: int
+
+    def few_tasks(self, n_tasks: int) -> list[str]:
+        """The given tasks or, by default, the first of `FEW_TASKS`."""
+        return self.tasks or FEW_TASKS[:n_tasks]
+
+
+def write_result(plan: Plan, name: str, text: str) -> None:
+    """Write a file of examples/results, with what made it."""
+    packages = ["tl-sparse", "transformer-lens", "torch"]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    made_by = (
+        f"Made by `{command_line()}` on {date.today()}, commit {commit()}, with {versions}, on "
+        f"{machine()}."
+    )
+    write_text(plan.out / name, f"{text.rstrip()}\n\n{made_by}\n")
+
+
+def command_line() -> str:
+    return " ".join(["python examples/results.py", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit of the repository; marked if files have changed since."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {processor()}"
+
+
+def processor() -> str:
+    """The name of the processor, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.system()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.system()
+
+
+# --- circuits of all tasks
+
+
+def circuits(plan: Plan) -> None:
+    """Circuits that need only hold while all other nodes are held, and robust ones."""
+    compare_searches(plan, SEARCHES, "circuits", "Circuits of the two answers of each task")
+
+
+def next_token(plan: Plan) -> None:
+    """Circuits that predict the next token as the model does."""
+    compare_searches(plan, LIKE_THE_MODEL, "next_token", "Circuits that are like the model")
+
+
+def compare_searches(
+    plan: Plan, searches: Mapping[str, PruneConfig], name: str, title: str
+) -> None:
+    """Run suites that differ in their search, and write their tables task by task."""
+    done: list[str] = []
+    for task in plan.tasks or list(TASKS):
+        done.append(task)
+        results = {}
+        for search, config in searches.items():
+            folder = plan.work / name / search.replace(" ", "-")
+            results[search] = run_suite(
+                plan.models, done, folder, plan.seeds, config, workers=plan.workers
+            )
+        write_result(plan, f"{name}.md", searches_text(title, results, plan.models))
+
+
+def searches_text(
+    title: str, results: Mapping[str, Mapping[str, Any]], models: Iterable[str]
+) -> str:
+    """The edges of all searches side by side, and then the whole table of each."""
+    parts = [f"# {title}", "", edges_side_by_side(results, models)]
+    for search, of_search in results.items():
+        parts += ["", f"## {search}", "", results_table(of_search)]
+    return "\n".join(parts)
+
+
+def edges_side_by_side(results: Mapping[str, Mapping[str, Any]], models: Iterable[str]) -> str:
+    """Edges after the pruning of nodes, for each task, model and search; medians over seeds.
+
+    The last row has geometric means over the tasks that have a circuit in every column.
+    """
+    columns = [(model, search) for model in models for search in results]
+    edges = {column: median_edges(results[column[1]], column[0]) for column in columns}
+    solved = set.intersection(*({*of_column} for of_column in edges.values()))
+    tasks = sorted(set.union(*({*of_column} for of_column in edges.values())))
+    rows = []
+    for task in tasks:
+        cells = [edges[column].get(task) for column in columns]
+        rows.append([task, *("–" if cell is None else f"{cell:,.0f}" for cell in cells)])
+    if solved:
+        means = [
+            geometric_mean(max(1, edges[column][task]) for task in solved) for column in columns
+        ]
+        rows.append([f"geometric mean of {len(solved)}", *(f"{mean:,.1f}" for mean in means)])
+    return table(["edges", *(f"{model}, {search}" for model, search in columns)], rows)
+
+
+def median_edges(results: Mapping[str, Any], model: str) -> dict[str, float]:
+    """Task → the median number of edges over seeds, of the tasks that have a circuit."""
+    found = {}
+    for task, entry in results["models"][model].items():
+        if entry["node_pruned"]:
+            found[task] = entry["node_pruned"]["edges"]["median"]
+    return found
+
+
+# --- circuits of all sizes under adversaries
+
+
+def sizes(plan: Plan) -> None:
+    """The loss under fresh adversaries against the size, up to a quarter of all nodes."""
+    curves: dict[str, dict[str, dict[str, float]]] = {}
+    for task in plan.few_tasks(4):
+        for model in plan.models:
+            curves[f"{task} in {model}"] = attacked_sizes(plan, model, task)
+            write_result(plan, "sizes.md", sizes_text(curves))
+            draw_sizes(curves, plan.out / "sizes.svg")
+
+
+def attacked_sizes(plan: Plan, source: str, task: str) -> dict[str, dict[str, float]]:
+    """Size → the losses of the circuit of that size; measured once, and stored one by one."""
+    folder = plan.work / "sizes" / source / task
+    model, tokens = open_with_corpus(source)
+    config = PruneConfig(method="any_size", robust="adversary", seed=plan.seeds[0])
+    ranked = ranked_circuit(folder / "ranking", lambda: prune(model, task, tokens, config)[0])
+    train, _, heldout = task_splits(model, task, config)
+    found = stored(folder / "losses.json")
+    size = 16
+    while size <= ranked.n_candidates // 4:
+        if str(size) not in found:
+            circuit = ranked.of_size(size)
+            attacked = adversary_score(
+                circuit, model, train, heldout, steps=STEPS, restarts=RESTARTS, seed=1
+            )
+            found[str(size)] = {
+                "edges": len(circuit.edges(model)),
+                "loss": circuit.evaluate(model, heldout).circuit.loss,
+                "under adversaries": attacked.score.loss,
+                "accuracy": attacked.score.accuracy,
+            }
+            write_json(folder / "losses.json", {"sizes": found})
+        size *= 2
+    return found
+
+
+def ranked_circuit(folder: Path, find: Callable[[], Circuit]) -> Circuit:
+    """The circuit in a folder, or the one that `find` finds, which is then saved there."""
+    if not folder.exists():
+        find().save(folder)
+    return Circuit.load(folder)
+
+
+def stored(path: Path) -> dict[str, dict[str, float]]:
+    """The measurements that are stored so far."""
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, float]] = read_json(path)["sizes"]
+    return found
+
+
+def sizes_text(curves: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    rows = []
+    for name, curve in curves.items():
+        for size, losses in curve.items():
+            cells = [f"{losses['edges']:,.0f}", f"{losses['loss']:.3f}"]
+            cells += [f"{losses['under adversaries']:.3f}", f"{losses['accuracy']:.1%}"]
+            rows.append([name, size, *cells])
+    header = ["task and model", "nodes", "edges", "loss alone", "under adversaries", "accuracy"]
+    return "\n".join(
+        [
+            "# How large must a circuit be to withstand adversaries?",
+            "",
+            "One ranking for all sizes, learned beside an adversary (`method=any_size`, "
+            "`robust=adversary`). Of each size,",
+            f"{RESTARTS} fresh adversaries of {STEPS} steps leave any of the other nodes as they "
+            "are; the worst counts, on held-out pairs.",
+            "",
+            table(header, rows),
+        ]
+    )
+
+
+def draw_sizes(curves: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from tl_sparse.view import plots
+
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, curve in curves.items():
+        losses = [each["under adversaries"] for each in curve.values()]
+        style = "--" if DENSE in name else "-"
+        axes.plot([int(size) for size in curve], losses, style, marker="o", label=name)
+    axes.axhline(PruneConfig().target_loss, color="grey", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="nodes", ylabel="loss under adversaries (nats)")
+    axes.legend(frameon=False, fontsize=7)
+    plots.save(figure, path, overwrite=True)
+    plt.close(figure)
+
+
+# --- families and certificates
+
+
+def families(plan: Plan) -> None:
+    """The families of two tasks."""
+    for task in plan.few_tasks(2):
+        for model in plan.models:
+            folder = plan.work / "families" / model / task
+            find_family(model, task, folder, plan.seeds, workers=plan.workers)
+            name = f"family_{task}_{model}"
+            write_result(plan, f"{name}.md", (folder / "family.md").read_text())
+            if (folder / "family.svg").exists():
+                copyfile(folder / "family.svg", plan.out / f"{name}.svg")
+
+
+def certificates(plan: Plan) -> None:
+    """The certificates of the sparse model's circuits with the first seed."""
+    for task in plan.few_tasks(4):
+        for search in ("none", "subsets"):
+            folder = plan.work / "circuits" / search / SPARSE / task / str(plan.seeds[0])
+            try:
+                circuit = Circuit.load(folder / "edges")
+            except CheckpointError:
+                print(f"{folder} has no circuit yet: make the circuits first", file=sys.stderr)
+                continue
+            model, tokens = open_with_corpus(SPARSE)
+            found = family_of(plan, task) if search == "none" else None
+            place = plan.work / "certificates" / search / task
+            certificate = certify(circuit, model, task, corpus=tokens, family=found, folder=place)
+            text = certificate_text(certificate)
+            write_result(plan, f"certificate_{task}_{search}.md", f"```\n{text}\n```")
+
+
+def family_of(plan: Plan, task: str) -> Path | None:
+    """The family of a task in the sparse model, if it has been found."""
+    path = plan.work / "families" / SPARSE / task / "family.json"
+    return path if path.exists() else None
+
+
+# --- training and sparse execution
+
+
+def training(plan: Plan) -> None:
+    """The grids of small models."""
+    for grid in ("size", "recipe"):
+        work = plan.work / "training"
+        run("examples/sweep.py", grid, "--out", str(work), "--processes", str(plan.workers))
+        write_result(plan, f"{grid}.md", (work / f"{grid}.md").read_text())
+    copyfile(work / "size.svg", plan.out / "size.svg")
+
+
+def sparse_execution(plan: Plan) -> None:
+    """Speed and memory of sparse execution."""
+    printed = run("-m", "pytest", "-q", "-s", "tests/benchmarks/test_sparse_execution.py")
+    write_result(plan, "sparse_execution.md", f"# What sparse execution gains\n\n{printed}")
+
+
+def run(*arguments: str) -> str:
+    """What Python prints with these arguments, in the repository."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+
+
+#: Name → what makes it, in the order in which they are made.
+RESULTS: dict[str, Callable[[Plan], None]] = {
+    "circuits": circuits,
+    "families": families,
+    "certificates": certificates,
+    "sizes": sizes,
+    "next_token": next_token,
+    "training": training,
+    "sparse_execution": sparse_execution,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # The names are checked below: argparse would compare an empty list of them with the choices.
+    all_names = ", ".join(RESULTS)
+    parser.add_argument("names", nargs="*", help=f"what to make (default: all): {all_names}")
+    parser.add_argument("--tasks", type=_names, help="only these tasks, separated by commas")
+    parser.add_argument("--models", type=_names, default=MODELS, help="only these models")
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="default: 0,1,2")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "results-work")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "examples" / "results")
+    args = parser.parse_args()
+    if unknown := {*args.names} - {*RESULTS}:
+        parser.error(f"there is no {', '.join(sorted(unknown))}; it is one of {all_names}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(args.out, args.work, args.tasks, args.models, args.seeds, args.workers)
+    for name in args.names or RESULTS:
+        RESULTS[name](plan)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
