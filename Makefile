@@ -17,7 +17,7 @@ test-all: MARKS_tl4 =
 test-all: MARKS_tl3 =
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-tl4 test-tl3 bench gpu gpu-wheels lint types api wheel clean
+.PHONY: help demo test test-all test-tl4 test-tl3 bench results gpu gpu-wheels lint types api wheel clean
 
 help:  ## show this list of targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ pytest = $1/bin/python -c "import platform; from importlib.metadata import versi
 bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
 	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
+
+results: $(TL4)/.tools  ## make the tables and figures in examples/results again (days; can be interrupted)
+	$(TL4)/bin/python examples/results.py
 
 # The script runs with the Python of that machine, and needs no environment of this file. It takes at
 # most ten minutes, and writes examples/results/gpu.md.
