@@ -87,6 +87,7 @@ def right():
         "mask": torch.ones_like(micro_corpus()),
         "masks": None,
         "config": config,
+        "means": circuit.means,
         "progress": False,
         "names": [name],
         "functions": {name: lambda activation, hook: None},

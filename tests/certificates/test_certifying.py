@@ -317,7 +317,7 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
         n_pairs=8,
         n_subsets=4,
     )
-    nothing = Found(Estimate(0.7), not_found="every circuit fails")
+    nothing = Found(Estimate(0.7), not_found="every size fails")
     controls = Controls(
         found(3, 2, 0.1),
         {"nonsense": found(n_nodes, 9, 0.1), "permuted": nothing},
@@ -325,6 +325,7 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
         target_loss=0.15,
         n_pairs=8,
         n_subsets=4,
+        max_nodes=30,
     )
     better = AgainstRandom(0.0, PValue(0.01, 30, "random circuits"))
     necessity = replace(made.necessity, sufficiency=better, partial_necessity=better)
@@ -333,6 +334,7 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
     decided = results_of(searched)
     assert {code: decided[code] for code in results} == results
     assert Certificate.from_dict(json.loads(json.dumps(dataclasses.asdict(searched)))) == searched
-    text = certificate_text(searched)
-    assert "Permuted weights: no circuit (every circuit fails)." in text
+    text = " ".join(certificate_text(searched).split())
+    assert "Permuted weights: none of at most 30 nodes (every size fails)." in text
+    assert "permuted: none of at most 30 nodes" in text
     assert "Left out: shuffled: too few pairs." in text

@@ -17,7 +17,7 @@ from micro import (
     micro_model,
     save_pairs,
 )
-from tl_sparse.certificates import stable
+from tl_sparse.certificates import control_searches, stable
 from tl_sparse.certificates.again import Found, search_of
 from tl_sparse.certificates.control_searches import Controls, controls
 from tl_sparse.certificates.stable import Stability, stability
@@ -89,11 +89,19 @@ def test_controls_of_the_micro_model(model, found):
     assert shuffled.n_nodes is None
     assert "no circuit was found at any size" in shuffled.not_found
     assert shuffled.full_loss.value > CHANCE
+    assert result.max_nodes == 30
     assert "permuted" in result.searches
     assert all((before[name] == value).all() for name, value in model.named_parameters())
     assert not has_hooks(model)
     written = json.loads(json.dumps(dataclasses.asdict(result)))
     assert record_from(Controls, written) == result
+
+
+def test_controls_are_not_searched_far_above_the_size_of_the_circuit(model, found, monkeypatch):
+    monkeypatch.setattr(control_searches, "LIMIT", 1)
+    result = controls(found, model, MICRO_TASK, micro_corpus(), **SMALL)
+    assert result.max_nodes == 3
+    assert "up to the 3 nodes that max_nodes allows" in result.searches["shuffled"].not_found
 
 
 def test_edges_are_pruned_again_if_they_were(model, found):
@@ -128,7 +136,7 @@ def test_a_task_with_too_few_pairs_to_search_on_others(model):
 def test_fresh_pairs_are_not_those_that_judge_the_circuit(model, found):
     """Held-out pairs are drawn with the seed 1, which fresh ones have too."""
     data = heldout_pairs(found, model, MICRO_TASK)
-    search = search_of(found, model, n_subsets=1, batch_size=8, seed=0, progress=False)
+    search = search_of(found, model, n_subsets=1, batch_size=8, seed=0)
     subject = stable._Subject(found, model, MICRO_TASK, data, search, Found(Estimate(0.0)))
     fresh = prompts_of(stable._new_pairs(subject, 8, seed=1))
     splits = task_splits(model, MICRO_TASK, search.config)

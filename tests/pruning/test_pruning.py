@@ -24,6 +24,7 @@ from micro import (
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.errors import (
+    ArgumentError,
     ConfigError,
     DataError,
     HookNameError,
@@ -42,7 +43,7 @@ from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.elimination import eliminate
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import attribution
-from tl_sparse.pruning.pruner import corpus_means, frozen, prune
+from tl_sparse.pruning.pruner import corpus_means, find_circuit, frozen, prune, prune_edges
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.sizes import discretise
 from tl_sparse.pruning.splits import task_splits
@@ -459,7 +460,7 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
     ]
     seeds = []
 
-    def search(empty, model, train, selection, config, progress):
+    def search(empty, model, train, selection, config, progress, stage):
         seeds.append(config.seed)
         return found[len(seeds) - 1]
 
@@ -472,10 +473,42 @@ def test_restarts_keep_the_smallest_by_edges_then_nodes(micro, monkeypatch):
     assert circuit.measured["config"]["restarts"] == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "edges"),
+    [({}, False), ({}, True), ({"robust": "subsets", "subsets": 4, "means_over": "task"}, False)],
+)
+def test_the_circuit_that_is_found_without_judging_it(micro, changes, edges):
+    """It is the one of `prune` and `prune_edges`, without their scores."""
+    config = dataclasses.replace(QUICK, **changes)
+    means = corpus_means(micro, micro_corpus())
+    judged, _ = prune(micro, MICRO_TASK, config=config, means=means, progress=False)
+    if edges:
+        judged, _ = prune_edges(judged, micro, MICRO_TASK, config, progress=False)
+    stage = "edges" if edges else "nodes"
+    found = find_circuit(micro, MICRO_TASK, means, config, stage)
+    assert found.nodes == judged.nodes
+    assert found.edges(micro) == judged.edges(micro)
+    assert found.edge_set == judged.edge_set
+    assert found.measured == {"config": config.to_json()}
+    assert not has_hooks(micro)
+
+
+def test_a_search_that_stops_at_a_size_removes_no_nodes(micro):
+    config = dataclasses.replace(QUICK, method="random")
+    means = corpus_means(micro, micro_corpus())
+    found = find_circuit(micro, MICRO_TASK, means, config, "size")
+    assert set(NODES) < {str(node) for node in found.nodes}
+    without = dataclasses.replace(config, exclude=NODES[:1])
+    with pytest.raises(PruneError, match="no circuit was found at any size"):
+        find_circuit(micro, MICRO_TASK, means, without, "size")
+    with pytest.raises(ArgumentError, match=r"stage must be .*'size', 'nodes', 'edges'.* 'end'"):
+        find_circuit(micro, MICRO_TASK, means, config, "end")
+
+
 def test_a_restart_that_finds_nothing_does_not_end_the_others(micro, monkeypatch):
     best = micro_circuit(micro)
 
-    def search(empty, model, train, selection, config, progress):
+    def search(empty, model, train, selection, config, progress, stage):
         if config.seed == 1:
             return best
         raise PruneError(f"nothing with seed {config.seed}")

@@ -19,7 +19,7 @@ from tl_sparse.evaluation import (
     without_nodes,
 )
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel
-from tl_sparse.pruning import PruneConfig, prune, prune_edges, recorded_config
+from tl_sparse.pruning import PruneConfig, Stage, find_circuit, recorded_config
 from tl_sparse.tasks import Task, TaskData
 
 
@@ -57,7 +57,6 @@ class Search:
         n_subsets: the number of random subsets of which the worst is reported.
         batch_size: the number of prompts to run at once.
         seed: the seed of the subsets, and of the partners in resample ablation.
-        progress: whether the searches show their progress.
     """
 
     config: PruneConfig
@@ -65,7 +64,6 @@ class Search:
     n_subsets: int
     batch_size: int
     seed: int
-    progress: bool
 
     def run(self, model: TLModel, task: Task, means: NodeValues) -> Circuit:
         """The circuit that the search finds.
@@ -76,10 +74,8 @@ class Search:
         """
         device = next(model.parameters()).device
         means = {name: mean.to(device) for name, mean in means.items()}
-        circuit, _ = prune(model, task, config=self.config, progress=self.progress, means=means)
-        if self.with_edges:
-            circuit, _ = prune_edges(circuit, model, task, self.config, self.progress)
-        return circuit
+        stage: Stage = "edges" if self.with_edges else "nodes"
+        return find_circuit(model, task, means, self.config, stage)
 
     def outcome(self, model: TLModel, task: Task, means: NodeValues, data: TaskData) -> Found:
         """What the search finds, measured on `data`; that it finds nothing is an outcome too."""
@@ -135,7 +131,6 @@ def search_of(
     n_subsets: int,
     batch_size: int,
     seed: int,
-    progress: bool,
 ) -> Search:
     """The search that found a circuit, by the settings that the circuit records.
 
@@ -154,4 +149,4 @@ def search_of(
             "cannot be repeated; circuits that `prune` finds have them in measured['config']"
         )
     with_edges = circuit.edge_set is not None
-    return Search(recorded_config(circuit), with_edges, n_subsets, batch_size, seed, progress)
+    return Search(recorded_config(circuit), with_edges, n_subsets, batch_size, seed)

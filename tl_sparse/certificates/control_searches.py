@@ -23,6 +23,9 @@ from tl_sparse.hooks import TLModel, permuted_weights
 from tl_sparse.pruning import corpus_means, heldout_pairs, task_splits
 from tl_sparse.tasks import Task, nonsense_task, shuffled_task
 
+#: Controls are searched up to so many times the nodes of the circuit. That there is none below says
+#: enough, and removing what is superfluous from a thousand nodes takes many minutes.
+LIMIT = 10
 #: Errors that say why a control is not possible for a task or a model.
 _NOT_POSSIBLE = (ConfigError, DataError, TaskError, TokenizerError, UnsupportedError)
 
@@ -38,6 +41,8 @@ class Controls:
         target_loss: the loss that each search had to reach, in nats.
         n_pairs: the number of held-out pairs on which losses are measured, at most.
         n_subsets: the number of random subsets of which the worst is reported.
+        max_nodes: the largest number of nodes that the searches tried, before they removed those
+            that are not needed; None in older files, for no limit.
     """
 
     real: Found
@@ -46,6 +51,7 @@ class Controls:
     target_loss: float
     n_pairs: int
     n_subsets: int
+    max_nodes: int | None = None
 
 
 @checked("task", "corpus")
@@ -65,7 +71,8 @@ def controls(
     The controls are the same prompts with answers that make no sense ("nonsense"; see
     `nonsense_task`), with random labels ("shuffled"; see `shuffled_task`), and the model with
     permuted weights ("permuted"; see `permuted_weights`), of which the means are taken anew. The
-    settings are those that the circuit records, but the full model may fail on the task.
+    settings are those that the circuit records, but the full model may fail on the task, and sizes
+    are tried only up to 10 times the number of the circuit's nodes.
 
     Args:
         circuit: a circuit that `prune` or `prune_edges` found.
@@ -86,10 +93,13 @@ def controls(
         TaskError, DataError, TokenizerError: if the task does not fit the model.
     """
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
-    search = search_of(circuit, model, n_subsets, batch_size, seed, progress=False)
+    search = search_of(circuit, model, n_subsets, batch_size, seed)
     task = circuit_task(circuit, task)
     real = search.measured(circuit, model, heldout_pairs(circuit, model, task).first(n_pairs))
-    config = dataclasses.replace(search.config, allow_failing_model=True)
+    max_nodes = LIMIT * circuit.n_nodes
+    if search.config.max_nodes is not None:
+        max_nodes = min(max_nodes, search.config.max_nodes)
+    config = dataclasses.replace(search.config, max_nodes=max_nodes)
     search = dataclasses.replace(search, config=config)
 
     def on_task(control: Task) -> Found:
@@ -107,7 +117,7 @@ def controls(
             found[name] = run()
         except _NOT_POSSIBLE as error:
             left_out[name] = str(error)
-    return Controls(real, found, left_out, config.target_loss, n_pairs, n_subsets)
+    return Controls(real, found, left_out, config.target_loss, n_pairs, n_subsets, max_nodes)
 
 
 def _searched(

@@ -84,21 +84,36 @@ def controls_text(measured: Controls) -> list[str]:
         "permuted": "permuted weights",
     }
     rows = [["the real task", *_found_cells(measured.real)]]
-    not_found = []
+    why = []
     for name, found in measured.searches.items():
         title = titles.get(name, name)
         rows.append([title, *_found_cells(found)])
         if found.not_found:
-            not_found.append(f"{title.capitalize()}: no circuit ({printable(found.not_found)}).")
+            size = none_found(measured.max_nodes)
+            why.append(f"{title.capitalize()}: {size} ({printable(found.not_found)}).")
     return [
         table(["the same search", *_FOUND], rows),
-        paragraph(*not_found, _left_out(measured.left_out)),
+        paragraph(*why, _limit(measured), _left_out(measured.left_out)),
         shows(
             "what the search finds where there is nothing to find; a circuit says something as far "
             "as it is smaller, or withstands more.",
             "that a small circuit is the model's own way (sections 3 and 4).",
         ),
     ]
+
+
+def none_found(max_nodes: int | None) -> str:
+    """What a search found that found nothing among so many nodes; None for no limit."""
+    return "no circuit" if max_nodes is None else f"none of at most {counted(max_nodes, 'node')}"
+
+
+def _limit(measured: Controls) -> str:
+    if measured.max_nodes is None:
+        return ""
+    return (
+        f"Sizes were tried up to {counted(measured.max_nodes, 'node')}, before those that are not "
+        "needed are removed: controls may have circuits of more nodes."
+    )
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:

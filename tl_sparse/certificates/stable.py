@@ -163,7 +163,7 @@ def stability(
     for name, number in (("n_seeds", n_seeds), ("n_samples", n_samples), ("n_draws", n_draws)):
         check(number >= 0, name, number, "at least 0")
     check(n_pairs >= 1, "n_pairs", n_pairs, "at least 1")
-    search = search_of(circuit, model, n_subsets, batch_size, seed, progress=False)
+    search = search_of(circuit, model, n_subsets, batch_size, seed)
     task = circuit_task(circuit, task)
     data = heldout_pairs(circuit, model, task).first(n_pairs)
     first = search.measured(circuit, model, data)

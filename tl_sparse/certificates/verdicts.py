@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tl_sparse.certificates.derived import idle_parts, slope_of
 from tl_sparse.certificates.record import Certificate, Criterion
+from tl_sparse.certificates.searching import none_found
 from tl_sparse.certificates.sufficient import limit_in_words
 from tl_sparse.certificates.thresholds import (
     CONTROL_SIZE,
@@ -22,6 +23,7 @@ from tl_sparse.certificates.thresholds import (
     TOLD_APART,
     WITHSTOOD,
 )
+from tl_sparse.errors import counted
 
 MET, NOT_MET, NOT_TESTED = "met", "not met", "not tested"
 
@@ -173,7 +175,9 @@ def _separation(certificate: Certificate) -> list[Condition]:
     if certificate.controls is not None:
         real = certificate.controls.real.n_nodes or 0
         for name, found in certificate.controls.searches.items():
-            size = "nothing found" if found.n_nodes is None else f"{found.n_nodes} nodes"
+            size = none_found(certificate.controls.max_nodes)
+            if found.n_nodes is not None:
+                size = counted(found.n_nodes, "node")
             is_larger = found.n_nodes is None or found.n_nodes >= CONTROL_SIZE * real
             conditions.append(Condition(is_larger, f"{name}: {size}"))
     return conditions
@@ -248,7 +252,7 @@ _CRITERIA = (
         "M3",
         "baseline separation",
         "better than 90% of random circuits, alone and without it: p < 0.05; controls give "
-        f"nothing, or circuits of at least {CONTROL_SIZE} times its nodes",
+        f"nothing up to their limit, or circuits of at least {CONTROL_SIZE} times its nodes",
         _separation,
     ),
     _Asked("M1", "reliability", f"standard error of the loss at most {PRECISE}", _reliability),

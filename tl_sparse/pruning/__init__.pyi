@@ -1,6 +1,8 @@
 from .config import PruneConfig as PruneConfig
 from .means import as_corpus as as_corpus
 from .means import corpus_means as corpus_means
+from .pruner import Stage as Stage
+from .pruner import find_circuit as find_circuit
 from .pruner import prune as prune
 from .pruner import prune_edges as prune_edges
 from .splits import heldout_pairs as heldout_pairs

@@ -6,7 +6,8 @@ be pruned too. Node pruning uses hooks alone; edge pruning changes weights, and 
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -38,10 +39,13 @@ from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
-from tl_sparse.pruning.sizes import discretise, representative
+from tl_sparse.pruning.sizes import chosen_size, discretise, representative
 from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
 from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
+
+#: How far a search goes: until it has chosen a size, removed nodes, or cut edges too.
+Stage = Literal["size", "nodes", "edges"]
 
 
 @checked("task", "corpus", "config")
@@ -82,9 +86,7 @@ def prune(
     config = as_config(config)
     corpus = _given_corpus(corpus, model)
     with differentiating(model), frozen(model), shared_reads(model):
-        gated_hooks(model, config.embed_gates)  # of some models, no nodes can be gated
-        if config.freeze_norms:
-            check_norms_can_be_held(model)
+        _check_can_be_held(model, config)
         pairs = split_pairs(task, config)
         train, selection, heldout = encoded_splits(model, task, pairs, config)
         _check_full_model(model, task, selection, config)
@@ -100,10 +102,62 @@ def prune(
             measured["corpus_tokens"] = corpus.numel()
         empty = _empty_circuit(model, task, without_inference(means), config)
         selection = ready_for(config.objective, model, selection, config.batch_size)
-        circuits = _found(empty, model, train, selection, config, progress)
-        smallest = min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
+        smallest = _smallest(empty, model, train, selection, config, progress)
         smallest = dataclasses.replace(smallest, pairs=_pairs_to_keep(task, pairs))
         return _judged(smallest, model, selection, heldout, config, measured, progress)
+
+
+@checked("task", "config")
+def find_circuit(
+    model: TLModel,
+    task: Task | str,
+    means: NodeValues,
+    config: PruneConfig | Mapping[str, Any] | None = None,
+    stage: Stage = "nodes",
+) -> Circuit:
+    """Find the circuit of a task without judging it, to save time.
+
+    It is the one that `prune` finds, or `prune_edges` after it. It has no scores on held-out pairs,
+    and the full model is not asked whether it reaches the target loss.
+
+    Args:
+        model: a TransformerLens model with a tokenizer.
+        task: the task that the circuit must do, or its name.
+        means: the means over the corpus; see `corpus_means`.
+        config: the settings of pruning, or the fields in which they differ from `PruneConfig()`.
+        stage: where to stop. After "size", the circuit is as many of the highest-ranked nodes as
+            are needed to pass, of which many are superfluous; after "nodes", these are removed;
+            after "edges", superfluous edges are cut too.
+
+    Raises:
+        PruneError: if no set of nodes that the search tries is a circuit, or edges are to be cut in
+            a model that is not of this package.
+        ArgumentError: for an unknown stage.
+        CircuitError: if the means of a hook point are missing.
+        TokenizerError, ConfigError, TaskError, DataError, UnsupportedError, HookNameError: as for
+            `prune`.
+    """
+    task = as_task(task)
+    config = as_config(config)
+    with differentiating(model), frozen(model), shared_reads(model):
+        _check_can_be_held(model, config)
+        train, selection, _ = encoded_splits(model, task, split_pairs(task, config), config)
+        if config.means_over == "task":
+            means = task_means(model, train, config.embed_gates)
+        empty = _empty_circuit(model, task, without_inference(means), config)
+        selection = ready_for(config.objective, model, selection, config.batch_size)
+        circuit = _smallest(empty, model, train, selection, config, stage=stage)
+        if stage == "edges":
+            criterion = Criterion.of_config(circuit, model, config)
+            circuit = _without_superfluous_edges(circuit, criterion, selection, progress=False)
+        return _recorded(circuit, config)
+
+
+def _check_can_be_held(model: TLModel, config: PruneConfig) -> None:
+    """Raise an error if the model's nodes or, where that is asked for, its norms cannot be held."""
+    gated_hooks(model, config.embed_gates)
+    if config.freeze_norms:
+        check_norms_can_be_held(model)
 
 
 def _given_corpus(corpus: object, model: TLModel) -> Int[Tensor, "seq pos"] | None:
@@ -164,15 +218,16 @@ def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneC
     )
 
 
-def _found(
+def _smallest(
     empty: Circuit,
     model: TLModel,
     train: TaskData,
     selection: TaskData,
     config: PruneConfig,
-    progress: bool,
-) -> list[Circuit]:
-    """The circuits that the restarts find.
+    progress: bool = False,
+    stage: Stage = "nodes",
+) -> Circuit:
+    """The circuit with the fewest edges, then nodes, of those that the restarts find.
 
     Raises:
         PruneError: if none of them finds one.
@@ -182,12 +237,12 @@ def _found(
     for restart in range(config.restarts):
         restarted = dataclasses.replace(config, seed=config.seed + restart)
         try:
-            circuits.append(_search(empty, model, train, selection, restarted, progress))
+            circuits.append(_search(empty, model, train, selection, restarted, progress, stage))
         except PruneError as error:
             failures.append(error)
     if not circuits:
         raise failures[0]
-    return circuits
+    return min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
 
 
 def _search(
@@ -197,6 +252,7 @@ def _search(
     selection: TaskData,
     config: PruneConfig,
     progress: bool,
+    stage: Stage,
 ) -> Circuit:
     """Rank the nodes, and find the smallest circuit of those ranked highest."""
     gates = initial_gates(empty, model, config)
@@ -209,6 +265,8 @@ def _search(
         learn_gates(model, gates, train, config, fixed, progress)
     criterion = Criterion.of_config(empty, model, config)
     ranking = Ranking(empty, gates, fixed, config.max_nodes)
+    if stage == "size":
+        return ranking.circuit(chosen_size(ranking, criterion, train, selection, progress))
     return discretise(ranking, criterion, train, selection, progress)
 
 
@@ -313,13 +371,7 @@ def _judged(
     Returns:
         The circuit, moved to the CPU and with its measurements, and the evaluation.
     """
-    circuit = dataclasses.replace(
-        circuit,
-        kept=_on_cpu(circuit.kept),
-        means=_on_cpu(circuit.means),
-        scores=_on_cpu(circuit.scores),
-        measured={**circuit.measured, **measured, "config": config.to_json()},
-    )
+    circuit = _recorded(circuit, config, measured)
     with phase("judging", progress, total=1) as bar:
         evaluation, scores = judged(
             circuit, model, selection, heldout, config.batch_size, config.ablation
@@ -327,6 +379,19 @@ def _judged(
         bar.update()
         say_reached(bar, circuit.n_nodes, evaluation.circuit.loss, "held-out")
     return dataclasses.replace(circuit, measured={**circuit.measured, **scores}), evaluation
+
+
+def _recorded(
+    circuit: Circuit, config: PruneConfig, measured: Mapping[str, Any] = MappingProxyType({})
+) -> Circuit:
+    """The circuit on the CPU, with what was measured and the settings of its search."""
+    return dataclasses.replace(
+        circuit,
+        kept=_on_cpu(circuit.kept),
+        means=_on_cpu(circuit.means),
+        scores=_on_cpu(circuit.scores),
+        measured={**circuit.measured, **measured, "config": config.to_json()},
+    )
 
 
 def _on_cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,12 +37,7 @@ def discretise(
         PruneError: if not even the set of all nodes passes the criterion.
     """
     config = criterion.config
-    with phase("choosing the size", progress) as bar:
-        size = _smallest_size(ranking, criterion, selection, bar)
-        size = _withstanding_adversaries(ranking, criterion, train, selection, size, bar)
-        if progress:  # the loss takes a run over all pairs, and is only shown
-            loss = criterion.loss(ranking.circuit(size), selection)
-            say_reached(bar, size, loss, "selection")
+    size = chosen_size(ranking, criterion, train, selection, progress)
     some_pairs = representative(ranking.circuit(size), criterion, selection)
     candidates: list[int] = []
     if config.method == "learned":
@@ -67,6 +62,23 @@ def discretise(
         # These are in [-1, 1], so adding 2 ranks the kept nodes above all others.
         scores[name] = tau + 2 * circuit.kept[name]
     return dataclasses.replace(circuit, scores=scores)
+
+
+def chosen_size(
+    ranking: Ranking, criterion: Criterion, train: TaskData, selection: TaskData, progress: bool
+) -> int:
+    """The smallest number of top-ranked nodes that are a circuit.
+
+    Raises:
+        PruneError: if not even the largest possible number is.
+    """
+    with phase("choosing the size", progress) as bar:
+        size = _smallest_size(ranking, criterion, selection, bar)
+        size = _withstanding_adversaries(ranking, criterion, train, selection, size, bar)
+        if progress:  # the loss takes a run over all pairs, and is only shown
+            loss = criterion.loss(ranking.circuit(size), selection)
+            say_reached(bar, size, loss, "selection")
+    return size
 
 
 def _smallest_size(
