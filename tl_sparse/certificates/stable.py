@@ -7,6 +7,7 @@ arXiv 2510.00845), and circuits change with the wording of the prompts on which 
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -197,6 +198,11 @@ class _Subject:
     search: Search
     first: Found
 
+    @cached_property
+    def pairs(self) -> TaskPairs:
+        """The pairs that found and judged the circuit."""
+        return split_pairs(self.task, self.search.config)
+
     def losses(self, data: TaskData) -> Float[Tensor, " prompt"]:
         """The circuit's loss on each prompt, by the objective of its search."""
         return self.search.losses(self.circuit, self.model, data)
@@ -210,7 +216,7 @@ def _other_seeds(subject: _Subject, n_seeds: int, bar: Any) -> list[SearchedAgai
     config = subject.search.config
     if n_seeds == 0:
         return []
-    same_pairs = Task.from_pairs(split_pairs(subject.task, config))
+    same_pairs = Task.from_pairs(subject.pairs)
     results = []
     for i in range(n_seeds):
         # The restarts of a search have seeds that follow each other.
@@ -244,7 +250,7 @@ def _other_pairs(subject: _Subject, seed: int) -> TaskPairs:
     Raises:
         TaskError: if the task has too few pairs for that.
     """
-    first = split_pairs(subject.task, subject.search.config)
+    first = subject.pairs
     n_training, n_selection = len(first.training), len(first.selection)
     drawn = _new_pairs(subject, n_training + n_selection, seed)
     return dataclasses.replace(
@@ -264,8 +270,7 @@ def _new_pairs(subject: _Subject, n_pairs: int, seed: int) -> list[Pair]:
             f"of task {task.name} only the pairs are known with which the circuit was found; give "
             "the task itself as the argument task to draw other pairs"
         )
-    first = split_pairs(task, subject.search.config)
-    used = first.searched_prompts | prompts_of(first.heldout)
+    used = subject.pairs.searched_prompts | prompts_of(subject.pairs.heldout)
     drawn = draw_pairs(task, n_pairs, seed, used)
     if len(drawn) < n_pairs:
         raise too_few_pairs(task, len(drawn), n_pairs, len(used))

@@ -165,16 +165,21 @@ def _failure_of_all(ranking: Ranking, criterion: Criterion, selection: TaskData)
     """The error if no tried size passes, not even the largest."""
     circuit = ranking.circuit(ranking.largest)
     loss = criterion.loss(circuit, selection)
-    accuracy = criterion.ablated_accuracy(circuit, selection)
     config = criterion.config
     largest = f"all {ranking.largest} nodes"
     if config.max_nodes == ranking.largest:
         largest = f"the {counted(ranking.largest, 'node')} that max_nodes allows"
-    return PruneError(
+    message = (
         f"no circuit was found at any size that was tried, up to {largest}: with these, the loss "
-        f"is {loss:.3f} (it must be at most {config.target_loss}), and the accuracy of the "
-        f"model without them is {accuracy:.1%} (it must be at most {config.ablated_accuracy:.1%})"
+        f"is {loss:.3f} (it must be at most {config.target_loss})"
     )
+    if config.ablated_accuracy < 1:
+        accuracy = criterion.ablated_accuracy(circuit, selection)
+        message += (
+            f", and the accuracy of the model without them is {accuracy:.1%} (it must be at most "
+            f"{config.ablated_accuracy:.1%})"
+        )
+    return PruneError(message)
 
 
 def representative(circuit: Circuit, criterion: Criterion, data: TaskData) -> TaskData:
