@@ -15,12 +15,13 @@ import torch
 from helpers import command_flags, must_not_run
 from micro import QUICK_SETTINGS, W_O, micro_corpus, micro_model, save_micro, save_pairs
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
+from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.cli import main
 from tl_sparse.errors import CheckpointError, ConfigError, DataError, SuiteError
 from tl_sparse.evaluation.kinship import Family
 from tl_sparse.files import read_json, write_json, write_tensors
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.suites import family_jobs
+from tl_sparse.suites import family_jobs, family_results
 from tl_sparse.suites.family import find_family
 from tl_sparse.suites.family_results import family_table
 from tl_sparse.view import plots
@@ -62,16 +63,20 @@ def place(tmp_path):
 
 
 def counting(monkeypatch, stop_at=None):
-    """The calls of `prune`, the real one; one of them is interrupted."""
-    calls, real = [], family_jobs.prune
+    """The calls of `prune` and `find_circuit`, the real ones; one of them is interrupted."""
+    calls = []
 
-    def prune(model, task, tokens, config, *rest):
-        calls.append((config.seed, config.exclude))
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        return real(model, task, tokens, config, *rest)
+    def counted(search):
+        def counts(model, task, corpus_or_means, config, *rest, **options):
+            calls.append((config.seed, config.exclude))
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return search(model, task, corpus_or_means, config, *rest, **options)
 
-    monkeypatch.setattr(family_jobs, "prune", prune)
+        return counts
+
+    for name in ("prune", "find_circuit"):
+        monkeypatch.setattr(family_jobs, name, counted(getattr(family_jobs, name)))
     return calls
 
 
@@ -170,10 +175,70 @@ def test_results_are_written_as_json_a_table_and_a_picture(finished):
 
 
 def test_what_is_there_is_not_searched_again(finished, monkeypatch):
-    monkeypatch.setattr(family_jobs, "prune", must_not_run("a finished search is repeated"))
+    for module, name in (
+        (family_jobs, "prune"),
+        (family_jobs, "find_circuit"),
+        (family_results, "relatedness"),
+        (family_results, "backups"),
+    ):
+        monkeypatch.setattr(module, name, must_not_run(f"{name} is repeated"))
     again = find_family(finished.model, finished.task, finished.out, (0, 1), config=CONFIG)
-    assert again.rounds == finished.family.rounds
-    assert again.core_candidates == finished.family.core_candidates
+    assert again == finished.family
+
+
+@pytest.mark.parametrize("change", ["removed", "damaged", "of other circuits"])
+def test_comparisons_are_measured_again_if_they_are_not_known(finished, tmp_path, change):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    path = out / "family.json"
+    values = read_json(path)
+    if change == "removed":
+        path.unlink()
+    elif change == "damaged":
+        path.write_text("{")
+    else:
+        values["relatedness"] = None
+        values["rounds"][1]["searches"] = values["rounds"][0]["searches"]
+        write_json(path, values)
+    again = find_family(finished.model, finished.task, out, (0, 1), config=CONFIG)
+    assert again == finished.family
+
+
+def test_a_core_whose_search_has_a_limit(place):
+    """The rest of the model, more nodes than that, is no circuit; the weaker path alone is one."""
+    model, task, out = place
+    config = dataclasses.replace(CONFIG, max_nodes=3)
+    family = find_family(model, task, out, 0, 1, config)
+    candidates = {each.node: each for each in family.core_candidates}
+    assert family.core == CORE
+    assert candidates[STRONG[1]].n_nodes == 3
+    assert candidates[STRONG[1]].problem is None
+    assert "the 3 nodes that max_nodes allows" in candidates[CORE[0]].problem
+    assert "| 0.attn_v h0.0 | no |" in (out / "family.md").read_text()
+
+
+def names_of_all_nodes(out):
+    circuit = Circuit.load(out / "rounds" / "0" / "0")
+    kept = {name: torch.ones_like(mask) for name, mask in circuit.kept.items()}
+    return dataclasses.replace(circuit, kept=kept).node_names
+
+
+def test_settings_that_leave_no_node_are_refused(place, tmp_path, finished):
+    model, task, out = place
+    config = dataclasses.replace(CONFIG, exclude=names_of_all_nodes(finished.out))
+    with pytest.raises(ConfigError, match="exclude names all 24 nodes of the model, so no circuit"):
+        find_family(model, task, out, 0, config=config)
+
+
+def test_a_family_that_forbids_all_nodes_that_are_left_is_exhausted(place, finished):
+    """Any node is a circuit that is no better than chance, as long as it may be used."""
+    model, task, out = place
+    others = [name for name in names_of_all_nodes(finished.out) if name != STRONG[0]]
+    config = dataclasses.replace(CONFIG, target_loss=1.0, exclude=tuple(others))
+    with pytest.warns(UserWarning, match="not below chance"):
+        family = find_family(model, task, out, 0, config=config)
+    assert [len(each.found) for each in family.rounds] == [1, 0]
+    assert "exclude names all 24 nodes of the model" in family.rounds[1].searches[0].problem
+    assert (family.ending, family.core, family.needed_later) == ("exhausted", [], STRONG[:1])
 
 
 def test_a_family_that_ran_out_of_rounds_goes_on(place, finished, monkeypatch):

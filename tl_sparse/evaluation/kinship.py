@@ -88,10 +88,10 @@ class CoreCandidate:
         is_needed: whether none was found. It is then in the core.
         loss_without: the loss of the full model while this node alone is held, on selection pairs
             and by the objective of the search. If this reaches the target, the rest of the model
-            is a circuit without the node, and none is searched.
+            is a circuit without the node, and none is searched unless the search has a limit.
         problem: why a search with this node forbidden found no circuit; None if there is one.
-        n_edges: the edges of the circuit that this search found; None if there was no search, or
-            it found none.
+        n_nodes: the size of the first set of nodes without it that passes, from which nothing is
+            removed; None if there was no search, or it found none.
         seconds: how long this took.
     """
 
@@ -99,8 +99,8 @@ class CoreCandidate:
     is_needed: bool
     loss_without: Estimate
     problem: str | None
-    n_edges: int | None
     seconds: float
+    n_nodes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,14 @@ from tl_sparse.suites.family_jobs import (
     run_core,
     run_search,
 )
-from tl_sparse.suites.family_results import described_family, family_table
+from tl_sparse.suites.family_results import FAMILY_JSON, described_family, family_table
 from tl_sparse.suites.models import model_name
 from tl_sparse.suites.workers import in_processes
 from tl_sparse.view import plots
 
 J = TypeVar("J", SearchJob, CoreJob)
 #: Any folder of a family has one of these.
-_OWN_FILES = ("family.json", "rounds/*/*/job.json", "rounds")
+_OWN_FILES = (FAMILY_JSON, "rounds/*/*/job.json", "rounds")
 
 
 def find_family(
@@ -75,7 +75,8 @@ def find_family(
 
     Nodes of the core are never forbidden: those in all circuits of round 0 without which, all other
     nodes allowed, the model misses the target loss, and one search, with the first seed, finds no
-    circuit either. That there is none with any seed is not shown by it.
+    circuit either. That there is none with any seed is not shown by it. This search ends with the
+    first set of nodes that passes: what is superfluous in it does not matter.
 
     Searches are saved in `out/rounds/ROUND/SEED`, those for the core in `out/core/NODE`. What is
     there is not searched again; other machines can work in the same folder at the same time. The
@@ -129,7 +130,7 @@ def _contents(setup: FamilySetup) -> dict[str, str]:
 
 
 def _write(folder: Path, family: Family) -> None:
-    write_json(folder / "family.json", asdict(family))
+    write_json(folder / FAMILY_JSON, asdict(family))
     write_text(folder / "family.md", family_table(family))
     if family.n_circuits and find_spec("matplotlib"):
         plots.save(plots.family(asdict(family)), folder / "family.svg", overwrite=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.errors import DataError, PruneError, SuiteError
+from tl_sparse.errors import ConfigError, DataError, PruneError, SuiteError
 from tl_sparse.evaluation import (
     CoreCandidate,
     Estimate,
@@ -23,7 +23,7 @@ from tl_sparse.evaluation import (
     ready_for,
 )
 from tl_sparse.files import read_json, write_json
-from tl_sparse.pruning import PruneConfig, prune, task_splits
+from tl_sparse.pruning import PruneConfig, find_circuit, prune, task_splits
 from tl_sparse.records import record_from
 from tl_sparse.resuming import other_contents
 from tl_sparse.suites.content import check_unchanged, content_of_task
@@ -33,6 +33,9 @@ from tl_sparse.suites.suite import refuse_another
 from tl_sparse.tasks import get_task
 
 R = TypeVar("R")
+#: Errors of a search in which more nodes are forbidden than in round 0. Settings that were possible
+#: there are impossible if no node is left.
+_FINDS_NOTHING = (PruneError, ConfigError)
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,11 @@ def _searched(
     )
     check_unchanged(setup.contents, content_of_task(setup.task))
     config = setup.config_of(seed, forbidden)
+    finds_nothing = _FINDS_NOTHING if forbidden else (PruneError,)
     started = time.perf_counter()
     try:
         circuit, evaluation = prune(model, get_task(setup.task), tokens, config, False, means)
-    except PruneError as error:
+    except finds_nothing as error:
         seconds = time.perf_counter() - started
         return FamilySearch(seed, str(error), [], None, None, None, seconds), None
     seconds = time.perf_counter() - started
@@ -206,28 +210,43 @@ def _search_of(seed: int, circuit: Circuit, evaluation: Evaluation, seconds: flo
 def run_core(setup: FamilySetup, job: CoreJob) -> None:
     """Find out whether there is a circuit without a node, and save the answer.
 
-    If the model still reaches the target while the node alone is held, its other nodes are one.
-    If not, a circuit is searched: the errors of held nodes may cancel.
+    If the model still reaches the target while the node alone is held, its other nodes are one, if
+    so many are allowed. If not, a circuit is searched: the errors of held nodes may cancel. Any set
+    of nodes that passes is an answer, so nothing is removed from it.
     """
     if job.folder.exists():
         return
     started = time.perf_counter()
     without = _loss_without_node(setup, job)
-    search = None
-    if not without.value <= setup.config.target_loss:
-        search, _ = _searched(setup, job.seed, [job.node])
-    problem = None if search is None else search.problem
+    problem = n_nodes = None
+    if setup.config.max_nodes is not None or not without.value <= setup.config.target_loss:
+        try:
+            n_nodes = _sufficient_set(setup, job).n_nodes
+        except _FINDS_NOTHING as error:
+            problem = str(error)
     candidate = CoreCandidate(
         node=job.node,
         is_needed=problem is not None,
         loss_without=without,
         problem=problem,
-        n_edges=None if search is None else search.n_edges,
+        n_nodes=n_nodes,
         seconds=time.perf_counter() - started,
     )
     report = CoreReport(candidate, setup.settings, setup.contents)
     with whole_folder(job.folder) as written:
         write_json(written / "job.json", asdict(report))
+
+
+def _sufficient_set(setup: FamilySetup, job: CoreJob) -> Circuit:
+    """A set of nodes without that of the job that passes.
+
+    Raises:
+        PruneError: if none is found.
+    """
+    model, _, means = loaded(setup.model, setup.corpus, setup.device, setup.config, setup.contents)
+    check_unchanged(setup.contents, content_of_task(setup.task))
+    config = setup.config_of(job.seed, [job.node])
+    return find_circuit(model, get_task(setup.task), means, config, stage="size")
 
 
 def _loss_without_node(setup: FamilySetup, job: CoreJob) -> Estimate:

@@ -8,7 +8,7 @@ from statistics import mean
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
-from tl_sparse.errors import counted
+from tl_sparse.errors import TLSparseError, counted
 from tl_sparse.evaluation import (
     EXHAUSTED,
     NO_CIRCUIT,
@@ -17,11 +17,13 @@ from tl_sparse.evaluation import (
     Estimate,
     Family,
     FamilyRound,
+    FamilySearch,
     Relatedness,
     backups,
     jaccard,
     relatedness,
 )
+from tl_sparse.files import read_json
 from tl_sparse.hooks import TLModel
 from tl_sparse.pruning import heldout_pairs
 from tl_sparse.suites.family_jobs import FamilySetup
@@ -29,6 +31,8 @@ from tl_sparse.suites.models import loaded, model_name
 from tl_sparse.suites.results import markdown_table
 from tl_sparse.tasks import TaskData, get_task
 
+#: The file with the family.
+FAMILY_JSON = "family.json"
 #: The pairs of prompts on which circuits are compared.
 N_PAIRS = 64
 #: The nodes that family.md lists by their occurrences.
@@ -46,7 +50,7 @@ def described_family(
     rounds = _with_figures(rounds)
     measured = _Measured(None, None, None)
     if rounds[0].found:
-        measured = _measured(setup, rounds)
+        measured = _measured_before(setup, rounds) or _measured(setup, rounds)
     occurrences = Counter[str]()
     for each in rounds:
         for search in each.found:
@@ -144,6 +148,25 @@ class _Measured:
     n_model_nodes: int | None
     relatedness: Relatedness | None
     backups: Backups | None
+
+
+def _measured_before(setup: FamilySetup, rounds: Sequence[FamilyRound]) -> _Measured | None:
+    """The comparisons in family.json, if they are of the same circuits.
+
+    They then have the same settings, model and pairs: all jobs of the folder have.
+    """
+    try:
+        before = Family.from_dict(read_json(setup.folder / FAMILY_JSON))
+    except TLSparseError:  # there is no such file yet, or it is damaged and will be written anew
+        return None
+    if _compared(before.rounds) != _compared(rounds):
+        return None
+    return _Measured(before.n_model_nodes, before.relatedness, before.backups)
+
+
+def _compared(rounds: Sequence[FamilyRound]) -> list[FamilySearch]:
+    """The smallest circuit of each round that has one."""
+    return [each.smallest for each in rounds if each.smallest]
 
 
 def _measured(setup: FamilySetup, rounds: Sequence[FamilyRound]) -> _Measured:
@@ -257,16 +280,16 @@ def _core_sections(family: Family) -> list[str]:
         f"{len(family.core_candidates)} that all circuits of round 0 have",
         f"No circuit was found without one of these: {core}.",
     ]
-    header = ["node", "needed", "loss of the model without it", "edges of a circuit without it"]
+    header = ["node", "needed", "loss of the model without it", "nodes that pass without it"]
     rows = []
     for each in family.core_candidates:
-        edges = "not searched"
+        passing = "not searched"
         if each.problem is not None:
-            edges = "none found"
-        elif each.n_edges is not None:
-            edges = str(each.n_edges)
+            passing = "none found"
+        elif each.n_nodes is not None:
+            passing = str(each.n_nodes)
         needed = "yes" if each.is_needed else "no"
-        rows.append([each.node, needed, str(each.loss_without), edges])
+        rows.append([each.node, needed, str(each.loss_without), passing])
     lines.append(markdown_table(header, rows))
     if family.needed_later:
         later = ", ".join(family.needed_later)
