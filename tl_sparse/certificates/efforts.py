@@ -15,6 +15,7 @@ class Effort:
         subset_pairs: the number of pairs on which each of them is measured.
         adversaries: the number of adversaries without a limit; the most harmful counts.
         adversary_steps: the number of steps in which each adversary learns.
+        adversary_pairs: the number of pairs on which the circuit is measured under each of them.
         budgets: how many nodes further adversaries may leave as they are, one adversary for each.
         corpus_rows: the number of rows of the corpus on which next tokens are compared.
         random_circuits: the number of random circuits of equal size that a section compares with.
@@ -36,6 +37,7 @@ class Effort:
     subset_pairs: int = 32
     adversaries: int = 3
     adversary_steps: int = 40
+    adversary_pairs: int = 96
     budgets: list[int] = field(default_factory=lambda: [10, 30, 100, 300])
     corpus_rows: int = 32
     random_circuits: int = 4
@@ -71,6 +73,7 @@ QUICK = Effort(
     subset_pairs=16,
     adversaries=1,
     adversary_steps=20,
+    adversary_pairs=64,
     budgets=[30],
     corpus_rows=8,
     random_circuits=2,

@@ -133,11 +133,12 @@ def _attacks(subject: Subject) -> list[Attack]:
 
 
 def _attack(subject: Subject, budget: int | None, restarts: int) -> Attack:
+    data = subject.data.first(subject.effort.adversary_pairs)
     adversary = adversary_score(
         subject.circuit,
         subject.model,
         subject.training,
-        subject.data,
+        data,
         budget,
         subject.ablation,
         subject.effort.adversary_steps,
@@ -149,7 +150,7 @@ def _attack(subject: Subject, budget: int | None, restarts: int) -> Attack:
     random = subset_score(
         subject.circuit,
         subject.model,
-        subject.data,
+        data,
         left,
         subject.ablation,
         subject.batch_size,

@@ -1,3 +1,5 @@
+from .adversary import ADVERSARY_LR as ADVERSARY_LR
+from .adversary import ADVERSARY_SPREAD as ADVERSARY_SPREAD
 from .adversary import AdversaryScore as AdversaryScore
 from .adversary import adversary_score as adversary_score
 from .adversary import learned_subset as learned_subset

@@ -23,7 +23,9 @@ from tl_sparse.hooks import NodeGates, NodeMasks, TLModel, differentiating, froz
 from tl_sparse.tasks import Score, TaskData
 
 #: The spread of the initial masks: about half of all nodes are left at the start.
-INIT_SCALE = 0.3
+ADVERSARY_SPREAD = 0.3
+#: The learning rate of Adam.
+ADVERSARY_LR = 0.1
 #: Below every mask that is learned.
 LOWEST = -1000.0
 
@@ -105,7 +107,7 @@ def learned_subset(
     objective: Objective = "candidates",
     *,
     steps: int = 100,
-    lr: float = 0.1,
+    lr: float = ADVERSARY_LR,
     pairs_per_step: int = 16,
     seed: int = 0,
 ) -> NodeMasks:
@@ -141,7 +143,7 @@ def learned_subset(
         gates = NodeGates(
             {name: circuit.means[name].to(device) for name in circuit.kept},
             init_bias=0.0,
-            init_scale=INIT_SCALE,
+            init_scale=ADVERSARY_SPREAD,
             seed=seed,
         )
         kept = gates.of_nodes(circuit.kept)

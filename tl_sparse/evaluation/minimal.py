@@ -13,7 +13,7 @@ from tl_sparse.config import check
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like
 from tl_sparse.evaluation.estimates import Estimate, mean_of
 from tl_sparse.evaluation.prompt_runs import Runs
-from tl_sparse.evaluation.removal import removable_parts, removal_rises
+from tl_sparse.evaluation.removal import removable_parts, rises_above
 from tl_sparse.evaluation.significance import PValue, exceeds_fewer, holm, sign_flip_tests
 from tl_sparse.hooks import TLModel, is_sparse_model
 from tl_sparse.tasks import TaskData
@@ -136,10 +136,11 @@ def minimality(
     generator = torch.Generator().manual_seed(seed)
     all_parts = removable_parts(circuit, model)
     parts = _drawn(all_parts, max_parts, generator)
-    rises = removal_rises(circuit, model, some_pairs, parts, batch_size, progress)
-    random = _random_rises(circuit, model, some_pairs, n_random, batch_size, generator)
+    runs = Runs(model, some_pairs, batch_size)
+    whole = runs.alone(circuit)
+    rises = rises_above(whole, runs, circuit, parts, progress)
+    random = _random_rises(circuit, all_parts, runs, n_random, generator)
     effects = _part_effects(parts, rises, random, seed)
-    whole = Runs(model, some_pairs, batch_size).alone(circuit)
     return Minimality(
         circuit_loss=whole.loss,
         parts=sorted(effects, key=lambda effect: effect.rise.value, reverse=True),
@@ -200,34 +201,35 @@ def _baseline(rises: Sequence[float]) -> RandomRemovals:
 
 def _random_rises(
     circuit: Circuit,
-    model: TLModel,
-    data: TaskData,
+    parts: Sequence[Node | Edge],
+    runs: Runs,
     n_random: int,
-    batch_size: int,
     generator: torch.Generator,
 ) -> dict[str, list[float]]:
     """The kind of a part → by how much the removal of each random part raises the loss."""
     rises: dict[str, list[float]] = {"node": [], "edge": []}
+    n_edges = sum(isinstance(part, Edge) for part in parts)
     for number in range(N_ENLARGED):
-        enlarged = _enlarged(circuit, model, generator)
-        added = _added_parts(circuit, enlarged, model)
+        enlarged = _enlarged(circuit, n_edges, runs.model, generator)
+        added = _added_parts(parts, enlarged, runs.model)
+        whole = runs.alone(enlarged)
         # The shares of the enlarged circuits add up to n_random.
         n_now = n_random * (number + 1) // N_ENLARGED - n_random * number // N_ENLARGED
-        for kind, parts in added.items():
-            chosen = _drawn(parts, n_now, generator)
-            if chosen:
-                removed = removal_rises(enlarged, model, data, chosen, batch_size)
-                rises[kind] += removed.double().mean(1).tolist()
+        for kind, of_kind in added.items():
+            chosen = _drawn(of_kind, n_now, generator)
+            removed = rises_above(whole, runs, enlarged, chosen)
+            rises[kind] += removed.double().mean(1).tolist()
     return rises
 
 
-def _enlarged(circuit: Circuit, model: TLModel, generator: torch.Generator) -> Circuit:
+def _enlarged(
+    circuit: Circuit, n_edges: int, model: TLModel, generator: torch.Generator
+) -> Circuit:
     """The circuit with random nodes, and with random weights together with their ends."""
     seed = int(torch.randint(2**31, (), generator=generator))
     (random,) = random_circuits_like(circuit, 1, seed)
     kept = {name: mask | random.kept[name] for name, mask in circuit.kept.items()}
     if is_sparse_model(model):
-        n_edges = len(circuit.edges(model))
         for hook_name, index in _random_ends(circuit, model, n_edges, generator):
             kept[hook_name].view(-1)[index] = True
     enlarged = replace(circuit, kept=kept, edge_set=None, measured={}, scores={}, labels={})
@@ -268,10 +270,14 @@ def _random_ends(
 
 
 def _added_parts(
-    circuit: Circuit, enlarged: Circuit, model: TLModel
+    parts: Sequence[Node | Edge], enlarged: Circuit, model: TLModel
 ) -> dict[str, list[Node | Edge]]:
-    """The kind of a part → the parts of the enlarged circuit that are not in the circuit."""
-    old = set(removable_parts(circuit, model))
+    """The kind of a part → the parts of the enlarged circuit that are not in the circuit.
+
+    Args:
+        parts: those of the circuit.
+    """
+    old = set(parts)
     added: dict[str, list[Node | Edge]] = {"node": [], "edge": []}
     for part in removable_parts(enlarged, model):
         if part not in old:

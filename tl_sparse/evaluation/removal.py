@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Edge, Node
-from tl_sparse.evaluation.prompt_runs import Runs
+from tl_sparse.evaluation.prompt_runs import PromptScores, Runs
 from tl_sparse.hooks import TLModel, is_sparse_model
 from tl_sparse.tasks import TaskData
 
@@ -44,12 +44,22 @@ def removal_rises(
         PruneError: if an edge is to be cut in a model that is not of this package.
     """
     runs = Runs(model, data, batch_size)
-    whole = runs.alone(circuit).pair_losses
+    return rises_above(runs.alone(circuit), runs, circuit, parts, progress)
+
+
+def rises_above(
+    whole: PromptScores,
+    runs: Runs,
+    circuit: Circuit,
+    parts: Sequence[Node | Edge],
+    progress: bool = False,
+) -> Float[Tensor, "part pair"]:
+    """The same, of a circuit whose scores are known."""
     rises = []
     for part in tqdm(parts, "removing parts", disable=not progress, unit=" parts"):
-        rest = circuit.without([part], model)
-        rises.append(runs.alone(rest).pair_losses - whole)
-    return torch.stack(rises) if rises else whole.new_zeros(0, len(whole))
+        rest = circuit.without([part], runs.model)
+        rises.append(runs.alone(rest).pair_losses - whole.pair_losses)
+    return torch.stack(rises) if rises else whole.pair_losses.new_zeros(0, runs.data.n_pairs)
 
 
 @checked()

@@ -7,14 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.evaluation import ADVERSARY_LR, ADVERSARY_SPREAD
 from tl_sparse.hooks import NodeGates
 from tl_sparse.pruning.config import PruneConfig
 
 #: In every fourth step nothing is left, so that a circuit also learns to do without the rest.
 _CYCLE = 4
-#: The learning rate of the adversary's own Adam, and the spread of its initial masks.
-_LR = 0.1
-_INIT_SCALE = 0.3
 #: After so many steps, the adversary starts anew: one that is met for long can be evaded.
 _LIFETIME = 40
 
@@ -73,8 +71,8 @@ class Adversary:
     def _start(self) -> None:
         noise = torch.randn(len(self.gates.tau), generator=self.generator)
         self.masks = copy.deepcopy(self.gates)
-        self.masks.tau.data = (_INIT_SCALE * noise).clamp(-1, 1).to(self.gates.tau)
-        self.optimizer = torch.optim.Adam([self.masks.tau], lr=_LR, maximize=True)
+        self.masks.tau.data = (ADVERSARY_SPREAD * noise).clamp(-1, 1).to(self.gates.tau)
+        self.optimizer = torch.optim.Adam([self.masks.tau], lr=ADVERSARY_LR, maximize=True)
 
     def left(self, step: int) -> Float[Tensor, " gate"] | None:
         if step % _LIFETIME == _LIFETIME - 1:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from statistics import geometric_mean, mean, median
 from typing import Any
 
+from tl_sparse.evaluation import jaccard
 from tl_sparse.suites.jobs import (
     EDGE_PRUNED,
     NODE_PRUNED,
@@ -110,9 +111,7 @@ def _overlaps(circuits: Iterable[CircuitFigures]) -> list[float]:
     """The Jaccard index of the nodes, for every pair of circuits."""
     overlaps = []
     for first, second in itertools.combinations(circuits, 2):
-        in_both = set(first.kept) & set(second.kept)
-        in_either = set(first.kept) | set(second.kept)
-        overlaps.append(len(in_both) / max(1, len(in_either)))
+        overlaps.append(jaccard(first.kept, second.kept))
     return overlaps
 
 
