@@ -77,10 +77,13 @@ class Criterion:
         """The same in less time: only some of the subsets are tried, and a circuit that clearly
         fails on a few of the pairs is not tried on the others.
         """
-        limit = _CLEARLY * self.config.target_loss
-        if self.loss(circuit, few_of(data), self.hardest) > limit:
+        if self.fails_clearly(circuit, data):
             return False
         return self._passes(circuit, data, _QUICK_SUBSETS)
+
+    def fails_clearly(self, circuit: Circuit, data: TaskData) -> bool:
+        """Whether the loss is far above the target on a few of the pairs already."""
+        return self.loss(circuit, few_of(data), self.hardest) > _CLEARLY * self.config.target_loss
 
     @property
     def hardest(self) -> NodeMasks | None:

@@ -99,10 +99,12 @@ def _sufficient_size(
 ) -> int:
     """Approximately how many of the highest-ranked nodes are needed to reach the target loss."""
     pairs = selection.first(config.cleanup_pairs)
+    criterion = Criterion(model, config)
     size = FIRST_SIZE
     while size < len(rank):
         circuit = dataclasses.replace(empty, kept=gates.at_nodes(rank < size))
-        if Criterion(model, config).loss(circuit, pairs) <= config.target_loss:
+        fails_clearly = criterion.fails_clearly(circuit, pairs)
+        if not fails_clearly and criterion.loss(circuit, pairs) <= config.target_loss:
             break
         size = math.ceil(GROWTH * size)
     return size
