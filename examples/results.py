@@ -26,11 +26,13 @@ from tl_sparse.certificates import certificate_text, certify
 from tl_sparse.checkpoints import open_with_corpus
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError
-from tl_sparse.evaluation import adversary_score
+from tl_sparse.evaluation import adversary_score, holding_circuit, score
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.pruning import task_splits
-from tl_sparse.suites import find_family, results_table, run_suite
-from tl_sparse.tasks import TASKS, table
+from tl_sparse.suites import find_family, markdown_table, results_table, run_suite
+from tl_sparse.suites.jobs import EDGE_PRUNED
+from tl_sparse.suites.suite import CIRCUIT_FOLDERS
+from tl_sparse.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
 SPARSE, DENSE = "tiny-python-sparse", "tiny-python-dense"
@@ -51,6 +53,8 @@ LIKE_THE_MODEL = {
 FEW_TASKS = ["single_double_quote", "bracket_brace", "class_init", "if_equals"]
 #: The adversaries that attack each size: restarts, and steps of each.
 RESTARTS, STEPS = 3, 200
+#: The number of sizes that are attacked.
+N_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ class Plan:
     models: list[str]
     seeds: list[int]
     workers: int
+
+    def folder(self, kind: str, model: str, task: str) -> Path:
+        """The folder of one model and task, which may also be given as a folder and a file."""
+        return self.work / kind / Path(model).name / Path(task).stem
 
     def few_tasks(self, n_tasks: int) -> list[str]:
         """The given tasks or, by default, the first of `FEW_TASKS`."""
@@ -159,7 +167,7 @@ def edges_side_by_side(results: Mapping[str, Mapping[str, Any]], models: Iterabl
     The last row has geometric means over the tasks that have a circuit in every column.
     """
     columns = [(model, search) for model in models for search in results]
-    edges = {column: median_edges(results[column[1]], column[0]) for column in columns}
+    edges = {column: median_edges(results[column[1]], Path(column[0]).name) for column in columns}
     solved = set.intersection(*({*of_column} for of_column in edges.values()))
     tasks = sorted(set.union(*({*of_column} for of_column in edges.values())))
     rows = []
@@ -171,7 +179,8 @@ def edges_side_by_side(results: Mapping[str, Mapping[str, Any]], models: Iterabl
             geometric_mean(max(1, edges[column][task]) for task in solved) for column in columns
         ]
         rows.append([f"geometric mean of {len(solved)}", *(f"{mean:,.1f}" for mean in means)])
-    return table(["edges", *(f"{model}, {search}" for model, search in columns)], rows)
+    header = ["edges", *(f"{Path(model).name}, {search}" for model, search in columns)]
+    return markdown_table(header, rows)
 
 
 def median_edges(results: Mapping[str, Any], model: str) -> dict[str, float]:
@@ -191,21 +200,21 @@ def sizes(plan: Plan) -> None:
     curves: dict[str, dict[str, dict[str, float]]] = {}
     for task in plan.few_tasks(4):
         for model in plan.models:
-            curves[f"{task} in {model}"] = attacked_sizes(plan, model, task)
+            name = f"{Path(task).stem} in {Path(model).name}"
+            curves[name] = attacked_sizes(plan, model, task)
             write_result(plan, "sizes.md", sizes_text(curves))
             draw_sizes(curves, plan.out / "sizes.svg")
 
 
 def attacked_sizes(plan: Plan, source: str, task: str) -> dict[str, dict[str, float]]:
     """Size → the losses of the circuit of that size; measured once, and stored one by one."""
-    folder = plan.work / "sizes" / source / task
+    folder = plan.folder("sizes", source, task)
     model, tokens = open_with_corpus(source)
     config = PruneConfig(method="any_size", robust="adversary", seed=plan.seeds[0])
     ranked = ranked_circuit(folder / "ranking", lambda: prune(model, task, tokens, config)[0])
     train, _, heldout = task_splits(model, task, config)
     found = stored(folder / "losses.json")
-    size = 16
-    while size <= ranked.n_candidates // 4:
+    for size in sizes_to_attack(ranked.n_candidates):
         if str(size) not in found:
             circuit = ranked.of_size(size)
             attacked = adversary_score(
@@ -213,13 +222,18 @@ def attacked_sizes(plan: Plan, source: str, task: str) -> dict[str, dict[str, fl
             )
             found[str(size)] = {
                 "edges": len(circuit.edges(model)),
-                "loss": circuit.evaluate(model, heldout).circuit.loss,
+                "loss": score(model, heldout, run_context=holding_circuit(circuit, model)).loss,
                 "under adversaries": attacked.score.loss,
                 "accuracy": attacked.score.accuracy,
             }
             write_json(folder / "losses.json", {"sizes": found})
-        size *= 2
     return found
+
+
+def sizes_to_attack(n_nodes: int) -> list[int]:
+    """A quarter of all nodes, and half as many each time; the smallest size first."""
+    sizes = [n_nodes // 2**power for power in range(2, 2 + N_SIZES)]
+    return sorted(size for size in sizes if size > 0)
 
 
 def ranked_circuit(folder: Path, find: Callable[[], Circuit]) -> Circuit:
@@ -254,7 +268,7 @@ def sizes_text(curves: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             f"{RESTARTS} fresh adversaries of {STEPS} steps leave any of the other nodes as they "
             "are; the worst counts, on held-out pairs.",
             "",
-            table(header, rows),
+            markdown_table(header, rows),
         ]
     )
 
@@ -286,36 +300,38 @@ def families(plan: Plan) -> None:
     """The families of two tasks."""
     for task in plan.few_tasks(2):
         for model in plan.models:
-            folder = plan.work / "families" / model / task
+            folder = plan.folder("families", model, task)
             find_family(model, task, folder, plan.seeds, workers=plan.workers)
-            name = f"family_{task}_{model}"
+            name = f"family_{Path(task).stem}_{Path(model).name}"
             write_result(plan, f"{name}.md", (folder / "family.md").read_text())
             if (folder / "family.svg").exists():
                 copyfile(folder / "family.svg", plan.out / f"{name}.svg")
 
 
 def certificates(plan: Plan) -> None:
-    """The certificates of the sparse model's circuits with the first seed."""
+    """The certificates of the circuits of the first model with the first seed."""
+    source = plan.models[0]
     for task in plan.few_tasks(4):
         for search in ("none", "subsets"):
-            folder = plan.work / "circuits" / search / SPARSE / task / str(plan.seeds[0])
+            folder = plan.folder(f"circuits/{search}", source, task) / str(plan.seeds[0])
             try:
-                circuit = Circuit.load(folder / "edges")
+                circuit = Circuit.load(folder / CIRCUIT_FOLDERS[EDGE_PRUNED])
             except CheckpointError:
                 print(f"{folder} has no circuit yet: make the circuits first", file=sys.stderr)
                 continue
-            model, tokens = open_with_corpus(SPARSE)
-            found = family_of(plan, task) if search == "none" else None
-            place = plan.work / "certificates" / search / task
-            certificate = certify(circuit, model, task, corpus=tokens, family=found, folder=place)
+            family = plan.folder("families", source, task) / "family.json"
+            model, tokens = open_with_corpus(source)
+            certificate = certify(
+                circuit,
+                model,
+                task,
+                corpus=tokens,
+                family=family if family.exists() else None,
+                folder=plan.folder(f"certificates/{search}", source, task),
+            )
             text = certificate_text(certificate)
-            write_result(plan, f"certificate_{task}_{search}.md", f"```\n{text}\n```")
-
-
-def family_of(plan: Plan, task: str) -> Path | None:
-    """The family of a task in the sparse model, if it has been found."""
-    path = plan.work / "families" / SPARSE / task / "family.json"
-    return path if path.exists() else None
+            name = f"certificate_{Path(task).stem}_{search}.md"
+            write_result(plan, name, f"```\n{text}\n```")
 
 
 # --- training and sparse execution

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import tl_sparse
 from helpers import only_on
+from micro import save_micro, save_pairs
 from tl_sparse import DataConfig, TrainConfig
 from tl_sparse.files import read_tensors
 
@@ -146,3 +148,48 @@ def test_the_quote_circuit_predicts_what_fools_the_model(quote_circuit):
     circuit = tl_sparse.Circuit.load(quote_circuit)
     assert all(f"{node.layer}.{node.location} " in printed for node in circuit.nodes)
     assert "the prediction holds" in printed
+
+
+@pytest.fixture
+def results_of_micro(tmp_path):
+    """A function that makes some of the results for the micro model, and returns what they say."""
+    model, task = save_micro(tmp_path / "one"), save_pairs(tmp_path / "micro.jsonl")
+    about = ("--models", model, "--tasks", task, "--seeds", 0, "--workers", 1)
+
+    def make(*names):
+        out = tmp_path / "out"
+        run("results.py", *names, *about, "--work", tmp_path / "work", "--out", out)
+        return {path.name: path.read_text() for path in out.glob("*.md")}
+
+    return make
+
+
+@once
+def test_results_say_what_was_found_and_by_what(results_of_micro, tmp_path):
+    texts = results_of_micro("circuits", "sizes")
+    assert list(texts) == ["circuits.md", "sizes.md"] or list(texts) == ["sizes.md", "circuits.md"]
+    circuits = texts["circuits.md"]
+    for search in ("none", "subsets", "adversary"):
+        found = json.loads((tmp_path / f"work/circuits/{search}/results.json").read_text())
+        edges = found["models"]["one"]["micro"]["node_pruned"]["edges"]["median"]
+        assert edges > 0
+        assert f"## {search}" in circuits
+    assert "one, none" in circuits
+    assert "geometric mean of 1" in circuits
+    for text in texts.values():
+        made_by = text.splitlines()[-1]
+        assert "Made by `python examples/results.py circuits sizes" in made_by
+        assert "commit " in made_by
+        assert "cores" in made_by
+
+
+@once
+@pytest.mark.slow
+def test_results_are_made_once(results_of_micro):
+    names = ("circuits", "families", "certificates")
+    texts = results_of_micro(*names)
+    assert {"certificate_micro_none.md", "certificate_micro_subsets.md"} < texts.keys()
+    assert "family_micro_one.md" in texts
+    started = time.monotonic()
+    assert results_of_micro(*names) == texts
+    assert time.monotonic() - started < 60
