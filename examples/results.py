@@ -49,6 +49,12 @@ LIKE_THE_MODEL = {
     "KL 0.15": PruneConfig(objective="model", target_loss=0.15),
     "KL 0.5": PruneConfig(objective="model", target_loss=0.5),
 }
+#: Rankings without learned gates.
+BASELINES = {
+    "attribution": PruneConfig(method="attribution"),
+    "integrated gradients": PruneConfig(method="integrated_gradients"),
+    "random": PruneConfig(method="random"),
+}
 #: The tasks whose circuits of all sizes are attacked, of which the first two have a family.
 FEW_TASKS = ["single_double_quote", "bracket_brace", "class_init", "if_equals"]
 #: The adversaries that attack each size: restarts, and steps of each.
@@ -133,6 +139,11 @@ def circuits(plan: Plan) -> None:
 def next_token(plan: Plan) -> None:
     """Circuits that predict the next token as the model does."""
     compare_searches(plan, LIKE_THE_MODEL, "next_token", "Circuits that are like the model")
+
+
+def baselines(plan: Plan) -> None:
+    """Circuits of nodes that are ranked without learned gates."""
+    compare_searches(plan, BASELINES, "baselines", "Circuits without learned gates")
 
 
 def compare_searches(
@@ -341,7 +352,8 @@ def training(plan: Plan) -> None:
     """The grids of small models."""
     for grid in ("size", "recipe"):
         work = plan.work / "training"
-        run("examples/sweep.py", grid, "--out", str(work), "--processes", str(plan.workers))
+        options = ["--out", str(work), "--processes", str(plan.workers), "--steps", "400"]
+        run("examples/sweep.py", grid, *options)
         write_result(plan, f"{grid}.md", (work / f"{grid}.md").read_text())
     copyfile(work / "size.svg", plan.out / "size.svg")
 
@@ -367,6 +379,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "certificates": certificates,
     "sizes": sizes,
     "next_token": next_token,
+    "baselines": baselines,
     "training": training,
     "sparse_execution": sparse_execution,
 }

@@ -1,6 +1,7 @@
 """What a set of nodes must pass to be a circuit."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +16,8 @@ from tl_sparse.tasks import TaskData
 _QUICK_SUBSETS = 3
 #: A circuit fails clearly if its loss on a few pairs is larger than the target by this factor.
 _CLEARLY = 1.5
+#: From the seed of some random subsets to that of the next ones.
+_SEED_STEP = 2**20
 #: So many pairs are a few.
 _FEW = 24
 
@@ -34,11 +37,21 @@ class Criterion:
     """
 
     def __init__(
-        self, model: TLModel, config: PruneConfig, subsets: Sequence[NodeMasks] = ()
+        self,
+        model: TLModel,
+        config: PruneConfig,
+        subsets: Iterable[NodeMasks] = (),
+        others: Iterable[NodeMasks] = (),
     ) -> None:
+        """A criterion of these subsets.
+
+        Args:
+            others: subsets that are met one by one in quick tests.
+        """
         self.model = model
         self.config = config
         self.subsets = list(subsets)
+        self._others = iter(others)
 
     @classmethod
     def of_config(cls, circuit: Circuit, model: TLModel, config: PruneConfig) -> "Criterion":
@@ -49,7 +62,8 @@ class Criterion:
         """
         if config.robust == "none":
             return cls(model, config)
-        return cls(model, config, random_subsets(circuit, config.subsets, config.seed))
+        subsets = random_subsets(circuit, config.subsets, config.seed)
+        return cls(model, config, subsets, _other_subsets(circuit, config))
 
     def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
         """The loss of the circuit, with the nodes in `left` as they are in the model."""
@@ -79,7 +93,9 @@ class Criterion:
         """
         if self.fails_clearly(circuit, data):
             return False
-        return self._passes(circuit, data, _QUICK_SUBSETS)
+        if not self._passes(circuit, data, _QUICK_SUBSETS):
+            return False
+        return self._withstands_another(circuit, data)
 
     def fails_clearly(self, circuit: Circuit, data: TaskData) -> bool:
         """Whether the loss is far above the target on a few of the pairs already."""
@@ -100,6 +116,21 @@ class Criterion:
             return True
         return self.ablated_accuracy(circuit, data) <= self.config.ablated_accuracy
 
+    def _withstands_another(self, circuit: Circuit, data: TaskData) -> bool:
+        """Whether the circuit withstands a subset that none has met; if not, it joins the others.
+
+        Otherwise, what is removed by many tests could be chosen to withstand the fixed subsets
+        alone.
+        """
+        another = next(self._others, None)
+        if another is None:
+            return True
+        some_pairs = evenly(data, self.config.subset_pairs)
+        if self.loss(circuit, some_pairs, another) <= self.config.target_loss:
+            return True
+        self.subsets.insert(0, another)
+        return False
+
     def _withstands(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         """Whether the circuit reaches the target loss under each of the first subsets.
 
@@ -111,6 +142,12 @@ class Criterion:
                 self.subsets.insert(0, self.subsets.pop(i))
                 return False
         return True
+
+
+def _other_subsets(circuit: Circuit, config: PruneConfig) -> Iterator[NodeMasks]:
+    """Random subsets without end, other than those of the criterion."""
+    for batch in itertools.count(1):
+        yield from random_subsets(circuit, config.subsets, config.seed + batch * _SEED_STEP)
 
 
 def evenly(data: TaskData, n_pairs: int) -> TaskData:

@@ -6,7 +6,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 #: After so many rounds, of which each takes several thorough tests, nothing else is removed.
-_MOST_ROUNDS = 8
+_MOST_ROUNDS = 3
 
 
 def eliminate(
