@@ -45,7 +45,7 @@ class PruneConfig:
             the model, and with "adversary" while those are that an adversary chooses by gradient
             ascent. With "none", as in the paper, all are held at once, and errors can cancel.
         subsets: the number of random subsets under which a robust circuit must reach the target
-            loss.
+            loss. Each test of a circuit tries others too, and those that make one fail join them.
         subset_pairs: the number of selection pairs on which each subset is tried.
         adversaries: the number of times that a fresh adversary attacks the chosen circuit. If it
             raises the loss above the target, its subset is added to those that the circuit must

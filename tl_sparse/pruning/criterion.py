@@ -46,7 +46,7 @@ class Criterion:
         """A criterion of these subsets.
 
         Args:
-            others: subsets that are met one by one in quick tests.
+            others: further subsets, each of which is tried once.
         """
         self.model = model
         self.config = config
@@ -84,8 +84,13 @@ class Criterion:
         return score(self.model, data, self.config.batch_size, without).accuracy
 
     def passes(self, circuit: Circuit, data: TaskData) -> bool:
-        """Whether the circuit is sufficient and necessary on these pairs."""
-        return self._passes(circuit, data, len(self.subsets))
+        """Whether the circuit is sufficient and necessary on these pairs.
+
+        As many other subsets as the search has are tried too.
+        """
+        if not self._passes(circuit, data, len(self.subsets)):
+            return False
+        return self._withstands_others(circuit, data, self.config.subsets)
 
     def passes_quickly(self, circuit: Circuit, data: TaskData) -> bool:
         """The same in less time: only some of the subsets are tried, and a circuit that clearly
@@ -95,7 +100,7 @@ class Criterion:
             return False
         if not self._passes(circuit, data, _QUICK_SUBSETS):
             return False
-        return self._withstands_another(circuit, data)
+        return self._withstands_others(circuit, data, 1)
 
     def fails_clearly(self, circuit: Circuit, data: TaskData) -> bool:
         """Whether the loss is far above the target on a few of the pairs already."""
@@ -116,20 +121,18 @@ class Criterion:
             return True
         return self.ablated_accuracy(circuit, data) <= self.config.ablated_accuracy
 
-    def _withstands_another(self, circuit: Circuit, data: TaskData) -> bool:
-        """Whether the circuit withstands a subset that none has met; if not, it joins the others.
+    def _withstands_others(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
+        """Whether the circuit withstands subsets that no circuit has met.
 
-        Otherwise, what is removed by many tests could be chosen to withstand the fixed subsets
-        alone.
+        One that makes it fail joins those of the criterion. Otherwise, a circuit from which much is
+        removed would in the end withstand the same few subsets, and no others.
         """
-        another = next(self._others, None)
-        if another is None:
-            return True
         some_pairs = evenly(data, self.config.subset_pairs)
-        if self.loss(circuit, some_pairs, another) <= self.config.target_loss:
-            return True
-        self.subsets.insert(0, another)
-        return False
+        for subset in itertools.islice(self._others, n_subsets):
+            if self.loss(circuit, some_pairs, subset) > self.config.target_loss:
+                self.subsets.insert(0, subset)
+                return False
+        return True
 
     def _withstands(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         """Whether the circuit reaches the target loss under each of the first subsets.
