@@ -33,6 +33,7 @@ from tl_sparse.evaluation.objectives import all_objective_losses, with_reference
 from tl_sparse.evaluation.subsets import random_subsets, subset_scores
 from tl_sparse.hooks.points import recording
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.pruner import prune, prune_edges
 
 CONFIG = PruneConfig(**QUICK_SETTINGS)
@@ -75,6 +76,25 @@ def test_a_robust_search_does_not(robust):
     )
     assert fewer.nodes == circuit.nodes
     assert not has_hooks(model)
+
+
+def test_a_test_of_a_circuit_meets_subsets_that_it_has_not_seen():
+    """The cheat fails when the third channel is as it is; the subset that shows this is kept."""
+    model = cancelling_model()
+    data = micro_data(model, n_pairs=8)
+    cheat, _ = found(model)
+    harmless = {name: torch.zeros_like(mask) for name, mask in cheat.kept.items()}
+    harmful = dict(harmless)
+    harmful["blocks.0.attn.hook_v"] = harmless["blocks.0.attn.hook_v"].clone()
+    harmful["blocks.0.attn.hook_v"][0, 2] = True
+    others = [harmless, harmful]
+    criterion = Criterion(model, CONFIG, [harmless], others)
+    assert criterion.passes_quickly(cheat, data)  # it meets the first of the others
+    assert not criterion.passes_quickly(cheat, data)  # and the second
+    assert len(criterion.subsets) == 2
+    assert criterion.hardest is harmful
+    assert not criterion.passes(cheat, data)
+    assert not Criterion(model, CONFIG, [], others).passes(cheat, data)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
