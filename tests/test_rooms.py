@@ -35,6 +35,7 @@ FLOORS = [
     ["checkpoints"],
     ["training", "circuits"],
     ["evaluation"],
+    ["programs"],
     ["pruning"],
     ["certificates"],
     ["view"],
@@ -43,9 +44,9 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-#: The two pairs of rooms in which an object needs something above it, imported inside a method:
-#: `SparseModel.from_pretrained` and its like, `Circuit.view` and its like.
-UPWARDS = {("faces", "checkpoints"), ("circuits", "view")}
+#: The pairs of rooms in which an object needs something above it, imported inside a method:
+#: `SparseModel.from_pretrained` and its like, `Circuit.compile`, `Circuit.view` and its like.
+UPWARDS = {("faces", "checkpoints"), ("circuits", "programs"), ("circuits", "view")}
 
 
 @dataclass(frozen=True)

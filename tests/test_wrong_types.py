@@ -34,7 +34,7 @@ from tl_sparse.tasks.scores import Score
 
 pytestmark = pytest.mark.any_line
 
-ROOMS = ["hooks", "tasks", "circuits", "evaluation", "pruning", "certificates", "view"]
+ROOMS = ["hooks", "tasks", "circuits", "evaluation", "programs", "pruning", "certificates", "view"]
 WRONG = {
     "text": "no such thing",
     "empty text": "",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.checkpoints import card_text, find, push_folder
@@ -28,6 +28,7 @@ from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
 from tl_sparse.tasks import TaskPairs
 
 if TYPE_CHECKING:
+    from tl_sparse.programs import CompiledCircuit
     from tl_sparse.view import Page
 
 
@@ -265,6 +266,37 @@ class Circuit(CircuitParts):
             ablating(model, nodes, values),
         ):
             yield
+
+    def compile(
+        self,
+        model: TLModel,
+        tokens: Sequence[int] | Int[Tensor, " logit"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CompiledCircuit:
+        """A module that computes the logits of `model` under this circuit, without the model.
+
+        All nodes outside the circuit are constants, and everything that depends on these alone is
+        computed once, in float64. What is left is exact, up to rounding, for every sequence of
+        tokens within the context. Where two entries that compete in AbsTopK are equally large and
+        not zero, another one of them may be kept.
+
+        Args:
+            model: the circuit's model, of tl_sparse.
+            tokens: the tokens whose logits are wanted, such as the candidates of a task; by default
+                all. Fewer tokens make the module smaller and faster.
+            dtype: float32 or float64; by default that of the model, and float32 for a model in half
+                precision.
+
+        Raises:
+            CircuitError: if `model` is not this circuit's model, or the circuit has no means.
+            UnsupportedError: if the model is not of tl_sparse, or the circuit has `frozen_norms`.
+            DataError: if `tokens` are not in the vocabulary.
+            ConfigError: for another dtype.
+        """
+        # Imported here for the same reason as in `card`.
+        from tl_sparse.programs import compile_circuit
+
+        return compile_circuit(self, model, tokens, dtype)
 
     # Other circuits from this one
 

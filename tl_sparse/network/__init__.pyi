@@ -10,5 +10,6 @@ from .products import Kernels as Kernels
 from .products import Product as Product
 from .shapes import Stream as Stream
 from .shapes import Tokens as Tokens
+from .shapes import select_position as select_position
 from .transformer import SparseTransformer as SparseTransformer
 from .transformer import init_weights as init_weights

@@ -1,0 +1,5 @@
+"""Programs: circuits as modules that run without the model, with the same logits."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

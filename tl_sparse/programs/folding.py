@@ -1,0 +1,427 @@
+"""From a model and a circuit to the parts of a compiled circuit.
+
+Every node outside the circuit is a constant, so everything that depends on such nodes alone is
+computed here, once, in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.circuits import Circuit
+from tl_sparse.network import Product, SparseConfig, SparseTransformer
+from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
+from tl_sparse.programs.channels import Channels, fold_channels, smaller_contest
+from tl_sparse.programs.stream import Logits, NormScale, Read, Write
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """The nodes at one location of a block, flat.
+
+    Attributes:
+        is_kept: which of them are in the circuit.
+        means: the values at which the others are held.
+    """
+
+    is_kept: Bool[Tensor, " node"]
+    means: Float[Tensor, " node"]
+
+    @property
+    def kept(self) -> Int[Tensor, " kept"]:
+        """The indices of the nodes in the circuit."""
+        return self.is_kept.nonzero()[:, 0]
+
+    @property
+    def held(self) -> Float[Tensor, " node"]:
+        """The means of the nodes outside the circuit, and 0 for those in it."""
+        return self.means.masked_fill(self.is_kept, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight matrix and its bias as they act under the circuit, with edges cut."""
+
+    weight: Float[Tensor, "source target"]
+    bias: Float[Tensor, " target"]
+
+    def from_kept(self, sources: Location) -> "Matrix":
+        """The same for the kept sources alone; the bias has what the held ones contribute."""
+        bias = self.bias + sources.held @ self.weight
+        return Matrix(self.weight[sources.is_kept], bias)
+
+
+class Folding:
+    """Folds a network under a circuit, block by block.
+
+    It must be used in the context in which the network runs under the circuit, where its weight
+    matrices are those with the circuit's edges cut.
+
+    Attributes:
+        varying: the channels of the residual stream that the compiled circuit computes.
+        table: by token, the residual stream where the folding has arrived. In the varying channels
+            it has no meaning.
+    """
+
+    def __init__(
+        self, circuit: Circuit, network: SparseTransformer, tokens: Int[Tensor, " logit"] | None
+    ) -> None:
+        self._circuit = circuit
+        self._network = network
+        self._cfg: SparseConfig = network.cfg
+        self._tokens = tokens
+        embedding = precise(network.embed.W_E)
+        embed = self.location(0, "embed_out", self._cfg.d_model)
+        self.table = torch.where(embed.is_kept, embedding, embed.means)
+        self.varying = varying_channels(circuit, network, tokens)
+
+    @property
+    def _is_varying(self) -> Bool[Tensor, " d_model"]:
+        mask = torch.zeros(self._cfg.d_model, dtype=torch.bool)
+        mask[self.varying] = True
+        return mask
+
+    def location(self, layer: int, name: str, size: int) -> Location:
+        """The nodes at a location. Where the circuit has no mask, all nodes run."""
+        hook_name = self._circuit.hooks.get((layer, name))
+        if hook_name is None:
+            return Location(torch.ones(size, dtype=torch.bool), torch.zeros(size).double())
+        means = precise(self._circuit.means[hook_name]).flatten()
+        return Location(self._circuit.kept[hook_name].flatten().cpu(), means)
+
+    def block_location(self, layer: int, name: str) -> Location:
+        return self.location(layer, name, self._cfg.location_size(name))
+
+    # The stream
+
+    def start(self) -> Float[Tensor, "d_vocab varying"]:
+        """By token, the varying channels as they enter the first block, without positions."""
+        return self.table[:, self.varying]
+
+    def added(self) -> Float[Tensor, "n_ctx varying"] | None:
+        """By position, what positions add to them."""
+        if self._cfg.positions != "added":
+            return None
+        return precise(self._network.pos_embed.W_pos)[:, self.varying]
+
+    def _norm_scale(self) -> NormScale:
+        cfg = self._cfg
+        return NormScale(cfg.d_model, cfg.eps, cfg.normalization == "layer")
+
+    def _others(self) -> Float[Tensor, "d_vocab other"]:
+        """By token, the stream in the channels that do not vary."""
+        return self.table[:, ~self._is_varying]
+
+    def read(self, layer: int, name: str) -> Read:
+        """The kept channels of what attention (`attn_in`) or the MLP (`mlp_in`) reads now."""
+        cfg = self._cfg
+        norm = self._network.blocks[layer].ln1
+        if name == "mlp_in":
+            norm = self._network.blocks[layer].ln2
+        location = self.block_location(layer, name)
+        weight = precise(norm.w)
+        is_other = ~self._is_varying
+        is_own = is_other & location.is_kept[: cfg.d_model]
+        k = cfg.topk(name)
+        columns = [self._others().square().sum(-1, keepdim=True)]
+        columns.append(self.table[:, is_own] * weight[is_own])
+        if k is not None:
+            rivals = (self.table * weight)[:, is_other & ~is_own].abs()
+            n_rest = rivals.shape[1]
+            n_always_kept, k_among = smaller_contest(k, cfg.d_read - n_rest)
+            largest = rivals.topk(min(k, n_rest), sorted=True).values
+            columns.append(largest[:, n_always_kept:])
+            k = k_among
+        table = torch.cat(columns, dim=1)
+        # Where each channel of the read is among those that are computed.
+        n_table = table.shape[1] - 1
+        place = torch.zeros(cfg.d_read, dtype=torch.long)
+        place[: cfg.d_model][is_own] = torch.arange(int(is_own.sum()))
+        place[self.varying] = n_table + torch.arange(len(self.varying))
+        place[cfg.d_model :] = n_table + len(self.varying) + torch.arange(cfg.d_pos)
+        return Read(
+            scale=self._norm_scale(),
+            table=table if bool(is_other.any()) else None,
+            weight=weight[self.varying],
+            bias=precise(norm.b)[self.varying] if cfg.norm_bias else None,
+            positions=self._positions(norm),
+            k=k,
+            chosen=place[location.kept],
+        )
+
+    def _positions(self, norm: nn.Module) -> Float[Tensor, "n_ctx d_pos"] | None:
+        """By position, the positional channels that a block reads after this norm."""
+        if self._cfg.positions != "concatenated":
+            return None
+        return normalized_positions(self._network, norm)
+
+    def write(self, layer: int, name: str, topk_name: str) -> Write:
+        """What attention (`attn_out`) or the MLP (`mlp_out`) adds to the stream.
+
+        The table moves on past this write.
+        """
+        cfg = self._cfg
+        location = self.block_location(layer, name)
+        self.table = self.table + location.held
+        if cfg.resid_relu:
+            self.table = F.relu(self.table)
+        place = torch.zeros(cfg.d_model, dtype=torch.long)
+        place[self.varying] = torch.arange(len(self.varying))
+        return Write(
+            constant=location.held[self.varying],
+            channels=place[location.kept],
+            relu=cfg.resid_relu,
+            k=cfg.topk(topk_name),
+        )
+
+    # The blocks
+
+    def block(self, layer: int) -> Block:
+        """One block; blocks must be folded in their order."""
+        start = None
+        k = self._cfg.topk("resid_pre")
+        if k is not None:
+            nothing = torch.zeros(len(self.varying)).double()
+            start = Write(nothing, self.varying[:0], relu=False, k=k)
+        attention = self._attention(layer)
+        after_attention = self.write(layer, "attn_out", "resid_post_attn")
+        mlp = self._mlp(layer)
+        after_mlp = self.write(layer, "mlp_out", "resid_post_mlp")
+        return Block(start, attention, after_attention, mlp, after_mlp)
+
+    def _channels(
+        self, layer: int, name: str, matrix: Matrix, act_fn: str | None = None
+    ) -> Channels:
+        """The kept channels at a location that this matrix leads to."""
+        is_kept = self.block_location(layer, name).is_kept
+        return fold_channels(matrix.weight, matrix.bias, is_kept, self._cfg.topk(name), act_fn)
+
+    def _mlp(self, layer: int) -> MLP | None:
+        if not bool(self.block_location(layer, "mlp_out").is_kept.any()):
+            return None
+        mlp = self._network.blocks[layer].mlp
+        into = matrix_of(mlp.times_in, mlp.b_in).from_kept(self.block_location(layer, "mlp_in"))
+        out = matrix_of(mlp.times_out, mlp.b_out)
+        out = out.from_kept(self.block_location(layer, "mlp_neuron"))
+        return MLP(
+            self.read(layer, "mlp_in"),
+            self._channels(layer, "mlp_neuron", into, self._cfg.act_fn),
+            self._channels(layer, "mlp_out", out),
+        )
+
+    def _attention(self, layer: int) -> Attention | None:
+        if not bool(self.block_location(layer, "attn_out").is_kept.any()):
+            return None
+        rows, bias = self._output_rows(layer)
+        out = self._channels(layer, "attn_out", Matrix(rows.flatten(0, 1), bias))
+        # Which rows lead to a kept channel, or to one that competes with it: [head, channel].
+        weight = out.weight.unflatten(0, rows.shape[:2])
+        matters = weight.ne(0).any(-1)
+        heads = matters.any(-1).nonzero()[:, 0]
+        channels = matters.any(0)
+        out.weight = nn.Buffer(weight[heads][:, channels].flatten(0, 1))
+        if len(heads) == 0:
+            return Attention(None, out)
+        return Attention(self._heads(layer, heads, matters), out)
+
+    def _output_rows(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "head channel d_model"], Float[Tensor, " d_model"]]:
+        """What each kept channel of z writes, and the sum of each head's pattern; and the bias.
+
+        A value channel outside the circuit is a constant, so its z is its mean times the sum of the
+        pattern. That is 1 without a sink, and belongs to the bias. With a sink it varies, and has
+        the last row of each head.
+        """
+        attn = self._network.blocks[layer].attn
+        by_head = (self._cfg.n_heads, self._cfg.d_head)
+        value = self.block_location(layer, "attn_v")
+        matrix = matrix_of(attn.times_O, attn.b_O)
+        kept_rows = matrix.weight.masked_fill(~value.is_kept[:, None], 0.0).unflatten(0, by_head)
+        held = (value.held[:, None] * matrix.weight).unflatten(0, by_head).sum(1, keepdim=True)
+        if attn.sink is None:
+            bias = matrix.bias + held.sum((0, 1))
+            return torch.cat([kept_rows, torch.zeros_like(held)], dim=1), bias
+        return torch.cat([kept_rows, held], dim=1), matrix.bias
+
+    def _heads(
+        self,
+        layer: int,
+        heads: Int[Tensor, " used"],
+        matters: Bool[Tensor, "head channel"],
+    ) -> Heads:
+        """These heads of a block; `matters` says which channels of z do, as in `_attention`."""
+        attn = self._network.blocks[layer].attn
+        query = self._nodes_of_heads(layer, "attn_q", heads)
+        key = self._nodes_of_heads(layer, "attn_k", heads)
+        value = self._nodes_of_heads(layer, "attn_v", heads)
+        # The channels in which a query or a key varies. All others add a constant to the scores.
+        varies = (query.is_kept | key.is_kept).any(0)
+        constant = (query.held * key.held)[:, ~varies].sum(1, keepdim=True)
+        one = torch.ones_like(constant)
+        of_value = HeadNodes(value.is_kept & matters[heads, :-1], torch.zeros_like(value.held))
+        sink = None if attn.sink is None else precise(attn.sink)[heads]
+        return Heads(
+            self.read(layer, "attn_in"),
+            self._by_head(layer, "attn_q", heads, query.columns(varies).and_one(constant), query),
+            self._by_head(layer, "attn_k", heads, key.columns(varies).and_one(one), key),
+            self._by_head(
+                layer, "attn_v", heads, of_value.and_one(one).columns(matters.any(0)), of_value
+            ),
+            attn.scale,
+            sink,
+        )
+
+    def _nodes_of_heads(self, layer: int, name: str, heads: Int[Tensor, " used"]) -> "HeadNodes":
+        location = self.block_location(layer, name)
+        by_head = (self._cfg.n_heads, self._cfg.d_head)
+        is_kept = location.is_kept.unflatten(0, by_head)[heads]
+        return HeadNodes(is_kept, location.held.unflatten(0, by_head)[heads])
+
+    def _by_head(
+        self,
+        layer: int,
+        name: str,
+        heads: Int[Tensor, " used"],
+        wanted: "HeadNodes",
+        nodes: "HeadNodes",
+    ) -> ByHead:
+        """Queries, keys or values.
+
+        Args:
+            layer, name: the location.
+            heads: the heads that are used.
+            wanted: the channels that they have in the compiled circuit.
+            nodes: all their channels, with the same ones kept.
+        """
+        attn = self._network.blocks[layer].attn
+        times, bias = {
+            "attn_q": (attn.times_Q, attn.b_Q),
+            "attn_k": (attn.times_K, attn.b_K),
+            "attn_v": (attn.times_V, attn.b_V),
+        }[name]
+        matrix = matrix_of(times, bias.flatten()).from_kept(self.block_location(layer, "attn_in"))
+        is_kept = torch.zeros(self._cfg.n_heads, self._cfg.d_head, dtype=torch.bool)
+        is_kept[heads] = nodes.is_kept
+        channels = fold_channels(
+            matrix.weight, matrix.bias, is_kept.flatten(), self._cfg.topk(name)
+        )
+        # Kept channels come head by head, as `nonzero` finds their places.
+        places = wanted.is_kept.nonzero()
+        place = torch.zeros(len(places), *wanted.is_kept.shape).double()
+        place[torch.arange(len(places)), places[:, 0], places[:, 1]] = 1.0
+        return ByHead(channels, place, wanted.held)
+
+    # The end
+
+    def logits(self) -> Logits:
+        """The end of the network, after all blocks are folded."""
+        network = self._network
+        norm = network.ln_final
+        tokens = slice(None) if self._tokens is None else self._tokens
+        unembedding = precise(network.unembed.W_U)[:, tokens]
+        bias = precise(network.unembed.b_U)[tokens]
+        if self._cfg.norm_bias:
+            bias = bias + precise(norm.b) @ unembedding
+        weight = precise(norm.w)[:, None] * unembedding
+        is_other = ~self._is_varying
+        table = None
+        if bool(is_other.any()):
+            squares = self._others().square().sum(-1, keepdim=True)
+            table = torch.cat([squares, self._others() @ weight[is_other]], dim=1)
+        bigram = None
+        if self._cfg.bigram_table:
+            bigram = precise(network.bigram.W_bigram)[:, tokens]
+        return Logits(self._norm_scale(), table, weight[self.varying], bias, bigram)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNodes:
+    """Query, key or value channels of some heads.
+
+    Attributes:
+        is_kept: which are kept.
+        held: the values of the others, and 0 for kept ones.
+    """
+
+    is_kept: Bool[Tensor, "head channel"]
+    held: Float[Tensor, "head channel"]
+
+    def columns(self, chosen: Bool[Tensor, " channel"]) -> "HeadNodes":
+        """These channels alone."""
+        return HeadNodes(self.is_kept[:, chosen], self.held[:, chosen])
+
+    def and_one(self, constant: Float[Tensor, "head 1"]) -> "HeadNodes":
+        """The same with one more channel, a constant."""
+        is_kept = torch.cat([self.is_kept, torch.zeros_like(constant, dtype=torch.bool)], dim=1)
+        return HeadNodes(is_kept, torch.cat([self.held, constant], dim=1))
+
+
+def precise(values: Tensor) -> Tensor:
+    """Weights or means in float64 on the CPU."""
+    return values.detach().cpu().double()
+
+
+def matrix_of(times: Product, bias: Tensor) -> Matrix:
+    """The matrix of a product, and its bias, with edges cut where the circuit cuts them."""
+    weight, with_cuts = times.matrix_and_bias(bias)
+    return Matrix(precise(weight), precise(with_cuts))
+
+
+def normalized_positions(
+    network: SparseTransformer, norm: nn.Module
+) -> Float[Tensor, "n_ctx d_pos"]:
+    """By position, the positional channels as a block reads them after this norm."""
+    cfg = network.cfg
+    positions = precise(network.pos_embed.W_pos)
+    if cfg.normalization == "layer":
+        positions = positions - positions.mean(-1, keepdim=True)
+    scale = (positions.square().mean(-1, keepdim=True) + cfg.eps).sqrt()
+    return positions / scale * precise(norm.w_pos) + precise(norm.b_pos)
+
+
+def varying_channels(
+    circuit: Circuit, network: SparseTransformer, tokens: Int[Tensor, " logit"] | None
+) -> Int[Tensor, " varying"]:
+    """The channels of the residual stream that a compiled circuit computes.
+
+    They are those to which the circuit writes, and all of them where the others are not a function
+    of the present token, or where the magnitudes of what is read do not have the same order
+    whatever the norm divides by:
+
+    - LayerNorm subtracts a mean of all channels;
+    - added positions make the others depend on the position;
+    - AbsTopK on the stream itself makes them depend on the circuit's writes;
+    - equal magnitudes of positional channels: which of them AbsTopK then keeps depends on their
+      places among all channels.
+
+    They are all of them too if there are more logits than channels, since a table by token would
+    then be larger than the unembedding.
+    """
+    cfg = network.cfg
+    everything = torch.arange(cfg.d_model)
+    if tokens is None or len(tokens) > cfg.d_model:
+        return everything
+    has_topk = any(location.startswith("resid") for location in cfg.abs_topk)
+    if cfg.normalization == "layer" or cfg.positions == "added" or has_topk:
+        return everything
+    if cfg.positions == "concatenated" and _has_ties(network):
+        return everything
+    is_written = torch.zeros(cfg.d_model, dtype=torch.bool)
+    for (_, location), hook_name in circuit.hooks.items():
+        if location in ("attn_out", "mlp_out"):
+            is_written |= circuit.kept[hook_name].cpu()
+    return is_written.nonzero()[:, 0]
+
+
+def _has_ties(network: SparseTransformer) -> bool:
+    """Whether two positional channels are equally large somewhere, and not zero."""
+    for block in network.blocks:
+        for norm in (block.ln1, block.ln2):
+            ordered = normalized_positions(network, norm).abs().sort(-1).values
+            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any()):
+                return True
+    return False
