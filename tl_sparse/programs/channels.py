@@ -58,11 +58,12 @@ class Channels(nn.Module):
         self.act_fn = act_fn
 
     def forward(self, x: Float[Tensor, "batch pos source"]) -> Float[Tensor, "batch pos kept"]:
-        values = activated(x @ self.weight + self.bias, self.act_fn)
+        values = activated(F.linear(x, self.weight.T, self.bias), self.act_fn)
         if self.k is None:
             return values
         rivals = self.rivals.expand(*values.shape[:-1], -1)
-        return abs_topk(torch.cat([values, rivals], dim=-1), self.k)[..., : self.n_kept]
+        row = torch.cat([values, rivals], dim=-1)
+        return abs_topk(row, self.k, inplace=True)[..., : self.n_kept]
 
 
 def activated(x: Float[Tensor, "*shape"], act_fn: str | None) -> Float[Tensor, "*shape"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tl_sparse.arguments import checked
+from tl_sparse.arguments import checked, described
 from tl_sparse.arrays import as_integers
 from tl_sparse.circuits import Circuit
 from tl_sparse.config import check
@@ -67,12 +67,13 @@ def _checked_tokens(
     Raises:
         DataError: if they are not a list of tokens of the vocabulary.
     """
-    wanted = as_integers("tokens", tokens).cpu()
+    expected = "tokens must be a list of at least one token id, those whose logits are wanted"
+    try:
+        wanted = as_integers("tokens", tokens).cpu()
+    except DataError as error:
+        raise DataError(f"{expected}, not {described(tokens)}") from error
     if wanted.ndim != 1 or len(wanted) == 0:
-        raise DataError(
-            "tokens must be a list of at least one token id, those whose logits are wanted, not "
-            f"integers of shape {list(wanted.shape)}"
-        )
+        raise DataError(f"{expected}, not integers of shape {list(wanted.shape)}")
     if int(wanted.min()) < 0 or int(wanted.max()) >= d_vocab:
         raise DataError(f"tokens must be in [0, {d_vocab}), the model's vocabulary")
     return wanted

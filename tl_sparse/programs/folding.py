@@ -5,6 +5,7 @@ computed here, once, in float64.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,10 @@ class Folding:
     def block_location(self, layer: int, name: str) -> Location:
         return self.location(layer, name, self._cfg.location_size(name))
 
+    def _block(self, layer: int) -> Any:
+        """The network's block, whose attributes have no types that are known to type checkers."""
+        return self._network.blocks[layer]
+
     # The stream
 
     def start(self) -> Float[Tensor, "d_vocab varying"]:
@@ -118,33 +123,22 @@ class Folding:
     def read(self, layer: int, name: str) -> Read:
         """The kept channels of what attention (`attn_in`) or the MLP (`mlp_in`) reads now."""
         cfg = self._cfg
-        norm = self._network.blocks[layer].ln1
-        if name == "mlp_in":
-            norm = self._network.blocks[layer].ln2
-        location = self.block_location(layer, name)
+        block = self._block(layer)
+        norm = block.ln1 if name == "attn_in" else block.ln2
         weight = precise(norm.w)
-        is_other = ~self._is_varying
-        is_own = is_other & location.is_kept[: cfg.d_model]
-        k = cfg.topk(name)
-        columns = [self._others().square().sum(-1, keepdim=True)]
-        columns.append(self.table[:, is_own] * weight[is_own])
-        if k is not None:
-            rivals = (self.table * weight)[:, is_other & ~is_own].abs()
-            n_rest = rivals.shape[1]
-            n_always_kept, k_among = smaller_contest(k, cfg.d_read - n_rest)
-            largest = rivals.topk(min(k, n_rest), sorted=True).values
-            columns.append(largest[:, n_always_kept:])
-            k = k_among
-        table = torch.cat(columns, dim=1)
+        location = self.block_location(layer, name)
+        is_own = location.is_kept[: cfg.d_model] & ~self._is_varying
+        table, k = self._read_table(name, weight, is_own)
         # Where each channel of the read is among those that are computed.
-        n_table = table.shape[1] - 1
+        n_table = 0 if table is None else table.shape[1] - 1
+        n_varying = len(self.varying)
         place = torch.zeros(cfg.d_read, dtype=torch.long)
         place[: cfg.d_model][is_own] = torch.arange(int(is_own.sum()))
-        place[self.varying] = n_table + torch.arange(len(self.varying))
-        place[cfg.d_model :] = n_table + len(self.varying) + torch.arange(cfg.d_pos)
+        place[self.varying] = n_table + torch.arange(n_varying)
+        place[cfg.d_model :] = n_table + n_varying + torch.arange(cfg.d_pos)
         return Read(
             scale=self._norm_scale(),
-            table=table if bool(is_other.any()) else None,
+            table=table,
             weight=weight[self.varying],
             bias=precise(norm.b)[self.varying] if cfg.norm_bias else None,
             positions=self._positions(norm),
@@ -152,7 +146,26 @@ class Folding:
             chosen=place[location.kept],
         )
 
-    def _positions(self, norm: nn.Module) -> Float[Tensor, "n_ctx d_pos"] | None:
+    def _read_table(
+        self, name: str, weight: Float[Tensor, " d_model"], is_own: Bool[Tensor, " d_model"]
+    ) -> tuple[Float[Tensor, "d_vocab column"] | None, int | None]:
+        """The `table` of a read, and its `k`."""
+        k = self._cfg.topk(name)
+        is_other = ~self._is_varying
+        if not bool(is_other.any()):
+            return None, k
+        columns = [self._others().square().sum(-1, keepdim=True)]
+        columns.append((self.table * weight)[:, is_own])
+        if k is not None:
+            rivals = (self.table * weight)[:, is_other & ~is_own].abs()
+            n_rivals = rivals.shape[1]
+            n_always_kept, k_among = smaller_contest(k, self._cfg.d_read - n_rivals)
+            largest = rivals.topk(min(k, n_rivals)).values
+            columns.append(largest[:, n_always_kept:])
+            k = k_among
+        return torch.cat(columns, dim=1), k
+
+    def _positions(self, norm: Any) -> Float[Tensor, "n_ctx d_pos"] | None:
         """By position, the positional channels that a block reads after this norm."""
         if self._cfg.positions != "concatenated":
             return None
@@ -170,8 +183,9 @@ class Folding:
             self.table = F.relu(self.table)
         place = torch.zeros(cfg.d_model, dtype=torch.long)
         place[self.varying] = torch.arange(len(self.varying))
+        constant = location.held[self.varying]
         return Write(
-            constant=location.held[self.varying],
+            constant=constant if bool(constant.any()) else None,
             channels=place[location.kept],
             relu=cfg.resid_relu,
             k=cfg.topk(topk_name),
@@ -184,8 +198,7 @@ class Folding:
         start = None
         k = self._cfg.topk("resid_pre")
         if k is not None:
-            nothing = torch.zeros(len(self.varying)).double()
-            start = Write(nothing, self.varying[:0], relu=False, k=k)
+            start = Write(None, self.varying[:0], relu=False, k=k)
         attention = self._attention(layer)
         after_attention = self.write(layer, "attn_out", "resid_post_attn")
         mlp = self._mlp(layer)
@@ -202,7 +215,7 @@ class Folding:
     def _mlp(self, layer: int) -> MLP | None:
         if not bool(self.block_location(layer, "mlp_out").is_kept.any()):
             return None
-        mlp = self._network.blocks[layer].mlp
+        mlp = self._block(layer).mlp
         into = matrix_of(mlp.times_in, mlp.b_in).from_kept(self.block_location(layer, "mlp_in"))
         out = matrix_of(mlp.times_out, mlp.b_out)
         out = out.from_kept(self.block_location(layer, "mlp_neuron"))
@@ -236,7 +249,7 @@ class Folding:
         pattern. That is 1 without a sink, and belongs to the bias. With a sink it varies, and has
         the last row of each head.
         """
-        attn = self._network.blocks[layer].attn
+        attn = self._block(layer).attn
         by_head = (self._cfg.n_heads, self._cfg.d_head)
         value = self.block_location(layer, "attn_v")
         matrix = matrix_of(attn.times_O, attn.b_O)
@@ -254,7 +267,7 @@ class Folding:
         matters: Bool[Tensor, "head channel"],
     ) -> Heads:
         """These heads of a block; `matters` says which channels of z do, as in `_attention`."""
-        attn = self._network.blocks[layer].attn
+        attn = self._block(layer).attn
         query = self._nodes_of_heads(layer, "attn_q", heads)
         key = self._nodes_of_heads(layer, "attn_k", heads)
         value = self._nodes_of_heads(layer, "attn_v", heads)
@@ -297,7 +310,7 @@ class Folding:
             wanted: the channels that they have in the compiled circuit.
             nodes: all their channels, with the same ones kept.
         """
-        attn = self._network.blocks[layer].attn
+        attn = self._block(layer).attn
         times, bias = {
             "attn_q": (attn.times_Q, attn.b_Q),
             "attn_k": (attn.times_K, attn.b_K),
@@ -319,7 +332,7 @@ class Folding:
 
     def logits(self) -> Logits:
         """The end of the network, after all blocks are folded."""
-        network = self._network
+        network: Any = self._network
         norm = network.ln_final
         tokens = slice(None) if self._tokens is None else self._tokens
         unembedding = precise(network.unembed.W_U)[:, tokens]
@@ -362,7 +375,8 @@ class HeadNodes:
 
 def precise(values: Tensor) -> Tensor:
     """Weights or means in float64 on the CPU."""
-    return values.detach().cpu().double()
+    # Copied, so that a compiled circuit does not change with the model.
+    return values.detach().to("cpu", torch.float64, copy=True)
 
 
 def matrix_of(times: Product, bias: Tensor) -> Matrix:
@@ -371,9 +385,7 @@ def matrix_of(times: Product, bias: Tensor) -> Matrix:
     return Matrix(precise(weight), precise(with_cuts))
 
 
-def normalized_positions(
-    network: SparseTransformer, norm: nn.Module
-) -> Float[Tensor, "n_ctx d_pos"]:
+def normalized_positions(network: SparseTransformer, norm: Any) -> Float[Tensor, "n_ctx d_pos"]:
     """By position, the positional channels as a block reads them after this norm."""
     cfg = network.cfg
     positions = precise(network.pos_embed.W_pos)
@@ -411,14 +423,18 @@ def varying_channels(
     if cfg.positions == "concatenated" and _has_ties(network):
         return everything
     is_written = torch.zeros(cfg.d_model, dtype=torch.bool)
-    for (_, location), hook_name in circuit.hooks.items():
-        if location in ("attn_out", "mlp_out"):
+    for layer in range(cfg.n_layers):
+        for location in ("attn_out", "mlp_out"):
+            hook_name = circuit.hooks.get((layer, location))
+            if hook_name is None:  # the circuit says nothing of this location, so all nodes run
+                return everything
             is_written |= circuit.kept[hook_name].cpu()
     return is_written.nonzero()[:, 0]
 
 
 def _has_ties(network: SparseTransformer) -> bool:
     """Whether two positional channels are equally large somewhere, and not zero."""
+    block: Any
     for block in network.blocks:
         for norm in (block.ln1, block.ln2):
             ordered = normalized_positions(network, norm).abs().sort(-1).values

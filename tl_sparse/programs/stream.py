@@ -122,15 +122,15 @@ class Read(nn.Module):
             positions = positions.expand(len(values), -1, -1)
             values = torch.cat([values, positions], dim=-1)
         if self.k is not None:
-            values = abs_topk(values, self.k)
-        return values[..., self.chosen]
+            values = abs_topk(values, self.k, inplace=True)
+        return values.index_select(-1, self.chosen)
 
 
 class Write(nn.Module):
     """What attention or an MLP adds to the varying channels, and what happens to them then.
 
     Attributes:
-        constant: the means of the writes outside the circuit, `[varying]`.
+        constant: the means of the writes outside the circuit, `[varying]`; None if they are 0.
         channels: the varying channels to which the kept writes go.
         relu: whether ReLU follows.
         k: the number of entries that AbsTopK keeps after that; None without AbsTopK.
@@ -138,19 +138,20 @@ class Write(nn.Module):
 
     def __init__(
         self,
-        constant: Float[Tensor, " varying"],
+        constant: Float[Tensor, " varying"] | None,
         channels: Int[Tensor, " kept"],
         relu: bool,
         k: int | None,
     ) -> None:
         super().__init__()
-        self.constant = nn.Buffer(constant)
+        self.constant = buffer(constant)
         self.channels = nn.Buffer(channels)
         self.relu = relu
         self.k = k
 
     def forward(self, stream: Varying, written: Float[Tensor, "batch pos kept"] | None) -> Varying:
-        stream = stream + self.constant
+        if self.constant is not None:
+            stream = stream + self.constant
         if written is not None:
             stream = stream.index_add(-1, self.channels, written)
         if self.relu:
