@@ -157,6 +157,7 @@ def right():
 
 #: Arguments of some functions that differ from those of the same name of others.
 OTHERWISE = {
+    "compile_circuit": {"tokens": [1, 2]},
     "right_minus_wrong": {"logits": torch.zeros(4, 2)},
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},

@@ -91,7 +91,7 @@ def tabled_configs(draw):
     return SparseConfig.from_dict(config)
 
 
-many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @many
