@@ -30,8 +30,6 @@ from tl_sparse.evaluation import adversary_score, holding_circuit, score
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.pruning import task_splits
 from tl_sparse.suites import find_family, markdown_table, results_table, run_suite
-from tl_sparse.suites.jobs import EDGE_PRUNED
-from tl_sparse.suites.suite import CIRCUIT_FOLDERS
 from tl_sparse.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -326,7 +324,7 @@ def certificates(plan: Plan) -> None:
         for search in ("none", "subsets"):
             folder = plan.folder(f"circuits/{search}", source, task) / str(plan.seeds[0])
             try:
-                circuit = Circuit.load(folder / CIRCUIT_FOLDERS[EDGE_PRUNED])
+                circuit = Circuit.load(folder / "edges")
             except CheckpointError:
                 print(f"{folder} has no circuit yet: make the circuits first", file=sys.stderr)
                 continue
