@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.network import select_position
+from tl_sparse.network import Tokens, select_position
 from tl_sparse.programs.channels import Channels
 from tl_sparse.programs.stream import Positioned, Read, Write, buffer
 
@@ -30,15 +30,15 @@ class ByHead(nn.Module):
         self.constant = nn.Buffer(constant)
 
     def forward(
-        self, read: Float[Tensor, "batch pos read"]
+        self, read: Float[Tensor, "batch pos read"], positions: Tokens
     ) -> Float[Tensor, "batch pos head channel"]:
-        kept = self.channels(read)
+        kept = self.channels(read, positions)
         placed = kept @ self.place.flatten(1)
         return placed.unflatten(-1, self.constant.shape) + self.constant
 
 
 class Heads(nn.Module):
-    """z of the heads whose z varies, in the channels that matter.
+    """z of the heads whose z depends on the tokens, in the channels that matter.
 
     The scores of a head are sums over the channels in which its query or its key is kept, and a
     constant for all others. It matters beside a sink, which takes a share of the pattern; so does
@@ -75,12 +75,13 @@ class Heads(nn.Module):
         read = self.read(at)
         n_keys = read.shape[1]
         query_read = read
-        positions = torch.arange(n_keys, device=read.device)[None]
+        positions = at.positions
         if last is not None:
             query_read = select_position(read, last)
             positions = last[:, None]
-        query = self.query(query_read)
-        key = self.key(read)
+        query = self.query(query_read, positions)
+        key = self.key(read, at.positions)
+        value = self.value(read, at.positions)
         scores = torch.einsum("bqhc,bkhc->bhqk", query, key) * self.scale
         later = torch.arange(n_keys, device=read.device) > positions[:, None, :, None]
         scores = scores.masked_fill(later, float("-inf"))
@@ -89,14 +90,14 @@ class Heads(nn.Module):
             pattern = torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
         else:
             pattern = scores.softmax(-1)
-        return torch.einsum("bhqk,bkhc->bqhc", pattern, self.value(read)).flatten(2)
+        return torch.einsum("bhqk,bkhc->bqhc", pattern, value).flatten(2)
 
 
 class Attention(nn.Module):
     """The kept writes of attention.
 
     Attributes:
-        heads: the heads whose z varies; None if there are none, so that the writes are constants.
+        heads: the heads whose z depends on the tokens; None if there are none.
         out: the kept writes, as a function of z.
     """
 
@@ -108,11 +109,9 @@ class Attention(nn.Module):
     def forward(
         self, at: Positioned, last: Int[Tensor, " batch"] | None
     ) -> Float[Tensor, "batch query_pos kept"]:
-        if self.heads is None:
-            z = at.stream[..., :0] if last is None else select_position(at.stream, last)[..., :0]
-        else:
-            z = self.heads(at, last)
-        out: Tensor = self.out(z)
+        after = at if last is None else at.only(last)
+        z = after.stream[..., :0] if self.heads is None else self.heads(at, last)
+        out: Tensor = self.out(z, after.positions)
         return out
 
 
@@ -132,7 +131,8 @@ class MLP(nn.Module):
         self.out = out
 
     def forward(self, at: Positioned) -> Float[Tensor, "batch pos kept"]:
-        out: Tensor = self.out(self.neurons(self.read(at)))
+        neurons = self.neurons(self.read(at), at.positions)
+        out: Tensor = self.out(neurons, at.positions)
         return out
 
 

@@ -1,11 +1,14 @@
 """The kept channels at one location of a block, as a function of the values that lead to them."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_sparse.hooks import abs_topk
+from tl_sparse.network import Tokens
 
 
 def smaller_contest(k: int, n_varying: int) -> tuple[int, int]:
@@ -31,10 +34,16 @@ class Channels(nn.Module):
     Those that depend on x have their columns here too, behind those of the kept channels. All
     others are constants, of which only magnitudes matter: `rivals`, reduced by `smaller_contest`.
 
+    Most contests are decided without it. If `k` is the number of columns, the largest rival and all
+    other columns are not enough to displace a channel that is larger than that rival; and a channel
+    that is smaller than `k` rivals is never kept. The competing columns are computed only where
+    neither is true.
+
     Attributes:
         weight: the weights `[source, channel]` of kept and competing channels.
-        bias: their biases, with all that constant sources contribute.
-        rivals: constants that compete, `[rival]`.
+        bias: their biases, with all that constant sources contribute: `[channel]`, or
+            `[n_ctx, channel]` if that depends on the position.
+        rivals: constants that compete, the largest first: `[rival]` or `[n_ctx, rival]`.
         n_kept: the number of kept channels, which come first.
         k: the number of entries that AbsTopK keeps; None without AbsTopK.
         act_fn: the nonlinearity, "gelu" or "relu"; None without one.
@@ -43,8 +52,8 @@ class Channels(nn.Module):
     def __init__(
         self,
         weight: Float[Tensor, "source channel"],
-        bias: Float[Tensor, " channel"],
-        rivals: Float[Tensor, " rival"],
+        bias: Float[Tensor, "*n_ctx channel"],
+        rivals: Float[Tensor, "*n_ctx rival"],
         n_kept: int,
         k: int | None,
         act_fn: str | None,
@@ -57,13 +66,58 @@ class Channels(nn.Module):
         self.k = k
         self.act_fn = act_fn
 
-    def forward(self, x: Float[Tensor, "batch pos source"]) -> Float[Tensor, "batch pos kept"]:
-        values = activated(F.linear(x, self.weight.T, self.bias), self.act_fn)
+    def forward(
+        self, x: Float[Tensor, "batch pos source"], positions: Tokens
+    ) -> Float[Tensor, "batch pos kept"]:
+        """The kept channels.
+
+        Args:
+            x: what leads to them.
+            positions: the positions of x in the context, `[1, pos]` if they are the same ones in
+                each row.
+        """
+        bias: Tensor = self.bias
+        rivals: Tensor = self.rivals
+        if bias.ndim == 2:
+            bias = F.embedding(positions, bias).expand(len(x), -1, -1)
+            rivals = F.embedding(positions, rivals).expand(len(x), -1, -1)
+        kept = x @ self.weight[:, : self.n_kept] + bias[..., : self.n_kept]
+        kept = activated(kept, self.act_fn)
         if self.k is None:
-            return values
-        rivals = self.rivals.expand(*values.shape[:-1], -1)
-        row = torch.cat([values, rivals], dim=-1)
-        return abs_topk(row, self.k, inplace=True)[..., : self.n_kept]
+            return kept
+        sizes = kept.abs()
+        is_large = sizes > self._always_kept_above(rivals)
+        is_open = ~is_large & (sizes >= self._never_kept_below(rivals)) & (sizes > 0)
+        kept = kept * is_large
+        is_open = is_open.any(-1)
+        if bool(is_open.any()):
+            bias = bias.expand(*is_open.shape, -1)[is_open]
+            rivals = rivals.expand(*is_open.shape, -1)[is_open]
+            kept[is_open] = self._contest(x[is_open], bias, rivals)
+        return kept
+
+    def _always_kept_above(self, rivals: Tensor) -> Tensor | float:
+        n_columns = self.weight.shape[1]
+        if self.k != n_columns or rivals.shape[-1] == 0:
+            return math.inf
+        return rivals[..., :1]
+
+    def _never_kept_below(self, rivals: Tensor) -> Tensor | float:
+        if self.k is None or rivals.shape[-1] < self.k:
+            return 0.0
+        return rivals[..., self.k - 1 : self.k]
+
+    def _contest(
+        self,
+        x: Float[Tensor, "row source"],
+        bias: Float[Tensor, "row channel"],
+        rivals: Float[Tensor, "row rival"],
+    ) -> Float[Tensor, "row kept"]:
+        """The kept channels after AbsTopK among all that competes."""
+        assert self.k is not None
+        values = activated(x @ self.weight + bias, self.act_fn)
+        competing = torch.cat([values, rivals], dim=-1)
+        return abs_topk(competing, self.k, inplace=True)[..., : self.n_kept]
 
 
 def activated(x: Float[Tensor, "*shape"], act_fn: str | None) -> Float[Tensor, "*shape"]:
@@ -75,7 +129,7 @@ def activated(x: Float[Tensor, "*shape"], act_fn: str | None) -> Float[Tensor, "
 
 def fold_channels(
     weight: Float[Tensor, "source channel"],
-    bias: Float[Tensor, " channel"],
+    bias: Float[Tensor, "*n_ctx channel"],
     is_kept: Bool[Tensor, " channel"],
     k: int | None,
     act_fn: str | None = None,
@@ -89,21 +143,15 @@ def fold_channels(
         k: the number of channels that AbsTopK keeps; None without AbsTopK.
         act_fn: the nonlinearity before AbsTopK.
     """
-    if k is None or not bool(is_kept.any()):
-        return Channels(
-            weight[:, is_kept], bias[is_kept], bias[:0], int(is_kept.sum()), None, act_fn
-        )
+    n_kept = int(is_kept.sum())
+    if k is None or n_kept == 0:
+        none = bias[..., :0]
+        return Channels(weight[:, is_kept], bias[..., is_kept], none, n_kept, None, act_fn)
     varies = weight.ne(0).any(0)
     competes = varies & ~is_kept
     is_constant = ~varies & ~is_kept
     columns = torch.cat([is_kept.nonzero()[:, 0], competes.nonzero()[:, 0]])
-    constants = activated(bias[is_constant], act_fn).abs().sort(descending=True).values
+    constants = activated(bias[..., is_constant], act_fn).abs().sort(descending=True).values
     n_always_kept, k_among = smaller_contest(k, len(columns))
-    return Channels(
-        weight[:, columns],
-        bias[columns],
-        constants[n_always_kept:k],
-        int(is_kept.sum()),
-        k_among,
-        act_fn,
-    )
+    rivals = constants[..., n_always_kept:k].contiguous()
+    return Channels(weight[:, columns], bias[..., columns], rivals, n_kept, k_among, act_fn)

@@ -4,7 +4,6 @@ Every node outside the circuit is a constant, so everything that depends on such
 computed here, once, in float64.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,46 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.network import Product, SparseConfig, SparseTransformer
+from tl_sparse.network import SparseConfig, SparseTransformer
 from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels, fold_channels, smaller_contest
+from tl_sparse.programs.nodes_held import HeadNodes, Location, Matrix, matrix_of, precise
 from tl_sparse.programs.stream import Logits, NormScale, Read, Write
-
-
-@dataclass(frozen=True, eq=False)
-class Location:
-    """The nodes at one location of a block, flat.
-
-    Attributes:
-        is_kept: which of them are in the circuit.
-        means: the values at which the others are held.
-    """
-
-    is_kept: Bool[Tensor, " node"]
-    means: Float[Tensor, " node"]
-
-    @property
-    def kept(self) -> Int[Tensor, " kept"]:
-        """The indices of the nodes in the circuit."""
-        return self.is_kept.nonzero()[:, 0]
-
-    @property
-    def held(self) -> Float[Tensor, " node"]:
-        """The means of the nodes outside the circuit, and 0 for those in it."""
-        return self.means.masked_fill(self.is_kept, 0.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A weight matrix and its bias as they act under the circuit, with edges cut."""
-
-    weight: Float[Tensor, "source target"]
-    bias: Float[Tensor, " target"]
-
-    def from_kept(self, sources: Location) -> "Matrix":
-        """The same for the kept sources alone; the bias has what the held ones contribute."""
-        bias = self.bias + sources.held @ self.weight
-        return Matrix(self.weight[sources.is_kept], bias)
+from tl_sparse.programs.varying import normalized_positions, varying_channels
 
 
 class Folding:
@@ -242,23 +207,45 @@ class Folding:
 
     def _output_rows(
         self, layer: int
-    ) -> tuple[Float[Tensor, "head channel d_model"], Float[Tensor, " d_model"]]:
+    ) -> tuple[Float[Tensor, "head channel d_model"], Float[Tensor, "*n_ctx d_model"]]:
         """What each kept channel of z writes, and the sum of each head's pattern; and the bias.
 
         A value channel outside the circuit is a constant, so its z is its mean times the sum of the
         pattern. That is 1 without a sink, and belongs to the bias. With a sink it varies, and has
-        the last row of each head.
+        the last row of each head; if no query, key or value of the head is kept, it depends on the
+        position alone, and belongs to a bias by position.
         """
         attn = self._block(layer).attn
         by_head = (self._cfg.n_heads, self._cfg.d_head)
         value = self.block_location(layer, "attn_v")
         matrix = matrix_of(attn.times_O, attn.b_O)
         kept_rows = matrix.weight.masked_fill(~value.is_kept[:, None], 0.0).unflatten(0, by_head)
-        held = (value.held[:, None] * matrix.weight).unflatten(0, by_head).sum(1, keepdim=True)
+        held = (value.held[:, None] * matrix.weight).unflatten(0, by_head).sum(1)
         if attn.sink is None:
-            bias = matrix.bias + held.sum((0, 1))
-            return torch.cat([kept_rows, torch.zeros_like(held)], dim=1), bias
-        return torch.cat([kept_rows, held], dim=1), matrix.bias
+            rows = torch.cat([kept_rows, torch.zeros_like(held)[:, None]], dim=1)
+            return rows, matrix.bias + held.sum(0)
+        is_constant = torch.ones(self._cfg.n_heads, dtype=torch.bool)
+        for name in ("attn_q", "attn_k", "attn_v"):
+            is_kept = self.block_location(layer, name).is_kept.unflatten(0, by_head)
+            is_constant &= ~is_kept.any(1)
+        bias = matrix.bias
+        if bool(held[is_constant].any()):
+            bias = bias + self._constant_shares(layer)[:, is_constant] @ held[is_constant]
+        held = held.masked_fill(is_constant[:, None], 0.0)
+        return torch.cat([kept_rows, held[:, None]], dim=1), bias
+
+    def _constant_shares(self, layer: int) -> Float[Tensor, "n_ctx head"]:
+        """The sum of each head's pattern by position, with its queries and keys at their means.
+
+        With equal scores s at n positions, it is n · e^s / (n · e^s + e^sink).
+        """
+        attn = self._block(layer).attn
+        query = self.block_location(layer, "attn_q").means
+        key = self.block_location(layer, "attn_k").means
+        by_head = (self._cfg.n_heads, self._cfg.d_head)
+        scores = (query * key).unflatten(0, by_head).sum(1) * attn.scale
+        n_positions = torch.arange(1, self._cfg.n_ctx + 1).double()
+        return torch.sigmoid(scores + n_positions.log()[:, None] - precise(attn.sink))
 
     def _heads(
         self,
@@ -288,7 +275,7 @@ class Folding:
             sink,
         )
 
-    def _nodes_of_heads(self, layer: int, name: str, heads: Int[Tensor, " used"]) -> "HeadNodes":
+    def _nodes_of_heads(self, layer: int, name: str, heads: Int[Tensor, " used"]) -> HeadNodes:
         location = self.block_location(layer, name)
         by_head = (self._cfg.n_heads, self._cfg.d_head)
         is_kept = location.is_kept.unflatten(0, by_head)[heads]
@@ -299,8 +286,8 @@ class Folding:
         layer: int,
         name: str,
         heads: Int[Tensor, " used"],
-        wanted: "HeadNodes",
-        nodes: "HeadNodes",
+        wanted: HeadNodes,
+        nodes: HeadNodes,
     ) -> ByHead:
         """Queries, keys or values.
 
@@ -349,95 +336,3 @@ class Folding:
         if self._cfg.bigram_table:
             bigram = precise(network.bigram.W_bigram)[:, tokens]
         return Logits(self._norm_scale(), table, weight[self.varying], bias, bigram)
-
-
-@dataclass(frozen=True, eq=False)
-class HeadNodes:
-    """Query, key or value channels of some heads.
-
-    Attributes:
-        is_kept: which are kept.
-        held: the values of the others, and 0 for kept ones.
-    """
-
-    is_kept: Bool[Tensor, "head channel"]
-    held: Float[Tensor, "head channel"]
-
-    def columns(self, chosen: Bool[Tensor, " channel"]) -> "HeadNodes":
-        """These channels alone."""
-        return HeadNodes(self.is_kept[:, chosen], self.held[:, chosen])
-
-    def and_one(self, constant: Float[Tensor, "head 1"]) -> "HeadNodes":
-        """The same with one more channel, a constant."""
-        is_kept = torch.cat([self.is_kept, torch.zeros_like(constant, dtype=torch.bool)], dim=1)
-        return HeadNodes(is_kept, torch.cat([self.held, constant], dim=1))
-
-
-def precise(values: Tensor) -> Tensor:
-    """Weights or means in float64 on the CPU."""
-    # Copied, so that a compiled circuit does not change with the model.
-    return values.detach().to("cpu", torch.float64, copy=True)
-
-
-def matrix_of(times: Product, bias: Tensor) -> Matrix:
-    """The matrix of a product, and its bias, with edges cut where the circuit cuts them."""
-    weight, with_cuts = times.matrix_and_bias(bias)
-    return Matrix(precise(weight), precise(with_cuts))
-
-
-def normalized_positions(network: SparseTransformer, norm: Any) -> Float[Tensor, "n_ctx d_pos"]:
-    """By position, the positional channels as a block reads them after this norm."""
-    cfg = network.cfg
-    positions = precise(network.pos_embed.W_pos)
-    if cfg.normalization == "layer":
-        positions = positions - positions.mean(-1, keepdim=True)
-    scale = (positions.square().mean(-1, keepdim=True) + cfg.eps).sqrt()
-    return positions / scale * precise(norm.w_pos) + precise(norm.b_pos)
-
-
-def varying_channels(
-    circuit: Circuit, network: SparseTransformer, tokens: Int[Tensor, " logit"] | None
-) -> Int[Tensor, " varying"]:
-    """The channels of the residual stream that a compiled circuit computes.
-
-    They are those to which the circuit writes, and all of them where the others are not a function
-    of the present token, or where the magnitudes of what is read do not have the same order
-    whatever the norm divides by:
-
-    - LayerNorm subtracts a mean of all channels;
-    - added positions make the others depend on the position;
-    - AbsTopK on the stream itself makes them depend on the circuit's writes;
-    - equal magnitudes of positional channels: which of them AbsTopK then keeps depends on their
-      places among all channels.
-
-    They are all of them too if there are more logits than channels, since a table by token would
-    then be larger than the unembedding.
-    """
-    cfg = network.cfg
-    everything = torch.arange(cfg.d_model)
-    if tokens is None or len(tokens) > cfg.d_model:
-        return everything
-    has_topk = any(location.startswith("resid") for location in cfg.abs_topk)
-    if cfg.normalization == "layer" or cfg.positions == "added" or has_topk:
-        return everything
-    if cfg.positions == "concatenated" and _has_ties(network):
-        return everything
-    is_written = torch.zeros(cfg.d_model, dtype=torch.bool)
-    for layer in range(cfg.n_layers):
-        for location in ("attn_out", "mlp_out"):
-            hook_name = circuit.hooks.get((layer, location))
-            if hook_name is None:  # the circuit says nothing of this location, so all nodes run
-                return everything
-            is_written |= circuit.kept[hook_name].cpu()
-    return is_written.nonzero()[:, 0]
-
-
-def _has_ties(network: SparseTransformer) -> bool:
-    """Whether two positional channels are equally large somewhere, and not zero."""
-    block: Any
-    for block in network.blocks:
-        for norm in (block.ln1, block.ln2):
-            ordered = normalized_positions(network, norm).abs().sort(-1).values
-            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any()):
-                return True
-    return False
