@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tl_sparse.network import Tokens, select_position
 from tl_sparse.programs.channels import Channels
 from tl_sparse.programs.stream import Positioned, Read, Write, buffer
+from tl_sparse.programs.token_read import TokenRead
 
 
 class ByHead(nn.Module):
@@ -53,7 +54,7 @@ class Heads(nn.Module):
 
     def __init__(
         self,
-        read: Read,
+        read: Read | TokenRead,
         query: ByHead,
         key: ByHead,
         value: ByHead,
@@ -124,7 +125,7 @@ class MLP(nn.Module):
         out: the kept writes.
     """
 
-    def __init__(self, read: Read, neurons: Channels, out: Channels) -> None:
+    def __init__(self, read: Read | TokenRead, neurons: Channels, out: Channels) -> None:
         super().__init__()
         self.read = read
         self.neurons = neurons

@@ -14,6 +14,7 @@ from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels
 from tl_sparse.programs.storage import read_program, write_program
 from tl_sparse.programs.stream import Logits, NormScale, Positioned, Read, Write, buffer
+from tl_sparse.programs.token_read import TokenRead
 
 
 class CompiledCircuit(nn.Module):
@@ -149,6 +150,7 @@ _PARTS = (
     MLP,
     NormScale,
     Read,
+    TokenRead,
     Write,
 )
 

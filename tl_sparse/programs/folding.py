@@ -17,6 +17,7 @@ from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels, fold_channels, smaller_contest
 from tl_sparse.programs.nodes_held import HeadNodes, Location, Matrix, matrix_of, precise
 from tl_sparse.programs.stream import Logits, NormScale, Read, Write
+from tl_sparse.programs.token_read import TokenRead, fold_token_read
 from tl_sparse.programs.varying import normalized_positions, varying_channels
 
 
@@ -43,6 +44,8 @@ class Folding:
         embed = self.location(0, "embed_out", self._cfg.d_model)
         self.table = torch.where(embed.is_kept, embedding, embed.means)
         self.varying = varying_channels(circuit, network, tokens)
+        # Whether the stream is still a function of the token: none of its channels varies yet.
+        self._is_of_token = len(self.varying) < self._cfg.d_model
 
     @property
     def _is_varying(self) -> Bool[Tensor, " d_model"]:
@@ -85,13 +88,17 @@ class Folding:
         """By token, the stream in the channels that do not vary."""
         return self.table[:, ~self._is_varying]
 
-    def read(self, layer: int, name: str) -> Read:
+    def read(self, layer: int, name: str) -> Read | TokenRead:
         """The kept channels of what attention (`attn_in`) or the MLP (`mlp_in`) reads now."""
         cfg = self._cfg
         block = self._block(layer)
         norm = block.ln1 if name == "attn_in" else block.ln2
         weight = precise(norm.w)
         location = self.block_location(layer, name)
+        if self._is_of_token:
+            squares = self.table.square().mean(-1, keepdim=True)
+            stream = self.table / (squares + cfg.eps).sqrt() * weight
+            return fold_token_read(stream, self._positions(norm), location.is_kept, cfg.topk(name))
         is_own = location.is_kept[: cfg.d_model] & ~self._is_varying
         table, k = self._read_table(name, weight, is_own)
         # Where each channel of the read is among those that are computed.
@@ -143,6 +150,7 @@ class Folding:
         """
         cfg = self._cfg
         location = self.block_location(layer, name)
+        self._is_of_token &= not bool(location.is_kept.any())
         self.table = self.table + location.held
         if cfg.resid_relu:
             self.table = F.relu(self.table)
