@@ -39,6 +39,8 @@ from tl_sparse.errors import (
 from tl_sparse.hooks import mean_activations
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.programs import CompiledCircuit
+from tl_sparse.programs.stream import Read
+from tl_sparse.programs.token_read import TokenRead
 
 
 def under_circuit(circuit, model, tokens):
@@ -183,6 +185,36 @@ def test_the_micro_circuit_is_a_few_numbers():
     assert compiled.n_bytes < sum(p.nbytes for p in model.parameters())
 
 
+def test_what_depends_on_one_token_or_on_the_position_is_a_table():
+    """Before the first kept write, reads are tables; so are heads without kept q, k and v."""
+    config = full_config(
+        normalization="rms",
+        norm_bias=False,
+        resid_relu=False,
+        abs_topk=paper_topk(0.4),
+    )
+    model = tiny_model(config, dtype=torch.float64)
+    circuit = random_circuit(model, 0.0)
+    for name, indices in {
+        "blocks.0.ln1.hook_read": [0, 3, 7],
+        "blocks.0.attn.hook_q": [5],
+        "blocks.0.attn.hook_v": [6],
+        "blocks.0.hook_attn_out": [2, 4],
+        "blocks.1.ln2.hook_read": [2, 5, 9],
+        "blocks.1.mlp.hook_post": [1, 2, 3],
+        "blocks.1.hook_mlp_out": [0],
+    }.items():
+        circuit.kept[name].view(-1)[indices] = True
+    compiled = circuit.compile(model, [0, 1])
+    attention = compiled.blocks[0].attention
+    assert isinstance(attention.heads.read, TokenRead)
+    assert len(attention.heads.sink) == 1  # of three heads, the one with kept channels
+    assert attention.out.bias.shape[0] == model.cfg.n_ctx
+    assert isinstance(compiled.blocks[1].mlp.read, Read)
+    assert compiled.start.shape == (model.cfg.d_vocab, 3)
+    assert_same_logits(circuit, model)
+
+
 def test_it_runs_without_the_model():
     model = tiny_model(full_config(), dtype=torch.float64)
     circuit = random_circuit(model)
@@ -268,6 +300,9 @@ def test_damaged_files(tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=message):
             loads_with(**change)
+    scale = {"part": "NormScale", "arguments": {"d_model": 6, "eps": 0.1, "centered": False}}
+    with pytest.raises(CheckpointError, match="a part of a compiled circuit"):
+        loads_with(program=scale)
     del tensors["start"]
     with pytest.raises(CheckpointError, match="start"):
         loads_with()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tl_sparse.arguments import checked
 from tl_sparse.arrays import as_integers, as_tokens, check_vocabulary
-from tl_sparse.errors import DataError
+from tl_sparse.errors import CheckpointError, DataError
 from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels
 from tl_sparse.programs.storage import read_program, write_program
@@ -130,7 +130,8 @@ class CompiledCircuit(nn.Module):
             CheckpointError: if a file is missing, damaged, or has another format or version.
         """
         program = read_program(Path(folder), _PARTS)
-        assert isinstance(program, cls)
+        if not isinstance(program, cls):
+            raise CheckpointError(f"{folder}: program.json describes a part of a compiled circuit")
         return program
 
     def extra_repr(self) -> str:
