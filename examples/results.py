@@ -72,6 +72,7 @@ class Plan:
         models: the models.
         seeds: the seeds of searches.
         workers: the number of processes.
+        only_tables: whether nothing is searched, and tables have only the circuits that are there.
     """
 
     out: Path
@@ -80,6 +81,7 @@ class Plan:
     models: list[str]
     seeds: list[int]
     workers: int
+    only_tables: bool
 
     def folder(self, kind: str, model: str, task: str) -> Path:
         """The folder of one model and task, which may also be given as a folder and a file."""
@@ -148,16 +150,29 @@ def compare_searches(
     plan: Plan, searches: Mapping[str, PruneConfig], name: str, title: str
 ) -> None:
     """Run suites that differ in their search, and write their tables task by task."""
-    done: list[str] = []
-    for task in plan.tasks or list(TASKS):
-        done.append(task)
+    tasks = plan.tasks or list(TASKS)
+    steps = [tasks] if plan.only_tables else [tasks[: i + 1] for i in range(len(tasks))]
+    for until_now in steps:
         results = {}
         for search, config in searches.items():
             folder = plan.work / name / search.replace(" ", "-")
-            results[search] = run_suite(
-                plan.models, done, folder, plan.seeds, config, workers=plan.workers
-            )
+            of_search = until_now
+            if plan.only_tables:
+                of_search = [task for task in until_now if is_finished(plan, folder, task)]
+            if of_search:
+                results[search] = run_suite(
+                    plan.models, of_search, folder, plan.seeds, config, workers=plan.workers
+                )
         write_result(plan, f"{name}.md", searches_text(title, results, plan.models))
+
+
+def is_finished(plan: Plan, suite: Path, task: str) -> bool:
+    """Whether a suite has the circuits of a task in all models and with all seeds."""
+    for model in plan.models:
+        for seed in plan.seeds:
+            if not (suite / Path(model).name / Path(task).stem / str(seed)).exists():
+                return False
+    return True
 
 
 def searches_text(
@@ -171,34 +186,59 @@ def searches_text(
 
 
 def edges_side_by_side(results: Mapping[str, Mapping[str, Any]], models: Iterable[str]) -> str:
-    """Edges after the pruning of nodes, for each task, model and search; medians over seeds.
+    """Edges after the pruning of nodes and (of edges), by task, model and search: medians.
 
     The last row has geometric means over the tasks that have a circuit in every column.
     """
-    columns = [(model, search) for model in models for search in results]
-    edges = {column: median_edges(results[column[1]], Path(column[0]).name) for column in columns}
-    solved = set.intersection(*({*of_column} for of_column in edges.values()))
-    tasks = sorted(set.union(*({*of_column} for of_column in edges.values())))
+    columns = []
+    for model in models:
+        for search, of_search in results.items():
+            name = Path(model).name
+            columns.append(Column(f"{name}, {search}", of_search["models"][name]))
+    tasks: list[str] = []
+    for column in columns:
+        tasks += [task for task in column.entries if task not in tasks]
+    tasks = [task for task in tasks if any(column.edges(task) is not None for column in columns)]
+    solved = [task for task in tasks if all(column.edges(task) is not None for column in columns)]
     rows = []
     for task in tasks:
-        cells = [edges[column].get(task) for column in columns]
-        rows.append([task, *("–" if cell is None else f"{cell:,.0f}" for cell in cells)])
+        rows.append([task, *(column.cell(task) for column in columns)])
     if solved:
-        means = [
-            geometric_mean(max(1, edges[column][task]) for task in solved) for column in columns
-        ]
-        rows.append([f"geometric mean of {len(solved)}", *(f"{mean:,.1f}" for mean in means)])
-    header = ["edges", *(f"{Path(model).name}, {search}" for model, search in columns)]
+        means = []
+        for column in columns:
+            # A task that needs no circuit counts as one edge, as in the tables of suites.
+            edges = [max(1.0, column.edges(task) or 0) for task in solved]
+            means.append(f"{geometric_mean(edges):,.1f}")
+        rows.append([f"geometric mean of {len(solved)}", *means])
+    header = ["edges (after the pruning of edges)", *(column.title for column in columns)]
     return markdown_table(header, rows)
 
 
-def median_edges(results: Mapping[str, Any], model: str) -> dict[str, float]:
-    """Task → the median number of edges over seeds, of the tasks that have a circuit."""
-    found = {}
-    for task, entry in results["models"][model].items():
-        if entry["node_pruned"]:
-            found[task] = entry["node_pruned"]["edges"]["median"]
-    return found
+@dataclass(frozen=True)
+class Column:
+    """The circuits of one model and search.
+
+    Attributes:
+        title: the model and the search.
+        entries: task → its entry in results.json.
+    """
+
+    title: str
+    entries: Mapping[str, Any]
+
+    def edges(self, task: str, kind: str = "node_pruned") -> float | None:
+        """The median number of edges over seeds; None if there is no circuit."""
+        entry = self.entries.get(task)
+        if entry is None or not entry[kind]:
+            return None
+        median: float = entry[kind]["edges"]["median"]
+        return median
+
+    def cell(self, task: str) -> str:
+        edges, fewer = self.edges(task), self.edges(task, "edge_pruned")
+        if edges is None:
+            return "–"
+        return f"{edges:,.0f}" if fewer is None else f"{edges:,.0f} ({fewer:,.0f})"
 
 
 # --- circuits of all sizes under adversaries
@@ -396,11 +436,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "results-work")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "examples" / "results")
+    parser.add_argument(
+        "--only-tables", action="store_true", help="search nothing: tables of the circuits found"
+    )
     args = parser.parse_args()
     if unknown := {*args.names} - {*RESULTS}:
         parser.error(f"there is no {', '.join(sorted(unknown))}; it is one of {all_names}")
     args.out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(args.out, args.work, args.tasks, args.models, args.seeds, args.workers)
+    plan = Plan(
+        args.out,
+        args.work,
+        args.tasks,
+        args.models,
+        args.seeds,
+        args.workers,
+        args.only_tables,
+    )
     for name in args.names or RESULTS:
         RESULTS[name](plan)
 
