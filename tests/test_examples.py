@@ -165,6 +165,7 @@ def results_of_micro(tmp_path):
 
 
 @once
+@pytest.mark.slow
 def test_results_say_what_was_found_and_by_what(results_of_micro, tmp_path):
     texts = results_of_micro("circuits", "sizes")
     assert list(texts) == ["circuits.md", "sizes.md"] or list(texts) == ["sizes.md", "circuits.md"]
