@@ -94,7 +94,9 @@ def test_a_test_of_a_circuit_meets_subsets_that_it_has_not_seen():
     assert len(criterion.subsets) == 2
     assert criterion.hardest is harmful
     assert not criterion.passes(cheat, data)
-    assert not Criterion(model, CONFIG, [], others).passes(cheat, data)
+    criterion = Criterion(model, CONFIG, [], others)
+    assert criterion.passes(cheat, data, n_others=0)
+    assert not criterion.passes(cheat, data)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])

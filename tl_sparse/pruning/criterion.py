@@ -83,14 +83,17 @@ class Criterion:
         without = holding_nodes(circuit, self.model, self.config.ablation, inverted=True)
         return score(self.model, data, self.config.batch_size, without).accuracy
 
-    def passes(self, circuit: Circuit, data: TaskData) -> bool:
+    def passes(self, circuit: Circuit, data: TaskData, n_others: int | None = None) -> bool:
         """Whether the circuit is sufficient and necessary on these pairs.
 
-        As many other subsets as the search has are tried too.
+        Args:
+            n_others: the number of other subsets that are tried too, by default as many as the
+                search has. With 0, the answer is the same each time.
         """
         if not self._passes(circuit, data, len(self.subsets)):
             return False
-        return self._withstands_others(circuit, data, self.config.subsets)
+        n_others = self.config.subsets if n_others is None else n_others
+        return self._withstands_others(circuit, data, n_others)
 
     def passes_quickly(self, circuit: Circuit, data: TaskData) -> bool:
         """The same in less time: only some of the subsets are tried, and a circuit that clearly

@@ -308,7 +308,7 @@ def prune_edges(
     with torch.inference_mode(False), frozen(model), shared_reads(model):
         selection = ready_for(config.objective, model, selection, config.batch_size)
         criterion = Criterion.of_config(circuit, model, config)
-        if not criterion.passes(circuit, selection):
+        if not criterion.passes(circuit, selection, n_others=0):
             raise PruneError(
                 "before any edge is cut, the circuit misses the target loss "
                 f"{config.target_loss}, or the accuracy of the model without it exceeds "
