@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import counted
+from tl_sparse.hooks import NodeMasks
 from tl_sparse.pruning.criterion import Criterion, few_of
 from tl_sparse.pruning.gates import gated_loss
 from tl_sparse.pruning.phases import phase
@@ -71,8 +72,8 @@ class _Exchanges:
         tried: the gates of nodes outside that have been tried.
         rises: gate of the circuit → the loss without its node, less the loss with it; lowest first.
         loss: the loss on a few pairs before the exchange that is being tried.
-
-    Of a robust circuit, losses are those under the subset that made one fail most recently.
+        left: the nodes outside that are left as they are when losses are measured: of a robust
+            circuit, the subset that made one fail most recently when the effects were measured.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class _Exchanges:
         self.tried = torch.zeros_like(self.kept)
         self.rises: dict[int, float] = {}
         self.loss = torch.inf
+        self.left: NodeMasks | None = None
 
     @property
     def n_tried(self) -> int:
@@ -104,6 +106,7 @@ class _Exchanges:
 
         An exchange changes what all other nodes do, so their effects are then estimated again.
         """
+        self.left = self.criterion.hardest
         slopes = self._slopes()
         self._measure_rises(slopes)
         for added in self._outside(slopes)[:n_most]:
@@ -119,8 +122,8 @@ class _Exchanges:
         pairs = few_of(self.data.train)
         openings = self.kept.to(self.ranking.gates.tau).requires_grad_()
         left = None
-        if self.criterion.hardest is not None:
-            left = self.ranking.gates.of_nodes(self.criterion.hardest).to(openings)
+        if self.left is not None:
+            left = self.ranking.gates.of_nodes(self.left).to(openings)
         loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings, left)
         (slopes,) = torch.autograd.grad(loss, openings)
         return slopes
@@ -175,7 +178,7 @@ class _Exchanges:
 
     def _loss(self, kept: Bool[Tensor, " gate"]) -> float:
         circuit = self.ranking.with_gates(self.circuit, kept)
-        return self.criterion.loss(circuit, self.few, self.criterion.hardest)
+        return self.criterion.loss(circuit, self.few, self.left)
 
 
 def _pairs_within(rises: dict[int, float], room: float) -> Iterator[list[int]]:

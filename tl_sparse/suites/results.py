@@ -206,7 +206,7 @@ def _without_edges(results: SuiteResults) -> list[str]:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown, in which names may contain any character."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(map(_table_line, lines))
 
