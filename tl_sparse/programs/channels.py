@@ -86,38 +86,39 @@ class Channels(nn.Module):
         if self.k is None:
             return kept
         sizes = kept.abs()
-        is_large = sizes > self._always_kept_above(rivals)
-        is_open = ~is_large & (sizes >= self._never_kept_below(rivals)) & (sizes > 0)
+        is_large = sizes > self._always_kept_above(rivals, self.k)
+        is_open = ~is_large & (sizes >= _never_kept_below(rivals, self.k)) & (sizes > 0)
         kept = kept * is_large
         is_open = is_open.any(-1)
         if bool(is_open.any()):
             bias = bias.expand(*is_open.shape, -1)[is_open]
             rivals = rivals.expand(*is_open.shape, -1)[is_open]
-            kept[is_open] = self._contest(x[is_open], bias, rivals)
+            kept[is_open] = self._contest(x[is_open], bias, rivals, self.k)
         return kept
 
-    def _always_kept_above(self, rivals: Tensor) -> Tensor | float:
+    def _always_kept_above(self, rivals: Tensor, k: int) -> Tensor | float:
         n_columns = self.weight.shape[1]
-        if self.k != n_columns or rivals.shape[-1] == 0:
+        if k != n_columns or rivals.shape[-1] == 0:
             return math.inf
         return rivals[..., :1]
-
-    def _never_kept_below(self, rivals: Tensor) -> Tensor | float:
-        if self.k is None or rivals.shape[-1] < self.k:
-            return 0.0
-        return rivals[..., self.k - 1 : self.k]
 
     def _contest(
         self,
         x: Float[Tensor, "row source"],
         bias: Float[Tensor, "row channel"],
         rivals: Float[Tensor, "row rival"],
+        k: int,
     ) -> Float[Tensor, "row kept"]:
         """The kept channels after AbsTopK among all that competes."""
-        assert self.k is not None
         values = activated(x @ self.weight + bias, self.act_fn)
         competing = torch.cat([values, rivals], dim=-1)
-        return abs_topk(competing, self.k, inplace=True)[..., : self.n_kept]
+        return abs_topk(competing, k, inplace=True)[..., : self.n_kept]
+
+
+def _never_kept_below(rivals: Tensor, k: int) -> Tensor | float:
+    if rivals.shape[-1] < k:
+        return 0.0
+    return rivals[..., k - 1 : k]
 
 
 def activated(x: Float[Tensor, "*shape"], act_fn: str | None) -> Float[Tensor, "*shape"]:

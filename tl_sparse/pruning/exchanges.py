@@ -140,11 +140,12 @@ class _Exchanges:
         Gates whose nodes are always used are left out, and so are those of a large circuit whose
         nodes matter most to first order.
         """
-        can_be_removed = self.kept & ~self.ranking.fixed.included
-        flattest_first = slopes.argsort(descending=True)
-        gates = flattest_first[can_be_removed[flattest_first]][:_MOST_MEASURED].tolist()
         if self.rises:
             gates = list(self.rises)[:_MEASURED_AGAIN]
+        else:
+            can_be_removed = self.kept & ~self.ranking.fixed.included
+            flattest_first = slopes.argsort(descending=True)
+            gates = flattest_first[can_be_removed[flattest_first]][:_MOST_MEASURED].tolist()
         self.loss = self._loss(self.kept)
         for gate in gates:
             self.rises[gate] = self._loss(self._changed(removed=[gate])) - self.loss
