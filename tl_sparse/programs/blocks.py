@@ -1,5 +1,7 @@
 """A block of a compiled circuit: attention, then an MLP, each with the circuit's nodes alone."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ class Heads(nn.Module):
         query, key, value: the channels of each head.
         scale: the factor of the scores.
         sink: the logit of each head's sink; None without sinks.
+        indices: the numbers of the heads in their block.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Heads(nn.Module):
         value: ByHead,
         scale: float,
         sink: Float[Tensor, " head"] | None,
+        indices: Sequence[int],
     ) -> None:
         super().__init__()
         self.read = read
@@ -68,6 +72,7 @@ class Heads(nn.Module):
         self.value = value
         self.scale = scale
         self.sink = buffer(sink)
+        self.indices = list(indices)
 
     def forward(
         self, at: Positioned, last: Int[Tensor, " batch"] | None

@@ -1,6 +1,7 @@
 """The kept channels at one location of a block, as a function of the values that lead to them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,9 @@ class Channels(nn.Module):
         bias: their biases, with all that constant sources contribute: `[channel]`, or
             `[n_ctx, channel]` if that depends on the position.
         rivals: constants that compete, the largest first: `[rival]` or `[n_ctx, rival]`.
-        n_kept: the number of kept channels, which come first.
         k: the number of entries that AbsTopK keeps; None without AbsTopK.
         act_fn: the nonlinearity, "gelu" or "relu"; None without one.
+        nodes: the names of the kept channels.
     """
 
     def __init__(
@@ -54,17 +55,22 @@ class Channels(nn.Module):
         weight: Float[Tensor, "source channel"],
         bias: Float[Tensor, "*n_ctx channel"],
         rivals: Float[Tensor, "*n_ctx rival"],
-        n_kept: int,
         k: int | None,
         act_fn: str | None,
+        nodes: Sequence[str],
     ) -> None:
         super().__init__()
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias)
         self.rivals = nn.Buffer(rivals)
-        self.n_kept = n_kept
         self.k = k
         self.act_fn = act_fn
+        self.nodes = list(nodes)
+
+    @property
+    def n_kept(self) -> int:
+        """The number of kept channels, which come first."""
+        return len(self.nodes)
 
     def forward(
         self, x: Float[Tensor, "batch pos source"], positions: Tokens
@@ -133,7 +139,8 @@ def fold_channels(
     bias: Float[Tensor, "*n_ctx channel"],
     is_kept: Bool[Tensor, " channel"],
     k: int | None,
-    act_fn: str | None = None,
+    act_fn: str | None,
+    nodes: Sequence[str],
 ) -> Channels:
     """The kept ones of all channels at a location.
 
@@ -142,12 +149,12 @@ def fold_channels(
         bias: the biases of all channels, with all that constant sources contribute.
         is_kept: which channels are in the circuit.
         k: the number of channels that AbsTopK keeps; None without AbsTopK.
-        act_fn: the nonlinearity before AbsTopK.
+        act_fn: the nonlinearity before AbsTopK; None without one.
+        nodes: the names of the channels that are in the circuit.
     """
-    n_kept = int(is_kept.sum())
-    if k is None or n_kept == 0:
+    if k is None or len(nodes) == 0:
         none = bias[..., :0]
-        return Channels(weight[:, is_kept], bias[..., is_kept], none, n_kept, None, act_fn)
+        return Channels(weight[:, is_kept], bias[..., is_kept], none, None, act_fn, nodes)
     varies = weight.ne(0).any(0)
     competes = varies & ~is_kept
     is_constant = ~varies & ~is_kept
@@ -155,4 +162,4 @@ def fold_channels(
     constants = activated(bias[..., is_constant], act_fn).abs().sort(descending=True).values
     n_always_kept, k_among = smaller_contest(k, len(columns))
     rivals = constants[..., n_always_kept:k].contiguous()
-    return Channels(weight[:, columns], bias[..., columns], rivals, n_kept, k_among, act_fn)
+    return Channels(weight[:, columns], bias[..., columns], rivals, k_among, act_fn, nodes)

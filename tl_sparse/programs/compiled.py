@@ -24,7 +24,8 @@ class CompiledCircuit(nn.Module):
     other devices and dtypes.
 
     Attributes:
-        start: by token, the varying channels of the stream as the token starts it.
+        varying: the channels of the residual stream that are computed; see `varying_channels`.
+        start: by token, these channels as the token starts them.
         added: by position, what positions add to them; None if positions are not added.
         blocks: the blocks.
         logits: the end of the network.
@@ -35,6 +36,7 @@ class CompiledCircuit(nn.Module):
 
     def __init__(
         self,
+        varying: Int[Tensor, " varying"],
         start: Float[Tensor, "d_vocab varying"],
         added: Float[Tensor, "n_ctx varying"] | None,
         blocks: nn.ModuleList,
@@ -45,6 +47,7 @@ class CompiledCircuit(nn.Module):
         model_name: str,
     ) -> None:
         super().__init__()
+        self.varying = nn.Buffer(varying)
         self.start = nn.Buffer(start)
         self.added = buffer(added)
         self.blocks = blocks

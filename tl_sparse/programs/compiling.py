@@ -47,6 +47,7 @@ def compile_circuit(
         start = folding.start()
         blocks = [folding.block(layer) for layer in range(network.cfg.n_layers)]
         compiled = CompiledCircuit(
+            varying=folding.varying,
             start=start,
             added=folding.added(),
             blocks=nn.ModuleList(blocks),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.circuits import Circuit
+from tl_sparse.circuits import Circuit, Node, NodeSizes
 from tl_sparse.network import SparseConfig, SparseTransformer
 from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels, fold_channels, smaller_contest
@@ -64,6 +64,14 @@ class Folding:
     def block_location(self, layer: int, name: str) -> Location:
         return self.location(layer, name, self._cfg.location_size(name))
 
+    def _names(self, layer: int, name: str, is_kept: Bool[Tensor, " node"]) -> list[str]:
+        """The names of the nodes at a location where the mask is true."""
+        sizes = NodeSizes(self._cfg.d_model, self._cfg.d_head)
+        names = []
+        for index in is_kept.nonzero()[:, 0].tolist():
+            names.append(str(Node(layer, name, index, sizes.shown_index(name, index))))
+        return names
+
     def _block(self, layer: int) -> Any:
         """The network's block, whose attributes have no types that are known to type checkers."""
         return self._network.blocks[layer]
@@ -98,7 +106,9 @@ class Folding:
         if self._is_of_token:
             squares = self.table.square().mean(-1, keepdim=True)
             stream = self.table / (squares + cfg.eps).sqrt() * weight
-            return fold_token_read(stream, self._positions(norm), location.is_kept, cfg.topk(name))
+            k = cfg.topk(name)
+            nodes = self._names(layer, name, location.is_kept)
+            return fold_token_read(stream, self._positions(norm), location.is_kept, k, nodes)
         is_own = location.is_kept[: cfg.d_model] & ~self._is_varying
         table, k = self._read_table(name, weight, is_own)
         # Where each channel of the read is among those that are computed.
@@ -116,6 +126,7 @@ class Folding:
             positions=self._positions(norm),
             k=k,
             chosen=place[location.kept],
+            nodes=self._names(layer, name, location.is_kept),
         )
 
     def _read_table(
@@ -183,7 +194,9 @@ class Folding:
     ) -> Channels:
         """The kept channels at a location that this matrix leads to."""
         is_kept = self.block_location(layer, name).is_kept
-        return fold_channels(matrix.weight, matrix.bias, is_kept, self._cfg.topk(name), act_fn)
+        nodes = self._names(layer, name, is_kept)
+        k = self._cfg.topk(name)
+        return fold_channels(matrix.weight, matrix.bias, is_kept, k, act_fn, nodes)
 
     def _mlp(self, layer: int) -> MLP | None:
         if not bool(self.block_location(layer, "mlp_out").is_kept.any()):
@@ -281,6 +294,7 @@ class Folding:
             ),
             attn.scale,
             sink,
+            heads.tolist(),
         )
 
     def _nodes_of_heads(self, layer: int, name: str, heads: Int[Tensor, " used"]) -> HeadNodes:
@@ -314,9 +328,10 @@ class Folding:
         matrix = matrix_of(times, bias.flatten()).from_kept(self.block_location(layer, "attn_in"))
         is_kept = torch.zeros(self._cfg.n_heads, self._cfg.d_head, dtype=torch.bool)
         is_kept[heads] = nodes.is_kept
-        channels = fold_channels(
-            matrix.weight, matrix.bias, is_kept.flatten(), self._cfg.topk(name)
-        )
+        of_all_heads = is_kept.flatten()
+        names = self._names(layer, name, of_all_heads)
+        k = self._cfg.topk(name)
+        channels = fold_channels(matrix.weight, matrix.bias, of_all_heads, k, None, names)
         # Kept channels come head by head, as `nonzero` finds their places.
         places = wanted.is_kept.nonzero()
         place = torch.zeros(len(places), *wanted.is_kept.shape).double()

@@ -104,7 +104,7 @@ class _PartReader:
         return make(**arguments)
 
     def _argument(self, value: Any, prefix: str) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             parts = [self.part(each, f"{prefix}{i}.") for i, each in enumerate(value)]
             return nn.ModuleList(parts)
         if isinstance(value, dict):

@@ -6,6 +6,7 @@ token, which is folded into what reads it. Where this cannot be exact, all chann
 stream; see `varying_channels`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,7 @@ class Read(nn.Module):
         positions: by position, the normalized positional channels; None without them.
         k: the number of entries that AbsTopK keeps among those that are left; None without AbsTopK.
         chosen: where the kept channels are among the table's, the varying and the positional ones.
+        nodes: the names of the kept channels.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Read(nn.Module):
         positions: Float[Tensor, "n_ctx d_pos"] | None,
         k: int | None,
         chosen: Int[Tensor, " kept"],
+        nodes: Sequence[str],
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -105,6 +108,7 @@ class Read(nn.Module):
         self.positions = buffer(positions)
         self.k = k
         self.chosen = nn.Buffer(chosen)
+        self.nodes = list(nodes)
 
     def forward(self, at: Positioned) -> Float[Tensor, "batch pos kept"]:
         centered = self.scale.center(at.stream)

@@ -1,6 +1,7 @@
 """What is read from the residual stream before any node of the circuit has written to it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class TokenRead(nn.Module):
         places: by position, the column of `by_token` for each of them: how many other positional
             channels are larger, r.
         by_token: by token, the (k - r)-th largest magnitude of a channel of the stream in column r.
+        nodes: the names of the kept channels.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TokenRead(nn.Module):
         positions: Float[Tensor, "n_ctx positional"] | None,
         places: Int[Tensor, "n_ctx positional"] | None,
         by_token: Float[Tensor, "d_vocab place"] | None,
+        nodes: Sequence[str],
     ) -> None:
         super().__init__()
         self.values = nn.Buffer(values)
@@ -49,6 +52,7 @@ class TokenRead(nn.Module):
         self.positions = buffer(positions)
         self.places = buffer(places)
         self.by_token = buffer(by_token)
+        self.nodes = list(nodes)
 
     def forward(self, at: Positioned) -> Float[Tensor, "batch pos kept"]:
         values = F.embedding(at.tokens, self.values)
@@ -80,6 +84,7 @@ def fold_token_read(
     positions: Float[Tensor, "n_ctx d_pos"] | None,
     is_kept: Bool[Tensor, " d_read"],
     k: int | None,
+    nodes: Sequence[str],
 ) -> TokenRead:
     """A read of the normalized stream by token, and of the normalized positions.
 
@@ -88,17 +93,18 @@ def fold_token_read(
         positions: by position, the positional channels after theirs; None without any.
         is_kept: which channels of both are in the circuit.
         k: the number of entries that AbsTopK keeps; None without AbsTopK.
+        nodes: the names of the kept channels.
     """
     d_model = stream.shape[1]
     in_stream = is_kept[:d_model].nonzero()[:, 0]
     if positions is None:
         read = stream if k is None else abs_topk(stream, k)
-        return TokenRead(read[:, in_stream], None, None, None, None, None)
+        return TokenRead(read[:, in_stream], None, None, None, None, None, nodes)
     in_positions = is_kept[d_model:].nonzero()[:, 0]
     values = stream[:, in_stream]
     positional = positions[:, in_positions]
     if k is None:
-        return TokenRead(values, None, None, positional, None, None)
+        return TokenRead(values, None, None, positional, None, None, nodes)
     d_pos = positions.shape[1]
     limits = k - ranks(stream)[:, in_stream]
     limits = limits.clamp(0, d_pos + 1)
@@ -111,6 +117,7 @@ def fold_token_read(
         positional,
         ranks(positions)[:, in_positions].int(),
         with_ends(stream)[:, limits_of_positions],
+        nodes,
     )
 
 
