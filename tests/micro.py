@@ -83,7 +83,7 @@ def micro_model(tokenizer=None):
     return model
 
 
-def wide_head_model(write_weights):
+def wide_head_model(write_weights, n_ctx=8):
     """The micro model with a value channel for each of these weights of W_O, all with W_V."""
     tokenizer = micro_tokenizer()
     config = tl_sparse.SparseConfig(
@@ -93,7 +93,7 @@ def wide_head_model(write_weights):
         d_head=len(write_weights),
         d_mlp=2,
         d_vocab=len(VOCABULARY),
-        n_ctx=8,
+        n_ctx=n_ctx,
         act_fn="relu",
     )
     model = tl_sparse.create(config, seed=0, tokenizer=tokenizer, device="cpu")
@@ -106,6 +106,23 @@ def wide_head_model(write_weights):
         block = model.blocks[0]
         block.attn.W_V[0, 0] = W_V
         block.attn.W_O[0, :, 2] = torch.tensor(write_weights)
+    return model
+
+
+#: By how much `diluting_model` prefers "no" where it sees neither letter.
+AGAINST_YES = 3.0
+
+
+def diluting_model(write_weights=(W_O,), n_ctx=40):
+    """The model with a bias against "yes", so that after A it is right in short prompts only.
+
+    Before the final norm divides it, logit(yes) - logit(no) is 2 W_U a - 3 after A, where a = 2 W_V
+    W_O / n and n is the number of tokens: 36 / n - 3, so that from 12 tokens on the answer is "no".
+    After B it is always "no".
+    """
+    model = wide_head_model(write_weights, n_ctx)
+    with torch.no_grad():
+        model.unembed.W_U[1, VOCABULARY["no"]] = AGAINST_YES
     return model
 
 

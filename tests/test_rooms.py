@@ -36,7 +36,7 @@ FLOORS = [
     ["training", "circuits"],
     ["evaluation"],
     ["programs"],
-    ["pruning"],
+    ["attacks", "pruning"],
     ["certificates"],
     ["view"],
     ["suites"],

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
+from tl_sparse.attacks.attacking import attack
 from tl_sparse.certificates import certifying
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.data.tokenizer import train_tokenizer
@@ -34,7 +35,17 @@ from tl_sparse.tasks.scores import Score
 
 pytestmark = pytest.mark.any_line
 
-ROOMS = ["hooks", "tasks", "circuits", "evaluation", "programs", "pruning", "certificates", "view"]
+ROOMS = [
+    "hooks",
+    "tasks",
+    "circuits",
+    "evaluation",
+    "programs",
+    "attacks",
+    "pruning",
+    "certificates",
+    "view",
+]
 WRONG = {
     "text": "no such thing",
     "empty text": "",
@@ -152,6 +163,10 @@ def right():
         "n_seeds": 0,
         "n_samples": 0,
         "n_draws": 1,
+        "attack": attack(circuit, model, MICRO_TASK, n_prompts=0, n_test=2, progress=False),
+        "n_prompts": 0,
+        "n_test": 2,
+        "n_statements": 2,
     }
 
 
@@ -172,6 +187,9 @@ OTHERWISE = {
     "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
     "held_out_contexts": {"task": "single_double_quote"},
+    "whole_pairs": {"task": "single_double_quote"},
+    "whole_statements": {"task": "single_double_quote"},
+    "context_tells_sides": {"task": "single_double_quote"},
     "nonsense_task": {
         "task": "single_double_quote",
         "tokenizer": train_tokenizer(["print('a')"], 262, required=[" in", ":"]),

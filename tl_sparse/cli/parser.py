@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import tl_sparse
 from tl_sparse.cli.arguments import Parser, help_formatter
+from tl_sparse.cli.attacking import add_attack
 from tl_sparse.cli.certifying import add_certify
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.demo import add_demo
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_evaluate(commands)
     add_certify(commands)
+    add_attack(commands)
     add_plot(commands)
     add_demo(commands)
     return parser

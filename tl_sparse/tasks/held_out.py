@@ -6,8 +6,8 @@ in one respect: the names, the length, the distractors, or the wording of the cu
 """
 
 import random
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -82,10 +82,37 @@ def _from_held_out_templates(name: str, kind: ContextKind, rng: random.Random) -
 
 def _filled_in(name: str, kind: ContextKind, rng: random.Random) -> str:
     """A pair of a task in a context of that kind, with its answers, both sides in one text."""
+    from_where = material(name, kind)
+    writer = Writer(rng, from_where.words)
+    return writer.pair_of(from_where.templates, from_where.context, from_where.n_lines)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the pairs of a built-in task are made of.
+
+    Attributes:
+        templates: the templates of the pair itself, on both sides.
+        context: those of the text before it.
+        n_lines: the number of templates of `context` that are drawn.
+        words: the names and words by kind.
+    """
+
+    templates: Sequence[str]
+    context: Sequence[str]
+    n_lines: int
+    words: Mapping[str, tuple[str, ...]]
+
+
+def material(name: str, kind: ContextKind | None) -> Material:
+    """The material of a built-in task in contexts of that kind, or in its usual ones."""
     entry = _held_out()["tasks"][name]
-    usual = PAIRS.get(name) or entry["usual"]
-    material = usual | entry[kind]
-    words = _other_words() if kind == "names" else WORDS
-    templates = material["templates"]
-    context = material.get("context", templates)
-    return Writer(rng, words).pair_of(templates, context, material.get("lines", 3))
+    found = PAIRS.get(name) or entry["usual"]
+    if kind is not None:
+        found = found | entry[kind]
+    return Material(
+        templates=found["templates"],
+        context=found.get("context", found["templates"]),
+        n_lines=found.get("lines", 3),
+        words=_other_words() if kind == "names" else WORDS,
+    )

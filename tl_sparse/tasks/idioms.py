@@ -195,11 +195,20 @@ class Writer:
             n_lines: the number of lines of context, which is odd.
         """
         both = (0, 1) * (n_lines // 2)
-        text = ""
-        for side in self.rng.sample((*both, self.rng.randrange(2)), n_lines):
-            context = self.fill(self.rng.choice(context_templates))
-            text += both_sides(context)[side] + "\n"
-        return text + self.fill(self.rng.choice(templates)) + "\n"
+        sides = self.rng.sample((*both, self.rng.randrange(2)), n_lines)
+        return self.pair_after(sides, templates, context_templates)
+
+    def pair_after(
+        self, sides: Sequence[int], templates: Sequence[str], context_templates: Sequence[str]
+    ) -> str:
+        """A line of context that shows each of `sides`, 0 or 1, and then one of `templates`."""
+        lines = [self.context_line(side, context_templates) for side in sides]
+        lines.append(self.fill(self.rng.choice(templates)))
+        return "\n".join(lines) + "\n"
+
+    def context_line(self, side: int, context_templates: Sequence[str]) -> str:
+        """One of these templates, filled in, as it is on this side of a pair."""
+        return both_sides(self.fill(self.rng.choice(context_templates)))[side]
 
     def document(self) -> str:
         """A whole file of about 5 to 40 lines."""
