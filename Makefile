@@ -77,7 +77,7 @@ types: $(TL4)/.tools  ## check types with mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
-SUBPACKAGES := hooks network tasks data faces checkpoints training circuits evaluation programs attacks pruning certificates view suites
+SUBPACKAGES := hooks network tasks data faces checkpoints training circuits evaluation programs attacks pruning explanations certificates view suites
 
 api: $(TL4)/.tools  ## write HTML pages of the docstrings to api/
 	@# pdoc shows the names in a module, and without EAGER_IMPORT these are imported only on first use.

@@ -37,6 +37,7 @@ FLOORS = [
     ["evaluation"],
     ["programs"],
     ["attacks", "pruning"],
+    ["explanations"],
     ["certificates"],
     ["view"],
     ["suites"],
@@ -45,8 +46,14 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 #: The pairs of rooms in which an object needs something above it, imported inside a method:
-#: `SparseModel.from_pretrained` and its like, `Circuit.compile`, `Circuit.view` and its like.
-UPWARDS = {("faces", "checkpoints"), ("circuits", "programs"), ("circuits", "view")}
+#: `SparseModel.from_pretrained` and its like, `Circuit.compile`, `Circuit.explain`, `Circuit.view`
+#: and its like.
+UPWARDS = {
+    ("faces", "checkpoints"),
+    ("circuits", "programs"),
+    ("circuits", "explanations"),
+    ("circuits", "view"),
+}
 
 
 @dataclass(frozen=True)

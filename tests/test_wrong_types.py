@@ -43,6 +43,7 @@ ROOMS = [
     "programs",
     "attacks",
     "pruning",
+    "explanations",
     "certificates",
     "view",
 ]
@@ -160,6 +161,8 @@ def right():
         "max_parts": 2,
         "n_candidates": 2,
         "certificate": micro_certificate(model, circuit),
+        "explanation": circuit.explain(model, MICRO_TASK, corpus=micro_corpus(), progress=False),
+        "own": {},
         "n_seeds": 0,
         "n_samples": 0,
         "n_draws": 1,
@@ -172,6 +175,7 @@ def right():
 
 #: Arguments of some functions that differ from those of the same name of others.
 OTHERWISE = {
+    "explain_circuit": {"names": {}},
     "compile_circuit": {"tokens": [1, 2]},
     "right_minus_wrong": {"logits": torch.zeros(4, 2)},
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},

@@ -25,9 +25,10 @@ from tl_sparse.circuits.storage import read_circuit, write_circuit
 from tl_sparse.errors import CircuitError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import NodeMasks, NodeValues, TLModel, ablating
-from tl_sparse.tasks import TaskPairs
+from tl_sparse.tasks import Task, TaskPairs
 
 if TYPE_CHECKING:
+    from tl_sparse.explanations import Explanation
     from tl_sparse.programs import CompiledCircuit
     from tl_sparse.view import Page
 
@@ -297,6 +298,29 @@ class Circuit(CircuitParts):
         from tl_sparse.programs import compile_circuit
 
         return compile_circuit(self, model, tokens, dtype)
+
+    def explain(
+        self,
+        model: TLModel,
+        task: Task | str | None = None,
+        *,
+        corpus: Int[Tensor, "seq pos"] | None = None,
+        own: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+        progress: bool = True,
+        seed: int = 0,
+    ) -> Explanation:
+        """An expression over the tokens for each node, found by search, and what it is worth.
+
+        For example: `print(circuit.explain(model))`. The arguments and errors are those of
+        `tl_sparse.explanations.explain_circuit`.
+        """
+        # Imported here for the same reason as in `card`.
+        from tl_sparse.explanations import explain_circuit
+
+        return explain_circuit(
+            self, model, task, corpus=corpus, own=own, names=names, progress=progress, seed=seed
+        )
 
     # Other circuits from this one
 

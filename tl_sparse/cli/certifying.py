@@ -73,7 +73,7 @@ def _run_certify(args: argparse.Namespace) -> None:
         circuit,
         model,
         args.task,
-        corpus=_corpus(model, source, args.corpus),
+        corpus=text_corpus(model, source, args.corpus),
         family=args.family,
         quick=args.quick,
         folder=folder,
@@ -103,7 +103,7 @@ def _folder(out: str | None, circuit: str) -> Path:
     return Path(circuit, CERTIFICATE_FOLDER)
 
 
-def _corpus(model: Any, source: str, corpus: str | None) -> Any:
+def text_corpus(model: Any, source: str, corpus: str | None) -> Any:
     """The tokens of the corpus; None if the model has no text and none was given."""
     from tl_sparse.checkpoints import corpus_of
 
@@ -112,4 +112,4 @@ def _corpus(model: Any, source: str, corpus: str | None) -> Any:
     except DataError:
         if corpus is not None:
             raise
-        return None  # the certificate says why a part of it is missing
+        return None  # what is made says why a part of it is missing

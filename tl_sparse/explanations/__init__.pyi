@@ -1,0 +1,13 @@
+from .explaining import explain_circuit as explain_circuit
+from .measures import EXPLAINED as EXPLAINED
+from .measures import Fit as Fit
+from .measures import Levels as Levels
+from .record import EXPLANATION_JSON as EXPLANATION_JSON
+from .record import Explanation as Explanation
+from .record import HeadExplanation as HeadExplanation
+from .record import LooksAt as LooksAt
+from .record import NodeExplanation as NodeExplanation
+from .record import Replaced as Replaced
+from .record import Shorter as Shorter
+from .record import Swapped as Swapped
+from .text import explanation_text as explanation_text

@@ -1,0 +1,300 @@
+"""Explaining a circuit: an expression for each node, and what it is worth."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_sparse.arguments import checked
+from tl_sparse.circuits import Circuit, Node, hash_of_circuit, hash_of_model
+from tl_sparse.errors import CircuitError, ConfigError
+from tl_sparse.explanations.expressions import Expression
+from tl_sparse.explanations.finding import candidates_for, chosen, dependence, shorter_ones
+from tl_sparse.explanations.fitting import Target
+from tl_sparse.explanations.heads import explain_head, pattern_expression
+from tl_sparse.explanations.measures import Fit, fit_of, two_levels
+from tl_sparse.explanations.names import checked_names, kept_node, name_of
+from tl_sparse.explanations.parsing import parse
+from tl_sparse.explanations.record import (
+    Explanation,
+    HeadExplanation,
+    NodeExplanation,
+    Replaced,
+    Shorter,
+    Swapped,
+)
+from tl_sparse.explanations.replacement import (
+    all_expressions,
+    means_on,
+    one_expression,
+    replaced,
+    swapped,
+)
+from tl_sparse.explanations.samples import Sample, heads_of
+from tl_sparse.explanations.sequences import Sequences, values_of
+from tl_sparse.explanations.subject import Subject, subject_of
+from tl_sparse.hooks import TLModel, frozen
+from tl_sparse.tasks import Task
+
+
+@checked("task", "corpus")
+def explain_circuit(
+    circuit: Circuit,
+    model: TLModel,
+    task: Task | str | None = None,
+    *,
+    corpus: Int[Tensor, "seq pos"] | None = None,
+    own: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Explanation:
+    """An expression over the tokens for each node of a circuit, found by search.
+
+    Expressions are fitted to the values that the nodes have under the circuit, on one half of the
+    task's held-out prompts and of the corpus, and judged on the other half. A read of the first
+    block is a function of one token, or of the position, and is written as such; other nodes get
+    the shortest expression that is good enough, which may name the nodes that they read.
+
+    Args:
+        circuit: the circuit.
+        model: its model.
+        task: the task of the prompts; by default the circuit's own.
+        corpus: tokens of the model's training distribution; by default the sample in the folder
+            that the model was loaded from. Without either, there are prompts alone.
+        own: node → the user's own expression, which takes the place of the search.
+        names: node → its name in expressions; the names of the others are made.
+        progress: show a bar over the nodes.
+        seed: the seed of everything random.
+
+    Raises:
+        CircuitError: if the circuit is of another model, or has no means or no nodes; or if `own`
+            or `names` has a node that is not in it.
+        UnsupportedError: if the circuit has `frozen_norms`, or positions attend to later ones.
+        CircuitError, TaskError, DataError, TokenizerError: if there are not two held-out pairs.
+        DataError: if an expression of the user's, or a name, is not possible.
+        ConfigError: if `seed` is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be at least 0")
+    started = time.perf_counter()
+    with frozen(model), torch.no_grad():
+        subject = subject_of(circuit, model, task, corpus, seed)
+        texts = _own_texts(own or {}, circuit)
+        given = checked_names(names or {}, circuit, subject.samples.vocabulary)
+        finding = _Finding(subject, texts, given)
+        for node in tqdm(circuit.nodes, "explaining", disable=not progress):
+            finding.explain(node)
+        nodes = []
+        for node in tqdm(circuit.nodes, "replacing", disable=not progress):
+            nodes.append(_measured(subject, node, finding.found[node]))
+        heads = [explain_head(subject, *head) for head in heads_of(circuit)]
+        seconds = time.perf_counter() - started
+        return _explanation(subject, nodes, heads, seed, seconds)
+
+
+def _own_texts(own: Mapping[str, str], circuit: Circuit) -> dict[Node, str]:
+    return {kept_node(circuit, key): text for key, text in own.items()}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found for a node, before anything is measured on held-out data."""
+
+    name: str
+    expression: Expression
+    origin: str
+    depends_on: str
+    shorter: list[Shorter]
+
+
+@dataclass(eq=False)
+class _Finding:
+    """Finds expressions, node after node in the order of the forward pass.
+
+    Attributes:
+        subject: what is explained.
+        own: node → the user's expression.
+        given: node → the user's name.
+        found: node → what was found.
+        words: name → the word in it.
+    """
+
+    subject: Subject
+    own: dict[Node, str]
+    given: dict[Node, str]
+    found: dict[Node, _Found] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+
+    def explain(self, node: Node) -> None:
+        target = Target.of_node(node, self.subject.samples.fit)
+        depends_on = dependence(target)
+        shorter: list[Shorter] = []
+        if node in self.own:
+            origin = "own"
+            expression = self.subject.parsed(node, self.own[node])
+        else:
+            origin = "found"
+            candidates = candidates_for(target, node, self.subject)
+            best = chosen(candidates, target, node, self.subject)
+            expression = best.expression
+            shorter = shorter_ones(candidates, best)
+        taken = {*self.given.values(), *self.words}
+        name, word = name_of(node, expression, self.words, taken)
+        name = self.given.get(node, name)
+        self.words[name] = word
+        self.subject.give(node, name, expression)
+        self.found[node] = _Found(name, expression, origin, depends_on, shorter)
+
+
+# --- measuring
+
+
+def _measured(subject: Subject, node: Node, found: _Found) -> NodeExplanation:
+    """The explanation of a node, measured on the held-out half."""
+    fits = {
+        sample.name: _fit(sample, node, found.expression, subject)
+        for sample in subject.samples.heldout
+    }
+    data = subject.samples.heldout_prompts
+    by_expression = one_expression(subject, node, found.expression)
+    by_mean = means_on(subject, [node])
+    levels = two_levels(Target.of_node(node, subject.samples.fit).values)
+    return NodeExplanation(
+        node=str(node),
+        name=found.name,
+        expression=str(found.expression),
+        size=found.expression.size,
+        whole_size=subject.whole_size(found.expression),
+        origin=found.origin,
+        depends_on=found.depends_on,
+        levels=levels,
+        text=fits.get("text"),
+        prompts=fits["prompts"],
+        given_others=_given_others(subject, node, found.expression),
+        in_circuit=replaced(subject, data, by_expression, under_circuit=True),
+        in_model=replaced(subject, data, by_expression, under_circuit=False),
+        held_in_circuit=replaced(subject, data, by_mean, under_circuit=True),
+        held_in_model=replaced(subject, data, by_mean, under_circuit=False),
+        shorter=found.shorter,
+    )
+
+
+def _fit(sample: Sample, node: Node, expression: Expression, subject: Subject) -> Fit:
+    """How well an expression fits on a sample, if all that it names has its expression's values."""
+    levels = two_levels(Target.of_node(node, subject.samples.fit).values)
+    predicted = sample.real(values_of(expression, sample.sequences))
+    return fit_of(predicted, sample.real(sample.values[node]), levels)
+
+
+def _given_others(subject: Subject, node: Node, expression: Expression) -> float:
+    """The explained variance on the held-out half if what is named has its true values."""
+    scores = []
+    names = subject.wiring.names
+    for sample in subject.samples.heldout:
+        sequences = sample.sequences
+        true = {names[other]: sample.values[other] for other in names}
+        given = Sequences(sequences.tokens, sequences.is_real, sequences.vocabulary, true)
+        predicted = sample.real(values_of(expression, given))
+        levels = two_levels(sample.real(sample.values[node]))
+        fit = fit_of(predicted, sample.real(sample.values[node]), levels)
+        if fit.explained is not None:
+            scores.append(fit.explained)
+    return min(scores, default=0.0)
+
+
+def _explanation(
+    subject: Subject,
+    nodes: list[NodeExplanation],
+    heads: list[HeadExplanation],
+    seed: int,
+    seconds: float,
+) -> Explanation:
+    circuit, samples = subject.circuit, subject.samples
+    data = samples.heldout_prompts
+    text = samples.heldout_text
+    all_nodes = circuit.nodes
+
+    def under_circuit(values_on: object) -> Replaced:
+        return replaced(subject, data, values_on, under_circuit=True)  # type: ignore[arg-type]
+
+    return Explanation(
+        model=circuit.model_name,
+        task=data.task,
+        seed=seed,
+        n_pairs=data.n_pairs,
+        n_rows=0 if text is None else len(text),
+        no_text=samples.no_text,
+        contents={"circuit": hash_of_circuit(circuit), "model": hash_of_model(subject.model)},
+        nodes=nodes,
+        heads=heads,
+        model_alone=replaced(subject, data, None, under_circuit=False),
+        circuit_alone=under_circuit(None),
+        all_replaced=under_circuit(all_expressions(subject)),
+        nothing_kept=under_circuit(means_on(subject, all_nodes)),
+        swapped=_swapped(subject, text),
+        seconds=seconds,
+        subject=subject,
+    )
+
+
+def _swapped(subject: Subject, text: Int[Tensor, "seq pos"] | None) -> Swapped | None:
+    patterns = {}
+    for layer, head in heads_of(subject.circuit):
+        score, nothing = pattern_expression(subject, layer, head)
+        if score is not None and nothing is not None:
+            patterns[layer, head] = (score, nothing)
+    if text is None or text.shape[1] < 2 or not patterns:
+        return None
+    return swapped(subject, patterns, text)
+
+
+# --- testing the user's own expressions
+
+
+def tested(
+    explanation: Explanation,
+    node: str,
+    expression: str,
+    circuit: Circuit | None,
+    model: TLModel | None,
+) -> NodeExplanation:
+    """Measure an expression of the user's; see `Explanation.test`."""
+    subject = explanation.subject
+    if subject is None or circuit is not None or model is not None:
+        subject = _opened(explanation, circuit, model)
+    place = kept_node(subject.circuit, explanation[node].node)
+    with frozen(subject.model), torch.no_grad():
+        parsed = subject.parsed(place, expression)
+        before = explanation[node]
+        found = _Found(before.name, parsed, "own", before.depends_on, [])
+        return _measured(subject, place, found)
+
+
+def _opened(explanation: Explanation, circuit: Circuit | None, model: TLModel | None) -> Subject:
+    """The subject of an explanation that was read from a file.
+
+    Raises:
+        ConfigError: if the circuit or the model is missing.
+        CircuitError: if they are others than those of the explanation.
+    """
+    if circuit is None or model is None:
+        raise ConfigError(
+            "an explanation that was read from a file has no model; give it the circuit and its "
+            "model: explanation.test(node, expression, circuit, model)"
+        )
+    now = {"circuit": hash_of_circuit(circuit), "model": hash_of_model(model)}
+    for what, content in now.items():
+        if explanation.contents.get(what) != content:
+            raise CircuitError(f"the explanation is of another {what} than this one")
+    with frozen(model), torch.no_grad():
+        subject = subject_of(circuit, model, None, None, explanation.seed)
+        for each in explanation.nodes:
+            names = list(subject.wiring.names.values())
+            expression = parse(each.expression, subject.samples.vocabulary, names)
+            subject.give(circuit.node(each.node), each.name, expression)
+    return subject
