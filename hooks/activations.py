@@ -37,6 +37,8 @@ def abs_topk(
         return x
     if x.device.type != "cpu":
         return x * _largest(x.detach().abs(), k)
+    if torch.compiler.is_exporting():
+        return x * _largest_by_sorting(x.detach().abs(), k)
     if torch.compiler.is_compiling():
         # torch.compile cannot trace the kernels. This call imports the compiler, which takes a
         # second, so it is made only here.

@@ -31,7 +31,7 @@ import yaml
 import tl_sparse
 from file_damage import damaged
 from formats import write_circuitgpt, write_openai, write_sparse_pretrain
-from helpers import full_config, run_as_script, tiny_config, tiny_model
+from helpers import full_config, run_as_script, tiny_config, tiny_model, without_checksums
 from micro import (
     MICRO_TASK,
     QUICK_SETTINGS,
@@ -46,6 +46,7 @@ from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.data import load_documents, load_tokenizer
 from tl_sparse.errors import TLSparseError
 from tl_sparse.evaluation import full_evaluation
+from tl_sparse.programs import CompiledCircuit
 from tl_sparse.pruning import PruneConfig, recorded_config
 from tl_sparse.suites import optuna_search as search_module
 from tl_sparse.suites import suite
@@ -244,9 +245,23 @@ def read_viz_data(folder):
     return digest(circuit.kept, circuit.measured)
 
 
+def write_program(folder):
+    micro_circuit(micro_again()).compile(micro_again()).save(folder)
+
+
+def read_program(folder):
+    compiled = CompiledCircuit.load(folder)
+    logits = compiled([[1, 2, 3]], [1])
+    return digest(dict(compiled.named_buffers()), repr(compiled), compiled.n_ctx, logits)
+
+
 FORMATS["circuit"] = Format(write_circuit, read_circuit)
 FORMATS["edge list"] = Format(write_edge_list, read_edge_list)
 FORMATS["viz data"] = Format(write_viz_data, read_viz_data)
+FORMATS["program"] = Format(write_program, read_program)
+FORMATS["program without checksums"] = Format(
+    lambda folder: (write_program(folder), without_checksums(folder)), read_program
+)
 
 
 # --- texts

@@ -177,6 +177,8 @@ def right():
 OTHERWISE = {
     "explain_circuit": {"names": {}},
     "compile_circuit": {"tokens": [1, 2]},
+    "check_onnx": {"path": "program.onnx"},
+    "check_program": {"folder": "program"},
     "right_minus_wrong": {"logits": torch.zeros(4, 2)},
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},
     "residual_joins": {"nodes": []},

@@ -13,6 +13,7 @@ from tl_sparse.cli.arguments import Parser, help_formatter
 from tl_sparse.cli.attacking import add_attack
 from tl_sparse.cli.certifying import add_certify
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
+from tl_sparse.cli.compiling import add_compile
 from tl_sparse.cli.demo import add_demo
 from tl_sparse.cli.explaining import add_explain
 from tl_sparse.cli.families import add_family
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_explain(commands)
     add_certify(commands)
+    add_compile(commands)
     add_attack(commands)
     add_plot(commands)
     add_demo(commands)

@@ -19,5 +19,5 @@ def select_position(
     x: Float[Tensor, "batch pos *rest"], position: PositionOfRow
 ) -> Float[Tensor, "batch 1 *rest"]:
     """`x` at one position in each row of the batch."""
-    rows = torch.arange(len(position), device=x.device)
+    rows = torch.arange(position.shape[0], device=x.device)
     return x[rows, position].unsqueeze(1)

@@ -85,8 +85,11 @@ class Channels(nn.Module):
         bias: Tensor = self.bias
         rivals: Tensor = self.rivals
         if bias.ndim == 2:
-            bias = F.embedding(positions, bias).expand(len(x), -1, -1)
-            rivals = F.embedding(positions, rivals).expand(len(x), -1, -1)
+            bias = F.embedding(positions, bias).expand(x.shape[0], -1, -1)
+            rivals = F.embedding(positions, rivals).expand(x.shape[0], -1, -1)
+        if self.k is not None and torch.compiler.is_exporting():
+            # A graph has no branches, so it holds every contest.
+            return self._contest(x, bias, rivals.expand(*x.shape[:-1], -1), self.k)
         kept = x @ self.weight[:, : self.n_kept] + bias[..., : self.n_kept]
         kept = activated(kept, self.act_fn)
         if self.k is None:
@@ -110,11 +113,11 @@ class Channels(nn.Module):
 
     def _contest(
         self,
-        x: Float[Tensor, "row source"],
-        bias: Float[Tensor, "row channel"],
-        rivals: Float[Tensor, "row rival"],
+        x: Float[Tensor, "*row source"],
+        bias: Float[Tensor, "*row channel"],
+        rivals: Float[Tensor, "*row rival"],
         k: int,
-    ) -> Float[Tensor, "row kept"]:
+    ) -> Float[Tensor, "*row kept"]:
         """The kept channels after AbsTopK among all that competes."""
         values = activated(x @ self.weight + bias, self.act_fn)
         competing = torch.cat([values, rivals], dim=-1)

@@ -12,6 +12,7 @@ from tl_sparse.arrays import as_integers, as_tokens, check_vocabulary
 from tl_sparse.errors import CheckpointError, DataError
 from tl_sparse.programs.blocks import MLP, Attention, Block, ByHead, Heads
 from tl_sparse.programs.channels import Channels
+from tl_sparse.programs.onnx_file import write_onnx
 from tl_sparse.programs.storage import read_program, write_program
 from tl_sparse.programs.stream import Logits, NormScale, Positioned, Read, Write, buffer
 from tl_sparse.programs.token_read import TokenRead
@@ -67,7 +68,6 @@ class CompiledCircuit(nn.Module):
         """The memory that they take, in bytes."""
         return sum(values.nbytes for values in self.buffers())
 
-    @torch.no_grad()
     def forward(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch pos logit"]:
@@ -82,19 +82,27 @@ class CompiledCircuit(nn.Module):
             DataError: for tokens that are not integers or outside the vocabulary, a sequence longer
                 than the context, or positions that are not one of each row.
         """
-        tokens = as_tokens(tokens).to(self.start.device)
-        check_vocabulary(tokens, len(self.start))
-        length = tokens.shape[1]
-        if length > self.n_ctx:
-            context = f"the model's context of n_ctx = {self.n_ctx}"
-            raise DataError(f"a sequence of {length} tokens does not fit {context}")
-        if last is not None:
-            last = _positions_of_rows(last, tokens)
-        positions = torch.arange(length, device=tokens.device)[None]
+        if not torch.compiler.is_exporting():
+            tokens, last = self._checked(tokens, last)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         stream = F.embedding(tokens, self.start)
         if self.added is not None:
             stream = stream + F.embedding(positions, self.added)
         return self._after_start(Positioned(tokens, positions, stream), last)
+
+    def _checked(
+        self, tokens: object, last: object | None
+    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"] | None]:
+        """Tokens and positions of `forward` as tensors."""
+        checked_tokens = as_tokens(tokens).to(self.start.device)
+        check_vocabulary(checked_tokens, len(self.start))
+        length = checked_tokens.shape[1]
+        if length > self.n_ctx:
+            context = f"the model's context of n_ctx = {self.n_ctx}"
+            raise DataError(f"a sequence of {length} tokens does not fit {context}")
+        if last is None:
+            return checked_tokens, None
+        return checked_tokens, _positions_of_rows(last, checked_tokens)
 
     def _after_start(self, at: Positioned, last: Int[Tensor, " batch"] | None) -> Tensor:
         """The logits from the stream that enters the first block."""
@@ -124,6 +132,48 @@ class CompiledCircuit(nn.Module):
         """
         write_program(Path(folder), self, overwrite)
 
+    @checked()
+    def to_onnx(
+        self, path: str | Path, last: bool = False, opset: int = 18, overwrite: bool = False
+    ) -> None:
+        """Write an ONNX program with the same logits, in the dtype of this module.
+
+        Its input is `tokens`, int64 `[batch, pos]`, its output `logits`, `[batch, pos, logit]`;
+        batch and pos may have any size. It checks nothing, so the tokens must be in the vocabulary,
+        and pos at most `n_ctx`. Where equal magnitudes compete in AbsTopK, other runtimes may keep
+        others of them than torch does.
+
+        `n_ctx`, `tokens`, `task` and `model_name` are in its metadata, as JSON.
+
+        Args:
+            path: the file, *.onnx.
+            last: whether it has a second input, `last`, int64 `[batch]`: one position of each row.
+                The logits there alone are then its output, `[batch, 1, logit]`.
+            opset: the version of ONNX's operators.
+            overwrite: whether another file at `path` is replaced.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+            ConfigError: if onnxscript is missing; for an opset that is too old or too new, or
+                another ending of the file; if `path` exists, and `overwrite` is False.
+            UnsupportedError: if there is more than an ONNX file can hold.
+        """
+        # An axis of size 1 in the examples would have that size in the program.
+        inputs = {"tokens": self.start.new_zeros(2, min(2, self.n_ctx), dtype=torch.long)}
+        axes = {"tokens": {0: "batch"}}
+        if self.n_ctx > 1:
+            axes["tokens"][1] = "pos"
+        if last:
+            inputs["last"] = self.start.new_zeros(2, dtype=torch.long)
+            axes["last"] = {0: "batch"}
+        metadata = {
+            "n_ctx": self.n_ctx,
+            "tokens": None if self.tokens is None else self.tokens.tolist(),
+            "task": self.task,
+            "model_name": self.model_name,
+        }
+        write_onnx(Path(path), self, inputs, axes, metadata, opset, overwrite)
+
     @classmethod
     @checked(called="CompiledCircuit.load")
     def load(cls, folder: str | Path) -> "CompiledCircuit":
@@ -135,6 +185,12 @@ class CompiledCircuit(nn.Module):
         program = read_program(Path(folder), _PARTS)
         if not isinstance(program, cls):
             raise CheckpointError(f"{folder}: program.json describes a part of a compiled circuit")
+        try:
+            program([[0] * min(2, program.n_ctx)], [0])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: the parts of this compiled circuit do not fit together: {error}"
+            ) from error
         return program
 
     def extra_repr(self) -> str:
@@ -159,14 +215,12 @@ _PARTS = (
 )
 
 
-def _positions_of_rows(
-    last: Int[Tensor, " batch"], tokens: Int[Tensor, "batch pos"]
-) -> Int[Tensor, " batch"]:
-    last = as_integers("last", last).to(tokens.device)
+def _positions_of_rows(last: object, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+    positions = as_integers("last", last).to(tokens.device)
     n_rows, length = tokens.shape
-    is_right = last.shape == (n_rows,) and bool(((last >= 0) & (last < length)).all())
-    if not is_right:
+    is_in_row = (positions >= 0) & (positions < length)
+    if positions.shape != (n_rows,) or not bool(is_in_row.all()):
         raise DataError(
             f"last must be one position in [0, {length}) for each of the {n_rows} rows of tokens"
         )
-    return last
+    return positions

@@ -12,16 +12,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tl_sparse.arguments import checked
 from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
-from tl_sparse.outputs import FileSet, finish_replacing, replacing_together
+from tl_sparse.outputs import FileSet, check_new_file, finish_replacing, replacing_together
 
 FORMAT = "tl_sparse compiled circuit"
 FORMAT_VERSION = 1
 PROGRAM_FILES = FileSet(
     what="program", described_by="program.json", required=("program.safetensors",)
 )
+
+
+@checked()
+def check_program(folder: str | Path, overwrite: bool = False) -> None:
+    """Check, before the slow work of compiling a circuit, that `save` can write it.
+
+    Raises:
+        CheckpointError: if it cannot.
+        ConfigError: if `folder` holds a compiled circuit, and `overwrite` is False.
+    """
+    for name in (PROGRAM_FILES.described_by, *PROGRAM_FILES.required):
+        check_new_file(Path(folder, name), overwrite)
 
 
 def write_program(folder: Path, program: nn.Module, overwrite: bool) -> None:
@@ -80,7 +93,7 @@ def read_program(folder: Path, parts: Iterable[type[nn.Module]]) -> nn.Module:
     reader = _PartReader(parts, read_tensors(tensors_path))
     try:
         program = reader.part(values["program"], "")
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or malformed entry: {error}") from error
     return program
 

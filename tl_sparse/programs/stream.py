@@ -123,7 +123,7 @@ class Read(nn.Module):
             values = values + self.bias
         if self.positions is not None:
             positions = F.embedding(at.positions, self.positions)
-            positions = positions.expand(len(values), -1, -1)
+            positions = positions.expand(values.shape[0], -1, -1)
             values = torch.cat([values, positions], dim=-1)
         if self.k is not None:
             values = abs_topk(values, self.k, inplace=True)

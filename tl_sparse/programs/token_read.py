@@ -58,7 +58,7 @@ class TokenRead(nn.Module):
         values = F.embedding(at.tokens, self.values)
         if self.positions is None:
             return values
-        positional = F.embedding(at.positions, self.positions).expand(len(values), -1, -1)
+        positional = F.embedding(at.positions, self.positions).expand(values.shape[0], -1, -1)
         if self.limits is not None and self.by_position is not None:
             limits = F.embedding(at.tokens, self.limits)
             values = where_large(values, self.by_position, at.positions, limits)
