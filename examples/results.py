@@ -21,7 +21,7 @@ from shutil import copyfile
 from statistics import geometric_mean
 from typing import Any
 
-from tl_sparse import PruneConfig, prune
+from tl_sparse import PruneConfig, load, prune
 from tl_sparse.certificates import certificate_text, certify
 from tl_sparse.checkpoints import open_with_corpus
 from tl_sparse.circuits import Circuit
@@ -383,6 +383,33 @@ def certificates(plan: Plan) -> None:
             write_result(plan, name, f"```\n{text}\n```")
 
 
+# --- programs
+
+
+def programs(plan: Plan) -> None:
+    """How exact the programs of all circuits of the first model with the first seed are."""
+    from exactness import Exactness, exactness_text, measured
+
+    source = plan.models[0]
+    model, tokens = open_with_corpus(source)
+    precise_model = load(source, dtype="float64", device=str(model.cfg.device))
+    rows: dict[str, Exactness] = {}
+    for search in SEARCHES:
+        for task in plan.tasks or TASKS:
+            folder = plan.folder(f"circuits/{search}", source, task) / str(plan.seeds[0])
+            for title, path in {"nodes": folder, "edges": folder / "edges"}.items():
+                try:
+                    circuit = Circuit.load(path)
+                except CheckpointError:
+                    continue
+                if circuit.n_nodes == 0 or (title == "edges" and circuit.edge_set is None):
+                    continue  # nothing to compile, or the circuit of nodes again
+                store = plan.folder(f"programs/{search}", source, task) / f"{title}.json"
+                name = f"{Path(task).stem}, {search}, pruned by {title}"
+                rows[name] = measured(store, circuit, model, precise_model, tokens)
+                write_result(plan, "programs.md", exactness_text(rows))
+
+
 # --- training and sparse execution
 
 
@@ -415,6 +442,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "circuits": circuits,
     "families": families,
     "certificates": certificates,
+    "programs": programs,
     "sizes": sizes,
     "next_token": next_token,
     "baselines": baselines,
