@@ -22,11 +22,12 @@ from statistics import geometric_mean
 from typing import Any
 
 from tl_sparse import PruneConfig, load, prune
+from tl_sparse.attacks import Attack, attack, family_text, prediction_text
 from tl_sparse.certificates import certificate_text, certify
 from tl_sparse.checkpoints import open_with_corpus
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError
-from tl_sparse.evaluation import adversary_score, holding_circuit, score
+from tl_sparse.evaluation import Estimate, adversary_score, holding_circuit, score
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.pruning import task_splits
 from tl_sparse.suites import find_family, markdown_table, results_table, run_suite
@@ -55,6 +56,20 @@ BASELINES = {
 }
 #: The tasks whose circuits of all sizes are attacked, of which the first two have a family.
 FEW_TASKS = ["single_double_quote", "bracket_brace", "class_init", "if_equals"]
+#: The tasks whose circuits are run as programs, to find prompts that fool them.
+ATTACKED_TASKS = [
+    "bracket_brace",
+    "bracket_counting",
+    "single_double_quote",
+    "class_init",
+    "with_as",
+    "for_while",
+]
+ABOUT_ATTACKS = """\
+Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
+the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
+of families, n is how often the text is inserted, and the last two columns are the mean logit of the
+right answer minus that of the wrong one. ± is one standard error."""
 #: The adversaries that attack each size: restarts, and steps of each.
 RESTARTS, STEPS = 3, 200
 #: The number of sizes that are attacked.
@@ -362,11 +377,8 @@ def certificates(plan: Plan) -> None:
     source = plan.models[0]
     for task in plan.few_tasks(4):
         for search in ("none", "subsets"):
-            folder = plan.folder(f"circuits/{search}", source, task) / str(plan.seeds[0])
-            try:
-                circuit = Circuit.load(folder / "edges")
-            except CheckpointError:
-                print(f"{folder} has no circuit yet: make the circuits first", file=sys.stderr)
+            circuit = circuit_found(plan, search, source, task)
+            if circuit is None:
                 continue
             family = plan.folder("families", source, task) / "family.json"
             model, tokens = open_with_corpus(source)
@@ -381,6 +393,16 @@ def certificates(plan: Plan) -> None:
             text = certificate_text(certificate)
             name = f"certificate_{Path(task).stem}_{search}.md"
             write_result(plan, name, f"```\n{text}\n```")
+
+
+def circuit_found(plan: Plan, search: str, source: str, task: str) -> Circuit | None:
+    """The circuit with fewer edges of the first seed; None if it is not made yet."""
+    folder = plan.folder(f"circuits/{search}", source, task) / str(plan.seeds[0])
+    try:
+        return Circuit.load(folder / "edges")
+    except CheckpointError:
+        print(f"{folder} has no circuit yet: make the circuits first", file=sys.stderr)
+        return None
 
 
 # --- programs
@@ -408,6 +430,56 @@ def programs(plan: Plan) -> None:
                 name = f"{Path(task).stem}, {search}, pruned by {title}"
                 rows[name] = measured(store, circuit, model, precise_model, tokens)
                 write_result(plan, "programs.md", exactness_text(rows))
+
+
+def attacks(plan: Plan) -> None:
+    """Families of prompts that fool circuits of the first model, and how often they fool it."""
+    source = plan.models[0]
+    found = {}
+    for task in plan.tasks or ATTACKED_TASKS:
+        circuit = circuit_found(plan, "none", source, task)
+        if circuit is None:
+            continue
+        path = plan.folder("attacks", source, task) / "attack.json"
+        if not path.exists():
+            model, _ = open_with_corpus(source)
+            attack(circuit, model, task, n_prompts=40_000, n_test=128).save(path)
+        found[task] = Attack.load(path)
+    write_result(plan, "attacks.md", attacks_text(found))
+
+
+def attacks_text(found: Mapping[str, Attack]) -> str:
+    """Predictions of all circuits side by side, and the two best families of each."""
+    rows = []
+    sections = []
+    for task, of_task in found.items():
+        prediction = of_task.prediction
+        held = f"{prediction.n_held:,} of {prediction.n_predicted:,}"
+        shares = [prediction.holds, prediction.elsewhere, prediction.random]
+        rows.append([task, str(of_task.n_nodes), held, *map(percent, shares)])
+        sections += ["", f"## {task}", "", prediction_text(prediction)]
+        for family in of_task.families[:2]:
+            sections += ["", "```", family_text(family), "```"]
+    header = ["task", "nodes", "model errs where the program does", "share"]
+    header += ["elsewhere", "after random changes"]
+    return "\n".join(
+        [
+            "# Prompts that fool circuits, tried on the full model",
+            "",
+            ABOUT_ATTACKS,
+            "",
+            markdown_table(header, rows),
+            *sections,
+        ]
+    )
+
+
+def percent(share: Estimate | None) -> str:
+    """A share with its standard error."""
+    if share is None:
+        return "–"
+    error = "" if share.standard_error is None else f" ± {100 * share.standard_error:.1f}"
+    return f"{share.value:.1%}{error}"
 
 
 # --- training and sparse execution
@@ -443,6 +515,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "families": families,
     "certificates": certificates,
     "programs": programs,
+    "attacks": attacks,
     "sizes": sizes,
     "next_token": next_token,
     "baselines": baselines,

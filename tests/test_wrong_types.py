@@ -84,6 +84,7 @@ def right():
     measured = {"config": config.to_json()}
     circuit = dataclasses.replace(circuit, scores=scores, measured=measured)
     data = micro_data(model, n_pairs=2)
+    attacked = attack(circuit, model, MICRO_TASK, n_prompts=0, n_test=2, progress=False)
     name = "blocks.0.hook_mlp_out"
     return {
         "model": model,
@@ -166,7 +167,9 @@ def right():
         "n_seeds": 0,
         "n_samples": 0,
         "n_draws": 1,
-        "attack": attack(circuit, model, MICRO_TASK, n_prompts=0, n_test=2, progress=False),
+        "attack": attacked,
+        "found": attacked.prediction,
+        "family": attacked.grammar[0],
         "n_prompts": 0,
         "n_test": 2,
         "n_statements": 2,

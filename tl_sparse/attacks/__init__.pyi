@@ -6,3 +6,5 @@ from .record import Prediction as Prediction
 from .record import RandomTrial as RandomTrial
 from .record import Trial as Trial
 from .text import attack_text as attack_text
+from .text import family_text as family_text
+from .text import prediction_text as prediction_text

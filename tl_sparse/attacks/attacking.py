@@ -30,7 +30,7 @@ def attack(
     n_prompts: int = 20_000,
     seconds: float | None = None,
     n_test: int = 64,
-    n_families: int = 6,
+    n_families: int = 8,
     progress: bool = True,
     batch_size: int = 256,
     seed: int = 0,
@@ -125,7 +125,7 @@ def _check_numbers(
 
 def _success(tested: Tested) -> float:
     """How much more often both err than the model does after random changes, at best."""
-    return max((step.beyond_random for step in tested.steps), default=0.0)
+    return max((step.beyond_random for step in tested.steps), default=-1.0)
 
 
 def _notes(task: Task, neutral: Sequence[str], n_found: int, n_families: int) -> list[str]:
@@ -139,5 +139,7 @@ def _notes(task: Task, neutral: Sequence[str], n_found: int, n_families: int) ->
         notes.append("No insertion was found that fools the program.")
     if n_found > n_families:
         n_more = counted(n_found - n_families, "further insertion")
-        notes.append(f"{n_more} that fool the program on fewer prompts were not tested.")
+        notes.append(
+            f"{n_more} that fool the program, like those below or more rarely, were not tested."
+        )
     return notes

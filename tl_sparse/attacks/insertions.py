@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tl_sparse.attacks.asking import Asker
 from tl_sparse.attacks.materials import declared_materials, python_materials
@@ -71,7 +71,8 @@ def draws_of(task: Task, n_test: int, seed: int) -> Draws:
     Raises:
         TaskError: if the task has less than four pairs.
     """
-    n_pairs = N_QUESTIONS * DRAWS_PER_QUESTION + n_test
+    n_searched = N_QUESTIONS * DRAWS_PER_QUESTION
+    n_pairs = n_searched + n_test
     drawn: Sequence[Pair | WholePair]
     if is_built_in(task):
         drawn = whole_pairs(task, n_pairs, seed)
@@ -79,8 +80,8 @@ def draws_of(task: Task, n_test: int, seed: int) -> Draws:
         drawn = draw_pairs(task, n_pairs, seed)
     if len(drawn) < 4:
         raise too_few_pairs(task, len(drawn), 4, 0)
-    n_fresh = min(n_test, len(drawn) // 2)
-    return Draws(drawn[:-n_fresh], drawn[-n_fresh:])
+    n_searched = min(n_searched, len(drawn) - min(n_test, len(drawn) // 2))
+    return Draws(drawn[:n_searched], drawn[n_searched:][:n_test])
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def search_insertions(
     budget: Budget,
     rng: random.Random,
 ) -> list[Insertion]:
-    """The best insertion at each place for each right answer; the strongest first.
+    """The best insertion at each place, of each source and for each right answer.
 
-    The places share the budget evenly; what one of them leaves goes to the next ones.
+    All of these share the budget evenly; what one of them leaves goes to the next ones.
     """
     found = []
     searches = []
@@ -129,8 +130,21 @@ def search_insertions(
             others = [tried.pieces for tried in search.tried if tried.pieces != best.pieces]
             side = search.questions[0].side
             found.append(Insertion(side, search.material, best, others))
-    found.sort(key=lambda insertion: insertion.best.fooled, reverse=True)
-    return found
+    return _various(found)
+
+
+def _various(found: Sequence[Insertion]) -> list[Insertion]:
+    """The strongest insertions first, of which no two are alike; then the other ones."""
+    by_strength = sorted(found, key=lambda insertion: insertion.best.fooled, reverse=True)
+    first: dict[tuple[str, str], Insertion] = {}
+    others = []
+    for insertion in by_strength:
+        kind = (insertion.material.place.name, insertion.material.source)
+        if kind in first:
+            others.append(insertion)
+        else:
+            first[kind] = insertion
+    return [*first.values(), *others]
 
 
 def _answered_questions(
@@ -165,10 +179,15 @@ def tested_insertion(
     family = family_of(
         asker,
         steps,
-        description=f"insert {text!r} n times {material.place.name}",
+        description=f"insert {_shown(text)} n times {material.place.name}",
         right=insertion.side,
         unchanged=ask(asker, [Changed(each, each.prompt, BY_TASK) for each in questions]),
-        place=material.place.name,
-        text=text,
     )
+    family = replace(family, place=material.place.name, text=text, source=material.source)
     return Tested(family, steps)
+
+
+def _shown(text: str) -> str:
+    """A text in a description; many equal characters by their number."""
+    is_run = len(text) > 3 and len(set(text)) == 1
+    return f"{text[0]!r} × {len(text)}" if is_run else repr(text)

@@ -23,6 +23,11 @@ from tl_sparse.tasks import Task, whole_statements
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+#: Where the pieces of texts are from.
+STATEMENTS = "whole statements"
+OWN_PARTS = "parts of the task's own prompts"
+TOKENS = "any tokens"
+DECLARED = "texts that were declared neutral"
 #: The number of whole statements that are tried.
 N_STATEMENTS = 200
 #: At most so many tokens of the vocabulary are tried.
@@ -44,14 +49,15 @@ def python_materials(
     vocabulary = token_texts(tokenizer, rng)
     in_one_line = [text for text in vocabulary if "\n" not in text]
     of_prompts = spans_of_last_lines(questions, tokenizer)
+    in_prompts = [pieces[0] for pieces in of_prompts if len(pieces) == 1]
     materials = [
-        Material(AT_THE_BEGINNING, singles(statements), statements, None),
-        Material(IN_A_COMMENT, singles(in_one_line), in_one_line, None),
+        Material(AT_THE_BEGINNING, singles(statements), statements, None, STATEMENTS),
+        Material(IN_A_COMMENT, singles(in_one_line), in_one_line, None, TOKENS),
     ]
     places = [AFTER_THE_CUE, BEFORE_THE_CUE, BEFORE_THE_LAST_WORD, AT_THE_END]
     for place in different_places(places, questions):
-        first = [*of_prompts, *singles(vocabulary)]
-        materials.append(Material(place, first, vocabulary, None))
+        materials.append(Material(place, of_prompts, in_prompts, None, OWN_PARTS))
+        materials.append(Material(place, singles(vocabulary), vocabulary, None, TOKENS))
     return materials
 
 
@@ -63,7 +69,7 @@ def declared_materials(neutral: Sequence[str], questions: Sequence[Question]) ->
     materials = []
     places = [AFTER_THE_CUE, BEFORE_THE_CUE, BEFORE_THE_LAST_WORD]
     for place in different_places(places, questions):
-        materials.append(Material(place, singles(texts), texts, BY_DECLARATION))
+        materials.append(Material(place, singles(texts), texts, BY_DECLARATION, DECLARED))
     return materials
 
 

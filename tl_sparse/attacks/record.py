@@ -90,6 +90,7 @@ class FoolingFamily:
         right: the right answer of all prompts; None if both answers occur.
         place: where text is inserted; empty if the prompts are drawn anew.
         text: the text that is inserted.
+        source: where the pieces of the text are from.
         known_by: how the right answer is known.
         unchanged: the same prompts before the change, with strength 0; None if drawn anew.
         trials: what happens at each strength.
@@ -101,6 +102,7 @@ class FoolingFamily:
     right: str | None
     place: str
     text: str
+    source: str
     known_by: str
     unchanged: Trial | None
     trials: list[Trial]

@@ -36,12 +36,14 @@ class Material:
         first: the texts that are tried first.
         pieces: what mutated texts are made of.
         known_by: the rule by which right answers are known; None if Python's parser must say.
+        source: where the pieces are from.
     """
 
     place: Place
     first: Sequence[Pieces]
     pieces: Sequence[str]
     known_by: str | None
+    source: str
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,13 @@ class Step:
 
     @property
     def beyond_random(self) -> float:
-        """The same, minus the share of the random changes on which the model errs."""
-        at_random = 0.0 if self.beside is None else float(self.beside.failed.float().mean())
-        return self.both - at_random
+        """The same, minus the share of the random changes on which the model errs.
+
+        Without any, nothing tells that the model would not err on all of them.
+        """
+        if self.beside is None or len(self.beside) == 0:
+            return self.both - 1.0
+        return self.both - float(self.beside.failed.float().mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,18 +188,17 @@ def family_of(
     description: str,
     right: int | None,
     unchanged: Asked | None = None,
-    place: str = "",
-    text: str = "",
 ) -> FoolingFamily:
-    """The family of these steps; for the other arguments see `FoolingFamily`."""
+    """The family of these steps, in which nothing is inserted; for the arguments see there."""
     rules: set[str] = set()
     for step in steps:
         rules.update(step.asked.rules)
     return FoolingFamily(
         description=description,
         right=None if right is None else asker.answers[right],
-        place=place,
-        text=text,
+        place="",
+        text="",
+        source="",
         known_by="; or ".join(sorted(rules)),
         unchanged=None if unchanged is None else _trial(Step(0, unchanged, None)),
         trials=[_trial(step) for step in steps],

@@ -3,7 +3,7 @@
 import textwrap
 
 from tl_sparse.arguments import checked
-from tl_sparse.attacks.record import Attack, Example, FoolingFamily, Trial
+from tl_sparse.attacks.record import Attack, Example, FoolingFamily, Prediction, Trial
 from tl_sparse.errors import counted
 from tl_sparse.evaluation import Estimate
 from tl_sparse.parsing import printable
@@ -11,6 +11,8 @@ from tl_sparse.tasks import table
 
 #: The width of paragraphs, in characters.
 WIDTH = 96
+#: In an example, a text that is inserted more often than this stands once.
+MOST_REPEATS = 4
 _NOTHING = "–"
 _HEADER = [
     "n",
@@ -29,11 +31,11 @@ _HEADER = [
 def attack_text(attack: Attack) -> str:
     """An attack as text: how often predictions hold, and the families with their examples."""
     title = f"Attack on {printable(attack.task)} in {printable(attack.model)}"
-    parts = [f"{title}\n{'=' * len(title)}", _about(attack), _prediction(attack)]
+    parts = [f"{title}\n{'=' * len(title)}", _about(attack), prediction_text(attack.prediction)]
     parts += [_paragraph(printable(note)) for note in attack.notes]
     if attack.families:
         parts.append(_heading("Insertions that fool the program"))
-        parts += [_family(family) for family in attack.families]
+        parts += [family_text(family) for family in attack.families]
     parts.append(_heading("Draws of the task, and variations of them"))
     parts.append(_grammar(attack.grammar))
     return "\n\n".join(parts)
@@ -57,8 +59,9 @@ def _about(attack: Attack) -> str:
     )
 
 
-def _prediction(attack: Attack) -> str:
-    found = attack.prediction
+@checked()
+def prediction_text(found: Prediction) -> str:
+    """How often the prediction of failure holds, in sentences."""
     all_prompts = counted(found.n_prompts, "prompt")
     if found.holds is None:
         return _paragraph(f"The program errs on none of {all_prompts} that were tested.")
@@ -77,16 +80,18 @@ def _prediction(attack: Attack) -> str:
     return _paragraph(*sentences)
 
 
-def _family(family: FoolingFamily) -> str:
+@checked()
+def family_text(family: FoolingFamily) -> str:
+    """A family of insertions: what is inserted, its trials by strength, and an example."""
     trials = list(family.trials)
     if family.unchanged is not None:
         trials.insert(0, family.unchanged)
     parts = [
         _paragraph(printable(_title(family))),
-        _paragraph(f"Right answers are known: {family.known_by}."),
+        _paragraph(f"Made of {family.source}. Right answers are known: {family.known_by}."),
         table(_HEADER, [_row(each) for each in trials]),
     ]
-    parts += [_example(example) for example in family.examples[:1]]
+    parts += [_example(example, family.text) for example in family.examples[:1]]
     return "\n".join(parts)
 
 
@@ -121,12 +126,16 @@ def _row(trial: Trial) -> list[str]:
     ]
 
 
-def _example(example: Example) -> str:
-    text = textwrap.indent(printable(example.prompt, keep="\n"), "    ")
+def _example(example: Example, text: str) -> str:
+    """An example, in which a text that is repeated often stands once."""
+    prompt = example.prompt
+    if text and example.strength > MOST_REPEATS:
+        prompt = prompt.replace(text * example.strength, f"⟨{text} × {example.strength}⟩")
+    lines = textwrap.indent(printable(prompt, keep="\n"), "    ")
     program, model = f"{example.program_difference:.2f}", f"{example.model_difference:.2f}"
     return (
         f"  For example, n = {example.strength}; {example.right!r} is right, by {program} in the "
-        f"program and {model} in the model:\n{text}"
+        f"program and {model} in the model:\n{lines}"
     )
 
 

@@ -52,7 +52,7 @@ def add_attack(commands: Commands) -> None:
     group.add_argument(
         "--families",
         type=int,
-        default=6,
+        default=8,
         metavar="N",
         help="The largest number of insertions that are tested (default: %(default)s).",
     )
