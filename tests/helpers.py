@@ -1,9 +1,11 @@
 """Small models, configurations, circuits and tokenizers, and other things that many tests need."""
 
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -210,6 +212,13 @@ def random_circuit(model, share=0.5, seed=0):
     return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
 
 
+def with_random_cuts(circuit, model, share, seed):
+    """The circuit with a random part of its edges."""
+    rng = random.Random(seed)
+    left = [edge.ends for edge in circuit.edges(model) if rng.random() < share]
+    return dataclasses.replace(circuit, edge_set=frozenset(left))
+
+
 def has_hooks(model):
     """Whether any function is attached to a hook point."""
     return any(point.has_hooks() for point in model.hook_dict.values())
@@ -258,6 +267,26 @@ def sparse_configs(draw):
         # Halfway between two values of k, where no rounding can change it.
         topk[location] = min(1.0, (draw(st.integers(1, size)) + 0.5) / size)
     return SparseConfig.from_dict(config.to_dict() | {"abs_topk": topk})
+
+
+@st.composite
+def tabled_configs(draw):
+    """Random configurations in which channels without kept writes become tables by token."""
+    config = draw(sparse_configs()).to_dict()
+    topk = {name: share for name, share in config["abs_topk"].items() if name[:5] != "resid"}
+    concatenated = draw(st.booleans())
+    config |= {
+        "normalization": "rms",
+        "norm_bias": False,
+        "abs_topk": topk,
+        "positions": "concatenated" if concatenated else "none",
+        "d_pos": draw(st.integers(1, 4)) if concatenated else 0,
+        "sinusoidal": False,
+    }
+    for name in ("attn_in", "mlp_in"):  # whose sizes may have changed
+        size = config["d_model"] + config["d_pos"]
+        topk[name] = min(1.0, (draw(st.integers(1, size)) + 0.5) / size)
+    return SparseConfig.from_dict(config)
 
 
 def word_tokenizer(words, **special):

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import random
 
 import pytest
 import torch
@@ -18,8 +17,10 @@ from helpers import (
     random_tokens,
     sparse_configs,
     stock_model,
+    tabled_configs,
     tiny_config,
     tiny_model,
+    with_random_cuts,
     without_checksums,
 )
 from micro import LOSS, VOCABULARY, micro_circuit, micro_data, micro_model
@@ -37,7 +38,6 @@ from tl_sparse.errors import (
     UnsupportedError,
 )
 from tl_sparse.hooks import mean_activations
-from tl_sparse.network.config import SparseConfig
 from tl_sparse.programs import CompiledCircuit
 from tl_sparse.programs.stream import Read
 from tl_sparse.programs.token_read import TokenRead
@@ -46,13 +46,6 @@ from tl_sparse.programs.token_read import TokenRead
 def under_circuit(circuit, model, tokens):
     with torch.no_grad(), circuit.applied(model):
         return model(tokens)
-
-
-def with_random_cuts(circuit, model, share, seed):
-    """The circuit with a random part of its edges."""
-    rng = random.Random(seed)
-    left = [edge.ends for edge in circuit.edges(model) if rng.random() < share]
-    return dataclasses.replace(circuit, edge_set=frozenset(left))
 
 
 def assert_same_logits(circuit, model, seed=0):
@@ -71,26 +64,6 @@ def assert_same_logits(circuit, model, seed=0):
         torch.testing.assert_close(at_last, of_wanted[rows, last][:, None], **close)
         short = compiled(tokens[:, :2])
         torch.testing.assert_close(short, of_wanted[:, :2], **close)
-
-
-@st.composite
-def tabled_configs(draw):
-    """Random configurations in which channels without kept writes become tables by token."""
-    config = draw(sparse_configs()).to_dict()
-    topk = {name: share for name, share in config["abs_topk"].items() if name[:5] != "resid"}
-    concatenated = draw(st.booleans())
-    config |= {
-        "normalization": "rms",
-        "norm_bias": False,
-        "abs_topk": topk,
-        "positions": "concatenated" if concatenated else "none",
-        "d_pos": draw(st.integers(1, 4)) if concatenated else 0,
-        "sinusoidal": False,
-    }
-    for name in ("attn_in", "mlp_in"):  # whose sizes may have changed
-        size = config["d_model"] + config["d_pos"]
-        topk[name] = min(1.0, (draw(st.integers(1, size)) + 0.5) / size)
-    return SparseConfig.from_dict(config)
 
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])

@@ -29,7 +29,7 @@ from tl_sparse.tasks import Task, TaskPairs
 
 if TYPE_CHECKING:
     from tl_sparse.explanations import Explanation
-    from tl_sparse.programs import CompiledCircuit
+    from tl_sparse.programs import CompiledCircuit, PythonProgram
     from tl_sparse.view import Page
 
 
@@ -321,6 +321,35 @@ class Circuit(CircuitParts):
         return explain_circuit(
             self, model, task, corpus=corpus, own=own, names=names, progress=progress, seed=seed
         )
+
+    def to_python(
+        self,
+        model: TLModel,
+        tokens: Sequence[int] | Int[Tensor, " logit"] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> PythonProgram:
+        """The program that `compile` makes as readable Python source, which needs NumPy alone.
+
+        Each node is a statement. `print` shows the source, and its `save` writes it with the tables
+        by token and position that it reads. Its logits are equal to those of the compiled circuit
+        in float64, up to about 1e-10. This circuit's labels become comments.
+
+        Args:
+            model: the circuit's model, of tl_sparse.
+            tokens: the tokens whose logits are wanted, such as the candidates of a task; by default
+                all. The fewer there are, the shorter is the source.
+            names: node → the name of its variable, such as `{"0.mlp_neuron 7": "in_string"}`. Other
+                variables are called after their nodes.
+
+        Raises:
+            CircuitError, UnsupportedError, DataError: as for `compile`; CircuitError also if a node
+                of `names` is not in the circuit.
+            ConfigError: if a name is no variable of Python, or stands for something else.
+        """
+        # Imported here for the same reason as in `card`.
+        from tl_sparse.programs import python_program
+
+        return python_program(self, model, tokens, names)
 
     # Other circuits from this one
 

@@ -1,0 +1,244 @@
+"""Statements, numbers and tables of Python source, as they are collected line by line."""
+
+import keyword
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+
+from tl_sparse.programs.numpy_functions import Array
+
+LINE_LENGTH = 100
+INDENT = "    "
+#: A value by token is a dictionary in the source if at most so many tokens differ from the others.
+MAX_TOKENS_SHOWN = 8
+#: How many tokens a comment names on each end of a table by token.
+TOKENS_IN_COMMENT = 3
+
+
+def number(value: float) -> str:
+    """A float with 13 significant digits, which keep sums exact to about 1e-12."""
+    text = f"{value:.13g}"
+    return text if set(text) & set(".e") else f"{text}.0"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A factor times an expression; without an expression, a constant."""
+
+    factor: float
+    expression: str = ""
+
+    def __str__(self) -> str:
+        if not self.expression:
+            return number(self.factor)
+        if self.factor == 1.0:
+            return self.expression
+        if self.factor == -1.0:
+            return f"-{self.expression}"
+        return f"{number(self.factor)} * {self.expression}"
+
+
+def sum_pieces(terms: Sequence[Term]) -> list[str]:
+    """The terms of a sum, each after the first with its sign in front."""
+    pieces: list[str] = []
+    for term in terms:
+        text = str(term)
+        if not pieces:
+            pieces.append(text)
+        elif text.startswith("-"):
+            pieces.append(f"- {text[1:]}")
+        else:
+            pieces.append(f"+ {text}")
+    return pieces or ["0.0"]
+
+
+@dataclass
+class Statement:
+    """An assignment in the source.
+
+    Attributes:
+        target: what is assigned to, with the operator: "attn_q_0_h3_9 =".
+        pieces: the parts of its right side, between which the line may be broken.
+        opening, closing: what stands around them, such as "gelu(" and ")".
+        name: the name that it gives; "" if it gives none.
+        is_node: whether the name is that of a node.
+        comments: lines of comment above it.
+    """
+
+    target: str
+    pieces: list[str]
+    opening: str = ""
+    closing: str = ""
+    name: str = ""
+    is_node: bool = False
+    comments: list[str] = field(default_factory=list)
+
+    def identifiers(self) -> set[str]:
+        """The identifiers on the right side."""
+        text = " ".join([self.opening, *self.pieces, self.closing])
+        return set(re.findall(r"[A-Za-z_]\w*", text))
+
+    def lines(self, comment: str = "") -> list[str]:
+        """The lines of the statement, with this comment at its end."""
+        above = [f"{INDENT}# {line}" for line in self.comments]
+        inner = " ".join(self.pieces)
+        one_line = f"{INDENT}{self.target} {self.opening}{inner}{self.closing}"
+        if len(one_line) <= LINE_LENGTH:
+            with_comment = f"{one_line}  # {comment}" if comment else one_line
+            if len(with_comment) <= LINE_LENGTH:
+                return [*above, with_comment]
+            return [*above, f"{INDENT}# {comment}", one_line]
+        if comment:
+            above.append(f"{INDENT}# {comment}")
+        opening, closing = (self.opening, self.closing) if self.opening else ("(", ")")
+        broken = []
+        for piece in self.pieces:
+            broken += wrap(
+                piece,
+                LINE_LENGTH,
+                initial_indent=2 * INDENT,
+                subsequent_indent=2 * INDENT,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        return [*above, f"{INDENT}{self.target} {opening}", *broken, f"{INDENT}{closing}"]
+
+
+class SourceText:
+    """The Python source of a circuit while it is written.
+
+    Attributes:
+        tables: the arrays that the source reads from its .npz file.
+        names: node → the identifier that stands for it.
+        text_of: token → its text.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        labels: Mapping[str, str],
+        text_of: Callable[[int], str],
+    ) -> None:
+        self.tables: dict[str, Array] = {}
+        self.names = names
+        self.text_of = text_of
+        self._labels = labels
+        self._constants: list[str] = []
+        self._body: list[Statement | str] = []
+
+    # What a statement consists of
+
+    def table(self, name: str, values: Any) -> str:
+        """Store an array, and return the expression that reads it."""
+        self.tables[name] = np.array(values)
+        return f'TABLES["{name}"]'
+
+    def by_token(self, name: str, values: Any) -> str:
+        """The expression of a value by token: a dictionary if few tokens differ from the rest."""
+        values = np.array(values)
+        distinct, counts = np.unique(values, return_counts=True)
+        other = distinct[counts.argmax()]
+        differing = np.flatnonzero(values != other)
+        if len(differing) > MAX_TOKENS_SHOWN:
+            return f"{self.table(name, values)}[tokens]"
+        if len(differing) == 0:
+            return f"np.full(n, {number(other)})"
+        constant = identifier(name).upper()
+        self._constants += [f"{constant} = {{"]
+        for token in differing.tolist():
+            line = f"{INDENT}{token}: {number(values[token])},"
+            self._constants.append(f"{line}  # {self.text_of(token)}")
+        self._constants.append("}")
+        return f"lookup({constant}, tokens, {number(other)})"
+
+    def strongest_tokens(self, values: Any) -> list[str]:
+        """A comment that names the tokens with the largest and the smallest values."""
+        values = np.array(values)
+        order = values.argsort(kind="stable")
+        parts = []
+        for which, chosen in {"highest": order[::-1], "lowest": order}.items():
+            shown = []
+            for token in chosen[:TOKENS_IN_COMMENT].tolist():
+                shown.append(f"{self.text_of(token)} {values[token]:.3g}")
+            parts.append(f"{which}: {', '.join(shown)}")
+        return wrap("; ".join(parts), LINE_LENGTH - len(INDENT) - len("# "))
+
+    # Writing
+
+    def section(self, title: str) -> None:
+        """A comment that begins a part of the function."""
+        self._body += ["", f"{INDENT}# {title}"]
+
+    def write(self, statement: Statement) -> None:
+        self._body.append(statement)
+
+    def write_call(self, targets: str, function: str, arguments: str) -> None:
+        """Write a statement that gives several variables new values."""
+        self.write(Statement(f"{targets} =", [arguments], f"{function}(", ")"))
+
+    def assign(self, name: str, *pieces: str) -> None:
+        """Write a statement that gives this name."""
+        self.write(Statement(f"{name} =", list(pieces), name=name))
+
+    def write_node(
+        self,
+        node: str,
+        pieces: list[str],
+        opening: str = "",
+        closing: str = "",
+        comments: Sequence[str] = (),
+    ) -> None:
+        """Write the statement of a node, under its label if it has one."""
+        name = self.names[node]
+        label = self._labels.get(node)
+        above = [*([label] if label else []), *comments]
+        self.write(Statement(f"{name} =", pieces, opening, closing, name, True, above))
+
+    @property
+    def constants(self) -> list[str]:
+        """The lines of the dictionaries."""
+        return self._constants
+
+    def body(self) -> list[str]:
+        """The lines of the statements; behind each node, the names that are computed from it."""
+        users = self._users()
+        lines: list[str] = []
+        for entry in self._body:
+            if isinstance(entry, str):
+                lines.append(entry)
+                continue
+            of_node = users.get(entry.name, []) if entry.is_node else []
+            lines += entry.lines(f"→ {', '.join(of_node)}" if of_node else "")
+        return lines
+
+    def _users(self) -> dict[str, list[str]]:
+        """Variable → the names whose statements use it."""
+        users = defaultdict[str, list[str]](list)
+        for entry in self._body:
+            if isinstance(entry, Statement) and entry.name:
+                for variable in entry.identifiers() - {entry.name}:
+                    users[variable].append(entry.name)
+        return users
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names as a list in the source."""
+    return f"[{', '.join(names)}]"
+
+
+def identifier(name: str) -> str:
+    """The name of a node as a Python identifier: `0.attn_q h3.9` → `attn_q_0_h3_9`."""
+    layer, _, rest = name.partition(".")
+    location, _, index = rest.partition(" ")
+    text = f"{location}_{layer}_{index}" if layer.isdecimal() and index else name
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
+def is_identifier(name: str) -> bool:
+    """Whether a name can stand for a variable."""
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
