@@ -187,3 +187,9 @@ def test_what_cannot_be_compiled_is_refused():
         circuit.to_python(stock_model())
     with pytest.raises(DataError, match="tokens must be in"):
         circuit.to_python(model, [len(VOCABULARY)])
+
+
+def test_no_line_is_too_long():
+    model = tiny_model(tiny_config(d_model=32, d_mlp=40, abs_topk=paper_topk(0.5)))
+    program = random_circuit(model, 0.5).to_python(model)
+    assert max(len(line) for line in program.source.splitlines()) <= 100

@@ -152,12 +152,12 @@ def _title(circuit: Circuit) -> str:
 def _columns(compiled: CompiledCircuit, source: SourceText) -> str:
     """What the columns of the logits are."""
     if compiled.tokens is None:
-        return "one column for each token of the vocabulary"
+        return "the tokens of the vocabulary"
     tokens = compiled.tokens.tolist()
     shown = [f"{source.text_of(token)} ({token})" for token in tokens[:MAX_TOKENS_IN_TITLE]]
     if len(tokens) > len(shown):
         shown.append(f"{len(tokens) - len(shown)} more")
-    return f"the columns are {', '.join(shown)}"
+    return ", ".join(shown)
 
 
 def _module(title: str, compiled: CompiledCircuit, source: SourceText) -> str:
@@ -183,7 +183,10 @@ def _module(title: str, compiled: CompiledCircuit, source: SourceText) -> str:
     ]
     main = [
         "def logits(tokens: Any) -> Array:",
-        f'{INDENT}"""The logits after each token, [pos, logit]; {_columns(compiled, source)}."""',
+        f'{INDENT}"""The logits after each token, [pos, logit].',
+        "",
+        f"{INDENT}The columns are {_columns(compiled, source)}.",
+        f'{INDENT}"""',
         f"{INDENT}tokens = {check}",
         f"{INDENT}n = len(tokens)",
         f"{INDENT}position = np.arange(n)",

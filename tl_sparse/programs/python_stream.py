@@ -34,6 +34,8 @@ class StreamWriter:
         """The expression of the varying channels, `[varying, pos]`."""
         if len(self.varying) == self._d_model:
             return stream
+        if len(self.varying) > MAX_CHANNELS:
+            return f"{stream}[{self._source.table('channels', self.varying)}]"
         return f"{stream}[{self.varying}]"
 
     def start(self) -> None:
@@ -145,7 +147,7 @@ class StreamWriter:
         """A channel that is a function of the token."""
         expression = self._source.by_token(node, values)
         is_table = expression.startswith("TABLES")
-        comments = self._source.strongest_tokens(values) if is_table else []
+        comments = [self._source.strongest_tokens(values)] if is_table else []
         self._source.write_node(node, [expression], comments=comments)
 
     def _read_positions(self, node: str, values: Array) -> None:
@@ -162,8 +164,8 @@ class StreamWriter:
         source.table(node, values)
         source.table(f"{node} limits", limits)
         source.table(f"{_location(node)} largest by position", least)
-        comments = source.strongest_tokens(values)
-        source.write_node(node, [f'read_by_token("{node}", tokens, position)'], comments=comments)
+        expression = f'read_by_token("{node}", tokens, position)'
+        source.write_node(node, [expression], comments=[source.strongest_tokens(values)])
 
     def _read_limited_position(self, node: str, values: Array, least: Array, limits: Array) -> None:
         """A positional channel that AbsTopK keeps where it reaches a limit by token."""

@@ -67,7 +67,7 @@ class Statement:
         opening, closing: what stands around them, such as "gelu(" and ")".
         name: the name that it gives; "" if it gives none.
         is_node: whether the name is that of a node.
-        comments: lines of comment above it.
+        comments: what is said above it.
     """
 
     target: str
@@ -85,28 +85,46 @@ class Statement:
 
     def lines(self, comment: str = "") -> list[str]:
         """The lines of the statement, with this comment at its end."""
-        above = [f"{INDENT}# {line}" for line in self.comments]
-        inner = " ".join(self.pieces)
-        one_line = f"{INDENT}{self.target} {self.opening}{inner}{self.closing}"
+        one_line = f"{INDENT}{self.target} {self.opening}{' '.join(self.pieces)}{self.closing}"
+        with_comment = f"{one_line}  # {comment}"
+        if comment and len(with_comment) <= LINE_LENGTH:
+            return [*as_comments(self.comments), with_comment]
+        above = as_comments([*self.comments, comment] if comment else self.comments)
         if len(one_line) <= LINE_LENGTH:
-            with_comment = f"{one_line}  # {comment}" if comment else one_line
-            if len(with_comment) <= LINE_LENGTH:
-                return [*above, with_comment]
-            return [*above, f"{INDENT}# {comment}", one_line]
-        if comment:
-            above.append(f"{INDENT}# {comment}")
+            return [*above, one_line]
         opening, closing = (self.opening, self.closing) if self.opening else ("(", ")")
-        broken = []
+        lines = [*above, *self._beginning(opening)]
         for piece in self.pieces:
-            broken += wrap(
-                piece,
-                LINE_LENGTH,
-                initial_indent=2 * INDENT,
-                subsequent_indent=2 * INDENT,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        return [*above, f"{INDENT}{self.target} {opening}", *broken, f"{INDENT}{closing}"]
+            lines += _wrapped(piece, 2 * INDENT)
+        return [*lines, f"{INDENT}{closing}"]
+
+    def _beginning(self, opening: str) -> list[str]:
+        """The lines before those of the pieces."""
+        line = f"{INDENT}{self.target} {opening}"
+        if len(line) <= LINE_LENGTH:
+            return [line]
+        # Only a list of variables is so long.
+        variables = self.target.removeprefix("[").removesuffix("] =")
+        return [f"{INDENT}[", *_wrapped(variables, 2 * INDENT), f"{INDENT}] = {opening}"]
+
+
+def as_comments(texts: Iterable[str]) -> list[str]:
+    """The texts as lines of comment in a function."""
+    lines = []
+    for text in texts:
+        lines += _wrapped(text, f"{INDENT}# ")
+    return lines
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return wrap(
+        text,
+        LINE_LENGTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 class SourceText:
@@ -156,7 +174,7 @@ class SourceText:
         self._constants.append("}")
         return f"lookup({constant}, tokens, {number(other)})"
 
-    def strongest_tokens(self, values: Any) -> list[str]:
+    def strongest_tokens(self, values: Any) -> str:
         """A comment that names the tokens with the largest and the smallest values."""
         values = np.array(values)
         order = values.argsort(kind="stable")
@@ -166,7 +184,7 @@ class SourceText:
             for token in chosen[:TOKENS_IN_COMMENT].tolist():
                 shown.append(f"{self.text_of(token)} {values[token]:.3g}")
             parts.append(f"{which}: {', '.join(shown)}")
-        return wrap("; ".join(parts), LINE_LENGTH - len(INDENT) - len("# "))
+        return "; ".join(parts)
 
     # Writing
 
