@@ -25,6 +25,7 @@ from micro import (
     save_micro,
     save_pairs,
 )
+from tl_sparse.attacks import attack
 from tl_sparse.cli import main
 from tl_sparse.cli.parser import build_parser
 from tl_sparse.cli.training import train_config
@@ -385,11 +386,11 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("tl_sparse.pruning.means.load_corpus", few_rows)
     monkeypatch.setattr("tl_sparse.view.contents.load_corpus", few_rows)
-    short = functools.partial(tl_sparse.attacks.attack, n_test=2, n_families=1, seconds=1.0)
+    short = functools.partial(attack, n_test=2, n_families=1, seconds=1.0)
     monkeypatch.setattr("tl_sparse.attacks.attack", short)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 11
+    assert len(snippets) == 12
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
     namespace: dict = {}
