@@ -182,6 +182,7 @@ OTHERWISE = {
     "compile_circuit": {"tokens": [1, 2]},
     "check_onnx": {"path": "program.onnx"},
     "check_program": {"folder": "program"},
+    "check_python": {"folder": "program"},
     "python_program": {"tokens": [1, 2], "names": {}},
     "right_minus_wrong": {"logits": torch.zeros(4, 2)},
     "task_loss_and_accuracy": {"logits": torch.zeros(4, 2)},

@@ -6,10 +6,15 @@ import onnxruntime
 import pytest
 import torch
 
+from helpers import tiny_model
 from micro import VOCABULARY, micro_circuit, micro_data, micro_model, save_micro, save_pairs
+from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.cli import main
+from tl_sparse.errors import CircuitError
+from tl_sparse.explanations import Explanation
 from tl_sparse.programs import CompiledCircuit, onnx_file
 
+ANSWERS = [VOCABULARY["yes"], VOCABULARY["no"]]
 pytestmark = pytest.mark.any_line
 
 
@@ -56,11 +61,33 @@ def test_an_onnx_file_at_one_position(places, tmp_path):
     assert json.loads(metadata["tokens"]) == compiled.tokens.tolist()
 
 
-@pytest.mark.parametrize("name", ["program.json", "program.safetensors", "program.onnx"])
+def test_python_source_with_the_names_of_an_explanation(places, tmp_path, capsys):
+    circuit_and_model = places[: places.index("--out")]
+    assert main(["explain", *circuit_and_model, "-q"]) == 0
+    explanation = Explanation.load(tmp_path / "circuit")
+    file = str(tmp_path / "circuit" / "explanation.json")
+    assert main(["compile", *places, "--explanation", file]) == 1
+    assert "it needs --python" in capsys.readouterr().err
+    assert main(["compile", *places, "--python", "--explanation", file]) == 0
+    source = (tmp_path / "program" / "circuit.py").read_text(encoding="utf-8")
+    model = micro_model()
+    circuit = Circuit.load(tmp_path / "circuit")
+    program = explanation.to_python(circuit, model, [*ANSWERS])
+    assert source == program.source
+    for node in explanation.nodes:
+        assert f"# {node.name} = {node.expression}" in source
+        assert f"    {node.name} = " in source
+    with pytest.raises(CircuitError, match="the explanation is of another model"):
+        explanation.to_python(circuit, tiny_model())
+
+
+@pytest.mark.parametrize(
+    "name", ["program.json", "program.safetensors", "program.onnx", "circuit.py", "circuit.npz"]
+)
 def test_nothing_is_replaced_unasked(places, tmp_path, capsys, name):
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / name).write_text("another")
-    assert main(["compile", *places, "--onnx"]) == 1
+    assert main(["compile", *places, "--onnx", "--python"]) == 1
     assert f"{name} exists already" in capsys.readouterr().err
     assert main(["compile", *places, "--overwrite", "-q"]) == 0
     CompiledCircuit.load(tmp_path / "program")

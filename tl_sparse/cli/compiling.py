@@ -6,6 +6,7 @@ from typing import Any
 
 from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, report_saved
 from tl_sparse.cli.circuits import add_circuit, open_circuit
+from tl_sparse.errors import ConfigError
 
 #: The names of `--dtype`.
 DTYPES = ("float32", "float64")
@@ -47,8 +48,24 @@ def add_compile(commands: Commands) -> None:
         choices=DTYPES,
         help="The dtype of its numbers (default: that of the model).",
     )
+    _add_python(parser)
     _add_onnx(parser)
     add_running_flags(parser)
+
+
+def _add_python(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the Python source")
+    group.add_argument(
+        "--python",
+        action="store_true",
+        help="Write circuit.py and circuit.npz too: the program as readable source for NumPy.",
+    )
+    group.add_argument(
+        "--explanation",
+        metavar="FILE",
+        help="The explanation of the circuit that `tl-sparse explain` wrote: names and comments of "
+        "the source.",
+    )
 
 
 def _add_onnx(parser: argparse.ArgumentParser) -> None:
@@ -74,16 +91,23 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_compile(args: argparse.Namespace) -> None:
-    from tl_sparse.programs import check_onnx, check_program
+    from tl_sparse.programs import check_onnx, check_program, check_python
 
+    if args.explanation is not None and not args.python:
+        raise ConfigError("--explanation gives names to the Python source, so it needs --python")
     folder = Path(args.out)
     onnx_path = folder / "program.onnx"
     check_program(folder, args.overwrite)
+    if args.python:
+        check_python(folder, args.overwrite)
     if args.onnx:
         check_onnx(onnx_path, args.opset, args.overwrite)
 
     import torch
 
+    from tl_sparse.explanations import Explanation
+
+    explanation = None if args.explanation is None else Explanation.load(args.explanation)
     circuit, model, _ = open_circuit(args.circuit, args.model, args.device, args.task)
     tokens = None
     if args.tokens == "candidates":
@@ -91,6 +115,12 @@ def _run_compile(args: argparse.Namespace) -> None:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     compiled = circuit.compile(model, tokens, dtype)
     compiled.save(folder, args.overwrite)
+    if args.python:
+        if explanation is None:
+            program = circuit.to_python(model, tokens)
+        else:
+            program = explanation.to_python(circuit, model, tokens)
+        program.save(folder, args.overwrite)
     if args.onnx:
         compiled.to_onnx(onnx_path, args.last, args.opset, args.overwrite)
     logits = "all logits" if tokens is None else f"the logits of {len(tokens)} tokens"

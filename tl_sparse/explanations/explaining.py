@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Node, hash_of_circuit, hash_of_model
-from tl_sparse.errors import CircuitError, ConfigError
+from tl_sparse.errors import ConfigError
 from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.finding import candidates_for, chosen, dependence, shorter_ones
 from tl_sparse.explanations.fitting import Target
@@ -287,10 +287,7 @@ def _opened(explanation: Explanation, circuit: Circuit | None, model: TLModel | 
             "an explanation that was read from a file has no model; give it the circuit and its "
             "model: explanation.test(node, expression, circuit, model)"
         )
-    now = {"circuit": hash_of_circuit(circuit), "model": hash_of_model(model)}
-    for what, content in now.items():
-        if explanation.contents.get(what) != content:
-            raise CircuitError(f"the explanation is of another {what} than this one")
+    explanation.check(circuit, model)
     with frozen(model), torch.no_grad():
         subject = subject_of(circuit, model, None, None, explanation.seed)
         for each in explanation.nodes:

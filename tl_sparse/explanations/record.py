@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_sparse.errors import CheckpointError, DataError
+from tl_sparse.circuits import hash_of_circuit, hash_of_model
+from tl_sparse.errors import CheckpointError, CircuitError, DataError
 from tl_sparse.evaluation import Estimate
 from tl_sparse.explanations.measures import EXPLAINED, Fit, Levels
 from tl_sparse.files import read_json, write_json
+from tl_sparse.parsing import printable
 from tl_sparse.records import record_from
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
     from tl_sparse.circuits import Circuit
     from tl_sparse.hooks import TLModel
+    from tl_sparse.programs import PythonProgram
 
+#: Longer expressions are cut short in comments.
+IN_COMMENTS = 160
 #: The file of an explanation.
 EXPLANATION_JSON = "explanation.json"
 
@@ -256,6 +265,42 @@ class Explanation:
 
         return tested(self, node, expression, circuit, model)
 
+    def to_python(
+        self,
+        circuit: Circuit,
+        model: TLModel,
+        tokens: Sequence[int] | Int[Tensor, " logit"] | None = None,
+    ) -> PythonProgram:
+        """`circuit.to_python` with the names of this explanation, and its expressions as comments.
+
+        Args:
+            circuit, model: the circuit that is explained, and its model.
+            tokens: the tokens whose logits are wanted; by default all.
+
+        Raises:
+            CircuitError: if the circuit or the model is another than that of the explanation.
+            TLSparseError: whatever `circuit.to_python` refuses.
+        """
+        self.check(circuit, model)
+        comments = {}
+        for node in self.nodes:
+            about = f"{node.name} = {shortened(node.expression, IN_COMMENTS)}"
+            if not node.is_explained:
+                about += f"  (score {node.score:.2f}: not explained)"
+            comments[node.node] = about
+        return circuit.with_labels(comments).to_python(model, tokens, self.names)
+
+    def check(self, circuit: Circuit, model: TLModel) -> None:
+        """Check that this is the explanation of a circuit.
+
+        Raises:
+            CircuitError: if the circuit or the model is another one.
+        """
+        now = {"circuit": hash_of_circuit(circuit), "model": hash_of_model(model)}
+        for what, content in now.items():
+            if self.contents.get(what) != content:
+                raise CircuitError(f"the explanation is of another {what} than this one")
+
     def to_json(self) -> dict[str, Any]:
         """All but `subject`, as plain JSON values."""
         values = {}
@@ -293,6 +338,12 @@ class Explanation:
         from tl_sparse.explanations.text import explanation_text
 
         return explanation_text(self)
+
+
+def shortened(expression: str, longest: int) -> str:
+    """An expression as text, cut short if it has more characters than `longest`."""
+    text = printable(expression)
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
 
 
 def _plain(value: Any) -> Any:

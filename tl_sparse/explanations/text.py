@@ -3,7 +3,13 @@
 from tl_sparse.arguments import checked
 from tl_sparse.errors import counted
 from tl_sparse.explanations.measures import EXPLAINED, Fit
-from tl_sparse.explanations.record import Explanation, HeadExplanation, NodeExplanation, Swapped
+from tl_sparse.explanations.record import (
+    Explanation,
+    HeadExplanation,
+    NodeExplanation,
+    Swapped,
+    shortened,
+)
 from tl_sparse.parsing import printable
 from tl_sparse.tasks import table
 
@@ -61,7 +67,7 @@ def _node(node: NodeExplanation) -> str:
     if node.text is not None:
         scores = f"text {_fit(node.text)}, {scores}"
     lines = [
-        f"{node.name} = {shortened(node.expression)}",
+        f"{node.name} = {shortened(node.expression, LONGEST)}",
         f"    {node.node}{origin}: size {node.size}, depends on {node.depends_on}; "
         f"{scores}{verdict}",
         f"    one number on each side of a threshold explains {node.levels.explained:.2f}; "
@@ -70,12 +76,6 @@ def _node(node: NodeExplanation) -> str:
         f"{node.held_in_circuit.loss.value:.3f} and {node.held_in_model.loss.value:.3f})",
     ]
     return "\n".join(lines)
-
-
-def shortened(expression: str) -> str:
-    """An expression, cut short if it is long."""
-    text = printable(expression)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
 
 
 def _fit(fit: Fit) -> str:

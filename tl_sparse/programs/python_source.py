@@ -14,7 +14,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.hooks import TLModel
-from tl_sparse.outputs import FileSet, replacing_together
+from tl_sparse.outputs import FileSet, check_new_file, replacing_together
 from tl_sparse.programs import numpy_functions
 from tl_sparse.programs.compiled import CompiledCircuit
 from tl_sparse.programs.compiling import compile_circuit
@@ -49,6 +49,18 @@ MAX_TOKENS_IN_TITLE = 8
 #: Names that the source uses itself.
 RESERVED = {"centered", "logits", "math", "n", "np", "position", "resid", "scale", "tokens"}
 RESERVED_BEGINNINGS = ("logit_", "pattern_")
+
+
+@checked()
+def check_python(folder: str | Path, overwrite: bool = False) -> None:
+    """Check, before the slow work of compiling a circuit, that `PythonProgram.save` can write it.
+
+    Raises:
+        CheckpointError: if it cannot.
+        ConfigError: if `folder` holds a Python program, and `overwrite` is False.
+    """
+    for name in (PYTHON_FILES.described_by, *PYTHON_FILES.required):
+        check_new_file(Path(folder, name), overwrite)
 
 
 @dataclass(frozen=True, eq=False)
