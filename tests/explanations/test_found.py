@@ -11,7 +11,7 @@ from tl_sparse.explanations.samples import Sample
 from tl_sparse.explanations.search import search
 from tl_sparse.explanations.sequences import Sequences, values_of
 from tl_sparse.explanations.structure import Wiring
-from tl_sparse.explanations.tables import position_functions, segments, token_tables
+from tl_sparse.explanations.tables import position_functions, token_tables
 
 pytestmark = pytest.mark.any_line
 
@@ -86,12 +86,6 @@ def test_functions_of_the_position_are_found_in_pieces():
     best_function = best(position_functions(target), 0.99)
     assert best_function.score == pytest.approx(1)
     assert best_function.expression.size <= 13
-
-
-def test_segments_are_the_best_division():
-    values = torch.tensor([0.0, 0.1, 5.0, 5.1, 5.0, 9.0], dtype=torch.float64)
-    assert segments(values, torch.ones(6, dtype=torch.float64), 3).tolist() == [0, 0, 1, 1, 1, 2]
-    assert segments(values, torch.ones(6, dtype=torch.float64), 1).tolist() == [0] * 6
 
 
 def test_measures_by_hand():

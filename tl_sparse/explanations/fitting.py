@@ -16,7 +16,7 @@ from tl_sparse.explanations.sequences import Sequences, values_of
 
 Flat = Float[Tensor, " value"]
 #: So much of the score is given up to save one symbol; a token in a set counts for less.
-PRICE_OF_SYMBOL, PRICE_OF_TOKEN = 0.001, 0.0002
+PRICE_OF_SYMBOL, PRICE_OF_TOKEN = 0.0005, 0.0001
 #: A constant below this share of the standard deviation is left out.
 NEGLIGIBLE = 1e-3
 #: Of expressions with this score, the shortest is taken.

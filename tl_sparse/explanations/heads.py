@@ -20,6 +20,8 @@ Pairs = Float[Tensor, "seq query key"]
 MOST_IN_PHRASE = 12
 #: A phrase covers at least so much more than of even attention.
 LEAST_ADVANTAGE = 0.1
+#: A phrase names at most so many present tokens.
+MOST_PRESENT = 6
 #: So many tokens that a head looks at are listed.
 LISTED = 10
 
@@ -48,20 +50,17 @@ def explain_head(subject: Subject, layer: int, head: int) -> HeadExplanation:
     """What a head looks at: chosen on the data for fitting, and measured on the other half."""
     fit = [sample for sample in subject.samples.fit if sample.name != "tokens"]
     heldout = subject.samples.heldout
-    rules = _rules(fit, (layer, head), subject)
-    best = max(rules, key=lambda rule: _advantage(rule, fit, (layer, head)))
-    if _advantage(best, fit, (layer, head)) < LEAST_ADVANTAGE:
-        best = ALL_ALIKE
+    phrase = _phrase(_rules(fit, (layer, head), subject), fit, (layer, head), subject)
     score, nothing = pattern_expression(subject, layer, head)
     overlap = None
     if score is not None and nothing is not None:
         overlap = _overlap(heldout, (layer, head), score, nothing)
-    covered, evenly = _coverage(best, heldout, (layer, head))
+    covered, evenly = _coverage(phrase, heldout, (layer, head))
     sink = _mean([1 - s.patterns[layer, head].double().sum(2) for s in heldout], heldout)
     return HeadExplanation(
         layer=layer,
         head=head,
-        phrase=f"from any token: {best.words}",
+        phrase=phrase.words,
         covered=covered,
         evenly=evenly,
         nothing=max(0.0, sink),
@@ -194,23 +193,93 @@ def _looks_at(samples: list[Sample], head: tuple[int, int], subject: Subject) ->
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Advantages:
+    """How much more of the attention a rule covers than of even attention, by present token.
+
+    Attributes:
+        rule: the rule.
+        by_token: for each present token, its part of the whole advantage.
+    """
+
+    rule: Rule
+    by_token: Float[Tensor, " vocab"]
+
+    @property
+    def whole(self) -> float:
+        return float(self.by_token.sum())
+
+
+def _phrase(
+    rules: list[Rule], samples: list[Sample], head: tuple[int, int], subject: Subject
+) -> Rule:
+    """The rule that covers most beside even attention, and another one for some present tokens.
+
+    Its words are a whole phrase.
+    """
+    n_tokens = len(subject.samples.vocabulary.texts)
+    advantages = [_advantages(rule, samples, head, n_tokens) for rule in [*rules, ALL_ALIKE]]
+    best = max(advantages, key=lambda each: each.whole)
+    if best.whole < LEAST_ADVANTAGE:
+        best = advantages[-1]
+    gain, other, tokens = 0.0, best, TokenSet(())
+    for each in advantages:
+        gains = (each.by_token - best.by_token).clamp(min=0)
+        most = gains.argsort(descending=True)[:MOST_PRESENT]
+        if float(gains[most].sum()) > gain:
+            gain, other = float(gains[most].sum()), each
+            members = [token for token in most.tolist() if float(gains[token]) > gain / 20]
+            tokens = subject.samples.vocabulary.set_of(members)
+    if gain < LEAST_ADVANTAGE / 2:
+        return Rule(f"from any token: {best.rule.words}", best.rule.chosen)
+    words = f"from {described_set(tokens)}: {other.rule.words}; from others: {best.rule.words}"
+    return Rule(words, _either(tokens, other.rule, best.rule))
+
+
+def _either(tokens: TokenSet, first: Rule, second: Rule) -> Callable[[Sequences], Pairs]:
+    """What the first rule chooses from these present tokens, and the second from others."""
+
+    def chosen(sequences: Sequences) -> Pairs:
+        is_first = sequences.among(sequences.tokens, tokens)[:, :, None]
+        return torch.where(is_first, first.chosen(sequences), second.chosen(sequences))
+
+    return chosen
+
+
+def _advantages(
+    rule: Rule, samples: list[Sample], head: tuple[int, int], n_tokens: int
+) -> _Advantages:
+    total = torch.zeros(n_tokens, dtype=torch.float64)
+    for sample in samples:
+        covered, evenly, weight = _covered(rule, sample, head)
+        part = sample.real((covered - evenly) * weight)
+        tokens = sample.sequences.tokens[sample.sequences.is_real]
+        total.index_add_(0, tokens, part / len(samples))
+    return _Advantages(rule, total)
+
+
 def _coverage(rule: Rule, samples: list[Sample], head: tuple[int, int]) -> tuple[float, float]:
     """The share of the attention, without the sink's, on what a rule chooses; and of even one."""
-    covered = []
-    evenly = []
+    shares = torch.zeros(2, dtype=torch.float64)
     for sample in samples:
-        chosen = rule.chosen(sample.sequences)
-        pattern = sample.patterns[head].double()
-        is_real = sample.sequences.is_real
-        on_tokens = float(pattern.sum(2)[is_real].sum())
-        on_chosen = float((pattern * chosen).sum(2)[is_real].sum())
-        covered.append(on_chosen / on_tokens if on_tokens > 0 else 0.0)
-        even = _recent(sample.sequences, pattern.shape[1])
-        even = even / even.sum(2, keepdim=True)
-        evenly.append(float((even * chosen).sum(2)[is_real].mean()))
-    return sum(covered) / len(covered), sum(evenly) / len(evenly)
+        covered, evenly, weight = _covered(rule, sample, head)
+        shares += torch.stack([(covered * weight).sum(), (evenly * weight).sum()]) / len(samples)
+    covered_share, even_share = shares.tolist()
+    return covered_share, even_share
 
 
-def _advantage(rule: Rule, samples: list[Sample], head: tuple[int, int]) -> float:
-    covered, evenly = _coverage(rule, samples, head)
-    return covered - evenly
+def _covered(rule: Rule, sample: Sample, head: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each present token, the share on what a rule chooses, of the attention and of even one.
+
+    Returns:
+        Both shares, and the weight of each present token: the attention that is not the sink's.
+    """
+    chosen = rule.chosen(sample.sequences)
+    pattern = sample.patterns[head].double()
+    on_tokens = pattern.sum(2)
+    covered = (pattern * chosen).sum(2) / on_tokens.clamp(min=1e-12)
+    n_earlier = torch.arange(1, pattern.shape[1] + 1, dtype=torch.float64)
+    earlier = torch.ones_like(pattern[0]).tril()
+    evenly = (chosen * earlier).sum(2) / n_earlier
+    weight = on_tokens * sample.sequences.is_real
+    return covered, evenly, weight / weight.sum().clamp(min=1e-12)

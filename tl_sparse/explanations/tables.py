@@ -17,15 +17,15 @@ from tl_sparse.explanations.expressions import (
     linear,
     number,
 )
-from tl_sparse.explanations.fitting import Candidate, Target
+from tl_sparse.explanations.fitting import PRICE_OF_SYMBOL, PRICE_OF_TOKEN, Candidate, Target
 from tl_sparse.explanations.parsing import Vocabulary
 
 #: The numbers of levels that are tried.
-MOST_LEVELS = 8
+MOST_LEVELS = 10
 MOST_PIECES = 16
 #: What a table has to explain of what any function of the token, or of the position, can.
 #: Other expressions refer to it, so it is made more exact than they have to be.
-OF_TABLE = (0.99, 0.98, 0.95, 0.9)
+OF_TABLE = (0.995, 0.99, 0.98, 0.95, 0.9)
 #: The same of functions of the position, of which small errors matter in the scores of attention.
 OF_POSITIONS = 0.997
 #: A table lists at most so many tokens.
@@ -89,6 +89,19 @@ class TokenTable:
     groups: list[tuple[list[int], float]]
     others: float
 
+    @property
+    def price(self) -> float:
+        """What its size costs: each group has an `if`, an `else`, a name and a number."""
+        n_tokens = sum(len(tokens) for tokens, _ in self.groups)
+        return 3 * PRICE_OF_SYMBOL * len(self.groups) + PRICE_OF_TOKEN * n_tokens
+
+    def values_at(self, tokens: Int[Tensor, " value"]) -> Float[Tensor, " value"]:
+        """The number of each of these tokens."""
+        values = torch.full(tokens.shape, self.others, dtype=torch.float64)
+        for members, level in self.groups:
+            values[torch.isin(tokens, torch.tensor(members))] = level
+        return values
+
     def expression(self, which: str, vocabulary: Vocabulary) -> Expression:
         """The table as an expression of one of the tokens of `TOKEN_NAMES`."""
         expression: Expression = number(self.others)
@@ -106,39 +119,34 @@ def tables_of(
     most_levels: int = MOST_LEVELS,
     shares: Sequence[float] = OF_TABLE,
 ) -> list[TokenTable]:
-    """Tables of these means, with more and more levels.
+    """The shortest table of these means for each share of their variance; none if there is none.
 
     Args:
         variance: the variance of all; where means do not vary beside it, there is no table.
         most_levels: the largest number of levels.
         shares: the shares of the variance of the means that tables are to explain.
     """
-    found = []
     order = means.means.argsort()
-    ordered = means.means[order]
-    weights = means.weights[order]
-    total = float(weights @ ordered.square()) - float(weights @ ordered) ** 2 / float(weights.sum())
+    ordered = Means(means.keys[order], means.means[order], means.weights[order])
+    values, weights = ordered.means, ordered.weights
+    total = float(weights @ values.square()) - float(weights @ values) ** 2 / float(weights.sum())
     if total <= 1e-12 * variance:
         return []
-    for n_levels in range(2, most_levels + 1):
-        if n_levels > len(ordered):
-            break
-        group_of = segments(ordered, weights, n_levels)
-        for wanted in shares:
-            table = _fewest(means.keys[order], ordered, weights, group_of, (1 - wanted) * total)
-            if table is not None:
-                found.append(table)
-    return found
+    shortest: dict[float, TokenTable] = {}
+    cost = _costs(values, weights)
+    for n_levels in range(2, min(most_levels, len(values)) + 1):
+        group_of = division(cost, n_levels)
+        for share in shares:
+            table = _fewest(ordered, group_of, (1 - share) * total)
+            before = shortest.get(share)
+            if table is not None and (before is None or table.price < before.price):
+                shortest[share] = table
+    return list(shortest.values())
 
 
-def _fewest(
-    keys: Int[Tensor, " key"],
-    means: Float[Tensor, " key"],
-    weights: Float[Tensor, " key"],
-    group_of: Int[Tensor, " key"],
-    allowed: float,
-) -> TokenTable | None:
+def _fewest(by_token: Means, group_of: Int[Tensor, " key"], allowed: float) -> TokenTable | None:
     """The table with these groups that lists the fewest tokens; None if its error is too large."""
+    means, weights = by_token.means, by_token.weights
     n_groups = int(group_of.max()) + 1
     sums = torch.zeros(n_groups, dtype=torch.float64)
     of_group = sums.index_add(0, group_of, weights)
@@ -160,23 +168,15 @@ def _fewest(
     for group in group_of[is_listed].unique().tolist():
         members = is_listed & (group_of == group)
         level = float(weights[members] @ means[members] / weights[members].sum())
-        groups.append((keys[members].tolist(), level))
+        groups.append((by_token.keys[members].tolist(), level))
     groups.sort(key=lambda group: -abs(group[1] - others))
     return TokenTable(groups, others)
 
 
-def segments(
-    values: Float[Tensor, " key"], weights: Float[Tensor, " key"], n_segments: int
-) -> Int[Tensor, " key"]:
-    """The division of a sequence of values into segments with the smallest squared error.
-
-    For sorted values, these are the best groups.
-    """
-    return division(_costs(values, weights), n_segments)
-
-
 def division(cost: Float[Tensor, "start end"], n_segments: int) -> Int[Tensor, " key"]:
     """The number of the segment of each key, in the cheapest division into that many.
+
+    For sorted values and the costs of segments beside their means, these are the best groups.
 
     By dynamic programming over the last segment.
     """
