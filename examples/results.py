@@ -65,6 +65,17 @@ ATTACKED_TASKS = [
     "with_as",
     "for_while",
 ]
+#: The tasks whose circuits are explained: those with the fewest edges.
+EXPLAINED_TASKS = [
+    "single_double_quote",
+    "with_as",
+    "class_init",
+    "lambda_func",
+    "fstring_brace",
+    "var_swap",
+    "for_while",
+    "enumerate_range",
+]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
@@ -474,6 +485,37 @@ def attacks_text(found: Mapping[str, Attack]) -> str:
     )
 
 
+# --- explanations
+
+
+def explanations(plan: Plan) -> None:
+    """Expressions for the nodes of the first model's circuits with the first seed."""
+    from explained import explained, explanations_text
+
+    source = plan.models[0]
+    model, _ = open_with_corpus(source)
+    found = {}
+    for task in plan.tasks or EXPLAINED_TASKS:
+        for title, circuit in circuits_found(plan, source, task).items():
+            store = plan.folder("explanations", source, task) / f"{title}.json"
+            name = f"{Path(task).stem}, pruned by {title}"
+            found[name] = explained(store, circuit, model, task)
+            write_result(plan, "explanations.md", explanations_text(found))
+
+
+def circuits_found(plan: Plan, source: str, task: str) -> dict[str, Circuit]:
+    """The circuits of the search `none`; with pruned edges alone if no edge could be cut."""
+    edges = circuit_found(plan, "none", source, task)
+    if edges is None:
+        return {}
+    folder = plan.folder("circuits/none", source, task) / str(plan.seeds[0])
+    nodes = Circuit.load(folder)
+    model, _ = open_with_corpus(source)
+    if len(nodes.edges(model)) == len(edges.edges(model)):
+        return {"edges": edges}
+    return {"edges": edges, "nodes": nodes}
+
+
 def percent(share: Estimate | None) -> str:
     """A share with its standard error."""
     if share is None:
@@ -516,6 +558,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "certificates": certificates,
     "programs": programs,
     "attacks": attacks,
+    "explanations": explanations,
     "sizes": sizes,
     "next_token": next_token,
     "baselines": baselines,
