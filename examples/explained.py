@@ -18,8 +18,8 @@ stand for their expressions, not for their values, so that errors add up. A node
 if the explained variance (for nodes with two levels, balanced accuracy) is at least {EXPLAINED} on
 text and on prompts, both. Size counts names, functions, operators, numbers and tokens. Losses are
 cross-entropies between the two answers on held-out prompts, 0.693 is chance; ± is one standard
-error. In the full model, the attention patterns of the circuit's heads are those of the expressions;
-for comparison, a quarter of the heads of other models swapped for programs that a language model has
+error. In the full model, the circuit's heads get the attention patterns of the expressions; for
+comparison, a quarter of the heads of another model swapped for programs that a language model had
 written cost 16 % of perplexity (arXiv 2606.19317)."""
 
 
@@ -56,15 +56,19 @@ def _circuit_row(name: str, each: Explanation) -> list[str]:
 
 def _smallest(found: Mapping[str, Explanation]) -> str:
     """How many nodes of the five circuits with the fewest nodes are explained, all together."""
-    smallest = sorted(found.values(), key=lambda each: len(each.nodes))[:5]
+    of_tasks: dict[str, Explanation] = {}
+    for each in found.values():
+        of_tasks.setdefault(each.task, each)  # that with pruned edges, which comes first
+    smallest = sorted(of_tasks.values(), key=lambda each: len(each.nodes))[:5]
     nodes = [node for each in smallest for node in each.nodes]
     n_explained = sum(node.is_explained for node in nodes)
     on_text = sum((_score(node.text) or 0) >= EXPLAINED for node in nodes)
     alone = sum(node.given_others >= EXPLAINED for node in nodes)
     return (
         f"Of the {len(nodes)} nodes of the {len(smallest)} smallest circuits, {n_explained} "
-        f"({n_explained / len(nodes):.0%}) are explained, {on_text} on text, and {alone} "
-        f"({alone / len(nodes):.0%}) by themselves, if what an expression names has its true values."
+        f"({n_explained / len(nodes):.0%}) are explained, {on_text} on text alone, and {alone} "
+        f"({alone / len(nodes):.0%}) by themselves: if all that an expression names has its "
+        "true values."
     )
 
 

@@ -243,10 +243,16 @@ def test_circuits_that_cannot_be_explained(micro):
         explained(micro, dataclasses.replace(circuit, means={}))
     with pytest.raises(UnsupportedError, match="norm scales of the full model"):
         explained(micro, dataclasses.replace(circuit, frozen_norms=True))
-    with pytest.raises(CircuitError, match="has no nodes, so there is nothing to explain"):
-        explained(micro, dataclasses.replace(circuit, kept=circuit.masks_of([])))
     with pytest.raises(DataError, match="the corpus must be integers"):
         explained(micro, circuit, corpus=torch.zeros(2, 3))
+
+
+def test_a_circuit_without_nodes(micro):
+    circuit = micro_circuit(micro)
+    made = explained(micro, dataclasses.replace(circuit, kept=circuit.masks_of([])))
+    assert (made.nodes, made.heads, made.swapped, made.share_explained) == ([], [], None, 1)
+    assert made.all_replaced == made.circuit_alone
+    assert "The circuit has no nodes to explain" in str(made)
 
 
 def test_no_hook_is_left(micro, explanation):

@@ -72,8 +72,8 @@ def explain_circuit(
         seed: the seed of everything random.
 
     Raises:
-        CircuitError: if the circuit is of another model, or has no means or no nodes; or if `own`
-            or `names` has a node that is not in it.
+        CircuitError: if the circuit is of another model, or has no means; or if `own` or `names`
+            has a node that is not in it.
         UnsupportedError: if the circuit has `frozen_norms`, or positions attend to later ones.
         CircuitError, TaskError, DataError, TokenizerError: if there are not two held-out pairs.
         DataError: if an expression of the user's, or a name, is not possible.

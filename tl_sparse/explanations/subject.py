@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
-from tl_sparse.errors import CircuitError, DataError, UnsupportedError
+from tl_sparse.errors import DataError, UnsupportedError
 from tl_sparse.explanations.expressions import Expression, Ref
 from tl_sparse.explanations.parsing import parse
 from tl_sparse.explanations.samples import Samples, draw_samples
@@ -114,8 +114,6 @@ def subject_of(
             "this circuit runs with the norm scales of the full model, so its nodes depend on more "
             "than the nodes they read, and expressions cannot stand for them"
         )
-    if not circuit.nodes:
-        raise CircuitError("the circuit has no nodes, so there is nothing to explain")
     samples = draw_samples(circuit, model, task, corpus, seed)
     edges: dict[Node, list[Edge]] = {}
     for edge in circuit.edges(model):

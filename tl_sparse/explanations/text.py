@@ -33,6 +33,8 @@ def explanation_text(explanation: Explanation) -> str:
 
 def _head(explanation: Explanation) -> str:
     title = f"Explanation: {printable(explanation.task)} in {printable(explanation.model)}"
+    if not explanation.nodes:
+        return f"{title}\n{'=' * len(title)}\n\nThe circuit has no nodes to explain."
     n_explained = sum(node.is_explained for node in explanation.nodes)
     held_out = counted(explanation.n_pairs, "pair")
     if explanation.n_rows:
