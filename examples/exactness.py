@@ -71,7 +71,7 @@ def measured(
     if not path.exists():
         made = exactness(circuit, model, precise_model, corpus, path.with_suffix(".onnx"))
         write_json(path, asdict(made))
-    return record_from(read_json(path), Exactness)
+    return record_from(Exactness, read_json(path))
 
 
 def exactness(
