@@ -12,7 +12,7 @@ import torch
 import tl_sparse
 from tl_sparse.tasks import make_task_data
 
-#: A circuit of 18 nodes and 18 edges, found by `prune` with its default settings.
+#: A circuit of 18 nodes and 12 edges, found by `prune` with its default settings.
 CIRCUIT = Path(__file__).parent / "quote_circuit"
 N_PAIRS = 512
 TURNS = 20

@@ -97,6 +97,8 @@ def test_mistakes_are_said_before_the_model_is_opened(places, monkeypatch, capsy
     nowhere = ["compile", "nowhere", *places[1:]]
     assert main([*nowhere, "--onnx", "--opset", "12"]) == 1
     assert "opset = 12 is not possible; it must be from 18 to 25" in capsys.readouterr().err
+    assert main([*nowhere, "--last"]) == 1
+    assert "--last is for the ONNX file, so it needs --onnx" in capsys.readouterr().err
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     assert main([*nowhere, "--onnx"]) == 1
     assert "pip install 'tl-sparse[onnx]'" in capsys.readouterr().err

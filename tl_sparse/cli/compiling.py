@@ -102,6 +102,8 @@ def _run_compile(args: argparse.Namespace) -> None:
         check_python(folder, args.overwrite)
     if args.onnx:
         check_onnx(onnx_path, args.opset, args.overwrite)
+    elif args.last:
+        raise ConfigError("--last is for the ONNX file, so it needs --onnx")
 
     import torch
 
