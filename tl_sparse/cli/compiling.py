@@ -12,6 +12,8 @@ from tl_sparse.errors import ConfigError
 DTYPES = ("float32", "float64")
 #: The names of `--tokens`.
 TOKENS = ("candidates", "all")
+#: The file that `--onnx` writes.
+ONNX_NAME = "program.onnx"
 
 
 def add_compile(commands: Commands) -> None:
@@ -90,20 +92,24 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_compile(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, folder: Path) -> None:
+    """Say what is wrong before the model is opened."""
     from tl_sparse.programs import check_onnx, check_program, check_python
 
     if args.explanation is not None and not args.python:
         raise ConfigError("--explanation gives names to the Python source, so it needs --python")
-    folder = Path(args.out)
-    onnx_path = folder / "program.onnx"
+    if args.last and not args.onnx:
+        raise ConfigError("--last is for the ONNX file, so it needs --onnx")
     check_program(folder, args.overwrite)
     if args.python:
         check_python(folder, args.overwrite)
     if args.onnx:
-        check_onnx(onnx_path, args.opset, args.overwrite)
-    elif args.last:
-        raise ConfigError("--last is for the ONNX file, so it needs --onnx")
+        check_onnx(folder / ONNX_NAME, args.opset, args.overwrite)
+
+
+def _run_compile(args: argparse.Namespace) -> None:
+    folder = Path(args.out)
+    _check(args, folder)
 
     import torch
 
@@ -124,7 +130,7 @@ def _run_compile(args: argparse.Namespace) -> None:
             program = explanation.to_python(circuit, model, tokens)
         program.save(folder, args.overwrite)
     if args.onnx:
-        compiled.to_onnx(onnx_path, args.last, args.opset, args.overwrite)
+        compiled.to_onnx(folder / ONNX_NAME, args.last, args.opset, args.overwrite)
     logits = "all logits" if tokens is None else f"the logits of {len(tokens)} tokens"
     about = f" ({circuit.n_nodes:,} nodes, {logits}, {compiled.n_bytes:,} bytes)"
     report_saved(args.out, args.quiet, about)
