@@ -5,6 +5,7 @@ variables have one entry for each position.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,8 @@ class PythonWriter:
         """Write all statements."""
         self._source.section("The residual stream: resid[c] is its channel c.")
         self._stream.start()
+        block: Any
         for layer, block in enumerate(self._compiled.blocks):
-            assert isinstance(block, Block)
             self._block(layer, block)
         self._source.section("The logits.")
         self._logits(self._compiled.logits)

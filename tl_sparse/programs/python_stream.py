@@ -203,19 +203,17 @@ class StreamWriter:
             stream: the name of the stream.
         """
         groups = _Groups(read, len(self.varying))
-        if place < groups.stream:
-            assert read.table is not None
+        if read.table is not None and place < groups.stream:
             by_token = self._source.by_token(node, array(read.table)[:, 1 + place])
             return [f"{by_token} / scale"]
-        if place < groups.positions:
-            column = place - groups.stream
-            terms = [Term(float(read.weight[column]), f"{stream}[{self.varying[column]}] / scale")]
-            if read.bias is not None:
-                terms.append(Term(float(read.bias[column])))
-            return sum_pieces(terms)
-        assert read.positions is not None
-        values = array(read.positions)[:, place - groups.positions]
-        return [f"{self._source.table(node, values)}[position]"]
+        if read.positions is not None and place >= groups.positions:
+            values = array(read.positions)[:, place - groups.positions]
+            return [f"{self._source.table(node, values)}[position]"]
+        column = place - groups.stream
+        terms = [Term(float(read.weight[column]), f"{stream}[{self.varying[column]}] / scale")]
+        if read.bias is not None:
+            terms.append(Term(float(read.bias[column])))
+        return sum_pieces(terms)
 
     def _store_rivals(self, location: str, read: Read) -> int:
         """Store what competes with the kept channels of a read in AbsTopK, and count it."""
