@@ -25,9 +25,22 @@ from helpers import (
     tiny_model,
     with_random_cuts,
 )
-from micro import VOCABULARY, W_O, W_U, micro_circuit, micro_data, micro_model
+from micro import (
+    MICRO_TASK,
+    VOCABULARY,
+    W_O,
+    W_U,
+    large,
+    micro_circuit,
+    micro_data,
+    micro_model,
+)
 from tl_sparse import paper_topk
 from tl_sparse.errors import CircuitError, ConfigError, DataError, UnsupportedError
+from tl_sparse.programs.python_notes import PromptNotes, prompt_notes
+from tl_sparse.tasks.pairs import TaskPairs
+from tl_sparse.tasks.task import Task
+from tl_sparse.tasks.task_data import draw_pairs, make_task_data
 
 ANSWERS = [VOCABULARY["yes"], VOCABULARY["no"]]
 
@@ -193,3 +206,50 @@ def test_no_line_is_too_long():
     model = tiny_model(tiny_config(d_model=32, d_mlp=40, abs_topk=paper_topk(0.5)))
     program = random_circuit(model, 0.5).to_python(model)
     assert max(len(line) for line in program.source.splitlines()) <= 100
+
+
+@pytest.fixture
+def large_with_pairs():
+    circuit, model = large(1, 16, 0.6)
+    model.network.double()
+    pairs = tuple(draw_pairs(MICRO_TASK, 24, 0))
+    split = TaskPairs("micro", "", pairs[:2], pairs[2:4], pairs[4:])
+    return dataclasses.replace(circuit, pairs=split), model
+
+
+def zeros_in_model(circuit, model, hook):
+    """The shares of the positions in prompts at which an activation under the circuit is 0."""
+    data = make_task_data(Task.from_pairs(circuit.pairs), model.tokenizer, 20, seed=0)
+    with torch.no_grad(), circuit.applied(model):
+        _, cache = model.run_with_cache(data.tokens, names_filter=hook)
+    is_prompt = torch.arange(data.tokens.shape[1]) <= data.last[:, None]
+    return (cache[hook][is_prompt] == 0).double().mean(0).flatten()
+
+
+def test_notes_on_prompts(large_with_pairs):
+    """In which tokens prompts differ, and how often AbsTopK makes a node 0, as in the model."""
+    circuit, model = large_with_pairs
+    compiled = circuit.compile(model, ANSWERS, torch.float64)
+    notes = prompt_notes(circuit, model, compiled)
+    assert set(notes.telling_tokens) == {VOCABULARY["A"], VOCABULARY["B"]}
+
+    shares = zeros_in_model(circuit, model, "blocks.0.attn.hook_k")
+    keys = compiled.blocks[0].attention.heads.key.channels.nodes
+    assert keys
+    for node in keys:
+        expected = shares[circuit.node(node).index].item()
+        assert notes.zeros[node] == pytest.approx(expected, abs=1e-12)
+
+    source = circuit.to_python(model, ANSWERS).source
+    text = source.replace("\n    # ", " ")  # comments of several lines as one
+    percent = ", ".join(f"{notes.zeros[node]:.0%}" for node in keys)
+    assert f"In prompts, this is 0 at {percent} of the positions." in text
+    assert "prompts differ in 'A' " in text or "prompts differ in 'B' " in text
+
+
+def test_there_are_no_notes_without_prompts():
+    model = tiny_model(abs_topk=paper_topk(0.5))
+    circuit = random_circuit(model)
+    notes = prompt_notes(circuit, model, circuit.compile(model))
+    assert notes == PromptNotes()
+    assert "In prompts" not in circuit.to_python(model).source

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tl_sparse.hooks import TLModel
     from tl_sparse.programs import PythonProgram
 
-#: Longer expressions are cut short in comments.
+#: Longer expressions are left out in comments.
 IN_COMMENTS = 160
 #: The file of an explanation.
 EXPLANATION_JSON = "explanation.json"
@@ -271,7 +271,9 @@ class Explanation:
         model: TLModel,
         tokens: Sequence[int] | Int[Tensor, " logit"] | None = None,
     ) -> PythonProgram:
-        """`circuit.to_python` with the names of this explanation, and its expressions as comments.
+        """`circuit.to_python` with the names of this explanation, and some of its expressions.
+
+        Comments have those expressions of reads that are short, and those of the user's own.
 
         Args:
             circuit, model: the circuit that is explained, and its model.
@@ -284,10 +286,11 @@ class Explanation:
         self.check(circuit, model)
         comments = {}
         for node in self.nodes:
-            about = f"{node.name} = {shortened(node.expression, IN_COMMENTS)}"
-            if not node.is_explained:
-                about += f"  (score {node.score:.2f}: not explained)"
-            comments[node.node] = about
+            # What depends on earlier nodes is as clear in the program itself.
+            is_table = node.depends_on in ("token", "position", "token and position")
+            is_clear = is_table and node.is_explained and len(node.expression) <= IN_COMMENTS
+            if node.origin == "own" or (is_clear and node.node.split()[0].endswith("_in")):
+                comments[node.node] = f"{node.name} = {printable(node.expression)}"
         return circuit.with_labels(comments).to_python(model, tokens, self.names)
 
     def check(self, circuit: Circuit, model: TLModel) -> None:

@@ -40,7 +40,6 @@ class PythonWriter:
         block: Any
         for layer, block in enumerate(self._compiled.blocks):
             self._block(layer, block)
-        self._source.section("The logits.")
         self._logits(self._compiled.logits)
 
     # The blocks
@@ -105,11 +104,10 @@ class PythonWriter:
         n_all = weight.shape[1] + channels.rivals.shape[-1]
         if channels.k is not None and channels.k < n_all:
             self._store_rivals(location, channels)
-            nodes = listed(names)
-            call = f'{channels.k}, {nodes}, "{location}", {sources_list}, position'
+            call = f'{channels.k}, {listed(names)}, "{location}", {sources_list}, position'
             if channels.act_fn is not None:
                 call += f", {channels.act_fn}"
-            self._source.write_call(nodes, "after_contest", call)
+            self._source.write_contest(channels.nodes, "after_contest", call)
         return names
 
     def _channel_pieces(
@@ -196,6 +194,9 @@ class PythonWriter:
                 terms.append(Term(factor * k, f"{q}[:, None]"))
             else:
                 constant += factor * q * k
+        comments = []
+        if constant != 0.0:
+            comments.append("The constant comes from held queries and keys.")
         terms = [term for term in terms if term.factor != 0.0]
         if any(term.expression.startswith("np.outer") for term in terms):
             terms.append(Term(constant))
@@ -206,7 +207,9 @@ class PythonWriter:
             pieces[-1] += ","
             pieces.append(f"sink={number(sink)}")
         name = f"pattern_{head}"
-        self._source.write(Statement(f"{name} =", pieces, "attention_pattern(", ")", name))
+        self._source.write(
+            Statement(f"{name} =", pieces, "attention_pattern(", ")", name, comments=comments)
+        )
 
     def _z(self, head: str, value: str | float) -> str:
         """Write a channel of z, and return its variable."""
@@ -224,6 +227,10 @@ class PythonWriter:
     # The end
 
     def _logits(self, logits: Logits) -> None:
+        title = "The logits."
+        if logits.table is not None:
+            title += " others_… is what held channels add to them by token."
+        self._source.section(title)
         table = None if logits.table is None else array(logits.table)
         others = None if table is None else table[:, 0]
         stream = self._stream.scale(logits.scale, "logits", others)

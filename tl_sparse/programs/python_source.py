@@ -19,6 +19,7 @@ from tl_sparse.programs import numpy_functions
 from tl_sparse.programs.compiled import CompiledCircuit
 from tl_sparse.programs.compiling import compile_circuit
 from tl_sparse.programs.numpy_functions import Array
+from tl_sparse.programs.python_notes import prompt_notes
 from tl_sparse.programs.python_parts import PythonWriter
 from tl_sparse.programs.python_text import INDENT, SourceText, identifier, is_identifier
 
@@ -47,8 +48,9 @@ nodes in AbsTopK.
 """
 MAX_TOKENS_IN_TITLE = 8
 #: Names that the source uses itself.
-RESERVED = {"centered", "logits", "math", "n", "np", "position", "resid", "scale", "tokens"}
-RESERVED_BEGINNINGS = ("logit_", "pattern_")
+RESERVED = {"centered", "logits", "math", "n", "neurons", "np", "position", "reads", "resid"}
+RESERVED |= {"scale", "tokens", "z"}
+RESERVED_BEGINNINGS = ("logit_", "pattern_", "z_of_")
 
 
 @checked()
@@ -108,7 +110,8 @@ def python_program(
     identifiers = _identifiers(circuit, names or {})
     compiled = compile_circuit(circuit, model, tokens, torch.float64)
     labels = {str(node): label for node, label in circuit.labels.items()}
-    source = SourceText(identifiers, labels, _text_of(model))
+    notes = prompt_notes(circuit, model, compiled)
+    source = SourceText(identifiers, labels, _text_of(model), notes)
     PythonWriter(compiled, source).write()
     title = f"{_title(circuit)}: {len(circuit.nodes)} nodes, {len(circuit.edges(model))} edges."
     text = _module(title, compiled, source)

@@ -29,6 +29,8 @@ class StreamWriter:
         self._compiled = compiled
         self._source = source
         self._d_model = compiled.logits.scale.d_model
+        # What held nodes have written since the stream was last read.
+        self._means = np.zeros(len(self.varying))
 
     def rows(self, stream: str = "resid") -> str:
         """The expression of the varying channels, `[varying, pos]`."""
@@ -71,14 +73,17 @@ class StreamWriter:
             target = f"resid[{channel}]"
             source.write(Statement(f"{target} +=", [node], name=target))
         if write.constant is not None:
-            self._add_means(location, array(write.constant))
+            self._means += array(write.constant)
+        if write.relu or write.k is not None:
+            self._write_means(location)
         if write.relu:
             source.assign("resid", "relu(resid)")
         if write.k is not None:
             source.assign("resid", f"abs_topk({write.k}, resid)")
 
-    def _add_means(self, location: str, means: Array) -> None:
-        """Add what the writes outside the circuit are held at."""
+    def _write_means(self, location: str) -> None:
+        """Add what held nodes have written since the stream was last read."""
+        means, self._means = self._means, np.zeros(len(self.varying))
         rows = np.flatnonzero(means)
         if len(rows) > MAX_CHANNELS:
             table = self._source.table(f"{location} means", means)
@@ -102,6 +107,7 @@ class StreamWriter:
         Returns:
             The name of the stream that is divided.
         """
+        self._write_means(location)
         stream = "resid"
         if scale.centered:
             stream = "centered"
@@ -191,7 +197,7 @@ class StreamWriter:
         if read.k < len(read.nodes) + n_rivals:
             nodes = listed(self._source.names[node] for node in read.nodes)
             call = f'{read.k}, {nodes}, "{location}", {stream}, scale, tokens, position'
-            self._source.write_call(nodes, "read_after_contest", call)
+            self._source.write_contest(read.nodes, "read_after_contest", call)
 
     def _read_pieces(self, read: Read, node: str, place: int, stream: str) -> list[str]:
         """The sum that is a channel of a read, before AbsTopK.

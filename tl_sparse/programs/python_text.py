@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tl_sparse.programs.numpy_functions import Array
+from tl_sparse.programs.python_notes import PromptNotes
 
 LINE_LENGTH = 100
 INDENT = "    "
@@ -18,6 +19,8 @@ INDENT = "    "
 MAX_TOKENS_SHOWN = 8
 #: How many tokens a comment names on each end of a table by token.
 TOKENS_IN_COMMENT = 3
+#: How many of the tokens in which prompts differ it names.
+MAX_TELLING = 6
 
 
 def number(value: float) -> str:
@@ -131,9 +134,9 @@ class SourceText:
     """The Python source of a circuit while it is written.
 
     Attributes:
-        tables: the arrays that the source reads from its .npz file.
         names: node → the identifier that stands for it.
         text_of: token → its text.
+        tables: the arrays that the source reads from its .npz file.
     """
 
     def __init__(
@@ -141,11 +144,14 @@ class SourceText:
         names: Mapping[str, str],
         labels: Mapping[str, str],
         text_of: Callable[[int], str],
+        notes: PromptNotes,
     ) -> None:
-        self.tables: dict[str, Array] = {}
         self.names = names
         self.text_of = text_of
+        self.tables: dict[str, Array] = {}
         self._labels = labels
+        self._notes = notes
+        self._section = ""
         self._constants: list[str] = []
         self._body: list[Statement | str] = []
 
@@ -184,20 +190,34 @@ class SourceText:
             for token in chosen[:TOKENS_IN_COMMENT].tolist():
                 shown.append(f"{self.text_of(token)} {values[token]:.3g}")
             parts.append(f"{which}: {', '.join(shown)}")
+        telling = [token for token in self._notes.telling_tokens if values[token] != 0.0]
+        if telling:
+            telling = sorted(telling, key=lambda token: -abs(values[token]))[:MAX_TELLING]
+            shown = [f"{self.text_of(token)} {values[token]:.3g}" for token in telling]
+            parts.append(f"prompts differ in {', '.join(shown)}")
         return "; ".join(parts)
 
     # Writing
 
     def section(self, title: str) -> None:
-        """A comment that begins a part of the function."""
-        self._body += ["", f"{INDENT}# {title}"]
+        """Begin a part of the function, which has this comment above its first statement."""
+        self._section = title
 
     def write(self, statement: Statement) -> None:
+        """Write a statement."""
+        if self._section:
+            self._body += ["", f"{INDENT}# {self._section}"]
+            self._section = ""
         self._body.append(statement)
 
-    def write_call(self, targets: str, function: str, arguments: str) -> None:
-        """Write a statement that gives several variables new values."""
-        self.write(Statement(f"{targets} =", [arguments], f"{function}(", ")"))
+    def write_contest(self, nodes: Sequence[str], function: str, arguments: str) -> None:
+        """Write the AbsTopK of some nodes, which gives their variables new values."""
+        variables = listed(self.names[node] for node in nodes)
+        comments = []
+        if all(node in self._notes.zeros for node in nodes):
+            shares = ", ".join(f"{self._notes.zeros[node]:.0%}" for node in nodes)
+            comments.append(f"In prompts, this is 0 at {shares} of the positions.")
+        self.write(Statement(f"{variables} =", [arguments], f"{function}(", ")", comments=comments))
 
     def assign(self, name: str, *pieces: str) -> None:
         """Write a statement that gives this name."""
@@ -230,8 +250,11 @@ class SourceText:
             if isinstance(entry, str):
                 lines.append(entry)
                 continue
-            of_node = users.get(entry.name, []) if entry.is_node else []
-            lines += entry.lines(f"→ {', '.join(of_node)}" if of_node else "")
+            comment = ""
+            if entry.is_node:
+                of_node = users.get(entry.name, ["only the AbsTopK of other nodes"])
+                comment = f"→ {', '.join(of_node)}"
+            lines += entry.lines(comment)
         return lines
 
     def _users(self) -> dict[str, list[str]]:
