@@ -13,7 +13,7 @@ from tl_sparse.explanations.tables import position_functions, share_of, token_ta
 #: Values depend on the token, or the position, alone if it explains so much of them.
 ALONE = 0.999
 #: What is enough for a function of the token, or of the position: other expressions refer to it.
-ENOUGH_FOR_TOKENS, ENOUGH_FOR_POSITIONS = 0.99, 0.996
+ENOUGH_FOR_TOKENS, ENOUGH_FOR_POSITIONS = 0.997, 0.996
 #: Where either explains less than this, expressions of it alone are not tried.
 LEAST_SHARE = 0.3
 #: So many shorter expressions are kept beside the one that is chosen.

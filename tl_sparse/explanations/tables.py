@@ -21,11 +21,11 @@ from tl_sparse.explanations.fitting import PRICE_OF_SYMBOL, PRICE_OF_TOKEN, Cand
 from tl_sparse.explanations.parsing import Vocabulary
 
 #: The numbers of levels that are tried.
-MOST_LEVELS = 10
+MOST_LEVELS = 16
 MOST_PIECES = 16
 #: What a table has to explain of what any function of the token, or of the position, can.
 #: Other expressions refer to it, so it is made more exact than they have to be.
-OF_TABLE = (0.995, 0.99, 0.98, 0.95, 0.9)
+OF_TABLE = (0.999, 0.998, 0.99, 0.95, 0.9)
 #: The same of functions of the position, of which small errors matter in the scores of attention.
 OF_POSITIONS = 0.997
 #: A table lists at most so many tokens.
