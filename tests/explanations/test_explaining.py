@@ -168,6 +168,7 @@ def test_testing_another_expression_changes_nothing(explanation):
     [
         ({"own": {"0.attn_in 1": "1"}}, CircuitError, "0.attn_in 1 is not in this circuit"),
         ({"own": {"x": "1"}}, CircuitError, "'x' is not a node"),
+        ({"own": {"0.attn_in 0": "later"}}, DataError, "'later' at character 1: unknown name"),
         ({"own": {"0.attn_in 0": "1 +"}}, DataError, "the expression of 0.attn_in 0: '1 \\+' is"),
         ({"own": {"0.attn_in 0": 'token == "Z"'}}, DataError, "no token has the text 'Z'"),
         ({"names": {"0.attn_in 1": "a"}}, CircuitError, "0.attn_in 1 is not in this circuit"),
@@ -222,6 +223,8 @@ def test_a_circuit_of_a_named_task_is_tested_from_its_file(tmp_path):
     node = made.nodes[-1]
     again = read.test(node.node, node.expression, circuit, model)
     assert again.prompts.explained == pytest.approx(node.prompts.explained, abs=1e-6)
+    with pytest.raises(DataError, match="the explanation is of other text or prompts; give"):
+        read.test(node.node, "1", circuit, model, corpus=micro_corpus())
 
 
 def test_the_same_seed_gives_the_same_explanation(micro, explanation):
@@ -287,7 +290,9 @@ def test_a_dense_model():
     )
     means = node_means(model, random_tokens(model, 8))
     generator = torch.Generator().manual_seed(0)
-    kept = {name: torch.rand(mean.shape, generator=generator) < 0.1 for name, mean in means.items()}
+    kept = {
+        name: torch.rand(mean.shape, generator=generator) < 0.06 for name, mean in means.items()
+    }
     circuit = Circuit(kept, means, fingerprint(model), "dense", "micro")
     made = explain_circuit(circuit, model, MICRO_TASK, **OPTIONS)
     assert [each.node for each in made.nodes] == list(circuit.node_names)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -10,15 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import Circuit, Node, hash_of_circuit, hash_of_model
-from tl_sparse.errors import ConfigError
+from tl_sparse.circuits import Circuit, Node, hash_of_circuit, hash_of_model, hash_of_tensor
+from tl_sparse.errors import CircuitError, ConfigError, DataError
 from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.finding import candidates_for, chosen, dependence, shorter_ones
 from tl_sparse.explanations.fitting import Target
 from tl_sparse.explanations.heads import explain_head, pattern_expression
 from tl_sparse.explanations.measures import Fit, fit_of, two_levels
 from tl_sparse.explanations.names import checked_names, kept_node, name_of
-from tl_sparse.explanations.parsing import parse
+from tl_sparse.explanations.parsing import Vocabulary, parse
 from tl_sparse.explanations.record import (
     Explanation,
     HeadExplanation,
@@ -34,9 +34,9 @@ from tl_sparse.explanations.replacement import (
     replaced,
     swapped,
 )
-from tl_sparse.explanations.samples import Sample, heads_of
+from tl_sparse.explanations.samples import Sample, heads_of, vocabulary_of
 from tl_sparse.explanations.sequences import Sequences, values_of
-from tl_sparse.explanations.subject import Subject, subject_of
+from tl_sparse.explanations.subject import Subject, parse_for, subject_of
 from tl_sparse.hooks import TLModel, frozen
 from tl_sparse.tasks import Task
 
@@ -83,22 +83,30 @@ def explain_circuit(
         raise ConfigError(f"seed is {seed}; it must be at least 0")
     started = time.perf_counter()
     with frozen(model), torch.no_grad():
-        subject = subject_of(circuit, model, task, corpus, seed)
-        texts = _own_texts(own or {}, circuit)
-        given = checked_names(names or {}, circuit, subject.samples.vocabulary)
-        finding = _Finding(subject, texts, given)
+        texts = _own_texts(own or {}, circuit, vocabulary_of(model))
+        given = checked_names(names or {}, circuit)
+        finding = _Finding(subject_of(circuit, model, task, corpus, seed), texts, given)
         for node in tqdm(circuit.nodes, "explaining", disable=not progress):
             finding.explain(node)
         nodes = []
         for node in tqdm(circuit.nodes, "replacing", disable=not progress):
-            nodes.append(_measured(subject, node, finding.found[node]))
-        heads = [explain_head(subject, *head) for head in heads_of(circuit)]
-        seconds = time.perf_counter() - started
-        return _explanation(subject, nodes, heads, seed, seconds)
+            nodes.append(_measured(finding.subject, node, finding.found[node]))
+        heads = [explain_head(finding.subject, *head) for head in heads_of(circuit)]
+        explanation = _explanation(finding.subject, nodes, heads, seed)
+    return replace(explanation, seconds=time.perf_counter() - started)
 
 
-def _own_texts(own: Mapping[str, str], circuit: Circuit) -> dict[Node, str]:
-    return {kept_node(circuit, key): text for key, text in own.items()}
+def _own_texts(own: Mapping[str, str], circuit: Circuit, vocabulary: Vocabulary) -> dict[Node, str]:
+    """The user's expressions, which are read once before anything runs.
+
+    Names of other nodes are not known by then, so any name is taken for one.
+    """
+    texts = {}
+    for key, text in own.items():
+        node = kept_node(circuit, key)
+        parse_for(node, text, vocabulary, None)
+        texts[node] = text
+    return texts
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,6 @@ def _explanation(
     nodes: list[NodeExplanation],
     heads: list[HeadExplanation],
     seed: int,
-    seconds: float,
 ) -> Explanation:
     circuit, samples = subject.circuit, subject.samples
     data = samples.heldout_prompts
@@ -229,7 +236,7 @@ def _explanation(
         n_pairs=data.n_pairs,
         n_rows=0 if text is None else len(text),
         no_text=samples.no_text,
-        contents={"circuit": hash_of_circuit(circuit), "model": hash_of_model(subject.model)},
+        contents=_contents(subject),
         nodes=nodes,
         heads=heads,
         model_alone=replaced(subject, data, None, under_circuit=False),
@@ -237,7 +244,7 @@ def _explanation(
         all_replaced=under_circuit(all_expressions(subject)),
         nothing_kept=under_circuit(means_on(subject, all_nodes)),
         swapped=_swapped(subject, text),
-        seconds=seconds,
+        seconds=0.0,
         subject=subject,
     )
 
@@ -256,42 +263,69 @@ def _swapped(subject: Subject, text: Int[Tensor, "seq pos"] | None) -> Swapped |
 # --- testing the user's own expressions
 
 
-def tested(
-    explanation: Explanation,
-    node: str,
-    expression: str,
-    circuit: Circuit | None,
-    model: TLModel | None,
-) -> NodeExplanation:
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What an explanation that was read from a file is opened with; see `explain_circuit`."""
+
+    circuit: Circuit | None
+    model: TLModel | None
+    task: Task | str | None
+    corpus: Int[Tensor, "seq pos"] | None
+
+
+def tested(explanation: Explanation, node: str, expression: str, source: Source) -> NodeExplanation:
     """Measure an expression of the user's; see `Explanation.test`."""
+    before = explanation[node]
     subject = explanation.subject
-    if subject is None or circuit is not None or model is not None:
-        subject = _opened(explanation, circuit, model)
-    place = kept_node(subject.circuit, explanation[node].node)
+    if subject is None or source.circuit is not None or source.model is not None:
+        subject = _opened(explanation, source)
+    place = kept_node(subject.circuit, before.node)
     with frozen(subject.model), torch.no_grad():
         parsed = subject.parsed(place, expression)
-        before = explanation[node]
         found = _Found(before.name, parsed, "own", before.depends_on, [])
         return _measured(subject, place, found)
 
 
-def _opened(explanation: Explanation, circuit: Circuit | None, model: TLModel | None) -> Subject:
+def _opened(explanation: Explanation, source: Source) -> Subject:
     """The subject of an explanation that was read from a file.
 
     Raises:
         ConfigError: if the circuit or the model is missing.
         CircuitError: if they are others than those of the explanation.
+        DataError: if text or prompts are.
     """
+    circuit, model = source.circuit, source.model
     if circuit is None or model is None:
         raise ConfigError(
             "an explanation that was read from a file has no model; give it the circuit and its "
             "model: explanation.test(node, expression, circuit, model)"
         )
-    explanation.check(circuit, model)
+    now = {"circuit": hash_of_circuit(circuit), "model": hash_of_model(model)}
+    for what, content in now.items():
+        if explanation.contents.get(what) != content:
+            raise CircuitError(f"the explanation is of another {what} than this one")
     with frozen(model), torch.no_grad():
-        subject = subject_of(circuit, model, None, None, explanation.seed)
+        subject = subject_of(circuit, model, source.task, source.corpus, explanation.seed)
+        if _contents(subject) != explanation.contents:
+            raise DataError(
+                "the explanation is of other text or prompts; give the task=… and the corpus=… "
+                "with which it was made"
+            )
         for each in explanation.nodes:
             names = list(subject.wiring.names.values())
             expression = parse(each.expression, subject.samples.vocabulary, names)
             subject.give(circuit.node(each.node), each.name, expression)
     return subject
+
+
+def _contents(subject: Subject) -> dict[str, str]:
+    """The hashes of what is explained, and of what expressions are judged on."""
+    contents = {
+        "circuit": hash_of_circuit(subject.circuit),
+        "model": hash_of_model(subject.model),
+        "prompts": hash_of_tensor(subject.samples.heldout_prompts.tokens),
+    }
+    text = subject.samples.heldout_text
+    if text is not None:
+        contents["text"] = hash_of_tensor(text)
+    return contents

@@ -14,7 +14,7 @@ from tl_sparse.explanations.expressions import (
     Position,
     Ref,
 )
-from tl_sparse.explanations.parsing import Vocabulary, check_name
+from tl_sparse.explanations.parsing import check_name
 
 #: The location of a node → how its name begins.
 PREFIXES = {
@@ -105,9 +105,7 @@ def word_of_token(token: str | int) -> str:
     return "_".join(dict.fromkeys(signs))
 
 
-def checked_names(
-    names: Mapping[str, str], circuit: Circuit, vocabulary: Vocabulary
-) -> dict[Node, str]:
+def checked_names(names: Mapping[str, str], circuit: Circuit) -> dict[Node, str]:
     """Names that the user gives to nodes of a circuit.
 
     Raises:

@@ -119,13 +119,13 @@ class Vocabulary:
         return self.ids[token]
 
 
-def parse(text: str, vocabulary: Vocabulary, names: Collection[str] = ()) -> Expression:
+def parse(text: str, vocabulary: Vocabulary, names: Collection[str] | None = ()) -> Expression:
     """The expression with this text.
 
     Args:
         text: for example `token in {" in", "if"} and not repeated`.
         vocabulary: the tokens that it may name.
-        names: the names of nodes to whose expressions it may refer.
+        names: the names of nodes to whose expressions it may refer; None means any name.
 
     Raises:
         DataError: if the text is not an expression of the grammar; the message says where.
@@ -140,7 +140,7 @@ def parse(text: str, vocabulary: Vocabulary, names: Collection[str] = ()) -> Exp
         place = f" at character {where}" if where else ""
         reason = getattr(error, "msg", str(error))
         raise DataError(f"{_shown(source)} is not an expression{place}: {reason}") from error
-    return _Parser(source, vocabulary, frozenset(names)).whole(tree.body)
+    return _Parser(source, vocabulary, None if names is None else frozenset(names)).whole(tree.body)
 
 
 def _shown(source: str) -> str:
@@ -151,7 +151,7 @@ def _shown(source: str) -> str:
 class _Parser:
     """Turns the syntax tree of a text into an expression."""
 
-    def __init__(self, source: str, vocabulary: Vocabulary, names: frozenset[str]) -> None:
+    def __init__(self, source: str, vocabulary: Vocabulary, names: frozenset[str] | None) -> None:
         self.source = source
         self.vocabulary = vocabulary
         self.names = names
@@ -218,10 +218,10 @@ class _Parser:
             return Position()
         if name == "repeated":
             return Repeated()
-        if name in self.names:
-            return Ref(name)
         if name in TOKEN_NAMES:
             raise self.wrong(node, f'it is a token; compare it: {name} == "x", or {name} in {{…}}')
+        if self.names is None or name in self.names:
+            return Ref(name)
         known = [*TOKEN_NAMES, "position", "repeated", *sorted(self.names)]
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; the names are {', '.join(known)}"

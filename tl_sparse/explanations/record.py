@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tl_sparse.circuits import Circuit
     from tl_sparse.hooks import TLModel
     from tl_sparse.programs import PythonProgram
+    from tl_sparse.tasks import Task
 
 #: Longer expressions are left out in comments.
 IN_COMMENTS = 160
@@ -191,7 +192,7 @@ class Explanation:
         n_pairs: the number of held-out pairs of prompts.
         n_rows: the number of held-out rows of text; 0 without a corpus.
         no_text: why there is no text; empty if there is.
-        contents: "circuit", "model" → the hash of its contents.
+        contents: "circuit", "model", "prompts", "text" → the hash of its contents.
         nodes: the nodes, in the order of the forward pass.
         heads: the heads.
         model_alone: the task in the full model.
@@ -247,6 +248,9 @@ class Explanation:
         expression: str,
         circuit: Circuit | None = None,
         model: TLModel | None = None,
+        *,
+        task: Task | str | None = None,
+        corpus: Int[Tensor, "seq pos"] | None = None,
     ) -> NodeExplanation:
         """Measure an expression of the user's own for a node, as those that were found.
 
@@ -255,15 +259,17 @@ class Explanation:
             expression: the expression; it may name earlier nodes.
             circuit, model: the circuit and its model, which an explanation that was read from a
                 file needs.
+            task, corpus: with these, what `explain` was given, if it was.
 
         Raises:
-            DataError: if there is no such node, or the text is not an expression.
+            DataError: if there is no such node, or the text is not an expression; or if text and
+                prompts are others than those of the explanation.
             ConfigError: if the circuit and model are needed.
             CircuitError: if they are others than those of the explanation.
         """
-        from tl_sparse.explanations.explaining import tested
+        from tl_sparse.explanations.explaining import Source, tested
 
-        return tested(self, node, expression, circuit, model)
+        return tested(self, node, expression, Source(circuit, model, task, corpus))
 
     def to_python(
         self,

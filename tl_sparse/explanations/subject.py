@@ -9,7 +9,7 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit, Edge, Node
 from tl_sparse.errors import DataError, UnsupportedError
 from tl_sparse.explanations.expressions import Expression, Ref
-from tl_sparse.explanations.parsing import parse
+from tl_sparse.explanations.parsing import Vocabulary, parse
 from tl_sparse.explanations.samples import Samples, draw_samples
 from tl_sparse.explanations.sequences import Sequences, Values, values_of
 from tl_sparse.explanations.structure import Wiring
@@ -59,10 +59,7 @@ class Subject:
                 break
             if other in self.wiring.names:
                 names.append(self.wiring.names[other])
-        try:
-            return parse(text, self.samples.vocabulary, names)
-        except DataError as error:
-            raise DataError(f"the expression of {node}: {error}") from error
+        return parse_for(node, text, self.samples.vocabulary, names)
 
     def values_on(self, tokens: Int[Tensor, "seq pos"]) -> dict[Node, Values]:
         """The values of all expressions on other tokens, which may share memory."""
@@ -91,6 +88,18 @@ class Subject:
             if isinstance(part, Ref):
                 size += self.whole_size(self.expressions[nodes[part.name]]) - 1
         return size
+
+
+def parse_for(node: Node, text: str, vocabulary: Vocabulary, names: list[str] | None) -> Expression:
+    """The user's expression for a node; see `parse`.
+
+    Raises:
+        DataError: if it is not an expression; the message names the node.
+    """
+    try:
+        return parse(text, vocabulary, names)
+    except DataError as error:
+        raise DataError(f"the expression of {node}: {error}") from error
 
 
 def subject_of(

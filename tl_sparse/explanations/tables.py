@@ -28,6 +28,8 @@ MOST_PIECES = 16
 OF_TABLE = (0.999, 0.998, 0.99, 0.95, 0.9)
 #: The same of functions of the position, of which small errors matter in the scores of attention.
 OF_POSITIONS = 0.997
+#: Of so many tokens, those that matter most, a table may list some.
+MOST_KEYS = 1500
 #: A table lists at most so many tokens.
 MOST_TOKENS = 400
 
@@ -56,6 +58,15 @@ class Means:
         weight = zeros.index_add(0, inverse, weights)
         total = zeros.index_add(0, inverse, weights * values)
         return cls(distinct, total / weight, weight)
+
+    def of_most_weight(self, n_keys: int) -> "Means":
+        """The same of the keys that matter most, at most so many."""
+        if len(self.keys) <= n_keys:
+            return self
+        mean = self.weights @ self.means / self.weights.sum()
+        matter = self.weights * (self.means - mean).square()
+        chosen = matter.topk(n_keys).indices.sort().values
+        return Means(self.keys[chosen], self.means[chosen], self.weights[chosen])
 
     def at(self, keys: Int[Tensor, " value"]) -> Float[Tensor, " value"]:
         """The mean of each key, all of which must occur."""
@@ -126,6 +137,7 @@ def tables_of(
         most_levels: the largest number of levels.
         shares: the shares of the variance of the means that tables are to explain.
     """
+    means = means.of_most_weight(MOST_KEYS)
     order = means.means.argsort()
     ordered = Means(means.keys[order], means.means[order], means.weights[order])
     values, weights = ordered.means, ordered.weights
