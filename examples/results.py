@@ -495,25 +495,27 @@ def explanations(plan: Plan) -> None:
     source = plan.models[0]
     model, _ = open_with_corpus(source)
     found = {}
-    for task in plan.tasks or EXPLAINED_TASKS:
-        for title, circuit in circuits_found(plan, source, task).items():
+    for title in ("edges", "nodes"):
+        for task in plan.tasks or EXPLAINED_TASKS:
+            circuit = circuit_to_explain(plan, title, source, task)
+            if circuit is None:
+                continue
             store = plan.folder("explanations", source, task) / f"{title}.json"
             name = f"{Path(task).stem}, pruned by {title}"
             found[name] = explained(store, circuit, model, task)
             write_result(plan, "explanations.md", explanations_text(found))
 
 
-def circuits_found(plan: Plan, source: str, task: str) -> dict[str, Circuit]:
-    """The circuits of the search `none`; with pruned edges alone if no edge could be cut."""
-    edges = circuit_found(plan, "none", source, task)
-    if edges is None:
-        return {}
+def circuit_to_explain(plan: Plan, title: str, source: str, task: str) -> Circuit | None:
+    """A circuit of the search `none`; None if it is not made yet, or has no edge that was cut."""
+    with_fewer_edges = circuit_found(plan, "none", source, task)
+    if with_fewer_edges is None or title == "edges":
+        return with_fewer_edges
     folder = plan.folder("circuits/none", source, task) / str(plan.seeds[0])
-    nodes = Circuit.load(folder)
+    circuit = Circuit.load(folder)
     model, _ = open_with_corpus(source)
-    if len(nodes.edges(model)) == len(edges.edges(model)):
-        return {"edges": edges}
-    return {"edges": edges, "nodes": nodes}
+    n_cut = len(circuit.edges(model)) - len(with_fewer_edges.edges(model))
+    return circuit if n_cut > 0 else None
 
 
 def percent(share: Estimate | None) -> str:

@@ -3,6 +3,7 @@
 from tl_sparse.circuits import Node
 from tl_sparse.explanations.expressions import number
 from tl_sparse.explanations.fitting import ENOUGH, Candidate, Target, best
+from tl_sparse.explanations.measures import EXPLAINED
 from tl_sparse.explanations.reads import through_writes
 from tl_sparse.explanations.record import Shorter
 from tl_sparse.explanations.search import search
@@ -32,7 +33,7 @@ def candidates_for(target: Target, node: Node, subject: Subject) -> list[Candida
         found += position_functions(target)
     if share_of(target, target.tokens) > LEAST_SHARE:
         found += token_tables(target, "token", vocabulary)
-    if all(each.score < ENOUGH for each in found):
+    if all(each.score < EXPLAINED for each in found):
         found += search(target, node, wiring, vocabulary)
     return found
 

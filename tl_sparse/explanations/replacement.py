@@ -19,6 +19,8 @@ from tl_sparse.explanations.subject import Subject
 from tl_sparse.hooks import ablating, hooked
 from tl_sparse.tasks import TaskData, task_loss_and_accuracy
 
+#: Prompts of similar length run together, so many at a time.
+BATCH_SIZE = 32
 #: A function from tokens to the values of some nodes.
 ValuesOn = Callable[[Int[Tensor, "seq pos"]], Mapping[Node, Values]]
 #: A head's pattern as expressions: the score of each earlier token, and of looking at nothing.
@@ -49,7 +51,7 @@ def replaced(
                 yield
 
     device = next(subject.model.parameters()).device
-    logits = all_logits(subject.model, data.to(device), run_context=hold).cpu()
+    logits = all_logits(subject.model, data.to(device), BATCH_SIZE, run_context=hold).cpu()
     losses, is_right = task_loss_and_accuracy(logits, data.correct.cpu())
     return Replaced(mean_of_pairs(losses), mean_of_pairs(is_right.float()))
 

@@ -17,7 +17,7 @@ from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task
 
 #: Of so many batches of tokens, the values of all expressions are kept.
-REMEMBERED = 4
+REMEMBERED = 8
 
 
 @dataclass(eq=False)
