@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_sparse.errors import DataError
+from tl_sparse.explanations.building import add, both, either, opposite, times
 from tl_sparse.explanations.expressions import (
     TOKEN_NAMES,
     Average,
@@ -28,11 +29,6 @@ from tl_sparse.explanations.expressions import (
     Same,
     Seen,
     Share,
-    add,
-    both,
-    either,
-    opposite,
-    times,
     token_set,
 )
 from tl_sparse.explanations.parsing import Vocabulary, check_name, parse

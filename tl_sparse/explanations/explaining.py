@@ -16,7 +16,7 @@ from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.finding import candidates_for, chosen, dependence, shorter_ones
 from tl_sparse.explanations.fitting import Target
 from tl_sparse.explanations.heads import explain_head, pattern_expression
-from tl_sparse.explanations.measures import Fit, fit_of, two_levels
+from tl_sparse.explanations.measures import Levels, fit_of, two_levels
 from tl_sparse.explanations.names import checked_names, kept_node, name_of
 from tl_sparse.explanations.parsing import Vocabulary, parse
 from tl_sparse.explanations.record import (
@@ -28,13 +28,14 @@ from tl_sparse.explanations.record import (
     Swapped,
 )
 from tl_sparse.explanations.replacement import (
+    ValuesOn,
     all_expressions,
     means_on,
     one_expression,
     replaced,
     swapped,
 )
-from tl_sparse.explanations.samples import Sample, heads_of, vocabulary_of
+from tl_sparse.explanations.samples import heads_of, vocabulary_of
 from tl_sparse.explanations.sequences import Sequences, values_of
 from tl_sparse.explanations.subject import Subject, parse_for, subject_of
 from tl_sparse.hooks import TLModel, frozen
@@ -164,14 +165,14 @@ class _Finding:
 
 def _measured(subject: Subject, node: Node, found: _Found) -> NodeExplanation:
     """The explanation of a node, measured on the held-out half."""
-    fits = {
-        sample.name: _fit(sample, node, found.expression, subject)
-        for sample in subject.samples.heldout
-    }
+    levels = _levels(subject, node)
+    fits = {}
+    for sample in subject.samples.heldout:
+        predicted = sample.real(values_of(found.expression, sample.sequences))
+        fits[sample.name] = fit_of(predicted, sample.real(sample.values[node]), levels)
     data = subject.samples.heldout_prompts
     by_expression = one_expression(subject, node, found.expression)
     by_mean = means_on(subject, [node])
-    levels = two_levels(Target.of_node(node, subject.samples.fit).values)
     return NodeExplanation(
         node=str(node),
         name=found.name,
@@ -192,11 +193,13 @@ def _measured(subject: Subject, node: Node, found: _Found) -> NodeExplanation:
     )
 
 
-def _fit(sample: Sample, node: Node, expression: Expression, subject: Subject) -> Fit:
-    """How well an expression fits on a sample, if all that it names has its expression's values."""
-    levels = two_levels(Target.of_node(node, subject.samples.fit).values)
-    predicted = sample.real(values_of(expression, sample.sequences))
-    return fit_of(predicted, sample.real(sample.values[node]), levels)
+def _levels(subject: Subject, node: Node) -> Levels:
+    """The two levels of a node, on the prompts and the text for fitting."""
+    values = []
+    for sample in subject.samples.fit:
+        if sample.name != "tokens":
+            values.append(sample.real(sample.values[node]))
+    return two_levels(torch.cat(values))
 
 
 def _given_others(subject: Subject, node: Node, expression: Expression) -> float:
@@ -226,8 +229,8 @@ def _explanation(
     text = samples.heldout_text
     all_nodes = circuit.nodes
 
-    def under_circuit(values_on: object) -> Replaced:
-        return replaced(subject, data, values_on, under_circuit=True)  # type: ignore[arg-type]
+    def under_circuit(values_on: ValuesOn | None) -> Replaced:
+        return replaced(subject, data, values_on, under_circuit=True)
 
     return Explanation(
         model=circuit.model_name,

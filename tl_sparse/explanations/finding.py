@@ -1,7 +1,7 @@
 """Finding the expression of one node."""
 
 from tl_sparse.circuits import Node
-from tl_sparse.explanations.expressions import number
+from tl_sparse.explanations.building import number
 from tl_sparse.explanations.fitting import ENOUGH, Candidate, Target, best
 from tl_sparse.explanations.measures import EXPLAINED
 from tl_sparse.explanations.reads import through_writes

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import Node
-from tl_sparse.explanations.expressions import Expression, linear
+from tl_sparse.explanations.building import linear
+from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.measures import is_constant
 from tl_sparse.explanations.samples import Sample
 from tl_sparse.explanations.sequences import Sequences, values_of

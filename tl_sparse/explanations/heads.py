@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.explanations.expressions import Expression, Number, TokenSet, add, literal
+from tl_sparse.explanations.building import add
+from tl_sparse.explanations.expressions import Expression, Number, TokenSet, literal
 from tl_sparse.explanations.parsing import described_set
 from tl_sparse.explanations.record import HeadExplanation, LooksAt
 from tl_sparse.explanations.samples import Sample

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from tl_sparse.errors import DataError
+from tl_sparse.explanations.building import add, both, either, opposite, times
 from tl_sparse.explanations.expressions import (
     BRACKETS,
     QUOTES,
@@ -35,12 +36,7 @@ from tl_sparse.explanations.expressions import (
     Share,
     TokenLiteral,
     TokenSet,
-    add,
-    both,
-    either,
     literal,
-    opposite,
-    times,
     token_set,
 )
 from tl_sparse.parsing import printable

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.circuits import Node
-from tl_sparse.explanations.expressions import Cut, Expression, If, Is, add, number, times
+from tl_sparse.explanations.building import add, number, times
+from tl_sparse.explanations.expressions import Cut, Expression, If, Is
 from tl_sparse.explanations.fitting import PRICE_OF_TOKEN, Candidate, Flat, Target
 from tl_sparse.explanations.parsing import Vocabulary
 from tl_sparse.explanations.structure import Wiring, cut_of, with_cut, without

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import Node
+from tl_sparse.explanations.building import both, opposite
 from tl_sparse.explanations.expressions import (
     QUOTES,
     TOKEN_NAMES,
@@ -25,8 +26,6 @@ from tl_sparse.explanations.expressions import (
     Seen,
     Share,
     TokenSet,
-    both,
-    opposite,
 )
 from tl_sparse.explanations.fitting import Candidate, Target, price
 from tl_sparse.explanations.parsing import Vocabulary

@@ -7,19 +7,8 @@ import torch
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Edge, Node
-from tl_sparse.explanations.expressions import (
-    Average,
-    Call,
-    Cut,
-    Expression,
-    Here,
-    Number,
-    Ref,
-    add,
-    linear,
-    number,
-    times,
-)
+from tl_sparse.explanations.building import add, linear, number, times
+from tl_sparse.explanations.expressions import Average, Call, Cut, Expression, Here, Number, Ref
 from tl_sparse.explanations.fitting import Candidate, Flat, Target
 from tl_sparse.hooks import TLModel, is_sparse_model
 

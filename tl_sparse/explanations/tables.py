@@ -7,16 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.explanations.expressions import (
-    Compare,
-    Expression,
-    If,
-    Is,
-    Number,
-    Position,
-    linear,
-    number,
-)
+from tl_sparse.explanations.building import linear, number
+from tl_sparse.explanations.expressions import Compare, Expression, If, Is, Number, Position
 from tl_sparse.explanations.fitting import PRICE_OF_SYMBOL, PRICE_OF_TOKEN, Candidate, Target
 from tl_sparse.explanations.parsing import Vocabulary
 
