@@ -9,6 +9,8 @@ from tl_sparse.explanations import EXPLAINED, Explanation, Fit, NodeExplanation
 from tl_sparse.hooks import TLModel
 from tl_sparse.suites import markdown_table
 
+#: Expressions of at most so many symbols are called short.
+SHORT = 30
 #: Expressions are cut to so many characters in the tables; the files have them whole.
 LONGEST = 160
 ABOUT = f"""\
@@ -32,7 +34,8 @@ def explained(store: Path, circuit: Circuit, model: TLModel, task: str) -> Expla
 
 def explanations_text(found: Mapping[str, Explanation]) -> str:
     """The tables of circuits, by what they are called."""
-    header = ["circuit", "nodes", "explained", "by themselves", "median size", "loss, accuracy"]
+    header = ["circuit", "nodes", "explained", f"in at most {SHORT} symbols", "by themselves"]
+    header += ["median size", "loss, accuracy"]
     header += ["all replaced", "all at their means", "seconds"]
     rows = [_circuit_row(name, each) for name, each in found.items()]
     parts = ["# Circuits in words", "", ABOUT, "", markdown_table(header, rows), ""]
@@ -49,8 +52,10 @@ def _circuit_row(name: str, each: Explanation) -> list[str]:
     for measured in (each.circuit_alone, each.all_replaced, each.nothing_kept):
         results.append(f"{measured.loss}, {measured.accuracy.value:.1%}")
     n_explained = sum(node.is_explained for node in each.nodes)
+    n_short = sum(node.is_explained and node.size <= SHORT for node in each.nodes)
     size = median(node.size for node in each.nodes)
-    counts = [len(each.nodes), f"{n_explained} ({each.share_explained:.0%})", n_alone, f"{size:g}"]
+    counts = [len(each.nodes), f"{n_explained} ({each.share_explained:.0%})", n_short, n_alone]
+    counts.append(f"{size:g}")
     return [name, *map(str, counts), *results, f"{each.seconds:.0f}"]
 
 

@@ -187,11 +187,12 @@ def test_results_say_what_was_found_and_by_what(results_of_micro, tmp_path):
 @once
 @pytest.mark.slow
 def test_results_are_made_once(results_of_micro):
-    names = ("circuits", "families", "certificates", "programs")
+    names = ("circuits", "families", "certificates", "programs", "explanations")
     texts = results_of_micro(*names)
     assert {"certificate_micro_none.md", "certificate_micro_subsets.md"} < texts.keys()
     assert "family_micro_one.md" in texts
     assert "| micro, none, pruned by nodes | " in texts["programs.md"]
+    assert "## micro, pruned by edges" in texts["explanations.md"]
     started = time.monotonic()
     assert results_of_micro(*names) == texts
     assert time.monotonic() - started < 60
