@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.explanations.building import add
-from tl_sparse.explanations.expressions import Expression, Number, TokenSet, literal
+from tl_sparse.explanations.expressions import Expression, Is, Number, Ref, TokenSet, literal
 from tl_sparse.explanations.parsing import described_set
 from tl_sparse.explanations.record import HeadExplanation, LooksAt
 from tl_sparse.explanations.samples import Sample
@@ -21,8 +21,10 @@ Pairs = Float[Tensor, "seq query key"]
 MOST_IN_PHRASE = 12
 #: A phrase covers at least so much more than of even attention.
 LEAST_ADVANTAGE = 0.1
-#: A phrase names at most so many present tokens.
-MOST_PRESENT = 6
+#: From some present tokens, another rule must cover so much more of the attention.
+MUCH_BETTER = 0.15
+#: And from all of them together, so much more of the attention from all tokens.
+LEAST_GAIN = 0.01
 #: So many tokens that a head looks at are listed.
 LISTED = 10
 
@@ -119,7 +121,8 @@ def _rules(samples: list[Sample], head: tuple[int, int], subject: Subject) -> li
         ),
         Rule("the last ten tokens", lambda sequences: _recent(sequences, 10)),
     ]
-    for tokens in _sets_looked_at(samples, head, subject):
+    sets = [*_sets_looked_at(samples, head, subject), *_sets_in_keys(head, subject)]
+    for tokens in dict.fromkeys(sets):
         words = described_set(tokens, n_most=6)
         rules.append(Rule(f"all {words} so far", _all_of(tokens)))
         rules.append(Rule(f"the last of {words}", _last_of(tokens)))
@@ -164,6 +167,23 @@ def _sets_looked_at(
     return [vocabulary.set_of(order[:n]) for n in sizes]
 
 
+def _sets_in_keys(head: tuple[int, int], subject: Subject) -> list[TokenSet]:
+    """The small sets of tokens in the expressions of the head's keys."""
+    nodes = {name: node for node, name in subject.wiring.names.items()}
+    waiting = []
+    for node, expression in subject.expressions.items():
+        if node.location == "attn_k" and subject.wiring.head_of(node) == head:
+            waiting.append(expression)
+    found = []
+    while waiting:
+        for part in waiting.pop().walk():
+            if isinstance(part, Ref):
+                waiting.append(subject.expressions[nodes[part.name]])
+            if isinstance(part, Is) and 0 < len(part.tokens.tokens) <= MOST_IN_PHRASE:
+                found.append(part.tokens)
+    return found
+
+
 def _by_token(
     samples: list[Sample], head: tuple[int, int], subject: Subject
 ) -> tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]:
@@ -201,10 +221,12 @@ class _Advantages:
     Attributes:
         rule: the rule.
         by_token: for each present token, its part of the whole advantage.
+        mass: for each present token, its part of all attention that is not the sink's.
     """
 
     rule: Rule
     by_token: Float[Tensor, " vocab"]
+    mass: Float[Tensor, " vocab"]
 
     @property
     def whole(self) -> float:
@@ -223,17 +245,21 @@ def _phrase(
     best = max(advantages, key=lambda each: each.whole)
     if best.whole < LEAST_ADVANTAGE:
         best = advantages[-1]
-    gain, other, tokens = 0.0, best, TokenSet(())
+    gain, other, present = 0.0, best, torch.zeros(n_tokens, dtype=torch.bool)
     for each in advantages:
-        gains = (each.by_token - best.by_token).clamp(min=0)
-        most = gains.argsort(descending=True)[:MOST_PRESENT]
-        if float(gains[most].sum()) > gain:
-            gain, other = float(gains[most].sum()), each
-            members = [token for token in most.tolist() if float(gains[token]) > gain / 20]
-            tokens = subject.samples.vocabulary.set_of(members)
-    if gain < LEAST_ADVANTAGE / 2:
+        gains = each.by_token - best.by_token
+        is_better = gains > MUCH_BETTER * each.mass
+        if float(gains[is_better].sum()) > gain:
+            gain, other, present = float(gains[is_better].sum()), each, is_better
+    if gain < LEAST_GAIN:
         return Rule(f"from any token: {best.rule.words}", best.rule.chosen)
-    words = f"from {described_set(tokens)}: {other.rule.words}; from others: {best.rule.words}"
+    by_gain = (other.by_token - best.by_token).where(present, torch.zeros(())).argsort()
+    ordered = by_gain.flip(0)[: int(present.sum())].tolist()
+    tokens = subject.samples.vocabulary.set_of(ordered)
+    first = subject.samples.vocabulary.set_of(ordered[:LISTED])
+    rest = len(ordered) - len(first.tokens)
+    named = described_set(first, LISTED) + (f" and {rest} more" if rest else "")
+    words = f"from {named}: {other.rule.words}; from others: {best.rule.words}"
     return Rule(words, _either(tokens, other.rule, best.rule))
 
 
@@ -251,12 +277,14 @@ def _advantages(
     rule: Rule, samples: list[Sample], head: tuple[int, int], n_tokens: int
 ) -> _Advantages:
     total = torch.zeros(n_tokens, dtype=torch.float64)
+    mass = torch.zeros(n_tokens, dtype=torch.float64)
     for sample in samples:
         covered, evenly, weight = _covered(rule, sample, head)
-        part = sample.real((covered - evenly) * weight)
         tokens = sample.sequences.tokens[sample.sequences.is_real]
-        total.index_add_(0, tokens, part / len(samples))
-    return _Advantages(rule, total)
+        advantage = sample.real((covered - evenly) * weight)
+        total.index_add_(0, tokens, advantage / len(samples))
+        mass.index_add_(0, tokens, sample.real(weight) / len(samples))
+    return _Advantages(rule, total, mass)
 
 
 def _coverage(rule: Rule, samples: list[Sample], head: tuple[int, int]) -> tuple[float, float]:

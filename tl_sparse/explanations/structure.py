@@ -77,6 +77,11 @@ class Wiring:
                 found.append(node)
         return found
 
+    def head_of(self, node: Node) -> tuple[int, int]:
+        """The layer and the head of a query, key or value channel."""
+        size = self.circuit.kept[self.circuit.hooks[node.layer, node.location]].shape[-1]
+        return node.layer, node.index // size
+
     def ref(self, node: Node) -> Ref:
         return Ref(self.names[node])
 
