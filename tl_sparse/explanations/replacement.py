@@ -41,7 +41,7 @@ def replaced(
     def hold(batch: TaskData) -> Iterator[None]:
         held: AbstractContextManager[None] = nullcontext()
         if under_circuit:
-            held = subject.circuit.applied(subject.model)
+            held = subject.under_circuit()
         with held:
             if values_on is None:
                 yield

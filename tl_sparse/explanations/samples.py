@@ -1,7 +1,7 @@
 """What expressions are fitted and judged on: prompts and text, each in two halves."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -203,13 +203,16 @@ def node_values(
     """The values of nodes and the patterns of heads, under the circuit or in the full model."""
     nodes, heads = list(nodes), list(heads)
     hooks = circuit.hooks
+    cut = circuit.cut_edges(model) if under_circuit else []
     names = {hooks[node.layer, node.location] for node in nodes}
     names |= {pattern_hook(layer) for layer, _ in heads}
     values: dict[Node, list[Tensor]] = {node: [] for node in nodes}
     patterns: dict[tuple[int, int], list[Tensor]] = {head: [] for head in heads}
     device = next(model.parameters()).device
     for rows in tokens.split(32):
-        held = circuit.applied(model) if under_circuit else nullcontext()
+        held: AbstractContextManager[None] = nullcontext()
+        if under_circuit:
+            held = circuit.holding(model, circuit.dropped, circuit.means, cut)
         with held, holding_reads(model), recording(model, names) as activations:
             run(model, rows.to(device))
         for node in nodes:

@@ -1,6 +1,8 @@
 """What is explained: a circuit, its model, the data, and the expressions that are known so far."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -38,6 +40,18 @@ class Subject:
     wiring: Wiring
     expressions: dict[Node, Expression] = field(default_factory=dict)
     _known: list[Sequences] = field(default_factory=list)
+
+    def under_circuit(self) -> AbstractContextManager[None]:
+        """The context in which the model runs under the circuit.
+
+        Unlike `Circuit.applied`, it does not check again that the model is the circuit's.
+        """
+        circuit = self.circuit
+        return circuit.holding(self.model, circuit.dropped, circuit.means, self._cut)
+
+    @cached_property
+    def _cut(self) -> list[Edge]:
+        return self.circuit.cut_edges(self.model)
 
     def give(self, node: Node, name: str, expression: Expression) -> None:
         """Note the expression of a node, to which those of later nodes may refer."""
