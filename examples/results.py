@@ -501,6 +501,8 @@ def explanations(plan: Plan) -> None:
             if circuit is None:
                 continue
             store = plan.folder("explanations", source, task) / f"{title}.json"
+            if plan.only_tables and not store.exists():
+                continue
             name = f"{Path(task).stem}, pruned by {title}"
             found[name] = explained(store, circuit, model, task)
             write_result(plan, "explanations.md", explanations_text(found))
