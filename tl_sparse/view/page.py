@@ -34,6 +34,8 @@ SCRIPTS = (
     "prompts.js",
     "curve.js",
     "heading.js",
+    "explanation.js",
+    "program.js",
     "certificate.js",
     "download.js",
     "controls.js",

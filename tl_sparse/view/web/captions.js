@@ -4,16 +4,14 @@
 // other name, and as few edges as possible. Those that find no place are not shown.
 
 const CAPTION_HEIGHT = 13;
-const LABEL_LENGTH = 24; // So much of the reader's own words is shown in the graph.
+const LABEL_LENGTH = 24; // So much of the words for a node is shown in the graph.
 const MOST_EDGES = 2; // More edges than this do not run through a caption.
 const canvasForText = document.createElement("canvas").getContext("2d");
 
-/** The name of a node in the graph, followed by the reader's own words. */
+/** The name of a node in the graph, followed by the words for it. */
 function captionOf(vertex) {
-  const label = labelOf(vertex.node);
-  if (!label) return vertex.short;
-  const words = label.length > LABEL_LENGTH ? `${label.slice(0, LABEL_LENGTH - 1)}…` : label;
-  return `${vertex.short} ${words}`;
+  const words = wordsFor(vertex.node);
+  return words ? `${vertex.short} ${cut(words, LABEL_LENGTH)}` : vertex.short;
 }
 
 /** The places for a caption beside a node, the best first: to its right, left, below and above. */

@@ -254,6 +254,8 @@ function showAll() {
 prepare();
 readPermalink();
 showHeading();
+showExplanation();
+showProgram();
 showCertificate();
 showAll();
 if (state.pinned) reveal(state.pinned);

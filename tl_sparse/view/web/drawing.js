@@ -166,7 +166,7 @@ function drawMarks() {
     pin(v === state.pinned ? null : v);
   });
   marks.on("pointerenter", (event, v) => hover(v)).on("pointerleave", () => hover(null));
-  marks.append("title").text((v) => (v.terminal ? v.name : nameWithLabel(v.node)));
+  marks.append("title").text((v) => (v.terminal ? v.name : titleOf(v.node)));
   marks.filter((v) => v.terminal).each(drawTerminal);
   marks.filter((v) => !v.terminal).each(drawNode);
   return marks;

@@ -43,8 +43,22 @@ function labelsAsJson() {
   return JSON.stringify(labels, null, 2);
 }
 
-/** The name of a node, with its label in quotation marks if it has one. */
+/** Name of a node → its expression, where the circuit is explained. */
+const explained = new Map((explanation?.nodes ?? []).map((of) => [of.node, of]));
+
+/** The words for a node: its label or, without one, its name in the explanation. */
+function wordsFor(node) {
+  return labelOf(node) || explained.get(node.name)?.name || "";
+}
+
+/** The name of a node, with the words for it in quotation marks if there are any. */
 function nameWithLabel(node) {
-  const label = labelOf(node);
-  return label ? `${node.name} “${label}”` : node.name;
+  const words = wordsFor(node);
+  return words ? `${node.name} “${words}”` : node.name;
+}
+
+/** The same, with its expression, as what is shown while the pointer is on it. */
+function titleOf(node) {
+  const of = explained.get(node.name);
+  return of ? `${nameWithLabel(node)}\n${of.name} = ${cut(of.expression)}` : nameWithLabel(node);
 }

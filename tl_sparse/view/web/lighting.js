@@ -70,10 +70,10 @@ function litOpacity(link, strength = 0, isNear = false) {
   return link.kind === "join" ? 0.3 : 0.05;
 }
 
-/** Marks the vertices whose name, OpenAI's name or label contains a text. */
+/** Marks the vertices of which a name or the label contains a text. */
 function find(text) {
   const wanted = text.trim().toLowerCase();
-  const namesOf = (v) => [v.name, v.node.openai, labelOf(v.node)];
+  const namesOf = (v) => [v.name, v.node.openai, labelOf(v.node), explained.get(v.node.name)?.name];
   const contains = (name) => name?.toLowerCase().includes(wanted);
   state.found = wanted ? vertices.filter((v) => v.node && namesOf(v).some(contains)) : [];
   markFound();

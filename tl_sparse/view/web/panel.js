@@ -12,8 +12,8 @@ function showPanel(isAboutAnother = true) {
 
 /** A button that pins a node. */
 function nodeLink(vertex, text = vertex.name) {
-  const label = labelOf(vertex.node);
-  const words = label ? make("span", { class: "own-label" }, ` ${label}`) : null;
+  const ofNode = wordsFor(vertex.node);
+  const words = ofNode ? make("span", { class: "own-label" }, ` ${ofNode}`) : null;
   return make("button", { class: "link", onclick: () => pin(vertex) }, text, words);
 }
 
@@ -123,6 +123,7 @@ function showNode(vertex) {
     "panel",
     nodeHeading(node),
     labelField(vertex),
+    expressionOf(node),
     nodeFacts(node),
     edgesOf(vertex).length ? null : explanation(vertex),
     edgeTable(vertex, "in", "edge", "Incoming edges"),
@@ -198,7 +199,7 @@ function labelField(vertex) {
 
 /** Shows changed labels in the graph. */
 function showLabels() {
-  picture.marks.select("title").text((v) => (v.terminal ? v.name : nameWithLabel(v.node)));
+  picture.marks.select("title").text((v) => (v.terminal ? v.name : titleOf(v.node)));
   picture.marks.attr("aria-label", (v) => (v.terminal ? v.name : nameWithLabel(v.node)));
   placeCaptions(d3.zoomTransform(svg.node()));
 }

@@ -4,6 +4,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const { nodes, edges, summary, ends, prompts, ladder, caps, certificate } = data;
+const { program, explanation } = data;
 
 function byId(id) {
   return document.getElementById(id);
@@ -62,6 +63,11 @@ function percent(x) {
   const rounded = (100 * x).toFixed(1);
   if (x > 0 && rounded === "0.0") return "<\u202f0.1\u202f%";
   return `${rounded}\u202f%`;
+}
+
+/** The beginning of a text, if it is long. */
+function cut(text, length = 300) {
+  return text.length > length ? `${text.slice(0, length - 1)}…` : text;
 }
 
 function count(n, word) {
