@@ -29,7 +29,9 @@ from micro import (
 from tl_sparse.certificates import certifying
 from tl_sparse.errors import CheckpointError, CircuitError
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.view import explained as explained_view
 from tl_sparse.view.contents import page_data
+from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.page import SCRIPTS, WEB, Page
 
 pytestmark = pytest.mark.any_line
@@ -636,3 +638,108 @@ def test_the_certificate_of_another_circuit_is_not_shown(tmp_path):
         page_data(other, model, MICRO_TASK, micro_corpus(), certificate=made)
     with pytest.raises(CheckpointError, match="there is no file"):
         page_data(circuit, model, MICRO_TASK, micro_corpus(), certificate=tmp_path / "none.json")
+
+
+@pytest.fixture(scope="module")
+def explanation():
+    """An explanation of the circuit, in which one expression and one head are hostile."""
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    found = circuit.explain(model, MICRO_TASK, corpus=micro_corpus(), progress=False)
+    read, *others = found.nodes
+    read = dataclasses.replace(read, expression=HOSTILE[1], name="letter")
+    heads = [dataclasses.replace(head, phrase=HOSTILE[2]) for head in found.heads]
+    assert heads
+    return dataclasses.replace(found, nodes=[read, *others], heads=heads)
+
+
+@pytest.fixture(scope="module")
+def explained(explanation):
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    return page_data(circuit, model, MICRO_TASK, micro_corpus(), explanation=explanation)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 400])
+def test_explanations_are_shown_as_text(explained, opened, scheme, width):
+    page = opened(explained, color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    assert count(page, "#expressions tbody tr") == len(NODES)
+    assert page.locator("#expressions code").first.inner_text() == HOSTILE[1]
+    assert HOSTILE[2] in page.locator("#attention li").first.inner_text()
+    assert page.locator("#replaced tbody th").all_inner_texts()[:2] == ["full model", "circuit"]
+    assert "hacked" not in page.evaluate("Object.keys(window)")
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) <= 0
+
+
+def test_nodes_have_the_names_of_the_explanation(explained, opened):
+    page = opened(explained)
+    captions = page.locator("#graph .caption").all_inner_texts()
+    assert any("letter" in caption for caption in captions)
+    node = page.locator(f'#graph .node[data-name="{READ}"]')
+    assert node.get_attribute("aria-label") == f"{READ} “letter”"
+    assert node.locator("title").text_content() == f"{READ} “letter”\nletter = {HOSTILE[1]}"
+    page.fill("#search", "letter")
+    assert page.locator("#found").inner_text() == "1"
+    page.click(f"#expressions .link:has-text('{READ}')")
+    assert pinned(page) == READ
+    assert page.locator("#panel #expression").inner_text() == f"letter = {HOSTILE[1]}"
+    page.fill("#label", "mine")  # a word of the reader's own comes first
+    assert node.get_attribute("aria-label") == f"{READ} “mine”"
+
+
+def test_the_program_is_shown_and_copied(explained, opened):
+    page = opened(explained, permissions=["clipboard-read", "clipboard-write"])
+    assert not page.locator("#program-source").is_visible()
+    page.click("#program-summary")
+    source = page.locator("#program-source").text_content()
+    assert source == explained["program"]["source"]
+    assert "def logits(" in source
+    assert "letter" in source
+    compile(source, "circuit.py", "exec")
+    page.click("#copy-program")
+    page.wait_for_selector("text=Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == source
+
+
+def test_what_is_missing_is_not_shown(data, opened):
+    page = opened(data)
+    assert not page.locator("#explanation-section").is_visible()
+    assert "letter" not in data["program"]["source"]
+    page = opened(data | {"program": None})
+    assert not page.locator("#program-section").is_visible()
+    page = opened(data | {"program": {"about": "Too large.", "source": ""}})
+    assert page.locator("#program-about").inner_text() == "Too large."
+    assert not page.locator("#copy-program").is_visible()
+
+
+def test_whose_explanation_is_shown(explanation, tmp_path):
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    explanation.save(tmp_path)
+    arguments = (model, MICRO_TASK, micro_corpus())
+    shown = page_data(circuit, *arguments, source=str(tmp_path))["explanation"]
+    assert [node["node"] for node in shown["nodes"]] == NODES
+    kept = {name: mask.clone() for name, mask in circuit.kept.items()}
+    kept["blocks.0.ln1.hook_read"][1] = True
+    other = dataclasses.replace(circuit, kept=kept)
+    with pytest.warns(UserWarning, match="is of another circuit"):
+        assert page_data(other, *arguments, source=str(tmp_path))["explanation"] is None
+    with pytest.raises(CircuitError, match="explanation is of another circuit"):
+        page_data(other, *arguments, explanation=explanation)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        page_data(circuit, *arguments, explanation=tmp_path / "none.json")
+
+
+def test_circuits_without_a_program():
+    model = micro_model()
+    circuit = judged_by_few(micro_circuit(model))
+    without_means = dataclasses.replace(circuit, means={})
+    assert page_data(without_means, model, MICRO_TASK, micro_corpus())["program"] is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explained_view, "LIMITS", dataclasses.replace(LIMITS, program_nodes=2))
+        shown = page_data(circuit, model, MICRO_TASK, micro_corpus())["program"]
+    assert shown["source"] == ""
+    assert "too many nodes" in shown["about"]

@@ -6,12 +6,26 @@ import pytest
 import torch
 
 from helpers import random_circuit
-from micro import MICRO_TASK, micro_circuit, micro_data, micro_model
+from micro import (
+    MICRO_TASK,
+    NODES,
+    VOCABULARY,
+    micro_circuit,
+    micro_corpus,
+    micro_data,
+    micro_model,
+    save_micro,
+    save_pairs,
+)
 from tl_sparse.checkpoints.loading import create
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.cli import main
+from tl_sparse.errors import CircuitError
 from tl_sparse.evaluation.judge import evaluate
+from tl_sparse.explanations import explanation_text
 from tl_sparse.network.config import SparseConfig
-from tl_sparse.view.tables import STRONGEST, report
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.view.tables import STRONGEST, explained_report, report
 
 pytestmark = pytest.mark.any_line
 
@@ -84,3 +98,57 @@ def test_a_large_circuit_is_reported_by_its_strongest_edges(micro):
         weights[:STRONGEST], abs=5e-4
     )
     assert "p8 is positional channel 8" in text
+
+
+def quickly_judged(circuit):
+    config = PruneConfig(train_pairs=8, selection_pairs=8, heldout_pairs=8)
+    return dataclasses.replace(circuit, measured={"config": dataclasses.asdict(config)})
+
+
+@pytest.fixture(scope="module")
+def explanation(micro):
+    circuit = quickly_judged(micro_circuit(micro))
+    return circuit.explain(micro, MICRO_TASK, corpus=micro_corpus(), progress=False)
+
+
+def test_an_explained_circuit_is_printed_with_its_program(micro, explanation):
+    circuit = quickly_judged(micro_circuit(micro))
+    text = report(circuit, micro, MICRO_TASK, explanation=explanation)
+    assert explanation_text(explanation) in text
+    names = explanation.names
+    program = circuit.to_python(micro, [VOCABULARY["yes"], VOCABULARY["no"]], names)
+    assert text.endswith(program.source)
+    assert f"    {names['0.attn_in 0']} = " in text
+    other = kept_everywhere(circuit, NODES[:2])
+    with pytest.raises(CircuitError, match="explanation is of another circuit"):
+        report(other, micro, MICRO_TASK, explanation=explanation)
+
+
+def test_names_that_are_no_variables_are_left_out_of_the_program(micro, explanation):
+    circuit = quickly_judged(micro_circuit(micro))
+    read = dataclasses.replace(explanation.nodes[0], name="Letter")
+    capital = dataclasses.replace(explanation, nodes=[read, *explanation.nodes[1:]])
+    text = explained_report(circuit, micro, MICRO_TASK, capital)
+    candidates = [VOCABULARY["yes"], VOCABULARY["no"]]
+    assert text.endswith(circuit.to_python(micro, candidates).source)
+
+
+def test_commands_find_the_explanation_beside_the_circuit(micro, explanation, tmp_path, capsys):
+    model = save_micro(tmp_path / "model")
+    folder = tmp_path / "circuit"
+    quickly_judged(micro_circuit(micro)).save(folder)
+    task = save_pairs(tmp_path / "micro.jsonl")
+    which = [str(folder), "--model", model, "--task", task, "-q"]
+    assert main(["evaluate", *which, "--pairs", "4"]) == 0
+    assert "def logits(" not in capsys.readouterr().out
+    explanation.save(folder)
+    assert main(["evaluate", *which, "--pairs", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert explanation_text(explanation) in printed
+    assert "def logits(" in printed
+    page = tmp_path / "page.html"
+    assert main(["view", *which, "-o", str(page)]) == 0
+    assert '"explanation":{"about":"An expression over' in page.read_text()
+    elsewhere = str(tmp_path / "none.json")
+    assert main(["view", *which, "-o", str(page), "--overwrite", "--explanation", elsewhere]) == 1
+    assert "none.json" in capsys.readouterr().err

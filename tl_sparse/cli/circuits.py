@@ -39,6 +39,16 @@ def add_circuit(parser: argparse.ArgumentParser) -> Flags:
     return group
 
 
+def add_explanation(flags: Flags, use: str) -> None:
+    """Add the flag --explanation; `use` says what becomes of the explanation."""
+    flags.add_argument(
+        "--explanation",
+        metavar="FILE",
+        help=f"The circuit's explanation.json, {use} (default: the one that `explain` wrote into "
+        "the folder of the circuit, if it did).",
+    )
+
+
 def open_circuit(
     circuit_source: str, model_source: str | None, device: str | None, task: str | None
 ) -> tuple[Any, Any, str]:
@@ -88,6 +98,7 @@ def add_view(commands: Commands) -> None:
         help="The circuit's certificate.json (default: the one that `certify` wrote into the "
         "folder of the circuit, if it did).",
     )
+    add_explanation(group, "shown with the names of nodes")
     group.add_argument(
         "--prompt",
         action="append",
@@ -122,6 +133,7 @@ def _run_view(args: argparse.Namespace) -> None:
         min_weight=args.min_weight,
         prompts=args.prompt,
         certificate=args.certificate,
+        explanation=args.explanation,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
@@ -139,6 +151,7 @@ def write_page(
     min_weight: float = 0.0,
     prompts: Sequence[str] = (),
     certificate: str | None = None,
+    explanation: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
@@ -158,6 +171,7 @@ def write_page(
         source=circuit_source,
         progress=progress,
         certificate=certificate,
+        explanation=explanation,
     )
     page.save(out, overwrite)
     return len(page.html)
@@ -241,6 +255,7 @@ def add_evaluate(commands: Commands) -> None:
         help="The seed of the pairs and of the random circuits (default: the pairs on which the "
         "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
+    add_explanation(group, "printed after the measurements, with the circuit as a program")
     add_running_flags(parser)
 
 
@@ -255,11 +270,13 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     from tl_sparse.evaluation import full_evaluation
     from tl_sparse.files import write_json
     from tl_sparse.pruning import heldout_pairs, recorded_config
-    from tl_sparse.view import evaluation_tables
+    from tl_sparse.view import evaluation_tables, explained_report, explanation_of
 
     if args.corpus is not None:
         check_source(args.corpus)  # before the model is opened
     circuit, model, source = open_circuit(args.circuit, args.model, args.device, args.task)
+    explanation = explanation_of(circuit, args.explanation, args.circuit)
+    explained = circuit
     if args.corpus is not None or not circuit.means:
         if args.corpus is None:
             _say_whose_means(circuit, source, args.quiet)
@@ -273,6 +290,8 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)
     print(evaluation_tables(results))
+    if explanation is not None:
+        print(f"\n{explained_report(explained, model, args.task, explanation)}")
 
 
 def _say_whose_means(circuit: Any, source: str, quiet: bool) -> None:

@@ -1,4 +1,5 @@
 from .contents import page_data as page_data
+from .explained import explanation_of as explanation_of
 from .limits import PAGE_ENDINGS as PAGE_ENDINGS
 from .measurements import SuiteResults as SuiteResults
 from .measurements import Summaries as Summaries
@@ -8,4 +9,5 @@ from .measurements import summary as summary
 from .page import Page as Page
 from .tables import circuit_facts as circuit_facts
 from .tables import evaluation_tables as evaluation_tables
+from .tables import explained_report as explained_report
 from .tables import report as report

@@ -19,6 +19,7 @@ from tl_sparse.circuits import Circuit, Edge, Node, circuit_task
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, DataError, warn_user
 from tl_sparse.evaluation import check_padding, evaluate, removal_rises
+from tl_sparse.explanations import Explanation
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.pruning import PruneConfig, heldout_pairs
 from tl_sparse.tasks import Task, TaskData
@@ -37,6 +38,7 @@ from tl_sparse.view.cuts import (
     most_important_first,
 )
 from tl_sparse.view.drawing import drawn
+from tl_sparse.view.explained import explanation_of, explanation_to_show, program_to_show
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.nodes import PageNode, page_ends, page_nodes
 from tl_sparse.view.prompts import (
@@ -68,6 +70,8 @@ class PageContents:
         curve: the faithfulness curve; see `cuts.faithfulness_by_size`.
         corpus_tokens: the number of tokens of the corpus that were run.
         certificate: the circuit's certificate; see `certified.certificate_to_show`.
+        explanation: its explanation; see `explained.explanation_to_show`.
+        program: its program; see `explained.program_to_show`.
     """
 
     summary: dict[str, Any]
@@ -79,6 +83,8 @@ class PageContents:
     curve: list[list[float]] = field(default_factory=list)
     corpus_tokens: int = 0
     certificate: dict[str, Any] | None = None
+    explanation: dict[str, Any] | None = None
+    program: dict[str, Any] | None = None
 
     def as_json(self, circuit: Circuit) -> dict[str, Any]:
         """The JSON values that page.js reads."""
@@ -95,6 +101,8 @@ class PageContents:
             "vocab": self.vocabulary.texts,
             "caps": _stated_limits(circuit, self.corpus_tokens),
             "certificate": self.certificate,
+            "explanation": self.explanation,
+            "program": self.program,
         }
 
 
@@ -110,6 +118,7 @@ def page_data(
     source: str = "",
     progress: bool = True,
     certificate: Certificate | str | Path | None = None,
+    explanation: Explanation | str | Path | None = None,
 ) -> dict[str, Any]:
     """The contents of a page about the circuit, as JSON values.
 
@@ -128,10 +137,12 @@ def page_data(
         progress: show progress bars while the effects of nodes and the sizes are measured.
         certificate: the circuit's certificate, or its file; by default the one in the folder
             `source`, if there is one.
+        explanation: the circuit's explanation, or its file; by default the one in the folder
+            `source`, if there is one. Its names stand in the graph and in the program.
 
     Raises:
-        CheckpointError: if the file of the certificate is missing or damaged.
-        CircuitError: if it is the certificate of another circuit.
+        CheckpointError: if the file of the certificate or explanation is missing or damaged.
+        CircuitError: if one of them is that of another circuit.
         ConfigError: if `min_weight` is negative, or not a finite number.
         CircuitError: if the circuit has no nodes, is too large to draw (the message suggests a
             `min_weight`), or belongs to another model.
@@ -142,6 +153,7 @@ def page_data(
     nodes, edges = drawn(circuit, model, min_weight)
     own = own_prompts(model, prompts)
     shown_certificate = certificate_to_show(circuit, certificate, source)
+    explanation = explanation_of(circuit, explanation, source)
     task = _task_to_show(circuit, model, task)
     vocabulary = Vocabulary(model.tokenizer)
     page = PageContents(
@@ -151,7 +163,10 @@ def page_data(
         ends=page_ends(model, nodes, task, vocabulary),
         vocabulary=vocabulary,
         certificate=shown_certificate,
+        explanation=None if explanation is None else explanation_to_show(explanation),
     )
+    answers = page.ends["candidates"] if task is not None and task.candidates else []
+    page.program = program_to_show(circuit, model, answers, explanation)
     sizes: list[Circuit] = []
     shown = []
     if task is not None:

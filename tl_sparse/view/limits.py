@@ -27,6 +27,7 @@ class PageLimits:
         histogram_bins: the number of bins in the histogram of a node.
         corpus_values: the number of activations on the corpus that are held in memory. With more
             nodes, fewer rows of the corpus are run.
+        program_nodes: circuits of more nodes are shown without their program.
         activation_levels: activations are written as integers of at most this absolute value; each
             node has its own scale.
     """
@@ -46,6 +47,7 @@ class PageLimits:
     top_tokens: int = 8
     histogram_bins: int = 24
     corpus_values: int = 30_000_000
+    program_nodes: int = 300
     activation_levels: int = 999
 
 

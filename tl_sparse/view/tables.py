@@ -20,8 +20,10 @@ from tl_sparse.circuits import (
 )
 from tl_sparse.errors import CircuitError, DataError, counted
 from tl_sparse.evaluation import Evaluation, SizedScore, scores_table
+from tl_sparse.explanations import Explanation, explanation_text
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import Task, score_row, table
+from tl_sparse.view.explained import explanation_of, program_of
 from tl_sparse.view.measurements import read_tabulated
 
 #: A report lists at most as many edges, the strongest.
@@ -47,6 +49,7 @@ def report(
     model: TLModel,
     task: Task | str | None = None,
     evaluation: Evaluation | None = None,
+    explanation: Explanation | None = None,
 ) -> str:
     """A description of the circuit of `task` in `model`, which must be a model of this package.
 
@@ -61,10 +64,13 @@ def report(
         task: the task of the circuit; by default its own.
         evaluation: the scores; by default those that the circuit records, if it does and `task` is
             its own.
+        explanation: the explanation of the circuit, which the report then prints, with the circuit
+            as a program that has its names.
 
     Raises:
         CircuitError: if `model` is not the circuit's model, if no task is given and the circuit's
-            own is not known, or if the recorded scores are damaged.
+            own is not known, if the recorded scores are damaged, or if `explanation` is that of
+            another circuit.
     """
     task = circuit_task(circuit, task)
     if evaluation is None and task.name == circuit.task:
@@ -81,6 +87,29 @@ def report(
     ]
     if evaluation is not None:
         sections.append(scores_table(evaluation))
+    if explanation is not None:
+        sections.append(explained_report(circuit, model, task, explanation))
+    return "\n\n".join(sections)
+
+
+@checked("task")
+def explained_report(
+    circuit: Circuit, model: TLModel, task: Task | str | None, explanation: Explanation
+) -> str:
+    """The explanation of a circuit as text, and then the circuit as a program with its names.
+
+    Raises:
+        CircuitError: if the explanation is that of another circuit, or if no task is given and the
+            circuit's own is not known.
+    """
+    shown = explanation_of(circuit, explanation, "")
+    assert shown is not None
+    sections = [explanation_text(shown)]
+    task = circuit_task(circuit, task)
+    candidates = task_tokens(model, task)[1] if task.candidates else []
+    program = program_of(circuit, model, list(candidates), shown)
+    if program is not None:
+        sections.append(f"The circuit as Python\n---------------------\n\n{program.source}")
     return "\n\n".join(sections)
 
 
