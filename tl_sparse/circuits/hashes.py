@@ -42,9 +42,15 @@ def hash_of_circuit(circuit: CircuitParts) -> str:
     edges = None
     if circuit.edge_set is not None:
         edges = sorted(f"{source} {target}" for source, target in circuit.edge_set)
+    # The means are in one order, since files do not keep the one that a circuit has.
+    without_nodes = sorted(circuit.means.keys() - circuit.kept.keys())
+    means = {}
+    for name in (*circuit.kept, *without_nodes):
+        if name in circuit.means:
+            means[name] = hash_of_tensor(circuit.means[name])
     described = {
         "kept": {name: hash_of_tensor(mask) for name, mask in circuit.kept.items()},
-        "means": {name: hash_of_tensor(mean) for name, mean in circuit.means.items()},
+        "means": means,
         "edges": edges,
         "frozen_norms": circuit.frozen_norms,
     }

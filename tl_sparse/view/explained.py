@@ -104,9 +104,10 @@ def explanation_to_show(explanation: Explanation) -> dict[str, Any]:
     about = (
         f"An expression over the tokens for each node, found by search. {n_explained} of "
         f"{counted(len(explanation.nodes), 'node')} are explained to {EXPLAINED} or more on "
-        f"held-out {held_out}: the explained variance or, for nodes with two levels, the balanced "
-        "accuracy (acc.). The losses are the circuit's while the node has the value of its "
-        "expression, and while it is held at its mean; ± is one standard error."
+        f"{held_out}, all held out: the explained variance or, for nodes with two levels, the "
+        "balanced accuracy (acc.). The losses are the circuit's while the node has the value of "
+        "its expression, and while it is held at its mean; ± is one standard error. Pin a node for "
+        "the whole of a long expression."
     )
     measured = {
         "full model": explanation.model_alone,

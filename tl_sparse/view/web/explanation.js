@@ -23,8 +23,9 @@ function figureHead(titles) {
   return make("thead", {}, make("tr", {}, cells));
 }
 
-function numberCell(text, more = "") {
-  return make("td", { class: `number ${more}` }, text);
+/** A cell with a number; its title stands beside it in a narrow window. */
+function numberCell(text, title, isMissed = false) {
+  return make("td", { class: isMissed ? "number missed" : "number", "data-title": title }, text);
 }
 
 /** A mean with its standard error. */
@@ -34,7 +35,10 @@ function estimate({ value, standard_error: error }) {
 
 function replacedRows() {
   const rows = explanation.replaced.map(({ what, loss, accuracy }) => {
-    const cells = [numberCell(estimate(loss)), numberCell(percent(accuracy.value))];
+    const cells = [
+      numberCell(estimate(loss), "task loss"),
+      numberCell(percent(accuracy.value), "accuracy"),
+    ];
     return make("tr", {}, make("th", { scope: "row" }, what), cells);
   });
   return make("tbody", {}, rows);
@@ -43,16 +47,16 @@ function replacedRows() {
 function expressionRow(of) {
   const vertex = vertices.find((v) => v.node?.name === of.node);
   const name = vertex ? nodeLink(vertex, of.node) : make("code", {}, `${of.node} ${of.name}`);
-  const missed = of.is_explained ? "" : "missed";
+  const isMissed = !of.is_explained;
   return make(
     "tr",
     {},
     make("td", {}, name),
-    make("td", {}, make("code", { class: "expression" }, of.expression)),
-    numberCell(fitText(of.text), missed),
-    numberCell(fitText(of.prompts), missed),
-    numberCell(estimate(of.in_circuit)),
-    numberCell(estimate(of.held_in_circuit)),
+    make("td", {}, make("code", { class: "expression" }, cut(of.expression))),
+    numberCell(fitText(of.text), "text", isMissed),
+    numberCell(fitText(of.prompts), "prompts", isMissed),
+    numberCell(estimate(of.in_circuit), "loss with it"),
+    numberCell(estimate(of.held_in_circuit), "at its mean"),
   );
 }
 
@@ -70,12 +74,16 @@ function expressionOf(node) {
   const origin = of.origin === "own" ? "Your own expression" : "Expression";
   const onText = of.text ? `text ${fitText(of.text)}, ` : "";
   return [
-    make("code", { class: "expression", id: "expression", tabindex: 0 }, `${of.name} = ${of.expression}`),
+    make(
+      "code",
+      { class: "expression", id: "expression", tabindex: 0 },
+      `${of.name} = ${of.expression}`,
+    ),
     note(
       `${origin}; held out: ${onText}prompts ${fitText(of.prompts)}. With it in place of the node `,
-      `the loss is ${fixed(of.in_circuit.value)} in the circuit and ${fixed(of.in_model.value)} in `,
-      `the model; at its mean ${fixed(of.held_in_circuit.value)} and `,
-      `${fixed(of.held_in_model.value)}.`,
+      `the loss is ${fixed(of.in_circuit.value)} in the circuit and `,
+      `${fixed(of.in_model.value)} in the model; at its mean ${fixed(of.held_in_circuit.value)} `,
+      `and ${fixed(of.held_in_model.value)}.`,
     ),
   ];
 }

@@ -125,7 +125,7 @@ function showNode(vertex) {
     labelField(vertex),
     expressionOf(node),
     nodeFacts(node),
-    edgesOf(vertex).length ? null : explanation(vertex),
+    edgesOf(vertex).length ? null : noEdgesNote(vertex),
     edgeTable(vertex, "in", "edge", "Incoming edges"),
     edgeTable(vertex, "out", "edge", "Outgoing edges"),
     productNote(vertex),
@@ -227,7 +227,7 @@ function effectMeaning() {
   return `the rise of the task loss when it alone is held at its mean ${effectPairs()}.`;
 }
 
-function explanation(vertex) {
+function noEdgesNote(vertex) {
   const reasons = whyWithoutEdges(vertex).join(" ");
   return make("p", { class: "explanation" }, make("strong", {}, "No edges. "), reasons);
 }
