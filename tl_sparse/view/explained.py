@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, hash_of_circuit
 from tl_sparse.errors import CircuitError, ConfigError, UnsupportedError, counted, warn_user
 from tl_sparse.explanations import (
@@ -21,6 +22,7 @@ from tl_sparse.view.limits import LIMITS
 TOO_LARGE = "This circuit has too many nodes for a program that can be read"
 
 
+@checked()
 def explanation_of(
     circuit: Circuit, explanation: Explanation | str | Path | None, source: str
 ) -> Explanation | None:
