@@ -122,7 +122,9 @@ def search_insertions(
         materials = declared_materials(neutral, questions)
         if is_built_in(task):
             materials += python_materials(task, questions, asker.tokenizer, rng)
-        searches += [PlaceSearch(asker, questions, material, rng) for material in materials]
+        for material in materials:
+            if material.pieces:
+                searches.append(PlaceSearch(asker, questions, material, rng))
     for number, search in enumerate(searches):
         search.run(budget, budget.prompts // (len(searches) - number))
         best = search.best()
