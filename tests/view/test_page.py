@@ -178,7 +178,8 @@ def test_the_page_shows_the_circuit_and_its_scores(data, opened):
     assert page.locator("#miss").is_hidden()
     page.click("details summary")
     assert (
-        "probability of the right answer among all tokens" in page.locator("details").inner_text()
+        "probability of the right answer among all tokens"
+        in page.locator("#scores-section details").inner_text()
     )
     assert "Each node has at most 4 passages" in page.locator("#caps").inner_text()
     page.click("#copy")
@@ -667,7 +668,7 @@ def test_explanations_are_shown_as_text(explained, opened, scheme, width):
     page.set_viewport_size({"width": width, "height": 900})
     assert count(page, "#expressions tbody tr") == len(NODES)
     assert page.locator("#expressions code").first.inner_text() == HOSTILE[1]
-    assert HOSTILE[2] in page.locator("#attention li").first.inner_text()
+    assert HOSTILE[2] in page.locator("#looks-at li").first.inner_text()
     assert page.locator("#replaced tbody th").all_inner_texts()[:2] == ["full model", "circuit"]
     assert "hacked" not in page.evaluate("Object.keys(window)")
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -676,7 +677,7 @@ def test_explanations_are_shown_as_text(explained, opened, scheme, width):
 
 def test_nodes_have_the_names_of_the_explanation(explained, opened):
     page = opened(explained)
-    captions = page.locator("#graph .caption").all_inner_texts()
+    captions = page.locator("#graph .caption").all_text_contents()
     assert any("letter" in caption for caption in captions)
     node = page.locator(f'#graph .node[data-name="{READ}"]')
     assert node.get_attribute("aria-label") == f"{READ} “letter”"

@@ -7,9 +7,9 @@ function showExplanation() {
   fill("replaced", figureHead(["", "task loss", "accuracy"]), replacedRows());
   const columns = ["node", "expression", "text", "prompts", "loss with it", "at its mean"];
   fill("expressions", figureHead(columns), make("tbody", {}, explanation.nodes.map(expressionRow)));
-  byId("attention").hidden = !explanation.heads.length;
+  byId("looks-at").hidden = !explanation.heads.length;
   fill(
-    "attention",
+    "looks-at",
     explanation.heads.map((text) => make("li", {}, text)),
   );
 }
