@@ -29,7 +29,7 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Estimate, adversary_score, holding_circuit, score
 from tl_sparse.files import read_json, write_json, write_text
-from tl_sparse.pruning import task_splits
+from tl_sparse.pruning import heldout_pairs, task_splits
 from tl_sparse.suites import find_family, markdown_table, results_table, run_suite
 from tl_sparse.tasks import TASKS
 
@@ -76,6 +76,8 @@ EXPLAINED_TASKS = [
     "for_while",
     "enumerate_range",
 ]
+#: The tasks whose circuits are written as Python, to be read.
+READ_TASKS = ["single_double_quote", "with_as"]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
@@ -520,6 +522,23 @@ def circuit_to_explain(plan: Plan, title: str, source: str, task: str) -> Circui
     return circuit if n_cut > 0 else None
 
 
+def sources(plan: Plan) -> None:
+    """Circuits with fewer edges of the first model as Python, with the names of explanations."""
+    from explained import explained
+
+    source = plan.models[0]
+    model, _ = open_with_corpus(source)
+    for task in plan.tasks or READ_TASKS:
+        circuit = circuit_found(plan, "none", source, task)
+        if circuit is None:
+            continue
+        store = plan.folder("explanations", source, task) / "edges.json"
+        explanation = explained(store, circuit, model, task)
+        candidates = heldout_pairs(circuit, model, task).candidates.unique().tolist()
+        program = explanation.to_python(circuit, model, candidates)
+        program.save(plan.out / f"program_{Path(task).stem}", overwrite=True)
+
+
 def percent(share: Estimate | None) -> str:
     """A share with its standard error."""
     if share is None:
@@ -563,6 +582,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "programs": programs,
     "attacks": attacks,
     "explanations": explanations,
+    "sources": sources,
     "sizes": sizes,
     "next_token": next_token,
     "baselines": baselines,

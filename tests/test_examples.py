@@ -186,13 +186,14 @@ def test_results_say_what_was_found_and_by_what(results_of_micro, tmp_path):
 
 @once
 @pytest.mark.slow
-def test_results_are_made_once(results_of_micro):
-    names = ("circuits", "families", "certificates", "programs", "explanations")
+def test_results_are_made_once(results_of_micro, tmp_path):
+    names = ("circuits", "families", "certificates", "programs", "explanations", "sources")
     texts = results_of_micro(*names)
     assert {"certificate_micro_none.md", "certificate_micro_subsets.md"} < texts.keys()
     assert "family_micro_one.md" in texts
     assert "| micro, none, pruned by nodes | " in texts["programs.md"]
     assert "## micro, pruned by edges" in texts["explanations.md"]
+    assert (tmp_path / "out" / "program_micro" / "circuit.py").is_file()
     started = time.monotonic()
     assert results_of_micro(*names) == texts
     assert time.monotonic() - started < 60

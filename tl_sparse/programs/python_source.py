@@ -95,7 +95,7 @@ class PythonProgram:
             ConfigError: if `folder` holds another program, and `overwrite` is False.
         """
         with replacing_together(PYTHON_FILES, Path(folder), overwrite) as new:
-            np.savez(new / "circuit.npz", allow_pickle=False, **self.tables)
+            np.savez_compressed(new / "circuit.npz", allow_pickle=False, **self.tables)
             (new / "circuit.py").write_text(self.source, encoding="utf-8")
 
 
