@@ -6,6 +6,7 @@ import torch
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.explanations.fitting import Target, best
 from tl_sparse.explanations.measures import fit_of, two_levels
+from tl_sparse.explanations.names import name_of
 from tl_sparse.explanations.parsing import Vocabulary, parse
 from tl_sparse.explanations.samples import Sample
 from tl_sparse.explanations.search import search
@@ -102,3 +103,11 @@ def test_measures_by_hand():
     constant = fit_of(torch.ones(3), torch.ones(3), two_levels(torch.ones(3)))
     assert (constant.explained, constant.balanced_accuracy) == (1, None)
     assert fit_of(torch.zeros(3), torch.ones(3), two_levels(torch.ones(3))).score is None
+
+
+def test_names_are_of_the_tokens_that_tell_prompts_apart():
+    """Of the tokens in an expression, those on which the task turns make the better name."""
+    expression = parse('3 if token == "w1" else 1 if token in {"w2", "("} else 0', VOCABULARY)
+    node = Node(0, "attn_in", 0)
+    assert name_of(node, expression, {}, []) == ("read_w1", "w1")
+    assert name_of(node, expression, {}, [], {"(", "w9"}) == ("read_open_paren", "open_paren")

@@ -153,7 +153,8 @@ class _Finding:
             expression = best.expression
             shorter = shorter_ones(candidates, best)
         taken = {*self.given.values(), *self.words}
-        name, word = name_of(node, expression, self.words, taken)
+        telling = self.subject.samples.telling
+        name, word = name_of(node, expression, self.words, taken, telling)
         name = self.given.get(node, name)
         self.words[name] = word
         self.subject.give(node, name, expression)

@@ -13,6 +13,7 @@ from tl_sparse.explanations.expressions import (
     Is,
     Position,
     Ref,
+    TokenLiteral,
 )
 from tl_sparse.explanations.parsing import check_name
 
@@ -58,14 +59,21 @@ _PUNCTUATION = {
 
 
 def name_of(
-    node: Node, expression: Expression, words: Mapping[str, str], taken: Collection[str]
+    node: Node,
+    expression: Expression,
+    words: Mapping[str, str],
+    taken: Collection[str],
+    telling: Collection[TokenLiteral] = (),
 ) -> tuple[str, str]:
     """A name for a node that is not taken, and the word in it that its expression is about.
 
     Args:
         words: name of an earlier node → the word in it.
+        taken: the names of other nodes.
+        telling: the tokens that tell prompts of the task apart. One of them makes a better name
+            than others that the expression names too.
     """
-    word = _word(expression, words)
+    word = _word(expression, words, telling)
     base = f"{PREFIXES[node.location]}_{word}" if word else f"{PREFIXES[node.location]}_constant"
     name = base
     number = 1
@@ -75,12 +83,15 @@ def name_of(
     return name, word
 
 
-def _word(expression: Expression, words: Mapping[str, str]) -> str:
+def _word(
+    expression: Expression, words: Mapping[str, str], telling: Collection[TokenLiteral]
+) -> str:
     """What an expression is about, in one word; empty for a constant."""
     first = expression.value if isinstance(expression, Average) else expression
     for part in first.walk():
         if isinstance(part, Is) and part.tokens.tokens:
-            return word_of_token(part.tokens.tokens[0])
+            named = [token for token in tokens_in(first) if token in telling]
+            return word_of_token([*named, *part.tokens.tokens][0])
         if isinstance(part, Ref):
             return words.get(part.name, "")
         if isinstance(part, Position):
@@ -90,8 +101,17 @@ def _word(expression: Expression, words: Mapping[str, str]) -> str:
         if isinstance(part, Depth):
             return "depth"
         if isinstance(part, Average):
-            return _word(part, words)
+            return _word(part, words, telling)
     return type(first).__name__.lower() if first.parts or first.is_boolean else ""
+
+
+def tokens_in(expression: Expression) -> list[TokenLiteral]:
+    """The tokens that an expression names, in their order."""
+    tokens: list[TokenLiteral] = []
+    for part in expression.walk():
+        if isinstance(part, Is):
+            tokens += part.tokens.tokens
+    return tokens
 
 
 def word_of_token(token: str | int) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -11,16 +12,19 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit, Node, holding_reads
 from tl_sparse.errors import DataError, TaskError, UnsupportedError
 from tl_sparse.evaluation import sees_padding
+from tl_sparse.explanations.expressions import TokenLiteral
 from tl_sparse.explanations.parsing import Vocabulary
 from tl_sparse.explanations.sequences import Sequences, Values
 from tl_sparse.hooks import TLModel, is_sparse_model, recording
 from tl_sparse.pruning import as_corpus, heldout_pairs
-from tl_sparse.tasks import Task, TaskData
+from tl_sparse.tasks import Task, TaskData, telling_tokens
 
 #: The rows of the corpus in each half; longer rows are divided, so that no row is longer than this.
 ROWS, ROW_LENGTH = 128, 128
 #: The pairs of prompts in each half.
 PAIRS = 64
+#: The most tokens that tell prompts apart.
+TELLING = 24
 #: Every token of a vocabulary up to this size is run once, since text has not all of them.
 MOST_TOKENS = 4096
 
@@ -75,6 +79,12 @@ class Samples:
             if sample.data is not None:
                 return sample.data
         raise TaskError("there are no prompts")
+
+    @cached_property
+    def telling(self) -> set[TokenLiteral]:
+        """The tokens that tell the prompts of a pair apart, as expressions name them."""
+        tokens = telling_tokens(self.heldout_prompts, TELLING)
+        return {self.vocabulary.literal_of(token) for token in tokens}
 
     @property
     def heldout_text(self) -> Int[Tensor, "seq pos"] | None:

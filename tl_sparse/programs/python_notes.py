@@ -1,6 +1,5 @@
 """What the Python source of a circuit says about the prompts of its task."""
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from tl_sparse.hooks import TLModel
 from tl_sparse.programs.channels import Channels
 from tl_sparse.programs.compiled import CompiledCircuit
 from tl_sparse.programs.stream import Read
-from tl_sparse.tasks import TaskData, make_task_data
+from tl_sparse.tasks import TaskData, make_task_data, telling_tokens
 
 #: The pairs of prompts that are looked at.
 N_PAIRS = 64
@@ -49,15 +48,7 @@ def prompt_notes(circuit: Circuit, model: TLModel, compiled: CompiledCircuit) ->
         data.check_context(compiled.n_ctx)
     except TLSparseError:  # of a task that is not known here, or has fewer prompts
         return PromptNotes()
-    return PromptNotes(_telling_tokens(data), _zeros(data, compiled))
-
-
-def _telling_tokens(data: TaskData) -> list[int]:
-    counts = Counter[int]()
-    rows = [set(row[: last + 1]) for row, last in zip(data.tokens.tolist(), data.last, strict=True)]
-    for first, second in zip(rows[0::2], rows[1::2], strict=True):
-        counts.update(first ^ second)
-    return [token for token, _ in counts.most_common(N_TOKENS)]
+    return PromptNotes(telling_tokens(data, N_TOKENS), _zeros(data, compiled))
 
 
 def _zeros(data: TaskData, compiled: CompiledCircuit) -> dict[str, float]:
