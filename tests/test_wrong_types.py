@@ -167,7 +167,6 @@ def right():
         "n_seeds": 0,
         "n_samples": 0,
         "n_draws": 1,
-        "n_tokens": 4,
         "attack": attacked,
         "found": attacked.prediction,
         "family": attacked.grammar[0],

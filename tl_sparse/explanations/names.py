@@ -90,7 +90,8 @@ def _word(
     first = expression.value if isinstance(expression, Average) else expression
     for part in first.walk():
         if isinstance(part, Is) and part.tokens.tokens:
-            named = [token for token in tokens_in(first) if token in telling]
+            tokens = tokens_in(first)
+            named = [token for token in tokens if token in telling]
             return word_of_token([*named, *part.tokens.tokens][0])
         if isinstance(part, Ref):
             return words.get(part.name, "")

@@ -23,8 +23,6 @@ from tl_sparse.tasks import Task, TaskData, telling_tokens
 ROWS, ROW_LENGTH = 128, 128
 #: The pairs of prompts in each half.
 PAIRS = 64
-#: The most tokens that tell prompts apart.
-TELLING = 24
 #: Every token of a vocabulary up to this size is run once, since text has not all of them.
 MOST_TOKENS = 4096
 
@@ -83,7 +81,7 @@ class Samples:
     @cached_property
     def telling(self) -> set[TokenLiteral]:
         """The tokens that tell the prompts of a pair apart, as expressions name them."""
-        tokens = telling_tokens(self.heldout_prompts, TELLING)
+        tokens = telling_tokens(self.heldout_prompts)
         return {self.vocabulary.literal_of(token) for token in tokens}
 
     @property

@@ -18,8 +18,6 @@ from tl_sparse.tasks import TaskData, make_task_data, telling_tokens
 
 #: The pairs of prompts that are looked at.
 N_PAIRS = 64
-#: The most tokens that tell prompts apart.
-N_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def prompt_notes(circuit: Circuit, model: TLModel, compiled: CompiledCircuit) ->
         data.check_context(compiled.n_ctx)
     except TLSparseError:  # of a task that is not known here, or has fewer prompts
         return PromptNotes()
-    return PromptNotes(telling_tokens(data, N_TOKENS), _zeros(data, compiled))
+    return PromptNotes(telling_tokens(data), _zeros(data, compiled))
 
 
 def _zeros(data: TaskData, compiled: CompiledCircuit) -> dict[str, float]:

@@ -5,14 +5,15 @@ from collections import Counter
 from tl_sparse.arguments import checked
 from tl_sparse.tasks.task_data import TaskData
 
+#: In so many of the pairs a token must differ, as a share of them.
+LEAST_SHARE = 0.1
+
 
 @checked()
-def telling_tokens(data: TaskData, n_tokens: int) -> list[int]:
-    """The tokens that most often stand in one prompt of a pair and not in the other.
+def telling_tokens(data: TaskData) -> list[int]:
+    """The tokens that stand in one prompt of a pair and not in the other, in enough of the pairs.
 
-    Args:
-        data: the pairs.
-        n_tokens: the number of tokens, if there are so many; the most frequent ones come first.
+    The most frequent ones come first. Names that a task draws at random are in too few pairs.
     """
     prompts = []
     for tokens, last in zip(data.tokens.tolist(), data.last.tolist(), strict=True):
@@ -20,4 +21,5 @@ def telling_tokens(data: TaskData, n_tokens: int) -> list[int]:
     counts = Counter[int]()
     for first, second in zip(prompts[0::2], prompts[1::2], strict=True):
         counts.update(sorted(first ^ second))
-    return [token for token, _ in counts.most_common(n_tokens)]
+    enough = LEAST_SHARE * data.n_pairs
+    return [token for token, count in counts.most_common() if count >= enough]
