@@ -28,15 +28,22 @@ from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, DataError, UnsupportedError
 from tl_sparse.explanations.explaining import explain_circuit
 from tl_sparse.explanations.record import Explanation
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks.pairs import TaskPairs
 from tl_sparse.tasks.task_data import draw_pairs
 
 OPTIONS = {"corpus": micro_corpus(), "progress": False}
 
 
+#: Few pairs are enough where expressions are exact.
+FEW_PAIRS = PruneConfig(train_pairs=2, selection_pairs=2, heldout_pairs=32)
+
+
 def explained(model=None, circuit=None, task=MICRO_TASK, **options):
     model = model or micro_model()
-    return (circuit or micro_circuit(model)).explain(model, task, **(OPTIONS | options))
+    circuit = circuit or micro_circuit(model)
+    circuit = dataclasses.replace(circuit, measured={"config": FEW_PAIRS.to_json()})
+    return circuit.explain(model, task, **(OPTIONS | options))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,7 @@ def test_its_head_and_the_swap(explanation):
     assert swapped.held == pytest.approx(36, rel=1e-3)  # no token is more likely than another
 
 
+@pytest.mark.any_line
 def test_two_levels_are_judged_by_accuracy():
     model = micro_model()
     with torch.no_grad():
@@ -135,6 +143,7 @@ def looking_model():
 # --- the user's own words
 
 
+@pytest.mark.any_line
 def test_own_expressions_and_names(micro):
     own = {"0.attn_in 0": '2 * (token == "A") - 2 * (token == "B")', "0.attn_v.0": "3 * sign"}
     made = explained(micro, own=own, names={"0.attn_in 0": "sign"})
@@ -163,6 +172,7 @@ def test_testing_another_expression_changes_nothing(explanation):
         explanation.test("x", "1")
 
 
+@pytest.mark.any_line
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -187,6 +197,7 @@ def test_impossible_words(micro, options, error, message):
         explained(micro, **options)
 
 
+@pytest.mark.any_line
 def test_a_given_name_is_not_taken_by_another_node(micro):
     made = explained(micro, names={"0.attn_out 2": "read_b"})
     assert len(set(made.names.values())) == 3
@@ -196,6 +207,7 @@ def test_a_given_name_is_not_taken_by_another_node(micro):
 # --- files
 
 
+@pytest.mark.any_line
 def test_saved_and_read_again(micro, explanation, tmp_path):
     explanation.save(tmp_path)
     read = Explanation.load(tmp_path / "explanation.json")
@@ -215,18 +227,20 @@ def test_saved_and_read_again(micro, explanation, tmp_path):
             Explanation.load(tmp_path)
 
 
+@pytest.mark.any_line
 def test_a_circuit_of_a_named_task_is_tested_from_its_file(tmp_path):
     model, circuit = looking_model()
     made = explained(model, circuit, task=None, corpus=None)
     made.save(tmp_path / "e.json")
     read = Explanation.load(tmp_path / "e.json")
     node = made.nodes[-1]
-    again = read.test(node.node, node.expression, circuit, model)
+    again = read.test(node.node, node.expression, made.subject.circuit, model)
     assert again.prompts.explained == pytest.approx(node.prompts.explained, abs=1e-6)
     with pytest.raises(DataError, match="the explanation is of other text or prompts; give"):
-        read.test(node.node, "1", circuit, model, corpus=micro_corpus())
+        read.test(node.node, "1", made.subject.circuit, model, corpus=micro_corpus())
 
 
+@pytest.mark.any_line
 def test_the_same_seed_gives_the_same_explanation(micro, explanation):
     again = explained(micro)
     assert dataclasses.replace(again, seconds=explanation.seconds) == explanation
