@@ -178,6 +178,7 @@ def right():
 
 #: Arguments of some functions that differ from those of the same name of others.
 OTHERWISE = {
+    "certify": {"family": None},  # the other kind of family is one of prompts
     "explain_circuit": {"names": {}},
     "compile_circuit": {"tokens": [1, 2]},
     "check_onnx": {"path": "program.onnx"},
