@@ -34,24 +34,30 @@ def logits(tokens: Any) -> Array:
     # Block 0, attention.
     # highest: ' if' 13.1, 'if' 12.8, 'elif' 8.69; lowest: '("' -7.26, 'for' -5.36, ' True:\n' -3.9;
     # prompts differ in '("' -7.26
-    read_if = read_by_token("0.attn_in 32", tokens, position)  # → value_if
+    # → value_open_paren_double_quote_2
+    read_open_paren_double_quote = read_by_token("0.attn_in 32", tokens, position)
     # highest: 'put' 16.6, 'import' 10.9, ' +' 6.61; lowest: '("' -12.6, " '" -11.6, ' "' -11.5;
     # prompts differ in '("' -12.6, "('" -11.2
-    read_put = read_by_token("0.attn_in 37", tokens, position)  # → key_put
+    # → key_open_paren_double_quote
+    read_open_paren_double_quote_2 = read_by_token("0.attn_in 37", tokens, position)
     # highest: 'cess' 15.8, 'bo' 14.1, ' the' 12.2; lowest: 'ity' -17.3, 'forest' -17.3, 'field'
     # -17.3
     read_city = read_by_token("0.attn_in 64", tokens, position)  # → query_city
     # highest: 'send' 13, "('" 12.8, ']]' 9; lowest: '.t' -24.3, '_list' -23.7, '>' -15.3; prompts
     # differ in "('" 12.8, '("' 4.86
-    read_t = read_by_token("0.attn_in 78", tokens, position)  # → value_t
+    # → value_open_paren_double_quote
+    read_open_paren_double_quote_3 = read_by_token("0.attn_in 78", tokens, position)
     # highest: ':' 9.84, ' if' 9.62, 'in' 8.95; lowest: 'rate' -14.6, '@' -14.3, "}')" -12.2;
     # prompts differ in '("' -2.47
-    read_double_quote = read_by_token("0.attn_in 112", tokens, position)  # → value_if
+    # → value_open_paren_double_quote_2
+    read_open_paren_double_quote_4 = read_by_token("0.attn_in 112", tokens, position)
     read_position = read_by_position("0.attn_in p8", tokens, position)  # → key_position
     # → query_position, key_position
     read_position_2 = read_by_position("0.attn_in p10", tokens, position)
     reads = [
-        read_if, read_put, read_city, read_t, read_double_quote, read_position, read_position_2
+        read_open_paren_double_quote, read_open_paren_double_quote_2, read_city,
+        read_open_paren_double_quote_3, read_open_paren_double_quote_4, read_position,
+        read_position_2
     ]
     query_position = 1.26199149539 + 0.3847516179085 * read_position_2  # → pattern_0_h3
     query_city = -0.360870355123 + 0.2564604878426 * read_city  # → pattern_0_h3
@@ -65,51 +71,91 @@ def logits(tokens: Any) -> Array:
         - 0.3781191110611 * read_position
         + 0.1984199285507 * read_position_2
     )
-    key_put = -0.4627018300585 + 0.2125238180161 * read_put  # → pattern_0_h3
-    # In prompts, this is 0 at 0%, 78% of the positions.
-    [key_position, key_put] = after_contest(
-        14, [key_position, key_put], "0.attn_k", reads, position
+    # → pattern_0_h3
+    key_open_paren_double_quote = (
+        -0.4627018300585
+        + 0.2125238180161 * read_open_paren_double_quote_2
     )
-    value_t = 0.08527346208502 + 0.2660354673862 * read_t  # → z_of_value_t
-    # → z_of_value_if
-    value_if = 0.06925047557744 + 0.2675996720791 * read_if + 0.3098629713058 * read_double_quote
+    # In prompts, this is 0 at 0%, 78% of the positions.
+    [key_position, key_open_paren_double_quote] = after_contest(
+        14, [key_position, key_open_paren_double_quote], "0.attn_k", reads, position
+    )
+    # → z_of_value_open_paren_double_quote
+    value_open_paren_double_quote = (
+        0.08527346208502
+        + 0.2660354673862 * read_open_paren_double_quote_3
+    )
+    # → z_of_value_open_paren_double_quote_2
+    value_open_paren_double_quote_2 = (
+        0.06925047557744
+        + 0.2675996720791 * read_open_paren_double_quote
+        + 0.3098629713058 * read_open_paren_double_quote_4
+    )
     # In prompts, this is 0 at 76%, 88% of the positions.
-    [value_t, value_if] = after_contest(11, [value_t, value_if], "0.attn_v", reads, position)
+    [value_open_paren_double_quote, value_open_paren_double_quote_2] = after_contest(
+        11, [value_open_paren_double_quote, value_open_paren_double_quote_2], "0.attn_v", reads,
+        position
+    )
     # The constant comes from held queries and keys.
     pattern_0_h3 = attention_pattern(
         0.25 * np.outer(query_position, key_position)
-        + 0.25 * np.outer(query_city, key_put)
+        + 0.25 * np.outer(query_city, key_open_paren_double_quote)
         + 4.743258770968,
         sink=-1.853967189789
     )
-    z_of_value_t = pattern_0_h3 @ value_t
-    z_of_value_if = pattern_0_h3 @ value_if
+    z_of_value_open_paren_double_quote = pattern_0_h3 @ value_open_paren_double_quote
+    z_of_value_open_paren_double_quote_2 = pattern_0_h3 @ value_open_paren_double_quote_2
     pattern_sum_0_h3 = pattern_0_h3.sum(-1)
-    write_t = TABLES["0.attn_out 62 bias"][position] - 0.2712031602859 * z_of_value_t  # → resid[62]
-    # → resid[69]
-    write_if = TABLES["0.attn_out 69 bias"][position] + 0.2841485142708 * z_of_value_if
-    # In prompts, this is 0 at 44%, 61% of the positions.
-    [write_t, write_if] = after_contest(
-        31, [write_t, write_if], "0.attn_out", [z_of_value_t, z_of_value_if, pattern_sum_0_h3],
-        position
+    # → resid[62]
+    write_open_paren_double_quote = (
+        TABLES["0.attn_out 62 bias"][position]
+        - 0.2712031602859 * z_of_value_open_paren_double_quote
     )
-    resid[62] += write_t
-    resid[69] += write_if
+    # → resid[69]
+    write_open_paren_double_quote_2 = (
+        TABLES["0.attn_out 69 bias"][position]
+        + 0.2841485142708 * z_of_value_open_paren_double_quote_2
+    )
+    # In prompts, this is 0 at 44%, 61% of the positions.
+    [write_open_paren_double_quote, write_open_paren_double_quote_2] = after_contest(
+        31, [write_open_paren_double_quote, write_open_paren_double_quote_2], "0.attn_out",
+        [z_of_value_open_paren_double_quote, z_of_value_open_paren_double_quote_2,
+        pattern_sum_0_h3], position
+    )
+    resid[62] += write_open_paren_double_quote
+    resid[69] += write_open_paren_double_quote_2
 
     # Block 1, MLP.
     resid[69] -= 0.00096393894637
     resid[104] -= 0.000599989289185
     scale = root_mean_square(resid, TABLES["1.mlp_in squares"][tokens], 1.1920928955078125e-07)
-    mlp_read_t = 2.420737266541 * resid[62] / scale  # → neuron_t
+    # → neuron_open_paren_double_quote
+    mlp_read_open_paren_double_quote = 2.420737266541 * resid[62] / scale
     # In prompts, this is 0 at 54% of the positions.
-    [mlp_read_t] = read_after_contest(19, [mlp_read_t], "1.mlp_in", resid, scale, tokens, position)
-    neuron_t = gelu(-1.271891112948 - 0.4470014572144 * mlp_read_t)  # → mlp_write_t
+    [mlp_read_open_paren_double_quote] = read_after_contest(
+        19, [mlp_read_open_paren_double_quote], "1.mlp_in", resid, scale, tokens, position
+    )
+    # → mlp_write_open_paren_double_quote
+    neuron_open_paren_double_quote = gelu(
+        -1.271891112948
+        - 0.4470014572144 * mlp_read_open_paren_double_quote
+    )
     # In prompts, this is 0 at 77% of the positions.
-    [neuron_t] = after_contest(12, [neuron_t], "1.mlp_neuron", [mlp_read_t], position, gelu)
-    mlp_write_t = 0.03709408503284 + 0.2968550920486 * neuron_t  # → resid[104]
+    [neuron_open_paren_double_quote] = after_contest(
+        12, [neuron_open_paren_double_quote], "1.mlp_neuron", [mlp_read_open_paren_double_quote],
+        position, gelu
+    )
+    # → resid[104]
+    mlp_write_open_paren_double_quote = (
+        0.03709408503284
+        + 0.2968550920486 * neuron_open_paren_double_quote
+    )
     # In prompts, this is 0 at 79% of the positions.
-    [mlp_write_t] = after_contest(5, [mlp_write_t], "1.mlp_out", [neuron_t], position)
-    resid[104] += mlp_write_t
+    [mlp_write_open_paren_double_quote] = after_contest(
+        5, [mlp_write_open_paren_double_quote], "1.mlp_out", [neuron_open_paren_double_quote],
+        position
+    )
+    resid[104] += mlp_write_open_paren_double_quote
 
     # The logits. others_… is what held channels add to them by token.
     resid[62] -= 0.05313611775637

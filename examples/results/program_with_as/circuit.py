@@ -34,16 +34,14 @@ def logits(tokens: Any) -> Array:
 
     # Block 0, attention.
     # highest: '")' 15.5, "')" 14.4, '}")' 11.5; lowest: 'parts' -17, 'points' -16.9, 'records'
-    # -16.6; prompts differ in 'data' 7.3, 'width' -0.639
+    # -16.6
     read_underscore = TABLES["0.attn_in 40"][tokens]  # → query_underscore
-    # highest: '6' 16.4, '3' 16.3, '2' 15.7; lowest: '\\' -16.7, 'with' -12.4, ' __init__' -11.6;
-    # prompts differ in 'name' 2.24
+    # highest: '6' 16.4, '3' 16.3, '2' 15.7; lowest: '\\' -16.7, 'with' -12.4, ' __init__' -11.6
     read_1 = read_by_token("0.attn_in 48", tokens, position)  # → key_1
-    # highest: '.json' 16.7, '.csv' 16.7, '.py' 16.6; lowest: 'cl' -17.6, 'ou' -17.2, 'ers' -11.2;
-    # prompts differ in 'data' -1.15
+    # highest: '.json' 16.7, '.csv' 16.7, '.py' 16.6; lowest: 'cl' -17.6, 'ou' -17.2, 'ers' -11.2
     read_cl = read_by_token("0.attn_in 79", tokens, position)  # → value_cl
     # highest: '.value' 14.2, ' range' 12.2, ' current' 8.82; lowest: 'while' -11.4, 'with' -9.24,
-    # '):\n' -8.64; prompts differ in 'name' 3.11
+    # '):\n' -8.64
     read_range = read_by_token("0.attn_in 110", tokens, position)  # → value_range
     read_position = read_by_position("0.attn_in p7", tokens, position)  # → key_position
     reads = [read_underscore, read_1, read_cl, read_range, read_position]
