@@ -24,6 +24,7 @@ from helpers import (
     tiny_config,
     tiny_model,
     with_random_cuts,
+    word_tokenizer,
 )
 from micro import (
     MICRO_TASK,
@@ -253,3 +254,19 @@ def test_there_are_no_notes_without_prompts():
     notes = prompt_notes(circuit, model, circuit.compile(model))
     assert notes == PromptNotes()
     assert "In prompts" not in circuit.to_python(model).source
+
+
+def test_texts_cannot_become_code(tmp_path):
+    """Names of tasks, labels and tokens come from files of others, and the source is run."""
+    attack = '"""\nraise SystemExit\n"""\r\nraise SystemExit'
+    vocabulary = [f"w{i}" for i in range(9)] + ['"""', "'''"]
+    tokenizer = word_tokenizer(vocabulary, bos_token="w0", eos_token="w0", pad_token="w0")
+    model = tiny_model(tokenizer=tokenizer, dtype=torch.float64)
+    circuit = random_circuit(model)
+    labels = dict.fromkeys(circuit.node_names, attack)
+    circuit = dataclasses.replace(circuit, task=attack, model_name=attack).with_labels(labels)
+    program = circuit.to_python(model, [9, 10])
+    module = imported(program, tmp_path)
+    expected = circuit.compile(model, [9, 10], torch.float64)(torch.tensor([[1, 9, 10]]))
+    np.testing.assert_allclose(module.logits([1, 9, 10]), expected[0].numpy(), rtol=0, atol=1e-9)
+    assert "    raise SystemExit" not in program.source.splitlines()

@@ -15,13 +15,20 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.hooks import TLModel
 from tl_sparse.outputs import FileSet, check_new_file, replacing_together
+from tl_sparse.parsing import printable
 from tl_sparse.programs import numpy_functions
 from tl_sparse.programs.compiled import CompiledCircuit
 from tl_sparse.programs.compiling import compile_circuit
 from tl_sparse.programs.numpy_functions import Array
 from tl_sparse.programs.python_notes import prompt_notes
 from tl_sparse.programs.python_parts import PythonWriter
-from tl_sparse.programs.python_text import INDENT, SourceText, identifier, is_identifier
+from tl_sparse.programs.python_text import (
+    INDENT,
+    SourceText,
+    as_comments,
+    identifier,
+    is_identifier,
+)
 
 PYTHON_FILES = FileSet(what="Python program", described_by="circuit.py", required=("circuit.npz",))
 #: What the source may call, in the order in which it is copied.
@@ -41,6 +48,8 @@ FUNCTIONS = (
 )
 #: What every source says of itself.
 INTRODUCTION = """\
+A circuit as a program.
+
 It computes the logits that the model has while all other nodes are held at their means. Each node
 has one statement, and → says what is computed from it. Variables have one entry for each position.
 Tables by token or position are in the .npz file beside this one, and so is what competes with the
@@ -160,8 +169,8 @@ def _text_of(model: TLModel) -> Callable[[int], str]:
 
 
 def _title(circuit: Circuit) -> str:
-    title = f"The circuit of {circuit.task}" if circuit.task else "A circuit"
-    return f"{title} in {circuit.model_name}" if circuit.model_name else title
+    title = f"The circuit of {printable(circuit.task)}" if circuit.task else "A circuit"
+    return f"{title} in {printable(circuit.model_name)}" if circuit.model_name else title
 
 
 def _columns(compiled: CompiledCircuit, source: SourceText) -> str:
@@ -180,9 +189,9 @@ def _module(title: str, compiled: CompiledCircuit, source: SourceText) -> str:
     body = source.body()
     check = f"checked_tokens(tokens, {len(compiled.start)}, {compiled.n_ctx})"
     begin = [
-        f'"""{title}',
-        "",
-        f'{INTRODUCTION}"""',
+        # In a comment, since a text in a docstring could end it and begin code.
+        *as_comments([title], indent=""),
+        f'"""{INTRODUCTION}"""',
         "",
         "import math",
         "from pathlib import Path",
@@ -198,10 +207,8 @@ def _module(title: str, compiled: CompiledCircuit, source: SourceText) -> str:
     ]
     main = [
         "def logits(tokens: Any) -> Array:",
-        f'{INDENT}"""The logits after each token, [pos, logit].',
-        "",
-        f"{INDENT}The columns are {_columns(compiled, source)}.",
-        f'{INDENT}"""',
+        f'{INDENT}"""The logits after each token, [pos, logit]."""',
+        *as_comments([f"The columns are {_columns(compiled, source)}."]),
         f"{INDENT}tokens = {check}",
         f"{INDENT}n = len(tokens)",
         f"{INDENT}position = np.arange(n)",

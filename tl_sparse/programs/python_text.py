@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_sparse.parsing import printable
 from tl_sparse.programs.numpy_functions import Array
 from tl_sparse.programs.python_notes import PromptNotes
 
@@ -111,11 +112,11 @@ class Statement:
         return [f"{INDENT}[", *_wrapped(variables, 2 * INDENT), f"{INDENT}] = {opening}"]
 
 
-def as_comments(texts: Iterable[str]) -> list[str]:
-    """The texts as lines of comment in a function."""
+def as_comments(texts: Iterable[str], indent: str = INDENT) -> list[str]:
+    """The texts as lines of comment; a text with line breaks stays one comment."""
     lines = []
     for text in texts:
-        lines += _wrapped(text, f"{INDENT}# ")
+        lines += _wrapped(printable(text), f"{indent}# ")
     return lines
 
 

@@ -1,4 +1,5 @@
-"""The circuit of with_as in tiny-python-sparse: 19 nodes, 11 edges.
+# The circuit of with_as in tiny-python-sparse: 19 nodes, 11 edges.
+"""A circuit as a program.
 
 It computes the logits that the model has while all other nodes are held at their means. Each node
 has one statement, and → says what is computed from it. Variables have one entry for each position.
@@ -17,10 +18,8 @@ TABLES = dict(np.load(Path(__file__).with_suffix(".npz")))
 
 
 def logits(tokens: Any) -> Array:
-    """The logits after each token, [pos, logit].
-
-    The columns are '\n' (198), ' as' (303).
-    """
+    """The logits after each token, [pos, logit]."""
+    # The columns are '\n' (198), ' as' (303).
     tokens = checked_tokens(tokens, 768, 128)
     n = len(tokens)
     position = np.arange(n)
