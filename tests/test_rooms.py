@@ -171,3 +171,10 @@ def test_a_door_hands_out_what_it_lists(folder):
 def test_the_package_gives_only_what_its_door_lists():
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = tl_sparse.nothing_of_the_kind
+
+
+def test_test_files_have_different_names():
+    """Tests are in folders without __init__.py, so pytest cannot tell files of one name apart."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    repeated = {name for name in names if names.count(name) > 1}
+    assert not repeated
