@@ -66,7 +66,7 @@ def assert_same_logits(circuit, model, seed=0):
         torch.testing.assert_close(short, of_wanted[:, :2], **close)
 
 
-many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+many = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @many

@@ -67,7 +67,8 @@ def assert_same_as_compiled(circuit, model, wanted, seed=0):
         np.testing.assert_allclose(module.logits(row[:2]), logits[:2], **close)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@pytest.mark.any_line
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     sparse_configs() | tabled_configs(),
     st.integers(0, 2**20),
