@@ -22,8 +22,8 @@ text and on prompts, both. Size counts names, functions, operators, numbers and 
 cross-entropies between the two answers on held-out prompts, 0.693 is chance; ± is one standard
 error. In the full model, the circuit's heads get the attention patterns of the expressions; for
 comparison, a quarter of the heads of another model swapped for programs that a language model had
-written cost 16 % of perplexity (arXiv 2606.19317). Seconds are those of a core that had other work
-at the same time."""
+written cost 16 % of perplexity (arXiv 2606.19317). Seconds are those of
+one core of two, of which the other one explained another circuit."""
 
 
 def explained(store: Path, circuit: Circuit, model: TLModel, task: str) -> Explanation:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -210,6 +211,16 @@ def random_circuit(model, share=0.5, seed=0):
     kept = random_masks(means, share, generator)
     scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in kept.items()}
     return Circuit(kept, means, fingerprint(model), "m", "t", scores=scores)
+
+
+def drawn_circuit(config, seed, share, is_cut):
+    """A random circuit in a random model in float64, and the model; perhaps with cut edges."""
+    model = tiny_model(config, seed=seed, dtype=torch.float64)
+    assume(not cancels(model, random_tokens(model, 6, seed=seed)))
+    circuit = random_circuit(model, share, seed)
+    if is_cut:
+        circuit = with_random_cuts(circuit, model, 0.6, seed)
+    return circuit, model
 
 
 def with_random_cuts(circuit, model, share, seed):

@@ -237,6 +237,12 @@ class FileSet:
         return folder / f".saved-{self.what}"
 
 
+def check_new_files(files: FileSet, folder: str | Path, overwrite: bool) -> None:
+    """`check_new_file` for each file of a set that is always there."""
+    for name in (files.described_by, *files.required):
+        check_new_file(Path(folder, name), overwrite)
+
+
 @contextmanager
 def replacing_together(files: FileSet, folder: Path, overwrite: bool) -> Iterator[Path]:
     """Replace files that belong together: all of them are replaced, or none.

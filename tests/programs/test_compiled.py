@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers import (
-    cancels,
+    drawn_circuit,
     full_config,
     random_circuit,
     random_tokens,
@@ -20,7 +20,6 @@ from helpers import (
     tabled_configs,
     tiny_config,
     tiny_model,
-    with_random_cuts,
     without_checksums,
 )
 from micro import LOSS, VOCABULARY, micro_circuit, micro_data, micro_model
@@ -77,11 +76,7 @@ many = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChe
     st.booleans(),
 )
 def test_every_feature_is_exact(config, seed, share, is_cut):
-    model = tiny_model(config, seed=seed, dtype=torch.float64)
-    assume(not cancels(model, random_tokens(model, 6, seed=seed)))
-    circuit = random_circuit(model, share, seed)
-    if is_cut:
-        circuit = with_random_cuts(circuit, model, 0.6, seed)
+    circuit, model = drawn_circuit(config, seed, share, is_cut)
     assert_same_logits(circuit, model, seed)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import (
-    cancels,
+    drawn_circuit,
     full_config,
     random_circuit,
     random_tokens,
@@ -23,7 +23,6 @@ from helpers import (
     tabled_configs,
     tiny_config,
     tiny_model,
-    with_random_cuts,
     word_tokenizer,
 )
 from micro import (
@@ -76,11 +75,7 @@ def assert_same_as_compiled(circuit, model, wanted, seed=0):
     st.booleans(),
 )
 def test_every_feature_is_exact(config, seed, share, is_cut):
-    model = tiny_model(config, seed=seed, dtype=torch.float64)
-    assume(not cancels(model, random_tokens(model, 4, seed=seed)))
-    circuit = random_circuit(model, share, seed)
-    if is_cut:
-        circuit = with_random_cuts(circuit, model, 0.6, seed)
+    circuit, model = drawn_circuit(config, seed, share, is_cut)
     for wanted in (None, [model.cfg.d_vocab - 1, 0]):
         assert_same_as_compiled(circuit, model, wanted, seed)
 

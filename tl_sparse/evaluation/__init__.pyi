@@ -64,6 +64,7 @@ from .running import all_logits as all_logits
 from .running import all_next_token_logits as all_next_token_logits
 from .running import check_padding as check_padding
 from .running import full_norm_scales as full_norm_scales
+from .running import logits_at_all_positions as logits_at_all_positions
 from .running import resampled as resampled
 from .running import sees_padding as sees_padding
 from .running import task_loss as task_loss

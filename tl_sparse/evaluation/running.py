@@ -59,6 +59,7 @@ def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_voca
     return logits[rows, data.last.to(logits.device)]
 
 
+@checked()
 def logits_at_all_positions(
     model: TLModel, tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt pos vocab"]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, Node, hash_of_circuit, hash_of_model, hash_of_tensor
-from tl_sparse.errors import CircuitError, ConfigError, DataError
+from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.finding import candidates_for, chosen, dependence, shorter_ones
 from tl_sparse.explanations.fitting import Target
@@ -140,6 +140,7 @@ class _Finding:
     words: dict[str, str] = field(default_factory=dict)
 
     def explain(self, node: Node) -> None:
+        """Find the expression of a node; those of all earlier ones must have been found."""
         target = Target.of_node(node, self.subject.samples.fit)
         depends_on = dependence(target)
         shorter: list[Shorter] = []
@@ -304,10 +305,7 @@ def _opened(explanation: Explanation, source: Source) -> Subject:
             "an explanation that was read from a file has no model; give it the circuit and its "
             "model: explanation.test(node, expression, circuit, model)"
         )
-    now = {"circuit": hash_of_circuit(circuit), "model": hash_of_model(model)}
-    for what, content in now.items():
-        if explanation.contents.get(what) != content:
-            raise CircuitError(f"the explanation is of another {what} than this one")
+    explanation.check(circuit, model)
     with frozen(model), torch.no_grad():
         subject = subject_of(circuit, model, source.task, source.corpus, explanation.seed)
         if _contents(subject) != explanation.contents:

@@ -283,8 +283,7 @@ class _Parser:
     def set(self, node: ast.expr) -> TokenSet:
         if isinstance(node, ast.Set):
             return token_set(*map(self.token, node.elts))
-        is_empty = isinstance(node, ast.Call) and not node.args and not node.keywords
-        if is_empty and isinstance(node.func, ast.Name) and node.func.id == "set":  # type: ignore[attr-defined]
+        if ast.unparse(node) == "set()":
             return token_set()
         raise self.wrong(node, 'a set of tokens is needed here, such as {" in", "if"}')
 

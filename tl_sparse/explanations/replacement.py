@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tl_sparse.circuits import Node
 from tl_sparse.errors import DataError
-from tl_sparse.evaluation import all_logits, mean_of_pairs
+from tl_sparse.evaluation import all_logits, logits_at_all_positions, mean_of_pairs
 from tl_sparse.explanations.expressions import Expression
 from tl_sparse.explanations.record import Replaced, Swapped
-from tl_sparse.explanations.samples import pattern_hook, run
+from tl_sparse.explanations.samples import pattern_hook
 from tl_sparse.explanations.sequences import Values, values_of
 from tl_sparse.explanations.subject import Subject
 from tl_sparse.hooks import ablating, hooked
@@ -137,7 +137,7 @@ def _perplexity(
     for rows in tokens.split(16):
         rows = rows.to(device)
         with context(rows):
-            logits = run(subject.model, rows)[:, :-1].float()
+            logits = logits_at_all_positions(subject.model, rows)[:, :-1].float()
         total += float(
             torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tl_sparse.circuits import Circuit, Node, holding_reads
 from tl_sparse.errors import DataError, TaskError, UnsupportedError
-from tl_sparse.evaluation import sees_padding
+from tl_sparse.evaluation import logits_at_all_positions, sees_padding
 from tl_sparse.explanations.expressions import TokenLiteral
 from tl_sparse.explanations.parsing import Vocabulary
 from tl_sparse.explanations.sequences import Sequences, Values
-from tl_sparse.hooks import TLModel, is_sparse_model, recording
+from tl_sparse.hooks import TLModel, recording
 from tl_sparse.pruning import as_corpus, heldout_pairs
 from tl_sparse.tasks import Task, TaskData, telling_tokens
 
@@ -222,7 +222,7 @@ def node_values(
         if under_circuit:
             held = circuit.holding(model, circuit.dropped, circuit.means, cut)
         with held, holding_reads(model), recording(model, names) as activations:
-            run(model, rows.to(device))
+            logits_at_all_positions(model, rows.to(device))
         for node in nodes:
             at = activations[hooks[node.layer, node.location]].flatten(2)
             values[node].append(at[..., node.index].double().cpu())
@@ -230,13 +230,6 @@ def node_values(
             patterns[layer, head].append(activations[pattern_hook(layer)][:, head].float().cpu())
     joined = {node: torch.cat(parts) for node, parts in values.items()}
     return joined, {head: torch.cat(parts) for head, parts in patterns.items()}
-
-
-def run(model: TLModel, tokens: Int[Tensor, "seq pos"]) -> Float[Tensor, "seq pos vocab"]:
-    """The logits at every position, where no token is taken for padding."""
-    if not is_sparse_model(model):
-        return model(tokens)
-    return model(tokens, attention_mask=torch.ones_like(tokens))
 
 
 def pattern_hook(layer: int) -> str:

@@ -57,7 +57,10 @@ class Means:
             return self
         mean = self.weights @ self.means / self.weights.sum()
         matter = self.weights * (self.means - mean).square()
-        chosen = matter.topk(n_keys).indices.sort().values
+        return self.only(matter.topk(n_keys).indices.sort().values)
+
+    def only(self, chosen: Tensor) -> "Means":
+        """The same of the keys that a mask or indices choose."""
         return Means(self.keys[chosen], self.means[chosen], self.weights[chosen])
 
     def at(self, keys: Int[Tensor, " value"]) -> Float[Tensor, " value"]:
@@ -252,16 +255,12 @@ def _of_segments(cost: Float[Tensor, "start end"]) -> Float[Tensor, "start end"]
 
 def _in_pieces(means: Means, piece_of: Int[Tensor, " key"]) -> Expression:
     """The line through each piece, as a conditional expression."""
-    expression: Expression | None = None
-    for piece in range(int(piece_of.max()), -1, -1):
-        members = piece_of == piece
-        line = _line(Means(means.keys[members], means.means[members], means.weights[members]))
-        if expression is None:
-            expression = line
-            continue
-        end = int(means.keys[members][-1]) + 1
-        expression = If(line, Compare(Position(), "<", Number(end)), expression)
-    assert expression is not None
+    last = int(piece_of.max())
+    expression = _line(means.only(piece_of == last))
+    for piece in range(last - 1, -1, -1):
+        members = means.only(piece_of == piece)
+        end = int(members.keys[-1]) + 1
+        expression = If(_line(members), Compare(Position(), "<", Number(end)), expression)
     return expression
 
 

@@ -14,7 +14,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.hooks import TLModel
-from tl_sparse.outputs import FileSet, check_new_file, replacing_together
+from tl_sparse.outputs import FileSet, check_new_files, replacing_together
 from tl_sparse.parsing import printable
 from tl_sparse.programs import numpy_functions
 from tl_sparse.programs.compiled import CompiledCircuit
@@ -59,6 +59,7 @@ MAX_TOKENS_IN_TITLE = 8
 #: Names that the source uses itself.
 RESERVED = {"centered", "logits", "math", "n", "neurons", "np", "position", "reads", "resid"}
 RESERVED |= {"scale", "tokens", "z"}
+RESERVED |= {function.__name__ for function in FUNCTIONS}
 RESERVED_BEGINNINGS = ("logit_", "pattern_", "z_of_")
 
 
@@ -70,8 +71,7 @@ def check_python(folder: str | Path, overwrite: bool = False) -> None:
         CheckpointError: if it cannot.
         ConfigError: if `folder` holds a Python program, and `overwrite` is False.
     """
-    for name in (PYTHON_FILES.described_by, *PYTHON_FILES.required):
-        check_new_file(Path(folder, name), overwrite)
+    check_new_files(PYTHON_FILES, folder, overwrite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ def _identifiers(circuit: Circuit, names: Mapping[str, str]) -> dict[str, str]:
     for node, name in given.items():
         if node not in circuit.node_names:
             raise CircuitError(f"{node!r} has the name {name!r}, but is not in the circuit")
-        is_usable = is_identifier(name) and name.islower() and name not in _own_names()
+        is_usable = is_identifier(name) and name.islower() and name not in RESERVED
         if not is_usable or name.startswith(RESERVED_BEGINNINGS):
             raise ConfigError(
                 f"{node!r} cannot be called {name!r}: a name must be a Python identifier in small "
@@ -151,11 +151,6 @@ def _identifiers(circuit: Circuit, names: Mapping[str, str]) -> dict[str, str]:
             raise ConfigError(f"{node_of[name]!r} and {node!r} cannot both be called {name!r}")
         node_of[name] = node
     return {node: name for name, node in node_of.items()}
-
-
-def _own_names() -> set[str]:
-    functions = {function.__name__ for function in FUNCTIONS}
-    return RESERVED | functions
 
 
 def _text_of(model: TLModel) -> Callable[[int], str]:

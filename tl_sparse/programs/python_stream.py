@@ -135,55 +135,46 @@ class StreamWriter:
         n_values = values.shape[1]
         for column, node in enumerate(read.nodes[:n_values]):
             if read.limits is None or read.by_position is None:
-                self._read_table(node, values[:, column])
+                self._read_table(node, values[:, column], "token")
                 continue
             limits = array(read.limits)[:, column]
-            self._read_limited(node, values[:, column], array(read.by_position), limits)
+            self._read_limited(node, values[:, column], array(read.by_position), limits, "token")
         if read.positions is None:
             return
         positions = array(read.positions)
         for column, node in enumerate(read.nodes[n_values:]):
             if read.places is None or read.by_token is None:
-                self._read_positions(node, positions[:, column])
+                self._read_table(node, positions[:, column], "position")
                 continue
             limits = array(read.places)[:, column]
-            self._read_limited_position(node, positions[:, column], array(read.by_token), limits)
+            self._read_limited(node, positions[:, column], array(read.by_token), limits, "position")
 
-    def _read_table(self, node: str, values: Array) -> None:
-        """A channel that is a function of the token."""
+    def _read_table(self, node: str, values: Array, by: str) -> None:
+        """A channel that is a function of the token or of the position, as `by` says."""
+        if by == "position":
+            self._source.write_node(node, [f"{self._source.table(node, values)}[position]"])
+            return
         expression = self._source.by_token(node, values)
         is_table = expression.startswith("TABLES")
         comments = [self._source.strongest_tokens(values)] if is_table else []
         self._source.write_node(node, [expression], comments=comments)
 
-    def _read_positions(self, node: str, values: Array) -> None:
-        """A channel that is a function of the position."""
-        self._source.write_node(node, [f"{self._source.table(node, values)}[position]"])
+    def _read_limited(self, node: str, values: Array, least: Array, limits: Array, by: str) -> None:
+        """Such a channel, which AbsTopK keeps where it reaches a limit that depends on the other.
 
-    def _read_limited(self, node: str, values: Array, least: Array, limits: Array) -> None:
-        """A channel that AbsTopK keeps where it reaches a limit by position; see `TokenRead`."""
+        For the arguments see `without_small`, and for the limits `TokenRead`.
+        """
         values, is_certain = without_small(values, least, limits)
         if is_certain:
-            self._read_table(node, values)
+            self._read_table(node, values, by)
             return
         source = self._source
+        other = {"token": "position", "position": "token"}[by]
         source.table(node, values)
         source.table(f"{node} limits", limits)
-        source.table(f"{_location(node)} largest by position", least)
-        expression = f'read_by_token("{node}", tokens, position)'
-        source.write_node(node, [expression], comments=[source.strongest_tokens(values)])
-
-    def _read_limited_position(self, node: str, values: Array, least: Array, limits: Array) -> None:
-        """A positional channel that AbsTopK keeps where it reaches a limit by token."""
-        values, is_certain = without_small(values, least, limits)
-        if is_certain:
-            self._read_positions(node, values)
-            return
-        source = self._source
-        source.table(node, values)
-        source.table(f"{node} limits", limits)
-        source.table(f"{_location(node)} largest by token", least)
-        source.write_node(node, [f'read_by_position("{node}", tokens, position)'])
+        source.table(f"{_location(node)} largest by {other}", least)
+        comments = [source.strongest_tokens(values)] if by == "token" else []
+        source.write_node(node, [f'read_by_{by}("{node}", tokens, position)'], comments=comments)
 
     def _read(self, location: str, read: Read) -> None:
         """Channels of the normalized stream, and positional ones."""
@@ -224,7 +215,8 @@ class StreamWriter:
     def _store_rivals(self, location: str, read: Read) -> int:
         """Store what competes with the kept channels of a read in AbsTopK, and count it."""
         groups = _Groups(read, len(self.varying))
-        rivals = [place for place in range(groups.end) if place not in read.chosen.tolist()]
+        chosen = set(read.chosen.tolist())
+        rivals = [place for place in range(groups.end) if place not in chosen]
         in_table = [place for place in rivals if place < groups.stream]
         in_stream = [
             place - groups.stream for place in rivals if groups.stream <= place < groups.positions

@@ -16,7 +16,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors
-from tl_sparse.outputs import FileSet, check_new_file, finish_replacing, replacing_together
+from tl_sparse.outputs import FileSet, check_new_files, finish_replacing, replacing_together
 
 FORMAT = "tl_sparse compiled circuit"
 FORMAT_VERSION = 1
@@ -33,8 +33,7 @@ def check_program(folder: str | Path, overwrite: bool = False) -> None:
         CheckpointError: if it cannot.
         ConfigError: if `folder` holds a compiled circuit, and `overwrite` is False.
     """
-    for name in (PROGRAM_FILES.described_by, *PROGRAM_FILES.required):
-        check_new_file(Path(folder, name), overwrite)
+    check_new_files(PROGRAM_FILES, folder, overwrite)
 
 
 def write_program(folder: Path, program: nn.Module, overwrite: bool) -> None:
