@@ -26,7 +26,7 @@ def ablating(
     Args:
         model: any TransformerLens model.
         nodes: hook name → mask of the nodes to ablate, with the shape of an activation without
-            batch and position.
+            batch and position. With 1 as the size of its last axis, each node is a whole vector.
         values: hook name → the values that replace the activations of the ablated nodes, for
             example their means, zeros, or their activations in another run.
 
@@ -49,7 +49,7 @@ def ablating(
         if ablated.any():
             functions[name] = partial(_ablate, name, ablated, values[name])
     # A value for each node holds it alike at every position; values `[batch, pos, *node]` do not.
-    alike = all(values[name].shape == nodes[name].shape for name in functions)
+    alike = all(values[name].ndim == nodes[name].ndim for name in functions)
     with hooked(model, functions, positions_alike=alike):
         yield
 

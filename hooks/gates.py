@@ -3,7 +3,7 @@
 Gao et al. 2025, section 2.2 and A.5.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,17 +21,20 @@ from tl_sparse.precision import in_float32
 
 
 class NodeGates(nn.Module):
-    """Gates at hook points of a TransformerLens model, one for every entry of `means`.
+    """Gates at hook points of a TransformerLens model, one for every node.
 
-    A gate is open if its parameter τ is above 0; the node is then kept, with its activation as it
-    is. If the gate is closed, the node is held at its mean. Activations are `[batch, pos, *node]`.
+    The nodes are the entries of `means` or, where that is asked for, the vectors along its last
+    axis. A gate is open if its parameter τ is above 0; the node is then kept, with its activation
+    as it is. If the gate is closed, the node is held at its mean. Activations are
+    `[batch, pos, *node]`.
 
     Attributes:
         means: hook name → the mean activation of each node, at least in float32.
         temperature: the temperature T of the surrogate gradient; see `openings`.
         tau: the parameters τ of all gates, as one vector, at least in float32: in half precision,
             most steps of an optimizer would be rounded away.
-        index: hook name → the index in `tau` of each node's gate, `[*node]`.
+        index: hook name → the index in `tau` of each node's gate, `[*node]`. Where the nodes are
+            vectors, the last axis has the size 1.
     """
 
     @checked()
@@ -44,6 +47,7 @@ class NodeGates(nn.Module):
         temperature: float = 1.0,
         seed: int,
         tied: Mapping[str, str] | None = None,
+        vectors: Collection[str] = (),
     ) -> None:
         """Make the gates.
 
@@ -54,6 +58,7 @@ class NodeGates(nn.Module):
             seed: the seed of the noise in the initial τ.
             tied: hook name → a hook name earlier in `means`, with as many nodes, whose gates it
                 shares: a query channel and its key channel, for example.
+            vectors: the hook names at which each vector along the last axis is one node.
         """
         super().__init__()
         if not means:
@@ -69,9 +74,10 @@ class NodeGates(nn.Module):
             if name in tied:
                 self.index[name] = self.index[tied[name]]
                 continue
-            gates = n_gates + torch.arange(mean.numel(), device=mean.device)
-            self.index[name] = gates.view(mean.shape)
-            n_gates += mean.numel()
+            like_nodes = mean[..., :1] if name in vectors else mean
+            gates = n_gates + torch.arange(like_nodes.numel(), device=mean.device)
+            self.index[name] = gates.view(like_nodes.shape)
+            n_gates += like_nodes.numel()
         noise = torch.randn(n_gates, generator=torch.Generator().manual_seed(seed))
         initial_tau = (init_bias + init_scale * noise).clamp(-1, 1)
         # One vector for all hook points, so that there is one optimizer state and one ranking of
@@ -145,7 +151,7 @@ class NodeGates(nn.Module):
             check_values(model, name, self.means[name], index.shape)
             check_values(model, name, held_at[name], index.shape)
             functions[name] = partial(self._gate, name, inverted, openings, held_at[name])
-        alike = all(held_at[name].shape == index.shape for name, index in self.index.items())
+        alike = all(held_at[name].ndim == index.ndim for name, index in self.index.items())
         with hooked(model, functions, positions_alike=alike):
             yield
 
@@ -225,11 +231,15 @@ class _Gate(torch.autograd.Function):
         x, value, is_open = ctx.saved_tensors
         # The gradient of the opening: Σ grad · (x − value) over batch and position.
         precise = in_float32(grad)
-        if value.shape == is_open.shape:
+        if value.ndim == is_open.ndim:
             # The same sum, without allocating x − value, which is as large as the activation.
             grad_opening = (precise * x).sum((0, 1)) - precise.sum((0, 1)) * value
         else:
             grad_opening = (precise * (x - value)).sum((0, 1))
+        if (
+            is_open.shape[-1] == 1 < grad_opening.shape[-1]
+        ):  # one gate for each vector along the last axis
+            grad_opening = grad_opening.sum(-1, keepdim=True)
         # An infinite activation has no finite effect to learn from.
         grad_opening = grad_opening.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         grad_x = grad * is_open.to(grad.dtype) if ctx.needs_input_grad[0] else None

@@ -29,7 +29,8 @@ def mixing(
 
     Args:
         model: any TransformerLens model.
-        openings: hook name → how far each node is opened.
+        openings: hook name → how far each node is opened. With 1 as the size of the last axis, each
+            node is a whole vector.
         values: hook name → the values of nodes that are not opened.
 
     Raises:
@@ -43,7 +44,7 @@ def mixing(
     for name, opened in openings.items():
         check_values(model, name, values[name], opened.shape)
         functions[name] = partial(_mix, name, values[name], opened)
-    alike = all(values[name].shape == opened.shape for name, opened in openings.items())
+    alike = all(values[name].ndim == opened.ndim for name, opened in openings.items())
     with hooked(model, functions, positions_alike=alike):
         yield
 

@@ -3,8 +3,13 @@
 Some hook points have a shape that follows from the configuration of the model, and these are
 checked when a context is entered. The shapes at all others are known only in a run, and are checked
 in each.
+
+Where the last axis of a mask has the size 1, each node is a whole vector: the output of a head, for
+example, in a mask `[n_heads, 1]` of an activation `[batch, pos, n_heads, d_head]`. The values of
+such nodes have the full last axis.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +65,7 @@ def _size(cfg: Any, field: str) -> int:
 def check_mask(model: TLModel, hook_name: str, mask: Tensor) -> None:
     """Raise `ArgumentError` unless this can be a mask of the nodes at the hook point."""
     wanted = known_shape(model, hook_name)
-    has_shape = wanted is None or mask.shape == wanted
+    has_shape = wanted is None or are_nodes_of(mask.shape, wanted)
     if mask.dtype != torch.bool or not has_shape:
         of_shape = "" if wanted is None else f" of {list(wanted)}"
         raise ArgumentError(
@@ -70,8 +75,13 @@ def check_mask(model: TLModel, hook_name: str, mask: Tensor) -> None:
 
 def check_values(model: TLModel, hook_name: str, values: Tensor, nodes: torch.Size) -> None:
     """Raise `ArgumentError` unless these can be values of nodes of the shape `nodes`."""
-    wanted = known_shape(model, hook_name) or tuple(nodes)
-    fits = values.shape == wanted or _node_shape(hook_name, values) == wanted
+    found = _shape_of_values(hook_name, values, nodes)
+    wanted = known_shape(model, hook_name)
+    if wanted is None:
+        wanted = tuple(nodes)
+        fits = are_nodes_of(nodes, found)
+    else:
+        fits = found == wanted
     if not values.is_floating_point() or not fits:
         by_position = ", ".join(["batch", "pos", *map(str, wanted)])
         raise ArgumentError(
@@ -89,7 +99,7 @@ def check_no_nan(hook_name: str, values: Tensor) -> None:
 def check_activation(hook_name: str, activation: Tensor, values: Tensor, nodes: torch.Size) -> None:
     """Raise `ArgumentError` if nodes and values do not have the shape of this run's activation."""
     found = _node_shape(hook_name, activation)
-    if found != nodes:
+    if not are_nodes_of(nodes, found) or _shape_of_values(hook_name, values, nodes) != found:
         raise ArgumentError(
             f"the activation of the nodes at {hook_name} is of {list(found)}, but the mask or the "
             f"values are of {list(nodes)}"
@@ -99,6 +109,21 @@ def check_activation(hook_name: str, activation: Tensor, values: Tensor, nodes: 
             f"the values at {hook_name} are of {list(values.shape)}, but the activation of this "
             f"run is of {list(activation.shape)}"
         )
+
+
+def are_nodes_of(nodes: Sequence[int], activation: Sequence[int]) -> bool:
+    """Whether nodes of one shape are those of an activation without batch and position: its
+    entries, or its vectors along the last axis.
+    """
+    if tuple(nodes) == tuple(activation):
+        return True
+    are_vectors = len(nodes) == len(activation) > 0 and nodes[-1] == 1
+    return are_vectors and tuple(nodes[:-1]) == tuple(activation[:-1])
+
+
+def _shape_of_values(hook_name: str, values: Tensor, nodes: torch.Size) -> _Shape:
+    """The shape of values without batch and position, which they may or may not have."""
+    return tuple(values.shape) if values.ndim == len(nodes) else _node_shape(hook_name, values)
 
 
 def _node_shape(hook_name: str, activation: Tensor) -> _Shape:

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tl_sparse
-from helpers import circuit_means, node_means, word_tokenizer
+from helpers import circuit_means, node_means, stock_model, word_tokenizer
 from tl_sparse.checkpoints.corpus_sample import CORPUS_SAMPLE
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
@@ -221,3 +221,45 @@ def large(n_layers, width, keep=1.0):
         name: torch.rand(mean.shape, generator=generator) < keep for name, mean in means.items()
     }
     return Circuit(kept, means, fingerprint(model), "large", "micro"), model
+
+
+# --- a model in which two components do the task, of this package or dense
+
+#: What its component circuit is. Head 1 carries the letter from its position, and the second MLP
+#: turns it into the answer. All other components write channels that nothing reads.
+COMPONENTS = ("0.head 1", "1.mlp")
+
+
+def component_model(make):
+    """A model of two layers and two heads, with ReLU and RMSNorm, in which these components do the
+    task.
+
+    Args:
+        make: makes a model of these sizes: `helpers.tiny_model` or `helpers.stock_model`.
+    """
+    sizes = dict(n_layers=2, d_model=6, n_heads=2, d_head=3, d_mlp=4, d_vocab=len(VOCABULARY))
+    normalization = "normalization_type" if make is stock_model else "normalization"
+    norm = "RMS" if make is stock_model else "rms"
+    model = make(**sizes, n_ctx=8, act_fn="relu", **{normalization: norm})
+    model.tokenizer = micro_tokenizer()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "ln" in name else 0.0)
+        model.embed.W_E[VOCABULARY["A"], 0] = 1.0
+        model.embed.W_E[VOCABULARY["B"], 0] = -1.0
+        model.embed.W_E[VOCABULARY["end"], 1] = 1.0
+        first, second = model.blocks
+        first.attn.W_V[1, 0, 0] = W_V
+        first.attn.W_O[1, 0, 2] = W_O
+        for block in (first, second):
+            block.attn.W_V[0, 1, 0] = 1.0
+            block.attn.W_O[0, 0, 5] = 1.0
+        first.mlp.W_in[1, 0] = 1.0
+        first.mlp.W_out[0, 3] = 1.0
+        second.mlp.W_in[2, 0] = 1.0
+        second.mlp.W_in[2, 1] = -1.0
+        second.mlp.W_out[0, 4] = 2.0
+        second.mlp.W_out[1, 4] = -2.0
+        model.unembed.W_U[4, VOCABULARY["yes"]] = W_U
+        model.unembed.W_U[4, VOCABULARY["no"]] = -W_U
+    return model

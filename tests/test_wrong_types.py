@@ -141,6 +141,8 @@ def right():
         "ablation": "mean",
         "objective": "candidates",
         "frozen": False,
+        "kind": "channels",
+        "why": "a program computes each node as a number",
         "subset": circuit.dropped,
         "scales": {"ln_final.hook_scale": torch.ones(1, 1, 1)},
         "train": data,
@@ -199,7 +201,7 @@ OTHERWISE = {
     "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
     "held_out_contexts": {"task": "single_double_quote"},
-    "whole_pairs": {"task": "single_double_quote"},
+    "whole_pairs": {"task": "single_double_quote", "kind": None},
     "whole_statements": {"task": "single_double_quote"},
     "context_tells_sides": {"task": "single_double_quote"},
     "nonsense_task": {

@@ -488,8 +488,8 @@ def test_labels_are_of_nodes_of_the_circuit(micro):
 def test_what_is_no_node_is_named(text):
     with pytest.raises(
         CircuitError,
-        match=rf"{text!r} is not a node; nodes are written like '0\.mlp_neuron 7' or "
-        r"'0\.attn_v h3\.7', and the locations are attn_in",
+        match=rf"{text!r} is not a node; nodes are written like '0\.mlp_neuron 7', "
+        r"'0\.attn_v h3\.7' or '0\.head 3', and the locations are attn_in",
     ):
         Node.parse(text)
 

@@ -14,7 +14,7 @@ def agreements(reference, value, pairs=None):
     reference, value = torch.as_tensor(reference), torch.as_tensor(value)
     if pairs is None:
         pairs = torch.arange(len(reference))
-    sums = AgreementSums(reference.shape[1], n_pairs=int(pairs.max()) + 1)
+    sums = AgreementSums([1] * reference.shape[1], n_pairs=int(pairs.max()) + 1)
     half = len(reference) // 2  # in two parts, as batches come
     sums.add(reference[:half], value[:half], pairs[:half])
     sums.add(reference[half:], value[half:], pairs[half:])

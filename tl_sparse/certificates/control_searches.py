@@ -138,7 +138,9 @@ def _permuted(
 ) -> Found:
     """What the search finds in the model with permuted weights."""
     _, _, heldout = task_splits(model, task, search.config)
-    embed = search.config.embed_gates
+    config = search.config
     with permuted_weights(model, search.seed):
-        means = corpus_means(model, corpus, search.batch_size, embed)
+        means = corpus_means(
+            model, corpus, search.batch_size, config.embed_gates, kind=config.nodes
+        )
         return search.outcome(model, task, means, heldout.first(n_pairs))

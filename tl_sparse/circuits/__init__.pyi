@@ -16,6 +16,8 @@ from .fingerprints import fingerprint as fingerprint
 from .hashes import hash_of_circuit as hash_of_circuit
 from .hashes import hash_of_model as hash_of_model
 from .hashes import hash_of_tensor as hash_of_tensor
+from .kinds import NODE_KINDS as NODE_KINDS
+from .kinds import NodeKind as NodeKind
 from .nodes import EMBED_HOOK as EMBED_HOOK
 from .nodes import LOCATIONS as LOCATIONS
 from .nodes import Edge as Edge
@@ -23,6 +25,7 @@ from .nodes import Node as Node
 from .nodes import NodeSizes as NodeSizes
 from .nodes import n_weights as n_weights
 from .nodes import weight_matrices as weight_matrices
+from .parts import check_channels as check_channels
 from .reads import holding_reads as holding_reads
 from .reads import shared_reads as shared_reads
 from .task import circuit_task as circuit_task

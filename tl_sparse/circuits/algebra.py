@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import described
 from tl_sparse.circuits.edges import uncut_edges
-from tl_sparse.circuits.nodes import Edge, Node, node_at
+from tl_sparse.circuits.nodes import Edge, Node, place_at
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import ArgumentError, CircuitError
 from tl_sparse.hooks import NodeMasks, TLModel
@@ -87,8 +87,8 @@ def restricted(circuit: _Circuit, layers: Collection[int]) -> _Circuit:
     _check_layers(circuit, layers)
     kept = {}
     for name, mask in circuit.kept.items():
-        is_included = node_at(name, 0).layer in layers
-        kept[name] = mask if is_included else torch.zeros_like(mask)
+        layer, _ = place_at(name, mask)
+        kept[name] = mask if layer in layers else torch.zeros_like(mask)
     return _derived(circuit, kept, circuit.task, circuit.edge_set)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, Node, NodeSizes, node_at
+from tl_sparse.circuits.parts import check_channels
 from tl_sparse.circuits.reads import shared_reads
 from tl_sparse.circuits.task import circuit_task
 from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
@@ -53,9 +54,11 @@ def attribution_graph(
     Raises:
         CircuitError: if the circuit has no means, or belongs to another model; or if no task is
             given, and the circuit's own is not known.
+        UnsupportedError: if the nodes are components, whose outputs are vectors.
         TaskError: if there is no such task.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
+    check_channels(circuit, "a node of an attribution graph has one value at each position")
     task = circuit_task(circuit, task)
     prompt = _prompt(model, task, pair)
     circuit.check_model(model)

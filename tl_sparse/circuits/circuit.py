@@ -41,10 +41,12 @@ class Circuit(CircuitParts):
     the methods that take a model, make other circuits, or read and write circuits.
 
     Attributes:
-        kept: which nodes are kept: hook point → boolean mask, in the order of the forward pass.
+        kept: which nodes are kept: hook point → boolean mask, in the order of the forward pass. The
+            nodes are channels, one for each mean, or in a component circuit the outputs of heads at
+            `hook_z`, `[n_heads, 1]`, and of MLPs at `hook_mlp_out`, `[1]`, held as whole vectors.
         means: mean activations over the training corpus at these hook points, and optionally at
-            `hook_z`, which cutting an edge that leaves a head needs. Empty if they are not known:
-            such a circuit can be viewed, but no model can run under it.
+            `hook_z`, which cutting an edge that leaves a value channel needs. Empty if they are not
+            known: such a circuit can be viewed, but no model can run under it.
         model: the fingerprint of the model that the circuit was found in.
         model_name: the name of that model.
         task: the name of the task.
@@ -68,11 +70,25 @@ class Circuit(CircuitParts):
         if not isinstance(self.pairs, TaskPairs | None):
             raise CircuitError(f"pairs must be a TaskPairs or None, not {type(self.pairs)}")
         self._check_scores()
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        components = self.component_hooks
+        if components and len(components) < len(self.kept):
+            others = sorted(self.kept.keys() - set(components))
+            raise CircuitError(
+                "the nodes of a circuit are either channels or components; there are components "
+                f"at {components[0]}, and channels at {others[0]}"
+            )
         for name, mask in self.kept.items():
             shape = self.means[name].shape if self.means else mask.shape
+            whose = "the means' shape"
+            if name in components:
+                shape = torch.Size([*shape[:-1], 1])
+                whose = "the components' shape"
             if mask.dtype != torch.bool or mask.shape != shape:
                 raise CircuitError(
-                    f"{name}: kept must be a boolean mask of the means' shape {list(shape)}, "
+                    f"{name}: kept must be a boolean mask of {whose} {list(shape)}, "
                     f"not {mask.dtype} of {list(mask.shape)}"
                 )
             if self.means and not bool(self.means[name].isfinite().all()):
@@ -115,7 +131,9 @@ class Circuit(CircuitParts):
         """Every nonzero weight of `model` that joins two kept nodes and is not cut.
 
         The edges are in the order of the forward pass. Where several weights join the same two
-        nodes (gated MLPs, grouped-query attention), each of them is an edge.
+        nodes (gated MLPs, grouped-query attention), each of them is an edge. In a component
+        circuit, an edge leads from a component to each later one that reads what it writes to the
+        residual stream; its weight is the norm of the product of the matrices between them.
 
         Raises:
             CircuitError: if `model` is not this circuit's model; `applied` and `ablated` raise it
@@ -136,6 +154,9 @@ class Circuit(CircuitParts):
     def edge_shares(self, model: TLModel) -> dict[tuple[int, str, str], float]:
         """(layer, source location, target location) → the fraction of the nonzero weights between
         these locations that are edges of this circuit.
+
+        Raises:
+            UnsupportedError: if the edges are between components.
         """
         return edge_shares(self.edges(model), model)
 
@@ -155,7 +176,8 @@ class Circuit(CircuitParts):
     def sinks(self, model: TLModel) -> dict[tuple[int, int], float]:
         """(layer, head) → the logit of the head's attention sink.
 
-        It covers the heads with kept value channels, and is empty for models without sinks.
+        It covers the kept heads, or those with kept value channels, and is empty for models without
+        sinks.
         """
         self.check_model(model)
         if getattr(model.blocks[0].attn, "sink", None) is None:
@@ -164,6 +186,8 @@ class Circuit(CircuitParts):
         for node in self.nodes:
             if node.location == "attn_v":  # whose nodes are numbered head by head
                 heads.add((node.layer, node.index // model.cfg.d_head))
+            elif node.location == "head":
+                heads.add((node.layer, node.index))
         sinks = {}
         for layer, head in sorted(heads):
             sinks[layer, head] = model.blocks[layer].attn.sink[head].item()
@@ -290,7 +314,8 @@ class Circuit(CircuitParts):
 
         Raises:
             CircuitError: if `model` is not this circuit's model, or the circuit has no means.
-            UnsupportedError: if the model is not of tl_sparse, or the circuit has `frozen_norms`.
+            UnsupportedError: if the model is not of tl_sparse, the nodes are components, or the
+                circuit has `frozen_norms`.
             DataError: if `tokens` are not in the vocabulary.
             ConfigError: for another dtype.
         """

@@ -23,7 +23,7 @@ _KEY = (
     "dashed: the residual stream, from a write to a later read of its channel",
 )
 #: What the two boxes of a layer are called, by the beginning of the names of their locations.
-_BLOCKS = {"attn": "attention", "mlp": "MLP", "embed": "embedding"}
+_BLOCKS = {"attn": "attention", "head": "attention", "mlp": "MLP", "embed": "embedding"}
 
 
 def to_dot(circuit: Circuit, model: TLModel, task: Task | str | None = None) -> str:
@@ -110,7 +110,7 @@ def _node_boxes(shown: Diagram) -> Iterator[str]:
 
 
 def _block(node: Node) -> str:
-    """attn, mlp or embed: the beginning of the name of the node's location."""
+    """attn, head, mlp or embed: the beginning of the name of the node's location."""
     return node.location.split("_")[0]
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.circuits.component_edges import component_edges
 from tl_sparse.circuits.nodes import (
     LOCATIONS,
     MATRICES,
@@ -20,7 +21,7 @@ from tl_sparse.circuits.nodes import (
     weight_matrices,
 )
 from tl_sparse.circuits.parts import CircuitParts
-from tl_sparse.errors import CircuitError, PruneError
+from tl_sparse.errors import CircuitError, PruneError, UnsupportedError
 from tl_sparse.hooks import NodeValues, TLModel, is_sparse_model, new_scope
 from tl_sparse.network import Cut, Product
 
@@ -38,7 +39,13 @@ _PRODUCT_WITH = {
 
 
 def edges_between(nodes: Iterable[Node], model: TLModel) -> list[Edge]:
-    """Every nonzero weight that joins two of `nodes`, in the order of the forward pass."""
+    """Every nonzero weight that joins two of `nodes`, in the order of the forward pass.
+
+    For edges between components, see `component_edges`.
+    """
+    nodes = list(nodes)
+    if any(node.is_component for node in nodes):
+        return component_edges(nodes, model)
     nodes_at = defaultdict[tuple[int, str], list[Node]](list)
     for node in nodes:
         nodes_at[node.layer, node.location].append(node)
@@ -68,7 +75,15 @@ def uncut_edges(circuit: CircuitParts, model: TLModel) -> list[Edge]:
 def edge_shares(edges: Collection[Edge], model: TLModel) -> dict[tuple[int, str, str], float]:
     """(layer, source location, target location) → the fraction of the nonzero weights between these
     locations that are in `edges`.
+
+    Raises:
+        UnsupportedError: if the edges are between components.
     """
+    if any(edge.source.is_component for edge in edges):
+        raise UnsupportedError(
+            "edges between components are paths in the residual stream, not weights of which they "
+            "could be a share"
+        )
     n_edges = Counter[tuple[int, str, str]]()
     for edge in edges:
         n_edges[edge.source.layer, edge.source.location, edge.target.location] += 1
@@ -109,10 +124,16 @@ def cutting(model: TLModel, edges: Iterable[Edge], means: NodeValues) -> Iterato
 
     Raises:
         PruneError: if `model` is not a model of tl_sparse, since other models multiply by their
-            weights in other ways, or if the model has no such edge.
+            weights in other ways; if the model has no such edge; or if the edges are between
+            components.
         CircuitError: if `means` lacks a mean that the activation of an edge has to be held at.
     """
     edges = list(edges)
+    if any(edge.source.is_component for edge in edges):
+        raise PruneError(
+            "edges between components cannot be cut: each is a path in the residual stream, where "
+            "the outputs of all earlier components are added up before a later one reads them"
+        )
     if edges and not is_sparse_model(model):
         raise PruneError(
             f"edges can be cut only in models of tl_sparse, not in a {type(model).__name__}"

@@ -19,7 +19,15 @@ from torch import Tensor
 from tl_sparse.circuits.edges import edges_between
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import ABSOLUTE_TOLERANCE, TOLERANCE, fingerprint
-from tl_sparse.circuits.nodes import LOCATIONS, Edge, Node, NodeSizes, indices_by_location
+from tl_sparse.circuits.kinds import NodeKind
+from tl_sparse.circuits.nodes import (
+    COMPONENT_NAMES,
+    LOCATIONS,
+    Edge,
+    Node,
+    NodeSizes,
+    indices_by_location,
+)
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError, counted, warn_user
 from tl_sparse.files import read_json, read_torch
@@ -132,7 +140,7 @@ class _ListedEdge:
 
 def edge_list(circuit: CircuitParts, edges: Sequence[Edge], model: TLModel) -> dict[str, Any]:
     """The edge list of a circuit with these edges, as JSON values; see `Circuit.edge_list`."""
-    missing = node_hooks(model).values() - circuit.kept.keys()
+    missing = node_hooks(model, kind=circuit.node_kind).values() - circuit.kept.keys()
     if missing:
         raise CircuitError(
             f"an edge list needs a mask at every node location; "
@@ -248,24 +256,40 @@ def _masks(model: TLModel, indices: Mapping[tuple[int, str], Any]) -> dict[str, 
     The indices come from a file and are checked: `CircuitError` if a location or an index does not
     exist.
     """
-    hooks = node_hooks(model)
+    kind: NodeKind = "channels"
+    if any(location in COMPONENT_NAMES for _, location in indices):
+        kind = "components"
+    hooks = node_hooks(model, kind=kind)
     missing = sorted(indices.keys() - hooks.keys())
     if missing:
-        # The layer must be wrong, because `Node.parse` has already checked the location.
         layer, location = missing[0]
+        if layer < model.cfg.n_layers:
+            raise CircuitError(
+                f"{layer}.{location} is a channel, and other nodes are components: the nodes of a "
+                "circuit are either channels or components"
+            )
         raise CircuitError(
             f"{layer}.{location} does not exist: the model has "
             f"{counted(model.cfg.n_layers, 'layer')}, from 0"
         )
     masks = {}
     for (layer, location), hook in hooks.items():
-        size = model.sparse_cfg.location_size(location)
         place_indices = indices.get((layer, location), torch.arange(0))
+        size = _n_nodes_at(location, model)
         mask = _mask(f"{layer}.{location}", size, place_indices)
+        if location == "head":
+            mask = mask[:, None]
         if LOCATIONS[location].is_by_head:
             mask = mask.view(model.cfg.n_heads, -1)
         masks[hook] = mask
     return masks
+
+
+def _n_nodes_at(location: str, model: TLModel) -> int:
+    """The number of nodes at a location of a layer."""
+    if location in COMPONENT_NAMES:
+        return int(model.cfg.n_heads) if location == "head" else 1
+    return int(model.sparse_cfg.location_size(location))
 
 
 def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:

@@ -69,8 +69,8 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
     """The circuit as a networkx graph.
 
     Nodes are named as in `str(Node)`; their attributes are their layer, location, index, OpenAI's
-    name, kind and, where there is one, the user's label and the mean. Edges have weights. The
-    graph is a multigraph if several edges join the same two nodes, as in a gated MLP.
+    name, kind and, where there is one, the user's label and the mean of a channel. Edges have
+    weights. The graph is a multigraph if several edges join the same two nodes, as in a gated MLP.
 
     Raises:
         CircuitError: if `model` is not the circuit's model.
@@ -93,7 +93,7 @@ def to_networkx(circuit: Circuit, model: TLModel) -> "networkx.DiGraph":
         if node in circuit.labels:
             attributes["label"] = circuit.labels[node]
         mean = circuit.means.get(hooks[node.layer, node.location])
-        if mean is not None:
+        if mean is not None and circuit.node_kind == "channels":
             attributes["mean"] = float(mean.flatten()[node.index])
         graph.add_node(str(node), **attributes)
     for edge in edges:

@@ -10,19 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tl_sparse.arguments import checked
+from tl_sparse.circuits.kinds import NODE_KINDS, NodeKind
 from tl_sparse.circuits.nodes import (
     BLOCK_LOCATIONS,
+    COMPONENT_LOCATIONS,
     LOCATIONS,
     MATRICES,
     NodeLocation,
     weight_matrices,
 )
+from tl_sparse.config import check
 from tl_sparse.errors import HookNameError
 from tl_sparse.hooks import TLModel, frozen, hooked, is_sparse_model
 
 
-@checked()
-def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple[int, str], str]:
+@checked("kind")
+def node_hooks(
+    model: TLModel, locations: list[str] | None = None, kind: NodeKind = "channels"
+) -> dict[tuple[int, str], str]:
     """(layer, location) → hook name, for every layer, in the order of the forward pass.
 
     A model without MLPs has no nodes at the MLP locations. In parallel blocks, attention and MLP
@@ -31,12 +36,16 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
 
     Args:
         locations: the names of the locations to return; by default all of them.
+        kind: whether nodes are channels, or the outputs of whole heads and MLPs.
 
     Raises:
+        ConfigError: for an unknown kind.
         HookNameError: if a location is unknown, or the model has no hook point for it, or the
             activation there does not consist of nodes.
     """
-    known = [location.name for location in BLOCK_LOCATIONS]
+    check(kind in NODE_KINDS, "kind", kind, f"one of {', '.join(NODE_KINDS)}")
+    of_kind = COMPONENT_LOCATIONS if kind == "components" else BLOCK_LOCATIONS
+    known = [location.name for location in of_kind]
     for location_name in locations or ():
         if location_name not in known:
             raise HookNameError(
@@ -45,11 +54,14 @@ def node_hooks(model: TLModel, locations: list[str] | None = None) -> dict[tuple
     has_mlps = not getattr(model.cfg, "attn_only", False)
     hooks = {}
     for layer in range(model.cfg.n_layers):
-        for location in BLOCK_LOCATIONS:
+        for location in of_kind:
             if has_mlps or not location.name.startswith("mlp"):
                 hooks[layer, location.name] = _hook_name(model, layer, location)
     if not is_sparse_model(model):
-        _check_nodes(model, hooks)
+        if kind == "components":
+            _check_components(model, hooks)
+        else:
+            _check_nodes(model, hooks)
     if locations is None:
         return hooks
     return {place: hook for place, hook in hooks.items() if place[1] in locations}
@@ -82,14 +94,14 @@ def _refusal(model: TLModel, reason: str) -> HookNameError:
 class _ProbedLayer:
     """The activations of one layer in a forward pass with substituted values at all node locations.
 
-    Both dictionaries map a location, or `resid_pre` or `resid_post`, to values of shape
+    Both dictionaries map a location, or `resid_pre`, `resid_post` or `attn_out`, to values of shape
     [batch, pos, node].
     """
 
     #: The activation that the layer computed there from the values substituted before it.
     computed: dict[str, Tensor] = field(default_factory=dict)
     #: The value substituted for it. `resid_pre` and `resid_post` have entries too, but the residual
-    #: stream is not changed.
+    #: stream is not changed. Nor is `attn_out` where nodes are components.
     substituted: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -127,11 +139,12 @@ def _probe(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> list[_Probed
     for layer, _ in hooks:
         points[layer, "resid_pre"] = f"blocks.{layer}.hook_resid_pre"
         points[layer, "resid_post"] = f"blocks.{layer}.hook_resid_post"
+        points[layer, "attn_out"] = f"blocks.{layer}.hook_attn_out"
     points.update(hooks)
 
     def probe(place: tuple[int, str], x: Tensor, hook: object) -> Tensor | None:
         layer, location = place
-        is_by_head = place in hooks and LOCATIONS[location].is_by_head
+        is_by_head = place in hooks and (LOCATIONS[location].is_by_head or location == "head")
         n_axes = 4 if is_by_head else 3
         if tuple(x.shape[:2]) != size or x.ndim != n_axes:
             raise _refusal(
@@ -170,6 +183,8 @@ def _probe_values(
     # The sequences differ in scale, so that a norm, which would remove the scale, is noticed.
     n_sequences, n_pos = size
     values = torch.randn(n_sequences, 1, width, generator=generator).repeat(1, n_pos, 1)
+    if location == "head":
+        values[:] = values[:1]  # the sequences differ in scale alone
     factors = torch.tensor([0.0, 1.0, 3.0])
     if location in ("attn_q", "attn_k"):
         factors = torch.zeros(n_sequences)
@@ -232,14 +247,45 @@ def _is_product(probed: _ProbedLayer, source: str, target: str, weights: Tensor)
 
 def _check_residual_stream(model: TLModel, layer: int, probed: _ProbedLayer) -> None:
     """Raise `HookNameError` unless a layer adds exactly the substituted writes to the stream."""
+    _check_added(model, layer, probed, probed.substituted["attn_out"], "mlp_out")
+
+
+@torch.no_grad()
+def _check_components(model: TLModel, hooks: Mapping[tuple[int, str], str]) -> None:
+    """Raise `HookNameError` unless the hook points of a model carry the outputs of components.
+
+    Values are substituted at all of them. They carry outputs if what attention writes is a linear
+    function of the values of the heads, up to a bias, and if exactly that and the substituted
+    outputs of MLPs are added to the residual stream.
+    """
+    for layer, probed in enumerate(_probe(model, hooks)):
+        written = probed.computed["attn_out"]
+        # The values of the three sequences have the factors 0, 1 and 3.
+        change = written[2] - written[0]
+        tripled = 3 * (written[1] - written[0])
+        if not (change - tripled).norm() <= 0.01 * change.norm():
+            raise _refusal(
+                model, f"in layer {layer}, attn_out is not a linear function of the heads' outputs"
+            )
+        _check_added(model, layer, probed, written, "mlp")
+
+
+def _check_added(
+    model: TLModel, layer: int, probed: _ProbedLayer, attn_out: Tensor, mlp: str
+) -> None:
+    """Raise `HookNameError` unless a layer adds to the stream what attention and the MLP write.
+
+    Args:
+        attn_out: what attention writes.
+        mlp: the location at which the substituted output of the MLP is.
+    """
     before = probed.computed["resid_pre"]
     after = probed.computed["resid_post"]
-    attn_out = probed.substituted["attn_out"]
-    unexplained = after - before - attn_out - probed.substituted.get("mlp_out", 0)
+    unexplained = after - before - attn_out - probed.substituted.get(mlp, 0)
     eps = torch.finfo(next(model.parameters()).dtype).eps
     if not unexplained.norm() <= 0.01 * attn_out.norm() + 2 * eps * after.norm():
         raise _refusal(
             model,
             f"in layer {layer}, the change of the residual stream is not the sum of attn_out and "
-            f"mlp_out",
+            f"{mlp}",
         )

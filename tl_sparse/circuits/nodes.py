@@ -1,6 +1,8 @@
 """Nodes and edges of a model (Gao et al. 2025, section 2.2).
 
-This defines the locations and names of nodes, and the weight matrices that join them.
+This defines the locations and names of nodes, and the weight matrices that join them. Nodes are of
+one of two kinds: "channels", the entries of activations, or "components", the outputs of whole
+heads and MLPs.
 """
 
 import re
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
@@ -23,13 +25,16 @@ from tl_sparse.hooks import NodeMasks, TLModel
 class NodeLocation:
     """A place in the network at which each entry of the activation is a node.
 
+    At the locations of components, each vector along the last axis is a node.
+
     Attributes:
         name: the name of the location, as part of the names of its nodes.
-        openai_name: the name of the location in OpenAI's files.
+        openai_name: the name of the location in OpenAI's files. These have no components, so theirs
+            is `name`.
         description: a description of its nodes for users.
         hook_points: the hook points of a block that can carry its activation; the first one that
             the model has is used.
-        is_by_head: whether the activation has an axis for heads.
+        is_by_head: whether the nodes are channels of heads.
     """
 
     name: str
@@ -69,16 +74,25 @@ BLOCK_LOCATIONS = (
 EMBED_LOCATION = NodeLocation("embed_out", "embed", "written by tokens", hook_points=())
 EMBED_HOOK = "hook_embed"
 
+#: The locations of components in each block, in the order of the forward pass. A head's output is
+#: its z: what it writes to the residual stream is a linear function of that.
+COMPONENT_LOCATIONS = (
+    NodeLocation("head", "head", "outputs of heads", ("attn.hook_z",)),
+    NodeLocation("mlp", "mlp", "outputs of MLPs", ("hook_mlp_out",)),
+)
+COMPONENT_NAMES = tuple(location.name for location in COMPONENT_LOCATIONS)
+#: The hook point of a component → its location.
+_COMPONENT_AT = {point: loc for loc in COMPONENT_LOCATIONS for point in loc.hook_points}
+
 #: All node locations by name.
-LOCATIONS = {location.name: location for location in (*BLOCK_LOCATIONS, EMBED_LOCATION)}
+_ALL_LOCATIONS = (*BLOCK_LOCATIONS, EMBED_LOCATION, *COMPONENT_LOCATIONS)
+LOCATIONS = {location.name: location for location in _ALL_LOCATIONS}
 #: The same by our name and by OpenAI's.
 _BY_ANY_NAME = dict(LOCATIONS)
-#: The locations in a block by each of their hook points.
-_BY_HOOK_POINT: dict[str, NodeLocation] = {}
 for _location in LOCATIONS.values():
     _BY_ANY_NAME[_location.openai_name] = _location
-    for _point in _location.hook_points:
-        _BY_HOOK_POINT[_point] = _location
+#: The locations of channels in a block by each of their hook points.
+_CHANNELS_AT = {point: loc for loc in BLOCK_LOCATIONS for point in loc.hook_points}
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,7 @@ class NodeSizes:
         d_model = None
         d_head = None
         for hook_name, mask in masks.items():
-            location = node_at(hook_name, 0).location
+            _, location = place_at(hook_name, mask)
             if LOCATIONS[location].is_by_head and mask.ndim == 2:
                 d_head = mask.shape[1]
             elif location in ("attn_out", "mlp_out"):
@@ -178,20 +192,22 @@ NO_SIZES = NodeSizes()
 _NODE_NAME = re.compile(
     r"([0-9]{1,9})\.([a-z_.]+)[. ](p?[0-9]{1,9}|h[0-9]{1,9}\.[0-9]{1,9})", re.ASCII
 )
+_MLP_NAME = re.compile(r"([0-9]{1,9})\.mlp", re.ASCII)
 
 
 @dataclass(frozen=True, order=True, repr=False)
 class Node:
-    """One node: an entry of the activation at a location of a layer.
+    """One node: an entry of the activation at a location of a layer, or a whole component.
 
     Its name, `str(node)`, is for example `0.mlp_in 62`, `0.attn_v h3.7` (channel 7 of head 3) or
-    `0.attn_in p2` (positional channel 2).
+    `0.attn_in p2` (positional channel 2). Those of components are `0.head 3` and `1.mlp`.
 
     Attributes:
         layer: the number of the layer, from 0.
         location: the name of the location, one of `LOCATIONS`.
         index: the position in the flat activation. At attn_q, attn_k and attn_v, it runs over the
-            channels of all heads (head = index // d_head), as in OpenAI's files.
+            channels of all heads (head = index // d_head), as in OpenAI's files. That of a head is
+            its number, and that of an MLP 0.
         shown_index: the index as the name shows it. The nodes of a circuit have it. It plays no
             part in comparisons; without it, the name shows `index`.
     """
@@ -202,6 +218,8 @@ class Node:
     shown_index: str = field(default="", compare=False)
 
     def __str__(self) -> str:
+        if self.location == "mlp" and self.index == 0:  # a layer has one
+            return f"{self.layer}.mlp"
         return f"{self.layer}.{self.location} {self.shown_index or self.index}"
 
     def __repr__(self) -> str:
@@ -227,6 +245,11 @@ class Node:
         """Whether the node is what attention, an MLP or the tokens write to a channel."""
         return self.location.endswith("_out")
 
+    @property
+    def is_component(self) -> bool:
+        """Whether the node is the output of a whole head or MLP."""
+        return self.location in COMPONENT_NAMES
+
     @classmethod
     def parse(cls, text: str, sizes: NodeSizes = NO_SIZES) -> "Node":
         """The node with this name: `0.attn_v h3.7`, its name in files, or OpenAI's name.
@@ -238,11 +261,13 @@ class Node:
         Raises:
             CircuitError: if the text is not the name of a node.
         """
+        if mlp := _MLP_NAME.fullmatch(text):
+            return cls(int(mlp[1]), "mlp", 0)
         match = _NODE_NAME.fullmatch(text)
         if match is None or match[2] not in _BY_ANY_NAME:
             raise CircuitError(
-                f"{text!r} is not a node; nodes are written like '0.mlp_neuron 7' or "
-                f"'0.attn_v h3.7', and the locations are {', '.join(_BY_ANY_NAME)}"
+                f"{text!r} is not a node; nodes are written like '0.mlp_neuron 7', "
+                f"'0.attn_v h3.7' or '0.head 3', and the locations are {', '.join(_BY_ANY_NAME)}"
             )
         location = _BY_ANY_NAME[match[2]].name
         index = sizes.index_of(location, match[3])
@@ -257,7 +282,11 @@ class Node:
 
 @dataclass(frozen=True, order=True)
 class Edge:
-    """A nonzero weight that joins two nodes."""
+    """A nonzero weight that joins two nodes.
+
+    An edge between components is a path from the output of one to a later one that reads it from
+    the residual stream; see `component_edges`.
+    """
 
     source: Node
     target: Node
@@ -272,8 +301,21 @@ class Edge:
         return self.source, self.target
 
 
+def place_at(hook_name: str, mask: Bool[Tensor, " *node"]) -> tuple[int, str]:
+    """The layer and the location of the nodes of a mask at a hook point.
+
+    Raises:
+        HookNameError: if the hook point does not belong to a node location.
+    """
+    if is_of_components(hook_name, mask):
+        _, layer, point = hook_name.split(".", 2)
+        return int(layer), _COMPONENT_AT[point].name
+    node = node_at(hook_name, 0)
+    return node.layer, node.location
+
+
 def node_at(hook_name: str, index: int, sizes: NodeSizes = NO_SIZES) -> Node:
-    """The node with this index at a hook point; its name depends on `sizes`.
+    """The channel with this index at a hook point; its name depends on `sizes`.
 
     Raises:
         HookNameError: if the hook point does not belong to a node location.
@@ -281,13 +323,24 @@ def node_at(hook_name: str, index: int, sizes: NodeSizes = NO_SIZES) -> Node:
     if hook_name == EMBED_HOOK:
         return Node(0, EMBED_LOCATION.name, index)
     _, layer, point = hook_name.split(".", 2)
-    if point not in _BY_HOOK_POINT:
+    if point not in _CHANNELS_AT:
         raise HookNameError(
             f"{hook_name!r} is not a node location; the node locations of each block are "
-            f"{', '.join(_BY_HOOK_POINT)}"
+            f"{', '.join(_CHANNELS_AT)}"
         )
-    location = _BY_HOOK_POINT[point].name
+    location = _CHANNELS_AT[point].name
     return Node(int(layer), location, index, sizes.shown_index(location, index))
+
+
+def is_of_components(hook_name: str, mask: Bool[Tensor, " *node"]) -> bool:
+    """Whether the nodes of a mask are outputs of components: vectors at one of their hook points.
+
+    The channels that an MLP writes are nodes of the same hook point as its output; a mask of the
+    output has one entry.
+    """
+    if hook_name.endswith(".attn.hook_z"):
+        return True
+    return hook_name.endswith(".hook_mlp_out") and mask.numel() == 1
 
 
 def kept_nodes(masks: NodeMasks) -> list[Node]:
@@ -295,10 +348,9 @@ def kept_nodes(masks: NodeMasks) -> list[Node]:
     sizes = NodeSizes.of_masks(masks)
     nodes = []
     for hook_name, mask in masks.items():
-        at = node_at(hook_name, 0)
+        layer, location = place_at(hook_name, mask)
         for index in mask.flatten().nonzero()[:, 0].tolist():
-            shown_index = sizes.shown_index(at.location, index)
-            nodes.append(Node(at.layer, at.location, index, shown_index))
+            nodes.append(Node(layer, location, index, sizes.shown_index(location, index)))
     return nodes
 
 

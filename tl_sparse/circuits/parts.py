@@ -8,10 +8,18 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.arguments import described
+from tl_sparse.arguments import checked, described
 from tl_sparse.circuits.fingerprints import Fingerprint
-from tl_sparse.circuits.nodes import Node, NodeSizes, indices_by_location, kept_nodes, node_at
-from tl_sparse.errors import ArgumentError, CircuitError
+from tl_sparse.circuits.kinds import NodeKind
+from tl_sparse.circuits.nodes import (
+    Node,
+    NodeSizes,
+    indices_by_location,
+    is_of_components,
+    kept_nodes,
+    place_at,
+)
+from tl_sparse.errors import ArgumentError, CircuitError, UnsupportedError
 from tl_sparse.hooks import NodeMasks, NodeValues
 from tl_sparse.tasks import TaskPairs
 
@@ -70,11 +78,19 @@ class CircuitParts:
     @property
     def hooks(self) -> dict[tuple[int, str], str]:
         """(layer, location) → the hook point there."""
-        hooks = {}
-        for hook_name in self.kept:
-            first_node = node_at(hook_name, 0)
-            hooks[first_node.layer, first_node.location] = hook_name
-        return hooks
+        return {place_at(hook_name, mask): hook_name for hook_name, mask in self.kept.items()}
+
+    @property
+    def component_hooks(self) -> list[str]:
+        """The hook points whose nodes are outputs of components; a mask there has the shape of the
+        activation, but for a last axis of size 1.
+        """
+        return [name for name, mask in self.kept.items() if is_of_components(name, mask)]
+
+    @property
+    def node_kind(self) -> NodeKind:
+        """Whether the nodes are "channels" or, in a component circuit, "components"."""
+        return "components" if self.component_hooks else "channels"
 
     @property
     def n_nodes(self) -> int:
@@ -116,6 +132,20 @@ class CircuitParts:
     def nodes_by_location(self) -> dict[tuple[int, str], list[int]]:
         """(layer, location) → the indices of the kept nodes there."""
         return indices_by_location(self.nodes)
+
+
+@checked()
+def check_channels(circuit: CircuitParts, why: str) -> None:
+    """Raise `UnsupportedError` if the circuit's nodes are components.
+
+    Args:
+        why: why they cannot be, as the message says it: "a program computes each node as a number".
+    """
+    if circuit.node_kind == "components":
+        raise UnsupportedError(
+            f"{why}, and the nodes of this circuit are components, whole heads and MLPs; search "
+            'for a circuit with nodes="channels"'
+        )
 
 
 def with_labels(circuit: CircuitParts, labels: object) -> dict[Node, str]:

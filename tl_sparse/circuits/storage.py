@@ -192,9 +192,10 @@ def _read_pairs(folder: Path, values: Any) -> TaskPairs | None:
 def _read_parts(path: Path, expected: list[str]) -> dict[str, dict[str, Tensor]]:
     """Part of a circuit, such as "kept" → hook point → tensor."""
     tensors = read_tensors(path)
-    # There may also be means at `hook_z`, which is not a node location: cutting an edge that leaves
-    # a head needs them.
+    # There may also be means at `hook_z` where no mask is: cutting an edge that leaves a head's
+    # value channel needs them.
     head_means = [name for name in tensors if name.startswith("mean/") and name.endswith(".hook_z")]
+    head_means = [name for name in head_means if name not in expected]
     wrong = (tensors.keys() - set(head_means)) ^ set(expected)
     if wrong:
         raise CheckpointError(

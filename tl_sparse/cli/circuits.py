@@ -307,4 +307,5 @@ def _with_means(circuit: Any, model: Any, source: str, corpus: str | None) -> An
     from tl_sparse.pruning import corpus_means
 
     tokens = corpus_of(model, source, corpus)
-    return circuit.with_means(corpus_means(model, tokens, embed=EMBED_HOOK in circuit.kept))
+    embed = EMBED_HOOK in circuit.kept
+    return circuit.with_means(corpus_means(model, tokens, embed=embed, kind=circuit.node_kind))

@@ -23,8 +23,9 @@ from tl_sparse.pruning import PruneConfig
 #: Group of flags → the fields of PruneConfig in it.
 PRUNING_FLAGS = {
     "the search": (
-        "target_loss objective method ablation means_over freeze_norms necessity ablated_accuracy "
-        "exclude include max_nodes allow_failing_model exchanges restarts seed batch_size"
+        "nodes target_loss objective method ablation means_over freeze_norms necessity "
+        "ablated_accuracy exclude include max_nodes allow_failing_model exchanges restarts seed "
+        "batch_size"
     ),
     "robustness": "robust subsets subset_pairs adversaries adversary_steps adversary_budget",
     "the gates": (

@@ -145,6 +145,7 @@ def learned_subset(
             init_bias=0.0,
             init_scale=ADVERSARY_SPREAD,
             seed=seed,
+            vectors=circuit.component_hooks,
         )
         kept = gates.of_nodes(circuit.kept)
         optimizer = torch.optim.Adam([gates.tau], lr=lr, maximize=True)

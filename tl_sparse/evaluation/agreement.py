@@ -1,5 +1,6 @@
 """How well the values of one run follow those of another: correlation and normalised error."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Agreement:
     """How well a value in one run follows the same value in a reference run.
 
     Attributes:
-        reference_mean: its mean in the reference run.
+        reference_mean: its mean in the reference run; of a vector, the norm of its mean.
         mean: its mean in the other run.
         reference_varies: whether it varies in the reference run by more than rounding.
         varies: whether it varies in the other run.
@@ -41,26 +42,36 @@ class Agreement:
 class AgreementSums:
     """Sums over samples, from which the agreement of each of many nodes follows.
 
+    A node may be a vector of several entries. All of them then count together: its variances,
+    covariance and errors are the sums of those of its entries.
+
     Samples of the same pair of prompts depend on each other. Standard errors are therefore those of
     the delete-a-group jackknife (Kott 2001, Journal of Official Statistics 17): each block of pairs
     is left out in turn.
     """
 
-    def __init__(self, n_nodes: int, n_pairs: int) -> None:
+    def __init__(self, n_entries: Sequence[int], n_pairs: int) -> None:
+        """Empty sums.
+
+        Args:
+            n_entries: the number of entries of each node, 1 for a channel.
+        """
+        self.n_entries = list(n_entries)
         self.n_blocks = min(MAX_BLOCKS, n_pairs)
         # The number of samples, and the sums of: reference, value, their squares, and the square of
         # their difference. The latter, not their product, so that equal values have no error.
-        self._sums = torch.zeros(self.n_blocks, 6, n_nodes, dtype=torch.float64)
+        self._sums = torch.zeros(self.n_blocks, 6, sum(self.n_entries), dtype=torch.float64)
 
     def add(
         self,
-        reference: Float[Tensor, "sample node"],
-        value: Float[Tensor, "sample node"],
+        reference: Float[Tensor, "sample entry"],
+        value: Float[Tensor, "sample entry"],
         pairs: Int[Tensor, " sample"],
     ) -> None:
         """Add samples.
 
         Args:
+            reference, value: the entries of all nodes, node by node.
             pairs: the number of the pair of prompts that each sample is from.
         """
         reference = reference.double()
@@ -80,14 +91,14 @@ class AgreementSums:
 
     def agreements(self) -> list[Agreement]:
         """The agreement of each node."""
-        of_each_node = self._sums.cpu().unbind(2)
+        of_each_node = self._sums.cpu().split(self.n_entries, dim=2)
         return [_agreement(sums) for sums in of_each_node]
 
 
-def _agreement(sums: Float[Tensor, "block 6"]) -> Agreement:
+def _agreement(sums: Float[Tensor, "block 6 entry"]) -> Agreement:
     """The agreement of one node, from its sums over the samples of each block."""
     total = sums.sum(0)
-    n, reference, value, reference_squares, value_squares, _ = total.tolist()
+    _, _, _, reference_squares, value_squares, _ = total.sum(1).tolist()
     variance, value_variance = _variances(total).tolist()
     reference_varies = variance > ROUNDING**2 * reference_squares
     varies = value_variance > ROUNDING**2 * value_squares
@@ -97,25 +108,31 @@ def _agreement(sums: Float[Tensor, "block 6"]) -> Agreement:
         correlation = _estimate(_correlation(total), _correlation(without_block))
     if reference_varies:
         error = _estimate(_error(total), _error(without_block))
-    return Agreement(reference / n, value / n, reference_varies, varies, correlation, error)
+    reference_mean, mean = _size(total[1] / total[0]), _size(total[2] / total[0])
+    return Agreement(reference_mean, mean, reference_varies, varies, correlation, error)
 
 
-def _variances(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, "*block 2"]:
+def _size(mean: Float[Tensor, " entry"]) -> float:
+    """The mean of a node; of a vector, the norm of its mean."""
+    return float(mean) if len(mean) == 1 else float(mean.norm())
+
+
+def _variances(sums: Float[Tensor, "*block 6 entry"]) -> Float[Tensor, "*block 2"]:
     """The sums of squared deviations from the mean: of the reference, and of the value."""
-    n = sums[..., :1]
-    means = sums[..., 1:3] / n
-    return sums[..., 3:5] - n * means.square()
+    n = sums[..., :1, :]
+    means = sums[..., 1:3, :] / n
+    return (sums[..., 3:5, :] - n * means.square()).sum(-1)
 
 
-def _correlation(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, " *block"]:
-    n, reference, value, reference_squares, value_squares, errors = sums.unbind(-1)
+def _correlation(sums: Float[Tensor, "*block 6 entry"]) -> Float[Tensor, " *block"]:
+    n, reference, value, reference_squares, value_squares, errors = sums.unbind(-2)
     products = (reference_squares + value_squares - errors) / 2
-    covariance = products - reference * value / n
+    covariance = (products - reference * value / n).sum(-1)
     return (covariance / _variances(sums).prod(-1).sqrt()).clamp(-1, 1)
 
 
-def _error(sums: Float[Tensor, "*block 6"]) -> Float[Tensor, " *block"]:
-    return sums[..., 5] / _variances(sums)[..., 0]
+def _error(sums: Float[Tensor, "*block 6 entry"]) -> Float[Tensor, " *block"]:
+    return sums[..., 5, :].sum(-1) / _variances(sums)[..., 0]
 
 
 def _estimate(figure: Float[Tensor, ""], without_block: Float[Tensor, " block"]) -> Estimate:

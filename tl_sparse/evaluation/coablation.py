@@ -18,7 +18,7 @@ from tl_sparse.evaluation.prompt_runs import Runs
 from tl_sparse.evaluation.running import prompt_batches, task_loss
 from tl_sparse.evaluation.significance import PValue, holm, sign_flip_tests
 from tl_sparse.hooks import TLModel, differentiating, frozen, mixing, without_inference
-from tl_sparse.precision import in_float32
+from tl_sparse.precision import at_least_float32
 from tl_sparse.tasks import TaskData
 
 #: Sign flips of the tests of growth.
@@ -225,11 +225,12 @@ def estimated_effects(
         total = torch.zeros(held.n_candidates)
         held = replace(held, kept=without_inference(held.kept), means=without_inference(held.means))
         hold = holding_nodes(held, model, inverted=True)
+        dtype = at_least_float32(next(model.parameters()).dtype)
         for batch in prompt_batches(model, data, batch_size):
             prompts = _ordinary(batch.data)
             opened = {}
-            for name in held.kept:
-                opened[name] = torch.ones_like(in_float32(held.means[name])).requires_grad_()
+            for name, mask in held.kept.items():
+                opened[name] = torch.ones_like(mask, dtype=dtype).requires_grad_()
             with hold(prompts), mixing(model, opened, held.means):
                 loss = task_loss(model, prompts) * prompts.n_pairs
             gradients = torch.autograd.grad(loss, list(opened.values()), materialize_grads=True)

@@ -37,12 +37,13 @@ class NodeInside:
 
     Attributes:
         node: the name of the node.
-        correlation: the Pearson correlation of the two values over prompts and positions. None if
+        correlation: the Pearson correlation of the two values over prompts and positions. Those of
+            a component are vectors, whose variances and covariance are summed over entries. None if
             one of them does not vary; see `remark`.
         error: the sum of (value under the circuit - value in the model)², over that of (value in
             the model - its mean)². 0 if both are equal, 1 for a node held at its mean on these
             prompts. None if the value does not vary in the model.
-        model_mean: the mean of the value in the model.
+        model_mean: the mean of the value in the model; of a component, the norm of its mean.
         circuit_mean: the mean of the value under the circuit.
         remark: in words, if the value is constant in the model or under the circuit; else empty.
     """
@@ -137,7 +138,7 @@ def inside(
     check(n_random >= 0, "n_random", n_random, "at least 0")
     circuits = [circuit, *random_circuits_like(circuit, n_random, seed)]
     contexts = [holding_nodes(each, model, ablation) for each in circuits]
-    sums = [AgreementSums(each.n_nodes, data.n_pairs) for each in circuits]
+    sums = [AgreementSums(_n_entries(each), data.n_pairs) for each in circuits]
     heads, no_heads = _heads(circuit, model)
     patterns = _pattern_sums(heads, int(data.last.max()) + 1)
     n_samples = 0
@@ -203,10 +204,19 @@ def _add_values(
     for activations in runs:
         at_hooks = []
         for name, mask in circuit.kept.items():
-            at_hooks.append(activations[name][counted][:, mask.to(activations[name].device)])
+            of_nodes = mask.to(activations[name].device).expand(activations[name].shape[2:])
+            at_hooks.append(activations[name][counted][:, of_nodes])
         values.append(torch.cat(at_hooks, dim=1))
     pairs = batch.pairs.repeat_interleave(2)[:, None].expand_as(counted)
     sums.add(values[0], values[1], pairs[counted])
+
+
+def _n_entries(circuit: Circuit) -> list[int]:
+    """The number of entries of each kept node: 1 for channels."""
+    numbers = []
+    for name, mask in circuit.kept.items():
+        numbers += [circuit.means[name].numel() // mask.numel()] * int(mask.sum())
+    return numbers
 
 
 def _node(name: str, agreement: Agreement) -> NodeInside:

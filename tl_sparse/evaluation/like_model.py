@@ -340,7 +340,7 @@ def value_agreement(
 ) -> Agreement:
     """The agreement of one value for each prompt."""
     n_pairs = len(reference) // 2
-    sums = AgreementSums(1, n_pairs)
+    sums = AgreementSums([1], n_pairs)
     sums.add(reference, value, torch.arange(n_pairs).repeat_interleave(2))
     (agreement,) = sums.agreements()
     return agreement

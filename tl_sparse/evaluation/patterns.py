@@ -14,7 +14,7 @@ from tl_sparse.precision import in_float32
 
 #: Attention is called uniform, or fixed, if its distance from that is below this.
 DEGENERATE = 0.05
-_BY_HEAD = ("attn_q", "attn_k", "attn_v")
+_BY_HEAD = ("attn_q", "attn_k", "attn_v", "head")
 
 Pattern = Float[Tensor, "prompt head query key"]
 
@@ -56,7 +56,8 @@ class HeadAttention:
 def heads_of(circuit: Circuit, model: TLModel) -> dict[tuple[int, int], list[str]]:
     """(layer, head) → the locations at which the head has kept nodes.
 
-    With grouped queries, the nodes of a key or value head belong to all the heads that share it.
+    In a component circuit, these are the heads themselves. With grouped queries, the nodes of a key
+    or value head belong to all the heads that share it.
     """
     found: dict[tuple[int, int], list[str]] = {}
     for (layer, location), name in circuit.hooks.items():

@@ -15,8 +15,10 @@ from tl_sparse.tasks import TaskData
 
 
 def removable_parts(circuit: Circuit, model: TLModel) -> list[Node | Edge]:
-    """The nodes of the circuit and, in models of this package, its edges; no others can be cut."""
-    if not is_sparse_model(model):
+    """The nodes of the circuit and, in models of this package, its edges between channels; no
+    others can be cut.
+    """
+    if not is_sparse_model(model) or circuit.node_kind == "components":
         return list(circuit.nodes)
     return [*circuit.nodes, *circuit.edges(model)]
 

@@ -75,7 +75,8 @@ def explain_circuit(
     Raises:
         CircuitError: if the circuit is of another model, or has no means; or if `own` or `names`
             has a node that is not in it.
-        UnsupportedError: if the circuit has `frozen_norms`, or positions attend to later ones.
+        UnsupportedError: if the circuit's nodes are components, if it has `frozen_norms`, or if
+            positions attend to later ones.
         CircuitError, TaskError, DataError, TokenizerError: if there are not two held-out pairs.
         DataError: if an expression of the user's, or a name, is not possible.
         ConfigError: if `seed` is negative.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.circuits import Circuit, Edge, Node, check_channels
 from tl_sparse.errors import DataError, UnsupportedError
 from tl_sparse.explanations.expressions import Expression, Ref
 from tl_sparse.explanations.parsing import Vocabulary, parse
@@ -127,11 +127,13 @@ def subject_of(
 
     Raises:
         CircuitError: if the circuit is of another model, or has no means.
-        UnsupportedError: if it has `frozen_norms`, or positions attend to later ones.
+        UnsupportedError: if its nodes are components, if it has `frozen_norms`, or if positions
+            attend to later ones.
         CircuitError, TaskError, DataError, TokenizerError: if there are not two pairs of prompts.
     """
     circuit.check_model(model)
     circuit.check_means()
+    check_channels(circuit, "an expression is the value of a node at each position")
     if circuit.frozen_norms:
         raise UnsupportedError(
             "this circuit runs with the norm scales of the full model, so its nodes depend on more "

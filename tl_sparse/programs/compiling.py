@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tl_sparse.arguments import checked, described
 from tl_sparse.arrays import as_integers
-from tl_sparse.circuits import Circuit
+from tl_sparse.circuits import Circuit, check_channels
 from tl_sparse.config import check
 from tl_sparse.errors import DataError, UnsupportedError
 from tl_sparse.hooks import TLModel, is_sparse_model
@@ -36,6 +36,7 @@ def compile_circuit(
             "this circuit runs with the norm scales of the full model, which only the full model "
             "can compute, so it cannot be compiled; search for one with freeze_norms=False"
         )
+    check_channels(circuit, "a compiled circuit computes each node as one number")
     circuit.check_means()
     network = model.network
     weights = network.embed.W_E

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tl_sparse.circuits import NodeKind
 from tl_sparse.config import MAX_SEED, check, check_types, merged, short_repr
 from tl_sparse.evaluation import Ablation, Objective
 
@@ -32,6 +33,9 @@ class PruneConfig:
     `tl-sparse search` does.
 
     Attributes:
+        nodes: whether the nodes of the circuit are channels or components, the outputs of whole
+            heads and MLPs. Channels are the entries of activations, as in the paper. Components are far
+            fewer and so are found faster, in dense models too, but their edges cannot be cut.
         target_loss: the loss that the circuit must reach on the selection pairs, in nats. The
             paper's is 0.15.
         objective: what the target loss measures. "candidates" is the choice between the task's two
@@ -118,6 +122,7 @@ class PruneConfig:
             range.
     """
 
+    nodes: NodeKind = "channels"
     target_loss: float = 0.15
     objective: Objective = "candidates"
     method: Literal["learned", "any_size", "attribution", "integrated_gradients", "random"] = (
@@ -190,10 +195,18 @@ class PruneConfig:
         if self.objective != "candidates":
             compares = "0 with this objective: it compares the two answers with chance"
             check(self.necessity == 0, "necessity", self.necessity, compares)
+        self._check_kind_of_nodes()
         both = sorted(set(self.exclude) & set(self.include))
         check(not both, "include", both, "without the nodes that are excluded")
         if self.max_nodes is not None:
             self._check_max_nodes(self.max_nodes)
+
+    def _check_kind_of_nodes(self) -> None:
+        if self.nodes == "channels":
+            return
+        for name in ("tied_qk", "embed_gates"):
+            expected = 'False with nodes = "components": it is about channels'
+            check(not getattr(self, name), name, getattr(self, name), expected)
 
     def _check_max_nodes(self, max_nodes: int) -> None:
         n_included = len(set(self.include))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.checkpoints import load_corpus
-from tl_sparse.circuits import EMBED_HOOK, node_hooks, shared_reads
+from tl_sparse.circuits import EMBED_HOOK, NodeKind, node_hooks, shared_reads
 from tl_sparse.config import check
 from tl_sparse.errors import DataError, counted, warn_user
 from tl_sparse.hooks import (
@@ -31,9 +31,9 @@ from tl_sparse.tasks import TaskData
 LARGEST_ERROR = 0.1
 
 
-def gated_hooks(model: TLModel, embed: bool) -> list[str]:
-    """The hook points whose entries are nodes, including the token embedding if `embed` is set."""
-    hooks = list(node_hooks(model).values())
+def gated_hooks(model: TLModel, embed: bool, kind: NodeKind = "channels") -> list[str]:
+    """The hook points with nodes of a kind, including the token embedding if `embed` is set."""
+    hooks = list(node_hooks(model, kind=kind).values())
     return [EMBED_HOOK, *hooks] if embed else hooks
 
 
@@ -56,7 +56,7 @@ def as_corpus(corpus: object, model: TLModel) -> Int[Tensor, "seq pos"]:
     return load_corpus(folder, model.tokenizer, model.cfg.n_ctx).long()
 
 
-@checked("corpus", "mask", "batch_size")
+@checked("corpus", "mask", "batch_size", "kind")
 def corpus_means(
     model: TLModel,
     corpus: Int[Tensor, "seq pos"] | None = None,
@@ -64,8 +64,11 @@ def corpus_means(
     embed: bool = False,
     mask: Bool[Tensor, "seq pos"] | Int[Tensor, "seq pos"] | None = None,
     progress: bool = False,
+    kind: NodeKind = "channels",
 ) -> NodeValues:
     """The mean activations over a corpus at all node locations and, for tl_sparse models, hook_z.
+
+    In tl_sparse models, the means for channels thus include those for components.
 
     Warns if their standard error is large. It is estimated from the difference between the means of
     the two halves of the corpus.
@@ -80,6 +83,7 @@ def corpus_means(
         mask: 1 (or True) for each real token and 0 for padding, which does not count. None means
             that all tokens are real.
         progress: show a progress bar.
+        kind: whether the nodes are channels or components, as in `PruneConfig.nodes`.
 
     Raises:
         HookNameError: if the hook points of the model do not carry nodes.
@@ -105,7 +109,7 @@ def corpus_means(
         for rows, real in zip(corpus.tensor_split(2), is_real.tensor_split(2), strict=True):
             masks = None if mask is None else real.split(n_rows)
             batches = _counted_by(bar, rows.split(n_rows))
-            means.append(_means(model, batches, embed, masks))
+            means.append(_means(model, batches, embed, masks, kind))
             n_tokens.append(int(real.sum()))
     error = _standard_error(*means)
     if error > LARGEST_ERROR:
@@ -135,7 +139,9 @@ def _standard_error(first_half: NodeValues, second_half: NodeValues) -> float:
     return float((first - second).norm() / size)
 
 
-def task_means(model: TLModel, train: TaskData, embed: bool) -> NodeValues:
+def task_means(
+    model: TLModel, train: TaskData, embed: bool, kind: NodeKind = "channels"
+) -> NodeValues:
     """The mean activations over the prompts of a task."""
     batches = []
     masks = []
@@ -144,7 +150,7 @@ def task_means(model: TLModel, train: TaskData, embed: bool) -> NodeValues:
         tokens = train.tokens[train.last == last, : last + 1]
         batches.append(tokens)
         masks.append(torch.ones_like(tokens))
-    means = _means(model, batches, embed, masks)
+    means = _means(model, batches, embed, masks, kind)
     dtype = at_least_float32(next(model.parameters()).dtype)
     return {name: mean.to(dtype) for name, mean in means.items()}
 
@@ -154,11 +160,12 @@ def _means(
     batches: Iterable[Int[Tensor, "batch pos"]],
     embed: bool,
     masks: Iterable[Tensor] | None,
+    kind: NodeKind,
 ) -> NodeValues:
     """The means in float64, or in the widest dtype of the device."""
     with frozen(model), shared_reads(model):
-        hooks = gated_hooks(model, embed)
-        if is_sparse_model(model):
+        hooks = gated_hooks(model, embed, kind)
+        if is_sparse_model(model) and kind == "channels":
             # Cutting edges that leave heads needs the means of hook_z. Edges of other models cannot
             # be cut.
             hooks += [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]

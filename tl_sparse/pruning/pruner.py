@@ -14,7 +14,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.arguments import checked
-from tl_sparse.circuits import Circuit, Edge, Node, circuit_task, fingerprint, shared_reads
+from tl_sparse.circuits import (
+    Circuit,
+    Edge,
+    Node,
+    check_channels,
+    circuit_task,
+    fingerprint,
+    shared_reads,
+)
 from tl_sparse.errors import ArgumentError, CircuitError, PruneError, counted, warn_user
 from tl_sparse.evaluation import (
     Evaluation,
@@ -92,11 +100,16 @@ def prune(
         _check_full_model(model, task, selection, config)
         measured: dict[str, Any] = {}
         if config.means_over == "task":
-            means = task_means(model, train, config.embed_gates)
+            means = task_means(model, train, config.embed_gates, config.nodes)
         elif not means:
             corpus = as_corpus(corpus, model)
             means = corpus_means(
-                model, corpus, config.batch_size, config.embed_gates, progress=progress
+                model,
+                corpus,
+                config.batch_size,
+                config.embed_gates,
+                progress=progress,
+                kind=config.nodes,
             )
         if corpus is not None:
             measured["corpus_tokens"] = corpus.numel()
@@ -132,6 +145,7 @@ def find_circuit(
     Raises:
         PruneError: if no set of nodes that the search tries is a circuit, or edges are to be cut in
             a model that is not of this package.
+        UnsupportedError: if edges are to be cut between components.
         ArgumentError: for an unknown stage.
         CircuitError: if the means of a hook point are missing.
         TokenizerError, ConfigError, TaskError, DataError, UnsupportedError, HookNameError: as for
@@ -143,11 +157,12 @@ def find_circuit(
         _check_can_be_held(model, config)
         train, selection, _ = encoded_splits(model, task, split_pairs(task, config), config)
         if config.means_over == "task":
-            means = task_means(model, train, config.embed_gates)
+            means = task_means(model, train, config.embed_gates, config.nodes)
         empty = _empty_circuit(model, task, without_inference(means), config)
         selection = ready_for(config.objective, model, selection, config.batch_size)
         circuit = _smallest(empty, model, train, selection, config, stage=stage)
         if stage == "edges":
+            _check_edges_can_be_cut(circuit)
             criterion = Criterion.of_config(circuit, model, config)
             circuit = _without_superfluous_edges(circuit, criterion, selection, progress=False)
         return _recorded(circuit, config)
@@ -155,7 +170,7 @@ def find_circuit(
 
 def _check_can_be_held(model: TLModel, config: PruneConfig) -> None:
     """Raise an error if the model's nodes or, where that is asked for, its norms cannot be held."""
-    gated_hooks(model, config.embed_gates)
+    gated_hooks(model, config.embed_gates, config.nodes)
     if config.freeze_norms:
         check_norms_can_be_held(model)
 
@@ -201,12 +216,17 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
 def _empty_circuit(model: TLModel, task: Task, means: NodeValues, config: PruneConfig) -> Circuit:
     """A circuit that keeps no node; its masks cover all nodes that pruning can keep."""
     nothing_kept = {}
-    names = gated_hooks(model, config.embed_gates)
+    names = gated_hooks(model, config.embed_gates, config.nodes)
     missing = [name for name in names if name not in means]
     if missing:
-        raise CircuitError(f"no means at {', '.join(missing)}; corpus_means gives them all")
+        raise CircuitError(
+            f"no means at {', '.join(missing)}; corpus_means(…, kind={config.nodes!r}) gives all"
+        )
+    if config.nodes == "components":
+        means = {name: means[name] for name in names}
     for name in names:
-        nothing_kept[name] = torch.zeros_like(means[name], dtype=torch.bool)
+        like_nodes = means[name][..., :1] if config.nodes == "components" else means[name]
+        nothing_kept[name] = torch.zeros_like(like_nodes, dtype=torch.bool)
     model_name = str(getattr(model.cfg, "model_name", None) or "")
     return Circuit(
         nothing_kept,
@@ -298,9 +318,11 @@ def prune_edges(
     Raises:
         PruneError: if `model` is not a model of this package, or the given circuit misses the
             target loss, under a subset too if `robust` asks for that, or is not necessary.
+        UnsupportedError: if the circuit's nodes are components.
         CircuitError: if `model` is not the circuit's model; or if no task is given, and the
             circuit's own is not known.
     """
+    _check_edges_can_be_cut(circuit)
     config = as_config(config)
     task = circuit_task(circuit, task)
     pairs = split_pairs(task, config)
@@ -317,6 +339,10 @@ def prune_edges(
         smaller = _without_superfluous_edges(circuit, criterion, selection, progress)
         smaller = dataclasses.replace(smaller, pairs=_pairs_to_keep(task, pairs))
         return _judged(smaller, model, selection, heldout, config, {}, progress)
+
+
+def _check_edges_can_be_cut(circuit: Circuit) -> None:
+    check_channels(circuit, "edges between components are no single weights and cannot be cut")
 
 
 def _without_superfluous_edges(

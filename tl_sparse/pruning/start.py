@@ -34,6 +34,7 @@ def initial_gates(empty: Circuit, model: TLModel, config: PruneConfig) -> NodeGa
         temperature=config.temperature,
         seed=config.seed,
         tied=_tied_keys(empty, model) if config.tied_qk else None,
+        vectors=empty.component_hooks,
     )
 
 

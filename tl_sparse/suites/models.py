@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tl_sparse.checkpoints import find, is_dense, open_with_corpus
+from tl_sparse.circuits import NodeKind
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, corpus_means
 from tl_sparse.suites.content import check_unchanged, content_of_model
@@ -38,7 +39,8 @@ def loaded(
         SuiteError: if the model or its corpus has other contents.
     """
     expected = frozenset(contents.items())
-    return _loaded(source, corpus, device, config.batch_size, config.embed_gates, expected)
+    gated = (config.embed_gates, config.nodes)
+    return _loaded(source, corpus, device, config.batch_size, *gated, expected)
 
 
 # Jobs are ordered by model, so one is enough. The contents belong to the key: a later suite of this
@@ -50,8 +52,9 @@ def _loaded(
     device: str | None,
     batch_size: int,
     embed: bool,
+    kind: NodeKind,
     expected: frozenset[tuple[str, str]],
 ) -> tuple[TLModel, Tensor, NodeValues]:
     model, tokens = open_with_corpus(source, corpus, device)
     check_unchanged(dict(expected), content_of_model(model_name(source), model, tokens))
-    return model, tokens, corpus_means(model, tokens, batch_size, embed)
+    return model, tokens, corpus_means(model, tokens, batch_size, embed, kind=kind)

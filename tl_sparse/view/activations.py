@@ -16,10 +16,32 @@ from tl_sparse.view.writing import Vocabulary, activation_levels, four_digits
 
 @dataclass(frozen=True)
 class NodePoint:
-    """Where the activation of a node is found: the name of the hook point, and the index there."""
+    """Where the activation of a node is found.
+
+    Attributes:
+        hook: the name of the hook point.
+        index: the index of the node there.
+        is_component: whether the node is a component, whose activation is a vector.
+        mean: the mean of a component; None if the circuit has no means, and for channels.
+    """
 
     hook: str
     index: int
+    is_component: bool = False
+    mean: Float[Tensor, " entry"] | None = None
+
+    def values(self, activation: Float[Tensor, "batch pos *node"]) -> Float[Tensor, "batch pos"]:
+        """The value of the node at each position: of a channel, its activation; of a component, how
+        far its output is from its mean or, if that is not known, from zero.
+        """
+        if not self.is_component:
+            return activation.flatten(2)[..., self.index]
+        outputs = activation
+        if activation.ndim == 4:  # with an axis for heads
+            outputs = activation[:, :, self.index]
+        if self.mean is not None:
+            outputs = outputs - self.mean.to(outputs)
+        return outputs.norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,14 @@ class NodeRun:
 def node_points(circuit: Circuit, nodes: Iterable[Node]) -> list[NodePoint]:
     """Where the activations of `nodes` are found."""
     hooks = circuit.hooks
-    return [NodePoint(hooks[node.layer, node.location], node.index) for node in nodes]
+    points = []
+    for node in nodes:
+        hook = hooks[node.layer, node.location]
+        mean = None
+        if node.is_component and circuit.means:
+            mean = circuit.means[hook].view(circuit.kept[hook].numel(), -1)[node.index]
+        points.append(NodePoint(hook, node.index, node.is_component, mean))
+    return points
 
 
 def run_nodes(
@@ -60,7 +89,7 @@ def run_nodes(
         logits = model(tokens)
     values = []
     for point in points:
-        values.append(activations[point.hook].flatten(2)[..., point.index])
+        values.append(point.values(activations[point.hook]))
     patterns = {}
     for layer, head in heads:
         patterns[f"{layer}.{head}"] = activations[_pattern_hook(layer)][:, head].float()

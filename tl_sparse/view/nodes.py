@@ -33,8 +33,8 @@ class PageNode:
         label: the user's own words for the node; see `Circuit.with_labels`.
         kind: a description of the nodes at this location.
         head: the number of the head; None at locations without heads.
-        mean: the mean at which the node is held when it is ablated; None if the circuit has no
-            means.
+        mean: the mean at which the node is held when it is ablated; None for components, whose mean
+            is a vector, and if the circuit has no means.
         effect: by how much the task loss rises when this node alone is held at its mean; None if
             it is not measured.
         passages: the passages with the most positive activations, and those with the most negative
@@ -45,7 +45,8 @@ class PageNode:
             largest negative weights in the embedding or unembedding, each with its weight.
         rank: how many nodes of the circuit are more important; None if it is not measured.
         scale: the activation that is written as `LIMITS.activation_levels`.
-        histogram: a histogram of the activations on the corpus; None without a corpus.
+        histogram: a histogram of the activations on the corpus; None without a corpus. The
+            activation of a component is the distance of its output from its mean.
     """
 
     name: str
@@ -83,8 +84,10 @@ def page_nodes(
         head = None
         if LOCATIONS[node.location].is_by_head:
             head = node.index // model.cfg.d_head
+        elif node.location == "head":
+            head = node.index
         mean = None
-        if circuit.means:
+        if circuit.means and not node.is_component:
             mean = four_digits(circuit.means[point.hook].flatten()[node.index])
         page_node = PageNode(
             name=str(node),

@@ -40,6 +40,8 @@ _WITHOUT_EDGES = {
     "mlp_in": "nothing kept uses what it reads",
     "mlp_neuron": f"{_CONSTANT}, and nothing kept uses it",
     "mlp_out": "nothing kept leads to it, so it writes its bias everywhere",
+    "head": "no other component of the circuit reads it, or is read by it",
+    "mlp": "no other component of the circuit reads it, or is read by it",
 }
 
 

@@ -11,7 +11,7 @@ function edgeTable(vertex, side, kind, title) {
   const listed = found.slice(0, LISTED_EDGES);
   const isWeighted = kind !== "join";
   const hasProducts =
-    isWeighted && prompts.length > 0 && !vertex[side].some((l) => l.source.terminal);
+    isWeighted && prompts.length > 0 && !vertex[side].some((l) => hasNoValue(l.source));
   const largest = d3.max(listed, (link) => Math.abs(link.weight ?? 0));
   const rows = listed.map((link) => {
     const cells = [make("td", {}, nameOfEnd(link[end]))];
@@ -34,6 +34,11 @@ function edgeTable(vertex, side, kind, title) {
   ];
 }
 
+/** Whether the end of a link has no value that its weight could multiply. */
+function hasNoValue(end) {
+  return end.terminal || isComponent(end.node);
+}
+
 function edgeTableHead(hasProducts) {
   const cells = ["", "", "weight"];
   if (hasProducts) cells.push(...(sidesOfPair() === 1 ? ["× value"] : ["× left", "× right"]));
@@ -46,7 +51,7 @@ function edgeTableHead(hasProducts) {
 
 /** What the columns with products mean. */
 function productNote(vertex) {
-  const found = [...vertex.in, ...vertex.out].filter((link) => link.kind === "edge");
+  const found = edgesOf(vertex).filter((link) => !isComponent(link.source.node));
   if (!prompts.length || !found.length) return null;
   const at = prompts[state.pair].map((side, s) => tokenElement(side.tokens[chosenToken(s)]));
   const throughHead = found.some((link) => link.source.node.location === "attn_v");

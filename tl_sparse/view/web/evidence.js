@@ -45,7 +45,8 @@ function histogramOf(node) {
   plot.append("text").attr("y", 71).text(number(low));
   plot.append("text").attr("y", 71).attr("x", width).attr("text-anchor", "end").text(number(high));
   const scale = "Counts are logarithmic" + (node.mean == null ? "." : "; the line is the mean.");
-  return [heading("Activations in the corpus"), plot.node(), note(scale)];
+  const what = isComponent(node) ? "Distances of the output from its mean" : "Activations";
+  return [heading(`${what} in the corpus`), plot.node(), note(scale)];
 }
 
 /** The passages of the task's prompts where a node is strongest, one side of a pair at most. */

@@ -2,7 +2,7 @@
 //
 // Vertices are the nodes of the circuit, then the tokens of the task, then its candidates. A link
 // is of one of four kinds:
-//   edge     a weight between two nodes;
+//   edge     a weight between two nodes, or a path between two components;
 //   end      a weight of the embedding (token to read) or of the unembedding (write to candidate);
 //   join     a write, and a later read of the same residual channel;
 //   pattern  a query or key channel, and a value channel of its head: the pattern that the first
@@ -29,12 +29,20 @@ function cost(node) {
 }
 
 function nodeVertex(node, i) {
-  const row = `${node.layer}.${node.head != null ? "qkv" : node.location}`;
+  const isInHead = node.head != null && !isComponent(node);
+  const row = `${node.layer}.${isInHead ? "qkv" : node.location}`;
   return { i, node, name: node.name, short: shortName(node), row };
+}
+
+/** Whether a node is the output of a whole head or MLP, whose value is a distance from its mean. */
+function isComponent(node) {
+  return ["head", "mlp"].includes(node.location);
 }
 
 /** The name of a node within its row: "v7" in the box of its head, "p2" for a position channel. */
 function shortName(node) {
+  if (node.location === "head") return `h${node.index}`;
+  if (node.location === "mlp") return "MLP";
   if (node.head != null) return node.location.at(-1) + node.name.split(".").at(-1);
   return String(node.channel ?? node.index);
 }
@@ -78,7 +86,7 @@ function joinLinks() {
 
 function patternLinks() {
   const found = [];
-  const inHeads = vertices.filter((v) => v.node?.head != null);
+  const inHeads = vertices.filter((v) => v.node?.head != null && !isComponent(v.node));
   for (const head of d3.group(inHeads, (v) => `${v.node.layer}.${v.node.head}`).values()) {
     const values = head.filter((v) => v.node.location === "attn_v");
     for (const source of head.filter((v) => v.node.location !== "attn_v")) {
@@ -122,6 +130,9 @@ function whyWithoutEdges(vertex) {
   const atEnds = [...vertex.in, ...vertex.out].filter((link) => link.kind === "end");
   if (joins.length || atEnds.length) {
     reasons.push("Only the residual stream joins it to others; see below.");
+  }
+  if (isComponent(node)) {
+    reasons.push("No other component of the circuit reads it, or is read by it.");
   }
   if (!reasons.length) {
     reasons.push("Nothing joins it to another node: no weight, channel or attention pattern.");

@@ -10,9 +10,11 @@ const LOCATIONS = [
   ["attn_in", "reads"],
   ["qkv", "q, k, v"],
   ["attn_out", "writes"],
+  ["head", "heads"],
   ["mlp_in", "reads"],
   ["mlp_neuron", "neurons"],
   ["mlp_out", "writes"],
+  ["mlp", "MLP"],
 ];
 const MARGIN = 28; // the room around the picture
 const NEAREST = 9; // the least distance between two nodes of a row
@@ -25,7 +27,7 @@ function allRows() {
   const rows = [{ key: "embedding", label: "tokens", block: "Embedding" }];
   for (let layer = 0; layer < summary.layers; layer++) {
     LOCATIONS.forEach(([location, label], i) => {
-      let block = `Layer ${layer} ${i < 4 ? "attention" : "MLP"}`;
+      let block = `Layer ${layer} ${i < 5 ? "attention" : "MLP"}`;
       if (location === "embed_out") block = "Embedding";
       rows.push({ key: `${layer}.${location}`, label, block });
     });

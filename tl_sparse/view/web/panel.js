@@ -144,7 +144,8 @@ function showNode(vertex) {
 
 function nodeHeading(node) {
   let place = `Layer ${node.layer}, ${node.kind}`;
-  if (node.head != null) place += `: head ${node.head}, channel ${node.name.split(".").at(-1)}`;
+  if (node.head != null) place += `: head ${node.head}`;
+  if (node.head != null && !isComponent(node)) place += `, channel ${node.name.split(".").at(-1)}`;
   else if (node.channel != null) place += `: ${channelName(node)}`;
   const link = make(
     "a",
