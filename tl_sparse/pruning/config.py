@@ -34,8 +34,8 @@ class PruneConfig:
 
     Attributes:
         nodes: whether the nodes of the circuit are channels or components, the outputs of whole
-            heads and MLPs. Channels are the entries of activations, as in the paper. Components are far
-            fewer and so are found faster, in dense models too, but their edges cannot be cut.
+            heads and MLPs. Channels are the entries of activations, as in the paper. Components are
+            far fewer and so are found faster, in dense models too; their edges cannot be cut.
         target_loss: the loss that the circuit must reach on the selection pairs, in nats. The
             paper's is 0.15.
         objective: what the target loss measures. "candidates" is the choice between the task's two
