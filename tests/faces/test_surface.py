@@ -488,6 +488,12 @@ def test_run_with_cache_stops_before_a_layer():
     assert model.run_with_cache(tokens)[0].shape == (2, 8, 11)  # nothing stays behind
 
 
+def test_the_device_is_that_of_the_weights():
+    model = tiny_model()
+    assert model.device == torch.device("cpu")
+    assert model.to("meta").device == torch.device("meta")
+
+
 @pytest.mark.parametrize("attn_sinks", [True, False])
 def test_a_hook_may_write_into_z(attn_sinks):
     model = tiny_model(full_config(attn_sinks=attn_sinks), dtype=torch.float64)

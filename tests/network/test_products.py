@@ -390,6 +390,25 @@ def test_a_nonlinearity_in_place_is_not_seen(act_fn):
     assert pickle.loads(pickle.dumps(model.network.blocks[0].mlp)).act_fn == act_fn
 
 
+def test_a_hook_point_whose_forward_is_replaced_sees_what_others_see():
+    """nnsight reads activations so: the nonlinearity is not in place, the pattern is computed."""
+    model = tiny_model(tiny_config()).requires_grad_(False)
+    tokens = random_tokens(model)
+    logits, cache = model.run_with_cache(tokens)
+    seen = {}
+    names = ["blocks.0.mlp.hook_pre", "blocks.0.attn.hook_pattern"]
+    for name in names:
+
+        def remember(x, name=name):
+            seen[name] = x
+            return x
+
+        model.hook_dict[name].forward = remember
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-5, atol=1e-6)
+    for name in names:
+        torch.testing.assert_close(seen[name], cache[name], rtol=0, atol=0)
+
+
 # Weights that are not there densely
 
 

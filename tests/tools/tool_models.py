@@ -65,4 +65,4 @@ def requires(module, line=None):
     if line not in (None, LINE):
         pytest.skip(f"{module} needs TransformerLens {line}", allow_module_level=True)
     if find_spec(module) is None:
-        pytest.skip(f"{module} is not installed (the extra `tools`)", allow_module_level=True)
+        pytest.skip(f"{module} is not installed (see pyproject.toml)", allow_module_level=True)

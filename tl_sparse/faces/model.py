@@ -115,6 +115,11 @@ class SparseModel(nn.Module):
         """The architecture; `model.cfg` is TransformerLens' view of it."""
         return self.network.cfg
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights; tools such as captum and pyvene move their inputs to it."""
+        return self.network.embed.W_E.device
+
     def save_pretrained(
         self, folder: str | Path, dense: bool = False, overwrite: bool = False
     ) -> None:

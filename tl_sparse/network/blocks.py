@@ -59,8 +59,13 @@ def _is_used(hook_point: nn.Module) -> bool:
     """Whether anything may read or change the activation at this hook point."""
     if not isinstance(hook_point, HookPoint):
         return True  # a tool such as SAELens has replaced it by a module of its own
+    if "forward" in vars(hook_point):
+        return True  # a tool such as nnsight has replaced its forward method
     return bool(
-        hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks
+        hook_point._forward_hooks
+        or hook_point._forward_pre_hooks
+        or hook_point._backward_hooks
+        or hook_point._backward_pre_hooks
     )
 
 
