@@ -13,6 +13,7 @@ from .norms import check_norms_can_be_held as check_norms_can_be_held
 from .norms import holding_norms as holding_norms
 from .norms import norm_scale_hooks as norm_scale_hooks
 from .permuting import permuted_weights as permuted_weights
+from .points import HookFn as HookFn
 from .points import NodeMasks as NodeMasks
 from .points import NodeValues as NodeValues
 from .points import TLModel as TLModel

@@ -1,3 +1,7 @@
+from .bridges.config import BridgeConfig as BridgeConfig
+from .bridges.loading import load_bridges as load_bridges
+from .bridges.pair import Bridges as Bridges
+from .bridges.train import train_bridges as train_bridges
 from .checkpoints.corpus_sample import load_corpus as load_corpus
 from .checkpoints.loading import create as create
 from .checkpoints.loading import load as load

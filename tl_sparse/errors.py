@@ -51,6 +51,10 @@ class CircuitError(TLSparseError, ValueError):
     """A circuit does not fit: it is from another model, or its shapes or nodes are wrong."""
 
 
+class BridgeError(TLSparseError, ValueError):
+    """A dense and a sparse model, or the bridges between them, do not fit each other."""
+
+
 class PruneError(TLSparseError, RuntimeError):
     """No circuit is found: the full model, or every set of nodes that was tried, fails."""
 

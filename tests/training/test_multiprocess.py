@@ -205,12 +205,12 @@ TRACKED = dataclasses.replace(SHORT, track="wandb")
 
 
 def spoil_the_loss(monkeypatch):
-    real = tl_sparse.training.trainer.next_token_loss
+    real = tl_sparse.training.objective.next_token_loss
 
     def not_a_number(*arguments):
         return real(*arguments) * float("nan")
 
-    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", not_a_number)
+    monkeypatch.setattr("tl_sparse.training.objective.next_token_loss", not_a_number)
 
 
 def test_a_tracker_gets_what_is_logged(tracked, tmp_path):

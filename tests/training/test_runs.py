@@ -213,20 +213,20 @@ def test_signals_are_as_they_were_afterwards(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_before_it_does_harm(tmp_path, monkeypatch):
-    real = tl_sparse.training.trainer.next_token_loss
+    real = tl_sparse.training.objective.next_token_loss
     calls = []
 
     def spoiled(logits, tokens):
         calls.append(1)
         return real(logits, tokens) * (float("nan") if len(calls) == 10 else 1.0)
 
-    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", spoiled)
+    monkeypatch.setattr("tl_sparse.training.objective.next_token_loss", spoiled)
     with pytest.raises(
         TrainError,
         match=r"training ended after step 9 of 60: the loss went from .* to nan; a smaller",
     ):
         train(CONFIG, tmp_path / "run", device="cpu", progress=False)
-    monkeypatch.setattr("tl_sparse.training.trainer.next_token_loss", real)
+    monkeypatch.setattr("tl_sparse.training.objective.next_token_loss", real)
     train(CONFIG, tmp_path / "run", device="cpu", progress=False, resume=True)
 
 

@@ -1,5 +1,6 @@
 from .contents import contents_of as contents_of
 from .contents import no_circuit as no_circuit
+from .contents import resuming_command as resuming_command
 from .corpus_sample import CORPUS_ROWS as CORPUS_ROWS
 from .corpus_sample import CORPUS_SAMPLE as CORPUS_SAMPLE
 from .corpus_sample import load_corpus as load_corpus
@@ -14,3 +15,4 @@ from .loading import load as load
 from .native import save_model as save_model
 from .network import resolve_device as resolve_device
 from .sources import find as find
+from .sparse_pretrain import sparse_pretrain_settings as sparse_pretrain_settings

@@ -23,6 +23,7 @@ OWN_TYPES = ("tl_sparse", "circuitgpt")
 _MARKS: dict[str, Contents] = {
     "circuit.json": "circuit",
     "beeg_config.json": "model",
+    "sparse_model.bin": "model",
     "run.json": "unfinished run",
     "results.json": "suite",
     "family.json": "family",
@@ -57,7 +58,7 @@ def no_model(folder: Path) -> str:
     if contents == "circuit":
         return f"{folder} holds a circuit, not a model{_model_of_circuit(folder)}"
     if contents == "unfinished run":
-        command = shlex.join(["tl-sparse", "train", "--resume", "--out", str(folder)])
+        command = resuming_command(folder)
         return f"{folder} holds an unfinished training run, not a model yet; `{command}` goes on"
     if contents == "suite":
         return f"{folder} holds the results of a suite, not a model"
@@ -65,6 +66,16 @@ def no_model(folder: Path) -> str:
         return f"{folder} holds a family of circuits, not a model"
     files = "neither config.json (ours) nor beeg_config.json (OpenAI's)"
     return f"{folder} holds no model: {files}{_inside(folder, ('model', 'dense model'))}"
+
+
+def resuming_command(folder: Path) -> str:
+    """The command that continues the unfinished training run in a folder."""
+    values: dict[str, Any] = {}
+    with suppress(CheckpointError):  # the command says best what is wrong with it
+        values = read_json(folder / "run.json")
+    objective = values.get("objective")
+    command = objective.get("command") if isinstance(objective, dict) else "train"
+    return shlex.join(["tl-sparse", str(command), "--resume", "--out", str(folder)])
 
 
 def no_circuit(folder: Path) -> str:

@@ -6,7 +6,7 @@ from tl_sparse.checkpoints.contents import a_dense_model, contents_of, no_model
 from tl_sparse.checkpoints.native import MODEL_FILES, read_native_model
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.checkpoints.openai import read_circuitgpt_model, read_openai_model
-from tl_sparse.checkpoints.sparse_pretrain import read_sparse_pretrain_model
+from tl_sparse.checkpoints.sparse_pretrain import BRIDGED_WEIGHTS, read_sparse_pretrain_model
 from tl_sparse.errors import CheckpointError
 from tl_sparse.files import read_json
 from tl_sparse.outputs import finish_replacing
@@ -26,11 +26,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return read_openai_model(folder)
     finish_replacing(MODEL_FILES, folder)
     path = folder / "config.json"
+    if not path.is_file() and (folder / BRIDGED_WEIGHTS).is_file():
+        return read_sparse_pretrain_model(folder)
     if not path.is_file():
         raise CheckpointError(no_model(folder))
     values = read_json(path)
     if "model_config" in values:
-        return read_sparse_pretrain_model(folder, values)
+        return read_sparse_pretrain_model(folder)
     reader = _READERS.get(str(values.get("model_type")))
     if reader is None:
         if "auto_map" not in values and contents_of(folder) == "dense model":

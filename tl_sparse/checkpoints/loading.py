@@ -1,6 +1,8 @@
 """`load` and `create`: TransformerLens models from a checkpoint, or from a config and a seed."""
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +14,7 @@ from tl_sparse.checkpoints.network import build_network, resolve_device, resolve
 from tl_sparse.checkpoints.sources import find, openai_tokenizer
 from tl_sparse.config import check
 from tl_sparse.data import find_tokenizer, load_tokenizer
-from tl_sparse.errors import TokenizerError
+from tl_sparse.errors import TokenizerError, warn_user
 from tl_sparse.faces import wrap
 from tl_sparse.files import printable_name, read_json
 from tl_sparse.kernels import kernel
@@ -32,13 +34,15 @@ def load(
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     kernels: Kernels = "auto",
     dense_weights: bool = True,
+    abs_topk: Mapping[str, float] | None = None,
 ) -> Any:
     """Load a model as a true TransformerLens model, in eval mode.
 
     It is a `HookedTransformer` on TransformerLens 3 and a `TransformerBridge` on TransformerLens 4.
     The supported formats are ours (`config.json` and `model.safetensors`), OpenAI's model folders
-    (`beeg_config.json` and `final_model.pt`), the model that OpenAI packaged for the hub, and that
-    of sparse_pretrain. No code that comes with a model is run.
+    (`beeg_config.json` and `final_model.pt`), the model that OpenAI packaged for the hub, and those
+    of sparse_pretrain. A model with bridges to a dense one is opened without them; see
+    `tl_sparse.load_bridges`. No code that comes with a model is run.
 
     Args:
         source: a folder, or a name that `tl_sparse.checkpoints.find` accepts.
@@ -55,10 +59,14 @@ def load(
         dense_weights: False keeps only the nonzero weights of the blocks in memory, for inspection
             and inference. `W_in` and the other weights are then not parameters; each access makes
             a dense copy. Without numba, every product makes such a copy.
+        abs_topk: the AbsTopK of the model, location → fraction kept, instead of what its files say;
+            see `SparseConfig.abs_topk`. For published models with bridges, whose files contradict
+            each other, None means AbsTopK as it was in training, which a warning says.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
-        ConfigError: for a bad configuration value, `device`, `dtype`, `kernels` or `dense_weights`.
+        ConfigError: for a bad configuration value, `device`, `dtype`, `kernels`, `dense_weights` or
+            `abs_topk`.
         TokenizerError: if `tokenizer` is not a tokenizer, cannot be read, or has more tokens than
             the vocabulary of the model.
     """
@@ -72,6 +80,10 @@ def load(
     folder = find(source, revision)
     is_local = Path(source).is_dir()
     checkpoint = read_checkpoint(folder)
+    if abs_topk is not None:
+        checkpoint = replace(checkpoint, config=replace(checkpoint.config, abs_topk=abs_topk))
+    elif checkpoint.remark:
+        warn_user(checkpoint.remark)
     if tokenizer is None:
         tokenizer = _tokenizer_for(folder, checkpoint.config, is_local)
     if isinstance(tokenizer, str | Path):

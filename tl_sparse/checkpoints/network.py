@@ -34,10 +34,12 @@ class Checkpoint:
         config: the architecture.
         tensors: the state dict, in our names and shapes. The tensors are views of the file and not
             yet checked; `build_network` checks and copies them.
+        remark: what the user should know about how the files were read; "" if nothing.
     """
 
     config: SparseConfig
     tensors: dict[str, Tensor | Compact]
+    remark: str = ""
 
 
 def build_network(

@@ -27,10 +27,10 @@ _BUNDLED = {
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: The files that are fetched from a hub repository: only data, no code.
-_DATA = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
+_DATA = ["*.json", "*.jsonl", "*.yaml", "*.safetensors", "*.txt", "*.tiktoken", "README.md"]
 _SAFETENSORS = ("model.safetensors", "circuit.safetensors")
 #: The files that are also fetched if the repository has no safetensors file.
-_PICKLES = ["pytorch_model*.bin", "final_model.pt"]
+_PICKLES = ["pytorch_model*.bin", "final_model.pt", "sparse_model.bin", "bridges.bin"]
 _DESCRIBED_BY = ("config.json", "beeg_config.json", "circuit.json")
 
 STORAGE = "https://openaipublic.blob.core.windows.net/circuit-sparsity/models"

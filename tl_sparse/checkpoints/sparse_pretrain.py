@@ -1,19 +1,31 @@
 """Models of the community project sparse_pretrain.
 
 Their folders hold a `config.json` with a model_config, and `model.safetensors` or
-`pytorch_model.bin`.
+`pytorch_model.bin`. The folder of a sparse model with bridges to a dense one holds
+`sparse_model.bin` instead, and usually `training_config.yaml`, the whole configuration of its
+training. A checkpoint of such a training has that configuration in the folder above.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tl_sparse.checkpoints.network import Checkpoint
 from tl_sparse.checkpoints.openai import convert, without_buffers
 from tl_sparse.checkpoints.values import check_keys, check_known, take_flag, take_size
 from tl_sparse.config import check
-from tl_sparse.files import errors_name_file, read_state_dict, read_tensors
+from tl_sparse.errors import CheckpointError
+from tl_sparse.files import (
+    errors_name_file,
+    read_json,
+    read_state_dict,
+    read_tensors,
+    read_yaml,
+)
 from tl_sparse.network import PAPER_TOPK_LOCATIONS, SparseConfig
 
 #: Keys of the sparsity_config that affect only training.
@@ -33,20 +45,179 @@ _LOCATIONS = {
 }
 
 
-def read_sparse_pretrain_model(folder: Path, values: Mapping[str, Any]) -> Checkpoint:
-    """Read a folder of sparse_pretrain; `values` are the contents of its config.json."""
-    with errors_name_file(folder / "config.json"):
-        config = sparse_pretrain_config(values)
-    weights = folder / "model.safetensors"
-    if weights.is_file():
+#: The keys of a sparsity_config that say where AbsTopK is.
+_TOPK_KEYS = (
+    "enable_activation_sparsity",
+    "activation_topk_fraction",
+    "activation_sparsity_locations",
+)
+#: The weights of a sparse model that was trained with bridges.
+BRIDGED_WEIGHTS = "sparse_model.bin"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", BRIDGED_WEIGHTS)
+_TRAINING_CONFIG = "training_config.yaml"
+#: The file that has the whole configuration, in the folder above a checkpoint.
+_RUN_CONFIGS = ("config.yaml", _TRAINING_CONFIG)
+_CAUSAL_MASK = "attn.causal_mask"
+
+
+@dataclass(frozen=True)
+class SparsePretrainSettings:
+    """What the files of a model say about it.
+
+    Attributes:
+        file: the file with the architecture, for messages.
+        model: its section model_config.
+        sparsity: its section sparsity_config; None if there is none.
+        bridges: its section bridges_config; empty for a model without bridges.
+        dense: the name of the dense model that the bridges lead to; "" if it is not known.
+        remark: which of two files that contradict each other was followed; "" if none do.
+    """
+
+    file: Path
+    model: Mapping[str, Any]
+    sparsity: Mapping[str, Any] | None
+    bridges: Mapping[str, Any]
+    dense: str = ""
+    remark: str = ""
+
+
+def sparse_pretrain_settings(folder: Path) -> SparsePretrainSettings:
+    """Read the settings of a model folder, or of a checkpoint of a training with bridges.
+
+    The `config.json` of published models with bridges leaves out at which locations AbsTopK was in
+    training, so that `training_config.yaml` decides where both are there.
+
+    Raises:
+        CheckpointError, ConfigError: if a file is missing or damaged, or a section is not a
+            mapping.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return _settings_of_run(folder)
+    values = read_json(path)
+    with errors_name_file(path):
+        settings = SparsePretrainSettings(
+            path,
+            _section(values, "model_config"),
+            _section(values, "sparsity_config") if "sparsity_config" in values else None,
+            _section(values, "bridges_config"),
+        )
+    name = settings.bridges.get("d_dense")
+    if isinstance(name, str):
+        settings = replace(settings, dense=name)
+    training = folder / _TRAINING_CONFIG
+    if training.is_file():
+        settings = _as_trained(settings, training)
+    return settings
+
+
+def _settings_of_run(folder: Path) -> SparsePretrainSettings:
+    """The settings of a checkpoint, whose run has them in the folder above."""
+    for name in _RUN_CONFIGS:
+        path = folder.parent / name
+        if path.is_file():
+            return _run_settings(path)
+    names = " or ".join(_RUN_CONFIGS)
+    raise CheckpointError(
+        f"{folder} has no config.json, and the folder above, in which a run keeps its "
+        f"configuration, has no {names}"
+    )
+
+
+def _run_settings(path: Path) -> SparsePretrainSettings:
+    values = read_yaml(path)
+    with errors_name_file(path):
+        dense = _section(values, "dense_model")
+        name = dense.get("local_path") or dense.get("repo_id") or ""
+        check(isinstance(name, str), "dense_model", dense, "the name or path of a model")
+        return SparsePretrainSettings(
+            path,
+            _section(values, "sparse_model"),
+            _section(values, "sparsity"),
+            _section(values, "bridges"),
+            name,
+        )
+
+
+def _as_trained(settings: SparsePretrainSettings, path: Path) -> SparsePretrainSettings:
+    """The settings, with the AbsTopK and the kind of bridges of the run whose file `path` is."""
+    trained = _run_settings(path)
+    with errors_name_file(path):
+        check(trained.sparsity is not None, "sparsity", None, "a section of the file")
+    sparsity = dict(settings.sparsity or {})
+    for key in _TOPK_KEYS:
+        sparsity.pop(key, None)
+        if key in trained.sparsity:
+            sparsity[key] = trained.sparsity[key]
+    followed = replace(settings, sparsity=sparsity, bridges={**trained.bridges, **settings.bridges})
+    if not settings.dense:
+        followed = replace(followed, dense=trained.dense)
+    now = _config_of(followed).abs_topk
+    before = _config_of(settings).abs_topk
+    if now == before:
+        return followed
+    remark = (
+        f"{path} and {settings.file.name} disagree about where AbsTopK is; the model is opened "
+        f"as it was trained, with AbsTopK at {_listed(now)}, not at {_listed(before)} "
+        "(abs_topk=… chooses other locations)"
+    )
+    return replace(followed, remark=remark)
+
+
+def _listed(abs_topk: Mapping[str, float]) -> str:
+    return ", ".join(abs_topk) or "no location"
+
+
+def read_sparse_pretrain_model(folder: Path) -> Checkpoint:
+    """Read a folder of sparse_pretrain, or a checkpoint of one of its trainings with bridges."""
+    settings = sparse_pretrain_settings(folder)
+    config = _config_of(settings)
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} has no weights: none of {', '.join(_WEIGHTS)}")
+    if weights.suffix == ".safetensors":
         tensors = read_tensors(weights)
     else:
-        weights = folder / "pytorch_model.bin"
         tensors = read_state_dict(weights)
-    if not values["model_config"].get("use_flash_attention", True):
-        # sparse_pretrain then saves its causal mask too, and sinks that it does not use.
-        tensors = without_buffers(tensors, ("attn.causal_mask", "attn_fn.sink_logit"))
-    return convert(config, tensors, weights)
+    tensors = _without_causal_masks(tensors, config.n_ctx, weights)
+    if not settings.model.get("use_flash_attention", True):
+        # sparse_pretrain then saves sinks that it does not use.
+        tensors = without_buffers(tensors, ("attn_fn.sink_logit",))
+    checkpoint = convert(config, tensors, weights)
+    return replace(checkpoint, remark=settings.remark)
+
+
+def _without_causal_masks(
+    tensors: Mapping[str, Tensor], n_ctx: int, path: Path
+) -> dict[str, Tensor]:
+    """The tensors without the causal masks that models with explicit attention save.
+
+    Raises:
+        CheckpointError: if such a buffer is something else, since the model would then attend
+            otherwise than ours does.
+    """
+    for name, mask in tensors.items():
+        if not name.endswith(_CAUSAL_MASK):
+            continue
+        is_causal = mask.shape[-2:] == (n_ctx, n_ctx) and mask.numel() == n_ctx**2
+        if is_causal:
+            causal = torch.ones(n_ctx, n_ctx, dtype=torch.bool).tril()
+            is_causal = torch.equal(mask.reshape(n_ctx, n_ctx) != 0, causal)
+        if not is_causal:
+            raise CheckpointError(
+                f"{path}: {name} is not the causal mask [{n_ctx}, {n_ctx}], ones on and below the "
+                "diagonal; no other attention is supported"
+            )
+    return without_buffers(tensors, (_CAUSAL_MASK,))
+
+
+def _config_of(settings: SparsePretrainSettings) -> SparseConfig:
+    """The architecture that the settings describe; errors name the file."""
+    values: dict[str, Any] = {"model_config": settings.model}
+    if settings.sparsity is not None:
+        values["sparsity_config"] = settings.sparsity
+    with errors_name_file(settings.file):
+        return sparse_pretrain_config(values)
 
 
 def sparse_pretrain_config(values: Mapping[str, Any]) -> SparseConfig:

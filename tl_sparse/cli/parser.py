@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import tl_sparse
 from tl_sparse.cli.arguments import Parser, help_formatter
 from tl_sparse.cli.attacking import add_attack
+from tl_sparse.cli.bridging import add_bridge
 from tl_sparse.cli.certifying import add_certify
 from tl_sparse.cli.circuits import add_evaluate, add_export, add_view
 from tl_sparse.cli.compiling import add_compile
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND", title="commands", prog="tl-sparse"
     )
     add_train(commands)
+    add_bridge(commands)
     add_prune(commands)
     add_suite(commands)
     add_search(commands)

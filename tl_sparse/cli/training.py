@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -39,6 +40,17 @@ def add_train(commands: Commands) -> None:
         "Train a weight-sparse model.",
         _run_train,
     )
+    add_training_flags(parser)
+    add_running_flags(parser)
+
+
+def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add the flags of a training: the result, the settings, the model, the text and the update.
+
+    Args:
+        parser: the parser.
+        without: the fields of `SparseConfig` that get no flag.
+    """
     group = parser.add_argument_group("the result")
     group.add_argument(
         "--out",
@@ -71,13 +83,12 @@ def add_train(commands: Commands) -> None:
         "letter.",
     )
     laptop = preset("laptop")
-    model_fields = [field.name for field in fields(SparseConfig)]
+    model_fields = [field.name for field in fields(SparseConfig) if field.name not in without]
     data_fields = [field.name for field in fields(DataConfig) if field.name != "seed"]
     add_config_flags(parser.add_argument_group("the model"), laptop.model, *model_fields)
     add_config_flags(parser.add_argument_group("the text"), laptop.data, *data_fields)
     for title, names in TRAINING_FLAGS.items():
         add_config_flags(parser.add_argument_group(title), laptop, *names.split())
-    add_running_flags(parser)
 
 
 def _run_train(args: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ def packed_corpus(
     required: Sequence[str],
     folder: Path | None = None,
     about: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Corpus:
     """Train a tokenizer on the text of `config`, and pack the text as rows of tokens.
 
@@ -74,6 +75,8 @@ def packed_corpus(
         about: the `Corpus.about` of a corpus that was in `folder` before. If its files are still
             there and have not changed, they are read. Otherwise a warning names what has changed,
             and they are made again.
+        tokenizer: a tokenizer to use instead of training one; `d_vocab` and `required` then have
+            no effect.
 
     Raises:
         DataError: as for `load_documents` and `pack_tokens`, or if the files cannot be written, for
@@ -87,7 +90,8 @@ def packed_corpus(
         except (CheckpointError, DataError, TokenizerError) as error:
             warnings.warn(f"{error}; the text is packed again", stacklevel=2)
     documents = load_documents(config)
-    tokenizer = train_tokenizer(_tokenizer_text(documents), d_vocab, required)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(_tokenizer_text(documents), d_vocab, required)
     parent = None if folder is None else folder.parent
     try:
         if parent is not None:

@@ -1,8 +1,12 @@
 from .config import TrainConfig as TrainConfig
 from .config import laptop_model as laptop_model
 from .loop import train as train
+from .loop import train_towards as train_towards
 from .measures import evaluate_loss as evaluate_loss
+from .objective import Objective as Objective
+from .objective import next_token_loss as next_token_loss
 from .presets import PRESETS as PRESETS
 from .presets import RECIPES as RECIPES
 from .presets import preset as preset
 from .runs import config_of_run as config_of_run
+from .runs import settings_of_run as settings_of_run

@@ -21,13 +21,13 @@ from tl_sparse.config import as_config, check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import printable_name, read_json, write_json, write_tensors
-from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TASKS
 from tl_sparse.training.bigram import start_bigram_from_counts
 from tl_sparse.training.checkpoint_files import Checkpoint, read_checkpoint
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 from tl_sparse.training.monitor import Monitor, Stop
+from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.runs import (
     RECORD_FILE,
@@ -82,6 +82,18 @@ def train(
         TrainError: if training stops early, there is nothing to resume, `out` holds a run to be
             resumed, another process trains there, or a file cannot be written.
     """
+    return train_towards(Objective(), config, out, device, progress, resume)
+
+
+def train_towards(
+    objective: Objective,
+    config: TrainConfig | Mapping[str, Any] | None,
+    out: str | Path | None,
+    device: str | torch.device | None,
+    progress: bool,
+    resume: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """`train` with another objective than the next-token loss; the rest is as for `train`."""
     folder = _as_folder(out)
     if folder is None and resume:
         raise TrainError("resume needs the folder of a run, out")
@@ -100,8 +112,8 @@ def train(
         if folder is not None and processes.main:
             stack.enter_context(run_folder(folder, resume))
         if folder is not None and (folder / RECORD_FILE).is_file():
-            return _saved(Run(folder, config), processes)
-        return _train(config, folder, resume, progress, processes)
+            return _saved(Run(folder, config, objective), processes)
+        return _train(objective, config, folder, resume, progress, processes)
 
 
 def _as_folder(out: str | Path | None) -> Path | None:
@@ -113,11 +125,16 @@ def _as_folder(out: str | Path | None) -> Path | None:
 
 
 def _train(
-    config: TrainConfig, folder: Path | None, resume: bool, progress: bool, processes: Processes
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    progress: bool,
+    processes: Processes,
 ) -> tuple[Any, dict[str, Any]]:
     """Do the work of `train`, in a folder that no other run works in."""
     started = time.perf_counter()
-    run, corpus, trainer = _open(config, folder, resume, processes)
+    run, corpus, trainer = _open(objective, config, folder, resume, processes)
     prepared = time.perf_counter()
     losses, first = _take_steps(trainer, corpus, run, resume, progress)
     trained = time.perf_counter()
@@ -129,7 +146,7 @@ def _train(
             f"a new folder, with a smaller lr than {config.lr}"
         )
     if run is not None and processes.main:
-        _save(run, trainer.model, corpus, record)
+        _save(run, trainer, corpus, record)
     processes.wait()
     return trainer.model, record
 
@@ -146,17 +163,21 @@ def _saved(run: Run, processes: Processes) -> tuple[Any, dict[str, Any]]:
 
 
 def _open(
-    config: TrainConfig, folder: Path | None, resume: bool, processes: Processes
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    processes: Processes,
 ) -> tuple[Run | None, Corpus, Trainer]:
     """The run in `folder`, or None without a folder; the text as tokens; and the trainer.
 
     A new run that cannot begin leaves no files.
     """
-    run = None if folder is None else Run(folder, config)
+    run = None if folder is None else Run(folder, config, objective)
     is_new = processes.main and not resume
     try:
-        corpus = _tokens(config, run, is_new, processes)
-        trainer = _new_trainer(config, corpus, processes)
+        corpus = _tokens(objective, config, run, is_new, processes)
+        trainer = _new_trainer(objective, config, corpus, processes)
     except BaseException:
         if run is not None and is_new:
             run.finish()
@@ -164,14 +185,20 @@ def _open(
     return run, corpus, trainer
 
 
-def _tokens(config: TrainConfig, run: Run | None, is_new: bool, processes: Processes) -> Corpus:
+def _tokens(
+    objective: Objective,
+    config: TrainConfig,
+    run: Run | None,
+    is_new: bool,
+    processes: Processes,
+) -> Corpus:
     """The text as tokens, packed in the folder of the run if there is one."""
     required = _candidates()
     # The main process packs the text, and the others then read the packed tokens as a resumed run
     # does.
     with processes.main_first():
         if run is None:
-            corpus = packed_for(config, required)
+            corpus = packed_for(config, required, tokenizer=objective.tokenizer)
         else:
             if is_new:
                 run.write_settings()
@@ -197,12 +224,14 @@ def _candidates() -> list[str]:
     return sorted(candidates)
 
 
-def _new_trainer(config: TrainConfig, corpus: Corpus, processes: Processes) -> Trainer:
+def _new_trainer(
+    objective: Objective, config: TrainConfig, corpus: Corpus, processes: Processes
+) -> Trainer:
     """The trainer of a new model, before its first step."""
     model = create(config.model, config.seed, corpus.tokenizer, processes.device)
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, corpus.train)
-    return Trainer(model.train(), config, processes)
+    return Trainer(model.train(), config, processes, objective)
 
 
 def _take_steps(
@@ -340,13 +369,16 @@ def _record(
         "versions": versions,
         "seconds": seconds,
         "tokens_per_second": (len(losses) - first) * step_tokens / seconds["training"],
+        **trainer.objective.record(corpus.validation, config.batch_size),
     }
 
 
-def _save(run: Run, model: TLModel, corpus: Corpus, record: dict[str, Any]) -> None:
+def _save(run: Run, trainer: Trainer, corpus: Corpus, record: dict[str, Any]) -> None:
     """Write the model, a sample of its training tokens and its record, and end the run."""
+    model: Any = trainer.model
     # A run that was killed at this point, and resumed, has saved a model before.
     model.save_pretrained(run.folder, overwrite=True)
+    trainer.objective.save(run.folder, record)
     sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
     write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
     write_json(run.folder / RECORD_FILE, record)

@@ -125,6 +125,7 @@ class Monitor:
             "lr": trainer.lr(last_step),
             "l0": trainer.sparsity.fraction_at(last_step),
         }
+        measured |= trainer.objective.measured()
         if self.is_due(done, DEAD_NEURONS_STEPS):
             rows = self.validation[: config.batch_size]
             self.dead_neurons = dead_neurons(trainer.model, rows)

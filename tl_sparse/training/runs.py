@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tl_sparse.checkpoints import contents_of
+from tl_sparse.checkpoints import contents_of, resuming_command
 from tl_sparse.config import merged
 from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
@@ -20,6 +19,7 @@ from tl_sparse.network import SparseConfig
 from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
 from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.objective import Objective
 from tl_sparse.training.tokens import packed_for
 
 #: The settings of a run, in its folder until the run is finished.
@@ -40,11 +40,13 @@ class Run:
     Args:
         folder: the run's folder.
         config: the configuration of the run.
+        objective: what the run minimises.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, objective: Objective) -> None:
         self.folder = folder
         self.config = config
+        self.objective = objective
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         self.log = folder / "log.jsonl"
         self.data = folder / "data"
@@ -54,6 +56,8 @@ class Run:
     def write_settings(self) -> None:
         """Write run.json, with which the run begins."""
         settings: dict[str, Any] = {"config": dataclasses.asdict(self.config)}
+        if self.objective.settings:
+            settings["objective"] = _objective_settings(self.objective)
         if self._about_data is not None:
             settings["data"] = self._about_data
         write_json(self.folder / RUN_FILE, settings)
@@ -65,6 +69,7 @@ class Run:
             TrainError: if the run has another configuration, or its settings are damaged.
         """
         settings = _read_settings(self.folder / RUN_FILE)
+        _check_same_objective(settings, self.objective, self.folder)
         _check_same(settings["config"], self.config, self.folder)
         self._about_data = settings.get("data")
 
@@ -73,7 +78,8 @@ class Run:
 
         A resumed run gets the same tokens as before; see `packed_corpus`.
         """
-        corpus = packed_for(self.config, required, self.data, self._about_data)
+        tokenizer = self.objective.tokenizer
+        corpus = packed_for(self.config, required, self.data, self._about_data, tokenizer)
         if corpus.about != self._about_data:
             self._about_data = corpus.about
             self.write_settings()
@@ -145,10 +151,9 @@ def run_folder(folder: Path, resume: bool) -> Iterator[None]:
     with folder_lock(folder, TrainError):
         check_run_folder(folder, resume)  # another process may have trained there just now
         if not resume and (folder / RUN_FILE).is_file():
-            command = shlex.join(["tl-sparse", "train", "--resume", "--out", str(folder)])
             raise TrainError(
-                f"there is an unfinished run in {folder}; continue it with `{command}` (in Python, "
-                "resume=True), or use a new folder"
+                f"there is an unfinished run in {folder}; continue it with "
+                f"`{resuming_command(folder)}` (in Python, resume=True), or use a new folder"
             )
         yield
 
@@ -189,13 +194,23 @@ def config_of_run(folder: str | Path) -> TrainConfig:
         TrainError: if there is no unfinished run, or its settings are damaged.
     """
     folder = Path(folder)
-    check_run_folder(folder, resume=True)
     path = folder / RUN_FILE
+    settings = settings_of_run(folder)
     try:
-        config: TrainConfig = merged(TrainConfig(), _all_fields(_read_settings(path)["config"]))
+        config: TrainConfig = merged(TrainConfig(), _all_fields(settings["config"]))
     except ConfigError as error:
         raise TrainError(f"{path} is damaged: {error}; train into a new folder") from error
     return config
+
+
+def settings_of_run(folder: Path) -> dict[str, Any]:
+    """All settings of the unfinished run in a folder: "config", and that of its objective, if any.
+
+    Raises:
+        TrainError: as for `config_of_run`.
+    """
+    check_run_folder(folder, resume=True)
+    return _read_settings(folder / RUN_FILE)
 
 
 def _is_only_begun(folder: Path) -> bool:
@@ -213,10 +228,34 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise TrainError(f"{error}; {advice}") from error
     config = settings.get("config")
-    data = settings.get("data", {})
-    if not isinstance(config, dict) or not isinstance(data, dict):
+    others = (settings.get("data", {}), settings.get("objective", {}))
+    if not isinstance(config, dict) or not all(isinstance(other, dict) for other in others):
         raise TrainError(f"{path} does not hold the settings of a run; {advice}")
     return settings
+
+
+def _objective_settings(objective: Objective) -> dict[str, Any]:
+    """The settings of an objective as they are read back from JSON."""
+    settings: dict[str, Any] = json.loads(json.dumps(dict(objective.settings)))
+    return {"command": objective.command, **settings}
+
+
+def _check_same_objective(
+    settings: Mapping[str, Any], objective: Objective, folder: Path
+) -> None:
+    """Raise `TrainError` if a run is not resumed with the objective that it was begun with."""
+    before = settings.get("objective", {"command": Objective.command})
+    now = _objective_settings(objective)
+    if before.get("command") != now["command"]:
+        raise TrainError(
+            f"{folder} holds a run of another kind; continue it with `{resuming_command(folder)}`"
+        )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
+            raise TrainError(
+                f"{folder} was trained with {difference}; to resume, use the same value"
+            )
 
 
 def _logged_step(line: str) -> int:

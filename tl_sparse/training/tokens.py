@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.arrays import as_tokens
 from tl_sparse.data import Corpus, packed_corpus
@@ -20,6 +21,7 @@ def packed_for(
     required: Sequence[str],
     folder: Path | None = None,
     about: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Corpus:
     """The tokenizer and tokens for a run of `config`; see `packed_corpus`."""
     return packed_corpus(
@@ -30,6 +32,7 @@ def packed_for(
         required=required,
         folder=folder,
         about=about,
+        tokenizer=tokenizer,
     )
 
 

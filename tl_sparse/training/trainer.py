@@ -4,20 +4,20 @@ The update rule is that of Gao et al. 2025 (arXiv 2511.13653), sections 2.1 and 
 authors' published training script. Where the two differ, the configuration selects one of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weight_groups
 from tl_sparse.network import AbsTopK
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.tokens import training_tokens
 
@@ -35,6 +35,8 @@ class Trainer:
             towards the number of nonzero weights.
         config: the hyper-parameters; `config.steps` is the length of the schedules.
         processes: the processes that train together; None for this process alone.
+        objective: what is minimised, and what is trained beside the model; None is the next-token
+            loss of the model alone.
 
     Raises:
         ConfigError: if a pattern in `config.l0_groups` matches no weights.
@@ -43,20 +45,38 @@ class Trainer:
     """
 
     def __init__(
-        self, model: TLModel, config: TrainConfig, processes: Processes | None = None
+        self,
+        model: TLModel,
+        config: TrainConfig,
+        processes: Processes | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.processes = processes or Processes()
-        self.forward = torch.compile(model) if config.compile else model
+        self.objective = objective or Objective()
+        self.objective.start(model, config, next(model.parameters()).device)
         self.sparsity = _weight_sparsity(model, config)
         self.matrices: list[Tensor] = []
         for group in self.sparsity.groups:
             self.matrices += group.parameters
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self._named_parameters() if p.requires_grad]
         _check_trainable(self.parameters)
         self.optimizer = self._adam()
         self._annealed_topks = _annealed_topks(model, config)
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the model, and of what is trained beside it."""
+        yield from self.model.named_parameters()
+        for name, parameter in self.objective.beside.named_parameters():
+            yield f"{self.objective.name}.{name}", parameter
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The state dict of the model, with that of what is trained beside it."""
+        weights = dict(self.model.state_dict())
+        for name, weight in self.objective.beside.state_dict().items():
+            weights[f"{self.objective.name}.{name}"] = weight
+        return weights
 
     def _adam(self) -> torch.optim.Optimizer:
         """Adam over all parameters, or AdamW, which decays the matrices before the step."""
@@ -113,8 +133,8 @@ class Trainer:
             tokens: this process's part of the batch, in any integer dtype.
 
         Returns:
-            The mean next-token loss of the whole batch before the step, in nats. If it is not a
-            finite number, the step is not taken.
+            The mean loss of the whole batch before the step: the next-token loss in nats, unless
+            there is another objective. If it is not a finite number, the step is not taken.
 
         Raises:
             DataError: if the tokens are not integers `[batch, pos]` of the model's vocabulary, or
@@ -146,13 +166,9 @@ class Trainer:
     def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Accumulate the gradients of the batch's mean loss, part by part, and return that loss."""
         total = torch.zeros((), device=tokens.device)
-        in_bfloat16 = self.config.precision == "bfloat16"
         for part in tokens.chunk(self.config.accumulation):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=in_bfloat16):
-                logits = self.forward(part)
-            loss = next_token_loss(in_float32(logits), part) * (len(part) / len(tokens))
-            loss.backward()
-            total += loss.detach()
+            share = len(part) / len(tokens)
+            total += self.objective.backward(part, share, self.steps_done)
         return total
 
     @torch.no_grad()
@@ -191,13 +207,13 @@ class Trainer:
         """The tensors on which the next step depends, besides configuration, data and `steps_done`.
 
         Returns:
-            The weights of the model as "model/NAME", and Adam's state for each parameter as
-            "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME". They are not copied.
+            The weights as "model/NAME", and Adam's state for each parameter as "exp_avg/NAME",
+            "exp_avg_sq/NAME" and "step/NAME". They are not copied.
         """
         state = {}
-        for name, weight in self.model.state_dict().items():
+        for name, weight in self._weights().items():
             state[f"model/{name}"] = weight
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             for kind, moment in moments.items():
                 state[f"{kind}/{name}"] = moment
@@ -212,9 +228,9 @@ class Trainer:
                 missing, not known, or of another shape or dtype. Nothing has changed then.
         """
         self._check_state(state)
-        for name, weight in self.model.state_dict().items():
+        for name, weight in self._weights().items():
             weight.copy_(state[f"model/{name}"])
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._named_parameters())
         for key, moment in state.items():
             kind, _, name = key.partition("/")
             if kind != "model":
@@ -225,9 +241,9 @@ class Trainer:
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise `CheckpointError` unless `state` has the names, shapes and dtypes of this one."""
         expected = {}
-        for name, weight in self.model.state_dict().items():
+        for name, weight in self._weights().items():
             expected[f"model/{name}"] = weight
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._named_parameters():
             if parameter.requires_grad and f"step/{name}" in state:
                 expected[f"step/{name}"] = torch.zeros(())
                 expected[f"exp_avg/{name}"] = parameter
@@ -242,18 +258,6 @@ class Trainer:
                     f"{name} is {found.dtype} of shape {list(found.shape)}, "
                     f"not {tensor.dtype} of {list(tensor.shape)}"
                 )
-
-
-def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, ""]:
-    """The mean next-token loss, in nats.
-
-    It equals the loss that the model returns with `return_type="loss"`, but without copies of the
-    logits.
-    """
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the last token has no target
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _check_trainable(parameters: Sequence[Tensor]) -> None:

@@ -1,0 +1,87 @@
+"""`load_bridges`: a sparse model with its bridges, and the dense model that they lead to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tl_sparse.bridges.pair import Bridges
+from tl_sparse.bridges.storage import StoredMaps, build_maps, read_maps
+from tl_sparse.checkpoints import find, load, open_model
+from tl_sparse.circuits import hash_of_model
+from tl_sparse.errors import BridgeError, TLSparseError, warn_user
+from tl_sparse.hooks import TLModel
+
+
+def load_bridges(
+    source: str | Path,
+    dense: TLModel | str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    abs_topk: Mapping[str, float] | None = None,
+) -> Bridges:
+    """Open a sparse model together with its bridges to a dense model.
+
+    The formats are ours, which `Bridges.save_pretrained` and `train_bridges` write, and that of
+    sparse_pretrain, including the local checkpoints of its runs. `tl_sparse.load` opens the sparse
+    model of such a folder alone.
+
+    Args:
+        source: a folder, `"user/repo"` on the Hugging Face hub, or another name that `load` takes.
+        dense: the dense model: a TransformerLens model, or the folder or name of one. None means
+            the one that the files name.
+        device: the device of all three; None means that of a given dense model or else, as for
+            `load`, the GPU if there is one.
+        dtype: the dtype of the sparse model and the maps; None means that in the files.
+        revision: a branch, tag or commit of a hub repository.
+        tokenizer: as for `load`.
+        abs_topk: as for `load`.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the dense model cannot be opened.
+        BridgeError: if the dense model does not fit the sparse one.
+        ConfigError, TokenizerError: as for `load`.
+        UnsupportedError: if the dense model has no stream between attention and MLP.
+    """
+    is_model = dense is not None and not isinstance(dense, str | Path)
+    if is_model and device is None:
+        device = next(dense.parameters()).device
+    folder = find(source, revision)
+    stored = read_maps(folder)
+    sparse = load(
+        source, device, dtype, revision=revision, tokenizer=tokenizer, abs_topk=abs_topk
+    )
+    if not is_model:
+        dense = _open_dense(source, dense, stored, next(sparse.parameters()).device)
+    n_sites = 2 * sparse.cfg.n_layers + 1
+    maps = build_maps(stored, n_sites, dense.cfg.d_model, sparse.cfg.d_model)
+    maps.to(next(sparse.parameters()))
+    bridges = Bridges(sparse, dense, maps.eval(), stored.record)
+    if stored.dense_hash and stored.dense_hash != hash_of_model(dense):
+        warn_user(
+            "the dense model does not have the weights that it had when the bridges were made: it "
+            "is another model, or it was opened in another dtype or processed otherwise"
+        )
+    return bridges
+
+
+def _open_dense(
+    source: str | Path, dense: str | Path | None, stored: StoredMaps, device: torch.device
+) -> Any:
+    """The dense model that is given, or that the files of the bridges name."""
+    name = dense if dense is not None else stored.dense_name
+    advice = (
+        "give it with dense=…, a TransformerLens model or the folder or name of one; "
+        f"tl_sparse.load({str(source)!r}) opens the sparse model alone"
+    )
+    if not str(name):
+        raise BridgeError(f"the files of {source} do not name the dense model; {advice}")
+    try:
+        return open_model(name, device)
+    except TLSparseError as error:
+        raise type(error)(f"the dense model of {source} cannot be opened: {error}; {advice}") from error

@@ -1,0 +1,366 @@
+"""`Bridges`: a dense model, a sparse model, and the maps between their residual streams."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparse.bridges.losses import BridgeLosses, SiteLosses, Target, mean_losses, nmse
+from tl_sparse.bridges.maps import Maps
+from tl_sparse.bridges.sites import site_names, site_number
+from tl_sparse.bridges.storage import write_maps
+from tl_sparse.bridges.streams import (
+    Streams,
+    check_has_sites,
+    continued,
+    run_with_streams,
+)
+from tl_sparse.checkpoints import card_text, push_folder
+from tl_sparse.circuits import hash_of_model
+from tl_sparse.config import check
+from tl_sparse.errors import BridgeError, DataError
+from tl_sparse.files import write_json
+from tl_sparse.hooks import TLModel, tokens_for
+from tl_sparse.precision import in_float32
+
+#: From which model to which: the first part of a hybrid run is the first model's.
+Direction = Literal["dense_to_sparse", "sparse_to_dense"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bridges:
+    """A frozen dense model, a sparse model of as many layers, and the maps between their streams.
+
+    A site is named by its hook point: `blocks.0.hook_resid_pre`, `blocks.i.hook_resid_mid` or
+    `blocks.i.hook_resid_post`; `blocks.i.hook_resid_pre` is the same site as
+    `blocks.{i-1}.hook_resid_post` (Gao et al. 2025, section 2.3).
+
+    Attributes:
+        sparse: the sparse model, one of this package.
+        dense: the dense model, any TransformerLens model.
+        maps: the encoders and decoders by site.
+        record: what is known of them, as JSON values: settings, and losses by site.
+
+    Raises:
+        BridgeError: if the models do not fit each other or the maps.
+        UnsupportedError: if a model has no stream between attention and MLP.
+    """
+
+    sparse: TLModel
+    dense: TLModel
+    maps: Maps
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_models_fit(self.dense, self.sparse)
+        _check_maps_fit(self.maps, self.dense, self.sparse)
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points of all sites, in the order of the forward pass."""
+        return site_names(self.sparse.cfg.n_layers)
+
+    def encode(
+        self, site: str, dense_resid: Float[Tensor, "*batch d_dense"]
+    ) -> Float[Tensor, "*batch d_sparse"]:
+        """The dense model's stream at a site in terms of the sparse one.
+
+        Raises:
+            HookNameError: if there is no such site.
+            DataError: if the stream has another width.
+        """
+        maps = self.maps[self._number(site)]
+        encoded: Tensor = maps.encoder(_stream(dense_resid, maps.encoder.linear))
+        return encoded
+
+    def decode(
+        self, site: str, sparse_resid: Float[Tensor, "*batch d_sparse"]
+    ) -> Float[Tensor, "*batch d_dense"]:
+        """The sparse model's stream at a site in terms of the dense one; errors as for `encode`.
+
+        In a model with AbsTopK on the stream itself, this is the stream before it.
+        """
+        decoder = self.maps[self._number(site)].decoder
+        decoded: Tensor = decoder(_stream(sparse_resid, decoder))
+        return decoded
+
+    def hybrid(
+        self, tokens: Int[Tensor, "batch pos"], site: str, direction: Direction
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits of one model up to a site, and of the other from there on.
+
+        Args:
+            tokens: the tokens.
+            site: where the stream of the first model is translated.
+            direction: "dense_to_sparse" starts with the dense model and ends with the sparse one,
+                "sparse_to_dense" the other way round.
+
+        Raises:
+            ConfigError: for another direction.
+            HookNameError: if there is no such site.
+            DataError: if the tokens are not those of the models.
+        """
+        directions = get_args(Direction)
+        check(direction in directions, "direction", direction, f"one of {', '.join(directions)}")
+        number = self._number(site)
+        tokens = self._tokens(tokens)
+        if direction == "dense_to_sparse":
+            stream = run_with_streams(self.dense, tokens).read[number]
+            return self.sparse_from(tokens, number, self.encode(site, stream))
+        stream = run_with_streams(self.sparse, tokens).written[number]
+        return self.dense_from(tokens, number, self.decode(site, stream))
+
+    def sparse_from(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        number: int,
+        stream: Float[Tensor, "batch pos d_sparse"],
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits of the sparse model that goes on from a stream at site number `number`."""
+        return continued(self.sparse, tokens, number, stream.to(_dtype(self.sparse)))
+
+    def dense_from(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        number: int,
+        stream: Float[Tensor, "batch pos d_dense"],
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits of the dense model that goes on from a stream at site number `number`."""
+        return continued(self.dense, tokens, number, stream.to(_dtype(self.dense)))
+
+    @torch.no_grad()
+    def losses(self, tokens: Int[Tensor, "seq pos"], batch_size: int = 16) -> BridgeLosses:
+        """What the models and the maps lose on rows of tokens: the terms of section A.3, by site.
+
+        Args:
+            tokens: rows of at least two tokens.
+            batch_size: the number of rows that are computed at once. The normalised squared errors
+                depend on it a little, since they compare with the mean stream of a batch.
+
+        Raises:
+            DataError: if the tokens are not those of the models.
+            ConfigError: if `batch_size` is not an integer of at least 1.
+        """
+        is_positive = type(batch_size) is int and batch_size >= 1
+        check(is_positive, "batch_size", batch_size, "an integer of at least 1")
+        tokens = self._tokens(tokens)
+        if tokens.shape[1] < 2:
+            raise DataError("tokens must have at least two positions, so that there is a next one")
+        parts = []
+        weights = []
+        for rows in tokens.split(batch_size):
+            parts.append(self._losses_of_batch(rows))
+            weights.append(len(rows))
+        return mean_losses(parts, weights)
+
+    def _losses_of_batch(self, tokens: Int[Tensor, "batch pos"]) -> BridgeLosses:
+        dense = run_with_streams(self.dense, tokens)
+        sparse = run_with_streams(self.sparse, tokens)
+        target = Target.of(in_float32(dense.logits))
+        sites = []
+        for number, name in enumerate(self.sites):
+            sites.append(self._losses_of_site(number, name, tokens, dense, sparse, target))
+        return BridgeLosses(
+            ce_dense=_next_token_loss(dense.logits, tokens),
+            ce_sparse=_next_token_loss(sparse.logits, tokens),
+            kl_sparse=float(target.kl(in_float32(sparse.logits))),
+            sites=tuple(sites),
+        )
+
+    def _losses_of_site(
+        self,
+        number: int,
+        name: str,
+        tokens: Int[Tensor, "batch pos"],
+        dense: Streams,
+        sparse: Streams,
+        target: Target,
+    ) -> SiteLosses:
+        encoded = self.encode(name, dense.read[number])
+        decoded = self.decode(name, sparse.written[number])
+        to_sparse = self.sparse_from(tokens, number, encoded)
+        to_dense = self.dense_from(tokens, number, decoded)
+        return SiteLosses(
+            site=name,
+            nmse_encoder=float(nmse(encoded, sparse.read[number])),
+            nmse_decoder=float(nmse(decoded, dense.read[number])),
+            kl_dense_to_sparse=float(target.kl(in_float32(to_sparse))),
+            kl_sparse_to_dense=float(target.kl(in_float32(to_dense))),
+        )
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the sparse model and the maps; `tl_sparse.load_bridges` reads them.
+
+        The dense model is not written, only its name and a hash of its weights. `tl_sparse.load`
+        opens the sparse model in the folder alone.
+
+        Raises:
+            CheckpointError: if the folder cannot be written to.
+            ConfigError: if it holds another model, and `overwrite` is False.
+        """
+        self.sparse.save_pretrained(folder, overwrite=overwrite)
+        self.save_maps(Path(folder))
+
+    def save_maps(self, folder: Path) -> None:
+        """Write the maps beside their sparse model, whose folder this is."""
+        dense = {
+            "name": str(getattr(self.dense.cfg, "model_name", "")),
+            "hash": hash_of_model(self.dense),
+        }
+        write_maps(folder, self.maps, dense, self.record)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the sparse model and the maps, with a card that shows the losses by site.
+
+        Args:
+            repo_id: `"user/repo"`, created if it does not exist; the card in it is replaced.
+            options: `private`, `revision`, `token` and `commit_message`; see
+                `tl_sparse.checkpoints.push_folder`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            CheckpointError: if the hub cannot be reached or refuses the upload.
+        """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder)
+            if self.record:
+                write_json(folder / "training.json", self.record)
+
+        return push_folder(repo_id, write, self.card, **options)
+
+    def card(self, repo_id: str) -> str:
+        """The README.md for the repository of these bridges; see `push_to_hub`."""
+        return card_text(
+            repo_id,
+            what="A weight-sparse transformer with bridges to a dense one",
+            facts=self.facts(),
+            load=f'bridges = tl_sparse.load_bridges("{repo_id}")',
+            pipeline_tag="text-generation",
+        )
+
+    def facts(self) -> str:
+        """The models, the maps and their losses by site, as several lines of text."""
+        name = getattr(self.dense.cfg, "model_name", "") or "a model without a name"
+        encoders = self.maps.kind
+        if encoders == "abs_topk":
+            encoders += f", fraction kept {self.maps.fraction:g}"
+        lines = [
+            f"sparse: {self.sparse!r}",
+            f"dense: {name}, {self.maps.d_dense} wide",
+            f"bridges at {len(self.maps)} sites; encoders: {encoders}",
+        ]
+        losses = self.recorded_losses()
+        if losses is not None:
+            lines += ["", "On validation text, in nats per token:", str(losses)]
+        return "\n".join(lines)
+
+    def recorded_losses(self) -> BridgeLosses | None:
+        """The losses on the validation text of the training; None if they are not known."""
+        values = self.record.get("bridge_losses")
+        if not isinstance(values, Mapping):
+            return None
+        values = json.loads(json.dumps(values))
+        sites = tuple(SiteLosses(**site) for site in values.pop("sites"))
+        return BridgeLosses(**values, sites=sites)
+
+    def with_record(self, record: Mapping[str, Any]) -> "Bridges":
+        """The same models and maps with other facts about them."""
+        return Bridges(self.sparse, self.dense, self.maps, record)
+
+    def __repr__(self) -> str:
+        return f"Bridges({len(self.maps)} sites, d_dense {self.maps.d_dense}, {self.sparse!r})"
+
+    def _number(self, site: str) -> int:
+        return site_number(site, self.sparse.cfg.n_layers)
+
+    def _tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+        device = next(self.sparse.parameters()).device
+        return tokens_for(self.sparse, tokens).to(device)
+
+
+def losses_as_values(losses: BridgeLosses) -> dict[str, Any]:
+    """The losses as JSON values, for a record."""
+    return asdict(losses)
+
+
+def check_models_fit(dense: TLModel, sparse: TLModel) -> None:
+    """Check that bridges can join two models.
+
+    Raises:
+        BridgeError: if they differ in layers, vocabulary, tokenizer or device.
+        UnsupportedError: if one has no stream between attention and MLP.
+    """
+    for name, what in (("n_layers", "layers"), ("d_vocab", "tokens in its vocabulary")):
+        ours, others = getattr(sparse.cfg, name), getattr(dense.cfg, name)
+        if ours != others:
+            raise BridgeError(
+                f"the dense model has {others} {what}, the sparse one {ours}; bridges join models "
+                "with equal numbers of them"
+            )
+    check_tokenizers_fit(dense.tokenizer, sparse.tokenizer)
+    devices = [next(model.parameters()).device for model in (dense, sparse)]
+    if devices[0] != devices[1]:
+        raise BridgeError(
+            f"the dense model is on {devices[0]} and the sparse one on {devices[1]}; move one of "
+            "them with .to(device)"
+        )
+    check_has_sites(dense)
+    check_has_sites(sparse)
+
+
+def check_tokenizers_fit(dense: Any, sparse: Any) -> None:
+    """Raise `BridgeError` if two tokenizers give other ids for the same text; None fits all."""
+    if dense is None or sparse is None:
+        return
+    dense_ids, sparse_ids = dense.get_vocab(), sparse.get_vocab()
+    differing = [token for token, number in sparse_ids.items() if dense_ids.get(token) != number]
+    if differing or len(dense_ids) < len(sparse_ids):
+        raise BridgeError(
+            f"the dense model and the sparse one have other tokenizers: {differing[0]!r} is token "
+            f"{sparse_ids[differing[0]]} of the sparse one, and {dense_ids.get(differing[0])} of "
+            "the dense one"
+        )
+
+
+def _check_maps_fit(maps: Maps, dense: TLModel, sparse: TLModel) -> None:
+    sizes = {
+        "sites": (len(maps), 2 * sparse.cfg.n_layers + 1),
+        "channels of the dense stream": (maps.d_dense, dense.cfg.d_model),
+        "channels of the sparse stream": (maps.d_sparse, sparse.cfg.d_model),
+    }
+    for what, (of_maps, of_models) in sizes.items():
+        if of_maps != of_models:
+            raise BridgeError(f"the bridges are for {of_maps} {what}, the models have {of_models}")
+
+
+def _stream(resid: Tensor, linear: torch.nn.Linear) -> Tensor:
+    """A stream in the dtype of a map and on its device.
+
+    Raises:
+        DataError: if it has another width.
+    """
+    width = linear.in_features
+    if not isinstance(resid, Tensor) or not resid.is_floating_point() or resid.ndim == 0:
+        raise DataError(f"a stream must be a tensor of floats [..., {width}]")
+    if resid.shape[-1] != width:
+        raise DataError(f"the stream must be {width} wide, not {resid.shape[-1]}")
+    return resid.to(linear.weight)
+
+
+def _dtype(model: TLModel) -> torch.dtype:
+    dtype: torch.dtype = next(model.parameters()).dtype
+    return dtype
+
+
+def _next_token_loss(logits: Tensor, tokens: Tensor) -> float:
+    log_probs = in_float32(logits)[:, :-1].log_softmax(-1)
+    return -float(log_probs.gather(-1, tokens[:, 1:, None]).mean())
+

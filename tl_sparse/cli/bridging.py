@@ -1,0 +1,75 @@
+"""`tl-sparse bridge`."""
+
+import argparse
+import os
+from dataclasses import fields, replace
+
+import tl_sparse
+from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, remark
+from tl_sparse.cli.config_flags import add_config_flags, given_fields
+from tl_sparse.cli.training import add_training_flags, train_config, training_summary
+
+#: Group of flags → the fields of BridgeConfig in it.
+BRIDGE_FLAGS = {
+    "the bridges": (
+        "encoder encoder_fraction threshold_log_eps sharpness_start sharpness_stop "
+        "threshold_anneal_start threshold_anneal_stop"
+    ),
+    "the terms of the loss": (
+        "weight_ce weight_kl weight_nmse weight_kl_dense_to_sparse weight_kl_sparse_to_dense "
+        "top_tokens sites_per_step"
+    ),
+}
+
+
+def add_bridge(commands: Commands) -> None:
+    """Add the command `bridge` to the parser."""
+    parser = add_command(
+        commands,
+        "bridge",
+        "DENSE [FILE.yaml] --out FOLDER [options]",
+        "Train a weight-sparse model beside a frozen dense one, with bridges between them.",
+        _run_bridge,
+    )
+    parser.add_argument_group("the dense model").add_argument(
+        "dense",
+        metavar="DENSE",
+        help="A folder, a name that tl_sparse.load knows, or a dense model of Hugging Face.",
+    )
+    # The layers and the vocabulary of the sparse model are those of the dense one.
+    add_training_flags(parser, without=("n_layers", "d_vocab"))
+    defaults = tl_sparse.BridgeConfig()
+    for title, names in BRIDGE_FLAGS.items():
+        add_config_flags(parser.add_argument_group(title), defaults, *names.split())
+    add_running_flags(parser)
+
+
+def _run_bridge(args: argparse.Namespace) -> None:
+    config = _config(args)
+    bridges, record = tl_sparse.train_bridges(
+        args.dense, config, args.out, args.device, not args.quiet, args.resume
+    )
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process:
+        print(training_summary(record))
+        print(bridges.recorded_losses())
+        opened = f"tl_sparse.load_bridges({args.out!r})"
+        remark(f"Saved in {args.out}; open it with {opened}", args.quiet)
+
+
+def _config(args: argparse.Namespace) -> "tl_sparse.BridgeConfig":
+    """The configuration of the flags, or that of the run that is resumed, with their changes."""
+    # Made first, so that a mistake in it is reported before the slow work.
+    train = train_config(args)
+    changes = given_fields(args, tl_sparse.BridgeConfig)
+    if args.resume:
+        from tl_sparse.bridges import bridge_config_of_run
+
+        return replace(bridge_config_of_run(args.out), train=train, **changes)
+    names = {field.name for field in fields(tl_sparse.BridgeConfig)} - {"train"}
+    assert changes.keys() <= names
+
+    from tl_sparse.checkpoints import open_model
+
+    dense = open_model(args.dense, args.device)
+    return tl_sparse.BridgeConfig.fitting(dense, train, **changes)
