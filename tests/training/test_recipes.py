@@ -14,8 +14,8 @@ from tl_sparse.hooks import annealed, weight_groups
 from tl_sparse.network.config import paper_topk
 from tl_sparse.network.layers import AbsTopK
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.presets import RECIPES, preset
 from tl_sparse.training.objective import next_token_loss
+from tl_sparse.training.presets import RECIPES, preset
 from tl_sparse.training.trainer import Trainer
 
 pytestmark = pytest.mark.any_line

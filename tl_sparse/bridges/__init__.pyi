@@ -1,3 +1,4 @@
+from .carrying import NodeChange as NodeChange
 from .config import BridgeConfig as BridgeConfig
 from .loading import load_bridges as load_bridges
 from .losses import BridgeLosses as BridgeLosses

@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tl_sparse.bridges.maps import EncoderKind
 from tl_sparse.config import check, check_types, short_repr
-from tl_sparse.hooks import TLModel
 from tl_sparse.training import TrainConfig
+
+if TYPE_CHECKING:  # `tl-sparse --help` needs this file, and does not wait for torch
+    from tl_sparse.hooks import TLModel
+
+#: How an encoder makes its result sparse: the k largest magnitudes, or those above a threshold.
+EncoderKind = Literal["abs_topk", "threshold"]
 
 #: The fields of a `BridgeConfig` that are weights of terms of the loss.
 LOSS_WEIGHTS = (
@@ -98,7 +102,9 @@ class BridgeConfig:
         check(in_range, "sites_per_step", self.sites_per_step, f"in [0, {n_sites}], the sites")
 
     @classmethod
-    def fitting(cls, dense: TLModel, train: TrainConfig | None = None, **fields: Any) -> "BridgeConfig":
+    def fitting(
+        cls, dense: "TLModel", train: TrainConfig | None = None, **fields: Any
+    ) -> "BridgeConfig":
         """A configuration whose sparse model has the layers, vocabulary and context of `dense`.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tl_sparse.bridges.pair import Bridges
+from tl_sparse.bridges.pair import Bridges, check_models_fit
 from tl_sparse.bridges.storage import StoredMaps, build_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model
@@ -48,21 +48,22 @@ def load_bridges(
         ConfigError, TokenizerError: as for `load`.
         UnsupportedError: if the dense model has no stream between attention and MLP.
     """
-    is_model = dense is not None and not isinstance(dense, str | Path)
-    if is_model and device is None:
-        device = next(dense.parameters()).device
+    given: Any = None  # the dense model, if it is given as such
+    if not isinstance(dense, str | Path | None):
+        given = dense
+        device = device if device is not None else next(given.parameters()).device
     folder = find(source, revision)
     stored = read_maps(folder)
-    sparse = load(
-        source, device, dtype, revision=revision, tokenizer=tokenizer, abs_topk=abs_topk
-    )
-    if not is_model:
-        dense = _open_dense(source, dense, stored, next(sparse.parameters()).device)
+    sparse = load(source, device, dtype, revision=revision, tokenizer=tokenizer, abs_topk=abs_topk)
+    weight = next(sparse.parameters())
+    if given is None:
+        given = _open_dense(source, dense, stored, weight.device)
+    check_models_fit(given, sparse)
     n_sites = 2 * sparse.cfg.n_layers + 1
-    maps = build_maps(stored, n_sites, dense.cfg.d_model, sparse.cfg.d_model)
-    maps.to(next(sparse.parameters()))
-    bridges = Bridges(sparse, dense, maps.eval(), stored.record)
-    if stored.dense_hash and stored.dense_hash != hash_of_model(dense):
+    maps = build_maps(stored, n_sites, given.cfg.d_model, sparse.cfg.d_model)
+    maps.to(device=weight.device, dtype=weight.dtype)
+    bridges = Bridges(sparse, given, maps.eval(), stored.record)
+    if stored.dense_hash and stored.dense_hash != hash_of_model(given):
         warn_user(
             "the dense model does not have the weights that it had when the bridges were made: it "
             "is another model, or it was opened in another dtype or processed otherwise"
@@ -70,9 +71,7 @@ def load_bridges(
     return bridges
 
 
-def _open_dense(
-    source: str | Path, dense: str | Path | None, stored: StoredMaps, device: torch.device
-) -> Any:
+def _open_dense(source: str | Path, dense: Any, stored: StoredMaps, device: torch.device) -> Any:
     """The dense model that is given, or that the files of the bridges name."""
     name = dense if dense is not None else stored.dense_name
     advice = (
@@ -84,4 +83,6 @@ def _open_dense(
     try:
         return open_model(name, device)
     except TLSparseError as error:
-        raise type(error)(f"the dense model of {source} cannot be opened: {error}; {advice}") from error
+        raise type(error)(
+            f"the dense model of {source} cannot be opened: {error}; {advice}"
+        ) from error

@@ -1,16 +1,13 @@
-"""The maps between two residual streams, which are learned: an encoder and a decoder at each site."""
+"""The learned maps between two residual streams: an encoder and a decoder at each site."""
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_sparse.bridges.config import EncoderKind
 from tl_sparse.hooks import abs_topk
-
-#: How an encoder makes its result sparse: the k largest magnitudes, or those above a threshold.
-EncoderKind = Literal["abs_topk", "threshold"]
 
 
 class Encoder(nn.Module):
@@ -121,7 +118,7 @@ def init_maps(maps: Maps, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in maps.named_parameters():
-        if name.endswith("linear.weight") or name.endswith("decoder.weight"):
+        if name.endswith(("linear.weight", "decoder.weight")):
             bound = parameter.shape[1] ** -0.5
             drawn = torch.rand(parameter.shape, generator=generator)
             parameter.copy_((2 * drawn - 1) * bound)

@@ -1,7 +1,9 @@
 """`Bridges`: a dense model, a sparse model, and the maps between their residual streams."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.bridges.carrying import (
+    Change,
+    NodeChange,
+    adding,
+    are_reads,
+    change_of_reads,
+    change_of_stream,
+    default_site,
+)
 from tl_sparse.bridges.losses import BridgeLosses, SiteLosses, Target, mean_losses, nmse
 from tl_sparse.bridges.maps import Maps
 from tl_sparse.bridges.sites import site_names, site_number
@@ -23,7 +34,7 @@ from tl_sparse.bridges.streams import (
 from tl_sparse.checkpoints import card_text, push_folder
 from tl_sparse.circuits import hash_of_model
 from tl_sparse.config import check
-from tl_sparse.errors import BridgeError, DataError
+from tl_sparse.errors import BridgeError, ConfigError, DataError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.precision import in_float32
@@ -132,6 +143,68 @@ class Bridges:
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits of the dense model that goes on from a stream at site number `number`."""
         return continued(self.dense, tokens, number, stream.to(_dtype(self.dense)))
+
+    @contextmanager
+    def carried(
+        self,
+        change: Change,
+        tokens: Int[Tensor, "batch pos"],
+        site: str | None = None,
+        strength: float = 1.0,
+    ) -> Iterator[Float[Tensor, "batch pos d_dense"]]:
+        """Within the context, a change of the sparse model also acts in the dense model.
+
+        The sparse model is run on the tokens, as it is and with the change. The difference of its
+        streams at the site is decoded and added to the dense model's stream, in every run on tokens
+        of this shape, so that any TransformerLens call can be made on the dense model: patching,
+        caching, attribution. Nodes that attention or an MLP reads from the stream (`attn_in`,
+        `mlp_in`) are carried to the site where they are read (sections 3.3 and A.4).
+
+        Args:
+            change: nodes with other values, a circuit under which the sparse model runs, or any
+                context of hooks on the sparse model.
+            tokens: the tokens on which the dense model will be run.
+            site: where the change is carried over. None means the first site that sees the whole
+                change; for a circuit, that is the last one. Contexts of hooks need a site.
+            strength: what the difference is multiplied by; between 0 and 1, the change is partial.
+
+        Returns:
+            A context that yields what is added to the dense stream.
+
+        Raises:
+            ConfigError: if there is no site for a context of hooks, or `strength` is not finite.
+            HookNameError: if there is no such site.
+            CircuitError: if a circuit belongs to another model, or a node does not exist.
+            DataError: if the tokens are not those of the models.
+        """
+        check(math.isfinite(strength), "strength", strength, "a finite number")
+        tokens = self._tokens(tokens)
+        by_default = default_site(self.sparse, change)
+        if site is None and by_default is None:
+            raise ConfigError("site must name a site for a context of hooks, whose nodes it hides")
+        number = self._number(site) if site is not None else by_default
+        assert number is not None
+        if site is None and isinstance(change, NodeChange) and are_reads(change):
+            difference = change_of_reads(self, change, tokens)
+        else:
+            difference = change_of_stream(self, change, tokens, number)
+        with adding(self.dense, number, strength * difference):
+            yield strength * difference
+
+    @torch.no_grad()
+    def encoded(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> dict[str, Float[Tensor, "batch pos d_sparse"]]:
+        """The dense model's stream on these tokens in terms of the sparse one, at every site.
+
+        Raises:
+            DataError: if the tokens are not those of the models.
+        """
+        streams = run_with_streams(self.dense, self._tokens(tokens)).read
+        return {
+            site: self.encode(site, stream)
+            for site, stream in zip(self.sites, streams, strict=True)
+        }
 
     @torch.no_grad()
     def losses(self, tokens: Int[Tensor, "seq pos"], batch_size: int = 16) -> BridgeLosses:
@@ -249,7 +322,7 @@ class Bridges:
     def facts(self) -> str:
         """The models, the maps and their losses by site, as several lines of text."""
         name = getattr(self.dense.cfg, "model_name", "") or "a model without a name"
-        encoders = self.maps.kind
+        encoders: str = self.maps.kind
         if encoders == "abs_topk":
             encoders += f", fraction kept {self.maps.fraction:g}"
         lines = [
@@ -321,13 +394,13 @@ def check_tokenizers_fit(dense: Any, sparse: Any) -> None:
     if dense is None or sparse is None:
         return
     dense_ids, sparse_ids = dense.get_vocab(), sparse.get_vocab()
-    differing = [token for token, number in sparse_ids.items() if dense_ids.get(token) != number]
-    if differing or len(dense_ids) < len(sparse_ids):
-        raise BridgeError(
-            f"the dense model and the sparse one have other tokenizers: {differing[0]!r} is token "
-            f"{sparse_ids[differing[0]]} of the sparse one, and {dense_ids.get(differing[0])} of "
-            "the dense one"
-        )
+    for token in sorted(sparse_ids, key=sparse_ids.__getitem__):
+        number, other = sparse_ids[token], dense_ids.get(token)
+        if number != other:
+            raise BridgeError(
+                f"the dense model and the sparse one have different tokenizers: {token!r} is token "
+                f"{number} of the sparse one, and {other} of the dense one"
+            )
 
 
 def _check_maps_fit(maps: Maps, dense: TLModel, sparse: TLModel) -> None:
@@ -363,4 +436,3 @@ def _dtype(model: TLModel) -> torch.dtype:
 def _next_token_loss(logits: Tensor, tokens: Tensor) -> float:
     log_probs = in_float32(logits)[:, :-1].log_softmax(-1)
     return -float(log_probs.gather(-1, tokens[:, 1:, None]).mean())
-

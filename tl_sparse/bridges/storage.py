@@ -13,7 +13,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from tl_sparse.bridges.maps import EncoderKind, Maps
+from tl_sparse.bridges.config import EncoderKind
+from tl_sparse.bridges.maps import Maps
 from tl_sparse.checkpoints import sparse_pretrain_settings
 from tl_sparse.checksums import FILES, check_files, checksums_of
 from tl_sparse.config import check, is_number

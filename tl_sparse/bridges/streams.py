@@ -4,7 +4,7 @@ Both work by hook points, on any TransformerLens model of either version whose b
 attention and then an MLP.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -107,8 +107,8 @@ def continued(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """The logits of a model that goes on from `stream` at a site, without AbsTopK on the stream.
 
-    What comes before the site is not computed, but for the attention of the block in whose middle
-    the site is.
+    Blocks before the site are not computed. The block in whose middle it is, and in models from
+    outside this package the last block if the site is behind it, are computed whole.
 
     Args:
         model: any TransformerLens model.
@@ -116,16 +116,19 @@ def continued(
         site: the number of the site.
         stream: what replaces the residual stream there. Gradients flow to it.
     """
+    n_layers = model.cfg.n_layers
     layer, is_mid = divmod(site, 2)
-    if not is_mid:
-        functions: dict[str, HookFn] = {}
-        if layer < model.cfg.n_layers and _stream_filters(model):
-            functions[f"blocks.{layer}.hook_resid_pre"] = lambda _, hook: stream
-        with hooked(model, functions):
-            return _from_layer(model, tokens, layer, stream)
-    with setting_resid_mid(model, layer, stream):
-        # What enters the block does not matter: its attention adds to a stream that is replaced.
-        return _from_layer(model, tokens, layer, torch.zeros_like(stream))
+    # TransformerLens 4's own models cannot start behind their last block.
+    is_behind = layer == n_layers and not is_sparse_model(model)
+    if is_mid or is_behind:
+        with changing_stream(model, site, lambda _: stream):
+            # What enters the block does not matter, since the stream is replaced later.
+            return _from_layer(model, tokens, layer - is_behind, torch.zeros_like(stream))
+    functions: dict[str, HookFn] = {}
+    if layer < n_layers and _stream_filters(model):
+        functions[f"blocks.{layer}.hook_resid_pre"] = lambda _, hook: stream
+    with hooked(model, functions):
+        return _from_layer(model, tokens, layer, stream)
 
 
 def _from_layer(model: TLModel, tokens: Tensor, layer: int, stream: Tensor) -> Tensor:
@@ -138,35 +141,41 @@ def _from_layer(model: TLModel, tokens: Tensor, layer: int, stream: Tensor) -> T
 
 
 @contextmanager
-def setting_resid_mid(
-    model: TLModel, layer: int, stream: Float[Tensor, "batch pos d_model"]
+def changing_stream(
+    model: TLModel, site: int, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Within the context, the stream between attention and MLP of a block is `stream`.
+    """Within the context, the residual stream at a site is what `change` makes of it.
 
     In TransformerLens 4's own models, the hook point `hook_resid_mid` is on the way to the MLP
     only, and the stream that the MLP adds to passes it by. The difference is then added after the
     block.
+
+    Args:
+        model: any TransformerLens model.
+        site: the number of the site.
+        change: the function of the stream `[batch, pos, d_model]`.
     """
-    middle = f"blocks.{layer}.hook_resid_mid"
-    if transformer_lens_line() == 3 or is_sparse_model(model):
-        with hooked(model, {middle: lambda _, hook: stream}):
+    name = site_names(model.cfg.n_layers)[site]
+    is_mid = site % 2 == 1
+    if transformer_lens_line() == 3 or is_sparse_model(model) or not is_mid:
+        with hooked(model, {name: lambda activation, hook: change(activation)}):
             yield
         return
-    replaced: list[Tensor] = []
+    differences: list[Tensor] = []
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
-        replaced[:] = [activation]
-        return stream
+        changed = change(activation)
+        differences[:] = [changed - activation]
+        return changed
 
     def correct(activation: Tensor, hook: Any) -> Tensor:
-        return activation + (stream - replaced.pop())
+        return activation + differences.pop()
 
-    with hooked(model, {middle: replace, f"blocks.{layer}.hook_resid_post": correct}):
+    after = name.replace("resid_mid", "resid_post")
+    with hooked(model, {name: replace, after: correct}):
         yield
 
 
 def rms(stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
     """The root mean square of a stream at each position."""
     return stream.square().mean(-1, keepdim=True).sqrt()
-
-

@@ -142,13 +142,12 @@ def _run_settings(path: Path) -> SparsePretrainSettings:
 def _as_trained(settings: SparsePretrainSettings, path: Path) -> SparsePretrainSettings:
     """The settings, with the AbsTopK and the kind of bridges of the run whose file `path` is."""
     trained = _run_settings(path)
-    with errors_name_file(path):
-        check(trained.sparsity is not None, "sparsity", None, "a section of the file")
+    trained_sparsity = trained.sparsity or {}
     sparsity = dict(settings.sparsity or {})
     for key in _TOPK_KEYS:
         sparsity.pop(key, None)
-        if key in trained.sparsity:
-            sparsity[key] = trained.sparsity[key]
+        if key in trained_sparsity:
+            sparsity[key] = trained_sparsity[key]
     followed = replace(settings, sparsity=sparsity, bridges={**trained.bridges, **settings.bridges})
     if not settings.dense:
         followed = replace(followed, dense=trained.dense)

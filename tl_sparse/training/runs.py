@@ -240,9 +240,7 @@ def _objective_settings(objective: Objective) -> dict[str, Any]:
     return {"command": objective.command, **settings}
 
 
-def _check_same_objective(
-    settings: Mapping[str, Any], objective: Objective, folder: Path
-) -> None:
+def _check_same_objective(settings: Mapping[str, Any], objective: Objective, folder: Path) -> None:
     """Raise `TrainError` if a run is not resumed with the objective that it was begun with."""
     before = settings.get("objective", {"command": Objective.command})
     now = _objective_settings(objective)
