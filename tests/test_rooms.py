@@ -35,7 +35,7 @@ FLOORS = [
     ["checkpoints"],
     ["training", "circuits"],
     ["evaluation"],
-    ["programs"],
+    ["programs", "bridges"],
     ["attacks", "pruning"],
     ["explanations"],
     ["certificates"],

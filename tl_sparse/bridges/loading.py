@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tl_sparse.arguments import checked, described
 from tl_sparse.bridges.pair import Bridges, check_models_fit
 from tl_sparse.bridges.storage import StoredMaps, build_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model
-from tl_sparse.errors import BridgeError, TLSparseError, warn_user
+from tl_sparse.errors import ArgumentError, BridgeError, TLSparseError, warn_user
 from tl_sparse.hooks import TLModel
 
 
+@checked("source", "device", "dtype", "tokenizer", "abs_topk")
 def load_bridges(
     source: str | Path,
     dense: TLModel | str | Path | None = None,
@@ -50,7 +52,7 @@ def load_bridges(
     """
     given: Any = None  # the dense model, if it is given as such
     if not isinstance(dense, str | Path | None):
-        given = dense
+        given = as_model(dense)
         device = device if device is not None else next(given.parameters()).device
     folder = find(source, revision)
     stored = read_maps(folder)
@@ -69,6 +71,20 @@ def load_bridges(
             "is another model, or it was opened in another dtype or processed otherwise"
         )
     return bridges
+
+
+def as_model(dense: Any) -> Any:
+    """A dense model that a user gives as such.
+
+    Raises:
+        ArgumentError: if it is none.
+    """
+    if not hasattr(type(dense), "hook_dict") and not hasattr(dense, "hook_dict"):
+        raise ArgumentError(
+            "dense must be a TransformerLens model, or the folder or name of one, not "
+            f"{described(dense)}"
+        )
+    return dense
 
 
 def _open_dense(source: str | Path, dense: Any, stored: StoredMaps, device: torch.device) -> Any:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from tl_sparse.arguments import checked
 from tl_sparse.bridges.config import BridgeConfig
-from tl_sparse.bridges.loading import load_bridges
+from tl_sparse.bridges.loading import as_model, load_bridges
 from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.bridges.pair import Bridges
 from tl_sparse.bridges.streams import check_has_sites
@@ -18,6 +19,7 @@ from tl_sparse.hooks import TLModel, frozen
 from tl_sparse.training import config_of_run, settings_of_run, train_towards
 
 
+@checked("out", "device")
 def train_bridges(
     dense: TLModel | str | Path,
     config: BridgeConfig | None = None,
@@ -56,6 +58,7 @@ def train_bridges(
     if isinstance(dense, str | Path):
         dense = open_model(dense, device)
     else:
+        dense = as_model(dense)
         device = device if device is not None else next(dense.parameters()).device
     check_has_sites(dense)
     if dense.tokenizer is None:
