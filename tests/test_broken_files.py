@@ -41,10 +41,10 @@ from micro import (
     save_micro,
     save_pairs,
 )
-from tl_sparse.circuits import Circuit
+from tl_sparse.circuits import Circuit, EapGraph, from_prune_scores, to_prune_scores
 from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.data import load_documents, load_tokenizer
-from tl_sparse.errors import TLSparseError
+from tl_sparse.errors import CircuitError, TLSparseError
 from tl_sparse.evaluation import full_evaluation
 from tl_sparse.programs import CompiledCircuit
 from tl_sparse.pruning import PruneConfig, recorded_config
@@ -255,7 +255,40 @@ def read_program(folder):
     return digest(dict(compiled.named_buffers()), repr(compiled), compiled.n_ctx, logits)
 
 
+def write_graph(folder, name):
+    graph = micro_circuit(micro_again()).to_eap(micro_again())
+    channels = torch.arange(12.0).view(3, 4)
+    nodes_scores = torch.tensor([torch.nan, 1.0, 2.0])
+    dataclasses.replace(
+        graph,
+        nodes_scores=nodes_scores,
+        neurons_in_graph=channels > 3,
+        neurons_scores=channels,
+    ).save(folder / name)
+
+
+def read_graph(folder):
+    graph = EapGraph.load(next(folder.iterdir()))
+    repr(graph)
+    graph.top(min(3, graph.n_scored()))
+    with contextlib.suppress(CircuitError), tempfile.TemporaryDirectory() as again:
+        Circuit.from_eap(graph, micro_again()).save(again)
+    return digest(vars(graph))
+
+
+def write_prune_scores(folder):
+    graph = micro_circuit(micro_again()).to_eap(micro_again())
+    to_prune_scores(graph, folder / "scores.pt")
+
+
+def read_prune_scores(folder):
+    return digest(vars(from_prune_scores(folder / "scores.pt", micro_again())))
+
+
 FORMATS["circuit"] = Format(write_circuit, read_circuit)
+FORMATS["component graph"] = Format(lambda folder: write_graph(folder, "graph.json"), read_graph)
+FORMATS["component graph pt"] = Format(lambda folder: write_graph(folder, "graph.pt"), read_graph)
+FORMATS["prune scores"] = Format(write_prune_scores, read_prune_scores)
 FORMATS["edge list"] = Format(write_edge_list, read_edge_list)
 FORMATS["viz data"] = Format(write_viz_data, read_viz_data)
 FORMATS["program"] = Format(write_program, read_program)

@@ -175,6 +175,10 @@ def right():
         "n_prompts": 0,
         "n_test": 2,
         "n_statements": 2,
+        "graph": circuit.to_eap(model),
+        "intervention": "patching",
+        "method": "eap",
+        "level": "edge",
     }
 
 
@@ -198,6 +202,17 @@ OTHERWISE = {
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
     "task_ends": {"nodes": []},
     "mean_of": {"values": torch.ones(3)},
+    "ratio_of_pairs": {"numerators": torch.ones(4), "denominators": torch.ones(4)},
+    "to_prune_scores": {"path": "scores.pt"},
+    "from_prune_scores": {
+        "source": {
+            "blocks.0.hook_q_input": torch.ones(1, 1),
+            "blocks.0.hook_k_input": torch.ones(1, 1),
+            "blocks.0.hook_v_input": torch.ones(1, 1),
+            "blocks.0.hook_mlp_in": torch.ones(2),
+            "blocks.0.hook_resid_post": torch.ones(3),
+        }
+    },
     "unembedding": {"channel": 2},
     "get_task": {"name": "single_double_quote"},
     "held_out_contexts": {"task": "single_double_quote"},

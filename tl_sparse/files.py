@@ -193,6 +193,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
 
 
+def write_torch(path: Path, values: Mapping[str, Any], overwrite: bool = True) -> None:
+    """Write a `torch.save` file, atomically; for `overwrite` and the errors see `replacing`."""
+    # Not to the file itself, whose temporary name torch would store: equal values give equal bytes.
+    buffer = io.BytesIO()
+    torch.save(dict(values), buffer)
+    with replacing(path, overwrite) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
 def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, read without running any code in the file.
 

@@ -20,7 +20,12 @@ from auto_circuit.types import PatchType
 from auto_circuit.utils.graph_utils import patchable_model
 from transformer_lens import TransformerLensKeyValueCache
 
+from tl_sparse.circuits.prune_scores import from_prune_scores, to_prune_scores
 from tl_sparse.errors import UnsupportedError
+from tl_sparse.evaluation.edge_attribution import edge_scores
+from tl_sparse.evaluation.graph_runs import applying_graph
+from tl_sparse.evaluation.running import all_next_token_logits
+from tl_sparse.tasks.task_data import TaskData
 
 MODELS = {
     "dense": dense_model,
@@ -146,6 +151,46 @@ def test_the_two_ways_to_edge_attribution_agree():
     assert max(scores.abs().max() for scores in fast.values()) > 0.1
     for name in fast:
         torch.testing.assert_close(fast[name], slow[name], atol=1e-5, rtol=1e-4)
+
+
+def paired(clean, corrupt):
+    """The clean and the corrupt prompts as pairs, whose answers are tokens 3 and 4."""
+    n_prompts = 2 * len(clean)
+    return TaskData(
+        task="t",
+        prompts=tuple(map(str, range(n_prompts))),
+        tokens=torch.stack((clean, corrupt), dim=1).flatten(0, 1),
+        last=torch.full((n_prompts,), LENGTH - 1),
+        candidates=torch.tensor([[3, 4]] * n_prompts),
+        correct=torch.arange(2).repeat(len(clean)),
+    )
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_our_scores_are_those_of_auto_circuit(make, tmp_path):
+    """Its scores of clean prompts against corrupt ones, and the other way round, are our mean."""
+    clean, corrupt = prompts(make(), batch=2, length=LENGTH)
+    patchable, loader, *_ = wrapped(make, seq_len=None)
+    answers = [torch.tensor([4])] * 2, [torch.tensor([3])] * 2
+    reversed_loader = PromptDataLoader(
+        PromptDataset(corrupt, clean, *answers), seq_len=None, diverge_idx=0, batch_size=2
+    )
+    there = scores_of(patchable, loader)
+    back = scores_of(patchable, reversed_loader)
+    model = make(dtype=torch.float32)
+    ours = to_prune_scores(edge_scores(model, paired(clean, corrupt), "eap"), tmp_path / "s.pt")
+    assert there.keys() == ours.keys()
+    for name, scores in ours.items():
+        torch.testing.assert_close(scores, (there[name] + back[name]) / 2, atol=1e-5, rtol=1e-4)
+
+    # What it saves is read here, and the best edges are the same circuit there and here.
+    torch.save(there, tmp_path / "there.pt")
+    graph = from_prune_scores(tmp_path / "there.pt", model)
+    best = graph.top(10)
+    run_context = applying_graph(best, model, paired(clean, corrupt))
+    here = all_next_token_logits(model, paired(clean, corrupt), run_context=run_context)
+    expected = circuit_logits(patchable, loader, there, 10)
+    torch.testing.assert_close(here[::2], expected, atol=1e-5, rtol=0)
 
 
 def test_a_key_value_cache_is_refused():

@@ -1,5 +1,9 @@
 from .attribution import attribution_graph as attribution_graph
 from .circuit import Circuit as Circuit
+from .component_layout import ComponentLayout as ComponentLayout
+from .eap_graph import GRAPH_LEVELS as GRAPH_LEVELS
+from .eap_graph import EapGraph as EapGraph
+from .eap_graph import GraphLevel as GraphLevel
 from .ends import EndWeight as EndWeight
 from .ends import TaskEnds as TaskEnds
 from .ends import has_bigram_table as has_bigram_table
@@ -26,6 +30,8 @@ from .nodes import NodeSizes as NodeSizes
 from .nodes import n_weights as n_weights
 from .nodes import weight_matrices as weight_matrices
 from .parts import check_channels as check_channels
+from .prune_scores import from_prune_scores as from_prune_scores
+from .prune_scores import to_prune_scores as to_prune_scores
 from .reads import holding_reads as holding_reads
 from .reads import shared_reads as shared_reads
 from .task import circuit_task as circuit_task

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.arguments import described
@@ -138,16 +139,24 @@ def of_size(circuit: _Circuit, n_nodes: int) -> _Circuit:
             f"n_nodes = {n_nodes}; it must be in [0, {circuit.n_candidates}], "
             f"and the circuit must have scores"
         )
+    kept = circuit.masks_of_numbers(ranking(circuit)[:n_nodes])
+    return _derived(circuit, kept, circuit.task, None)
+
+
+def ranking(circuit: CircuitParts) -> Int[Tensor, " candidate"]:
+    """The numbers of all nodes, the best first, as `of_size` keeps them.
+
+    Raises:
+        CircuitError: if the circuit has no scores.
+    """
+    if not circuit.scores:
+        raise CircuitError("this circuit has no scores of its nodes, by which they can be ranked")
     is_kept = torch.zeros(circuit.n_candidates, dtype=torch.bool)
     is_kept[circuit.numbers_in(circuit.kept)] = True
-    flat_scores = torch.cat([scores[name].flatten().cpu() for name in circuit.kept])
-    by_score = flat_scores.argsort(descending=True, stable=True)
+    scores = torch.cat([circuit.scores[name].flatten().cpu() for name in circuit.kept])
+    by_score = scores.argsort(descending=True, stable=True)
     # Kept nodes come first even where nodes with a higher score were dropped after the search.
-    kept_by_score = by_score[is_kept[by_score]]
-    others_by_score = by_score[~is_kept[by_score]]
-    ranking = torch.cat([kept_by_score, others_by_score])
-    kept = circuit.masks_of_numbers(ranking[:n_nodes])
-    return _derived(circuit, kept, circuit.task, None)
+    return torch.cat([by_score[is_kept[by_score]], by_score[~is_kept[by_score]]])
 
 
 def _derived(

@@ -15,6 +15,8 @@ from torch import Tensor
 from tl_sparse.checkpoints import card_text, find, push_folder
 from tl_sparse.circuits import algebra
 from tl_sparse.circuits.description import described
+from tl_sparse.circuits.eap_circuits import EdgeScoring, circuit_of_graph, graph_of_circuit
+from tl_sparse.circuits.eap_graph import EapGraph
 from tl_sparse.circuits.edges import bias_at, cutting, edge_shares, edges_between, uncut_edges
 from tl_sparse.circuits.exchange import edge_list, read_edge_list, read_openai_circuit
 from tl_sparse.circuits.fingerprints import fingerprint
@@ -549,6 +551,77 @@ class Circuit(CircuitParts):
                 location.
         """
         return cls._from_parts(read_openai_circuit(Path(path), model, task), means)
+
+    def to_eap(
+        self,
+        model: TLModel,
+        path: str | Path | None = None,
+        scores: EdgeScoring | EapGraph = "weights",
+        overwrite: bool = False,
+    ) -> EapGraph:
+        """The graph of components, of EAP-IG and MIB, that this circuit is a part of.
+
+        An edge is in the graph if a path of kept nodes and uncut edges joins the two components: a
+        value channel or neuron of the one, a residual channel that it writes and the other reads,
+        and a query, key or value channel or a neuron of the other. The tokens write, and the logits
+        read, the channels at which W_E and W_U are not all zero. A head is in the graph if one of
+        its query, key or value channels is kept, and an MLP if one of its neurons is.
+
+        The graph holds what it leaves out at the values of other prompts, not at means, and it has
+        all channels of its components: how well it does must be measured again, for example by
+        `tl_sparse.evaluation.graph_score`.
+
+        Args:
+            model: the circuit's model.
+            path: a file to write the graph to, *.json or *.pt; by default none.
+            scores: "weights" scores an edge by the sum, over its paths, of the product of their two
+                absolute weights; norms are left out, and W_E and W_U are those of the mean token.
+                "ranking" scores all edges of the model by the best path of each, and a path by the
+                lowest rank of its nodes in the search, as the share of all nodes that rank no
+                higher: edges that score above 1 - n/N are those of `of_size(n)`, of N nodes.
+                A graph gives its own scores; see `tl_sparse.evaluation.edge_scores`.
+            overwrite: whether a file with other contents is replaced.
+
+        Raises:
+            CircuitError: if `model` is not the circuit's model, or the circuit has no `scores`.
+            ConfigError: for unknown `scores`; and for a file as for `EapGraph.save`.
+            UnsupportedError: if the model has no MLPs.
+        """
+        self.check_model(model)
+        graph = graph_of_circuit(self, model, scores)
+        if path is not None:
+            graph.save(path, overwrite)
+        return graph
+
+    @classmethod
+    def from_eap(
+        cls,
+        source: str | Path | EapGraph,
+        model: TLModel,
+        means: NodeValues | None = None,
+        task: str = "",
+    ) -> Circuit:
+        """The circuit of all channels of the components in a graph of EAP-IG or MIB.
+
+        Of heads, the query, key and value channels are kept whose input some edge leads to; of what
+        a component writes, the residual channels that are in the graph. Channels that several heads
+        share are kept for any of them. Edges between components cannot be told from this circuit,
+        in which a layer reads all that was written to a channel: it may have more of them than the
+        graph. `tl_sparse.evaluation.applying_graph` runs a model under the graph itself.
+
+        Args:
+            source: the graph, or its file.
+            model: the model to which it belongs.
+            means: the means of the circuit's nodes; without them it cannot run.
+            task: the name of the task.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or not such a graph.
+            CircuitError: if the graph is empty or does not fit the model, or a node or edge does
+                not exist.
+        """
+        graph = source if isinstance(source, EapGraph) else EapGraph.load(source)
+        return cls._from_parts(circuit_of_graph(graph, model, task), means)
 
     @classmethod
     def _from_parts(cls, parts: CircuitParts, means: NodeValues | None) -> Circuit:

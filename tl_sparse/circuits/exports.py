@@ -1,6 +1,7 @@
 """Exporting circuits to the formats of other tools.
 
-The formats are networkx, GraphML, DOT, Mermaid, CSV, and the JSON of attribution graphs.
+The formats are networkx, GraphML, DOT, Mermaid, CSV, the JSON of attribution graphs, and EAP-IG's
+graphs of components.
 """
 
 import json
@@ -12,7 +13,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits.attribution import attribution_graph
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.dot import to_dot
-from tl_sparse.circuits.export_endings import check_export
+from tl_sparse.circuits.export_endings import check_export, is_eap_export
 from tl_sparse.circuits.mermaid import to_mermaid
 from tl_sparse.circuits.nodes import LOCATIONS
 from tl_sparse.files import write_text
@@ -37,7 +38,8 @@ def export(
 ) -> None:
     """Write the circuit in the format that the file's extension names.
 
-    The extensions are .graphml, .dot, .mmd (Mermaid), .csv, and .json (an attribution graph).
+    The extensions are .graphml, .dot, .mmd (Mermaid), .csv, .json (an attribution graph), and
+    .eap.json or .pt (the graph of components that `Circuit.to_eap` makes).
 
     Args:
         task: for .dot and .mmd, the task whose tokens and answers are shown, and for .json the one
@@ -53,6 +55,9 @@ def export(
             model. Without `task`, drawings then leave out its tokens and answers.
     """
     check_export(path)
+    if is_eap_export(path):
+        circuit.to_eap(model, path, overwrite=overwrite)
+        return
     ending = Path(path).suffix.lower()
     if ending == ".json":
         graph = attribution_graph(circuit, model, task)

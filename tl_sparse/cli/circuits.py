@@ -202,8 +202,8 @@ def add_export(commands: Commands) -> None:
     add_circuit(parser)
     add_out_file(
         parser.add_argument_group("the file"),
-        "The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv or "
-        ".json (attribution graph).",
+        "The file, whose extension selects the format: .graphml, .dot, .mmd (Mermaid), .csv, "
+        ".json (attribution graph), or .eap.json and .pt (EAP-IG's graph of heads and MLPs).",
     )
     add_running_flags(parser)
 

@@ -1,7 +1,8 @@
-"""Random batches of the pairs of a task, for what is learned on them."""
+"""The pairs of a task for what is learned on them, or measured by gradients."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -37,3 +38,14 @@ def _random_batches(data: TaskData, size: int, seed: int) -> Iterator[TaskData]:
         batches = by_length.tensor_split(math.ceil(len(by_length) / size))
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield data.pairs(batches[i])
+
+
+def ordinary(data: TaskData) -> TaskData:
+    """Data that gradients can flow past, even if they were made in `torch.inference_mode`."""
+    return replace(
+        data,
+        tokens=data.tokens.clone(),
+        last=data.last.clone(),
+        candidates=data.candidates.clone(),
+        correct=data.correct.clone(),
+    )

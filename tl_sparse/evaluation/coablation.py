@@ -12,6 +12,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, shared_reads
 from tl_sparse.config import check
 from tl_sparse.evaluation.baselines import check_measurable, without_nodes
+from tl_sparse.evaluation.batches import ordinary
 from tl_sparse.evaluation.estimates import Estimate, mean_of
 from tl_sparse.evaluation.holding import holding_nodes
 from tl_sparse.evaluation.prompt_runs import Runs
@@ -227,7 +228,7 @@ def estimated_effects(
         hold = holding_nodes(held, model, inverted=True)
         dtype = at_least_float32(next(model.parameters()).dtype)
         for batch in prompt_batches(model, data, batch_size):
-            prompts = _ordinary(batch.data)
+            prompts = ordinary(batch.data)
             opened = {}
             for name, mask in held.kept.items():
                 opened[name] = torch.ones_like(mask, dtype=dtype).requires_grad_()
@@ -236,17 +237,6 @@ def estimated_effects(
             gradients = torch.autograd.grad(loss, list(opened.values()), materialize_grads=True)
             total -= torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
         return total / data.n_pairs
-
-
-def _ordinary(data: TaskData) -> TaskData:
-    """Data that gradients can flow past, even if they were made in `torch.inference_mode`."""
-    return replace(
-        data,
-        tokens=data.tokens.clone(),
-        last=data.last.clone(),
-        candidates=data.candidates.clone(),
-        correct=data.correct.clone(),
-    )
 
 
 # --- exact effects

@@ -52,6 +52,32 @@ def mean_of_pairs(values: Float[Tensor, " prompt"]) -> Estimate:
     return mean_of(values.view(-1, 2).mean(1))
 
 
+@checked()
+def ratio_of_pairs(
+    numerators: Float[Tensor, " prompt"], denominators: Float[Tensor, " prompt"]
+) -> Estimate:
+    """The ratio of two means over the same prompts, of which each two in a row are a pair.
+
+    Its standard error is that of the linearised ratio: of the mean over pairs of numerator - ratio
+    · denominator, divided by the mean denominator. The value is NaN if that mean is zero.
+
+    Raises:
+        ArgumentError: as for `mean_of_pairs`, or if the two are not as many.
+    """
+    if len(numerators) != len(denominators):
+        raise ArgumentError(
+            f"numerators and denominators must be as many, not {len(numerators)} and "
+            f"{len(denominators)}"
+        )
+    below = mean_of_pairs(denominators).value
+    if below == 0:
+        return Estimate(math.nan, None)
+    ratio = mean_of_pairs(numerators).value / below
+    residuals = numerators.double() - ratio * denominators.double()
+    error = mean_of_pairs(residuals).standard_error
+    return Estimate(ratio, None if error is None else error / abs(below))
+
+
 def correlation(first: Float[Tensor, " sample"], second: Float[Tensor, " sample"]) -> Estimate:
     """The Pearson correlation of two samples, with its asymptotic standard error.
 
