@@ -183,14 +183,19 @@ def test_our_scores_are_those_of_auto_circuit(make, tmp_path):
     for name, scores in ours.items():
         torch.testing.assert_close(scores, (there[name] + back[name]) / 2, atol=1e-5, rtol=1e-4)
 
-    # What it saves is read here, and the best edges are the same circuit there and here.
-    torch.save(there, tmp_path / "there.pt")
-    graph = from_prune_scores(tmp_path / "there.pt", model)
-    best = graph.top(10)
-    run_context = applying_graph(best, model, paired(clean, corrupt))
-    here = all_next_token_logits(model, paired(clean, corrupt), run_context=run_context)
-    expected = circuit_logits(patchable, loader, there, 10)
-    torch.testing.assert_close(here[::2], expected, atol=1e-5, rtol=0)
+
+def test_its_scores_make_the_same_circuit_here(tmp_path):
+    patchable, loader, *_ = wrapped(sparse_model, seq_len=None)
+    scores = scores_of(patchable, loader)
+    torch.save(scores, tmp_path / "scores.pt")
+    model = sparse_model(dtype=torch.float32)
+    graph = from_prune_scores(tmp_path / "scores.pt", model)
+    data = paired(*prompts(model, batch=2, length=LENGTH))
+    for count in (5, 10, 40):
+        run_context = applying_graph(graph.top(count), model, data)
+        here = all_next_token_logits(model, data, run_context=run_context)[::2]
+        there = circuit_logits(patchable, loader, scores, count)
+        torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
 
 
 def test_a_key_value_cache_is_refused():
