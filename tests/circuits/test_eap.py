@@ -301,6 +301,41 @@ def test_heads_that_share_keys_and_values():
     assert not any(name.startswith(("a1", "m")) for name in again.edges)
 
 
+def test_component_circuits():
+    """There and back; edges where weights join kept components."""
+    model = tiny_model(n_layers=2)
+    layout = ComponentLayout.of_model(model)
+    chosen = of_names(
+        "input->a0.h1<v>", "a0.h1->m1", "m1->logits", layout=layout
+    ).connected()  # fmt: skip
+    circuit = Circuit.from_eap(chosen, model, nodes="components")
+    assert [str(node) for node in circuit.nodes] == ["0.head 1", "1.mlp"]
+    graph = circuit.to_eap(model)
+    assert graph.nodes == ["input", "a0.h1", "m1"]
+    assert graph.edges.keys() == {
+        "input->a0.h1<q>", "input->a0.h1<k>", "input->a0.h1<v>", "input->m1", "input->logits",
+        "a0.h1->m1", "a0.h1->logits", "m1->logits",
+    }  # fmt: skip
+    weights = circuit_of_everything(model).to_eap(model)
+    assert graph.edges == pytest.approx({name: weights.edges[name] for name in graph.edges})
+    scores = {name: torch.rand(mask.shape) for name, mask in circuit.kept.items()}
+    ranked = dataclasses.replace(circuit, scores=scores).to_eap(model, scores="ranking")
+    # Of six heads and two MLPs, the kept two rank highest: the second best at 7/8.
+    best = {name for name, score in all_scores(ranked).items() if score >= 7 / 8}
+    assert best == graph.edges.keys()
+    with pytest.raises(ConfigError, match=r"nodes = 'heads' .* one of channels, components"):
+        Circuit.from_eap(chosen, model, nodes="heads")
+
+
+def circuit_of_everything(model):
+    full = EapGraph.full(model)
+    return Circuit.from_eap(full, model)
+
+
+def all_scores(graph):
+    return dataclasses.replace(graph, in_graph=graph.layout.real_edges()).edges
+
+
 def test_attention_alone_has_no_such_graph():
     with pytest.raises(UnsupportedError, match="has an MLP in each layer, and this model has none"):
         EapGraph.full(stock_model(attn_only=True))

@@ -20,6 +20,7 @@ from tl_sparse.circuits.eap_graph import EapGraph
 from tl_sparse.circuits.edges import bias_at, cutting, edge_shares, edges_between, uncut_edges
 from tl_sparse.circuits.exchange import edge_list, read_edge_list, read_openai_circuit
 from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.kinds import NodeKind
 from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.circuits.parts import CircuitParts, with_labels
 from tl_sparse.circuits.reads import holding_reads
@@ -565,7 +566,8 @@ class Circuit(CircuitParts):
         value channel or neuron of the one, a residual channel that it writes and the other reads,
         and a query, key or value channel or a neuron of the other. The tokens write, and the logits
         read, the channels at which W_E and W_U are not all zero. A head is in the graph if one of
-        its query, key or value channels is kept, and an MLP if one of its neurons is.
+        its query, key or value channels is kept, and an MLP if one of its neurons is. In a
+        component circuit, paths lead through all channels of the kept components.
 
         The graph holds what it leaves out at the values of other prompts, not at means, and it has
         all channels of its components: how well it does must be measured again, for example by
@@ -600,28 +602,33 @@ class Circuit(CircuitParts):
         model: TLModel,
         means: NodeValues | None = None,
         task: str = "",
+        nodes: NodeKind = "channels",
     ) -> Circuit:
-        """The circuit of all channels of the components in a graph of EAP-IG or MIB.
+        """The circuit of the heads and MLPs in a graph of EAP-IG or MIB.
 
-        Of heads, the query, key and value channels are kept whose input some edge leads to; of what
-        a component writes, the residual channels that are in the graph. Channels that several heads
-        share are kept for any of them. Edges between components cannot be told from this circuit,
-        in which a layer reads all that was written to a channel: it may have more of them than the
-        graph. `tl_sparse.evaluation.applying_graph` runs a model under the graph itself.
+        Edges between components cannot be told from a circuit, in which a component reads all that
+        was written before it: it may have more of them than the graph.
+        `tl_sparse.evaluation.applying_graph` runs a model under the graph itself.
 
         Args:
             source: the graph, or its file.
             model: the model to which it belongs.
             means: the means of the circuit's nodes; without them it cannot run.
             task: the name of the task.
+            nodes: "components" makes a component circuit, whose nodes are the outputs of heads and
+                MLPs. "channels" keeps all channels of them: of a head, its query, key and value
+                channels, of each kind if an edge leads to that input; and of what a component
+                writes, the residual channels that are in the graph. What several heads share is
+                kept for any of them.
 
         Raises:
             CheckpointError: if the file is missing, damaged, or not such a graph.
             CircuitError: if the graph is empty or does not fit the model, or a node or edge does
                 not exist.
+            ConfigError: for unknown `nodes`.
         """
         graph = source if isinstance(source, EapGraph) else EapGraph.load(source)
-        return cls._from_parts(circuit_of_graph(graph, model, task), means)
+        return cls._from_parts(circuit_of_graph(graph, model, task, nodes), means)
 
     @classmethod
     def _from_parts(cls, parts: CircuitParts, means: NodeValues | None) -> Circuit:

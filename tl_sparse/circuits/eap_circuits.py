@@ -1,5 +1,6 @@
 """From circuits to graphs of components, and back."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -19,11 +20,12 @@ from tl_sparse.circuits.component_paths import (
 from tl_sparse.circuits.eap_graph import EapGraph
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
+from tl_sparse.circuits.kinds import NODE_KINDS, NodeKind
 from tl_sparse.circuits.nodes import LOCATIONS, weight_matrices
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError
-from tl_sparse.hooks import TLModel
+from tl_sparse.hooks import NodeValues, TLModel
 
 #: How `Circuit.to_eap` scores the edges:
 #: - "weights": the sum over all paths in the circuit of the product of their absolute weights;
@@ -42,7 +44,7 @@ def graph_of_circuit(
         check(scores in EDGE_SCORINGS, "scores", scores, f"one of {', '.join(EDGE_SCORINGS)}")
     layout = ComponentLayout.of_model(model)
     kept = {name: mask.float() for name, mask in circuit.kept.items()}
-    paths = summed_paths(model, layout, Openings(circuit, kept))
+    paths = _paths(summed_paths, circuit, model, layout, kept)
     is_joined = (paths.written > 0).float() @ (paths.read > 0).float() > 0
     graph = EapGraph(
         layout=layout,
@@ -55,8 +57,37 @@ def graph_of_circuit(
     if scores == "weights":
         products = paths.written @ paths.read * layout.real_edges()
         return replace(graph, scores=products, nodes_scores=paths.written.sum(1))
-    ranked = weakest_parts(model, layout, Openings(circuit, _ranks(circuit)))
+    ranked = _paths(weakest_parts, circuit, model, layout, _ranks(circuit))
     return replace(graph, scores=_best_paths(ranked, layout), nodes_scores=ranked.nodes)
+
+
+def _paths(
+    followed: Callable[[TLModel, ComponentLayout, Openings], ComponentPaths],
+    circuit: CircuitParts,
+    model: TLModel,
+    layout: ComponentLayout,
+    values: NodeValues,
+) -> ComponentPaths:
+    """The paths of a circuit, followed through channels, or between whole components.
+
+    Args:
+        followed: `summed_paths` or `weakest_parts`.
+        values: 1 for each kept node and else 0, or the rank of each.
+    """
+    openings = Openings(circuit, values)
+    paths = followed(model, layout, openings)
+    if circuit.node_kind == "channels":
+        return paths
+    # All channels are open, since the circuit has nodes at other places.
+    nodes = torch.ones(layout.n_sources)
+    for layer in range(layout.n_layers):
+        nodes[layout.heads(layer)] = openings.at(layer, "head", layout.n_heads)
+        nodes[layout.mlp(layer)] = openings.at(layer, "mlp", 1)
+    targets = (layout.inputs_of_sources() * nodes[:, None]).amax(0)
+    targets[layout.logits] = 1.0
+    if followed is summed_paths:
+        return ComponentPaths(paths.written * nodes[:, None], paths.read * targets, nodes)
+    return ComponentPaths(paths.written.minimum(nodes[:, None]), paths.read.minimum(targets), nodes)
 
 
 def _ranks(circuit: CircuitParts) -> dict[str, Float[Tensor, " *node"]]:
@@ -80,13 +111,37 @@ def _best_paths(paths: ComponentPaths, layout: ComponentLayout) -> Float[Tensor,
     return torch.stack(rows) * layout.real_edges()
 
 
-def circuit_of_graph(graph: EapGraph, model: TLModel, task: str) -> CircuitParts:
-    """The circuit of channels that a graph stands for; see `Circuit.from_eap`."""
+def circuit_of_graph(graph: EapGraph, model: TLModel, task: str, nodes: NodeKind) -> CircuitParts:
+    """The circuit that a graph stands for; see `Circuit.from_eap`."""
+    check(nodes in NODE_KINDS, "nodes", nodes, f"one of {', '.join(NODE_KINDS)}")
     graph.check_model(model)
     if not bool(graph.nodes_in_graph.any()):
         raise CircuitError(
             "nothing is in this graph, which perhaps has scores only; graph.top(n) chooses edges"
         )
+    kept = _kept_components(graph, model) if nodes == "components" else _kept_channels(graph, model)
+    return CircuitParts(
+        kept=kept,
+        means={},
+        model=fingerprint(model),
+        model_name=str(getattr(model.cfg, "model_name", "") or ""),
+        task=task,
+    )
+
+
+def _kept_components(graph: EapGraph, model: TLModel) -> dict[str, Tensor]:
+    """Hook point → the mask of the heads, or of the MLP, there."""
+    kept = {}
+    for (layer, location), hook_name in node_hooks(model, kind="components").items():
+        if location == "head":
+            kept[hook_name] = graph.nodes_in_graph[graph.layout.heads(layer), None].clone()
+        else:
+            kept[hook_name] = graph.nodes_in_graph[graph.layout.mlp(layer), None].clone()
+    return kept
+
+
+def _kept_channels(graph: EapGraph, model: TLModel) -> dict[str, Tensor]:
+    """Hook point → the mask of the channels of the components in the graph."""
     kept = {}
     sizes = _location_sizes(model)
     for (layer, location), hook_name in node_hooks(model).items():
@@ -99,13 +154,7 @@ def circuit_of_graph(graph: EapGraph, model: TLModel, task: str) -> CircuitParts
             kept[hook_name] = of_heads.repeat(1, model.cfg.d_head)
         else:
             kept[hook_name] = chosen.expand(size).clone()
-    return CircuitParts(
-        kept=kept,
-        means={},
-        model=fingerprint(model),
-        model_name=str(getattr(model.cfg, "model_name", "") or ""),
-        task=task,
-    )
+    return kept
 
 
 def _location_sizes(model: TLModel) -> dict[tuple[int, str], int]:
