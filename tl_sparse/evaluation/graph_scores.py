@@ -69,7 +69,7 @@ def graph_score(
     data: TaskData,
     intervention: Intervention = "patching",
     n_random: int = 3,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> GraphScore:
     """Run `model` under a graph of components and measure how well it does a task.
@@ -191,7 +191,7 @@ def graph_curve(
     intervention: Intervention = "patching",
     shares: Sequence[float] = MIB_SHARES,
     n_random: int = 1,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> GraphCurve:
     """CPR and CMD of MIB: the faithfulness of the highest-scored parts of a graph, by their size.
@@ -201,8 +201,8 @@ def graph_curve(
     f = (m(C) - m(∅)) / (m(M) - m(∅)), where m is the mean logit difference, right answer minus
     wrong one, under the graph C, without any edge ∅ and in the full model M. CPR is the area under
     f and CMD that under |1 - f|, by trapezoids over the shares, from the smallest to the largest.
-    Each share counts as such, whatever it comes to in edges: edges are not weighed by the channels
-    of their sources, and neither are edges left out that are not connected.
+    Sizes are shares of the number of edges, nodes or channels, as MIB has them: an edge counts as
+    one, whether or not it is then connected, and however many channels its source has.
 
     MIB reports CPR with `absolute=False` and CMD with `absolute=True` where it has both.
 
