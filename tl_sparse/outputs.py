@@ -99,12 +99,12 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 #: What a process leaves that is killed while it writes: a file, and a folder of several.
 _UNFINISHED_FILE = ".writing-"
-_UNFINISHED_FOLDER = ".saving-"
+UNFINISHED_FOLDER = ".saving-"
 
 
 def is_unfinished(path: Path) -> bool:
     """Whether a process that writes now, or was killed while it wrote, has made this file."""
-    return path.name.startswith((_UNFINISHED_FILE, _UNFINISHED_FOLDER))
+    return path.name.startswith((_UNFINISHED_FILE, UNFINISHED_FOLDER))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -264,7 +264,7 @@ def replacing_together(files: FileSet, folder: Path, overwrite: bool) -> Iterato
     with _errors_name(folder):
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / (_UNFINISHED_FOLDER + uuid.uuid4().hex)
+        staged = folder / (UNFINISHED_FOLDER + uuid.uuid4().hex)
         try:
             staged.mkdir()
             yield staged

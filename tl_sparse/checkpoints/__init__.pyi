@@ -16,3 +16,10 @@ from .native import save_model as save_model
 from .network import resolve_device as resolve_device
 from .sources import find as find
 from .sparse_pretrain import sparse_pretrain_settings as sparse_pretrain_settings
+from .steps import STEPS_FOLDER as STEPS_FOLDER
+from .steps import StepRecord as StepRecord
+from .steps import kept_steps as kept_steps
+from .steps import read_step_record as read_step_record
+from .steps import step_folder as step_folder
+from .steps import step_path as step_path
+from .steps import write_step_record as write_step_record

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from tl_sparse.checkpoints.formats import read_checkpoint
 from tl_sparse.checkpoints.network import build_network, resolve_device, resolve_dtype
 from tl_sparse.checkpoints.sources import find, openai_tokenizer
+from tl_sparse.checkpoints.steps import folder_of_step, name_of_model
 from tl_sparse.config import check
 from tl_sparse.data import find_tokenizer, load_tokenizer
 from tl_sparse.errors import TokenizerError, warn_user
 from tl_sparse.faces import wrap
-from tl_sparse.files import printable_name, read_json
+from tl_sparse.files import read_json
 from tl_sparse.kernels import kernel
 from tl_sparse.network import Kernels, Product, SparseConfig, SparseTransformer, init_weights
 
@@ -45,7 +46,8 @@ def load(
     `tl_sparse.load_bridges`. No code that comes with a model is run.
 
     Args:
-        source: a folder, or a name that `tl_sparse.checkpoints.find` accepts.
+        source: a folder, or a name that `tl_sparse.checkpoints.find` accepts, such as "run@100" for
+            the model that a training run keeps of its step 100. Its AbsTopK is that of the step.
         device: None means the GPU if there is one, else the CPU.
         dtype: None means the dtype in the file (the widest one, if there are several).
         revision: a branch, tag or commit of a hub repository.
@@ -78,7 +80,7 @@ def load(
     is_flag = isinstance(dense_weights, bool)
     check(is_flag, "dense_weights", dense_weights, "true or false")
     folder = find(source, revision)
-    is_local = Path(source).is_dir()
+    is_local = Path(source).is_dir() or folder_of_step(source) is not None
     checkpoint = read_checkpoint(folder)
     if abs_topk is not None:
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, abs_topk=abs_topk))
@@ -92,7 +94,7 @@ def load(
     model = wrap(network, tokenizer)
     _choose_kernels(network, kernels)
     model.folder = folder.resolve()
-    model.cfg.model_name = printable_name(folder) if is_local else str(source)
+    model.cfg.model_name = name_of_model(folder) if is_local else str(source)
     return model
 
 

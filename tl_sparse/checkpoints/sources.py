@@ -17,6 +17,7 @@ from tl_sparse.checkpoints.contents import (
     contents_of,
 )
 from tl_sparse.checkpoints.download import download
+from tl_sparse.checkpoints.steps import folder_of_step
 from tl_sparse.errors import CheckpointError
 
 _MODELS = Path(__file__).parents[1] / "models"
@@ -60,7 +61,8 @@ def find(source: str | Path, revision: str | None = None, wanted: Wanted = "mode
     The cache is Hugging Face's, under `HF_HOME`. With `HF_HUB_OFFLINE=1`, nothing is downloaded.
 
     Args:
-        source: a folder; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
+        source: a folder; "RUN@STEP", a step that the training run in the folder RUN keeps, such as
+            "run@100"; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
             `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
             What can only be a path, such as "./x", "~/x" or "a/b/c", is never looked up elsewhere.
         revision: a branch, tag or commit of a hub repository; by default its main branch.
@@ -85,6 +87,9 @@ def find(source: str | Path, revision: str | None = None, wanted: Wanted = "mode
         return Path(source)
     if os.path.exists(source):
         raise CheckpointError(_not_a_folder(Path(source), wanted))
+    folder = folder_of_step(source)
+    if folder is not None:
+        return folder
     if is_name:
         raise CheckpointError(_no_such_name(str(source), wanted))
     raise CheckpointError(f"there is no folder {str(source)!r}{_did_you_mean(source)}")

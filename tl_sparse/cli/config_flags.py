@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tl_sparse.cli.arguments import Flags
 from tl_sparse.config import merged
@@ -76,6 +76,10 @@ def _flag_options(name: str, declared: Any) -> dict[str, Any]:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(declared) is Literal:
         options["choices"] = get_args(declared)
+    elif get_origin(declared) is Union:  # a number, or one of several words
+        words = get_args(get_args(declared)[1])
+        options["type"] = number_or_word
+        options["metavar"] = "|".join(["N", *words])
     elif declared == tuple[str, ...]:
         options["type"] = node_names
         options["metavar"] = "NODE,…|CIRCUIT"
@@ -96,6 +100,11 @@ def node_names(text: str) -> tuple[str, ...]:
     from tl_sparse.circuits import Circuit
 
     return Circuit.load(text).node_names
+
+
+def number_or_word(text: str) -> int | str:
+    """The value of a flag that takes a number or a word, both of which the config checks."""
+    return int(text) if text.isdecimal() else text
 
 
 def json_value(text: str) -> Any:

@@ -28,6 +28,7 @@ class AbsTopK(nn.Module):
 
     def __init__(self, cfg: SparseConfig, location: str, inplace: bool = False) -> None:
         super().__init__()
+        self.location = location
         self.k = cfg.topk(location)
         self.dim = cfg.location_size(location)
         self.inplace = inplace

@@ -90,7 +90,13 @@ class TrainConfig:
         checkpoint_steps: the number of steps between checkpoints to resume from; 0 for minutes
             only.
         checkpoint_minutes: the number of minutes between checkpoints to resume from.
-        keep_checkpoints: the number of latest checkpoints that are kept until training is done.
+        keep_checkpoints: the number of latest checkpoints that are kept until training is done, or
+            which steps' models are kept for good. "log" keeps about ten for each factor of ten:
+            those after 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50, 63, 79, 100, … steps
+            (rounded powers of 10^(1/10)); "all" those after every `checkpoint_steps` steps. Both
+            also keep the last one, and the two latest checkpoints until training is done. Kept
+            models are weights alone, with zeros taking no space; the model of step 100 of the run
+            in `folder` is called "folder@100", also while the run goes on.
         validate_steps: the number of steps between validations; 0 for one at the end.
         target_validation_loss: the validation loss at which training stops; 0 for never. For
             example to train a dense twin of a sparse model.
@@ -137,7 +143,7 @@ class TrainConfig:
     max_jump: float = 5.0
     checkpoint_steps: int = 0
     checkpoint_minutes: float = 10.0
-    keep_checkpoints: int = 2
+    keep_checkpoints: int | Literal["all", "log"] = 2
     validate_steps: int = 0
     target_validation_loss: float = 0.0
     track: Literal["none", "wandb", "tensorboard"] = "none"
@@ -154,12 +160,13 @@ class TrainConfig:
         self._check_ranges()
         _check_window("anneal", self.anneal_start, self.anneal_stop)
         _check_window("topk_anneal", self.topk_anneal_start, self.topk_anneal_stop)
+        self._check_checkpoints()
         self._check_compile()
         self._check_validation()
         self._check_l0()
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "batch_size", "keep_checkpoints", "accumulation"):
+        for name in ("steps", "batch_size", "accumulation"):
             value = getattr(self, name)
             check(value >= 1, name, value, "at least 1")
         check(self.steps <= MAX_STEPS, "steps", self.steps, f"at most {MAX_STEPS:,}")
@@ -183,6 +190,15 @@ class TrainConfig:
             value = getattr(self, name)
             check(value >= 0, name, value, "at least 0")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"at least 0 and at most {MAX_SEED}")
+
+    def _check_checkpoints(self) -> None:
+        kept = self.keep_checkpoints
+        is_number = type(kept) is int and kept >= 1
+        expected = "a number of at least 1, 'log' or 'all'"
+        check(is_number or kept in ("log", "all"), "keep_checkpoints", kept, expected)
+        has_steps = kept != "all" or self.checkpoint_steps >= 1
+        expected = "at least 1 with keep_checkpoints = 'all', which keeps the model at these steps"
+        check(has_steps, "checkpoint_steps", self.checkpoint_steps, expected)
 
     def _check_compile(self) -> None:
         """Check that no k changes, since the k of each AbsTopK is built into a compiled model."""
@@ -222,6 +238,17 @@ class TrainConfig:
         is_enough = self.l0_count > 0 or self.l0_fraction >= least_fraction
         expected = f"at least {least_fraction:.6g}, {why}"
         check(is_enough, "l0_fraction", self.l0_fraction, expected)
+
+    @property
+    def n_checkpoints(self) -> int:
+        """The number of latest checkpoints to resume from that are kept until training is done."""
+        kept = self.keep_checkpoints
+        return kept if isinstance(kept, int) else 2
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether the models of some steps are kept for good."""
+        return self.keep_checkpoints in ("log", "all")
 
     @property
     def matrix_fraction(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, create, load, resolve_device
+from tl_sparse.checkpoints import CORPUS_SAMPLE, StepRecord, create, load, resolve_device
 from tl_sparse.config import as_config, check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
@@ -26,7 +26,7 @@ from tl_sparse.training.bigram import start_bigram_from_counts
 from tl_sparse.training.checkpoint_files import Checkpoint, read_checkpoint
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
-from tl_sparse.training.monitor import Monitor, Stop
+from tl_sparse.training.monitor import LOG_STEPS, Monitor, Stop
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.runs import (
@@ -37,7 +37,8 @@ from tl_sparse.training.runs import (
     run_folder,
 )
 from tl_sparse.training.signals import noticing_signals
-from tl_sparse.training.tokens import batches, packed_for, tokens_per_step
+from tl_sparse.training.step_models import is_step_to_keep
+from tl_sparse.training.tokens import batches, corpus_sample, packed_for, tokens_per_step
 from tl_sparse.training.trainer import Trainer
 
 
@@ -51,7 +52,8 @@ def train(
     """Train a model on text, and save it in a folder.
 
     During training, `out` holds `log.jsonl` (one line for every 20 steps, with their mean loss),
-    `checkpoints/`, and `data/` with the tokens, so that a resumed run need not read the text again.
+    `checkpoints/`, and `data/` with the tokens, so that a resumed run need not read the text again;
+    with `config.keep_checkpoints`, also the models of some steps, which stay.
     On Ctrl-C or SIGTERM, or if the loss is not a number or jumps, a checkpoint is written and
     training stops. A lock keeps other processes from training in `out` at the same time.
 
@@ -146,6 +148,8 @@ def _train(
             f"a new folder, with a smaller lr than {config.lr}"
         )
     if run is not None and processes.main:
+        if config.keeps_steps:
+            _keep_step(run, trainer, corpus, losses)
         _save(run, trainer, corpus, record)
     processes.wait()
     return trainer.model, record
@@ -257,6 +261,8 @@ def _take_steps(
     finally:
         processes.end_tracker()
     trainer.model.eval()
+    trainer.anneal_topks()
+    trainer.model.network.cfg = trainer.architecture()
     return losses[: trainer.steps_done], first
 
 
@@ -318,15 +324,32 @@ def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -
             done = trainer.steps_done
             stop = monitor.reason_to_stop(step)
             is_taken = done > step  # a step whose loss is not a number is not taken
-            # The log is written before the checkpoint, from which a run goes on after this line.
+            # The log and the step's model are written before the checkpoint: a run that is resumed
+            # from there goes on after this line.
             if is_taken and monitor.is_due(done):
                 validation_loss = monitor.log(done).get("validation_loss", math.inf)
                 if validation_loss <= config.target_validation_loss:
                     return
+            if run is not None and is_taken and is_step_to_keep(config, done):
+                _keep_step(run, trainer, corpus, monitor.losses[:done])
             if run is not None and done < config.steps and (stop or run.is_due(done)):
                 run.save(Checkpoint(trainer.state(), monitor.losses[:done]))
             if stop is not None:
                 _stop(trainer, run, stop)
+
+
+def _keep_step(run: Run, trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) -> None:
+    """Keep the model as it is after these steps, with its record."""
+    config = trainer.config
+    trainer.anneal_topks()
+    record = StepRecord(
+        step=len(losses),
+        training_loss=float(losses[-LOG_STEPS:].mean()),
+        validation_loss=evaluate_loss(trainer.model, corpus.validation, config.batch_size),
+        nonzero_weights=trainer.sparsity.l0(),
+        weights=trainer.n_weights,
+    )
+    run.step_models.save(trainer, corpus, record)
 
 
 def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
@@ -363,7 +386,7 @@ def _record(
         "training_loss": float(losses[-50:].mean()),
         "validation_loss": evaluate_loss(model, corpus.validation, config.batch_size),
         "nonzero_weights": trainer.sparsity.l0(),
-        "weights": sum(p.numel() for p in trainer.matrices),
+        "weights": trainer.n_weights,
         "device": str(next(model.parameters()).device),
         "processes": trainer.processes.count,
         "versions": versions,
@@ -379,8 +402,7 @@ def _save(run: Run, trainer: Trainer, corpus: Corpus, record: dict[str, Any]) ->
     # A run that was killed at this point, and resumed, has saved a model before.
     model.save_pretrained(run.folder, overwrite=True)
     trainer.objective.save(run.folder, record)
-    sample = next(batches(corpus.train, CORPUS_ROWS, run.config.seed))
-    write_tensors(run.folder / CORPUS_SAMPLE, {"tokens": sample.int()})
+    write_tensors(run.folder / CORPUS_SAMPLE, corpus_sample(corpus, run.config.seed))
     write_json(run.folder / RECORD_FILE, record)
     model.cfg.model_name = printable_name(run.folder)
     model.folder = run.folder.resolve()

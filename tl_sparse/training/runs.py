@@ -20,6 +20,7 @@ from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
 from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.objective import Objective
+from tl_sparse.training.step_models import StepModels
 from tl_sparse.training.tokens import packed_for
 
 #: The settings of a run, in its folder until the run is finished.
@@ -47,7 +48,8 @@ class Run:
         self.folder = folder
         self.config = config
         self.objective = objective
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.n_checkpoints)
+        self.step_models = StepModels(folder, config)
         self.log = folder / "log.jsonl"
         self.data = folder / "data"
         self._about_data: dict[str, Any] | None = None  # of the packed tokens, if there are any
@@ -130,6 +132,7 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
         remove_unfinished(self.folder)
         remove_unfinished(self.checkpoints.folder)
+        self.step_models.remove_unfinished()
 
     def finish(self) -> None:
         """Remove the files that are only needed until training is done."""

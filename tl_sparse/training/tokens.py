@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.arrays import as_tokens
+from tl_sparse.checkpoints import CORPUS_ROWS
 from tl_sparse.data import Corpus, packed_corpus
 from tl_sparse.errors import DataError
 from tl_sparse.training.config import TrainConfig
@@ -78,6 +79,17 @@ def _batch_indices(n_rows: int, batch_size: int, seed: int) -> Iterator[Int[Tens
         for rows in order.split(batch_size):
             if len(rows) == full:
                 yield rows
+
+
+def corpus_sample(corpus: Corpus, seed: int) -> dict[str, Int32[Tensor, "seq pos"]]:
+    """The tensors of the file `CORPUS_SAMPLE` that is saved with a model: rows to train on.
+
+    Args:
+        corpus: the text of the run.
+        seed: the seed of the run.
+    """
+    rows = next(batches(corpus.train, CORPUS_ROWS, seed))
+    return {"tokens": rows.int()}
 
 
 def tokens_per_step(config: TrainConfig, rows: Int[Tensor, "seq pos"]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weight_groups
-from tl_sparse.network import AbsTopK
+from tl_sparse.network import AbsTopK, SparseConfig
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.objective import Objective
@@ -106,6 +106,11 @@ class Trainer:
         """The number of steps taken, which is also the number of the next step, from 0."""
         return self.sparsity.steps
 
+    @property
+    def n_weights(self) -> int:
+        """The number of weights in all matrices that are trained, zeros too."""
+        return sum(matrix.numel() for matrix in self.matrices)
+
     def lr(self, step: int) -> float:
         """The learning rate of step number `step`, from 0.
 
@@ -122,6 +127,24 @@ class Trainer:
         if config.sharkfin:
             shape *= (config.matrix_fraction / self.sparsity.fraction_at(step)) ** 0.5
         return config.lr * shape
+
+    def anneal_topks(self) -> None:
+        """Set the k of each AbsTopK to that of the schedule after the steps taken so far."""
+        for topk in self._annealed_topks:
+            topk.set_k(self.steps_done)
+
+    def architecture(self) -> SparseConfig:
+        """The architecture of the model as it is now: with the present k of an annealed AbsTopK.
+
+        Where k is not the model's yet, the fraction is (k + 1/2) / dim, which rounds down to k.
+        """
+        config: SparseConfig = self.model.sparse_cfg
+        abs_topk = dict(config.abs_topk)
+        for topk in self._annealed_topks:
+            module = topk.module
+            if module.k is not None and module.k != config.topk(module.location):
+                abs_topk[module.location] = min(1.0, (module.k + 0.5) / module.dim)
+        return replace(config, abs_topk=abs_topk)
 
     # A notebook may have switched gradients off, as `torch.set_grad_enabled(False)` does.
     @torch.inference_mode(False)
@@ -144,9 +167,7 @@ class Trainer:
         lr = self.lr(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for topk in self._annealed_topks:
-            topk.set_k(self.steps_done)
-
+        self.anneal_topks()
         loss = self._backward(tokens)
         loss = self.processes.average(loss, self.parameters)  # the gradients are averaged too
         if not bool(loss.isfinite()):
