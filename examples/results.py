@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,9 @@ from tl_sparse.errors import CheckpointError
 from tl_sparse.evaluation import Estimate, adversary_score, holding_circuit, score
 from tl_sparse.files import read_json, write_json, write_text
 from tl_sparse.pruning import heldout_pairs, task_splits
-from tl_sparse.suites import find_family, markdown_table, results_table, run_suite
+from tl_sparse.suites import find_family, markdown_table, results_table, run_suite, steps_table
 from tl_sparse.tasks import TASKS
+from tl_sparse.training import preset, train
 
 REPOSITORY = Path(__file__).parents[1]
 SPARSE, DENSE = "tiny-python-sparse", "tiny-python-dense"
@@ -78,6 +79,9 @@ EXPLAINED_TASKS = [
 ]
 #: The tasks whose circuits are written as Python, to be read.
 READ_TASKS = ["single_double_quote", "with_as"]
+#: The tasks and the steps whose circuits are compared along training.
+ALONG_TASKS = ["single_double_quote", "with_as", "bracket_counting"]
+ALONG_STEPS = [1, 10, 100, 251, 398, 1000, 2000]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
@@ -550,6 +554,28 @@ def percent(share: Estimate | None) -> str:
 # --- training and sparse execution
 
 
+def along_training(plan: Plan) -> None:
+    """Circuits of a few tasks in the models that a short run keeps of its steps, with one seed."""
+    work = plan.work / "along_training"
+    run_folder = work / "laptop"
+    if not (run_folder / "training.json").exists():
+        config = replace(preset("laptop"), steps=ALONG_STEPS[-1], keep_checkpoints="log")
+        train(config, run_folder, resume=(run_folder / "run.json").exists())
+    results = run_suite(
+        run_folder,
+        plan.tasks or ALONG_TASKS,
+        work / "circuits",
+        plan.seeds[0],
+        # Adversaries are no part of this result, and take most of the time.
+        PruneConfig(adversary_steps=10),
+        workers=plan.workers,
+        checkpoints=ALONG_STEPS,
+    )
+    title = "# Circuits along the training of a model of the preset laptop"
+    write_result(plan, "along_training.md", f"{title}\n\n{steps_table(results)}")
+    copyfile(work / "circuits" / "results.svg", plan.out / "along_training.svg")
+
+
 def training(plan: Plan) -> None:
     """The grids of small models."""
     for grid in ("size", "recipe"):
@@ -587,6 +613,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "next_token": next_token,
     "baselines": baselines,
     "training": training,
+    "along_training": along_training,
     "sparse_execution": sparse_execution,
 }
 

@@ -41,6 +41,14 @@ from micro import (
     save_micro,
     save_pairs,
 )
+from tl_sparse.checkpoints.steps import (
+    StepRecord,
+    kept_steps,
+    read_step_record,
+    step_folder,
+    step_path,
+    write_step_record,
+)
 from tl_sparse.circuits import Circuit, EapGraph, from_prune_scores, to_prune_scores
 from tl_sparse.cli.config_flags import changed_by_file
 from tl_sparse.data import load_documents, load_tokenizer
@@ -169,6 +177,20 @@ def read_sample(folder):
     return digest(tl_sparse.load_corpus(folder, None, 8))
 
 
+def write_step(folder):
+    """A run that keeps one step."""
+    step = step_path(folder, 10)
+    save_micro(step)
+    write_step_record(step, StepRecord(10, 2.0, 2.5, 7, 10))
+
+
+def read_step(folder):
+    step = step_folder(folder, 10)
+    found = [read_step_record(step), kept_steps(folder), tl_sparse.load_corpus(step, None, 8)]
+    return digest(*found, read_model(f"{folder}@10"))
+
+
+FORMATS["step of a run"] = Format(write_step, read_step, "steps/*/*")
 FORMATS["run"] = Format(write_run, read_run, "*.json*", keeps=False)
 FORMATS["training checkpoint"] = Format(write_run, read_run, "checkpoints/*", keeps=False)
 FORMATS["packed data"] = Format(write_run, read_run, "data/*", keeps=False)
@@ -397,16 +419,21 @@ def write_figures(folder):
     with tempfile.TemporaryDirectory() as out:
         results = run_suite(*suite_models(), Path(out, "suite"), (0, 1), QUICK)
     (folder / "results.json").write_text(json.dumps(results))
+    record = dataclasses.asdict(StepRecord(10, 2.0, 2.5, 7, 10))
+    along = results | {"steps": {"run": [{"model": "one", "record": record}]}}
+    (folder / "along.json").write_text(json.dumps(along))
 
 
 def read_figures(folder):
     from tl_sparse.files import read_json
 
-    values = {name: read_json(folder / name) for name in ("evaluation.json", "results.json")}
+    names = ("evaluation.json", "results.json", "along.json")
+    values = {name: read_json(folder / name) for name in names}
     figures = [
         plots.curve({"a": values["evaluation.json"]}),
         plots.tasks(values["results.json"]),
-        plots.frontier(values),
+        plots.frontier({name: values[name] for name in ("evaluation.json", "results.json")}),
+        plots.training(values["along.json"]),
     ]
     for figure in figures:
         figure.canvas.draw()

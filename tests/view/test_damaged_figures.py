@@ -11,6 +11,7 @@ from damage import ODD, changed, entries
 from micro import MICRO_TASK, micro_circuit, micro_model
 from tl_sparse.errors import CircuitError, ConfigError, DataError, TLSparseError
 from tl_sparse.evaluation.judge import full_evaluation
+from tl_sparse.suites.along import steps_table
 from tl_sparse.suites.results import results_table
 from tl_sparse.tasks.task_data import make_task_data
 from tl_sparse.view import circuit_facts, evaluation_tables, plots
@@ -41,7 +42,19 @@ def survives(function, values, place, odd):
     return True
 
 
+def along_training():
+    """The two models of the suite as two steps of a run."""
+    steps = []
+    for step, model in enumerate(results()["models"], start=10):
+        record = {"step": step, "training_loss": 2.0, "validation_loss": 2.5}
+        record |= {"nonzero_weights": 7, "weights": 10}
+        steps.append({"model": model, "record": record})
+    return results() | {"steps": {"run": steps}, "config": {"target_loss": 0.05}}
+
+
 DRAWINGS = [
+    (lambda values: drawn(plots.training(values)), along_training()),
+    (steps_table, along_training()),
     (lambda values: drawn(plots.curve({"a": values})), figures()),
     (lambda values: drawn(plots.frontier({"a": values})), figures()),
     (lambda values: drawn(plots.tasks(values)), results()),

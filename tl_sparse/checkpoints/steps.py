@@ -5,6 +5,7 @@ tokenizer, the sample of the run's corpus and `step.json`, so that it can also b
 moved and uploaded.
 """
 
+import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -41,6 +42,11 @@ class StepRecord:
     validation_loss: float
     nonzero_weights: int
     weights: int
+
+    @property
+    def nonzero_fraction(self) -> float:
+        """The share of the weights that is nonzero; NaN if a damaged record has no weights."""
+        return self.nonzero_weights / self.weights if self.weights else math.nan
 
 
 def step_path(run: Path, step: int) -> Path:

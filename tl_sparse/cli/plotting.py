@@ -14,6 +14,9 @@ from tl_sparse.cli.arguments import (
 )
 from tl_sparse.errors import ConfigError, DataError
 
+#: The kinds that are plotted from one source.
+SINGLE_KINDS = ("tasks", "specificity", "family", "training", "sparsity")
+
 
 def add_plot(commands: Commands) -> None:
     """Add the command `plot` to the parser."""
@@ -27,12 +30,13 @@ def add_plot(commands: Commands) -> None:
     group = parser.add_argument_group("what to plot")
     group.add_argument(
         "kind",
-        choices=("curve", "tasks", "frontier", "specificity", "family", "sparsity"),
+        choices=("curve", "tasks", "frontier", "specificity", "family", "training", "sparsity"),
         metavar="KIND",
         help="curve: the loss and accuracy of circuits against their size. tasks: the size of a "
         "suite's circuits for each task. frontier: the loss of many circuits against their size. "
         "specificity: what each task loses without the circuit of each task. "
         "family: the size of a family's circuits by round. "
+        "training: the size and loss of circuits by step, of a suite with --checkpoints. "
         "sparsity: the nonzero weights and activations in each layer of a model.",
     )
     group.add_argument(
@@ -40,9 +44,9 @@ def add_plot(commands: Commands) -> None:
         nargs="+",
         metavar="SOURCE",
         help="curve: files that `evaluate -o` wrote. frontier: such files, or the folders of "
-        "suites. tasks: the folder of a suite, or its results.json. specificity: what the Python "
-        "function specificity_matrix returns, as JSON. family: the folder of a family, or its "
-        "family.json. sparsity: one model.",
+        "suites. tasks, training: the folder of a suite, or its results.json. specificity: what "
+        "the Python function specificity_matrix returns, as JSON. family: the folder of a family, "
+        "or its family.json. sparsity: one model.",
     )
     group.add_argument(
         "--against",
@@ -67,17 +71,16 @@ def _run_plot(args: argparse.Namespace) -> None:
     plots.check_drawing(args.out)
     check_new_file(args.out, args.overwrite)
     first = args.source[0]
-    if len(args.source) > 1 and args.kind in ("tasks", "specificity", "family", "sparsity"):
+    if len(args.source) > 1 and args.kind in SINGLE_KINDS:
         raise ConfigError(f"{args.kind} is plotted from one source, not from {len(args.source)}")
     if args.kind == "sparsity":
         from tl_sparse.checkpoints import open_with_corpus
 
         model, corpus = open_with_corpus(first, args.corpus, args.device)
         figure = plots.sparsity(model, corpus)
-    elif args.kind == "tasks":
-        figure = plots.tasks(_figures(first, args.kind), args.against, first)
-    elif args.kind == "family":
-        figure = plots.family(_figures(first, args.kind), args.against, first)
+    elif args.kind in ("tasks", "family", "training"):
+        draw = {"tasks": plots.tasks, "family": plots.family, "training": plots.training}[args.kind]
+        figure = draw(_figures(first, args.kind), args.against, first)
     elif args.kind == "specificity":
         figure = plots.specificity(_figures(first, args.kind), first)
     else:
@@ -113,6 +116,7 @@ def _figures(source: str, kind: str) -> dict[str, Any]:
         if contents == "nothing":
             what = f"a folder with {listing(path)}"
         folders = {"tasks": "the folder of a suite", "family": "the folder of a family"}
+        folders["training"] = folders["tasks"]
         wanted = folders.get(kind, "a file of figures")
         given = shlex.quote(source) if contents == "circuit" else "CIRCUIT"
         raise DataError(f"{source} is {what}, not {wanted}; {_how_to_measure(given, kind)}")
@@ -130,4 +134,6 @@ def _how_to_measure(circuit: str, kind: str) -> str:
         return "`tl-sparse family MODEL TASK --out FOLDER` finds one"
     if kind == "tasks":
         return "`tl-sparse suite MODEL --out FOLDER` measures the circuits of all tasks"
+    if kind == "training":
+        return "`tl-sparse suite RUN --checkpoints --out FOLDER` measures those of all kept steps"
     return f"`tl-sparse evaluate {circuit} -o figures.json` measures a circuit and writes one"

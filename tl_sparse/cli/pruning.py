@@ -143,6 +143,14 @@ def add_suite(commands: Commands) -> None:
         help="The tasks: names or files of pairs, *.jsonl, separated by commas (default: all "
         "twenty built-in tasks).",
     )
+    group.add_argument(
+        "--checkpoints",
+        nargs="?",
+        const="all",
+        metavar="STEP,…",
+        help="The models are the folders of training runs, of which the kept steps are pruned: all "
+        "of them or, separated by commas, these (see `train --keep-checkpoints`).",
+    )
     add_seeds(group)
     add_corpus(group)
     add_shared_work(parser.add_argument_group("the result"))
@@ -152,8 +160,9 @@ def add_suite(commands: Commands) -> None:
 def _run_suite(args: argparse.Namespace) -> None:
     config = prune_config(args)
     seeds = seeds_of(args.seeds)
+    checkpoints = checkpoints_of(args.checkpoints)
 
-    from tl_sparse.suites import results_table, run_suite
+    from tl_sparse.suites import results_table, run_suite, steps_table
     from tl_sparse.tasks import TASKS
 
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -167,8 +176,10 @@ def _run_suite(args: argparse.Namespace) -> None:
         args.workers,
         args.device,
         progress=not args.quiet,
+        checkpoints=checkpoints,
     )
-    print(f"\n{results_table(results)}")
+    table = steps_table(results) if checkpoints else results_table(results)
+    print(f"\n{table}")
     remark(f"Saved in {args.out}", args.quiet)
 
 
@@ -193,6 +204,25 @@ def seeds_of(text: str) -> list[int]:
     except ValueError:
         expected = "whole numbers separated by commas, such as 0,1,2"
         raise ConfigError(f"seeds = {text!r} is not possible; it must be {expected}") from None
+
+
+def checkpoints_of(text: str | None) -> bool | list[int]:
+    """The steps of the flag --checkpoints, as `run_suite` takes them.
+
+    Raises:
+        ConfigError: if they are not whole numbers.
+    """
+    if text is None:
+        return False
+    if text == "all":
+        return True
+    try:
+        return [int(step) for step in text.split(",")]
+    except ValueError:
+        expected = "steps separated by commas, such as 100,1000; the models come before this flag"
+        raise ConfigError(
+            f"checkpoints = {text!r} is not possible; it must be {expected}"
+        ) from None
 
 
 def add_search(commands: Commands) -> None:

@@ -1,3 +1,4 @@
+from .along import steps_table as steps_table
 from .family import find_family as find_family
 from .family_results import family_table as family_table
 from .optuna_search import search as search

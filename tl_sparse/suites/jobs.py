@@ -11,6 +11,7 @@ from tl_sparse.evaluation import Evaluation
 from tl_sparse.files import read_json, write_json
 from tl_sparse.records import record_from
 from tl_sparse.suites.robustness import Robustness
+from tl_sparse.tasks import Score
 
 #: The two kinds of circuit of a job, which are never summarised together.
 NODE_PRUNED = "node_pruned"
@@ -91,6 +92,8 @@ class JobReport:
     Attributes:
         problem: why there is no circuit, or no edge-pruned one.
         node_pruned, edge_pruned: the figures of the circuits that were found.
+        full: the score of the whole model on held-out pairs. None in older files, and if the task
+            has no pairs for this model.
         settings: the settings of the suite.
         content: what the circuits belong to, see `tl_sparse.suites.content`. It is empty in files
             that were written before it existed.
@@ -101,6 +104,7 @@ class JobReport:
     edge_pruned: CircuitFigures | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     content: dict[str, str] = field(default_factory=dict)
+    full: Score | None = None
 
 
 def read_report(folder: Path) -> JobReport:

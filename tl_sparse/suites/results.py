@@ -78,9 +78,12 @@ def collected(jobs: Iterable[Job]) -> dict[str, Any]:
 
 def _task_results(reports: Mapping[str, JobReport]) -> TaskResults:
     problems = {}
+    full = []
     node_pruned = []
     edge_pruned = []
     for seed, report in reports.items():
+        if report.full:
+            full.append(report.full)
         if report.problem:
             problems[seed] = report.problem
         if report.node_pruned:
@@ -89,22 +92,34 @@ def _task_results(reports: Mapping[str, JobReport]) -> TaskResults:
             edge_pruned.append(report.edge_pruned)
     return TaskResults(
         problems=problems,
+        full=_summaries_of(full, ("loss", "accuracy")),
         node_pruned=_summarised(node_pruned),
         edge_pruned=_summarised(edge_pruned),
     )
 
 
 def _summarised(circuits: Sequence[CircuitFigures]) -> Summaries:
-    summaries = {}
-    for name in (*FORMATS, "target_loss"):
-        if name == "overlap":
-            values = _overlaps(circuits)
-        else:
-            values = [getattr(circuit, name) for circuit in circuits]
-            values = [value for value in values if value is not None]
-        if values:
-            summaries[name] = {key: statistic(values) for key, statistic in SUMMARIES.items()}
+    names = [name for name in (*FORMATS, "target_loss") if name != "overlap"]
+    summaries = _summaries_of(circuits, names)
+    overlaps = _overlaps(circuits)
+    if overlaps:
+        summaries["overlap"] = _summary_of(overlaps)
     return summaries
+
+
+def _summaries_of(measured: Sequence[Any], names: Iterable[str]) -> Summaries:
+    """Figure → its summaries over the seeds, of those in which it is known."""
+    summaries = {}
+    for name in names:
+        values = [getattr(each, name) for each in measured]
+        values = [value for value in values if value is not None]
+        if values:
+            summaries[name] = _summary_of(values)
+    return summaries
+
+
+def _summary_of(values: list[float]) -> dict[str, float]:
+    return {key: statistic(values) for key, statistic in SUMMARIES.items()}
 
 
 def _overlaps(circuits: Iterable[CircuitFigures]) -> list[float]:
@@ -150,13 +165,13 @@ def results_table(results: Mapping[str, Any]) -> str:
     problems = []
     for model, tasks in read.models.items():
         for task, entry in tasks.items():
-            cells = [_cell(entry.node_pruned, name) for name in FORMATS]
+            cells = [cell(entry.node_pruned, name) for name in FORMATS]
             if _misses_target(entry.node_pruned):
                 cells[list(FORMATS).index("loss")] += f" {MISSES_TARGET}"
-            cells += [_cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
+            cells += [cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
             rows.append([model, task, *cells])
             for seed, problem in entry.problems.items():
-                problems.append(_in_one_line(f"- {model}, {task}, seed {seed}: {problem}"))
+                problems.append(in_one_line(f"- {model}, {task}, seed {seed}: {problem}"))
     for model, ratio in read.ratio.items():
         row = [""] * len(header)
         row[:2] = [model, f"**geometric mean**, × {ratio:.1f}"]
@@ -168,7 +183,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         "Jaccard index of the nodes found with",
         "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
         "are over the tasks that all models solved",
-        f"with every seed: {_in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
+        f"with every seed: {in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
         "The kl is the divergence of the circuit's next-token distribution from the model's, in "
         "nats. Losses are with all other nodes at their",
         "means, at zero, resampled; with the worst of 64 random subsets of them as in the model; "
@@ -181,7 +196,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     if without_edges:
         note.append(
             "Tasks that need no circuit, since the last token alone decides the answer, count as "
-            f"one edge in geometric means: {_in_one_line(', '.join(without_edges))}."
+            f"one edge in geometric means: {in_one_line(', '.join(without_edges))}."
         )
     return "\n".join([markdown_table(header, rows), "", *note, "", *problems]) + "\n"
 
@@ -214,11 +229,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _table_line(cells: Sequence[str]) -> str:
     """A row of a Markdown table."""
     # The name of a folder or a file can hold anything.
-    escaped = [_in_one_line(cell).replace("|", "\\|") for cell in cells]
+    escaped = [in_one_line(cell).replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
 
-def _in_one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
+    """A text without line breaks."""
     # A name can also hold bytes that are no text, which Python represents by half a surrogate pair.
     encodable = text.encode(errors="backslashreplace").decode()
     return " ".join(encodable.splitlines())
@@ -229,7 +245,7 @@ def _mean_cell(results: SuiteResults, kind: str, model: str) -> str:
     return f"{means[model]:.1f}" if model in means else "–"
 
 
-def _cell(summaries: Summaries, name: str) -> str:
+def cell(summaries: Summaries, name: str) -> str:
     """The median and range of a figure, or the mean and range of the overlap."""
     if name not in summaries:
         return "–"

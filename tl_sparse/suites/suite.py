@@ -22,12 +22,13 @@ from tl_sparse.checkpoints import is_dense, open_with_corpus
 from tl_sparse.circuits import Circuit, n_weights
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError, SuiteError, TLSparseError
-from tl_sparse.evaluation import Evaluation
+from tl_sparse.evaluation import Evaluation, score
 from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, prune, prune_edges, task_splits
 from tl_sparse.resuming import changed_settings, other_contents
 from tl_sparse.suites import arguments
+from tl_sparse.suites.along import Steps, steps_of_runs, steps_table
 from tl_sparse.suites.content import (
     check_unchanged,
     content_of_model,
@@ -86,9 +87,13 @@ def run_suite(
     workers: int = 1,
     device: str | torch.device | None = None,
     progress: bool = True,
+    checkpoints: Steps = False,
 ) -> dict[str, Any]:
     """Find the circuit of each task in each model with each seed; in weight-sparse models, also
     prune it by edges.
+
+    With `checkpoints`, the models are those that training runs keep of their steps, so that the
+    results tell how circuits change along training.
 
     The circuits are saved in `out/model/task/seed`, and those pruned by edges in its folder
     `edges`. A circuit that is already there is not searched again. The results are written to
@@ -104,9 +109,12 @@ def run_suite(
             needs `if __name__ == "__main__":`.
         device: the device, as for `load`.
         progress: whether to show a progress bar.
+        checkpoints: True means that `models` are the folders of runs, whose kept steps are opened
+            (see `TrainConfig.keep_checkpoints`); one or several numbers are the steps to open.
 
     Returns:
-        The contents of results.json.
+        The contents of results.json. With `checkpoints`, its `steps` are the steps of each run, and
+        their models are called RUN@STEP.
 
     Raises:
         SuiteError: if `out` holds a suite with other settings, or circuits of other models, texts
@@ -123,28 +131,37 @@ def run_suite(
     folder = arguments.folder("out", out)
     arguments.check_own_folder(folder, _OWN_FILES, "a suite")
     seed_list = arguments.seeds(seeds, config)
-    sources = _by_name("models", models, _name_of_model)
+    models = arguments.names("models", models)
+    along = steps_of_runs(models, checkpoints)
+    sources = _by_name("models", along.sources or models, _name_of_model)
     task_sources = _by_name("tasks", tasks, _name_of_task)
 
-    contents: dict[str, str] = {}
+    setup = _Setup(config, corpus, device, contents={})
     for name, source in sources.items():
         model, tokens = open_with_corpus(source, corpus, device)
-        contents |= content_of_model(name, model, tokens)
+        setup.contents.update(content_of_model(name, model, tokens))
         _refuse_old_circuits(folder / name, model)
     for source in task_sources.values():
-        contents |= content_of_task(source)
-    setup = _Setup(config, corpus, device, contents)
-    jobs = []
-    for name, task, seed in itertools.product(sources, task_sources, seed_list):
-        place = Path(folder, name, task, str(seed))
-        jobs.append(Job(sources[name], task_sources[task], seed, place))
+        setup.contents.update(content_of_task(source))
+    jobs = _jobs(folder, sources, task_sources, seed_list)
     _refuse_other_jobs(folder, setup, jobs)
 
     write_json(folder / "suite.json", setup.settings)
     _run_missing(jobs, functools.partial(run_job, setup), workers, progress)
-    results = {**setup.settings, "seeds": seed_list, **collected(jobs)}
+    results = {**setup.settings, "seeds": seed_list, **collected(jobs), "steps": along.steps}
     _write_results(folder, results)
     return results
+
+
+def _jobs(
+    folder: Path, models: Mapping[str, str], tasks: Mapping[str, str], seeds: Sequence[int]
+) -> list[Job]:
+    """The jobs of a suite; models and tasks are name → source."""
+    jobs = []
+    for model, task, seed in itertools.product(models, tasks, seeds):
+        place = Path(folder, model, task, str(seed))
+        jobs.append(Job(models[model], tasks[task], seed, place))
+    return jobs
 
 
 def _by_name(field: str, given: arguments.Names, name_of: Callable[[str], str]) -> dict[str, str]:
@@ -222,8 +239,15 @@ def _run_missing(
 
 def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
     write_json(folder / "results.json", results)
-    write_text(folder / "results.md", results_table(results))
-    if _has_circuit(results) and find_spec("matplotlib"):
+    tables = [results_table(results)]
+    if results["steps"]:
+        tables.insert(0, steps_table(results))
+    write_text(folder / "results.md", "\n".join(tables))
+    if not find_spec("matplotlib"):
+        return
+    if results["steps"]:
+        plots.save(plots.training(results), folder / "results.svg", overwrite=True)
+    elif _has_circuit(results):
         plots.save(plots.tasks(results), folder / "results.svg", overwrite=True)
 
 
@@ -282,8 +306,10 @@ def run_job(setup: _Setup, job: Job) -> None:
     seeded = dataclasses.replace(setup.config, seed=job.seed)
     circuits: dict[str, Circuit] = {}
     found: dict[str, CircuitFigures] = {}
-    problem = None
+    full = problem = None
     try:
+        _, _, heldout = task_splits(model, task, seeded)
+        full = score(model, heldout, seeded.batch_size)
         for kind, circuit, figures in _searched(model, task, tokens, means, seeded):
             circuits[kind] = circuit
             found[kind] = figures
@@ -295,6 +321,7 @@ def run_job(setup: _Setup, job: Job) -> None:
         edge_pruned=found.get(EDGE_PRUNED),
         settings={**setup.settings, "model": job.model},
         content=_content_of(job, setup.contents),
+        full=full,
     )
     _save(job.folder, report, circuits)
 

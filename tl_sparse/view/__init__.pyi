@@ -1,6 +1,7 @@
 from .contents import page_data as page_data
 from .explained import explanation_of as explanation_of
 from .limits import PAGE_ENDINGS as PAGE_ENDINGS
+from .measurements import StepModel as StepModel
 from .measurements import SuiteResults as SuiteResults
 from .measurements import Summaries as Summaries
 from .measurements import TaskResults as TaskResults

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: colours and eight markers, a combination repeats only after 56 series.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
+LOSS_LABEL = "task loss on held-out pairs\n(nats, between the two answers)"
 #: Names of models and tasks are shortened to `LABEL_CHARS`, and wrapped at `LABEL_WIDTH`.
 LABEL_CHARS = 100
 LABEL_WIDTH = 44
@@ -137,6 +138,14 @@ def draw_reference(axes: Axes, value: float, text: str, above: bool = True) -> N
         color=GREY,
         fontsize=9,
     )
+
+
+def draw_loss_references(axes: Axes, targets: Iterable[float | None]) -> None:
+    """Draw the loss of chance and the target losses that are known, with names and values."""
+    draw_reference(axes, math.log(2), f"chance\n{math.log(2):.3f}")
+    known = {target for target in targets if target is not None and math.isfinite(target)}
+    for target in sorted(known):
+        draw_reference(axes, target, f"target\n{target:g}", above=False)
 
 
 def add_legend(figure: Figure, axes: Axes, title: str) -> None:

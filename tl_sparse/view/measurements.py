@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tl_sparse.arguments import checked
+from tl_sparse.checkpoints import StepRecord
 from tl_sparse.errors import DataError
 from tl_sparse.evaluation import Evaluation, Family, SizedScore, SpecificityMatrix
 from tl_sparse.records import record_from
@@ -59,11 +60,13 @@ class TaskResults:
         problems: seed → why there is no circuit.
         node_pruned: empty if there is no circuit.
         edge_pruned: empty if there is no circuit.
+        full: the score of the whole model on held-out pairs; empty if it is not known.
     """
 
     problems: dict[str, str] = field(default_factory=dict)
     node_pruned: Summaries
     edge_pruned: Summaries
+    full: Summaries = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,20 @@ class SuiteSettings:
     """What is shown of the settings with which a suite pruned."""
 
     target_loss: float | None = None
+    objective: str = "candidates"
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """The model of a step of a training run.
+
+    Attributes:
+        model: what a suite calls it.
+        record: the step, and what is known of the run there.
+    """
+
+    model: str
+    record: StepRecord
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class SuiteResults:
         solved_by_all: the tasks over which the means are taken.
         ratio: model → its mean, relative to the least of all models.
         config: the settings of the pruner.
+        steps: training run → its models by step, of a suite along training.
     """
 
     geometric_mean_edges: dict[str, dict[str, float]]
@@ -90,6 +108,23 @@ class SuiteResults:
     solved_by_all: list[str] = field(default_factory=list)
     ratio: dict[str, float] = field(default_factory=dict)
     config: SuiteSettings = field(default_factory=SuiteSettings)
+    steps: dict[str, list[StepModel]] = field(default_factory=dict)
+
+    def along(self, run: str) -> dict[str, list[tuple[StepModel, TaskResults]]]:
+        """Task → the steps of a run at which it was pruned, each with its circuits."""
+        found: dict[str, list[tuple[StepModel, TaskResults]]] = {}
+        for step in self.steps[run]:
+            for task, entry in self.models.get(step.model, {}).items():
+                found.setdefault(task, []).append((step, entry))
+        return found
+
+    def is_solved(self, entry: TaskResults) -> bool | None:
+        """Whether the whole model reaches the target loss of a task; None if that is not known."""
+        target = self.config.target_loss
+        losses = entry.full.get("loss", {})
+        if target is None or "median" not in losses or self.config.objective != "candidates":
+            return None
+        return losses["median"] <= target
 
 
 def read_drawn(values: Mapping[str, Any], name: str, command: str = "evaluate") -> Drawn:

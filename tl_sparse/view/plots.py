@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +15,11 @@ from tl_sparse.outputs import replacing
 from tl_sparse.tasks import Score
 from tl_sparse.view.axes import (
     GREY,
+    LOSS_LABEL,
     add_legend,
     add_notes,
     as_label,
+    draw_loss_references,
     draw_reference,
     figure_with_panels,
     reaches_zero,
@@ -42,6 +43,7 @@ from tl_sparse.view.series import (
 from tl_sparse.view.shares import sparsity as sparsity
 from tl_sparse.view.task_matrix import specificity as specificity
 from tl_sparse.view.task_sizes import tasks as tasks
+from tl_sparse.view.training_steps import training as training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
 
 
 ENDINGS = (".png", ".svg")
-LOSS_LABEL = "task loss on held-out pairs\n(nats, between the two answers)"
 ACCURACY_LABEL = "accuracy on held-out pairs\n(right answer ahead of the other)"
 ERROR_LABEL = "± standard error over pairs"
 #: A legend names the tasks of a suite if there are at most this many, and counts them otherwise.
@@ -127,7 +128,7 @@ def curve(figures: Mapping[str, Mapping[str, Any]], against: Size = "edges") -> 
         style = series_style(number)
         _draw_curve(loss_axes, names.labels[name], drawn, against, "loss", style)
         _draw_curve(accuracy_axes, names.labels[name], drawn, against, "accuracy", style)
-    _draw_loss_references(loss_axes, [drawn.evaluation.target_loss for drawn in measured.values()])
+    draw_loss_references(loss_axes, [drawn.evaluation.target_loss for drawn in measured.values()])
     draw_reference(accuracy_axes, 0.5, "chance\n50%")
     _explain_signs(loss_axes)
     for axes in (loss_axes, accuracy_axes):
@@ -164,14 +165,6 @@ def _draw_curve(
     x, y, error = _columns(points_of([whole], against, measure))
     axes.errorbar(x, y, error, fmt="none", ecolor=color, capsize=4)
     axes.plot(x, y, ls="", ms=9, mec="black", label=label, **style)
-
-
-def _draw_loss_references(axes: Axes, targets: Iterable[float | None]) -> None:
-    """Draw the loss of chance and the target losses that are known, with names and values."""
-    draw_reference(axes, math.log(2), f"chance\n{math.log(2):.3f}")
-    known = {target for target in targets if target is not None and math.isfinite(target)}
-    for target in sorted(known):
-        draw_reference(axes, target, f"target\n{target:g}", above=False)
 
 
 def _explain_signs(axes: Axes) -> None:
@@ -213,7 +206,7 @@ def frontier(sources: Mapping[str, Mapping[str, Any]], against: Size = "edges") 
     figure, (axes,) = figure_with_panels(1, (6.5, 5))
     for number, (label, points) in enumerate(shown.items()):
         _draw_frontier(axes, label, points, label in measured.evaluated, series_style(number))
-    _draw_loss_references(axes, measured.targets)
+    draw_loss_references(axes, measured.targets)
     if measured.evaluated:
         axes.plot([], [], color=GREY, label="the least loss up to this size")
         axes.errorbar([], [], [], fmt="none", ecolor=GREY, capsize=2, label=ERROR_LABEL)
