@@ -16,6 +16,7 @@ from tl_sparse.cli.training import train_config
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
 from tl_sparse.files import read_json
 from tl_sparse.training.checkpoint_files import Checkpoints
+from tl_sparse.training.objective import Objective
 from tl_sparse.training.runs import Run
 from tl_sparse.training.step_models import is_log_spaced
 
@@ -337,5 +338,5 @@ def test_the_flag_takes_a_number_or_a_word(given, value):
 
 
 def test_a_run_that_was_begun_before_steps_were_kept_goes_on(tmp_path):
-    Run(tmp_path, CONFIG).write_settings()
-    Run(tmp_path, KEEPING).reopen()
+    Run(tmp_path, CONFIG, Objective()).write_settings()
+    Run(tmp_path, KEEPING, Objective()).reopen()
