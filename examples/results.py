@@ -81,7 +81,7 @@ EXPLAINED_TASKS = [
 READ_TASKS = ["single_double_quote", "with_as"]
 #: The tasks and the steps whose circuits are compared along training.
 ALONG_TASKS = ["single_double_quote", "with_as", "bracket_counting"]
-ALONG_STEPS = [1, 10, 100, 251, 398, 1000, 2000]
+ALONG_STEPS = [1, 10, 100, 251, 2000]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
