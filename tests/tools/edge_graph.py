@@ -1,8 +1,8 @@
 """A small EAP-style evaluator of circuits of edges, for the tests.
 
-EAP-IG itself is not on the package index. Its graph: every reader (each head's q, k and v input,
-each MLP's input, the logits) reads the sum of what the writers before it (embedding, heads, MLPs)
-write to the stream.
+EAP-IG itself is not on the package index; test_eap_ig.py compares the two where it is there. Its
+graph: every reader (each head's q, k and v input, each MLP's input, the logits) reads the sum of
+what the writers before it (embedding, heads, MLPs) write to the stream.
 """
 
 from functools import partial
