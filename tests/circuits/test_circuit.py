@@ -148,11 +148,12 @@ def test_pruning_finds_the_micro_circuit(micro):
 def test_edges_are_all_nonzero_weights_of_a_full_circuit(model):
     with torch.no_grad():
         model.blocks[0].attn.W_Q_pos[0, :2] = 0.0
-    edges = with_nodes(model, everything).edges(model)
+    circuit = with_nodes(model, everything)
+    edges = circuit.edges(model)
     per_layer = (
         3 * 2 * 4 * 20 + 8 * 16 + 20 * 24 + 24 * 16
     )  # q k v (16 + 4 positional rows), W_O, W_in, W_out
-    assert len(edges) == 2 * per_layer - 2 * 4
+    assert len(edges) == circuit.n_edges(model) == 2 * per_layer - 2 * 4
     sample = {(str(e.source), str(e.target)): e.weight for e in edges}
     attn, mlp = model.blocks[1].attn, model.blocks[1].mlp
     assert sample["1.attn_in 5", "1.attn_k h1.2"] == attn.W_K[1, 5, 2].item()

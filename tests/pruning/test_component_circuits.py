@@ -102,6 +102,13 @@ def test_they_are_found_in_every_other_way(model, changes):
     assert pruned(model, **changes).node_names == COMPONENTS
 
 
+def test_nodes_are_removed_only_in_as_many_tests_as_are_allowed(model):
+    everything = {"method": "learned", "warm_start": False, "steps": 1, "exchanges": 0}
+    assert pruned(model, **everything, removal_tests=0).n_nodes > len(COMPONENTS)
+    with pytest.raises(ConfigError, match="removal_tests.*None, or a whole number of at least 0"):
+        PruneConfig(removal_tests=-1)
+
+
 def test_components_can_be_excluded_and_included(model):
     with pytest.raises(PruneError, match="no circuit was found"):
         pruned(model, exclude=("1.mlp",))
@@ -222,6 +229,7 @@ def test_the_only_edge_is_the_only_path_of_nonzero_weights(circuit, model):
     # W_O writes to the channel that the rows 1 and -1 of W_in read.
     assert edge.weight == pytest.approx(W_O * 2**0.5)
     assert [other.ends for other in circuit.of_size(6).edges(model)] == [edge.ends]
+    assert circuit.n_edges(model) == 1
     with pytest.raises(UnsupportedError, match="paths in the residual stream"):
         circuit.edge_shares(model)
 

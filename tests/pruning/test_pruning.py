@@ -779,6 +779,13 @@ def test_elimination_goes_on_after_a_case_that_only_the_thorough_test_knew():
     assert gone == [0, 1, 2, *range(4, 40)]
 
 
+@pytest.mark.parametrize(("most", "expected"), [(0, 0), (1, 1), (3, 7), (6, 40), (9, 40)])
+def test_elimination_ends_after_the_most_tests(most, expected):
+    """All could go, in groups of 1, 2, 4, 8, 16 and 9."""
+    gone = eliminate(range(40), lambda gone: True, lambda gone: True, lambda n: None, most)
+    assert gone == list(range(expected))
+
+
 def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
     """Pruning on a GPU used to fail here: a tensor was created on the default device, the CPU."""
     means = mean_activations(micro, list(node_hooks(micro).values()), [micro_corpus()])

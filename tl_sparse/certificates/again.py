@@ -97,7 +97,7 @@ class Search:
         return Found(
             full_loss=self._full_loss(model, data),
             n_nodes=circuit.n_nodes,
-            n_edges=len(circuit.edges(model)),
+            n_edges=circuit.n_edges(model),
             loss=mean_of_pairs(self.losses(circuit, model, data)),
             worst_loss=self._worst_loss(circuit, model, data),
             empty_loss=mean_of_pairs(self.losses(empty, model, data)),

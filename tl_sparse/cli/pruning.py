@@ -24,7 +24,8 @@ from tl_sparse.pruning import PruneConfig
 PRUNING_FLAGS = {
     "the search": (
         "nodes target_loss objective method ablation means_over freeze_norms necessity "
-        "ablated_accuracy exclude include max_nodes allow_failing_model exchanges restarts seed "
+        "ablated_accuracy exclude include max_nodes allow_failing_model exchanges "
+        "removal_tests restarts seed "
         "batch_size"
     ),
     "robustness": "robust subsets subset_pairs adversaries adversary_steps adversary_budget",

@@ -191,7 +191,7 @@ def evaluate(
     Raises:
         CircuitError: if `model` is not the circuit's model.
     """
-    n_edges = len(circuit.edges(model))
+    n_edges = circuit.n_edges(model)
     full_logits = all_next_token_logits(model, data, batch_size)
 
     def held_score(circuit: Circuit, ablation: Ablation, inverted: bool = False) -> Score:
@@ -275,7 +275,7 @@ def sized_score(
     Raises:
         CircuitError: if `model` is not the circuit's model.
     """
-    n_edges = len(circuit.edges(model))
+    n_edges = circuit.n_edges(model)
     circuit_score = score(model, data, batch_size, holding_nodes(circuit, model))
     return SizedScore(circuit.n_nodes, n_edges, circuit_score)
 

@@ -104,6 +104,9 @@ class PruneConfig:
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
         exchanges: the number of nodes outside the circuit that are tried in it at the end of the
             search, in place of two or more of its own.
+        removal_tests: the largest number of circuits that are tried while nodes are removed, or
+            None to try every node. Of a large dense model, each test takes seconds, and tens of
+            thousands of channels may be left to try.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
             other initial gates and another order of the pairs.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
@@ -161,6 +164,7 @@ class PruneConfig:
     necessity: float = 0.0
     ablated_accuracy: float = 1.0
     exchanges: int = 16
+    removal_tests: int | None = None
     restarts: int = 1
     train_pairs: int = 2048
     ranking_pairs: int = 64
@@ -200,6 +204,9 @@ class PruneConfig:
         check(not both, "include", both, "without the nodes that are excluded")
         if self.max_nodes is not None:
             self._check_max_nodes(self.max_nodes)
+        if self.removal_tests is not None:
+            expected = "None, or a whole number of at least 0"
+            check(self.removal_tests >= 0, "removal_tests", self.removal_tests, expected)
 
     def _check_kind_of_nodes(self) -> None:
         if self.nodes == "channels":

@@ -1,6 +1,7 @@
 """Removing from a circuit what it does not need."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,6 +15,7 @@ def eliminate(
     holds: Callable[[list[T]], bool],
     decides: Callable[[list[T]], bool],
     tried: Callable[[int], object],
+    most_tests: int | None = None,
 ) -> list[T]:
     """The candidates that can be removed from a circuit.
 
@@ -27,11 +29,14 @@ def eliminate(
         decides: the same as a thorough test.
         tried: called with the number of candidates whenever the quick test has decided on some, and
             with minus the number of those that are tried again.
+        most_tests: the largest number of quick tests, after which all other candidates stay; None
+            for no limit.
     """
+    tests = iter(range(sys.maxsize if most_tests is None else most_tests))
     gone: list[T] = []
     waiting = list(candidates)
     for _ in range(_MOST_ROUNDS):
-        removed = _removed_by_test(gone, waiting, holds, tried)
+        removed = _removed_by_test(gone, waiting, holds, tried, tests)
         n_passing = _n_passing(gone, removed, decides)
         gone += removed[:n_passing]
         waiting = removed[n_passing + 1 :]
@@ -61,16 +66,17 @@ def _removed_by_test(
     candidates: Sequence[T],
     holds: Callable[[list[T]], bool],
     tried: Callable[[int], object],
+    tests: Iterator[int],
 ) -> list[T]:
     """The candidates that can be removed besides `gone` according to `holds`.
 
     They are tried in groups. The group size doubles after each group that can be removed, and is
-    halved after each group that cannot.
+    halved after each group that cannot. Each group takes the next of `tests`, until there are none.
     """
     removed: list[T] = []
     first = 0
     size = 1
-    while first < len(candidates):
+    while first < len(candidates) and next(tests, None) is not None:
         group = list(candidates[first : first + size])
         if holds([*gone, *removed, *group]):
             removed += group

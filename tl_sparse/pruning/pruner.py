@@ -262,7 +262,7 @@ def _smallest(
             failures.append(error)
     if not circuits:
         raise failures[0]
-    return min(circuits, key=lambda circuit: (len(circuit.edges(model)), circuit.n_nodes))
+    return min(circuits, key=lambda circuit: (circuit.n_edges(model), circuit.n_nodes))
 
 
 def _search(

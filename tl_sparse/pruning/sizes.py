@@ -50,6 +50,7 @@ def discretise(
             lambda gone: criterion.passes_quickly(ranking.circuit(size, gone), some_pairs),
             lambda gone: criterion.passes(ranking.circuit(size, gone), selection),
             bar.update,
+            config.removal_tests,
         )
         circuit = ranking.circuit(size, removed)
         if progress:

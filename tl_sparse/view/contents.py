@@ -336,7 +336,7 @@ def _summary(
         "layers": model.cfg.n_layers,
         "min_weight": min_weight,
         "n_nodes": circuit.n_nodes,
-        "n_edges": len(circuit.edges(model)),
+        "n_edges": circuit.n_edges(model),
         "all_nodes": circuit.n_candidates,
         "scores": circuit.measured.get("openai") or {},
         "faithfulness": None,

@@ -63,6 +63,6 @@ def faithfulness_by_size(
         logits = all_next_token_logits(model, pairs, run_context=run_context)
         scored = score_next_tokens(logits, pairs, full_logits)
         kl = scored.next_token.kl if scored.next_token else math.nan
-        n_edges = len(circuit.edges(model))
+        n_edges = circuit.n_edges(model)
         curve.append([circuit.n_nodes, n_edges, scored.loss, scored.accuracy, kl])
     return curve
