@@ -105,7 +105,7 @@ def test_they_are_found_in_every_other_way(model, changes):
 def test_nodes_are_removed_only_in_as_many_tests_as_are_allowed(model):
     everything = {"method": "learned", "warm_start": False, "steps": 1, "exchanges": 0}
     assert pruned(model, **everything, removal_tests=0).n_nodes > len(COMPONENTS)
-    with pytest.raises(ConfigError, match="removal_tests.*None, or a whole number of at least 0"):
+    with pytest.raises(ConfigError, match=r"removal_tests.*None, or a whole number of at least 0"):
         PruneConfig(removal_tests=-1)
 
 
