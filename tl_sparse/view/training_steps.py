@@ -161,6 +161,9 @@ def _name_axes(
     has_circuits = math.isfinite(of_sizes.dataLim.height)
     if has_circuits:
         set_log_y(of_sizes, unit=1)
+        low, high = of_sizes.dataLim.intervaly
+        if 1 <= low and high < 2 * low:
+            of_sizes.set_ylim(low / 1.5, 1.5 * high)  # so wide that there are ticks in it
     for axes in (of_sizes, of_losses, of_models):
         axes.set_xlabel("training step")
     set_log_x(of_models, unit=1)  # and that of the others, which share it
