@@ -162,7 +162,7 @@ def _name_axes(
     if has_circuits:
         set_log_y(of_sizes, unit=1)
         low, high = of_sizes.dataLim.intervaly
-        if 1 <= low and high < 2 * low:
+        if low >= 1 and high < 2 * low:
             of_sizes.set_ylim(low / 1.5, 1.5 * high)  # so wide that there are ticks in it
     for axes in (of_sizes, of_losses, of_models):
         axes.set_xlabel("training step")
