@@ -31,7 +31,14 @@ import yaml
 import tl_sparse
 from file_damage import damaged
 from formats import write_circuitgpt, write_openai, write_sparse_pretrain
-from helpers import full_config, run_as_script, tiny_config, tiny_model, without_checksums
+from helpers import (
+    GOLDEN,
+    full_config,
+    run_as_script,
+    tiny_config,
+    tiny_model,
+    without_checksums,
+)
 from micro import (
     MICRO_TASK,
     QUICK_SETTINGS,
@@ -41,6 +48,7 @@ from micro import (
     save_micro,
     save_pairs,
 )
+from tl_sparse.bridges import Bridges, Maps
 from tl_sparse.checkpoints.steps import (
     StepRecord,
     kept_steps,
@@ -134,6 +142,55 @@ FORMATS["sparse_pretrain"] = Format(lambda f: one_of_sparse_pretrain(f, False), 
 FORMATS["sparse_pretrain safetensors"] = Format(
     lambda folder: one_of_sparse_pretrain(folder, True), read_model
 )
+
+
+# --- bridges
+
+
+def micro_bridges():
+    torch.manual_seed(0)
+    dense = micro_model()
+    return Bridges(micro_model(), dense, Maps(3, 4, 4, kind="threshold"))
+
+
+def write_bridges(folder):
+    micro_bridges().save_pretrained(folder)
+
+
+def write_bridge_model(folder):
+    """Bridges as sparse_pretrain publishes them, with the whole configuration of the training."""
+    shutil.copytree(GOLDEN / "bridges" / "bridge", folder, dirs_exist_ok=True)
+    settings = {"sparsity": {"activation_topk_fraction": 0.25}, "bridges": {"encoder_afrac": 0.25}}
+    (folder / "training_config.yaml").write_text(json.dumps(settings))
+
+
+def read_bridges(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        bridges = tl_sparse.load_bridges(folder, dense_for(folder), "cpu")
+    repr(bridges)
+    bridges.facts()
+    config = (bridges.sparse.sparse_cfg, bridges.maps.kind, bridges.maps.fraction)
+    return digest(config, dict(bridges.sparse.network.state_dict()), bridges.maps.state_dict())
+
+
+@functools.cache
+def golden_dense():
+    return tl_sparse.load(GOLDEN / "bridges" / "dense", device="cpu")
+
+
+@functools.cache
+def micro_dense():
+    return micro_model()
+
+
+def dense_for(folder):
+    is_published = (folder / "bridges.bin").exists()
+    return golden_dense() if is_published else micro_dense()
+
+
+FORMATS["bridges"] = Format(write_bridges, read_bridges, "bridges*")
+FORMATS["sparse_pretrain bridges"] = Format(write_bridge_model, read_bridges)
 
 
 # --- training

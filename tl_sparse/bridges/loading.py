@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.arguments import checked, described
 from tl_sparse.bridges.pair import Bridges, check_models_fit
-from tl_sparse.bridges.storage import StoredMaps, build_maps, read_maps
+from tl_sparse.bridges.storage import build_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model
 from tl_sparse.errors import ArgumentError, BridgeError, TLSparseError, warn_user
@@ -58,13 +58,15 @@ def load_bridges(
     stored = read_maps(folder)
     sparse = load(source, device, dtype, revision=revision, tokenizer=tokenizer, abs_topk=abs_topk)
     weight = next(sparse.parameters())
+    dense_source = ""
     if given is None:
-        given = _open_dense(source, dense, stored, weight.device)
+        dense_source = str(dense if dense is not None else stored.dense_source)
+        given = _open_dense(source, dense_source, weight.device)
     check_models_fit(given, sparse)
     n_sites = 2 * sparse.cfg.n_layers + 1
     maps = build_maps(stored, n_sites, given.cfg.d_model, sparse.cfg.d_model)
     maps.to(device=weight.device, dtype=weight.dtype)
-    bridges = Bridges(sparse, given, maps.eval(), stored.record)
+    bridges = Bridges(sparse, given, maps.eval(), stored.record, dense_source)
     if stored.dense_hash and stored.dense_hash != hash_of_model(given):
         warn_user(
             "the dense model does not have the weights that it had when the bridges were made: it "
@@ -87,17 +89,16 @@ def as_model(dense: Any) -> Any:
     return dense
 
 
-def _open_dense(source: str | Path, dense: Any, stored: StoredMaps, device: torch.device) -> Any:
+def _open_dense(source: str | Path, dense_source: str, device: torch.device) -> Any:
     """The dense model that is given, or that the files of the bridges name."""
-    name = dense if dense is not None else stored.dense_name
     advice = (
         "give it with dense=…, a TransformerLens model or the folder or name of one; "
         f"tl_sparse.load({str(source)!r}) opens the sparse model alone"
     )
-    if not str(name):
+    if not dense_source:
         raise BridgeError(f"the files of {source} do not name the dense model; {advice}")
     try:
-        return open_model(name, device)
+        return open_model(dense_source, device)
     except TLSparseError as error:
         raise type(error)(
             f"the dense model of {source} cannot be opened: {error}; {advice}"

@@ -52,12 +52,14 @@ class BridgeObjective(Objective):
     Args:
         dense: the dense model, frozen and in eval mode.
         config: the weights of the terms.
+        dense_source: where the dense model was opened; see `Bridges`.
     """
 
     name = "bridges"
     command = "bridge"
+    may_jump = True  # the normalised error of a token whose stream is near the mean is large
 
-    def __init__(self, dense: TLModel, config: BridgeConfig) -> None:
+    def __init__(self, dense: TLModel, config: BridgeConfig, dense_source: str = "") -> None:
         n_sites = 2 * dense.cfg.n_layers + 1
         maps = Maps(
             n_sites,
@@ -71,6 +73,7 @@ class BridgeObjective(Objective):
         super().__init__(maps)
         self.maps = maps
         self.dense = dense
+        self.dense_source = dense_source
         self.bridge_config = config
         self.tokenizer = dense.tokenizer
         self.names = site_names(dense.cfg.n_layers)
@@ -185,4 +188,5 @@ class BridgeObjective(Objective):
 
     def bridges(self) -> Bridges:
         """The models and maps as they are now."""
-        return Bridges(self.sparse, self.dense, self.maps.eval())
+        maps = self.maps.eval()
+        return Bridges(self.sparse, self.dense, maps, dense_source=self.dense_source)

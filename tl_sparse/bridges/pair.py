@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,6 +57,8 @@ class Bridges:
         dense: the dense model, any TransformerLens model.
         maps: the encoders and decoders by site.
         record: what is known of them, as JSON values: settings, and losses by site.
+        dense_source: the folder or name from which the dense model was opened, by which
+            `load_bridges` finds it again; "" if it is not known.
 
     Raises:
         BridgeError: if the models do not fit each other or the maps.
@@ -66,6 +69,7 @@ class Bridges:
     dense: TLModel
     maps: Maps
     record: Mapping[str, Any] = field(default_factory=dict)
+    dense_source: str = ""
 
     def __post_init__(self) -> None:
         check_models_fit(self.dense, self.sparse)
@@ -269,8 +273,8 @@ class Bridges:
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the sparse model and the maps; `tl_sparse.load_bridges` reads them.
 
-        The dense model is not written, only its name and a hash of its weights. `tl_sparse.load`
-        opens the sparse model in the folder alone.
+        The dense model is not written, only where it was opened and a hash of its weights.
+        `tl_sparse.load` opens the sparse model in the folder alone.
 
         Raises:
             CheckpointError: if the folder cannot be written to.
@@ -279,12 +283,19 @@ class Bridges:
         self.sparse.save_pretrained(folder, overwrite=overwrite)
         self.save_maps(Path(folder))
 
-    def save_maps(self, folder: Path) -> None:
-        """Write the maps beside their sparse model, whose folder this is."""
-        dense = {
-            "name": str(getattr(self.dense.cfg, "model_name", "")),
-            "hash": hash_of_model(self.dense),
-        }
+    def save_maps(self, folder: Path, is_local: bool = True) -> None:
+        """Write the maps beside their sparse model, whose folder this is.
+
+        Args:
+            folder: the folder.
+            is_local: whether it stays on this machine, where the folder of a dense model can be
+                found again.
+        """
+        name = str(getattr(self.dense.cfg, "model_name", ""))
+        source = self.dense_source or name
+        if os.path.isdir(source):
+            source = str(Path(source).resolve()) if is_local else name
+        dense = {"source": source, "hash": hash_of_model(self.dense)}
         write_maps(folder, self.maps, dense, self.record)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -303,7 +314,8 @@ class Bridges:
         """
 
         def write(folder: Path) -> None:
-            self.save_pretrained(folder)
+            self.sparse.save_pretrained(folder)
+            self.save_maps(folder, is_local=False)
             if self.record:
                 write_json(folder / "training.json", self.record)
 
@@ -346,7 +358,7 @@ class Bridges:
 
     def with_record(self, record: Mapping[str, Any]) -> "Bridges":
         """The same models and maps with other facts about them."""
-        return Bridges(self.sparse, self.dense, self.maps, record)
+        return replace(self, record=record)
 
     def __repr__(self) -> str:
         return f"Bridges({len(self.maps)} sites, d_dense {self.maps.d_dense}, {self.sparse!r})"

@@ -47,7 +47,7 @@ class StoredMaps:
         path: the file that they are in, for messages.
         kind: which entries an encoder keeps; see `Encoder`.
         fraction: the share of its entries that an encoder with AbsTopK keeps.
-        dense_name: the name of the dense model; "" if it is not known.
+        dense_source: the folder or name of the dense model; "" if it is not known.
         dense_hash: the hash of its weights; "" if it is not known.
         record: what else is known, as JSON values.
     """
@@ -56,7 +56,7 @@ class StoredMaps:
     path: Path
     kind: EncoderKind
     fraction: float
-    dense_name: str
+    dense_source: str
     dense_hash: str
     record: dict[str, Any]
 
@@ -69,7 +69,7 @@ def write_maps(
     Args:
         folder: the folder.
         maps: the maps.
-        dense: the name and the hash of the dense model.
+        dense: the source and the hash of the dense model.
         record: what is known of them, as JSON values.
 
     Raises:
@@ -128,7 +128,7 @@ def _read_ours(folder: Path) -> StoredMaps:
         path=weights,
         kind=kind,
         fraction=fraction,
-        dense_name=str(dense.get("name", "")),
+        dense_source=str(dense.get("source", "")),
         dense_hash=str(dense.get("hash", "")),
         record=record,
     )

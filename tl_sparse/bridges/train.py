@@ -55,7 +55,9 @@ def train_bridges(
         ConfigError, DataError, TrainError, CheckpointError: as for `tl_sparse.train`.
         UnsupportedError: if the dense model has no stream between attention and MLP.
     """
+    dense_source = ""
     if isinstance(dense, str | Path):
+        dense_source = str(dense)
         dense = open_model(dense, device)
     else:
         dense = as_model(dense)
@@ -70,7 +72,7 @@ def train_bridges(
     _check_fits(config, dense)
     dense.to(resolve_device(device))
     with frozen(dense):
-        objective = BridgeObjective(dense, config)
+        objective = BridgeObjective(dense, config, dense_source)
         _, record = train_towards(objective, config.train, out, device, progress, resume)
     if not hasattr(objective, "sparse"):  # an earlier call had trained and saved all
         assert out is not None

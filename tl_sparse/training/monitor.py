@@ -88,7 +88,7 @@ class Monitor:
         if not math.isfinite(loss):
             resuming = "but resume would come to the same loss; train into a new folder"
             return Stop(f"{change}; {advice}", resuming)
-        if loss - usual >= config.max_jump:
+        if loss - usual >= config.max_jump and not self.trainer.objective.may_jump:
             larger = f"a larger max_jump than {config.max_jump}"
             return Stop(f"{change}; {advice}", f"from which resume continues with {larger}")
         signal = self.trainer.processes.stop

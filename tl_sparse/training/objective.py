@@ -30,6 +30,8 @@ class Objective:
         command: the command that trains with this objective.
         settings: settings beside the `TrainConfig`, as JSON values. They are stored with a run,
             which can be resumed with the same ones only.
+        may_jump: whether its loss may jump up without harm, so that `TrainConfig.max_jump` does not
+            hold.
         tokenizer: the tokenizer of the text; None means one that is trained on it.
         beside: what is trained beside the model.
     """
@@ -37,6 +39,7 @@ class Objective:
     name = "model"
     command = "train"
     settings: Mapping[str, Any] = {}
+    may_jump = False
     tokenizer: PreTrainedTokenizerFast | None = None
 
     def __init__(self, beside: nn.Module | None = None) -> None:
