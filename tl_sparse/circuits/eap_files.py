@@ -135,11 +135,12 @@ def _as_json(graph: EapGraph) -> dict[str, Any]:
             nodes[name]["neurons_scores"] = graph.neurons_scores[i].tolist()
     nodes["logits"] = {"in_graph": True}
     sources, targets = layout.sources, layout.targets
+    scores, in_graph = graph.scores.tolist(), graph.in_graph.tolist()
     edges = {}
     for source, target in layout.real_edges().nonzero().tolist():
         edges[f"{sources[source]}->{targets[target]}"] = {
-            "score": float(graph.scores[source, target]),
-            "in_graph": bool(graph.in_graph[source, target]),
+            "score": scores[source][target],
+            "in_graph": in_graph[source][target],
         }
     return {"cfg": layout.to_json(), "nodes": nodes, "edges": edges}
 
