@@ -1,8 +1,14 @@
-"""Make the models that are bundled with the package, in tl_sparse/models, from two finished runs.
+"""Make the models that are bundled with the package, in tl_sparse/models, from finished runs.
 
     tl-sparse train examples/tiny-python-sparse.yaml --out runs/tiny-python-sparse
     tl-sparse train examples/tiny-python-dense.yaml --out runs/tiny-python-dense
     python examples/bundle.py runs/tiny-python-sparse runs/tiny-python-dense
+
+The third one is trained beside the second one, with bridges to it:
+
+    tl-sparse bridge tiny-python-dense examples/tiny-python-bridged.yaml \
+        --sites-per-step 2 --out runs/tiny-python-bridged
+    python examples/bundle.py runs/tiny-python-bridged
 
 Dense weights are rounded to float16, and everything in the model cards is measured after that.
 """
@@ -10,9 +16,14 @@ Dense weights are rounded to float16, and everything in the model cards is measu
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 import tl_sparse
-from tl_sparse.checkpoints import CORPUS_SAMPLE, save_model
+from tl_sparse.bridges import losses_as_values
+from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, save_model
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
 from tl_sparse.files import read_json, read_tensors, write_json, write_tensors, write_text
@@ -36,9 +47,34 @@ def bundle(run: Path, folder: Path) -> None:
     record["tasks"] = {}
     for name, score in task_scores(model, 512, seed=1).items():
         record["tasks"][name] = None if score is None else dataclasses.asdict(score)
-    write_json(folder / "training.json", record)
     record["command"] = f"tl-sparse train examples/{folder.name}.yaml"
-    write_text(folder / "README.md", model.card(folder.name, record))
+    card = model.card(folder.name, record)
+    if (run / "bridges.json").is_file():
+        card = bundle_bridges(run, folder, record, validation)
+    record.pop("command")
+    write_json(folder / "training.json", record)
+    write_text(folder / "README.md", card)
+
+
+def bundle_bridges(
+    run: Path, folder: Path, record: dict[str, Any], validation: Int[Tensor, "seq pos"]
+) -> str:
+    """Save the bridges of a run with fewer bits per number; the card of the model with them."""
+    bridges = tl_sparse.load_bridges(run, device="cpu")
+    bridges.maps.half()
+    bridges.save_maps(folder)
+    bridges = tl_sparse.load_bridges(folder, device="cpu")
+    losses = bridges.losses(validation[:CORPUS_ROWS], 64)
+    record["bridge_losses"] = losses_as_values(losses)
+    facts = {name: record[name] for name in ("bridges", "bridge_losses")}
+    facts["command"] = (
+        f"tl-sparse bridge {bridges.dense_source} examples/{folder.name}.yaml --sites-per-step "
+        f"{record['bridges']['sites_per_step']}"
+    )
+    bridges = bridges.with_record(facts)
+    bridges.maps.half()
+    bridges.save_maps(folder)
+    return bridges.card(folder.name)
 
 
 def write_rounded(run: Path, folder: Path) -> None:

@@ -82,3 +82,32 @@ def test_cards(models):
         assert f'tl_sparse.load("{name}")' in card
         assert f"tl-sparse train examples/{name}.yaml" in card
         assert f"{record(name)['validation_loss']}" in card
+
+
+@pytest.fixture(scope="module")
+def bridges():
+    return tl_sparse.load_bridges("tiny-python-bridged", device="cpu")
+
+
+def test_the_bridged_one_is_small_and_sparse(bridges):
+    folder = find("tiny-python-bridged")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
+    assert {p.dtype for p in bridges.sparse.parameters()} == {torch.float32}
+    assert {p.dtype for p in bridges.maps.parameters()} == {torch.float32}
+    weight = bridges.sparse.blocks[1].mlp.W_out
+    assert float(weight.ne(0).float().mean()) == pytest.approx(1 / 64, abs=1e-3)
+    alone = tl_sparse.load("tiny-python-bridged", device="cpu")
+    assert torch.equal(alone.unembed.W_U, bridges.sparse.unembed.W_U)
+
+
+def test_its_bridges_are_as_good_as_its_card_says(bridges):
+    said = bridges.recorded_losses()
+    sample = load_corpus("tiny-python-bridged", bridges.sparse.tokenizer, 128)
+    found = bridges.losses(sample[:32])  # of the training text
+    assert found.ce_sparse == pytest.approx(said.ce_sparse, rel=0.1)
+    for at_site, expected in zip(found.sites, said.sites, strict=True):
+        for name in ("nmse_encoder", "nmse_decoder", "kl_dense_to_sparse", "kl_sparse_to_dense"):
+            assert getattr(at_site, name) == pytest.approx(getattr(expected, name), rel=0.15)
+    card = (find("tiny-python-bridged") / "README.md").read_text()
+    assert str(said) in card
+    assert "examples/tiny-python-bridged.yaml" in card

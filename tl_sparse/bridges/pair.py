@@ -342,6 +342,8 @@ class Bridges:
             f"dense: {name}, {self.maps.d_dense} wide",
             f"bridges at {len(self.maps)} sites; encoders: {encoders}",
         ]
+        if "command" in self.record:
+            lines.append(f"trained by: {self.record['command']}")
         losses = self.recorded_losses()
         if losses is not None:
             lines += ["", "On validation text, in nats per token:", str(losses)]

@@ -25,6 +25,7 @@ _MODELS = Path(__file__).parents[1] / "models"
 _BUNDLED = {
     "tiny-python-sparse": _MODELS / "tiny-python-sparse",
     "tiny-python-dense": _MODELS / "tiny-python-dense",
+    "tiny-python-bridged": _MODELS / "tiny-python-bridged",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: The files that are fetched from a hub repository: only data, no code.
@@ -62,7 +63,8 @@ def find(source: str | Path, revision: str | None = None, wanted: Wanted = "mode
 
     Args:
         source: a folder; "RUN@STEP", a step that the training run in the folder RUN keeps, such as
-            "run@100"; "tiny-python-sparse" or "tiny-python-dense", which come with the package;
+            "run@100"; "tiny-python-sparse", "tiny-python-dense" or "tiny-python-bridged", which come
+            with the package;
             `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
             What can only be a path, such as "./x", "~/x" or "a/b/c", is never looked up elsewhere.
         revision: a branch, tag or commit of a hub repository; by default its main branch.
