@@ -63,8 +63,8 @@ def find(source: str | Path, revision: str | None = None, wanted: Wanted = "mode
 
     Args:
         source: a folder; "RUN@STEP", a step that the training run in the folder RUN keeps, such as
-            "run@100"; "tiny-python-sparse", "tiny-python-dense" or "tiny-python-bridged", which come
-            with the package;
+            "run@100"; "tiny-python-sparse", "tiny-python-dense" or "tiny-python-bridged", which
+            come with the package;
             `"user/repo"` on the Hugging Face hub; or the name of a model that OpenAI published.
             What can only be a path, such as "./x", "~/x" or "a/b/c", is never looked up elsewhere.
         revision: a branch, tag or commit of a hub repository; by default its main branch.
