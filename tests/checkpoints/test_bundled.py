@@ -107,7 +107,8 @@ def test_its_bridges_are_as_good_as_its_card_says(bridges):
     assert found.ce_sparse == pytest.approx(said.ce_sparse, rel=0.1)
     for at_site, expected in zip(found.sites, said.sites, strict=True):
         for name in ("nmse_encoder", "nmse_decoder", "kl_dense_to_sparse", "kl_sparse_to_dense"):
-            assert getattr(at_site, name) == pytest.approx(getattr(expected, name), rel=0.15, abs=0.01)
+            loss = getattr(expected, name)
+            assert getattr(at_site, name) == pytest.approx(loss, rel=0.15, abs=0.01), name
     card = (find("tiny-python-bridged") / "README.md").read_text()
     assert str(said) in card
     assert "examples/tiny-python-bridged.yaml" in card
