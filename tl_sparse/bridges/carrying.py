@@ -118,7 +118,7 @@ def change_of_stream(
     applied = change.applied(bridges.sparse) if hasattr(change, "applied") else change
     with applied:
         after = run_with_streams(bridges.sparse, tokens).written[number]
-    return _decoded(bridges, number, after - before)
+    return decoded_difference(bridges, number, after - before)
 
 
 @torch.no_grad()
@@ -140,10 +140,10 @@ def change_of_reads(
     differences = (change.values[name] - reads[name]) * change.nodes[name]
     in_stream = differences[..., : bridges.sparse.cfg.d_model]
     weight = torch.where(norm.w == 0, 1.0, norm.w)  # what a weight of 0 lets through is 0
-    return _decoded(bridges, number, in_stream * rms(stream) / weight)
+    return decoded_difference(bridges, number, in_stream * rms(stream) / weight)
 
 
-def _decoded(
+def decoded_difference(
     bridges: "Bridges", number: int, difference: Float[Tensor, "batch pos d_sparse"]
 ) -> Float[Tensor, "batch pos d_dense"]:
     """A difference of sparse streams as one of dense streams; the bias of the decoder cancels."""

@@ -28,7 +28,10 @@ from .holding import holding_circuit as holding_circuit
 from .holding import holding_nodes as holding_nodes
 from .inner_values import Inside as Inside
 from .inner_values import inside as inside
+from .interchanging import Change as Change
 from .interchanging import Interchange as Interchange
+from .interchanging import correlation_of_changes as correlation_of_changes
+from .interchanging import from_other_of_pair as from_other_of_pair
 from .interchanging import interchange as interchange
 from .judge import evaluate as evaluate
 from .judge import faithfulness_curve as faithfulness_curve

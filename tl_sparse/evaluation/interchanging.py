@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import Circuit, holding_reads
 from tl_sparse.config import check
+from tl_sparse.errors import ArgumentError
 from tl_sparse.evaluation.agreement import ROUNDING
 from tl_sparse.evaluation.baselines import check_measurable, random_circuits_like
 from tl_sparse.evaluation.estimates import Estimate, correlation, mean_of_pairs
@@ -44,6 +45,17 @@ class Change:
     change: Estimate
     size: Estimate
     flips: Estimate
+
+    @classmethod
+    def between(cls, before: Float[Tensor, " prompt"], after: Float[Tensor, " prompt"]) -> "Change":
+        """The change from some logit differences, right minus wrong, to others."""
+        difference = after - before
+        flips = (before > 0) != (after > 0)
+        return cls(
+            change=mean_of_pairs(difference),
+            size=mean_of_pairs(difference.abs()),
+            flips=mean_of_pairs(flips.float()),
+        )
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,30 @@ def _aligned_positions(data: TaskData, donors: TaskData) -> Int[Tensor, "prompt 
     return torch.where(positions == 0, 0, aligned)
 
 
+@checked()
+def from_other_of_pair(
+    activation: Float[Tensor, "prompt pos *node"], data: TaskData
+) -> Float[Tensor, "prompt pos *node"]:
+    """For each prompt, the activation on the other prompt of its pair, aligned from the end.
+
+    Args:
+        activation: the activation on the prompts of `data`, at all positions up to the last.
+        data: the prompts.
+
+    Raises:
+        ArgumentError: if the activation has another number of prompts or positions.
+    """
+    expected = [len(data.prompts), int(data.last.max()) + 1]
+    if list(activation.shape[:2]) != expected:
+        raise ArgumentError(
+            f"an activation on these prompts must begin with {expected} prompts and positions, not "
+            f"{list(activation.shape[:2])}"
+        )
+    rows = _other_of_pair(data)
+    positions = _aligned_positions(data, _rows(data, rows))
+    return activation[rows[:, None], positions]
+
+
 # --- running with exchanged values
 
 
@@ -320,7 +356,7 @@ def _exchange(margins: _Margins, i: int) -> Exchange:
 
 
 def _change(margins: Float[Tensor, "prompt set"], i: int) -> Change:
-    return _change_between(margins[:, 0], margins[:, 1 + i])
+    return Change.between(margins[:, 0], margins[:, 1 + i])
 
 
 def _everything(margins: Float[Tensor, " prompt"]) -> Change:
@@ -328,26 +364,36 @@ def _everything(margins: Float[Tensor, " prompt"]) -> Change:
 
     There, the right answer is this prompt's wrong one.
     """
-    return _change_between(margins, -margins.view(-1, 2).flip(1).flatten())
-
-
-def _change_between(before: Float[Tensor, " prompt"], after: Float[Tensor, " prompt"]) -> Change:
-    difference = after - before
-    flips = (before > 0) != (after > 0)
-    return Change(
-        change=mean_of_pairs(difference),
-        size=mean_of_pairs(difference.abs()),
-        flips=mean_of_pairs(flips.float()),
-    )
+    return Change.between(margins, -margins.view(-1, 2).flip(1).flatten())
 
 
 def _correlation_over_nodes(nodes: Sequence[NodeInterchange]) -> tuple[Estimate | None, str]:
     """The correlation of the changes under the circuit and in the model; or None, and why."""
-    if len(nodes) < LEAST_NODES:
+    of_model = [node.other_answer.model.change.value for node in nodes]
+    of_circuit = [node.other_answer.circuit.change.value for node in nodes]
+    return correlation_of_changes(of_model, of_circuit, ("in the model", "under the circuit"))
+
+
+@checked()
+def correlation_of_changes(
+    first: Sequence[float], second: Sequence[float], places: tuple[str, str]
+) -> tuple[Estimate | None, str]:
+    """The correlation over nodes of what they change in two places; or None, and why.
+
+    Args:
+        first: the change of the logit difference by each node, in the first place.
+        second: the same in the second place.
+        places: which places these are, for the text.
+
+    Raises:
+        ArgumentError: if the numbers of changes differ.
+    """
+    if len(first) != len(second):
+        raise ArgumentError(f"{len(first)} changes cannot be compared with {len(second)}")
+    if len(first) < LEAST_NODES:
         return None, f"the circuit has fewer than {LEAST_NODES} nodes"
-    of_model = torch.tensor([node.other_answer.model.change.value for node in nodes])
-    of_circuit = torch.tensor([node.other_answer.circuit.change.value for node in nodes])
-    for changes, place in ((of_model, "in the model"), (of_circuit, "under the circuit")):
-        if float(changes.std()) <= ROUNDING * float(changes.abs().max()):
+    changes = torch.tensor([first, second], dtype=torch.float64)
+    for of_place, place in zip(changes, places, strict=True):
+        if float(of_place.std()) <= ROUNDING * float(of_place.abs().max()):
             return None, f"all nodes change the logit difference alike {place}"
-    return correlation(of_model, of_circuit), ""
+    return correlation(changes[0], changes[1]), ""
