@@ -12,7 +12,13 @@ from tl_sparse.bridges.pair import Bridges, check_models_fit
 from tl_sparse.bridges.storage import build_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model
-from tl_sparse.errors import ArgumentError, BridgeError, TLSparseError, warn_user
+from tl_sparse.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    TLSparseError,
+    warn_user,
+)
 from tl_sparse.hooks import TLModel
 
 
@@ -73,6 +79,21 @@ def load_bridges(
             "is another model, or it was opened in another dtype or processed otherwise"
         )
     return bridges
+
+
+@checked("source")
+def has_bridges(source: str | Path) -> bool:
+    """Whether there are bridges beside a model, so that `load_bridges` opens both.
+
+    Args:
+        source: the source of a model that has been opened. A model that is not in a folder, nor in
+            the cache of the Hugging Face hub, has none.
+    """
+    try:
+        folder = find(source)
+    except CheckpointError:
+        return False
+    return has_maps(folder)
 
 
 def as_model(dense: Any) -> Any:

@@ -88,6 +88,12 @@ def write_maps(
         write_json(new / "bridges.json", {**values, FILES: checksums_of(new)})
 
 
+def has_maps(folder: Path) -> bool:
+    """Whether a folder has the files of bridges, of ours or of sparse_pretrain."""
+    finish_replacing(BRIDGE_FILES, folder)
+    return (folder / "bridges.json").is_file() or (folder / _SPARSE_PRETRAIN_MAPS).is_file()
+
+
 def read_maps(folder: Path) -> StoredMaps:
     """Read the maps in a folder of ours or of sparse_pretrain.
 

@@ -1,13 +1,15 @@
-"""`tl-sparse bridge`."""
+"""`tl-sparse bridge`, and the bridges of a circuit's model."""
 
 import argparse
 import os
 from dataclasses import fields, replace
+from typing import Any
 
 import tl_sparse
 from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, remark
 from tl_sparse.cli.config_flags import add_config_flags, given_fields
 from tl_sparse.cli.training import add_training_flags, train_config, training_summary
+from tl_sparse.errors import BridgeError, TLSparseError, warn_user
 
 #: Group of flags → the fields of BridgeConfig in it.
 BRIDGE_FLAGS = {
@@ -20,6 +22,35 @@ BRIDGE_FLAGS = {
         "top_tokens sites_per_step"
     ),
 }
+
+
+def open_bridges(source: str, dense: str | None, device: str | None) -> Any:
+    """The bridges of a circuit's model; None if it has none.
+
+    A dense model that is not given, and cannot be opened, is a warning: what needs it is left out.
+
+    Args:
+        source: the source of the circuit's model.
+        dense: the dense model, if it is given.
+        device: the device of all of them.
+
+    Raises:
+        BridgeError: if a dense model is given for a model without bridges.
+        TLSparseError: as for `load_bridges`, if the dense model is given.
+    """
+    from tl_sparse.bridges import has_bridges
+
+    if not has_bridges(source):
+        if dense is not None:
+            raise BridgeError(f"--dense is not possible: {source} has no bridges to a dense model")
+        return None
+    try:
+        return tl_sparse.load_bridges(source, dense, device)
+    except TLSparseError as error:
+        if dense is not None:
+            raise
+        warn_user(f"nothing is measured in the dense model (--dense MODEL names it): {error}")
+        return None
 
 
 def add_bridge(commands: Commands) -> None:

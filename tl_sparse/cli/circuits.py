@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import tl_sparse
@@ -15,6 +16,7 @@ from tl_sparse.cli.arguments import (
     report_saved,
     seed,
 )
+from tl_sparse.cli.bridging import open_bridges
 from tl_sparse.errors import CheckpointError, CircuitError, DataError
 
 
@@ -256,6 +258,12 @@ def add_evaluate(commands: Commands) -> None:
         "circuit was evaluated when it was found, and seed 0 for random circuits).",
     )
     add_explanation(group, "printed after the measurements, with the circuit as a program")
+    group.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="For a circuit in a model with bridges to a dense one: the dense model, as for "
+        "`bridge` (default: the one that the bridges name).",
+    )
     add_running_flags(parser)
 
 
@@ -275,6 +283,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     if args.corpus is not None:
         check_source(args.corpus)  # before the model is opened
     circuit, model, source = open_circuit(args.circuit, args.model, args.device, args.task)
+    bridges = open_bridges(source, args.dense, args.device)
     explanation = explanation_of(circuit, args.explanation, args.circuit)
     explained = circuit
     if args.corpus is not None or not circuit.means:
@@ -286,10 +295,18 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     results = full_evaluation(
         circuit, model, data, batch_size, args.seed or 0, progress=not args.quiet
     )
+    in_dense = None
+    if bridges is not None and circuit.n_nodes:
+        from tl_sparse.bridges import dense_effects
+
+        in_dense = dense_effects(circuit, bridges, data, seed=args.seed or 0)
+        results["dense_effects"] = asdict(in_dense)
     if args.out:
         # Written before anything is printed, since printing can fail.
         write_json(args.out, results, args.overwrite)
     print(evaluation_tables(results))
+    if in_dense is not None:
+        print(f"\n{in_dense}")
     if explanation is not None:
         print(f"\n{explained_report(explained, model, args.task, explanation)}")
 
