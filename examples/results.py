@@ -21,7 +21,7 @@ from shutil import copyfile
 from statistics import geometric_mean
 from typing import Any
 
-from tl_sparse import PruneConfig, load, prune
+from tl_sparse import PruneConfig, load, load_bridges, prune
 from tl_sparse.attacks import Attack, attack, family_text, prediction_text
 from tl_sparse.certificates import certificate_text, certify
 from tl_sparse.checkpoints import open_with_corpus
@@ -82,6 +82,8 @@ READ_TASKS = ["single_double_quote", "with_as"]
 #: The tasks and the steps whose circuits are compared along training.
 ALONG_TASKS = ["single_double_quote", "with_as", "bracket_counting"]
 ALONG_STEPS = [1, 10, 100, 251, 2000]
+#: The tasks whose circuits are found in a bridged model.
+BRIDGED_TASKS = ["single_double_quote", "bracket_brace", "class_init"]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables
@@ -551,6 +553,31 @@ def percent(share: Estimate | None) -> str:
     return f"{share.value:.1%}{error}"
 
 
+# --- bridges
+
+
+def bridges(plan: Plan) -> None:
+    """Circuits of a model that is bridged to the dense one, and what they do there."""
+    from bridged import bridges_text, circuit_of, measured
+
+    folder = plan.work / "tiny-python-bridged"
+    if not (folder / "training.json").exists():
+        if plan.only_tables:
+            return
+        settings = ["examples/tiny-python-bridged.yaml", "--sites-per-step", "2"]
+        run("-m", "tl_sparse", "bridge", DENSE, *settings, "--out", str(folder))
+    opened = load_bridges(folder, DENSE)
+    losses = opened.recorded_losses()
+    found = {}
+    for task in plan.tasks or BRIDGED_TASKS:
+        place = plan.folder("bridges", "tiny-python-bridged", task)
+        if plan.only_tables and not (place / "circuit").exists():
+            continue
+        circuit = circuit_of(place / "circuit", folder, task)
+        found[Path(task).stem] = measured(place / "effects.json", circuit, opened)
+        write_result(plan, "bridges.md", bridges_text(losses, found))
+
+
 # --- training and sparse execution
 
 
@@ -624,6 +651,7 @@ RESULTS: dict[str, Callable[[Plan], None]] = {
     "next_token": next_token,
     "baselines": baselines,
     "pretrained": pretrained,
+    "bridges": bridges,
     "training": training,
     "along_training": along_training,
     "sparse_execution": sparse_execution,

@@ -26,12 +26,17 @@ from micro import (
     save_pairs,
 )
 from tl_sparse.attacks import attack
+from tl_sparse.bridges.effects_records import DenseEffects
+from tl_sparse.bridges.maps import Maps
+from tl_sparse.bridges.pair import Bridges
+from tl_sparse.bridges.sites import site_names
 from tl_sparse.cli import main
 from tl_sparse.cli.parser import build_parser
 from tl_sparse.cli.training import train_config
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
 from tl_sparse.pruning.config import PruneConfig, as_config
+from tl_sparse.records import record_from
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 
@@ -288,6 +293,28 @@ def test_evaluate_takes_other_pairs_that_pruning_did_not_see(pruned, tmp_path, m
     (data,) = seen
     assert data.n_pairs == 64
     assert not set(data.prompts) & {*train.prompts, *selection.prompts}
+
+
+def test_evaluate_measures_a_bridged_dense_model_too(pruned, tmp_path, capsys):
+    _, command = pruned
+    folder = str(tmp_path / "model")
+    assert main([*command, "--dense", folder]) == 1
+    assert "has no bridges to a dense model" in capsys.readouterr().err
+    model = tl_sparse.load(folder, device="cpu")
+    model.cfg.model_name = "nowhere/dense"  # it names the dense model in the files
+    Bridges(model, model, Maps(3, 4, 4)).save_maps(tmp_path / "model")
+    with pytest.warns(UserWarning, match="nothing is measured in the dense model"):
+        assert main(command) == 0
+    assert "in the dense model" not in capsys.readouterr().out
+    assert main([*command, "--dense", str(tmp_path / "nowhere")]) == 1
+    assert "cannot be opened" in capsys.readouterr().err
+
+    out = tmp_path / "all.json"
+    assert main([*command, "--dense", folder, "-o", str(out)]) == 0
+    assert "Through the bridges, in the dense model, on 8 pairs" in capsys.readouterr().out
+    effects = record_from(DenseEffects, json.loads(out.read_text())["dense_effects"])
+    assert effects.interchanged.flips.value == 1
+    assert [site.site for site in effects.sites] == site_names(1)
 
 
 def test_evaluate_names_what_is_missing(tmp_path, capsys):

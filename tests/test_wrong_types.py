@@ -201,6 +201,12 @@ OTHERWISE = {
     "read_certificate": {"path": "certificate.json"},
     "score_next_tokens": {"logits": torch.zeros(4, 36), "full_logits": torch.zeros(4, 36)},
     "task_ends": {"nodes": []},
+    "correlation_of_changes": {
+        "first": [1.0, 2.0, 3.0],
+        "second": [1.0, 2.0, 4.0],
+        "places": ("here", "there"),
+    },
+    "from_other_of_pair": {"activation": torch.zeros(4, 6, 2)},
     "mean_of": {"values": torch.ones(3)},
     "ratio_of_pairs": {"numerators": torch.ones(4), "denominators": torch.ones(4)},
     "to_prune_scores": {"path": "scores.pt"},

@@ -45,6 +45,8 @@ from tl_sparse.evaluation import (
 from tl_sparse.hooks import TLModel
 from tl_sparse.tasks import TaskData
 
+#: Probes are trained on at most so many pairs.
+MAX_PROBE_PAIRS = 256
 #: Each node is changed alone, unless there are more than this many.
 MAX_NODES_ALONE = 500
 
@@ -70,8 +72,8 @@ def dense_effects(
 
     Two measures stand beside an interchange at each site: the dense stream moved along the
     direction of a linear probe of the right answer, and all of the dense stream interchanged. The
-    probes are trained on the pairs of `data` that are not among the first `n_pairs`, at the last
-    position of the prompts.
+    probes are trained on the pairs of `data` that are not among the first `n_pairs`, at most
+    `MAX_PROBE_PAIRS`, at the last position of the prompts.
 
     Args:
         circuit: a circuit of the sparse model.
@@ -97,7 +99,7 @@ def dense_effects(
     check(math.isfinite(strength), "strength", strength, "a finite number")
     data = data.to(next(bridges.sparse.parameters()).device)
     measured = data.first(n_pairs)
-    others = data.pairs(range(measured.n_pairs, data.n_pairs))
+    others = data.pairs(range(measured.n_pairs, data.n_pairs)).first(MAX_PROBE_PAIRS)
     probes, no_probe = _probes(bridges.dense, others, batch_size)
     alone, no_nodes = _nodes_to_change_alone(circuit)
     random = [each.kept for each in random_circuits_like(circuit, n_random, seed)]
