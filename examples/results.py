@@ -83,7 +83,7 @@ READ_TASKS = ["single_double_quote", "with_as"]
 ALONG_TASKS = ["single_double_quote", "with_as", "bracket_counting"]
 ALONG_STEPS = [1, 10, 100, 251, 2000]
 #: The tasks whose circuits are found in a bridged model.
-BRIDGED_TASKS = ["single_double_quote", "bracket_brace", "class_init"]
+BRIDGED_TASKS = ["single_double_quote", "with_as", "bracket_brace"]
 ABOUT_ATTACKS = """\
 Prompts are draws of the task, longer and misleading contexts, and insertions that a search found on
 the compiled circuit (edges pruned, first seed), which has seen none of these prompts. In the tables

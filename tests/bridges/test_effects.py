@@ -109,7 +109,7 @@ def test_a_model_bridged_to_itself_changes_as_itself():
     model = tiny_model(
         tiny_config(n_layers=2, abs_topk={"attn_in": 0.7, "mlp_neuron": 0.5}), dtype=torch.float64
     )
-    circuit, data = random_circuit(model, 0.2), random_data(model, 4)
+    circuit, data = random_circuit(model, 0.1), random_data(model, 4)
     found = dense_effects(circuit, bridged_to_itself(model), data, n_random=1)
     for site in found.sites:
         for change in (site.interchanged, site.ablated):
@@ -133,7 +133,7 @@ def test_a_stock_dense_model_in_batches():
     dense = stock_model(n_layers=2, d_vocab=11)
     sparse = tiny_model(tiny_config(n_layers=2))
     bridges = Bridges(sparse, dense, Maps(5, dense.cfg.d_model, sparse.cfg.d_model))
-    circuit, data = random_circuit(sparse, 0.1), random_data(sparse, 5)
+    circuit, data = random_circuit(sparse, 0.05), random_data(sparse, 5)
     whole = dense_effects(circuit, bridges, data, n_random=1)
     parts = dense_effects(circuit, bridges, data, n_random=1, batch_size=4)
     assert whole.no_probe == (
