@@ -419,7 +419,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.attacks.attack", short)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
-    assert len(snippets) == 16
+    assert len(snippets) == 17
     torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
     tiny_model(full_config()).save_pretrained("run@100")  # as if a run had kept this step
     assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15

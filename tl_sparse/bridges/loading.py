@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.arguments import checked, described
 from tl_sparse.bridges.pair import Bridges, check_models_fit
-from tl_sparse.bridges.storage import build_maps, read_maps
+from tl_sparse.bridges.storage import build_maps, has_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model
 from tl_sparse.errors import (

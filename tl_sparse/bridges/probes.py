@@ -67,10 +67,10 @@ def trained_probe(
             inputs @ weight + bias, targets, reduction="sum"
         )
         loss = losses + PENALTY * weight.square().sum() / 2
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(loss_with_gradient)  # type: ignore[no-untyped-call]
+        optimizer.step(loss_with_gradient)
     in_stream = weight.detach() / scale
     return Probe(in_stream, bias.detach() - in_stream @ mean)
