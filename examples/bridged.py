@@ -29,7 +29,8 @@ error over pairs, and in brackets the share of prompts at which the preferred an
 
 - sparse: what the change at this site alone does in the sparse model;
 - dense: what it does in the dense model;
-- random: in the dense model, the mean over draws of as many random nodes at each hook point;
+- random: in the dense model, the mean over draws of as many nodes at each hook point, chosen at
+  random among all nodes there;
 - probe: the dense stream at the last position is moved along the direction of a linear probe of the
   right answer to the other prompt's value; in brackets also how often the probe is right;
 - whole stream: all of the dense stream at the site is the other prompt's, at every position."""
@@ -95,6 +96,30 @@ def _summary(found: Mapping[str, DenseEffects]) -> str:
     return markdown_table(header, rows)
 
 
+def _findings(effects: DenseEffects) -> str:
+    """Where the dense model is moved as the sparse one, and where it is not."""
+    lines = []
+    for site in effects.sites:
+        of_circuit = site.interchanged
+        moved = of_circuit.dense.change
+        in_sparse = of_circuit.sparse.change
+        strongest = min(draw.change.value for draw in of_circuit.random)
+        is_moved = moved.value < -2 * (moved.standard_error or 0.0)
+        share = moved.value / in_sparse.value if in_sparse.value != 0 else 0.0
+        if of_circuit.sparse.size.value == 0:
+            verdict = "nothing changes there, since all nodes of the circuit act later"
+        elif not is_moved:
+            verdict = "fails: the answer is not moved towards the other one"
+        elif moved.value >= strongest:
+            verdict = f"fails: a draw of random nodes moves it as much ({strongest:+.2f})"
+        else:
+            verdict = f"moves {share:.0%} of what it moves in the sparse model"
+        if site.probe is not None and moved.value < site.probe.change.change.value:
+            verdict += ", more than the probe"
+        lines.append(f"- `{site.site}`: {verdict};")
+    return "\n".join(lines)[:-1] + "."
+
+
 def _effects(effects: DenseEffects) -> str:
     models = []
     for name, answers in (("sparse", effects.sparse), ("dense", effects.dense)):
@@ -120,7 +145,7 @@ def _effects(effects: DenseEffects) -> str:
         f"{effects.n_pairs} pairs; probes are trained on {effects.n_probe_pairs} others. As they "
         f"are, the models are right at: {', '.join(models)}. In all of the sparse model, the "
         f"interchange moves {_cell(effects.interchanged)}, the ablation "
-        f"{_cell(effects.ablated)}.\n\n{interchanged}\n\n{ablated}\n\n{_nodes(effects)}"
+        f"{_cell(effects.ablated)}.\n\n{_findings(effects)}\n\n{interchanged}\n\n{ablated}\n\n{_nodes(effects)}"
     )
 
 
