@@ -117,7 +117,22 @@ def _findings(effects: DenseEffects) -> str:
         if site.probe is not None and moved.value < site.probe.change.change.value:
             verdict += ", more than the probe"
         lines.append(f"- `{site.site}`: {verdict};")
-    return "\n".join(lines)[:-1] + "."
+    lines.append(f"- ablated: {_where_ablation_fails(effects)}.")
+    return "\n".join(lines)
+
+
+def _where_ablation_fails(effects: DenseEffects) -> str:
+    """The sites at which ablating the circuit is no more than ablating random nodes."""
+    failing = []
+    for site in effects.sites:
+        changed = site.ablated
+        strongest = min(draw.change.value for draw in changed.random)
+        if changed.sparse.size.value > 0 and changed.dense.change.value >= strongest:
+            failing.append(f"`{site.site}` ({strongest:+.2f})")
+    if not failing:
+        return "moves the dense model more than every draw of random nodes, where it acts at all"
+    places = " and ".join(failing)
+    return f"fails, since a draw of random nodes moves the dense model as much, at {places}"
 
 
 def _effects(effects: DenseEffects) -> str:
