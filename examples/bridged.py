@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from tl_sparse import PruneConfig, prune
-from tl_sparse.bridges import BridgeLosses, Bridges, DenseEffects, dense_effects
+from tl_sparse.bridges import AtSite, BridgeLosses, Bridges, DenseEffects, dense_effects
 from tl_sparse.checkpoints import open_with_corpus
 from tl_sparse.circuits import Circuit
 from tl_sparse.evaluation import Change
@@ -100,25 +100,34 @@ def _findings(effects: DenseEffects) -> str:
     """Where the dense model is moved as the sparse one, and where it is not."""
     lines = []
     for site in effects.sites:
-        of_circuit = site.interchanged
-        moved = of_circuit.dense.change
-        in_sparse = of_circuit.sparse.change
-        strongest = min(draw.change.value for draw in of_circuit.random)
-        is_moved = moved.value < -2 * (moved.standard_error or 0.0)
-        share = moved.value / in_sparse.value if in_sparse.value != 0 else 0.0
-        if of_circuit.sparse.size.value == 0:
-            verdict = "nothing changes there, since all nodes of the circuit act later"
-        elif not is_moved:
-            verdict = "fails: the answer is not moved towards the other one"
-        elif moved.value >= strongest:
-            verdict = f"fails: a draw of random nodes moves it as much ({strongest:+.2f})"
-        else:
-            verdict = f"moves {share:.0%} of what it moves in the sparse model"
-        if site.probe is not None and moved.value < site.probe.change.change.value:
-            verdict += ", more than the probe"
+        verdict = _verdict(site.interchanged)
+        moved = site.interchanged.dense.change.value
+        if site.probe is not None and moved < site.probe.change.change.value:
+            verdict += "; that is more than along the probe"
         lines.append(f"- `{site.site}`: {verdict};")
     lines.append(f"- ablated: {_where_ablation_fails(effects)}.")
     return "\n".join(lines)
+
+
+def _verdict(changed: AtSite) -> str:
+    """What an interchange does at a site, and whether it fails there."""
+    if changed.sparse.size.value == 0:
+        return "nothing changes there, since all nodes of the circuit act later"
+    moved = changed.dense.change
+    if moved.value > -2 * (moved.standard_error or 0.0):
+        return "fails: the answer is not moved towards the other one"
+    strongest = min(draw.change.value for draw in changed.random)
+    if moved.value >= strongest:
+        return f"fails: a draw of random nodes moves it as much ({strongest:+.2f})"
+    share = moved.value / changed.sparse.change.value
+    flips = changed.dense.flips.value
+    text = (
+        f"moves {share:.0%} of what it moves in the sparse model, and flips {flips:.0%} of the "
+        f"answers beside {changed.sparse.flips.value:.0%}"
+    )
+    if flips == 0:
+        return f"{text}, so it fails to turn any"
+    return text
 
 
 def _where_ablation_fails(effects: DenseEffects) -> str:
@@ -131,7 +140,7 @@ def _where_ablation_fails(effects: DenseEffects) -> str:
             failing.append(f"`{site.site}` ({strongest:+.2f})")
     if not failing:
         return "moves the dense model more than every draw of random nodes, where it acts at all"
-    places = " and ".join(failing)
+    places = ", ".join(failing)
     return f"fails, since a draw of random nodes moves the dense model as much, at {places}"
 
 

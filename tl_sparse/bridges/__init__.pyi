@@ -1,6 +1,7 @@
 from .carrying import NodeChange as NodeChange
 from .config import BridgeConfig as BridgeConfig
 from .effects import dense_effects as dense_effects
+from .effects_records import AtSite as AtSite
 from .effects_records import DenseEffects as DenseEffects
 from .loading import has_bridges as has_bridges
 from .loading import load_bridges as load_bridges
