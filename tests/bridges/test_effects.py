@@ -159,6 +159,7 @@ def test_too_many_nodes_to_change_alone(micro, monkeypatch):
     found = dense_effects(micro_circuit(micro), bridges, micro_data(micro, 2), n_random=0)
     assert found.nodes == []
     assert found.no_nodes == "the circuit has more than 2 nodes"
+    assert str(found).endswith("No node is changed alone: the circuit has more than 2 nodes.")
 
 
 def test_a_probe_on_a_stream_by_hand():

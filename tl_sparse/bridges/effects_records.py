@@ -138,6 +138,8 @@ def _text(effects: DenseEffects) -> str:
     sections = [_heading(effects), _interchanged(effects), _ablated(effects)]
     if effects.nodes:
         sections.append(_nodes(effects))
+    if effects.no_nodes:
+        sections.append(f"No node is changed alone: {effects.no_nodes}.")
     return "\n\n".join(sections)
 
 
