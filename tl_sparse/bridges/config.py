@@ -44,7 +44,9 @@ class BridgeConfig:
         threshold_anneal_stop: when it reaches `sharpness_stop`.
         weight_ce: the weight of the sparse model's own next-token loss.
         weight_kl: the weight of KL(dense model ‖ sparse model).
-        weight_nmse: the weight of the normalised squared errors of encoders and decoders.
+        weight_nmse: the weight of the normalised squared errors of encoders and decoders. They
+            compare with the mean stream of a batch or, with several processes or `accumulation`,
+            of each part of it.
         weight_kl_dense_to_sparse: the weight of KL(dense model ‖ sparse model that goes on from the
             encoded stream).
         weight_kl_sparse_to_dense: the weight of KL(dense model ‖ dense model that goes on from the
