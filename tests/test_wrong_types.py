@@ -3,6 +3,7 @@
 It works, or it raises an error of the package. No other exception reaches the user.
 """
 
+import builtins
 import contextlib
 import copy
 import dataclasses
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from micro import MICRO_TASK, QUICK_SETTINGS, micro_circuit, micro_corpus, micro_data, micro_model
+from tl_sparse import arguments
 from tl_sparse.attacks.attacking import attack
 from tl_sparse.certificates import certifying
 from tl_sparse.circuits.attribution import attribution_graph
@@ -363,3 +365,20 @@ def test_a_prompt_is_no_task():
     circuit = micro_circuit(micro_model())
     with pytest.raises(TaskError, match="a task or the name of one, and this looks like a prompt"):
         attribution_graph(circuit, micro_model(), "print('the red house")
+
+
+def test_after_nnsight_arguments_are_not_checked(monkeypatch):
+    """It gives every object a method that cannot be hashed, so that beartype cannot be imported."""
+    real_import = builtins.__import__
+
+    def failing(name, *arguments):
+        if name.startswith("beartype"):
+            raise TypeError("unhashable type: 'instancemethod'")
+        return real_import(name, *arguments)
+
+    arguments._type_checker.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", failing)
+    try:
+        assert arguments._type_checker()(3, str)
+    finally:
+        arguments._type_checker.cache_clear()

@@ -135,11 +135,19 @@ def _fits(value: object, hint: Any) -> bool:
 @cache
 def _type_checker() -> Callable[[object, Any], bool]:
     # Imported when it is first needed, because this takes a moment.
-    from beartype import BeartypeConf
-    from beartype.door import is_bearable
+    try:
+        from beartype import BeartypeConf
+        from beartype.door import is_bearable
+    except TypeError:
+        # nnsight has given every object a method that beartype cannot hash.
+        return _fits_anything
 
     # With the "tower", an integer fits where a float is declared, as for type checkers.
     return partial(is_bearable, conf=BeartypeConf(is_pep484_tower=True))
+
+
+def _fits_anything(value: object, hint: Any) -> bool:
+    return True
 
 
 def _expected(hint: Any) -> str:
