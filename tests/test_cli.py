@@ -26,6 +26,7 @@ from micro import (
     save_pairs,
 )
 from tl_sparse.attacks import attack
+from tl_sparse.bridges import dense_effects
 from tl_sparse.bridges.effects_records import DenseEffects
 from tl_sparse.bridges.maps import Maps
 from tl_sparse.bridges.pair import Bridges
@@ -417,6 +418,8 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.view.contents.load_corpus", few_rows)
     short = functools.partial(attack, n_test=2, n_families=1, seconds=1.0)
     monkeypatch.setattr("tl_sparse.attacks.attack", short)
+    few = functools.partial(dense_effects, n_pairs=2, n_random=1)
+    monkeypatch.setattr("tl_sparse.bridges.dense_effects", few)
     monkeypatch.chdir(tmp_path)
     snippets = readme_snippets()
     assert len(snippets) == 17

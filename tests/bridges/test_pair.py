@@ -35,6 +35,7 @@ from tl_sparse.errors import (
     HookNameError,
     UnsupportedError,
 )
+from tl_sparse.files import read_json
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"]
 
@@ -333,6 +334,30 @@ def test_a_card_shows_the_losses_by_site():
     assert 'tl_sparse.load_bridges("someone/bridged")' in card
     for site in bridges.sites:
         assert site in card
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    """All files and the card; not the folder of the dense model, which is on this machine."""
+    dense_folder, pushed = tmp_path / "dense", tmp_path / "pushed"
+    tiny_model().save_pretrained(dense_folder)
+    dense = tl_sparse.load(dense_folder, device="cpu")
+    record = {"bridge_losses": {}, "seed": 3}
+    sparse = tiny_model(seed=1)
+    bridges = Bridges(sparse, dense, Maps(3, 6, 6), record, dense_source=str(dense_folder))
+
+    def push(repo_id, write, card, **options):
+        write(pushed)
+        (pushed / "README.md").write_text(repo_id)
+        return f"pushed {options}"
+
+    monkeypatch.setattr("tl_sparse.bridges.pair.push_folder", push)
+    assert bridges.push_to_hub("me/mine", private=True) == "pushed {'private': True}"
+    assert read_json(pushed / "training.json") == record
+    assert read_json(pushed / "bridges.json")["dense"]["source"] == "dense"
+    assert str(tmp_path) not in (pushed / "bridges.json").read_text()
+    opened = tl_sparse.load_bridges(pushed, dense)
+    tokens = random_tokens(sparse)
+    assert torch.equal(opened.sparse(tokens), sparse(tokens))
 
 
 # --- models that do not fit

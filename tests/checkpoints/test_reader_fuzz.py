@@ -657,9 +657,9 @@ def test_a_wrong_default_is_seen(kind):
 
 
 def test_damaged_folders():
-    counts = run(10, *FORMATS, seconds=120)
+    counts = run(5, *FORMATS, seconds=120)
     assert len(counts) == len(FORMATS) * len(DAMAGE)
-    assert all(sum(outcomes.values()) == 10 for outcomes in counts.values())
+    assert all(sum(outcomes.values()) == 5 for outcomes in counts.values())
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def sound(circuit):
 
 circuits = st.builds(made, seeds, shares, st.none() | shares)
 pruned = st.builds(made, seeds, shares, shares)
-quick = settings(max_examples=40)
+quick = settings(max_examples=20)
 
 
 def test_all_nodes_and_weights_are_there():

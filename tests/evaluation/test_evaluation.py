@@ -71,7 +71,7 @@ def loss_if_written(a):
 # Logits at the last positions alone
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data(), sparse_configs())
 def test_the_logits_of_one_position_are_those_of_the_full_forward(data, config):
     model = tiny_model(config, seed=data.draw(st.integers(0, 3)), dtype=torch.float64)

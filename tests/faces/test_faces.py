@@ -27,7 +27,7 @@ from helpers import (
 from tl_sparse.errors import DataError, TokenizerError
 from tl_sparse.hooks import abs_topk
 
-few = settings(max_examples=60)
+few = settings(max_examples=40)
 
 
 # --- by hand

@@ -31,7 +31,7 @@ from tl_sparse.faces.choose import wrap
 from tl_sparse.network.config import PAPER_TOPK_LOCATIONS, SparseConfig
 from tl_sparse.network.transformer import SparseTransformer
 
-few = settings(max_examples=40)
+few = settings(max_examples=25)
 WORDS = ["<|endoftext|>", "a", "b", "c", "d"]
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
@@ -430,7 +430,11 @@ def test_cfg_follows_a_move():
 
 
 @pytest.mark.parametrize(
-    "config", [full_config(), full_config(positions="none", d_pos=0, attn_sinks=False)]
+    "config",
+    [
+        pytest.param(full_config(), marks=pytest.mark.slow),
+        full_config(positions="none", d_pos=0, attn_sinks=False),
+    ],
 )
 def test_compiles(config):
     model = tiny_model(config)

@@ -20,7 +20,7 @@ from tl_sparse.network.config import SparseConfig, paper_topk
 
 pytestmark = pytest.mark.any_line
 
-EXAMPLES = settings(max_examples=150)
+EXAMPLES = settings(max_examples=100)
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [
     0.0,

@@ -108,7 +108,7 @@ def assert_modes_agree(product, x, bias):
 
 
 @needs_numba
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_value_and_gradients_are_those_of_the_dense_product(data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))

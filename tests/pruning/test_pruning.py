@@ -798,7 +798,7 @@ def test_dropping_nodes_makes_no_tensor_beside_the_model(micro):
 
 
 def test_nodes_that_cannot_be_gated_are_noticed_before_pairs_are_drawn(micro, monkeypatch):
-    def no_nodes(model, embed):
+    def no_nodes(model, embed, kind):
         raise HookNameError("no nodes here")
 
     def not_drawn(rng):

@@ -264,7 +264,9 @@ def test_a_target_validation_loss_ends_the_run(validated, tmp_path):
     assert log_of(tmp_path / "short") == log_of(validated)[:2]
 
 
-@pytest.mark.parametrize("changes", [dict(accumulation=3), dict(compile=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(accumulation=3), pytest.param(dict(compile=True), marks=pytest.mark.slow)]
+)
 def test_the_same_steps_in_other_ways(changes, monkeypatch):
     # The usual backend asks for a C++ compiler.
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.arguments import checked, described
-from tl_sparse.bridges.pair import Bridges, check_models_fit
+from tl_sparse.bridges.fit import check_models_fit
+from tl_sparse.bridges.pair import Bridges
 from tl_sparse.bridges.storage import build_maps, has_maps, read_maps
 from tl_sparse.checkpoints import find, load, open_model
 from tl_sparse.circuits import hash_of_model

@@ -22,20 +22,20 @@ from tl_sparse.bridges.carrying import (
     change_of_stream,
     default_site,
 )
+from tl_sparse.bridges.fit import check_maps_fit, check_models_fit
 from tl_sparse.bridges.losses import BridgeLosses, SiteLosses, Target, mean_losses, nmse
 from tl_sparse.bridges.maps import Maps
 from tl_sparse.bridges.sites import site_names, site_number
 from tl_sparse.bridges.storage import write_maps
 from tl_sparse.bridges.streams import (
     Streams,
-    check_has_sites,
     continued,
     run_with_streams,
 )
 from tl_sparse.checkpoints import card_text, push_folder
 from tl_sparse.circuits import hash_of_model
 from tl_sparse.config import check
-from tl_sparse.errors import BridgeError, ConfigError, DataError
+from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.precision import in_float32
@@ -73,7 +73,7 @@ class Bridges:
 
     def __post_init__(self) -> None:
         check_models_fit(self.dense, self.sparse)
-        _check_maps_fit(self.maps, self.dense, self.sparse)
+        check_maps_fit(self.maps, self.dense, self.sparse)
 
     @property
     def sites(self) -> list[str]:
@@ -376,56 +376,6 @@ class Bridges:
 def losses_as_values(losses: BridgeLosses) -> dict[str, Any]:
     """The losses as JSON values, for a record."""
     return asdict(losses)
-
-
-def check_models_fit(dense: TLModel, sparse: TLModel) -> None:
-    """Check that bridges can join two models.
-
-    Raises:
-        BridgeError: if they differ in layers, vocabulary, tokenizer or device.
-        UnsupportedError: if one has no stream between attention and MLP.
-    """
-    for name, what in (("n_layers", "layers"), ("d_vocab", "tokens in its vocabulary")):
-        ours, others = getattr(sparse.cfg, name), getattr(dense.cfg, name)
-        if ours != others:
-            raise BridgeError(
-                f"the dense model has {others} {what}, the sparse one {ours}; bridges join models "
-                "with equal numbers of them"
-            )
-    check_tokenizers_fit(dense.tokenizer, sparse.tokenizer)
-    devices = [next(model.parameters()).device for model in (dense, sparse)]
-    if devices[0] != devices[1]:
-        raise BridgeError(
-            f"the dense model is on {devices[0]} and the sparse one on {devices[1]}; move one of "
-            "them with .to(device)"
-        )
-    check_has_sites(dense)
-    check_has_sites(sparse)
-
-
-def check_tokenizers_fit(dense: Any, sparse: Any) -> None:
-    """Raise `BridgeError` if two tokenizers give other ids for the same text; None fits all."""
-    if dense is None or sparse is None:
-        return
-    dense_ids, sparse_ids = dense.get_vocab(), sparse.get_vocab()
-    for token in sorted(sparse_ids, key=sparse_ids.__getitem__):
-        number, other = sparse_ids[token], dense_ids.get(token)
-        if number != other:
-            raise BridgeError(
-                f"the dense model and the sparse one have different tokenizers: {token!r} is token "
-                f"{number} of the sparse one, and {other} of the dense one"
-            )
-
-
-def _check_maps_fit(maps: Maps, dense: TLModel, sparse: TLModel) -> None:
-    sizes = {
-        "sites": (len(maps), 2 * sparse.cfg.n_layers + 1),
-        "channels of the dense stream": (maps.d_dense, dense.cfg.d_model),
-        "channels of the sparse stream": (maps.d_sparse, sparse.cfg.d_model),
-    }
-    for what, (of_maps, of_models) in sizes.items():
-        if of_maps != of_models:
-            raise BridgeError(f"the bridges are for {of_maps} {what}, the models have {of_models}")
 
 
 def _stream(resid: Tensor, linear: torch.nn.Linear) -> Tensor:
