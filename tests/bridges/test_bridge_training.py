@@ -25,6 +25,8 @@ from tl_sparse.errors import (
 from tl_sparse.training.objective import next_token_loss
 from tl_sparse.training.trainer import Trainer
 
+pytestmark = pytest.mark.any_line
+
 SMALL = SparseConfig(
     n_layers=1,
     d_model=16,

@@ -59,6 +59,7 @@ def test_one_is_sparse_and_one_is_dense(models):
     assert not models[NAMES[1]].sparse_cfg.abs_topk
 
 
+@pytest.mark.any_line
 def test_the_sparse_one_does_the_tasks(models):
     scores = task_scores(models["tiny-python-sparse"], n_pairs=200, seed=77)
     done = {name for name, score in scores.items() if score is not None and score.accuracy >= 0.9}

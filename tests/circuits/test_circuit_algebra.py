@@ -16,6 +16,8 @@ from tl_sparse.circuits.nodes import Edge, Node
 from tl_sparse.errors import ArgumentError, CircuitError
 from tl_sparse.hooks import mean_activations
 
+pytestmark = pytest.mark.any_line
+
 SIZES = dict(n_layers=2, d_model=3, n_heads=1, d_head=2, d_mlp=3)
 MODEL = tiny_model(**SIZES)
 MEANS = mean_activations(MODEL, list(node_hooks(MODEL).values()), [random_tokens(MODEL)])

@@ -36,6 +36,8 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.pruner import prune, prune_edges
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = PruneConfig(**QUICK_SETTINGS)
 READ, WRITE = "0.attn_in 0", "0.attn_out 2"
 FIRST, SECOND, THIRD = (f"0.attn_v h0.{channel}" for channel in range(3))

@@ -22,6 +22,8 @@ from tl_sparse.suites.results import collected, results_table
 from tl_sparse.suites.suite import run_suite
 from tl_sparse.suites.workers import in_processes
 
+pytestmark = pytest.mark.any_line
+
 CONFIG = PruneConfig(**QUICK_SETTINGS)
 FLAGS = command_flags(QUICK_SETTINGS)
 

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tool_models import requires
 
 from helpers import script_environment
+
+pytestmark = pytest.mark.any_line
 
 requires("nnsight")
 
