@@ -71,7 +71,7 @@ def sound(circuit):
 
 circuits = st.builds(made, seeds, shares, st.none() | shares)
 pruned = st.builds(made, seeds, shares, shares)
-quick = settings(max_examples=20)
+quick = settings(max_examples=10)
 
 
 def test_all_nodes_and_weights_are_there():

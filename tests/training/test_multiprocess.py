@@ -19,7 +19,8 @@ import tl_sparse
 from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.errors import ConfigError, TrainError
 
-pytestmark = pytest.mark.any_line
+# Slow, since each process imports all libraries: `make test-all` runs them.
+pytestmark = [pytest.mark.any_line, pytest.mark.slow]
 
 SHORT = TrainConfig(
     model=MODEL,
