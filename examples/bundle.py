@@ -22,7 +22,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 import tl_sparse
-from tl_sparse.bridges import losses_as_values
 from tl_sparse.checkpoints import CORPUS_ROWS, CORPUS_SAMPLE, save_model
 from tl_sparse.data import DataConfig, load_documents, pack_tokens
 from tl_sparse.evaluation import task_scores
@@ -65,7 +64,7 @@ def bundle_bridges(
     bridges.save_maps(folder)
     bridges = tl_sparse.load_bridges(folder, device="cpu")
     losses = bridges.losses(validation[:CORPUS_ROWS], 64)
-    record["bridge_losses"] = losses_as_values(losses)
+    record["bridge_losses"] = dataclasses.asdict(losses)
     facts = {name: record[name] for name in ("bridges", "bridge_losses")}
     facts["command"] = (
         f"tl-sparse bridge {bridges.dense_source} examples/{folder.name}.yaml --sites-per-step "

@@ -1,5 +1,6 @@
 """Bridges between small models: hybrids, changes that are carried over, and files."""
 
+import dataclasses
 import json
 import math
 
@@ -23,7 +24,7 @@ from tl_sparse import checksums
 from tl_sparse.bridges.carrying import NodeChange
 from tl_sparse.bridges.losses import Target, nmse
 from tl_sparse.bridges.maps import Maps
-from tl_sparse.bridges.pair import Bridges, losses_as_values
+from tl_sparse.bridges.pair import Bridges
 from tl_sparse.bridges.sites import site_names, site_number
 from tl_sparse.bridges.streams import changing_stream, continued, run_with_streams
 from tl_sparse.errors import (
@@ -327,7 +328,7 @@ def test_wrong_descriptions(tmp_path, changed, message):
 def test_a_card_shows_the_losses_by_site():
     bridges = small_bridges()
     losses = bridges.losses(random_tokens(bridges.sparse, 3))
-    bridges = bridges.with_record({"bridge_losses": losses_as_values(losses)})
+    bridges = bridges.with_record({"bridge_losses": dataclasses.asdict(losses)})
     assert bridges.recorded_losses() == losses
     card = bridges.card("someone/bridged")
     assert "with bridges to a dense one" in card

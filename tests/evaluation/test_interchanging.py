@@ -14,10 +14,10 @@ from tl_sparse.evaluation.baselines import without_nodes
 from tl_sparse.evaluation.interchanging import (
     Interchange,
     _aligned_positions,
-    _other_of_pair,
     _rows,
     _same_answer,
     interchange,
+    other_of_pair,
 )
 from tl_sparse.records import record_from
 
@@ -85,7 +85,7 @@ def test_donors_have_the_same_answer_and_another_pair(micro):
         assert row != donor
         assert row % 2 == donor % 2
     assert donors[0] == 4  # the other prompt of this length and answer
-    assert _other_of_pair(data).tolist() == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10]
+    assert other_of_pair(data).tolist() == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10]
 
 
 def test_prompts_are_aligned_at_their_ends(micro):

@@ -9,6 +9,5 @@ from .losses import BridgeLosses as BridgeLosses
 from .losses import SiteLosses as SiteLosses
 from .maps import Maps as Maps
 from .pair import Bridges as Bridges
-from .pair import losses_as_values as losses_as_values
 from .train import bridge_config_of_run as bridge_config_of_run
 from .train import train_bridges as train_bridges

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.bridges.streams import changing_stream, rms, run_with_streams
+from tl_sparse.bridges.streams import Streams, changing_stream, rms, run_with_streams
 from tl_sparse.circuits import LOCATIONS, Circuit, Node, NodeSizes, node_hooks
 from tl_sparse.errors import CircuitError, DataError
 from tl_sparse.hooks import NodeMasks, TLModel, ablating, recording, tokens_for
@@ -96,15 +96,14 @@ def masks_of(model: TLModel, nodes: Iterable[str | Node]) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for given in nodes:
         node = given if isinstance(given, Node) else Node.parse(given, sizes)
-        place = (node.layer, node.location)
-        if place not in hooks or node.index >= model.sparse_cfg.location_size(node.location):
+        hook = hooks.get((node.layer, node.location))
+        size = model.sparse_cfg.location_size(node.location) if hook else 0
+        if hook is None or node.index >= size:
             raise CircuitError(f"the sparse model has no node {node}")
-        size = model.sparse_cfg.location_size(node.location)
-        mask = masks.setdefault(hooks[place], torch.zeros(size, dtype=torch.bool))
+        mask = masks.setdefault(hook, torch.zeros(size, dtype=torch.bool))
         mask[node.index] = True
-    by_head = {place: LOCATIONS[place[1]].is_by_head for place in hooks}
-    for place, hook in hooks.items():
-        if hook in masks and by_head[place]:
+    for (_, location), hook in hooks.items():
+        if hook in masks and LOCATIONS[location].is_by_head:
             masks[hook] = masks[hook].view(model.cfg.n_heads, -1)
     return masks
 
@@ -125,7 +124,20 @@ def change_of_stream(
 def change_of_reads(
     bridges: "Bridges", change: NodeChange, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_dense"]:
-    """What changes in the stream if nodes that are read from it have their new values there.
+    """What changes in the stream if nodes that are read from it have their new values there."""
+    (name,) = change.nodes
+    with recording(bridges.sparse, [name]) as reads:
+        streams = run_with_streams(bridges.sparse, tokens)
+    return difference_of_reads(bridges, change, reads[name], streams)
+
+
+def difference_of_reads(
+    bridges: "Bridges",
+    change: NodeChange,
+    reads: Float[Tensor, "batch pos d_read"],
+    streams: Streams,
+) -> Float[Tensor, "batch pos d_dense"]:
+    """The same from what was read, and the streams, in the run without the change.
 
     Reads are behind a norm, so that their change is multiplied by the root mean square of the
     stream and divided by the weight of the norm. Section A.4 takes the mean of the former over a
@@ -133,14 +145,12 @@ def change_of_reads(
     """
     (name,) = change.nodes
     number = _first_site(bridges.sparse, name)
-    with recording(bridges.sparse, [name]) as reads:
-        stream = run_with_streams(bridges.sparse, tokens).read[number]
     layer, norm_name = name.split(".")[1:3]
     norm = getattr(bridges.sparse.blocks[int(layer)], norm_name)
-    differences = (change.values[name] - reads[name]) * change.nodes[name]
+    differences = (change.values[name] - reads) * change.nodes[name]
     in_stream = differences[..., : bridges.sparse.cfg.d_model]
     weight = torch.where(norm.w == 0, 1.0, norm.w)  # what a weight of 0 lets through is 0
-    return decoded_difference(bridges, number, in_stream * rms(stream) / weight)
+    return decoded_difference(bridges, number, in_stream * rms(streams.read[number]) / weight)
 
 
 def decoded_difference(
@@ -151,22 +161,18 @@ def decoded_difference(
     return difference.to(weight) @ weight.T
 
 
-def are_reads(change: Change) -> bool:
+def are_reads(change: NodeChange) -> bool:
     """Whether a change is one of nodes that attention, or an MLP, reads from the stream."""
-    if not isinstance(change, NodeChange) or len(change.nodes) != 1:
-        return False
-    return next(iter(change.nodes)).endswith("hook_read")
+    return len(change.nodes) == 1 and next(iter(change.nodes)).endswith("hook_read")
 
 
-def default_site(sparse: TLModel, change: Change) -> int | None:
-    """The number of the first site that sees a change; None if its nodes are not known.
+def default_site(sparse: TLModel, change: NodeChange | Circuit) -> int:
+    """The number of the first site that sees a change.
 
     For nodes that are read from the stream, it is the site where they are read.
     """
     if isinstance(change, Circuit):
         return 2 * sparse.cfg.n_layers
-    if not isinstance(change, NodeChange):
-        return None
     if are_reads(change):
         return _first_site(sparse, next(iter(change.nodes)))
     last = 0

@@ -180,9 +180,7 @@ def _nodes_alone(margins: Margins, bridges: Bridges, alone: Sequence[Node]) -> l
     """What each node moves alone, those that move the sparse model most first."""
     nodes = []
     for number, node in enumerate(alone):
-        change = NodeChange(masks_of(bridges.sparse, [node]), {})
-        site = default_site(bridges.sparse, change)
-        assert site is not None
+        site = default_site(bridges.sparse, NodeChange(masks_of(bridges.sparse, [node]), {}))
         nodes.append(
             NodeAlone(
                 node=str(node),

@@ -10,9 +10,9 @@ from torch import Tensor
 from tl_sparse.bridges.carrying import (
     NodeChange,
     are_reads,
-    change_of_reads,
     decoded_difference,
     default_site,
+    difference_of_reads,
     masks_of,
 )
 from tl_sparse.bridges.pair import Bridges
@@ -124,7 +124,8 @@ class Batch:
         changes: what is changed.
         sparse: the run of the sparse model.
         dense: the run of the dense model.
-        others: hook point → the values that the nodes have on the other prompt of the pair.
+        own: hook point → the values that the nodes have on the prompts.
+        others: hook point → those that they have on the other prompt of the pair.
     """
 
     bridges: Bridges
@@ -132,6 +133,7 @@ class Batch:
     changes: Changes
     sparse: Streams
     dense: Streams
+    own: NodeValues
     others: NodeValues
 
     @classmethod
@@ -147,7 +149,7 @@ class Batch:
             sparse = run_with_streams(bridges.sparse, data.tokens)
         others = {name: from_other_of_pair(value, data) for name, value in values.items()}
         dense = run_with_streams(bridges.dense, data.tokens)
-        return cls(bridges, data, changes, sparse, dense, others)
+        return cls(bridges, data, changes, sparse, dense, values, others)
 
     def margins(self) -> Margins:
         """The logit differences with all changes."""
@@ -237,9 +239,10 @@ class Batch:
             after = self._with_nodes(change)
             of_sparse.append(self._margins(after.logits))
             number = default_site(self.bridges.sparse, change)
-            assert number is not None
             if are_reads(change):
-                difference = change_of_reads(self.bridges, change, self.data.tokens)
+                (name,) = change.nodes
+                reads = self.own[name]
+                difference = difference_of_reads(self.bridges, change, reads, self.sparse)
             else:
                 own = after.written[number] - self.sparse.written[number]
                 difference = decoded_difference(self.bridges, number, own)

@@ -99,7 +99,7 @@ class BridgeLosses:
     ce_dense: float
     ce_sparse: float
     kl_sparse: float
-    sites: tuple[SiteLosses, ...]
+    sites: list[SiteLosses]
 
     def __str__(self) -> str:
         lines = [
@@ -141,5 +141,5 @@ def mean_losses(parts: list[BridgeLosses], weights: list[int]) -> BridgeLosses:
         ce_dense=mean([part.ce_dense for part in parts]),
         ce_sparse=mean([part.ce_sparse for part in parts]),
         kl_sparse=mean([part.kl_sparse for part in parts]),
-        sites=tuple(sites),
+        sites=sites,
     )

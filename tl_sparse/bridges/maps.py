@@ -1,6 +1,7 @@
 """The learned maps between two residual streams: an encoder and a decoder at each site."""
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -104,9 +105,7 @@ class Maps(nn.Module):
         return len(self.sites)
 
     def __getitem__(self, site: int) -> SiteMaps:
-        maps = self.sites[site]
-        assert isinstance(maps, SiteMaps)
-        return maps
+        return cast(SiteMaps, self.sites[site])
 
 
 @torch.no_grad()

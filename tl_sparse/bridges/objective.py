@@ -1,7 +1,7 @@
 """What training with bridges minimises: the terms of Gao et al. 2025, section A.3."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_sparse.bridges.config import BridgeConfig
 from tl_sparse.bridges.losses import Target, nmse
 from tl_sparse.bridges.maps import Maps, init_maps
-from tl_sparse.bridges.pair import Bridges, losses_as_values
+from tl_sparse.bridges.pair import Bridges
 from tl_sparse.bridges.sites import site_names
 from tl_sparse.bridges.streams import Streams, continued, run_with_streams
 from tl_sparse.checkpoints import CORPUS_ROWS
@@ -72,6 +72,7 @@ class BridgeObjective(Objective):
         init_maps(maps, config.train.seed)
         super().__init__(maps)
         self.maps = maps
+        self.sparse: Any = None  # until training starts
         self.dense = dense
         self.dense_source = dense_source
         self.bridge_config = config
@@ -102,9 +103,9 @@ class BridgeObjective(Objective):
         chosen = self._sites(step)
         weight = len(self.names) / len(chosen)
         for site in chosen:
-            total = total + self._encode_backward(site, run, weight)
             stream = run.sparse.written[site]
             leaf = stream.detach().requires_grad_()
+            total = total + self._encode_backward(site, run, weight)
             total = total + self._decode_backward(site, run, weight, leaf)
             if leaf.grad is not None:
                 streams.append(stream)
@@ -148,12 +149,9 @@ class BridgeObjective(Objective):
             logits = continued(self.sparse, run.tokens, site, encoded)
         error = nmse(in_float32(encoded), in_float32(run.sparse.read[site]))
         kl = run.target.kl(in_float32(logits))
-        self._latest[f"nmse_encoder/{self.names[site]}"] = float(error.detach())
-        self._latest[f"kl_dense_to_sparse/{self.names[site]}"] = float(kl.detach())
+        self._note({"nmse_encoder": error, "kl_dense_to_sparse": kl}, site)
         terms = config.weight_nmse * error + config.weight_kl_dense_to_sparse * kl
-        loss: Tensor = terms * (weight * run.share)
-        loss.backward()
-        return loss.detach()
+        return _taken_back(terms * (weight * run.share))
 
     def _decode_backward(
         self, site: int, run: _Run, weight: float, stream: Float[Tensor, "part pos d_sparse"]
@@ -165,12 +163,14 @@ class BridgeObjective(Objective):
             logits = continued(self.dense, run.tokens, site, decoded)
         error = nmse(in_float32(decoded), in_float32(run.dense.read[site]))
         kl = run.target.kl(in_float32(logits))
-        self._latest[f"nmse_decoder/{self.names[site]}"] = float(error.detach())
-        self._latest[f"kl_sparse_to_dense/{self.names[site]}"] = float(kl.detach())
+        self._note({"nmse_decoder": error, "kl_sparse_to_dense": kl}, site)
         terms = config.weight_nmse * error + config.weight_kl_sparse_to_dense * kl
-        loss: Tensor = terms * (weight * run.share)
-        loss.backward()
-        return loss.detach()
+        return _taken_back(terms * (weight * run.share))
+
+    def _note(self, terms: Mapping[str, Tensor], site: int) -> None:
+        """Keep the terms of a site for the log."""
+        for name, term in terms.items():
+            self._latest[f"{name}/{self.names[site]}"] = float(term.detach())
 
     def measured(self) -> dict[str, float]:
         """The terms of the loss in the last step that took them, by site."""
@@ -179,7 +179,7 @@ class BridgeObjective(Objective):
     def record(self, validation: Int[Tensor, "seq pos"], batch_size: int) -> dict[str, Any]:
         """The settings, and the losses by site on validation text."""
         losses = self.bridges().losses(validation[:CORPUS_ROWS], batch_size)
-        return {"bridges": dict(self.settings), "bridge_losses": losses_as_values(losses)}
+        return {"bridges": dict(self.settings), "bridge_losses": asdict(losses)}
 
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Write the maps into the folder of the sparse model."""
@@ -190,3 +190,9 @@ class BridgeObjective(Objective):
         """The models and maps as they are now."""
         maps = self.maps.eval()
         return Bridges(self.sparse, self.dense, maps, dense_source=self.dense_source)
+
+
+def _taken_back(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """A loss whose gradients have been accumulated, without its graph."""
+    loss.backward()
+    return loss.detach()

@@ -1,11 +1,10 @@
 """`Bridges`: a dense model, a sparse model, and the maps between their residual streams."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,18 +26,16 @@ from tl_sparse.bridges.losses import BridgeLosses, SiteLosses, Target, mean_loss
 from tl_sparse.bridges.maps import Maps
 from tl_sparse.bridges.sites import site_names, site_number
 from tl_sparse.bridges.storage import write_maps
-from tl_sparse.bridges.streams import (
-    Streams,
-    continued,
-    run_with_streams,
-)
+from tl_sparse.bridges.streams import Streams, continued, run_with_streams
 from tl_sparse.checkpoints import card_text, push_folder
-from tl_sparse.circuits import hash_of_model
+from tl_sparse.circuits import Circuit, hash_of_model
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError, DataError
 from tl_sparse.files import write_json
 from tl_sparse.hooks import TLModel, tokens_for
 from tl_sparse.precision import in_float32
+from tl_sparse.records import record_from
+from tl_sparse.training import next_token_loss
 
 #: From which model to which: the first part of a hybrid run is the first model's.
 Direction = Literal["dense_to_sparse", "sparse_to_dense"]
@@ -183,11 +180,12 @@ class Bridges:
         """
         check(math.isfinite(strength), "strength", strength, "a finite number")
         tokens = self._tokens(tokens)
-        by_default = default_site(self.sparse, change)
-        if site is None and by_default is None:
+        if site is not None:
+            number = self._number(site)
+        elif isinstance(change, NodeChange | Circuit):
+            number = default_site(self.sparse, change)
+        else:
             raise ConfigError("site must name a site for a context of hooks, whose nodes it hides")
-        number = self._number(site) if site is not None else by_default
-        assert number is not None
         if site is None and isinstance(change, NodeChange) and are_reads(change):
             difference = change_of_reads(self, change, tokens)
         else:
@@ -243,10 +241,10 @@ class Bridges:
         for number, name in enumerate(self.sites):
             sites.append(self._losses_of_site(number, name, tokens, dense, sparse, target))
         return BridgeLosses(
-            ce_dense=_next_token_loss(dense.logits, tokens),
-            ce_sparse=_next_token_loss(sparse.logits, tokens),
+            ce_dense=float(next_token_loss(in_float32(dense.logits), tokens)),
+            ce_sparse=float(next_token_loss(in_float32(sparse.logits), tokens)),
             kl_sparse=float(target.kl(in_float32(sparse.logits))),
-            sites=tuple(sites),
+            sites=sites,
         )
 
     def _losses_of_site(
@@ -352,11 +350,7 @@ class Bridges:
     def recorded_losses(self) -> BridgeLosses | None:
         """The losses on the validation text of the training; None if they are not known."""
         values = self.record.get("bridge_losses")
-        if not isinstance(values, Mapping):
-            return None
-        values = json.loads(json.dumps(values))
-        sites = tuple(SiteLosses(**site) for site in values.pop("sites"))
-        return BridgeLosses(**values, sites=sites)
+        return record_from(BridgeLosses, values) if values else None
 
     def with_record(self, record: Mapping[str, Any]) -> "Bridges":
         """The same models and maps with other facts about them."""
@@ -371,11 +365,6 @@ class Bridges:
     def _tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
         device = next(self.sparse.parameters()).device
         return tokens_for(self.sparse, tokens).to(device)
-
-
-def losses_as_values(losses: BridgeLosses) -> dict[str, Any]:
-    """The losses as JSON values, for a record."""
-    return asdict(losses)
 
 
 def _stream(resid: Tensor, linear: torch.nn.Linear) -> Tensor:
@@ -395,8 +384,3 @@ def _stream(resid: Tensor, linear: torch.nn.Linear) -> Tensor:
 def _dtype(model: TLModel) -> torch.dtype:
     dtype: torch.dtype = next(model.parameters()).dtype
     return dtype
-
-
-def _next_token_loss(logits: Tensor, tokens: Tensor) -> float:
-    log_probs = in_float32(logits)[:, :-1].log_softmax(-1)
-    return -float(log_probs.gather(-1, tokens[:, 1:, None]).mean())

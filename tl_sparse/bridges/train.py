@@ -27,6 +27,7 @@ def train_bridges(
     device: str | torch.device | None = None,
     progress: bool = True,
     resume: bool = False,
+    dense_source: str = "",
 ) -> tuple[Bridges, dict[str, Any]]:
     """Train a sparse model beside a frozen dense one, with bridges between their streams.
 
@@ -44,6 +45,8 @@ def train_bridges(
         device: the device; None is that of a given dense model or else the GPU if there is one.
         progress: whether to show a progress bar.
         resume: whether to continue the unfinished run in `out`; see `tl_sparse.train`.
+        dense_source: the folder or name from which a given model was opened, by which
+            `load_bridges` finds it again; by default the name that the model has.
 
     Returns:
         The bridges with both models, in eval mode, and the record of the training. Its
@@ -55,7 +58,6 @@ def train_bridges(
         ConfigError, DataError, TrainError, CheckpointError: as for `tl_sparse.train`.
         UnsupportedError: if the dense model has no stream between attention and MLP.
     """
-    dense_source = ""
     if isinstance(dense, str | Path):
         dense_source = str(dense)
         dense = open_model(dense, device)
@@ -74,8 +76,7 @@ def train_bridges(
     with frozen(dense):
         objective = BridgeObjective(dense, config, dense_source)
         _, record = train_towards(objective, config.train, out, device, progress, resume)
-    if not hasattr(objective, "sparse"):  # an earlier call had trained and saved all
-        assert out is not None
+    if out is not None and objective.sparse is None:  # an earlier call had trained and saved all
         return load_bridges(out, dense), record
     facts = {name: record[name] for name in ("bridges", "bridge_losses")}
     return objective.bridges().with_record(facts), record

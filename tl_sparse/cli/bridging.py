@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import tl_sparse
@@ -76,9 +76,27 @@ def add_bridge(commands: Commands) -> None:
 
 
 def _run_bridge(args: argparse.Namespace) -> None:
-    config = _config(args)
+    # Made first, so that a mistake in it is reported before the slow work.
+    train = train_config(args)
+    changes = given_fields(args, tl_sparse.BridgeConfig)
+    dense: Any = args.dense
+    if args.resume:
+        from tl_sparse.bridges import bridge_config_of_run
+
+        config = replace(bridge_config_of_run(args.out), train=train, **changes)
+    else:
+        from tl_sparse.checkpoints import open_model
+
+        dense = open_model(args.dense, args.device)
+        config = tl_sparse.BridgeConfig.fitting(dense, train, **changes)
     bridges, record = tl_sparse.train_bridges(
-        args.dense, config, args.out, args.device, not args.quiet, args.resume
+        dense,
+        config,
+        args.out,
+        args.device,
+        not args.quiet,
+        args.resume,
+        dense_source=args.dense,
     )
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
@@ -86,21 +104,3 @@ def _run_bridge(args: argparse.Namespace) -> None:
         print(bridges.recorded_losses())
         opened = f"tl_sparse.load_bridges({args.out!r})"
         remark(f"Saved in {args.out}; open it with {opened}", args.quiet)
-
-
-def _config(args: argparse.Namespace) -> "tl_sparse.BridgeConfig":
-    """The configuration of the flags, or that of the run that is resumed, with their changes."""
-    # Made first, so that a mistake in it is reported before the slow work.
-    train = train_config(args)
-    changes = given_fields(args, tl_sparse.BridgeConfig)
-    if args.resume:
-        from tl_sparse.bridges import bridge_config_of_run
-
-        return replace(bridge_config_of_run(args.out), train=train, **changes)
-    names = {field.name for field in fields(tl_sparse.BridgeConfig)} - {"train"}
-    assert changes.keys() <= names
-
-    from tl_sparse.checkpoints import open_model
-
-    dense = open_model(args.dense, args.device)
-    return tl_sparse.BridgeConfig.fitting(dense, train, **changes)

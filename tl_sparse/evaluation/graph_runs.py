@@ -17,6 +17,7 @@ from tl_sparse.arguments import checked
 from tl_sparse.circuits import EapGraph
 from tl_sparse.config import check
 from tl_sparse.evaluation.component_hooks import ComponentHooks, Reader, separate_components
+from tl_sparse.evaluation.interchanging import other_of_pair
 from tl_sparse.evaluation.running import (
     RunContext,
     logits_at_all_positions,
@@ -112,8 +113,7 @@ def outputs_on_other_prompts(
     model: TLModel, hooks: ComponentHooks, data: TaskData
 ) -> Float[Tensor, "prompt pos source d_model"]:
     """What each source writes on the other prompt of the pair."""
-    rows = torch.arange(len(data.prompts), device=data.last.device)
-    others = rows.view(-1, 2).flip(1).flatten()
+    others = other_of_pair(data)
     paired = replace(data, partners=Partners(data.tokens[others], data.last[others]))
     return hooks.stacked(resampled(model, paired, hooks.writers))
 
@@ -123,16 +123,15 @@ def mean_outputs(
     model: TLModel, hooks: ComponentHooks, data: TaskData, batch_size: int = 64
 ) -> Float[Tensor, "source d_model"]:
     """The mean of what each source writes, over all positions of all prompts."""
-    total: Tensor | None = None
+    layout = hooks.layout
+    total = next(model.parameters()).new_zeros(layout.n_sources, layout.d_model)
     for batch in prompt_batches(model, data, batch_size):
         with recording(model, hooks.writers) as activations:
             logits_at_all_positions(model, batch.data.trimmed().tokens)
         outputs = hooks.stacked(activations)
         positions = torch.arange(outputs.shape[1], device=outputs.device)
         is_token = (positions <= batch.data.last[:, None]).to(outputs)
-        summed = torch.einsum("bpsd,bp->sd", outputs, is_token)
-        total = summed if total is None else total + summed
-    assert total is not None  # there is at least one pair
+        total = total + torch.einsum("bpsd,bp->sd", outputs, is_token)
     return total / int((data.last + 1).sum())
 
 

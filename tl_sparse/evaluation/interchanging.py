@@ -178,7 +178,7 @@ def interchange(
     random = [each.kept for each in random_circuits_like(circuit, n_random, seed)]
     runs = _Runs(circuit, model, holding_nodes(circuit, model, ablation), random)
 
-    other = runs.margins(data, _other_of_pair(data), batch_size)
+    other = runs.margins(data, other_of_pair(data), batch_size)
     same_donors = _same_answer(data, seed)
     same = None
     if same_donors is not None:
@@ -206,7 +206,7 @@ def interchange(
 # --- which prompts give their values
 
 
-def _other_of_pair(data: TaskData) -> Int[Tensor, " prompt"]:
+def other_of_pair(data: TaskData) -> Int[Tensor, " prompt"]:
     """For each prompt, the row of the other prompt of its pair."""
     rows = torch.arange(len(data.prompts), device=data.last.device)
     return rows.view(-1, 2).flip(1).flatten()
@@ -273,7 +273,7 @@ def from_other_of_pair(
             f"an activation on these prompts must begin with {expected} prompts and positions, not "
             f"{list(activation.shape[:2])}"
         )
-    rows = _other_of_pair(data)
+    rows = other_of_pair(data)
     positions = _aligned_positions(data, _rows(data, rows))
     return activation[rows[:, None], positions]
 

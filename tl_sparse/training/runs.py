@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,14 @@ def _check_same_objective(settings: Mapping[str, Any], objective: Objective, fol
         raise TrainError(
             f"{folder} holds a run of another kind; continue it with `{resuming_command(folder)}`"
         )
-    for name in sorted(before.keys() | now.keys()):
+    _check_equal(before, now, before.keys() | now.keys(), folder)
+
+
+def _check_equal(
+    before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], folder: Path
+) -> None:
+    """Raise `TrainError` for the first of these settings whose stored value is not the one now."""
+    for name in sorted(names):
         if before.get(name) != now.get(name):
             difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
             raise TrainError(
@@ -297,9 +304,4 @@ def _check_same(before: dict[str, Any], config: TrainConfig, folder: Path) -> No
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if isinstance(before.get("model"), dict):
         before = before | {"model": {"norm_eps": None} | before["model"]}  # added later
-    for name in sorted((before.keys() | now.keys()) - _FREE):
-        if before.get(name) != now.get(name):
-            difference = f"{name} = {before.get(name)!r}, not {now.get(name)!r}"
-            raise TrainError(
-                f"{folder} was trained with {difference}; to resume, use the same value"
-            )
+    _check_equal(before, now, (before.keys() | now.keys()) - _FREE, folder)
