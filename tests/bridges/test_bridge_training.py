@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tl_sparse
-from helpers import has_hooks, random_tokens, stock_model, tiny_config, tiny_model
-from tl_sparse import BridgeConfig, DataConfig, SparseConfig, TrainConfig, paper_topk, train_bridges
+from helpers import has_hooks, quick_config, random_tokens, stock_model, tiny_config, tiny_model
+from tl_sparse import BridgeConfig, DataConfig, TrainConfig, paper_topk, train_bridges
 from tl_sparse.bridges.losses import Target, nmse
 from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.bridges.streams import continued, run_with_streams
@@ -27,17 +27,7 @@ from tl_sparse.training.trainer import Trainer
 
 pytestmark = pytest.mark.any_line
 
-SMALL = SparseConfig(
-    n_layers=1,
-    d_model=16,
-    n_heads=2,
-    d_head=4,
-    d_mlp=32,
-    d_vocab=384,
-    n_ctx=32,
-    abs_topk=paper_topk(0.5),
-    bigram_table=True,
-)
+SMALL = quick_config(abs_topk=paper_topk(0.5))
 TEXT = DataConfig(stdlib_chars=0, idiom_chars=30_000)
 TRAIN = TrainConfig(
     model=SMALL,

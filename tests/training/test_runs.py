@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tl_sparse
-from helpers import fork_server, must_not_run
-from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
+from helpers import fork_server, must_not_run, quick_config
+from tl_sparse import DataConfig, TrainConfig, paper_topk, train
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
 from tl_sparse.training.measures import dead_neurons
 from tl_sparse.training.runs import _check_same
@@ -21,18 +21,7 @@ from tl_sparse.training.tokens import batches
 
 pytestmark = pytest.mark.any_line
 
-MODEL = SparseConfig(
-    n_layers=1,
-    d_model=16,
-    n_heads=2,
-    d_head=4,
-    d_mlp=32,
-    d_vocab=384,
-    n_ctx=32,
-    abs_topk=paper_topk(0.25),
-    attn_sinks=True,
-    bigram_table=True,
-)
+MODEL = quick_config(abs_topk=paper_topk(0.25), attn_sinks=True)
 #: Sixty steps of milliseconds; the text is the same few lines of idioms.
 CONFIG = TrainConfig(
     model=MODEL,

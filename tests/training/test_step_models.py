@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tl_sparse
-from tl_sparse import DataConfig, SparseConfig, TrainConfig, paper_topk, train
+from helpers import quick_config
+from tl_sparse import DataConfig, TrainConfig, paper_topk, train
 from tl_sparse.checkpoints import kept_steps, open_with_corpus, step_folder
 from tl_sparse.checkpoints.steps import name_of_model, read_step_record, write_step_record
 from tl_sparse.cli.parser import build_parser
@@ -24,17 +25,7 @@ pytestmark = pytest.mark.any_line
 
 #: Thirty steps of milliseconds, in the first twenty of which AbsTopK is annealed.
 CONFIG = TrainConfig(
-    model=SparseConfig(
-        n_layers=1,
-        d_model=16,
-        n_heads=2,
-        d_head=4,
-        d_mlp=32,
-        d_vocab=384,
-        n_ctx=32,
-        abs_topk=paper_topk(0.25),
-        bigram_table=True,
-    ),
+    model=quick_config(abs_topk=paper_topk(0.25)),
     data=DataConfig(stdlib_chars=0, idiom_chars=12_000),
     steps=30,
     batch_size=16,
