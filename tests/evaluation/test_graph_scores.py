@@ -8,9 +8,16 @@ import torch
 
 from micro import LOSS, W_U, WRITTEN, micro_data
 from tl_sparse.circuits.eap_graph import EapGraph
-from tl_sparse.errors import ArgumentError, CircuitError, ConfigError, TaskError
+from tl_sparse.errors import (
+    ArgumentError,
+    CircuitError,
+    ConfigError,
+    TaskError,
+    UnsupportedError,
+)
 from tl_sparse.evaluation.edge_attribution import edge_scores
 from tl_sparse.evaluation.estimates import Estimate, ratio_of_pairs
+from tl_sparse.evaluation.graph_runs import applying_graph
 from tl_sparse.evaluation.graph_scores import (
     MIB_SHARES,
     GraphCurve,
@@ -173,6 +180,20 @@ def test_wrong_settings(micro, data):
         graph_curve(graph, micro, data, level="neuron")
     with pytest.raises(ConfigError, match="intervention = 'x' is not possible"):
         graph_score(graph, micro, data, "x")
+
+
+def test_runs_from_a_middle_layer_are_refused(micro, data):
+    """What earlier components wrote is not known: neither in a first run, nor from another run."""
+    graph = EapGraph.full(micro)
+    graph = graph.of_edges(torch.zeros_like(graph.scores) > 0)
+    stream = torch.zeros(*data.tokens.shape, 4)
+    with applying_graph(graph, micro, data)(data):
+        with pytest.raises(UnsupportedError, match="under a graph of components from the tokens"):
+            micro(stream, start_at_layer=0, tokens=data.tokens)
+        expected = micro(data.tokens)
+        with pytest.raises(UnsupportedError, match="under a graph of components from the tokens"):
+            micro(stream, start_at_layer=0, tokens=data.tokens)
+        assert torch.equal(micro(data.tokens), expected)
 
 
 def test_the_ratio_of_two_means():

@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import EapGraph
 from tl_sparse.config import check
+from tl_sparse.errors import UnsupportedError
 from tl_sparse.evaluation.component_hooks import ComponentHooks, Reader, separate_components
 from tl_sparse.evaluation.interchanging import other_of_pair
 from tl_sparse.evaluation.running import (
@@ -145,12 +146,14 @@ class _Run:
         cut: 1 for each edge that is not in the graph, and for what is no edge.
         channels: 1 for each residual channel of a source that is in the graph; None if all are.
         change: what is held, minus what the sources have written so far in this run.
+        n_written: the number of sources that have written so far in this run.
     """
 
     held: Tensor | None
     cut: Float[Tensor, "source target"]
     channels: Float[Tensor, "source d_model"] | None
     change: Float[Tensor, "prompt pos source d_model"] | None = None
+    n_written: int = 0
 
     @classmethod
     def under(cls, graph: EapGraph, model: TLModel, held: Tensor | None) -> "_Run":
@@ -178,13 +181,17 @@ class _Run:
             self.change = output.new_zeros(shape)
             if self.held is not None:
                 self.change += self.held
-        assert self.change is not None
-        self.change[:, :, sources] -= output
+            self.n_written = 0
+        by_source = output if output.ndim == 4 else output.unsqueeze(2)
+        first = sources.start if isinstance(sources, slice) else sources
+        change = self._from_embedding(is_in_order=first == self.n_written)
+        self.n_written += by_source.shape[2]
+        change[:, :, first : self.n_written] -= by_source
 
     def _read(self, reader: Reader, stream: Tensor, hook: object) -> Tensor:
         """The stream, in which the outputs of other sources than those of edges are replaced."""
-        assert self.change is not None
-        change = self.change[:, :, : reader.n_sources]
+        change = self._from_embedding(is_in_order=self.n_written >= reader.n_sources)
+        change = change[:, :, : reader.n_sources]
         cut = self.cut[: reader.n_sources, reader.targets]
         if stream.ndim == 4:
             # Query heads that share one key or value input read it with the edges of all of them.
@@ -197,3 +204,12 @@ class _Run:
             change = change * channels
         pattern = "bpsd,s->bpd" if stream.ndim == 3 else "bpsd,sh->bphd"
         return replaced + torch.einsum(pattern, change, cut)
+
+    def _from_embedding(self, is_in_order: bool) -> Float[Tensor, "prompt pos source d_model"]:
+        """`change`, of a run in which all sources so far have written, in their order."""
+        if self.change is None or not is_in_order:
+            raise UnsupportedError(
+                "a model runs under a graph of components from the tokens on: from a middle layer "
+                "on (start_at_layer), what earlier components wrote is not known"
+            )
+        return self.change
