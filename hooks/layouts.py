@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,5 +60,28 @@ class MatrixLayout:
         def index_along(axes: tuple[int, ...]) -> Any:
             sizes = [shape[axis] for axis in axes]
             return np.ravel_multi_index([indices[axis] for axis in axes], sizes)
+
+        return index_along(self.rows), index_along(self.columns)
+
+    def rows_and_columns(
+        self, shape: Sequence[int], first: int, n: int
+    ) -> tuple[Int[Tensor, " row"], Int[Tensor, " column"]]:
+        """For a slice of a weight along its first axis: the row in the weight's matrix of each row
+        of the slice's matrix, and the same for its columns.
+
+        Args:
+            shape: the shape of the whole weight.
+            first: the index at which the slice begins.
+            n: its length, which may be 0.
+        """
+
+        def index_along(axes: tuple[int, ...]) -> Int[Tensor, " index"]:
+            index = torch.zeros(1, dtype=torch.long)
+            for axis in axes:
+                along = torch.arange(shape[axis])
+                if axis == 0:
+                    along = along[first : first + n]
+                index = (index.unsqueeze(1) * shape[axis] + along).flatten()
+            return index
 
         return index_along(self.rows), index_along(self.columns)

@@ -22,6 +22,9 @@ from tl_sparse.arguments import checked
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError, UnsupportedError
 from tl_sparse.hooks.layouts import MatrixLayout
+from tl_sparse.hooks.selection import largest_in_rows, magnitude_order
+from tl_sparse.hooks.sharded_topk import Band, Piece, Selection, zero_all_but_selected
+from tl_sparse.hooks.shards import exchange_of, parts_of, shard_of
 from tl_sparse.kernels import bits, kernel
 
 #: The fraction of weights kept: a constant, or a function of the optimizer step, counted from 0.
@@ -42,6 +45,20 @@ class GroupedWeight:
     def shape(self) -> tuple[int, int]:
         """The numbers of rows and columns that the weight takes up in the group's matrix."""
         return self.layout.matrix_shape(self.weight.shape)
+
+    def piece(self, first_row: int, first_column: int) -> Piece:
+        """What this process holds of the weight, whose matrix begins at this row and column."""
+        shard = shard_of(self.weight)
+        rows, columns = self.layout.rows_and_columns(
+            self.weight.shape, shard.first, len(shard.part)
+        )
+        device = shard.part.device
+        return Piece(
+            values=shard.part,
+            layout=self.layout,
+            rows=rows.to(device) + first_row,
+            columns=columns.to(device) + first_column,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,29 @@ class WeightGroup:
     @property
     def parameters(self) -> list[Tensor]:
         return [grouped.weight for grouped in itertools.chain(*self.bands)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of rows and columns of the matrix."""
+        n_rows = sum(band[0].shape[0] for band in self.bands)
+        n_columns = sum(grouped.shape[1] for grouped in self.bands[0])
+        return n_rows, n_columns
+
+    def selection(self, fraction: float, min_nonzero: int) -> Selection:
+        """What `project` keeps, of weights that are spread over processes."""
+        bands = []
+        first_row = 0
+        for band in self.bands:
+            pieces = []
+            first_column = 0
+            for grouped in band:
+                pieces.append(grouped.piece(first_row, first_column))
+                first_column += grouped.shape[1]
+            first_row += band[0].shape[0]
+            bands.append(Band(tuple(pieces), has_whole_rows=0 in band[0].layout.rows))
+        n_rows, n_columns = self.shape
+        n_kept = int(fraction * (n_rows * n_columns))
+        return Selection(tuple(bands), self.shape, n_kept, min_nonzero if self.protected else 0)
 
     @torch.no_grad()
     def project(self, fraction: float, min_nonzero: int) -> None:
@@ -105,28 +145,29 @@ def top_mask(
 ) -> Bool[Tensor, "row column"]:
     """Mask of the `k` largest entries; the `min_per_row` largest of each row go first (A.2).
 
-    Exactly max(k, number of protected entries) are kept, even when magnitudes are tied.
+    Exactly max(k, number of protected entries) are kept, even when magnitudes are tied: then the
+    first ones, see `selection`.
     """
-    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
-    n_others = k
-    if min_per_row > 0:
-        protected = magnitudes.topk(min(min_per_row, magnitudes.shape[1]), dim=1).indices
-        mask.scatter_(1, protected, True)
-        n_others = max(k - protected.numel(), 0)
-    others = magnitudes.masked_fill(mask, -1.0).flatten()
-    mask.view(-1)[others.topk(n_others, sorted=False).indices] = True
-    return mask
+    order = magnitude_order(magnitudes)
+    mask = largest_in_rows(order, min_per_row)
+    n_protected = len(order) * min(min_per_row, order.shape[1])
+    others = order.masked_fill(mask, -1).view(1, -1)
+    return mask | largest_in_rows(others, k - n_protected).view_as(mask)
 
 
 def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) -> None:
-    """Zero the entries of a contiguous matrix that are not in its `top_mask`, in place."""
+    """Zero the entries of a contiguous matrix that are not in its `top_mask`, in place.
+
+    A kept -0.0 becomes 0.0 as well.
+    """
     compiled = kernel("zero_all_but", matrix)
     if compiled is not None:
         minimum = min(min_per_row, matrix.shape[1])
         n_kept = max(k, minimum * len(matrix))
         if compiled(bits(matrix), n_kept, minimum):
             return
-    matrix.masked_fill_(~top_mask(matrix.abs(), k, min_per_row), 0.0)
+    is_kept = top_mask(matrix, k, min_per_row) & (matrix != 0)
+    matrix.masked_fill_(~is_kept, 0.0)
 
 
 #: Regular expression for a parameter name of HookedTransformer → the layout that has one row per
@@ -385,18 +426,44 @@ class WeightSparsity:
                     fraction = group_fraction
         return fraction(step) if callable(fraction) else fraction
 
-    def project(self) -> None:
-        """Zero all but the largest weights, at the fractions of the current step."""
-        for group in self.groups:
-            group.project(self.fraction_at(self.steps, group), self.min_nonzero)
+    def project(self, groups: Sequence[WeightGroup] | None = None) -> None:
+        """Zero all but the largest weights, at the fractions of the current step.
+
+        If the weights are spread over processes, all of these must call this together.
+
+        Args:
+            groups: some of the groups; None means all of them.
+        """
+        exchange = exchange_of(self._parameters)
+        selections = []
+        for group in self.groups if groups is None else groups:
+            fraction = self.fraction_at(self.steps, group)
+            if exchange is None:
+                group.project(fraction, self.min_nonzero)
+            elif fraction < 1:
+                selections.append(group.selection(fraction, self.min_nonzero))
+        if exchange is not None:
+            zero_all_but_selected(selections, exchange)
 
     def l0(self) -> int:
-        """The number of nonzero weights in all groups."""
-        total = 0
+        """The number of nonzero weights in all groups, over all processes.
+
+        If the weights are spread over processes, all of these must call this together.
+        """
+        counts = [part.count_nonzero() for part in parts_of(self._parameters)]
+        total = torch.stack(counts).sum()
+        exchange = exchange_of(self._parameters)
+        if exchange is not None:
+            total = exchange.total(total)
+        return int(total)
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        """The weights of all groups."""
+        parameters = []
         for group in self.groups:
-            for parameter in group.parameters:
-                total += int(parameter.count_nonzero())
-        return total
+            parameters += group.parameters
+        return parameters
 
     @contextmanager
     def attached(self, optimizer: Optimizer | None = None) -> Iterator["WeightSparsity"]:
@@ -405,9 +472,7 @@ class WeightSparsity:
         None means every optimizer that steps these weights, including one that a training loop
         creates later.
         """
-        sparse_weights: set[int] = set()
-        for group in self.groups:
-            sparse_weights.update(map(id, group.parameters))
+        sparse_weights = set(map(id, self._parameters))
 
         def project_after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             for param_group in stepped.param_groups:

@@ -439,19 +439,15 @@ def test_equal_magnitudes():
 @EXAMPLES
 @given(st.data(), st.integers(1, 5), st.integers(1, 5), st.integers(0, 7))
 def test_top_mask_keeps_the_best_that_the_minimum_allows(data, rows, columns, minimum):
-    """Ties are everywhere: which of them stay is free, what they sum to is not."""
+    """Ties are everywhere: of equal entries, the first stay."""
     values = data.draw(
         st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns)
     )
     k = data.draw(st.integers(0, rows * columns))
     mask = top_mask(torch.tensor(values).float().view(rows, columns), k, minimum).flatten()
     expected = kept_by_hand(values, [i // columns for i in range(len(values))], k, minimum)
-    assert int(mask.sum()) == len(expected) == max(k, rows * min(minimum, columns))
-    assert sum(v for v, kept in zip(values, mask.tolist(), strict=True) if kept) == sum(
-        values[i] for i in expected
-    )
-    per_row = mask.view(rows, columns).sum(1)
-    assert (per_row >= min(minimum, columns)).all()
+    assert set(mask.nonzero().flatten().tolist()) == expected
+    assert len(expected) == max(k, rows * min(minimum, columns))
 
 
 def test_projecting_twice_changes_nothing_more():

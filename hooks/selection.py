@@ -1,0 +1,44 @@
+"""Which weights are the largest: the definition that every way of choosing them follows.
+
+Weights are compared by their magnitudes (`magnitude_order`). Of equal ones, the one that comes
+first in its matrix, row by row, counts as larger. So the same weights are kept on every device and
+by any number of processes.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+#: Bytes per floating-point number → the integer dtype of the same size.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def magnitude_order(x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Integers of at least 0 in the order of the magnitudes of `x`, with NaN above infinity.
+
+    They are the bits of the numbers without the sign.
+    """
+    bits = x.view(_INTEGERS[x.itemsize])
+    return bits & torch.iinfo(bits.dtype).max
+
+
+def largest_in_rows(order: Int[Tensor, "row column"], n: int) -> Bool[Tensor, "row column"]:
+    """Mask of the `n` largest integers of each row; of equal ones, the first.
+
+    All are in it if a row has fewer than `n`.
+    """
+    n_columns = order.shape[1]
+    if n <= 0 or n >= n_columns:
+        return torch.full_like(order, n > 0, dtype=torch.bool)
+    smallest = order.topk(n, dim=1, sorted=False).values.amin(1, keepdim=True)
+    is_larger = order > smallest
+    is_equal = order == smallest
+    n_missing = n - is_larger.sum(1, keepdim=True)
+    mask = is_larger | is_equal
+    has_tie = is_equal.sum(1, keepdim=True) > n_missing
+    tied_rows = has_tie.flatten().nonzero().flatten()
+    if len(tied_rows) > 0:
+        equal = is_equal[tied_rows]
+        is_first = equal & (equal.cumsum(1) <= n_missing[tied_rows])
+        mask[tied_rows] = is_larger[tied_rows] | is_first
+    return mask
