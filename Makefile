@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TL4 := .venv-tl4
 TL3 := .venv-tl3
+DOCS := .venv-docs
 SPEC_tl4 := transformer-lens>=4,<5
 SPEC_tl3 := transformer-lens==3.8.0
 TOOLS_tl4 := test,dev
@@ -17,7 +18,7 @@ test-all: MARKS_tl4 =
 test-all: MARKS_tl3 =
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-tl4 test-tl3 bench results gpu gpu-wheels lint types api wheel clean
+.PHONY: help demo test test-all test-tl4 test-tl3 bench results gpu gpu-wheels lint types docs pictures wheel clean
 
 help:  ## show this list of targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +40,7 @@ pytest = $1/bin/python -c "import platform; from importlib.metadata import versi
 	&& HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $1/bin/python -m pytest -q $(MARKS_$(1:.venv-%=%)) --ignore $(BENCHMARKS) \
 	   --numprocesses logical --maxprocesses 8 --dist worksteal
 
-bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the README (tests/benchmarks)
+bench: $(TL4)/.tools $(TL3)/.tools  ## repeat the measurements in the documentation (tests/benchmarks)
 	$(TL4)/bin/python -m pytest -q -s $(BENCHMARKS)
 	$(TL3)/bin/python -m pytest -q -s $(BENCHMARKS)/test_forward.py
 
@@ -77,20 +78,20 @@ types: $(TL4)/.tools  ## check types with mypy, on a build of the package
 	    -p tl_sparse > mypy.log; status=$$?; sed 's#^tl_sparse/hooks/#hooks/#' mypy.log; exit $$status
 	@rm -rf build .types-build
 
-SUBPACKAGES := hooks network tasks data faces checkpoints training circuits evaluation programs attacks pruning explanations certificates view suites
+docs: $(DOCS)/.installed  ## build the documentation site in site/, without network
+	@NO_MKDOCS_2_WARNING=1 PATH="$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs --quiet build
+	@$(DOCS)/bin/codespell README.md CHANGELOG.md docs --skip='*.ipynb,*.svg,*.png'
+	@echo "open site/index.html"
 
-api: $(TL4)/.tools  ## write HTML pages of the docstrings to api/
-	@# pdoc shows the names in a module, and without EAGER_IMPORT these are imported only on first use.
-	@rm -rf api
-	@EAGER_IMPORT=1 $(TL4)/bin/python -m pdoc -d google -o api tl_sparse tl_sparse.errors $(SUBPACKAGES:%=tl_sparse.%)
-	@echo "open api/index.html"
+pictures: $(TL4)/.tools  ## make the pictures in docs/images again; needs Chromium
+	$(TL4)/bin/python docs/pictures.py
 
 wheel: $(TL4)/.tools  ## build the sdist and the wheel in dist/
 	rm -rf build dist
 	$(TL4)/bin/python -m build --no-isolation .
 
 clean:  ## remove environments, builds, caches and demo/
-	rm -rf $(TL4) $(TL3) wheels build dist api .types-build *.egg-info demo
+	rm -rf $(TL4) $(TL3) $(DOCS) wheels build dist site .types-build *.egg-info demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -122,4 +123,19 @@ $(TL4)/.pretrained: $(TL4)/.tools
 $(TL4)/.tools $(TL3)/.tools: .venv-%/.tools: .venv-%/.installed
 	@echo "Installing the tools into $(@D)"
 	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt '$(SPEC_$*)' --editable '.[$(TOOLS_$*)]'
+	@touch $@
+
+# What builds the site reads the source and imports none of it, so that it needs neither the package
+# nor torch: only the packages of the extra `docs`.
+$(DOCS)/.installed: $(INPUTS)
+	@echo "Installing the documentation tools into $(@D)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the site needs Python >= 3.11, \
+	this is " + sys.version.split()[0] + ": make PYTHON=python3.12 docs")'
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print(*project['optional-dependencies']['docs'], sep='\n')" > $(@D)/requirements.txt
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -r $(@D)/requirements.txt \
+	|| { echo "make docs needs the packages of the extra 'docs' in pyproject.toml. They could not be installed;" \
+	     "with a network, once: $(@D)/bin/python -m pip install -c constraints.txt -r $(@D)/requirements.txt" \
+	     "&& touch $@"; exit 1; }
 	@touch $@

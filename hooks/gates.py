@@ -53,7 +53,8 @@ class NodeGates(nn.Module):
 
         Args:
             means: hook name → the mean activation of each node at that hook point.
-            init_bias, init_scale: τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1].
+            init_bias: τ starts at init_bias + init_scale · N(0, 1), clamped to [-1, 1].
+            init_scale: the spread of these values.
             temperature: the temperature T of the surrogate gradient; see `openings`.
             seed: the seed of the noise in the initial τ.
             tied: hook name → a hook name earlier in `means`, with as many nodes, whose gates it

@@ -1,4 +1,4 @@
-"""What a room hands out is described; `make api` makes pages of it."""
+"""What a room hands out is described; the site has pages of it."""
 
 import importlib
 import inspect

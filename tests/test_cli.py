@@ -1,7 +1,6 @@
-"""The command line end to end, the README's snippets, and messages after mistakes."""
+"""The command line end to end, and messages after mistakes."""
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -11,9 +10,7 @@ import pytest
 import torch
 
 import tl_sparse
-from formats import write_circuitgpt, write_openai
-from helpers import command_flags, full_config, tiny_model
-from loopback import cache_snapshot
+from helpers import command_flags
 from micro import (
     EDGES,
     LOSS,
@@ -25,8 +22,6 @@ from micro import (
     save_micro,
     save_pairs,
 )
-from tl_sparse.attacks import attack
-from tl_sparse.bridges import dense_effects
 from tl_sparse.bridges.effects_records import DenseEffects
 from tl_sparse.bridges.maps import Maps
 from tl_sparse.bridges.pair import Bridges
@@ -36,9 +31,8 @@ from tl_sparse.cli.parser import build_parser
 from tl_sparse.cli.training import train_config
 from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.documents import load_documents
-from tl_sparse.pruning.config import PruneConfig, as_config
+from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.records import record_from
-from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 
 ROOT = Path(__file__).parents[1]
@@ -333,25 +327,6 @@ def test_evaluate_names_what_is_missing(tmp_path, capsys):
     assert "On 16 held-out pairs" in capsys.readouterr().out
 
 
-def readme_snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def published(tmp_path, monkeypatch):
-    """Small models in the caches, where the real ones of these names would be after a download."""
-    model = tiny_model(full_config())
-    packaged = write_circuitgpt(tmp_path / "packaged", model)
-    cache_snapshot(
-        tmp_path / "hub",
-        "openai/circuit-sparsity",
-        {p.name: p.read_bytes() for p in packaged.iterdir()},
-    )
-    write_openai(tmp_path / "assets" / "tl_sparse" / "openai" / "csp_yolo1", model)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 def test_fractions_of_groups_are_json(capsys):
     flags = ["train", "--out", "x", "--l0-groups"]
     assert train_config(build_parser().parse_args([*flags, '{"*.W_O": 0.5}'])).l0_groups == {
@@ -360,78 +335,6 @@ def test_fractions_of_groups_are_json(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args([*flags, "*.W_O=0.5"])
     assert "argument --l0-groups: invalid" in capsys.readouterr().err
-
-
-def test_readme_commands_are_commands():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    commands = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]
-    ours = [words[1:] for words in commands if words[:1] == ["tl-sparse"]]
-    assert len(ours) >= 6
-    for words in ours:
-        assert build_parser().parse_args(words).run.__name__ == f"_run_{words[0]}"
-
-
-def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
-    """Scaled down: the same lines, with a model and a search of seconds."""
-    from tl_sparse.data.config import DataConfig
-    from tl_sparse.network.config import SparseConfig, paper_topk
-
-    published(tmp_path, monkeypatch)
-    model = SparseConfig(
-        n_layers=2,
-        d_model=16,
-        n_heads=2,
-        d_head=4,
-        d_mlp=32,
-        d_vocab=512,
-        n_ctx=128,
-        abs_topk=paper_topk(0.25),
-    )
-    data = DataConfig(stdlib_chars=20_000, idiom_chars=60_000)
-    small = functools.partial(
-        TrainConfig, model=model, data=data, steps=3, batch_size=4, l0_fraction=0.25
-    )
-    monkeypatch.setattr("tl_sparse.TrainConfig", small)
-    monkeypatch.setattr("tl_sparse.PruneConfig", functools.partial(PruneConfig, **PRUNE))
-
-    def scaled_down(config):
-        return config if isinstance(config, PruneConfig) else as_config(PRUNE | (config or {}))
-
-    monkeypatch.setattr("tl_sparse.pruning.pruner.as_config", scaled_down)
-
-    # A few nodes in any case, so that there is a first node and a first edge to print.
-    def some(ranking, criterion, *_):
-        if ranking.empty.node_kind == "components":
-            return ranking.circuit(3)
-        kept = {name: torch.zeros_like(mask) for name, mask in ranking.empty.kept.items()}
-        for read, neuron in criterion.model.blocks[0].mlp.W_in.nonzero()[:4].tolist():
-            kept["blocks.0.ln2.hook_read"][read] = True
-            kept["blocks.0.mlp.hook_post"][neuron] = True
-        return dataclasses.replace(ranking.empty, kept=kept)
-
-    monkeypatch.setattr("tl_sparse.pruning.pruner.discretise", some)
-
-    def few_rows(*arguments):
-        return tl_sparse.load_corpus(*arguments)[:32]
-
-    monkeypatch.setattr("tl_sparse.pruning.means.load_corpus", few_rows)
-    monkeypatch.setattr("tl_sparse.view.contents.load_corpus", few_rows)
-    short = functools.partial(attack, n_test=2, n_families=1, seconds=1.0)
-    monkeypatch.setattr("tl_sparse.attacks.attack", short)
-    few = functools.partial(dense_effects, n_pairs=2, n_random=1)
-    monkeypatch.setattr("tl_sparse.bridges.dense_effects", few)
-    monkeypatch.chdir(tmp_path)
-    snippets = readme_snippets()
-    assert len(snippets) == 17
-    torch.save({"circuit_data": {"0.attn.act_in": torch.tensor([3])}}, "viz_data.pt")
-    tiny_model(full_config()).save_pretrained("run@100")  # as if a run had kept this step
-    assert len([line for line in snippets[0].splitlines() if line.strip()]) <= 15
-    namespace: dict = {}
-    for snippet in snippets:
-        if "def opened" not in snippet:  # tests/test_own_tasks.py runs it, not scaled down
-            exec(snippet, namespace)
-    assert (tmp_path / "my-circuit" / "circuit.json").is_file()
-    assert "the circuit alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

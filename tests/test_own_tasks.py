@@ -1,4 +1,4 @@
-"""Tasks of the user's own, from start to end, as the README shows them: with the bundled model."""
+"""Tasks of the user's own, from start to end, as the page on tasks shows them."""
 
 import json
 import re
@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 import tl_sparse
+from tl_sparse.circuits import export
 from tl_sparse.cli import main
 from tl_sparse.pruning import PruneConfig
 
 #: The package is the same on both lines of TransformerLens, and this takes seconds.
 pytestmark = pytest.mark.any_line
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.split("## Tasks of your own\n")[1].split("\n## ")[0]
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+#: The section of tasks from a function, and that of tasks from a file.
+FUNCTION = PAGE.split("## A task from a function\n")[1].split("\n## ")[0]
+FILE = PAGE.split("## A task from a file\n")[1].split("\n## ")[0]
 FILES = [f"{kind}_{number}" for kind in ("data", "words", "table") for number in range(4)]
 QUICK = {
     "steps": 30,
@@ -42,24 +45,25 @@ def quick(tmp_path, monkeypatch):
 
 def test_a_task_from_a_function(quick, monkeypatch, capsys):
     monkeypatch.setattr("tl_sparse.pruning.pruner.as_config", lambda _: PruneConfig(**QUICK))
-    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
-    namespace = {"tl_sparse": tl_sparse}
-    exec(snippet, namespace)
+    namespace = {"tl_sparse": tl_sparse, "model": tl_sparse.load("tiny-python-sparse")}
+    for snippet in re.findall(r"```python\n(.*?)```", FUNCTION, flags=re.DOTALL):
+        exec(snippet, namespace)
     evaluation, circuit = namespace["evaluation"], namespace["brackets"]
     assert evaluation.circuit.loss < 0.25
     assert 0 < circuit.n_nodes < 100
     assert f"circuit={evaluation.circuit!r}" in capsys.readouterr().out
     assert "brackets" in (quick / "brackets.html").read_text()
+    export(circuit, namespace["model"], "brackets.json")
     graph = json.loads((quick / "brackets.json").read_text())
     assert graph["metadata"]["prompt"] in {p.first_prompt for p in circuit.pairs.heldout}
 
 
 @pytest.mark.slow  # the commands with a small model: tests/pruning/test_splits.py
 def test_a_task_from_a_file(quick):
-    line = re.search(r"`({\"prompts.*})`", SECTION)[1]
+    (line,) = re.findall(r"```json\n(.*)\n```", FILE)
     lines = [line.replace("data", name) for name in FILES]
     (quick / "files.jsonl").write_text("\n".join(lines))
-    (block,) = re.findall(r"```sh\n(.*?)```", SECTION, flags=re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", FILE, flags=re.DOTALL)
     for command in block.splitlines():
         words = shlex.split(command, comments=True)
         if words[1] == "prune":

@@ -1,4 +1,4 @@
-"""README: what a step of training with bridges costs, beside a dense forward and a sparse step.
+"""docs: what a step of training with bridges costs, beside a dense forward and a sparse step.
 
 Ratios of the shortest times of each, all sides taking turns in one process.
 """

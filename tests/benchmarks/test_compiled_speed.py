@@ -1,4 +1,4 @@
-"""README: prompts per second and memory of a compiled circuit, as ratios to its model.
+"""docs: prompts per second and memory of a compiled circuit, as ratios to its model.
 
 Ratios of the shortest times of each, both sides taking turns in one process: these machines are
 noisy.

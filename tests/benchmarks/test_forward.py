@@ -1,4 +1,4 @@
-"""README: a face takes at most 1.10 times the time of the same network in plain torch without
+"""docs: a face takes at most 1.10 times the time of the same network in plain torch without
 hooks.
 
 Ratios of the shortest times of each, all sides taking turns in one process: these machines are

@@ -1,4 +1,4 @@
-"""README: what a network gains when its weights multiply by their nonzero entries alone, as ratios.
+"""docs: what a network gains when its weights multiply by their nonzero entries alone, as ratios.
 
 Ratios of the shortest times of each, all sides taking turns in one process: these machines are
 noisy.

@@ -1,4 +1,4 @@
-"""README: what sparsity costs a training step, as ratios to the same network's dense step.
+"""docs: what sparsity costs a training step, as ratios to the same network's dense step.
 
 Ratios of the shortest times of each, all sides taking turns in one process: these machines are
 noisy.

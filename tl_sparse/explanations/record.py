@@ -257,9 +257,10 @@ class Explanation:
         Args:
             node: the node, by its name in the circuit or in expressions.
             expression: the expression; it may name earlier nodes.
-            circuit, model: the circuit and its model, which an explanation that was read from a
-                file needs.
-            task, corpus: with these, what `explain` was given, if it was.
+            circuit: the circuit, which an explanation that was read from a file needs.
+            model: the model of the circuit, likewise.
+            task: the task, if `explain` was given one.
+            corpus: the text, if `explain` was given some.
 
         Raises:
             DataError: if there is no such node, or the text is not an expression; or if text and
@@ -282,7 +283,8 @@ class Explanation:
         Comments have those expressions of reads that are short, and those of the user's own.
 
         Args:
-            circuit, model: the circuit that is explained, and its model.
+            circuit: the circuit that is explained.
+            model: its model.
             tokens: the tokens whose logits are wanted; by default all.
 
         Raises:

@@ -216,7 +216,9 @@ class SparseModel(nn.Module):
                 may be a tensor, a NumPy array or nested lists of integers.
             return_type: "logits", "loss", "both" or None.
             loss_per_token: whether the loss is that of each position instead of the mean.
-            prepend_bos, padding_side: how text is tokenized; None means TransformerLens' defaults.
+            prepend_bos: whether text is tokenized with a first token; None means TransformerLens'
+                default.
+            padding_side: where texts of different lengths are padded; None means the same.
             start_at_layer: the first block to run; `input` is then the residual stream.
             tokens: the tokens that belong to the residual stream in `input`; the loss, the bigram
                 table and padding on the left need them.

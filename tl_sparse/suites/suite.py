@@ -100,7 +100,8 @@ def run_suite(
     results.json, as a table to results.md, and as a plot to results.svg if matplotlib is installed.
 
     Args:
-        models, tasks: folders, files or names, as for `load` and `get_task`; one or several.
+        models: folders or names, as for `load`; one or several.
+        tasks: names or files, as for `get_task`; one or several.
         out: the folder for the circuits and the results.
         seeds: the pruning seeds; one or several.
         config: how to prune; its own seed is not used.
