@@ -7,6 +7,8 @@ seconds. They run in a folder that has what a reader has who followed the quicks
 import ast
 import dataclasses
 import functools
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -281,3 +283,67 @@ def test_the_api_has_every_public_name(room):
     page = (DOCS / "api" / f"{room}.md").read_text()
     described = set(re.findall(r"^::: \S+\.(\w+)$", page, flags=re.MULTILINE))
     assert public_names(DOORS[room]) <= described
+
+
+@pytest.mark.any_line
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(name):
+    """Those within docs/ are checked by `make docs`."""
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|srcset)=\"([^\"]+)\"", text)
+    files = [one or other for one, other in links if not (one or other).startswith("http")]
+    assert files
+    missing = [file for file in files if not (ROOT / file).exists()]
+    assert not missing
+
+
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(notebook: Path) -> list[dict]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.any_line
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_have_outputs_and_are_small(notebook):
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert "error" not in kinds
+    assert len(kinds) >= len(cells) / 2
+    assert notebook.stat().st_size < 100_000
+    for number, cell in enumerate(cells, start=1):
+        compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.any_line
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(notebook, tmp_path, monkeypatch):
+    """As they are, not scaled down."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        code = compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec")
+        exec(code, namespace)
+
+
+@pytest.mark.any_line
+def test_the_map_and_the_picture_have_every_room():
+    text = (DOCS / "architecture.md").read_text()
+    missing = [room for room in DOORS if f"{room}/ " not in text]
+    assert not missing
+    picture = (DOCS / "images" / "rooms.svg").read_text()
+    missing = [room for room in DOORS if f">{room}<" not in picture]
+    assert not missing
+
+
+@pytest.mark.any_line
+def test_the_picture_of_the_rooms_is_that_of_the_code():
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    drawn = pictures.rooms_svg(pictures.without_shortcuts(pictures.imports_of_rooms()))
+    assert drawn == (DOCS / "images" / "rooms.svg").read_text(), "run `make pictures`"
