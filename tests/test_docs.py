@@ -38,6 +38,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 #: What these pages show depends on the version of TransformerLens. All others run on one.
 ON_BOTH_LINES = ("loading", "hooks", "tools")
+#: A suite takes more than a few seconds, however small.
+SLOW = ("machines",)
 
 #: A search of a second or two, whatever it finds.
 PRUNE = {
@@ -227,6 +229,8 @@ def page_parameters():
     for page in PAGES:
         if snippets_of(page, "python"):
             marks = [] if page.stem in ON_BOTH_LINES else [pytest.mark.any_line]
+            if page.stem in SLOW:
+                marks.append(pytest.mark.slow)
             parameters.append(pytest.param(page, id=page.stem, marks=marks))
     return parameters
 
