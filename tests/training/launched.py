@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_multiprocess import SHORT
+from test_multiprocess import NONZEROS, SHORT
 
 from tl_sparse.errors import TLSparseError
 from tl_sparse.training import train
@@ -80,6 +80,7 @@ def main(folder):
     compiled = dataclasses.replace(SHORT, accumulation=2, compile=True)
     seen = {
         "whole": run(SHORT, folder / "whole"),
+        "nonzeros": run(NONZEROS, folder / "nonzeros"),
         "stopped": run(SHORT, folder / "stopped", before_step=terminate_the_second),
         "resumed": run(SHORT, folder / "stopped", resume=True),
         "nan": run(SHORT, folder / "nan", factor_of=nan_in_the_second),

@@ -32,6 +32,10 @@ SHORT = TrainConfig(
     checkpoint_steps=5,
     validate_steps=20,
 )
+#: In most steps, only the nonzero weights are trained.
+NONZEROS = dataclasses.replace(
+    SHORT, l0_fraction=0.2, min_nonzero=2, anneal_stop=0.2, dense_gradient_steps=4
+)
 HERE = Path(__file__).parent
 
 
@@ -120,6 +124,16 @@ def test_two_processes_train_what_one_would(seen, folder, monkeypatch):
     for name in ("training_loss", "validation_loss"):
         assert of_two[name] == pytest.approx(record[name], abs=1e-5)
     assert of_two["training_tokens_seen"] == record["training_tokens_seen"]
+
+
+def test_two_processes_train_the_same_nonzero_weights_as_one(seen, folder):
+    expected, record = train(NONZEROS, device="cpu", progress=False)
+    found = tl_sparse.load(folder / "nonzeros", device="cpu").state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name] != 0, tensor != 0), name
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6, msg=name)
+    validation_loss = seen[0]["nonzeros"]["record"]["validation_loss"]
+    assert validation_loss == pytest.approx(record["validation_loss"], abs=1e-5)
 
 
 def test_accumulation_and_compile_change_nothing(seen):

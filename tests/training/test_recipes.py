@@ -311,6 +311,6 @@ def test_recipes_are_settings_of_the_same_configuration(name):
 
 
 def test_an_unknown_recipe_is_refused():
-    message = "recipe = 'papre' is not possible; it must be one of published, paper"
+    message = "recipe = 'papre' is not possible; it must be one of published, paper, sparse"
     with pytest.raises(ConfigError, match=message):
         preset("small", "papre")

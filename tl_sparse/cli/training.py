@@ -22,7 +22,8 @@ TRAINING_FLAGS = {
     ),
     "the sparsity": (
         "l0_fraction l0_count l0_fraction_embed l0_groups fused_qkv sparse_biases min_nonzero "
-        "anneal_start anneal_stop anneal_shape topk_anneal_start topk_anneal_stop"
+        "anneal_start anneal_stop anneal_shape dense_gradient_steps topk_anneal_start "
+        "topk_anneal_stop"
     ),
     "the run": (
         "validate_steps target_validation_loss max_jump checkpoint_steps checkpoint_minutes "
@@ -80,7 +81,7 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
         "--recipe",
         choices=RECIPES,
         help="Follow the authors' published training script, or the text of their paper, to the "
-        "letter.",
+        "letter; or compute dense gradients in some steps only, which is faster (sparse).",
     )
     laptop = preset("laptop")
     model_fields = [field.name for field in fields(SparseConfig) if field.name not in without]

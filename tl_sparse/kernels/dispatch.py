@@ -46,6 +46,7 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
         "compress": products.compress,
         "transpose": products.transpose,
         "multiply": products.multiply,
+        "sampled_product": products.sampled_product,
     }
 
 

@@ -2,6 +2,8 @@
 
 `multiply` computes out[token] = x[token] · Wᵀ + bias for one tile of tokens at a time. The tile is
 transposed in the CPU's cache, so that the inner loop multiplies one weight by contiguous numbers.
+`sampled_product` computes the gradient of each nonzero weight in the same way: as the product of
+two rows of such tiles.
 Indices are unsigned, because numba checks every signed index for a negative value.
 """
 
@@ -147,3 +149,47 @@ def multiply(
                 for t in range(n):
                     for j in range(width):
                         out[start + t, o + j] = block[j, t]
+
+
+@_compile
+def sampled_product(
+    x: Array, grad: Array, starts: Array, indices: Array, first: int, last: int
+) -> Array:
+    """The entries of xᵀ · grad, summed over the tokens [first, last), in the places of a pattern.
+
+    Row i of the pattern has the columns `indices[starts[i] : starts[i + 1]]` (CSR). The entry in
+    row i and column j is the sum over tokens of x[token, i] · grad[token, j].
+    """
+    zero = x.dtype.type(0)
+    sums = np.zeros(len(indices), x.dtype)
+    x_tile, grad_tile = (
+        np.empty((x.shape[1], TILE), x.dtype),
+        np.empty((grad.shape[1], TILE), x.dtype),
+    )
+    for start in range(first, last, TILE):
+        n = min(TILE, last - start)
+        _load(x, start, n, x_tile)
+        _load(grad, start, n, grad_tile)
+        for i in range(len(starts) - 1):
+            row, p, end = x_tile[i], _U(starts[i]), _U(starts[i + 1])
+            while p + _U(4) <= end:
+                ga, gb = grad_tile[_U(indices[p])], grad_tile[_U(indices[p + _U(1)])]
+                gc, gd = grad_tile[_U(indices[p + _U(2)])], grad_tile[_U(indices[p + _U(3)])]
+                a, b, c, d = zero, zero, zero, zero
+                for t in range(TILE):
+                    a += row[t] * ga[t]
+                    b += row[t] * gb[t]
+                    c += row[t] * gc[t]
+                    d += row[t] * gd[t]
+                sums[p] += a
+                sums[p + _U(1)] += b
+                sums[p + _U(2)] += c
+                sums[p + _U(3)] += d
+                p += _U(4)
+            while p < end:
+                a, ga = zero, grad_tile[_U(indices[p])]
+                for t in range(TILE):
+                    a += row[t] * ga[t]
+                sums[p] += a
+                p += _U(1)
+    return sums

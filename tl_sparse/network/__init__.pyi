@@ -6,6 +6,8 @@ from .config import SparseConfig as SparseConfig
 from .config import paper_topk as paper_topk
 from .cuts import Cut as Cut
 from .layers import AbsTopK as AbsTopK
+from .nonzeros import NonzeroMatrix as NonzeroMatrix
+from .nonzeros import Nonzeros as Nonzeros
 from .products import Kernels as Kernels
 from .products import Product as Product
 from .shapes import Stream as Stream

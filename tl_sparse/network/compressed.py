@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.kernels import kernel
+from tl_sparse.kernels import kernel, shared_out
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,31 @@ class Compressed:
         transposed = self.empty(self.n_columns, n_rows, len(self.values), like=self.values)
         kernel("transpose", self.values)(*self.parts, *transposed.parts)
         return transposed
+
+    def times(
+        self, x: Float[Tensor, "*batch column"], offsets: Float[Tensor, " row"] | None
+    ) -> Float[Tensor, "*batch row"]:
+        """The product of this matrix with each vector in x, plus offsets if there are any.
+
+        No gradients flow through it.
+        """
+        tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        added = tokens.new_empty(0) if offsets is None else offsets.detach().contiguous()
+        n_rows = len(self.starts) - 1
+        # NumPy allocates in huge pages where the system has them, which is several times faster
+        # than allocation by torch. `out` must not be a view, because autograd copies the gradient
+        # of a view that is changed in place.
+        out = torch.from_numpy(np.empty((*x.shape[:-1], n_rows), tokens.numpy().dtype))
+        shared_out(
+            kernel("multiply", tokens),
+            len(tokens),
+            tokens.numel() + out.numel(),
+            tokens,
+            *self.parts,
+            added,
+            out.view(len(tokens), n_rows),
+        )
+        return out
 
     def with_zeros_at(self, entries: Int[Tensor, " index"]) -> "Compressed":
         """The same matrix, with zeros as the values of the entries that have these indices."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 from tl_sparse.network.compact import Compact
 from tl_sparse.network.compressed import Compressed
 from tl_sparse.network.cuts import Cut
+from tl_sparse.network.nonzeros import NonzeroMatrix
 
 Kernels = Literal["auto", "dense", "sparse"]
 #: A product with fewer tokens than this is dense, unless its weights are held compact.
@@ -79,11 +79,13 @@ class Product(nn.Module):
         #: The entries of W that are cut, by the scope in which they are. This mapping is replaced,
         #: never changed, because several threads may use the product.
         self.cuts: Mapping[Scope, Cut] = {}
+        #: During a step of training that leaves zeros as they are, the nonzero entries of W.
+        self.trained: NonzeroMatrix | None = None
         self._cache = _Cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles, which include neither cuts nor the cache."""
-        return {**self.__dict__, "cuts": {}, "_cache": _Cache()}
+        """The state for copies and pickles, which include only what the product itself needs."""
+        return {**self.__dict__, "cuts": {}, "trained": None, "_cache": _Cache()}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -138,6 +140,8 @@ class Product(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], bias: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
+        if self._trains_nonzeros(x):
+            return self._times_trained(x, bias)
         entries = self._entries(x)
         learns = self._learns()
         cut = self._cut(len(bias))
@@ -149,6 +153,27 @@ class Product(nn.Module):
         # Autograd needs the dense W only if the weights are trained.
         dense = self.matrix() if learns else None
         return _SparseProduct.apply(x, dense, bias, entries)
+
+    def _trains_nonzeros(self, x: Float[Tensor, "*batch d_in"]) -> bool:
+        """Whether the gradients are those of the nonzero weights alone."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if self.trained is None or self.cuts or kernel("sampled_product", x) is None:
+            return False
+        return x.dtype == self.trained.dtype
+
+    def _times_trained(
+        self, x: Float[Tensor, "*batch d_in"], bias: Tensor
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The product while only the nonzero weights are trained."""
+        assert self.trained is not None
+        n_tokens = x.numel() // x.shape[-1]
+        n_nonzero = len(self.trained.by_input.values)
+        is_sparse = self.kernels == "sparse" or (
+            self.kernels == "auto" and _is_faster(n_tokens, *self.shape, n_nonzero)
+        )
+        dense = None if is_sparse else self.matrix().detach()
+        return self.trained.times(x, bias, dense)
 
     def _learns(self) -> bool:
         """Whether any of the weights may receive a gradient."""
@@ -259,22 +284,7 @@ class _SparseProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, compressed: Compressed
     ) -> Float[Tensor, "*batch d_out"]:
-        tokens = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        offsets = tokens.new_empty(0) if bias is None else bias.detach().contiguous()
-        d_out = len(compressed.starts) - 1
-        # NumPy allocates in huge pages where the system has them, which is several times faster
-        # than allocation by torch. `out` must not be a view, because autograd copies the gradient
-        # of a view that is changed in place.
-        out = torch.from_numpy(np.empty((*x.shape[:-1], d_out), tokens.numpy().dtype))
-        shared_out(
-            kernel("multiply", tokens),
-            len(tokens),
-            tokens.numel() + out.numel(),
-            tokens,
-            *compressed.parts,
-            offsets,
-            out.view(len(tokens), d_out),
-        )
+        out = compressed.times(x, bias)
         # Only the gradient of W needs x.
         ctx.save_for_backward(None if matrix is None else x, matrix)
         ctx.compressed = compressed

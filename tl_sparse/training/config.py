@@ -11,6 +11,8 @@ from tl_sparse.network import SparseConfig, paper_topk
 
 #: The largest number of steps, which bounds the memory for their losses.
 MAX_STEPS = 1_000_000_000
+#: Between dense gradients, weights of which a smaller share is nonzero train that share only.
+NONZEROS_BELOW = 1 / 4
 
 
 def laptop_model() -> SparseConfig:
@@ -73,6 +75,10 @@ class TrainConfig:
         anneal_stop: when the nonzero shares reach their final values, as a share of the steps.
         anneal_shape: how the nonzero shares fall between these two. Linearly in section A.2.
         min_nonzero: the smallest number of nonzero entries per neuron and attention channel.
+        dense_gradient_steps: the number of steps from one dense gradient to the next. In the steps
+            between, the zeros of weights of which less than a quarter is nonzero stay zeros: they
+            have no gradients, moments and updates. With 1, all gradients are dense. See
+            `tl_sparse.training.nonzero_steps`.
         topk_anneal_start: when the fractions of AbsTopK start to fall from 1, as a share of the
             steps.
         topk_anneal_stop: when the fractions of AbsTopK reach the model's, as a share of the steps.
@@ -133,6 +139,7 @@ class TrainConfig:
     anneal_stop: float = 0.5
     anneal_shape: Literal["linear", "exponential"] = "linear"
     min_nonzero: int = 4
+    dense_gradient_steps: int = 1
     topk_anneal_start: float = 0.0
     topk_anneal_stop: float = 0.0
     bigram_from_counts: bool = True
@@ -166,7 +173,7 @@ class TrainConfig:
         self._check_l0()
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
+        for name in ("steps", "batch_size", "accumulation", "dense_gradient_steps"):
             value = getattr(self, name)
             check(value >= 1, name, value, "at least 1")
         check(self.steps <= MAX_STEPS, "steps", self.steps, f"at most {MAX_STEPS:,}")
@@ -234,6 +241,15 @@ class TrainConfig:
             check(isinstance(name, str), "l0_groups", groups, "a mapping of names to fractions")
             is_fraction = is_number(fraction) and 0 < fraction <= 1
             check(is_fraction, name, fraction, "a fraction in (0, 1]")
+
+        becomes_sparse = self.matrix_fraction < NONZEROS_BELOW
+        is_used = self.dense_gradient_steps == 1 or becomes_sparse
+        field_name = "l0_count" if self.l0_count else "l0_fraction"
+        expected = (
+            f"a share below {NONZEROS_BELOW:g} of the weights if dense_gradient_steps = "
+            f"{self.dense_gradient_steps}; use dense_gradient_steps = 1 for more nonzero weights"
+        )
+        check(is_used, field_name, getattr(self, field_name), expected)
 
         is_enough = self.l0_count > 0 or self.l0_fraction >= least_fraction
         expected = f"at least {least_fraction:.6g}, {why}"

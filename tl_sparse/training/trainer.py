@@ -17,6 +17,12 @@ from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weig
 from tl_sparse.network import AbsTopK, SparseConfig
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.nonzero_steps import (
+    RATIO,
+    NonzeroSteps,
+    check_positions,
+    root_mean_square,
+)
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.tokens import training_tokens
@@ -63,6 +69,9 @@ class Trainer:
         self.parameters = [p for _, p in self._named_parameters() if p.requires_grad]
         _check_trainable(self.parameters)
         self.optimizer = self._adam()
+        self.nonzero_steps = NonzeroSteps(
+            model, self.sparsity, self.optimizer, config.dense_gradient_steps, config.steps
+        )
         self._annealed_topks = _annealed_topks(model, config)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -168,20 +177,24 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.anneal_topks()
-        loss = self._backward(tokens)
-        loss = self.processes.average(loss, self.parameters)  # the gradients are averaged too
+        self.nonzero_steps.begin()
+        with self.nonzero_steps.in_products():
+            loss = self._backward(tokens)
+        self.nonzero_steps.take_gradients()
+        trained = self.nonzero_steps.trained(self.parameters)
+        loss = self.processes.average(loss, trained)  # the gradients are averaged too
         if not bool(loss.isfinite()):
             self.optimizer.zero_grad()
             return loss
 
         self._normalize_gradients()
-        # Attached to the optimizer, the sparsity applies the top-k after the optimizer's step and
-        # counts the step.
-        with self.sparsity.attached(self.optimizer):
-            self.optimizer.step()
+        self.optimizer.step()
+        self.nonzero_steps.project()
+        self.sparsity.steps += 1
         self.optimizer.zero_grad()
         if self.config.decay == "after":
             self._decay_matrices(lr)
+        self.nonzero_steps.write()
         return loss
 
     def _backward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
@@ -196,6 +209,8 @@ class Trainer:
     def _normalize_gradients(self) -> None:
         """Divide the gradients by their root mean square over all entries of all parameters, as in
         the published script, or clip that root mean square to 1, as in the paper's text.
+
+        Between dense gradients the root mean square is estimated; see `NonzeroSteps.rms_of_all`.
         """
         config = self.config
         if config.model.bigram_table and not config.last_bigram_row:
@@ -203,11 +218,9 @@ class Trainer:
             if gradient is not None:  # the table may be frozen
                 # Set to zero rather than left out, because its entries count in the mean.
                 gradient[-1] = 0
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        entries = sum(gradient.numel() for gradient in gradients)
-        norms = torch.stack(torch._foreach_norm(gradients))
-        squares = in_float32(norms).square().sum()
-        rms = (squares / entries).sqrt()
+        trained = self.nonzero_steps.trained(self.parameters)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        rms = self.nonzero_steps.rms_of_all(root_mean_square(gradients), self.parameters)
         if config.gradient == "divide":
             divisor = rms + 1e-5  # the published script adds 1e-5
         else:
@@ -222,23 +235,32 @@ class Trainer:
         trajectory, that changes whether a weight is in the top-k.
         """
         alpha = -self.config.weight_decay * lr
-        torch._foreach_add_(self.matrices, self.matrices, alpha=alpha)
+        matrices = self.nonzero_steps.trained(self.matrices)
+        torch._foreach_add_(matrices, matrices, alpha=alpha)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors on which the next step depends, besides configuration, data and `steps_done`.
 
         Returns:
             The weights as "model/NAME", and Adam's state for each parameter as "exp_avg/NAME",
-            "exp_avg_sq/NAME" and "step/NAME". They are not copied.
+            "exp_avg_sq/NAME" and "step/NAME". After a step without a dense gradient, Adam's state
+            of a weight is that of its nonzero entries, which are at "positions/NAME" in the
+            flattened weight. The tensors are not copied.
         """
-        state = {}
+        state = self.nonzero_steps.state(self._names())
         for name, weight in self._weights().items():
             state[f"model/{name}"] = weight
         for name, parameter in self._named_parameters():
-            moments = self.optimizer.state.get(parameter, {})
+            [trained] = self.nonzero_steps.trained([parameter])
+            moments = self.optimizer.state.get(trained, {})
             for kind, moment in moments.items():
                 state[f"{kind}/{name}"] = moment
         return state
+
+    def _names(self) -> dict[Tensor, str]:
+        """The name of each weight that is made sparse."""
+        ids = set(map(id, self.matrices))
+        return {p: name for name, p in self._named_parameters() if id(p) in ids}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
@@ -251,12 +273,13 @@ class Trainer:
         self._check_state(state)
         for name, weight in self._weights().items():
             weight.copy_(state[f"model/{name}"])
-        parameters = dict(self._named_parameters())
-        for key, moment in state.items():
-            kind, _, name = key.partition("/")
-            if kind != "model":
-                parameter = parameters[name]
-                self.optimizer.state[parameter][kind] = moment.to(parameter.device)
+        self.nonzero_steps.load_state(state, self._names())
+        for name, parameter in self._named_parameters():
+            [trained] = self.nonzero_steps.trained([parameter])
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{kind}/{name}" in state:
+                    moment = state[f"{kind}/{name}"]
+                    self.optimizer.state[trained][kind] = moment.to(parameter.device)
         self.sparsity.steps = steps_done
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -264,11 +287,20 @@ class Trainer:
         expected = {}
         for name, weight in self._weights().items():
             expected[f"model/{name}"] = weight
+        names = self._names()
         for name, parameter in self._named_parameters():
+            trained: Tensor = parameter
+            positions = state.get(f"positions/{name}")
+            if positions is not None and parameter in names:
+                check_positions(name, positions, parameter)
+                expected[f"positions/{name}"] = positions
+                trained = parameter.new_empty(len(positions))
             if parameter.requires_grad and f"step/{name}" in state:
                 expected[f"step/{name}"] = torch.zeros(())
-                expected[f"exp_avg/{name}"] = parameter
-                expected[f"exp_avg_sq/{name}"] = parameter
+                expected[f"exp_avg/{name}"] = trained
+                expected[f"exp_avg_sq/{name}"] = trained
+        if RATIO in state:
+            expected[RATIO] = in_float32(torch.zeros((), dtype=parameter.dtype))
         differing = sorted(expected.keys() ^ state.keys())
         if differing:
             raise CheckpointError(f"{differing[0]} is missing or does not belong to this model")
