@@ -1,4 +1,4 @@
-"""README: what a step takes that trains the nonzero weights alone, against the dense network's.
+"""docs: what a step takes that trains the nonzero weights alone, against the dense network's.
 
 Ratios of the shortest times of each, all sides taking turns in one process: these machines are
 noisy. The dense network has neither AbsTopK nor a weight top-k, and multiplies densely.
