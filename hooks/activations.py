@@ -13,7 +13,14 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.errors import ArgumentError, ConfigError
 from tl_sparse.hooks.points import TLModel, hooked
-from tl_sparse.kernels import bits, in_torch_func, kernel, shared_out
+from tl_sparse.kernels import (
+    abs_topk_by_triton,
+    bits,
+    in_torch_func,
+    kernel,
+    selects_rows_by_triton,
+    shared_out,
+)
 
 
 def abs_topk(
@@ -35,10 +42,12 @@ def abs_topk(
         )
     if x.ndim == 0 or k >= x.shape[-1]:
         return x
-    if x.device.type != "cpu":
-        return x * _largest(x.detach().abs(), k)
     if torch.compiler.is_exporting():
         return x * _largest_by_sorting(x.detach().abs(), k)
+    if selects_rows_by_triton(x):
+        return abs_topk_by_triton(x, k)
+    if x.device.type != "cpu":
+        return x * _largest(x.detach().abs(), k)
     if torch.compiler.is_compiling():
         # torch.compile cannot trace the kernels. This call imports the compiler, which takes a
         # second, so it is made only here.

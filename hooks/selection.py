@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Bytes per floating-point number → the integer dtype of the same size.
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from tl_sparse.kernels import FLOAT_BITS, bits
 
 
 def magnitude_order(x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -18,8 +17,7 @@ def magnitude_order(x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
     They are the bits of the numbers without the sign.
     """
-    bits = x.view(_INTEGERS[x.itemsize])
-    return bits & torch.iinfo(bits.dtype).max
+    return bits(x) & FLOAT_BITS[x.dtype].unsigned
 
 
 def largest_in_rows(order: Int[Tensor, "row column"], n: int) -> Bool[Tensor, "row column"]:

@@ -25,7 +25,7 @@ from tl_sparse.hooks.layouts import MatrixLayout
 from tl_sparse.hooks.selection import largest_in_rows, magnitude_order
 from tl_sparse.hooks.sharded_topk import Band, Piece, Selection, zero_all_but_selected
 from tl_sparse.hooks.shards import exchange_of, parts_of, shard_of
-from tl_sparse.kernels import bits, kernel
+from tl_sparse.kernels import bits, kernel, zero_all_but_by_triton
 
 #: The fraction of weights kept: a constant, or a function of the optimizer step, counted from 0.
 Fraction = float | Callable[[int], float]
@@ -160,12 +160,13 @@ def zero_all_but(matrix: Float[Tensor, "row column"], k: int, min_per_row: int) 
 
     A kept -0.0 becomes 0.0 as well.
     """
+    minimum = min(min_per_row, matrix.shape[1])
+    n_kept = max(k, minimum * len(matrix))
+    if zero_all_but_by_triton(matrix, n_kept, minimum):
+        return
     compiled = kernel("zero_all_but", matrix)
-    if compiled is not None:
-        minimum = min(min_per_row, matrix.shape[1])
-        n_kept = max(k, minimum * len(matrix))
-        if compiled(bits(matrix), n_kept, minimum):
-            return
+    if compiled is not None and compiled(bits(matrix), n_kept, minimum):
+        return
     is_kept = top_mask(matrix, k, min_per_row) & (matrix != 0)
     matrix.masked_fill_(~is_kept, 0.0)
 

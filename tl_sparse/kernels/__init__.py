@@ -1,4 +1,6 @@
-"""Compiled kernels for CPUs where numba is installed (`pip install tl-sparse[fast]`)."""
+"""Compiled kernels: for CPUs where numba is installed (`pip install tl-sparse[fast]`), and for GPUs
+where Triton is.
+"""
 
 import lazy_loader
 

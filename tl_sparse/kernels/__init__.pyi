@@ -1,5 +1,10 @@
-from .dispatch import bits as bits
 from .dispatch import in_torch_func as in_torch_func
 from .dispatch import kernel as kernel
 from .dispatch import n_threads as n_threads
 from .dispatch import shared_out as shared_out
+from .float_bits import FLOAT_BITS as FLOAT_BITS
+from .float_bits import bits as bits
+from .gpu import abs_topk_by_triton as abs_topk_by_triton
+from .gpu import selects_rows_by_triton as selects_rows_by_triton
+from .gpu import triton_in_use as triton_in_use
+from .gpu import zero_all_but_by_triton as zero_all_but_by_triton

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Dtype that the kernels support → the integer dtype of the same size.
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+#: The dtypes that numba's kernels support.
+_DTYPES = (torch.float32, torch.float64)
 #: A thread is woken only if it has at least this many numbers to read or write. Waking it takes as
 #: long as reading or writing a few hundred thousand.
 _WORTH_SHARING = 2_000_000
@@ -56,7 +56,7 @@ def kernel(name: str, x: Tensor) -> Any:
     There is none without numba, for devices other than the CPU, for dtypes other than float32 and
     float64, or within `torch.func`.
     """
-    if x.device.type != "cpu" or x.dtype not in _INTEGERS or in_torch_func():
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or in_torch_func():
         return None
     compiled = _compiled()
     if compiled is None:
@@ -75,11 +75,6 @@ def in_torch_func() -> bool:
     It sees through neither compiled functions nor NumPy.
     """
     return torch._C._are_functorch_transforms_active()
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of floating-point numbers, viewed as integers."""
-    return x.view(_INTEGERS[x.dtype])
 
 
 def n_threads(size: int) -> int:
