@@ -22,7 +22,17 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors"],
     ["version"],
-    ["arguments", "arrays", "config", "parsing", "pickles", "checksums", "records", "precision"],
+    [
+        "arguments",
+        "arrays",
+        "config",
+        "parsing",
+        "pickles",
+        "checksums",
+        "records",
+        "precision",
+        "memory",
+    ],
     ["resuming"],
     ["outputs", "locks"],
     ["files"],

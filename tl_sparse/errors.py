@@ -70,6 +70,10 @@ class TrainError(TLSparseError, RuntimeError):
     """Training cannot start or continue."""
 
 
+class DeviceMemoryError(TLSparseError, RuntimeError):
+    """A GPU has less free memory than is needed; the message says how much, and for what."""
+
+
 class SuiteError(TLSparseError, RuntimeError):
     """A suite or a search cannot start or continue.
 

@@ -10,7 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.checkpoints.formats import read_checkpoint
-from tl_sparse.checkpoints.network import build_network, resolve_device, resolve_dtype
+from tl_sparse.checkpoints.network import (
+    build_network,
+    check_weights_fit,
+    resolve_device,
+    resolve_dtype,
+)
 from tl_sparse.checkpoints.sources import find, openai_tokenizer
 from tl_sparse.checkpoints.steps import folder_of_step, name_of_model
 from tl_sparse.config import check
@@ -69,6 +74,7 @@ def load(
         CheckpointError: if a file is missing, damaged or does not fit its configuration.
         ConfigError: for a bad configuration value, `device`, `dtype`, `kernels`, `dense_weights` or
             `abs_topk`.
+        DeviceMemoryError: if the GPU has too little free memory for the weights.
         TokenizerError: if `tokenizer` is not a tokenizer, cannot be read, or has more tokens than
             the vocabulary of the model.
     """
@@ -133,9 +139,11 @@ def create(
     """A new model with weights drawn from `seed`; other arguments are those of `load`."""
     check(isinstance(config, SparseConfig), "config", config, "a SparseConfig")
     _check_tokenizer(tokenizer, PreTrainedTokenizerBase)
+    device = resolve_device(device)
     network = SparseTransformer(config)
+    check_weights_fit(network, device, resolve_dtype(dtype) or torch.get_default_dtype())
     init_weights(network, seed)
-    network.to(device=resolve_device(device), dtype=resolve_dtype(dtype))
+    network.to(device=device, dtype=resolve_dtype(dtype))
     return wrap(network, tokenizer)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.errors import CheckpointError, ConfigError, counted
+from tl_sparse.memory import check_fits
 from tl_sparse.network import Compact, SparseConfig, SparseTransformer
 
 #: Floating-point dtypes that torch computes with.
@@ -63,6 +64,7 @@ def build_network(
             compact; see `WeightsHolder.hold_compact`.
 
     Raises:
+        DeviceMemoryError: if a GPU has too little free memory for the weights.
         CheckpointError: for missing, unexpected, mis-shaped, non-floating or non-finite tensors;
             or if the model would be more than a thousand times as large as the tensors in its file.
     """
@@ -72,6 +74,8 @@ def build_network(
     _check_tensors(tensors, network.state_dict(), source)
     _check_size(tensors, source)
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    if dense_weights:
+        check_weights_fit(network, device, dtype)
     parameters: dict[str, Tensor] = {}
     for name in list(tensors):
         stored = tensors.pop(name)
@@ -89,6 +93,15 @@ def build_network(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=dtype, device=device))
     return network
+
+
+def check_weights_fit(
+    network: SparseTransformer, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Raise `DeviceMemoryError` if a GPU has too little free memory for the weights alone."""
+    n_weights = sum(parameter.numel() for parameter in network.parameters())
+    advice = "use another device, or a dtype of half precision"
+    check_fits("this model", {"weights": n_weights * dtype.itemsize}, device, advice)
 
 
 def _check_layers(checkpoint: Checkpoint, source: Path) -> None:

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -20,6 +21,7 @@ from tl_sparse.evaluation import (
     resampled,
 )
 from tl_sparse.hooks import NodeGates, TLModel, mixing
+from tl_sparse.memory import check_fits, is_limited, saved_bytes
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.opponents import opponent
@@ -54,6 +56,7 @@ def learn_gates(
 
     The caller has frozen the model. The ranking is the order of `gates.tau` afterwards.
     """
+    _check_memory(model, gates, data, config)
     optimizer = torch.optim.AdamW(
         [gates.tau],
         lr=config.lr,
@@ -93,6 +96,24 @@ def learn_gates(
                 n_open = int((gates.tau > 0).sum())
                 loss_now = f"{penalty.smoothed_loss:.3f} while they move"
                 bar.set_postfix_str(f"{counted(n_open, 'gate')} open, loss {loss_now}")
+
+
+def _check_memory(model: TLModel, gates: NodeGates, data: TaskData, config: PruneConfig) -> None:
+    """Raise `DeviceMemoryError` if a step needs more memory than the GPU has free.
+
+    What one and two pairs take tells what all pairs of a step take.
+    """
+    if not is_limited(gates.tau.device) or data.n_pairs < 2:
+        return
+    taken = []
+    for n_pairs in (1, 2):
+        pairs = data.first(n_pairs)
+        opened = gates.openings()
+        taken.append(saved_bytes(partial(gated_loss, model, gates, pairs, config, opened), model))
+    of_one, of_two = taken
+    n_others = min(config.pairs_per_step, data.n_pairs) - 1
+    parts = {"activations": of_one + n_others * (of_two - of_one)}
+    check_fits("a step of this search", parts, gates.tau.device, "use fewer pairs_per_step")
 
 
 def _random_sizes(gates: NodeGates, fixed: FixedGates, config: PruneConfig) -> Iterator[int | None]:
