@@ -22,6 +22,8 @@ INSTALLED = WHEELS / "installed"
 PACKAGE = WHEELS / "package"
 RESULTS = REPOSITORY / "examples" / "results" / "gpu.md"
 SECONDS = 600
+#: How much earlier no more rows of the tables are begun.
+SECONDS_OF_A_ROW = 40
 #: What this script, the package and its tests import; what these need in turn is found by itself.
 NEEDED = ["torch", "transformer-lens", "transformers", "datasets", "lazy-loader", "accelerate"]
 NEEDED += ["pytest", "hypothesis", "setuptools"]
@@ -119,6 +121,8 @@ def main() -> int:
     # Not from the repository's root, where `-m` would find the package without its hooks.
     for command in (tests, timings):
         left = end - time.monotonic()
+        if command is timings:
+            command = [*timings, "--seconds", str(left - SECONDS_OF_A_ROW)]
         done = subprocess.run(command, check=False, env=environment, cwd=HERE.parent, timeout=left)
         failed = failed or done.returncode != 0
     return int(failed)

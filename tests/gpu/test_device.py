@@ -13,6 +13,8 @@ from tl_sparse import Circuit, DataConfig, PruneConfig, TrainConfig
 from tl_sparse.circuits import attribution_graph
 from tl_sparse.evaluation import evaluate, faithfulness_curve, full_evaluation, task_loss
 from tl_sparse.hooks import NodeGates, WeightSparsity, abs_topk, frozen, weight_groups
+from tl_sparse.hooks.weights import zero_all_but
+from tl_sparse.kernels import triton_in_use
 from tl_sparse.pruning import corpus_means, prune, prune_edges, task_splits
 from tl_sparse.training import evaluate_loss, train
 from tl_sparse.training.trainer import Trainer
@@ -131,6 +133,58 @@ def test_abs_topk_is_that_of_the_cpu(dtype, device):
     assert ours.count_nonzero(-1).le(7).all()
     sizes = abs_topk(x, 7).abs().sort(-1).values
     assert torch.equal(ours.abs().sort(-1).values.cpu(), sizes)  # whichever of a tie is kept
+
+
+def value_and_gradient(function, x):
+    x = x.detach().requires_grad_()
+    out = function(x)
+    incoming = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)
+    (gradient,) = torch.autograd.grad(out, x, incoming.to(x))
+    return out.detach().cpu(), gradient.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_abs_topk_of_many_columns_is_that_of_the_cpu(dtype, device):
+    """Of so many columns as Triton selects from; float16 has ties."""
+    x = torch.randn(20, 1500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out, gradient = value_and_gradient(lambda x: abs_topk(x, 300), x.to(device))
+    expected = value_and_gradient(lambda x: abs_topk(x, 300), x)
+    if dtype == torch.float16:  # whichever of a tie is kept
+        assert torch.equal(out.abs().sort(-1).values, expected[0].abs().sort(-1).values)
+        assert torch.equal(gradient != 0, out != 0)
+    else:
+        assert torch.equal(out, expected[0])
+        assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.slow
+def test_compiled_abs_topk_is_that_of_the_cpu(device):
+    x = torch.randn(20, 1500, generator=torch.Generator().manual_seed(0))
+    expected = value_and_gradient(lambda x: abs_topk(x * 2, 300) + 1, x)
+    backend = "inductor" if torch.device(device).type == "cuda" else "aot_eager"
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: abs_topk(x * 2, 300) + 1, backend=backend)
+    out, gradient = value_and_gradient(compiled, x.to(device))
+    close(out, expected[0], 1e-6)
+    close(gradient, expected[1], 1e-6)
+
+
+def test_the_kernels_of_a_gpu_work(device):
+    in_use = triton_in_use(device)
+    is_on_gpu = torch.device(device).type == "cuda"
+    assert in_use[0].isdigit() if is_on_gpu else in_use.startswith("none: there are no kernels")
+
+
+@pytest.mark.parametrize("minimum", [0, 3])
+def test_weight_topk_of_a_large_matrix_is_that_of_the_cpu(minimum, device):
+    """As large as those in which Triton selects, with ties over the whole matrix."""
+    x = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0))
+    x = (x * 50).round() / 50
+    ours = x.to(device)
+    zero_all_but(ours, 20_000, minimum)
+    zero_all_but(x, 20_000, minimum)
+    assert torch.equal(ours.cpu(), x)
+    assert int(x.count_nonzero()) == 20_000
 
 
 def test_weight_topk_is_that_of_the_cpu(pair):

@@ -1,33 +1,40 @@
-"""What sparsity costs on a device, as ratios to the same network without it: `make gpu`.
+"""What our kernels and what sparsity take on a device: the tables of `make gpu`.
 
-Each function and the one that it is compared with take turns; the table has the medians.
+Each function and the one that it is compared with take turns; the tables have the medians. What
+tells most comes first, and rows for which no time or memory is left say so.
 """
 
 import argparse
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from kernel_timings import KernelSizes, TwoFunctions, time_products, time_rows, time_weights
+from measuring import Measurements, both_ways
 
 from tl_sparse.checkpoints import create
 from tl_sparse.circuits import node_hooks
 from tl_sparse.evaluation import task_loss
-from tl_sparse.hooks import NodeGates, abs_topk, frozen, hooked, mean_activations
+from tl_sparse.hooks import NodeGates, WeightSparsity, frozen, hooked, mean_activations
 from tl_sparse.network import SparseConfig, paper_topk
 from tl_sparse.tasks import TaskData
-from tl_sparse.training import TrainConfig
+from tl_sparse.training import TrainConfig, preset
 from tl_sparse.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the networks are, and how often everything is timed."""
+    """How large the networks are, and how often everything is timed.
+
+    Attributes:
+        widths: d_model of the networks in which sparsity is compared with none.
+        trained: the architecture of which training steps are timed.
+        searched: the architecture of which gate steps are timed.
+        pairs: the number of prompt pairs of a gate step, of `n_ctx` / 4 tokens.
+    """
 
     widths: tuple[int, ...]
     n_layers: int
@@ -35,87 +42,50 @@ class Size:
     n_ctx: int
     batch_size: int
     turns: int
+    trained: SparseConfig
+    searched: SparseConfig
+    pairs: int
+    kernels: KernelSizes
+
+
+def _toy() -> SparseConfig:
+    return SparseConfig(1, 128, 2, 16, 64, 64, 16, abs_topk=paper_topk(0.25))
 
 
 SIZES = {
-    "full": Size(widths=(1024, 2048), n_layers=4, d_vocab=2048, n_ctx=256, batch_size=32, turns=11),
-    "toy": Size(widths=(128,), n_layers=1, d_vocab=64, n_ctx=16, batch_size=4, turns=2),
+    "full": Size(
+        widths=(1024, 2048),
+        n_layers=4,
+        d_vocab=2048,
+        n_ctx=256,
+        batch_size=32,
+        turns=11,
+        trained=preset("paper-4x").model,
+        searched=preset("paper-8x").model,
+        pairs=16,
+        kernels=KernelSizes(
+            columns=(256, 512, 1024, 2048, 4096, 8192),
+            entries=2**26,
+            weights=((512, 1024), (4096, 1024), (8192, 2048), (231_936, 2048)),
+            products=(1024, 2048, 4096),
+            tokens=8192,
+        ),
+    ),
+    "toy": Size(
+        widths=(128,),
+        n_layers=1,
+        d_vocab=64,
+        n_ctx=16,
+        batch_size=4,
+        turns=2,
+        trained=_toy(),
+        searched=_toy(),
+        pairs=2,
+        kernels=KernelSizes(
+            columns=(64,), entries=2**10, weights=((32, 64),), products=(32,), tokens=16
+        ),
+    ),
 }
-
-
-@dataclass
-class Measured:
-    """One row of the table; milliseconds, and bytes (0 where they are not counted)."""
-
-    width: int
-    what: str
-    sparse_ms: float
-    dense_ms: float
-    sparse_bytes: int
-    dense_bytes: int
-
-    @property
-    def row(self) -> str:
-        memory = "–"
-        if self.dense_bytes:
-            ratio = self.sparse_bytes / self.dense_bytes
-            memory = (
-                f"{self.sparse_bytes / 2**30:.2f} / {self.dense_bytes / 2**30:.2f} = {ratio:.2f}"
-            )
-        return (
-            f"| {self.width} | {self.what} | {self.sparse_ms:.2f} | {self.dense_ms:.2f} "
-            f"| {self.sparse_ms / self.dense_ms:.2f} | {memory} |"
-        )
-
-
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize(device)
-    return first.elapsed_time(last)
-
-
-def added_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that a call takes beyond what is in use before it."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def compared(
-    width: int,
-    what: str,
-    sparse: Callable[[], object],
-    dense: Callable[[], object],
-    turns: int,
-    device: torch.device,
-) -> Measured:
-    times: dict[str, list[float]] = {"sparse": [], "dense": []}
-    for run in (sparse, dense):  # the first call warms up
-        run()
-    for _ in range(turns):
-        times["sparse"].append(milliseconds(sparse, device))
-        times["dense"].append(milliseconds(dense, device))
-    return Measured(
-        width,
-        what,
-        sparse_ms=statistics.median(times["sparse"]),
-        dense_ms=statistics.median(times["dense"]),
-        sparse_bytes=added_bytes(sparse, device),
-        dense_bytes=added_bytes(dense, device),
-    )
 
 
 def architecture(width: int, size: Size) -> SparseConfig:
@@ -158,9 +128,7 @@ def random_pairs(tokens: torch.Tensor) -> TaskData:
     )
 
 
-def gate_step_and_plain(
-    model: torch.nn.Module, tokens: torch.Tensor
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def gate_step_and_plain(model: torch.nn.Module, tokens: torch.Tensor) -> TwoFunctions:
     """A gate step of the pruner, and a forward and backward to the embedding."""
     names = [name for name in node_hooks(model).values() if not name.endswith("hook_z")]
     gates = NodeGates(
@@ -188,58 +156,119 @@ def gate_step_and_plain(
     return step, plain
 
 
-def measurements(width: int, size: Size, device: torch.device) -> list[Measured]:
-    config = architecture(width, size)
+def random_tokens(shape: tuple[int, int], d_vocab: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = (size.batch_size, size.n_ctx)
-    tokens = torch.randint(config.d_vocab, shape, generator=generator).to(device)
-    found = []
+    return torch.randint(d_vocab, shape, generator=generator).to(device)
 
-    def compare(what: str, sparse: Callable[[], object], dense: Callable[[], object]) -> None:
-        found.append(compared(width, what, sparse, dense, size.turns, device))
 
-    for precision in ("float32", "bfloat16"):
+def time_training(measured: Measurements, size: Size) -> None:
+    """Steps of a published size: against a dense network, and with torch.topk instead of Triton.
+
+    Dense weights and torch.topk are the form of the community's implementation.
+    """
+    model = size.trained
+    tokens = random_tokens((size.batch_size, model.n_ctx), model.d_vocab, measured.device)
+    title = (
+        f"Training step, d_model {model.d_model:,} × {model.n_layers}, {tokens.numel():,} tokens"
+    )
+
+    def with_and_without_topk(precision: str) -> TwoFunctions:
+        return both_ways(trainer(model, precision, True, measured.device).step, tokens)
+
+    def sparse_and_dense(precision: str) -> TwoFunctions:
+        sparse = trainer(model, precision, True, measured.device)
+        dense = trainer(model, precision, False, measured.device)
+        return partial(sparse.step, tokens), partial(dense.step, tokens)
+
+    measured.heading(title, "sparse", "the other")
+    for precision in ("bfloat16", "float32"):
+        measured.row(f"{precision}, against dense", partial(sparse_and_dense, precision))
+        what = f"{precision}, against torch.topk"
+        measured.row(what, partial(with_and_without_topk, precision))
+
+
+def time_search(measured: Measurements, size: Size) -> None:
+    """A gate step of the pruner on a large model, against a forward and backward pass."""
+    config = size.searched
+    shape = (2 * size.pairs, max(2, config.n_ctx // 4))
+    tokens = random_tokens(shape, config.d_vocab, measured.device)
+
+    def make() -> TwoFunctions:
+        model = create(config, seed=0, device=measured.device).eval()
+        WeightSparsity(model, 1 / 256, min_nonzero=0).project()
+        return gate_step_and_plain(model, tokens)
+
+    n_weights = config.n_matrix_weights
+    title = f"Circuit search, {n_weights:,} matrix weights, {size.pairs} pairs of {shape[1]} tokens"
+    measured.heading(title, "gate step", "forward and backward")
+    measured.row("gate step, float32", make)
+
+
+def time_sparsity(measured: Measurements, size: Size, width: int) -> None:
+    """What each part of sparsity costs in a network of this width."""
+    config = architecture(width, size)
+    device = measured.device
+    tokens = random_tokens((size.batch_size, size.n_ctx), config.d_vocab, device)
+
+    def steps(precision: str) -> TwoFunctions:
         sparse = trainer(config, precision, True, device)
         dense = trainer(config, precision, False, device)
-        step, dense_step = partial(sparse.step, tokens), partial(dense.step, tokens)
-        compare(f"training step, {precision}", step, dense_step)
-    compare("weight top-k / dense training step, bfloat16", sparse.sparsity.project, dense_step)
-    with torch.no_grad():
-        compare("forward, float32", partial(sparse.model, tokens), partial(dense.model, tokens))
-    step, plain = gate_step_and_plain(sparse.model.eval(), tokens)
-    compare("gate step / forward and backward to the embedding", step, plain)
-    x = torch.randn(tokens.numel(), config.d_mlp, generator=generator).to(device)
-    topk = partial(abs_topk, x, config.d_mlp // 4)
-    compare("AbsTopK of the neurons / GELU", topk, partial(F.gelu, x))
-    return found
+        return partial(sparse.step, tokens), partial(dense.step, tokens)
+
+    def projection_and_step() -> TwoFunctions:
+        sparse = trainer(config, "bfloat16", True, device)
+        dense = trainer(config, "bfloat16", False, device)
+        return sparse.sparsity.project, partial(dense.step, tokens)
+
+    def forwards() -> TwoFunctions:
+        sparse = create(config, seed=0, device=device).eval()
+        dense = create(dataclasses.replace(config, abs_topk={}), seed=0, device=device).eval()
+        run = torch.no_grad()
+        return partial(run(sparse.forward), tokens), partial(run(dense.forward), tokens)
+
+    def gates() -> TwoFunctions:
+        return gate_step_and_plain(create(config, seed=0, device=device).eval(), tokens)
+
+    title = f"Sparsity, d_model {width:,} × {size.n_layers}, {tokens.numel():,} tokens"
+    measured.heading(title, "sparse", "dense")
+    for precision in ("float32", "bfloat16"):
+        measured.row(f"training step, {precision}", partial(steps, precision))
+    what = "weight top-k / dense training step, bfloat16"
+    measured.row(what, projection_and_step)
+    measured.row("forward, float32", forwards)
+    measured.row("gate step / forward and backward to the embedding", gates)
 
 
-def table(size: Size, device: torch.device) -> str:
+def tables(size: Size, device: torch.device, seconds: float) -> str:
+    """All tables, as Markdown; after this many seconds no further row is begun."""
     card = "a CPU"
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
-    lines = [
+    measured = Measurements(device, size.turns, end=time.monotonic() + seconds)
+    time_rows(measured, size.kernels)
+    time_weights(measured, size.kernels)
+    time_training(measured, size)
+    time_search(measured, size)
+    for width in size.widths:
+        time_sparsity(measured, size, width)
+    time_products(measured, size.kernels)
+    heading = [
         f"# Timings on {card}",
         "",
-        f"`make gpu` with torch {torch.__version__}: {size.n_layers} layers, "
-        f"{size.batch_size} × {size.n_ctx} tokens, medians of {size.turns} calls that take turns. "
-        "Memory is the most that a call takes beyond what is in use before it.",
-        "",
-        "| d_model | what | sparse ms | dense ms | ratio | memory, GiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"`make gpu` with torch {torch.__version__}: medians of up to {size.turns} calls that take "
+        "turns. Memory is the most that a call takes beyond what is in use before it.",
     ]
-    for width in size.widths:
-        lines += [measured.row for measured in measurements(width, size, device)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(heading + measured.lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--seconds", type=float, default=400.0, help="the time for all tables")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     args = parser.parse_args()
-    text = table(SIZES[args.size], torch.device(args.device))
+    text = tables(SIZES[args.size], torch.device(args.device), args.seconds)
     args.out.write_text(text, encoding="utf-8")
     print(text)
 
