@@ -23,6 +23,11 @@ from .points import is_sparse_model as is_sparse_model
 from .points import recording as recording
 from .scopes import Scope as Scope
 from .scopes import new_scope as new_scope
+from .shards import exchange_of as exchange_of
+from .shards import is_sharded as is_sharded
+from .shards import parts_of as parts_of
+from .shards import shard_of as shard_of
+from .shards import sharded_like as sharded_like
 from .tokens import check_not_padded as check_not_padded
 from .tokens import mask_of as mask_of
 from .tokens import tokens_for as tokens_for

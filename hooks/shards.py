@@ -63,6 +63,17 @@ def parts_of(weights: Iterable[Tensor]) -> list[Tensor]:
     return [shard_of(weight).part for weight in weights]
 
 
+@torch.no_grad()
+def sharded_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """A tensor on the device of a weight and, if it has the weight's shape, sharded as this is."""
+    if is_sharded(whole) or not is_sharded(weight) or whole.shape != weight.shape:
+        return whole.to(weight.device)
+    sharded = torch.zeros_like(weight)
+    shard = shard_of(sharded)
+    shard.part.copy_(whole[shard.first : shard.first + len(shard.part)])
+    return sharded
+
+
 class ShardExchange:
     """The exchange of the processes over which weights are spread.
 

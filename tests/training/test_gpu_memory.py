@@ -77,6 +77,8 @@ def test_the_bytes_of_a_training():
     assert in_two["gradients"] == weights
     assert in_two["activations"] < 0.6 * parts["activations"]
     assert training_bytes(TRAINING, n_processes=2)["activations"] == in_two["activations"]
+    sharded = training_bytes(TRAINING, n_processes=2, is_sharded=True)
+    assert sharded["weights"] == weights // 2
     compiled = training_bytes(dataclasses.replace(TRAINING, compile=True))
     assert compiled == {"weights": weights, "moments of Adam": 2 * weights, "gradients": weights}
 

@@ -39,8 +39,8 @@ NONZEROS = dataclasses.replace(
 HERE = Path(__file__).parent
 
 
-def launched(*arguments):
-    """Two processes that meet on a free port of this machine."""
+def launched(*arguments, options=("--multi_gpu",)):
+    """Two processes that meet on a free port of this machine; `options` are accelerate's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -50,7 +50,7 @@ def launched(*arguments):
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
     # `--cpu` would start only one.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options]
     launch += ["--num_processes", "2", "--main_process_port", port]
     command = [*launch, *map(str, arguments)]
     return subprocess.Popen(

@@ -52,10 +52,10 @@ def kept(tmp_path_factory):
     states = {}
     real = Checkpoints.save
 
-    def save(checkpoints, checkpoint):
+    def save(checkpoints, checkpoint, processes):
         copied = {name: tensor.clone() for name, tensor in checkpoint.state.items()}
         states[len(checkpoint.losses)] = copied
-        real(checkpoints, checkpoint)
+        real(checkpoints, checkpoint, processes)
 
     config = dataclasses.replace(KEEPING, checkpoint_steps=5)
     with pytest.MonkeyPatch.context() as patched:
@@ -150,10 +150,10 @@ def killed_at_step(step, monkeypatch):
 def killed_at_checkpoint(step, monkeypatch):
     """Let a process be killed before it writes a checkpoint."""
 
-    def save(checkpoints, checkpoint):
+    def save(checkpoints, checkpoint, processes):
         if len(checkpoint.losses) == step:
             raise KeyboardInterrupt
-        real(checkpoints, checkpoint)
+        real(checkpoints, checkpoint, processes)
 
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", save)

@@ -57,6 +57,7 @@ class BridgeObjective(Objective):
 
     name = "bridges"
     command = "bridge"
+    can_shard = False  # what is trained beside the model would not be sharded
     may_jump = True  # the normalised error of a token whose stream is near the mean is large
 
     def __init__(self, dense: TLModel, config: BridgeConfig, dense_source: str = "") -> None:

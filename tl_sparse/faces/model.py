@@ -23,6 +23,7 @@ from tl_sparse.faces.model_card import model_facts
 from tl_sparse.faces.tl_config import tensor_config_fields
 from tl_sparse.faces.tokens import prepare_tokenizer
 from tl_sparse.files import write_json
+from tl_sparse.hooks import is_sharded
 from tl_sparse.network import SparseConfig, SparseTransformer, Stream, Tokens
 from tl_sparse.precision import in_float32
 
@@ -139,7 +140,13 @@ class SparseModel(nn.Module):
             CheckpointError: if the files cannot be written, or `folder` holds a model of another
                 format.
             ConfigError: if `folder` holds another model, and `overwrite` is False.
+            UnsupportedError: if the weights are sharded over processes.
         """
+        if any(map(is_sharded, self.parameters())):
+            raise UnsupportedError(
+                "the weights are sharded over processes; training saves such a model in its folder "
+                "`out`, from which tl_sparse.load opens it whole"
+            )
         from tl_sparse.checkpoints import save_model  # an upward import, as above
 
         state = self.state_dict()

@@ -32,6 +32,10 @@ from tl_sparse.network.shapes import (
 class SparseTransformer(nn.Module):
     """The network from tokens to logits. `tl_sparse.load` wraps it in a TransformerLens model."""
 
+    #: What accelerate keeps together when it shards the network: the weights of one block at a time
+    #: are made whole.
+    _no_split_modules = ["Block"]
+
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         check(isinstance(cfg, SparseConfig), "cfg", cfg, "a SparseConfig")

@@ -16,7 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.checkpoints import CORPUS_SAMPLE, StepRecord, create, load, resolve_device
+from tl_sparse.checkpoints import (
+    CORPUS_SAMPLE,
+    StepRecord,
+    create,
+    load,
+    resolve_device,
+    save_model,
+)
 from tl_sparse.config import as_config, check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
@@ -62,6 +69,12 @@ def train(
     batch. They stop together. Only the main process writes files and shows the progress bar, but
     every process must be able to read `out` in order to resume.
 
+    With `accelerate launch --use_fsdp --fsdp_version 2` they also share the memory: each holds a
+    part of every weight, of its gradient and of its moments, and the weights of one block at a time
+    are made whole (FSDP2 of torch). The weights that are kept nonzero are exactly those that one
+    process would keep. All processes write the checkpoints, so `out` must be a folder that they
+    share, and any number of processes can go on from them. The saved model is an ordinary one.
+
     Args:
         config: the architecture, data and hyper-parameters, or a mapping of those that differ from
             the defaults. `d_vocab` is also the size of the tokenizer, which is trained on the same
@@ -77,11 +90,14 @@ def train(
             over with a warning, and packed text that has changed is packed again.
 
     Returns:
-        The model, in eval mode, and the record of its training.
+        The model, in eval mode, and the record of its training. A model whose weights are sharded
+        stays so, and runs only in all processes together; `load` opens the saved one.
 
     Raises:
         ConfigError, DataError, TokenizerError: if the configuration or the text cannot be used;
-            these are raised before anything is trained, and leave nothing in `out`.
+            these are raised before anything is trained, and leave nothing in `out`. ConfigError
+            also if the weights are to be sharded, and an option of `accelerate launch`, the version
+            of accelerate or of torch, or `config.compile` does not go with that.
         DeviceMemoryError: if the GPU has too little free memory; this leaves nothing in `out`.
         TrainError: if training stops early, there is nothing to resume, `out` holds a run to be
             resumed, another process trains there, or a file cannot be written.
@@ -108,7 +124,7 @@ def train_towards(
     config = as_config(config, TrainConfig)
     if folder is not None:
         check_run_folder(folder, resume)
-    processes = Processes.launched(config, folder, resolve_device(device))
+    processes = Processes.launched(config, objective, folder, resolve_device(device))
     with ExitStack() as stack:
         # A notebook may have switched gradients off, as `torch.set_grad_enabled(False)` does.
         stack.enter_context(torch.inference_mode(False))
@@ -149,7 +165,7 @@ def _train(
             f"the validation loss of the trained model is {record['validation_loss']}; train into "
             f"a new folder, with a smaller lr than {config.lr}"
         )
-    if run is not None and processes.main:
+    if run is not None and (processes.main or processes.sharded):
         if config.keeps_steps:
             _keep_step(run, trainer, corpus, losses)
         _save(run, trainer, corpus, record)
@@ -182,7 +198,9 @@ def _open(
     run = None if folder is None else Run(folder, config, objective)
     is_new = processes.main and not resume
     try:
-        check_training_fits(config, processes.count, resolve_device(processes.device))
+        check_training_fits(
+            config, processes.count, processes.sharded, resolve_device(processes.device)
+        )
         corpus = _tokens(objective, config, run, is_new, processes)
         trainer = _new_trainer(objective, config, corpus, processes)
     except BaseException:
@@ -235,7 +253,8 @@ def _new_trainer(
     objective: Objective, config: TrainConfig, corpus: Corpus, processes: Processes
 ) -> Trainer:
     """The trainer of a new model, before its first step."""
-    model = create(config.model, config.seed, corpus.tokenizer, processes.device)
+    device = processes.device_of_new_model
+    model = create(config.model, config.seed, corpus.tokenizer, device)
     if config.model.bigram_table and config.bigram_from_counts:
         start_bigram_from_counts(model, corpus.train)
     return Trainer(model.train(), config, processes, objective)
@@ -255,10 +274,12 @@ def _take_steps(
     if run is not None and resume:
         _restore(trainer, losses, run)
     first = trainer.steps_done
-    if not processes.main:  # only the main process writes files and shows the bar
+    # Only the main process writes the log and shows the bar. Others take part in writing models and
+    # checkpoints only if they hold parts of the weights.
+    log_of = run if processes.main else None
+    monitor = Monitor(trainer, losses, corpus, log_of, show_bar=progress and processes.main)
+    if not (processes.main or processes.sharded):
         run = None
-        progress = False
-    monitor = Monitor(trainer, losses, corpus, run, progress)
     try:
         _loop(trainer, corpus, run, monitor)
     finally:
@@ -290,7 +311,7 @@ def _load_last_checkpoint(trainer: Trainer, run: Run) -> Float[Tensor, " step"]:
     damaged = []
     for path in run.checkpoints.latest_first():
         try:
-            checkpoint = read_checkpoint(path, trainer.config.steps)
+            checkpoint = read_checkpoint(path, trainer.config.steps, trainer.empty_state)
             trainer.load_state(checkpoint.state, steps_done=len(checkpoint.losses))
         except CheckpointError as error:
             damaged.append(f"{path} is damaged ({error})")
@@ -335,10 +356,12 @@ def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -
                     return
             if run is not None and is_taken and is_step_to_keep(config, done):
                 _keep_step(run, trainer, corpus, monitor.losses[:done])
-            if run is not None and done < config.steps and (stop or run.is_due(done)):
-                run.save(Checkpoint(trainer.state(), monitor.losses[:done]))
+            if run is not None and done < config.steps:
+                is_due = stop is not None or run.is_due(done)
+                if processes.from_main(is_due):  # clocks differ
+                    run.save(Checkpoint(trainer.state(), monitor.losses[:done]), processes)
             if stop is not None:
-                _stop(trainer, run, stop)
+                _stop(trainer, run if processes.main else None, stop)
 
 
 def _keep_step(run: Run, trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) -> None:
@@ -352,7 +375,9 @@ def _keep_step(run: Run, trainer: Trainer, corpus: Corpus, losses: Float[Tensor,
         nonzero_weights=trainer.sparsity.l0(),
         weights=trainer.n_weights,
     )
-    run.step_models.save(trainer, corpus, record)
+    weights = trainer.whole_weights()
+    if trainer.processes.main:
+        run.step_models.save(trainer, weights, corpus, record)
 
 
 def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
@@ -392,6 +417,7 @@ def _record(
         "weights": trainer.n_weights,
         "device": str(next(model.parameters()).device),
         "processes": trainer.processes.count,
+        "sharded": trainer.processes.sharded,
         "versions": versions,
         "seconds": seconds,
         "tokens_per_second": (len(losses) - first) * step_tokens / seconds["training"],
@@ -402,8 +428,11 @@ def _record(
 def _save(run: Run, trainer: Trainer, corpus: Corpus, record: dict[str, Any]) -> None:
     """Write the model, a sample of its training tokens and its record, and end the run."""
     model: Any = trainer.model
+    weights = trainer.whole_weights()
+    if not trainer.processes.main:
+        return
     # A run that was killed at this point, and resumed, has saved a model before.
-    model.save_pretrained(run.folder, overwrite=True)
+    save_model(run.folder, weights, model.sparse_cfg, model.tokenizer, overwrite=True)
     trainer.objective.save(run.folder, record)
     write_tensors(run.folder / CORPUS_SAMPLE, corpus_sample(corpus, run.config.seed))
     write_json(run.folder / RECORD_FILE, record)

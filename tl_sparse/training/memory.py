@@ -13,28 +13,39 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.objective import next_token_loss
 
 
-def check_training_fits(config: TrainConfig, n_processes: int, device: torch.device) -> None:
+def check_training_fits(
+    config: TrainConfig, n_processes: int, is_sharded: bool, device: torch.device
+) -> None:
     """Raise an error if a training needs more memory than its GPU has free.
 
     Raises:
         DeviceMemoryError: it says how much is needed, for what, and what would need less.
     """
     if is_limited(device):
-        parts = training_bytes(config, n_processes)
+        parts = training_bytes(config, n_processes, is_sharded)
         advice = "use a smaller batch_size, a larger accumulation, or a smaller model"
         check_fits("this training", parts, device, advice)
 
 
-def training_bytes(config: TrainConfig, n_processes: int = 1) -> dict[str, int]:
+def training_bytes(
+    config: TrainConfig, n_processes: int = 1, is_sharded: bool = False
+) -> dict[str, int]:
     """What a training keeps on the GPU of one process at least → bytes.
 
     These are the weights, Adam's two moments, and what is there at the same time of the activations
     that the backward pass needs and of the gradients. A step takes somewhat more, for example for
     the copies in which it selects the largest weights.
+
+    Args:
+        config: the training.
+        n_processes: the number of processes, which divide each batch.
+        is_sharded: whether they divide the weights too.
     """
     with torch.device("meta"):
         network = SparseTransformer(config.model)
     weights = parameter_bytes(network)
+    if is_sharded:
+        weights //= n_processes
     activations = _activation_bytes(network, config, n_processes)
     parts = {"weights": weights, "moments of Adam": 2 * weights}
     if config.accumulation > 1:  # the gradients of the first part are there in the second

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.errors import CheckpointError
-from tl_sparse.hooks import TLModel, WeightSparsity
+from tl_sparse.hooks import TLModel, WeightSparsity, parts_of
 from tl_sparse.kernels import kernel
 from tl_sparse.network import NonzeroMatrix, Nonzeros, Product
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import NONZEROS_BELOW
+from tl_sparse.training.processes import Processes
 
 #: The name in a checkpoint of the quotient of two root mean squares; see `NonzeroSteps.rms`.
 RATIO = "gradients/rms_ratio"
@@ -173,7 +174,7 @@ class NonzeroSteps:
                     is_low = id(parameter) in low_ids
                     gradient = parameter.grad
                     known.append(gradient[parameter != 0] if is_low else gradient)
-            rms_of_known = root_mean_square(known)
+            rms_of_known = root_mean_square(known, Processes())
             self.rms_ratio = torch.where(rms_of_known > 0, rms / rms_of_known, 1.0)
         return rms
 
@@ -218,11 +219,15 @@ class NonzeroSteps:
             self.rms_ratio = state[RATIO].to(next(self.model.parameters()).device)
 
 
-def root_mean_square(tensors: list[Tensor]) -> Float[Tensor, ""]:
-    """The root mean square over all entries of all tensors, in float32 or float64."""
+def root_mean_square(tensors: list[Tensor], processes: Processes) -> Float[Tensor, ""]:
+    """The root mean square over all entries of all tensors, in float32 or float64.
+
+    Those that are sharded count as a whole.
+    """
     n_entries = sum(tensor.numel() for tensor in tensors)
-    norms = torch.stack(torch._foreach_norm(tensors))
-    return (in_float32(norms).square().sum() / n_entries).sqrt()
+    norms = torch.stack(torch._foreach_norm(parts_of(tensors)))
+    squares = processes.total(in_float32(norms).square().sum())
+    return (squares / n_entries).sqrt()
 
 
 def check_positions(name: str, positions: Tensor, weight: Tensor) -> None:

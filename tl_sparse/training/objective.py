@@ -30,6 +30,7 @@ class Objective:
         command: the command that trains with this objective.
         settings: settings beside the `TrainConfig`, as JSON values. They are stored with a run,
             which can be resumed with the same ones only.
+        can_shard: whether a model can be trained so whose weights are sharded over processes.
         may_jump: whether its loss may jump up without harm, so that `TrainConfig.max_jump` does not
             hold.
         tokenizer: the tokenizer of the text; None means one that is trained on it.
@@ -39,6 +40,7 @@ class Objective:
     name = "model"
     command = "train"
     settings: Mapping[str, Any] = {}
+    can_shard = True
     may_jump = False
     tokenizer: PreTrainedTokenizerFast | None = None
 

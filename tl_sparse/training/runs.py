@@ -20,6 +20,7 @@ from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
 from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.objective import Objective
+from tl_sparse.training.processes import Processes
 from tl_sparse.training.step_models import StepModels
 from tl_sparse.training.tokens import packed_for
 
@@ -94,9 +95,9 @@ class Run:
             return True
         return time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, processes: Processes) -> None:
         """Write a checkpoint; see `Checkpoints.save`."""
-        self.checkpoints.save(checkpoint)
+        self.checkpoints.save(checkpoint, processes)
         self._saved = time.monotonic()
 
     def cut_log(self, done: int) -> None:

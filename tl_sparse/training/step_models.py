@@ -5,7 +5,10 @@ resuming needs.
 import math
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from tl_sparse.checkpoints import (
     CORPUS_SAMPLE,
@@ -56,7 +59,9 @@ class StepModels:
         self.run = run
         self.config = config
 
-    def save(self, trainer: Trainer, corpus: Corpus, record: StepRecord) -> None:
+    def save(
+        self, trainer: Trainer, weights: Mapping[str, Tensor], corpus: Corpus, record: StepRecord
+    ) -> None:
         """Write the model as it is now: all files of its folder, or none.
 
         A run that is resumed comes to some steps again, and writes the same models.
@@ -68,7 +73,7 @@ class StepModels:
         written = path.with_name(UNFINISHED_FOLDER + uuid.uuid4().hex)
         try:
             model = trainer.model
-            save_model(written, model.state_dict(), trainer.architecture(), model.tokenizer)
+            save_model(written, weights, trainer.architecture(), model.tokenizer)
             write_tensors(written / CORPUS_SAMPLE, corpus_sample(corpus, self.config.seed))
             write_step_record(written, record)
             shutil.rmtree(path, ignore_errors=True)

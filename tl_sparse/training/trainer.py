@@ -13,7 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.errors import CheckpointError, TrainError
-from tl_sparse.hooks import TLModel, WeightGroup, WeightSparsity, annealed, weight_groups
+from tl_sparse.hooks import (
+    TLModel,
+    WeightGroup,
+    WeightSparsity,
+    annealed,
+    parts_of,
+    shard_of,
+    sharded_like,
+    weight_groups,
+)
 from tl_sparse.network import AbsTopK, SparseConfig
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
@@ -25,6 +34,7 @@ from tl_sparse.training.nonzero_steps import (
 )
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
+from tl_sparse.training.sharding import WholeWeights
 from tl_sparse.training.tokens import training_tokens
 
 
@@ -60,13 +70,16 @@ class Trainer:
         self.model = model
         self.config = config
         self.processes = processes or Processes()
+        self.processes.shard(model)
         self.objective = objective or Objective()
         self.objective.start(model, config, next(model.parameters()).device)
         self.sparsity = _weight_sparsity(model, config)
         self.matrices: list[Tensor] = []
         for group in self.sparsity.groups:
             self.matrices += group.parameters
-        self.parameters = [p for _, p in self._named_parameters() if p.requires_grad]
+        # While a sharded model runs, whole weights take the place of its parameters.
+        self.parameters_by_name = dict(self._named_parameters())
+        self.parameters = [p for p in self.parameters_by_name.values() if p.requires_grad]
         _check_trainable(self.parameters)
         self.optimizer = self._adam()
         self.nonzero_steps = NonzeroSteps(
@@ -86,6 +99,21 @@ class Trainer:
         for name, weight in self.objective.beside.state_dict().items():
             weights[f"{self.objective.name}.{name}"] = weight
         return weights
+
+    def whole_weights(self) -> Mapping[str, Tensor]:
+        """The state dict of the model.
+
+        If the weights are sharded, all processes call this together: the main process then reads
+        all of them, and for the others the mapping is empty once it has done so.
+        """
+        weights = self.model.state_dict()
+        if not self.processes.sharded:
+            return weights
+        whole = WholeWeights(weights)
+        if self.processes.main:
+            return whole
+        whole.take_part()
+        return {}
 
     def _adam(self) -> torch.optim.Optimizer:
         """Adam over all parameters, or AdamW, which decays the matrices before the step."""
@@ -214,18 +242,28 @@ class Trainer:
         """
         config = self.config
         if config.model.bigram_table and not config.last_bigram_row:
-            gradient = self.model.network.bigram.W_bigram.grad
-            if gradient is not None:  # the table may be frozen
-                # Set to zero rather than left out, because its entries count in the mean.
-                gradient[-1] = 0
+            self._leave_last_bigram_row()
         trained = self.nonzero_steps.trained(self.parameters)
         gradients = [p.grad for p in trained if p.grad is not None]
-        rms = self.nonzero_steps.rms_of_all(root_mean_square(gradients), self.parameters)
+        rms_of_known = root_mean_square(gradients, self.processes)
+        rms = self.nonzero_steps.rms_of_all(rms_of_known, self.parameters)
         if config.gradient == "divide":
             divisor = rms + 1e-5  # the published script adds 1e-5
         else:
             divisor = rms.clamp(min=1)
-        torch._foreach_mul_(gradients, 1 / divisor)
+        torch._foreach_mul_(parts_of(gradients), 1 / divisor)
+
+    def _leave_last_bigram_row(self) -> None:
+        """Set the gradient of the last row of the bigram table to zero.
+
+        It is not left out, because its entries count in the mean.
+        """
+        table = self.parameters_by_name["bigram.W_bigram"]
+        if table.grad is None:  # the table may be frozen
+            return
+        shard = shard_of(table.grad)
+        if shard.first + len(shard.part) == len(table):
+            shard.part[-1:] = 0
 
     @torch.no_grad()
     def _decay_matrices(self, lr: float) -> None:
@@ -235,7 +273,7 @@ class Trainer:
         trajectory, that changes whether a weight is in the top-k.
         """
         alpha = -self.config.weight_decay * lr
-        matrices = self.nonzero_steps.trained(self.matrices)
+        matrices = parts_of(self.nonzero_steps.trained(self.matrices))
         torch._foreach_add_(matrices, matrices, alpha=alpha)
 
     def state(self) -> dict[str, Tensor]:
@@ -250,7 +288,7 @@ class Trainer:
         state = self.nonzero_steps.state(self._names())
         for name, weight in self._weights().items():
             state[f"model/{name}"] = weight
-        for name, parameter in self._named_parameters():
+        for name, parameter in self.parameters_by_name.items():
             [trained] = self.nonzero_steps.trained([parameter])
             moments = self.optimizer.state.get(trained, {})
             for kind, moment in moments.items():
@@ -260,7 +298,7 @@ class Trainer:
     def _names(self) -> dict[Tensor, str]:
         """The name of each weight that is made sparse."""
         ids = set(map(id, self.matrices))
-        return {p: name for name, p in self._named_parameters() if id(p) in ids}
+        return {p: name for name, p in self.parameters_by_name.items() if id(p) in ids}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
@@ -272,23 +310,36 @@ class Trainer:
         """
         self._check_state(state)
         for name, weight in self._weights().items():
-            weight.copy_(state[f"model/{name}"])
+            weight.copy_(sharded_like(state[f"model/{name}"], weight))
         self.nonzero_steps.load_state(state, self._names())
-        for name, parameter in self._named_parameters():
+        for name, parameter in self.parameters_by_name.items():
             [trained] = self.nonzero_steps.trained([parameter])
             for kind in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{kind}/{name}" in state:
-                    moment = state[f"{kind}/{name}"]
-                    self.optimizer.state[trained][kind] = moment.to(parameter.device)
+                    moment = sharded_like(state[f"{kind}/{name}"], trained)
+                    self.optimizer.state[trained][kind] = moment
         self.sparsity.steps = steps_done
 
-    def _check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raise `CheckpointError` unless `state` has the names, shapes and dtypes of this one."""
+    def empty_state(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors for `load_state`, without values, into which those of a checkpoint can be read.
+
+        Args:
+            stored: the tensors of the checkpoint, of which only shapes and dtypes are used.
+
+        Raises:
+            CheckpointError: as for `load_state`.
+        """
+        self._check_state(stored)
+        expected = self._expected_state(stored)
+        return {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+
+    def _expected_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and dtypes that `state` must have."""
         expected = {}
         for name, weight in self._weights().items():
             expected[f"model/{name}"] = weight
         names = self._names()
-        for name, parameter in self._named_parameters():
+        for name, parameter in self.parameters_by_name.items():
             trained: Tensor = parameter
             positions = state.get(f"positions/{name}")
             if positions is not None and parameter in names:
@@ -301,6 +352,11 @@ class Trainer:
                 expected[f"exp_avg_sq/{name}"] = trained
         if RATIO in state:
             expected[RATIO] = in_float32(torch.zeros((), dtype=parameter.dtype))
+        return expected
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `CheckpointError` unless `state` has the names, shapes and dtypes of this one."""
+        expected = self._expected_state(state)
         differing = sorted(expected.keys() ^ state.keys())
         if differing:
             raise CheckpointError(f"{differing[0]} is missing or does not belong to this model")
