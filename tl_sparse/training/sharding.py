@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tl_sparse.config import check
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import is_sharded, shard_of
+from tl_sparse.network import Product
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.objective import Objective
 
@@ -121,6 +122,10 @@ def shard(accelerator: Any, network: nn.Module) -> None:
     unused = torch.optim.SGD(network.parameters())
     accelerator.prepare(network, unused)
     accelerator.free_memory()  # it would keep both of them
+    for module in network.modules():
+        if isinstance(module, Product):
+            # FSDP2 frees the memory of whole weights, which sparse products would share with NumPy.
+            module.kernels = "dense"
 
 
 class WholeWeights(Mapping[str, Tensor]):
