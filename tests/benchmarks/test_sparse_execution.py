@@ -28,9 +28,8 @@ WIDTHS = {256: 16, 1024: 8, 2048: 8}  # d_model: batch
 AT_LEAST = {(2048, 100): 5, (2048, 1000): 8}  # (d_model, 1 / density): times as fast as plain torch
 
 
-def network(d_model, density, n_layers=8):
-    """Random weights of which each matrix keeps this share."""
-    cfg = SparseConfig(
+def architecture(d_model, n_layers):
+    return SparseConfig(
         n_layers=n_layers,
         d_model=d_model,
         n_heads=d_model // 16,
@@ -42,7 +41,11 @@ def network(d_model, density, n_layers=8):
         attn_sinks=True,
         bigram_table=True,
     )
-    model = create(cfg, seed=0, device="cpu")
+
+
+def network(d_model, density, n_layers=8):
+    """Random weights of which each matrix keeps this share."""
+    model = create(architecture(d_model, n_layers), seed=0, device="cpu")
     for group in weight_groups(model):
         group.project(max(density, 1 / 16) if group.embedding else density, min_nonzero=1)
     return model

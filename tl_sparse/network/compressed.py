@@ -1,5 +1,6 @@
 """Matrices as their nonzero entries, row by row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.hooks import MatrixLayout
 from tl_sparse.kernels import kernel, shared_out
 
 
@@ -109,3 +111,44 @@ class Compressed:
         """The same matrix, with zeros as the values of the entries that have these indices."""
         zeros = self.values.new_zeros(len(entries))
         return replace(self, values=self.values.index_put((entries,), zeros))
+
+
+@dataclass(frozen=True)
+class StackedEntries:
+    """Where entries of weights are in the matrix that stacks the weights along its rows.
+
+    Attributes:
+        rows: the row of each entry; the entries of the first weight come first.
+        columns: the column of each entry.
+        n_rows: the number of rows of the matrix.
+        n_columns: the number of its columns.
+    """
+
+    rows: Int[Tensor, " entry"]
+    columns: Int[Tensor, " entry"]
+    n_rows: int
+    n_columns: int
+
+    @classmethod
+    def of(
+        cls,
+        positions: Sequence[Int[Tensor, " entry"]],
+        shapes: Sequence[Sequence[int]],
+        layout: MatrixLayout,
+    ) -> "StackedEntries":
+        """Those at the given positions of each flattened weight.
+
+        Args:
+            positions: the positions for each weight.
+            shapes: the shape of each weight.
+            layout: the layout of each weight as a matrix.
+        """
+        rows, columns = [], []
+        n_rows = n_columns = 0
+        for of_weight, shape in zip(positions, shapes, strict=True):
+            row, column = layout.row_and_column(of_weight.numpy(), shape)
+            rows.append(torch.from_numpy(row) + n_rows)
+            columns.append(torch.from_numpy(column))
+            more_rows, n_columns = layout.matrix_shape(shape)
+            n_rows += more_rows
+        return cls(torch.cat(rows), torch.cat(columns), n_rows, n_columns)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tl_sparse.hooks import MatrixLayout
 from tl_sparse.kernels import kernel, shared_out
-from tl_sparse.network.compressed import Compressed
+from tl_sparse.network.compressed import Compressed, StackedEntries
 
 
 class Nonzeros:
@@ -81,23 +81,14 @@ class NonzeroMatrix:
 
     def __init__(self, parts: Sequence[Nonzeros], layout: MatrixLayout) -> None:
         self.parts = parts
-        inputs, outputs = [], []
-        n_inputs = n_outputs = 0
-        for part in parts:
-            shape = part.weight.shape
-            input_, output = layout.row_and_column(part.positions.numpy(), shape)
-            inputs.append(torch.from_numpy(input_) + n_inputs)
-            outputs.append(torch.from_numpy(output))
-            more_inputs, n_outputs = layout.matrix_shape(shape)
-            n_inputs += more_inputs
-        rows, columns = torch.cat(inputs), torch.cat(outputs)
+        shapes = [part.weight.shape for part in parts]
+        entries = StackedEntries.of([part.positions for part in parts], shapes, layout)
+        inputs, outputs = entries.rows, entries.columns
+        d_in, d_out = entries.n_rows, entries.n_columns
         # Compressed first with the index of each entry as its value, which shows their order.
-        by_input = Compressed.of_entries(
-            rows, columns, torch.arange(len(rows)), n_inputs, n_outputs
-        )
-        by_output = Compressed.of_entries(
-            columns, rows, torch.arange(len(rows)), n_outputs, n_inputs
-        )
+        index = torch.arange(len(inputs))
+        by_input = Compressed.of_entries(inputs, outputs, index, d_in, d_out)
+        by_output = Compressed.of_entries(outputs, inputs, index, d_out, d_in)
         self._input_order: Int[Tensor, " entry"] = by_input.values
         self._output_order: Int[Tensor, " entry"] = by_output.values
         values = self._values()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tl_sparse.hooks import MatrixLayout, Scope
 from tl_sparse.kernels import bits, kernel, n_threads, shared_out
 from tl_sparse.network.compact import Compact
-from tl_sparse.network.compressed import Compressed
+from tl_sparse.network.compressed import Compressed, StackedEntries
 from tl_sparse.network.cuts import Cut
 from tl_sparse.network.nonzeros import NonzeroMatrix
 
@@ -233,22 +233,14 @@ class Product(nn.Module):
         identity = (dtype, *weights)
         if cache.weights == identity and cache.entries is not None:
             return cache.entries
-        inputs, outputs, values = [], [], []
-        n_inputs = 0
-        for weight in weights:
-            positions = weight.positions.numpy()
-            input_, output = self.layout.row_and_column(positions, weight.shape)
-            inputs.append(torch.from_numpy(input_) + n_inputs)
-            outputs.append(torch.from_numpy(output))
-            values.append(weight.values.to(dtype))
-            more_inputs, n_outputs = self.layout.matrix_shape(weight.shape)
-            n_inputs += more_inputs
+        shapes = [weight.shape for weight in weights]
+        stacked = StackedEntries.of([weight.positions for weight in weights], shapes, self.layout)
         entries = Compressed.of_entries(
-            rows=torch.cat(outputs),
-            columns=torch.cat(inputs),
-            values=torch.cat(values),
-            n_rows=n_outputs,
-            n_columns=n_inputs,
+            rows=stacked.columns,
+            columns=stacked.rows,
+            values=torch.cat([weight.values.to(dtype) for weight in weights]),
+            n_rows=stacked.n_columns,
+            n_columns=stacked.n_rows,
         )
         self._cache = _Cache(identity, len(entries.values), entries)
         return entries

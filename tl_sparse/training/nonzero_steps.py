@@ -19,7 +19,7 @@ from tl_sparse.precision import in_float32
 from tl_sparse.training.config import NONZEROS_BELOW
 from tl_sparse.training.processes import Processes
 
-#: The name in a checkpoint of the quotient of two root mean squares; see `NonzeroSteps.rms`.
+#: The name in a checkpoint of the quotient of two root mean squares; see `NonzeroSteps.rms_of_all`.
 RATIO = "gradients/rms_ratio"
 
 

@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         sparse_biases=True,
         l0_fraction_embed=0.0,
     ),
-    "sparse": dict(dense_gradient_steps=16),
+    "sparse": dict(dense_gradient_steps=8),
 }
 
 
