@@ -27,7 +27,7 @@ MIN_COLUMNS, MAX_COLUMNS = 1024, 16_384
 #: The weight top-k of matrices of this many entries is computed by Triton. Not measured yet either.
 #: In larger ones, an index would need more than 32 bits.
 MIN_WEIGHTS, MAX_WEIGHTS = 2**18, 2**30
-#: The oldest Triton that the kernels were tried with, that of torch 2.7.
+#: The oldest Triton with which the kernels were compiled, that of torch 2.7.
 OLDEST = (3, 3)
 
 
