@@ -50,7 +50,7 @@ FEW_PAIRS = {
 #: that remove them are limited.
 SEARCHES = {
     "components": PruneConfig(nodes="components", steps=60, **FEW_PAIRS),
-    "channels": PruneConfig(steps=60, removal_tests=10, **FEW_PAIRS),
+    "channels": PruneConfig(steps=60, removal_tests=24, **FEW_PAIRS),
 }
 
 

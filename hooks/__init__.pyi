@@ -12,6 +12,7 @@ from .mixtures import mixing as mixing
 from .norms import check_norms_can_be_held as check_norms_can_be_held
 from .norms import holding_norms as holding_norms
 from .norms import norm_scale_hooks as norm_scale_hooks
+from .overwriting import is_overwritten as is_overwritten
 from .permuting import permuted_weights as permuted_weights
 from .points import HookFn as HookFn
 from .points import NodeMasks as NodeMasks
@@ -36,4 +37,5 @@ from .weights import WeightGroup as WeightGroup
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed
 from .weights import weight_groups as weight_groups
+from .whole_sequence import all_treat_positions_alike as all_treat_positions_alike
 from .whole_sequence import treats_positions_alike as treats_positions_alike

@@ -40,6 +40,7 @@ def ablating(
     if missing := nodes.keys() - values.keys():
         raise HookNameError(f"no values to ablate with at {', '.join(sorted(missing))}")
     functions = {}
+    overwritten = set()
     for name, ablated in nodes.items():
         check_mask(model, name, ablated)
         check_values(model, name, values[name], ablated.shape)
@@ -48,9 +49,11 @@ def ablating(
         # ablation.
         if ablated.any():
             functions[name] = partial(_ablate, name, ablated, values[name])
+        if ablated.all():
+            overwritten.add(name)
     # A value for each node holds it alike at every position; values `[batch, pos, *node]` do not.
     alike = all(values[name].ndim == nodes[name].ndim for name in functions)
-    with hooked(model, functions, positions_alike=alike):
+    with hooked(model, functions, positions_alike=alike, overwriting=overwritten):
         yield
 
 

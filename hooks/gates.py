@@ -121,6 +121,7 @@ class NodeGates(nn.Module):
         inverted: bool = False,
         values: Mapping[str, Tensor] | None = None,
         openings: Float[Tensor, " gate"] | None = None,
+        closed: Collection[str] = (),
     ) -> Iterator[None]:
         """Within the context, the gates act on every run of `model`.
 
@@ -132,9 +133,12 @@ class NodeGates(nn.Module):
                 or `[batch, pos, *node]`, such as their activations on other prompts.
             openings: 1 for each gate that is open and 0 for each that is closed; by default
                 `openings()`. Gradients flow to it.
+            closed: hook names at which all nodes are held, whatever the openings say. No gradient
+                flows to these, so a model of this package need not compute what is held there.
 
         Raises:
-            HookNameError: for a hook name that the model does not have, or that `values` lacks.
+            HookNameError: for a hook name that the model does not have, that `values` lacks, or
+                that is in `closed` but has no gates.
             ArgumentError: if the means or values do not have the shape of the nodes there, or there
                 is not an opening for each gate. At hook points whose shape only a run shows, this
                 is raised in the run.
@@ -142,6 +146,8 @@ class NodeGates(nn.Module):
         held_at = self.means if values is None else values
         if missing := self.index.keys() - held_at.keys():
             raise HookNameError(f"no values for the gates at {', '.join(sorted(missing))}")
+        if unknown := set(closed) - self.index.keys():
+            raise HookNameError(f"no gates to close at {', '.join(sorted(unknown))}")
         if openings is not None and openings.shape != self.tau.shape:
             raise ArgumentError(
                 f"openings have the shape {list(openings.shape)}; there are {self.tau.numel()} "
@@ -152,9 +158,15 @@ class NodeGates(nn.Module):
             check_values(model, name, self.means[name], index.shape)
             check_values(model, name, held_at[name], index.shape)
             functions[name] = partial(self._gate, name, inverted, openings, held_at[name])
+            if name in closed:
+                functions[name] = partial(self._hold, name, held_at[name])
         alike = all(held_at[name].ndim == index.ndim for name, index in self.index.items())
-        with hooked(model, functions, positions_alike=alike):
+        with hooked(model, functions, positions_alike=alike, overwriting=closed):
             yield
+
+    def _hold(self, name: str, value: Tensor, activation: Tensor, hook: object) -> Tensor:
+        check_activation(name, activation, value, self.index[name].shape)
+        return value.to(activation).expand_as(activation).contiguous()
 
     def _gate(
         self,

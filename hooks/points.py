@@ -1,7 +1,7 @@
 """Attaching functions to the hook points of a TransformerLens model, and removing them again."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_sparse.arguments import Kind, checked
 from tl_sparse.errors import HookNameError
+from tl_sparse.hooks.overwriting import mark_overwriting
 from tl_sparse.hooks.scopes import Scope, new_scope
 from tl_sparse.hooks.whole_sequence import mark_positions_alike
 
@@ -61,13 +62,21 @@ def check_hook_names(model: TLModel, names: Mapping[str, object] | list[str]) ->
 @checked()
 @contextmanager
 def hooked(
-    model: TLModel, functions: Mapping[str, HookFn], *, positions_alike: bool = False
+    model: TLModel,
+    functions: Mapping[str, HookFn],
+    *,
+    positions_alike: bool = False,
+    overwriting: Collection[str] = (),
 ) -> Iterator[None]:
     """Within the context, each function is attached to the hook point that it is listed under.
 
     With `positions_alike`, the caller promises that the functions do the same at every position and
     record nothing. They then do not keep `score` from computing the last positions alone; see
     `treats_positions_alike`.
+
+    At the hook points `overwriting`, the caller promises that the function returns the same values
+    whatever the activation is. A model of this package then does not compute what attention or an
+    MLP adds to the residual stream, if nothing else acts there.
 
     The functions act on the calls of the model that the thread (or asyncio task) of this context
     makes, and on no others. A `torch.compile`d model runs uncompiled within the context, because
@@ -82,9 +91,12 @@ def hooked(
         attached: list[_Attached] = []
         try:
             _attach(model, functions, scope, attached)
-            if positions_alike:
-                for one in attached:
+            overwritten = [model.hook_dict[name] for name in overwriting]
+            for one in attached:
+                if positions_alike:
                     mark_positions_alike(one.hook_point, one.handle)
+                if one.hook_point in overwritten:
+                    mark_overwriting(one.hook_point, one.handle, scope)
             yield
         finally:
             _detach(attached)

@@ -5,6 +5,7 @@ that do the same at every position, such as mean ablation. A function of the use
 the other positions: it may record them, or change some of them.
 """
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -37,14 +38,19 @@ def treats_positions_alike(model: Any) -> bool:
     """
     if not hasattr(model, "network"):
         raise UnsupportedError("only models of tl_sparse can leave positions out")
+    return all_treat_positions_alike(chain([model], model.network.modules()))
+
+
+def all_treat_positions_alike(modules: Iterable[nn.Module]) -> bool:
+    """Whether all that acts on these modules of tl_sparse does the same at every position."""
     if any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
         return False
-    return all(_is_alike(module) for module in chain([model], model.network.modules()))
+    return all(_is_alike(module) for module in modules)
 
 
 def _is_alike(module: nn.Module) -> bool:
     for hooks in _HOOKS:
-        for function in getattr(module, hooks).values():
+        for function in list(getattr(module, hooks).values()):  # other threads may add some
             if not hasattr(function, _MARK):
                 return False
     for name, child in module._modules.items():

@@ -9,7 +9,8 @@ from tl_sparse.evaluation.running import task_loss
 from tl_sparse.hooks import NodeGates
 from tl_sparse.hooks.points import frozen, hooked
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.pruning.pruner import corpus_means, task_splits
+from tl_sparse.pruning.means import corpus_means
+from tl_sparse.pruning.splits import task_splits
 
 ROUNDS = 60
 

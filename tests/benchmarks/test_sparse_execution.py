@@ -19,7 +19,7 @@ from tl_sparse.hooks.points import frozen
 from tl_sparse.network import layers
 from tl_sparse.network.config import SparseConfig, paper_topk
 from tl_sparse.network.products import Product
-from tl_sparse.pruning.pruner import corpus_means
+from tl_sparse.pruning.means import corpus_means
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.trainer import Trainer
 

@@ -271,3 +271,27 @@ def test_padding_that_would_be_seen_is_refused():
     with pytest.raises(UnsupportedError, match=r"same length, not \[5, 6\] tokens"):
         score(model, within_a_pair)
     assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_model_of_another_package_unembeds_the_last_positions_only(monkeypatch, is_hooked):
+    """Its other logits are computed only for those who look at them."""
+    model = stock_model()
+    data = random_data(model, n_pairs=4)
+    with torch.no_grad():
+        expected = candidate_logits(model(data.tokens), data)
+    shapes = []
+    run = type(model.unembed).forward
+
+    def recorded(module, resid):
+        shapes.append(list(resid.shape))
+        return run(module, resid)
+
+    monkeypatch.setattr(type(model.unembed), "forward", recorded)
+    if is_hooked:
+        model.unembed.register_forward_hook(lambda *args: None)
+    with torch.no_grad():
+        found = task_logits(model, data)
+    n_positions = int(data.last.max()) + 1 if is_hooked else 1
+    assert shapes == [[8, n_positions, model.cfg.d_model]]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -8,8 +8,8 @@ import torch
 from micro import MICRO_TASK, QUICK_SETTINGS, W_O, micro_corpus, micro_model, wide_head_model
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.pruning.config import PruneConfig
-from tl_sparse.pruning.criterion import Criterion, evenly
-from tl_sparse.pruning.exchanges import ExchangeData, exchanged
+from tl_sparse.pruning.criterion import Criterion, SearchData, evenly
+from tl_sparse.pruning.exchanges import exchanged
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.pruner import prune
 from tl_sparse.pruning.ranking import Ranking
@@ -32,7 +32,7 @@ def ranking_and_data(model, config):
     )
     ranking = Ranking(empty, gates, FixedGates.of_config(empty, gates, config))
     train, selection, _ = task_splits(model, MICRO_TASK, config)
-    return ranking, ExchangeData(train, selection, selection)
+    return ranking, SearchData(train, selection, selection)
 
 
 def circuit_of(ranking, *names):

@@ -40,7 +40,7 @@ from tl_sparse.pruning import pruner as pruning
 from tl_sparse.pruning import start as start_module
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
-from tl_sparse.pruning.elimination import eliminate
+from tl_sparse.pruning.elimination import Budget, eliminate
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import attribution
 from tl_sparse.pruning.pruner import corpus_means, find_circuit, frozen, prune, prune_edges
@@ -782,7 +782,7 @@ def test_elimination_goes_on_after_a_case_that_only_the_thorough_test_knew():
 @pytest.mark.parametrize(("most", "expected"), [(0, 0), (1, 1), (3, 7), (6, 40), (9, 40)])
 def test_elimination_ends_after_the_most_tests(most, expected):
     """All could go, in groups of 1, 2, 4, 8, 16 and 9."""
-    gone = eliminate(range(40), lambda gone: True, lambda gone: True, lambda n: None, most)
+    gone = eliminate(range(40), lambda gone: True, lambda gone: True, lambda n: None, Budget(most))
     assert gone == list(range(expected))
 
 

@@ -1,24 +1,27 @@
 """Running a model on the prompts of a task: the logits of the two candidates, and the loss."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import holding_reads
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import (
     TLModel,
+    all_treat_positions_alike,
     is_sparse_model,
+    new_scope,
     norm_scale_hooks,
     recording,
     treats_positions_alike,
 )
+from tl_sparse.network import select_position
 from tl_sparse.precision import in_float32
 from tl_sparse.tasks import TaskData, task_loss_and_accuracy
 
@@ -54,9 +57,42 @@ def _last_logits(model: TLModel, data: TaskData) -> Float[Tensor, "prompt d_voca
     data = data.trimmed()
     if is_sparse_model(model) and treats_positions_alike(model):
         return model.network(data.tokens, last=data.last)[:, 0]
-    logits = logits_at_all_positions(model, data.tokens)
+    with _unembedding_only(model, data.last):
+        logits = logits_at_all_positions(model, data.tokens)
+    if logits.shape[1] == 1:
+        return logits[:, 0]
     rows = torch.arange(len(data.last), device=logits.device)
     return logits[rows, data.last.to(logits.device)]
+
+
+@contextmanager
+def _unembedding_only(model: TLModel, last: Int[Tensor, " prompt"]) -> Iterator[None]:
+    """Within the context, the unembedding is given one position of each prompt alone.
+
+    A fifth of the weights of SmolLM2-135M are in it, and its output is the largest tensor of a run.
+    If anything else acts on it or on the model, it is given all positions.
+    """
+    unembed = getattr(model, "unembed", None)
+    if not isinstance(unembed, nn.Module):
+        yield
+        return
+    seeing_logits = [model, getattr(model, "original_model", model), *unembed.modules()]
+    if not all_treat_positions_alike(seeing_logits):
+        yield
+        return
+    with new_scope() as scope:
+
+        def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not scope.is_open_here():
+                return None
+            resid, *others = inputs
+            return select_position(resid, last.to(resid.device)), *others
+
+        handle = unembed.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @checked()

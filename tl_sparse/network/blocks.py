@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_sparse.hooks import MatrixLayout
+from tl_sparse.hooks import MatrixLayout, is_overwritten
 from tl_sparse.kernels import in_torch_func
 from tl_sparse.network.config import SparseConfig
 from tl_sparse.network.fused_attention import fused_attention
@@ -274,8 +274,7 @@ class Block(nn.Module):
     ) -> Stream:
         """resid_post at every position or, if `last` gives one position of each row, only there."""
         resid_pre = self.hook_resid_pre(self.topk_resid_pre(resid_pre))
-        q_read, k_read, v_read = self._attn_reads(resid_pre, pos)
-        attn_out = self.hook_attn_out(self.attn(q_read, k_read, v_read, mask, last))
+        attn_out = self._attn_out(resid_pre, pos, mask, last)
         if last is not None:
             resid_pre = select_position(resid_pre, last)
             if pos is not None:
@@ -286,10 +285,28 @@ class Block(nn.Module):
         mlp_in = resid_mid
         if self.flags.use_hook_mlp_in:
             mlp_in = self.hook_mlp_in(resid_mid.clone())
-        mlp_out = self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos)))
-        mlp_out = self.hook_mlp_out(mlp_out)
-        resid_post = self.topk_resid_post(self.resid_act(resid_mid + mlp_out))
+        resid_post = self.topk_resid_post(self.resid_act(resid_mid + self._mlp_out(mlp_in, pos)))
         return self.hook_resid_post(resid_post)
+
+    def _attn_out(
+        self,
+        resid_pre: Stream,
+        pos: Positions | None,
+        mask: Tokens | None,
+        last: PositionOfRow | None,
+    ) -> Stream:
+        """What attention adds to the stream; it is not computed if a hook replaces all of it."""
+        if is_overwritten(self.hook_attn_out, [self.ln1, self.attn]):
+            stream = resid_pre if last is None else select_position(resid_pre, last)
+            return self.hook_attn_out(_zeros_like(stream))
+        q_read, k_read, v_read = self._attn_reads(resid_pre, pos)
+        return self.hook_attn_out(self.attn(q_read, k_read, v_read, mask, last))
+
+    def _mlp_out(self, mlp_in: Stream, pos: Positions | None) -> Stream:
+        """What the MLP adds to the stream; it is not computed if a hook replaces all of it."""
+        if is_overwritten(self.hook_mlp_out, [self.ln2, self.mlp, self.topk_mlp_out]):
+            return self.hook_mlp_out(_zeros_like(mlp_in))
+        return self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos))))
 
     def _attn_reads(self, resid_pre: Stream, pos: Positions | None) -> tuple[Reads, Reads, Reads]:
         """The inputs of q, k and v: the same one or, if a flag says so, a separate one for each."""
@@ -306,3 +323,8 @@ class Block(nn.Module):
             return q_read, k_read, v_read
         read = self.ln1(self.hook_attn_in(copies), pos)
         return read, read, read
+
+
+def _zeros_like(stream: Stream) -> Stream:
+    """Zeros of the same shape, which take no memory."""
+    return stream.new_zeros(()).expand_as(stream)

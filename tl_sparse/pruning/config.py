@@ -105,8 +105,9 @@ class PruneConfig:
         exchanges: the number of nodes outside the circuit that are tried in it at the end of the
             search, in place of two or more of its own.
         removal_tests: the largest number of circuits that are tried while nodes are removed, or
-            None to try every node. Of a large dense model, each test takes seconds, and tens of
-            thousands of channels may be left to try.
+            None for no limit. A circuit of more than 256 nodes loses groups of nodes that have
+            little effect to first order; a smaller one is tried without single nodes, each of which
+            takes a test. In a large dense model, a test takes seconds.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
             other initial gates and another order of the pairs.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
@@ -164,7 +165,7 @@ class PruneConfig:
     necessity: float = 0.0
     ablated_accuracy: float = 1.0
     exchanges: int = 16
-    removal_tests: int | None = None
+    removal_tests: int | None = 1000
     restarts: int = 1
     train_pairs: int = 2048
     ranking_pairs: int = 64

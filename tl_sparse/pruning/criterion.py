@@ -1,8 +1,11 @@
 """What a set of nodes must pass to be a circuit."""
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -65,6 +68,12 @@ class Criterion:
         subsets = random_subsets(circuit, config.subsets, config.seed)
         return cls(model, config, subsets, _other_subsets(circuit, config))
 
+    def with_target(self, target_loss: float) -> "Criterion":
+        """The criterion with another target loss, and with the same subsets, also in future."""
+        other = copy.copy(self)
+        other.config = replace(self.config, target_loss=target_loss)
+        return other
+
     def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
         """The loss of the circuit, with the nodes in `left` as they are in the model."""
         return float(self.losses(circuit, data, left).mean())
@@ -106,7 +115,12 @@ class Criterion:
         return self._withstands_others(circuit, data, 1)
 
     def fails_clearly(self, circuit: Circuit, data: TaskData) -> bool:
-        """Whether the loss is far above the target on a few of the pairs already."""
+        """Whether the loss is far above the target on a few of the pairs already.
+
+        Where there are no more than a few, it is not measured: the test itself takes no longer.
+        """
+        if data.n_pairs <= _FEW:
+            return False
         return self.loss(circuit, few_of(data), self.hardest) > _CLEARLY * self.config.target_loss
 
     @property
@@ -168,3 +182,37 @@ def evenly(data: TaskData, n_pairs: int) -> TaskData:
 def few_of(data: TaskData) -> TaskData:
     """Enough of the pairs to see roughly what the loss is."""
     return evenly(data, _FEW)
+
+
+def representative(circuit: Circuit, criterion: Criterion, data: TaskData) -> TaskData:
+    """A sample of `cleanup_pairs` pairs, on which many circuits can be tested quickly.
+
+    The pairs are sorted by the circuit's loss and sampled at even intervals, so that its mean loss
+    over the sample is close to its mean loss over all pairs.
+    """
+    by_loss = criterion.losses(circuit, data).view(-1, 2).mean(1).argsort()
+    n_chosen = min(criterion.config.cleanup_pairs, data.n_pairs)
+    positions = (torch.arange(n_chosen, device=by_loss.device) + 0.5) * data.n_pairs / n_chosen
+    return data.pairs(by_loss[positions.long()])
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """The pairs of a task that decide which nodes a circuit loses, or exchanges for others.
+
+    Attributes:
+        train: the pairs on which the effects of nodes are estimated.
+        some: the pairs on which circuits are tried; see `representative`.
+        selection: the pairs on which a circuit must pass.
+    """
+
+    train: TaskData
+    some: TaskData
+    selection: TaskData
+
+    @classmethod
+    def around(
+        cls, circuit: Circuit, criterion: Criterion, train: TaskData, selection: TaskData
+    ) -> "SearchData":
+        """The pairs with which a search goes on from this circuit."""
+        return cls(train, representative(circuit, criterion, selection), selection)

@@ -1,7 +1,6 @@
 """Removing from a circuit what it does not need."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,12 +9,32 @@ T = TypeVar("T")
 _MOST_ROUNDS = 3
 
 
+class Budget:
+    """How many circuits a search tries while it removes parts of one.
+
+    Attributes:
+        most: the largest number; None for no limit.
+        n_tried: the number that have been tried.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+        self.n_tried = 0
+
+    def take(self) -> bool:
+        """Count one more test, if there may be one; whether there may."""
+        if self.n_tried == self.most:
+            return False
+        self.n_tried += 1
+        return True
+
+
 def eliminate(
     candidates: Sequence[T],
     holds: Callable[[list[T]], bool],
     decides: Callable[[list[T]], bool],
     tried: Callable[[int], object],
-    most_tests: int | None = None,
+    budget: Budget | None = None,
 ) -> list[T]:
     """The candidates that can be removed from a circuit.
 
@@ -29,14 +48,14 @@ def eliminate(
         decides: the same as a thorough test.
         tried: called with the number of candidates whenever the quick test has decided on some, and
             with minus the number of those that are tried again.
-        most_tests: the largest number of quick tests, after which all other candidates stay; None
-            for no limit.
+        budget: how many quick tests there may be, after which all other candidates stay; by default
+            there is no limit.
     """
-    tests = iter(range(sys.maxsize if most_tests is None else most_tests))
+    budget = budget or Budget()
     gone: list[T] = []
     waiting = list(candidates)
     for _ in range(_MOST_ROUNDS):
-        removed = _removed_by_test(gone, waiting, holds, tried, tests)
+        removed = _removed_by_test(gone, waiting, holds, tried, budget)
         n_passing = _n_passing(gone, removed, decides)
         gone += removed[:n_passing]
         waiting = removed[n_passing + 1 :]
@@ -66,17 +85,17 @@ def _removed_by_test(
     candidates: Sequence[T],
     holds: Callable[[list[T]], bool],
     tried: Callable[[int], object],
-    tests: Iterator[int],
+    budget: Budget,
 ) -> list[T]:
     """The candidates that can be removed besides `gone` according to `holds`.
 
     They are tried in groups. The group size doubles after each group that can be removed, and is
-    halved after each group that cannot. Each group takes the next of `tests`, until there are none.
+    halved after each group that cannot. Each group is one test of the budget.
     """
     removed: list[T] = []
     first = 0
     size = 1
-    while first < len(candidates) and next(tests, None) is not None:
+    while first < len(candidates) and budget.take():
         group = list(candidates[first : first + size])
         if holds([*gone, *removed, *group]):
             removed += group

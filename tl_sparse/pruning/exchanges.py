@@ -5,7 +5,6 @@ shows. These trials, each of which runs the circuit, find such nodes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
 
@@ -16,11 +15,10 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import counted
 from tl_sparse.hooks import NodeMasks
-from tl_sparse.pruning.criterion import Criterion, few_of
-from tl_sparse.pruning.gates import gated_loss
+from tl_sparse.pruning.criterion import Criterion, SearchData, few_of
 from tl_sparse.pruning.phases import phase
 from tl_sparse.pruning.ranking import Ranking
-from tl_sparse.tasks import TaskData
+from tl_sparse.pruning.slopes import slopes_at
 
 #: For each node outside, so many pairs of nodes of the circuit are tried.
 _PAIRS_TRIED = 3
@@ -30,23 +28,8 @@ _MOST_MEASURED = 64
 _MEASURED_AGAIN = 8
 
 
-@dataclass(frozen=True)
-class ExchangeData:
-    """The pairs of a task that decide on exchanges.
-
-    Attributes:
-        train: the pairs on which the effect of adding a node is estimated.
-        some: the pairs on which exchanges are tried.
-        selection: the pairs on which the circuit must pass after an exchange.
-    """
-
-    train: TaskData
-    some: TaskData
-    selection: TaskData
-
-
 def exchanged(
-    circuit: Circuit, ranking: Ranking, criterion: Criterion, data: ExchangeData, progress: bool
+    circuit: Circuit, ranking: Ranking, criterion: Criterion, data: SearchData, progress: bool
 ) -> Circuit:
     """The circuit, in which two nodes at a time are replaced by one, as long as it passes.
 
@@ -81,7 +64,7 @@ class _Exchanges:
         circuit: Circuit,
         ranking: Ranking,
         criterion: Criterion,
-        data: ExchangeData,
+        data: SearchData,
         bar: Any,
     ) -> None:
         self.circuit = circuit
@@ -117,16 +100,8 @@ class _Exchanges:
         return False
 
     def _slopes(self) -> Float[Tensor, " gate"]:
-        """The change of the loss when each gate opens, to first order."""
-        config = self.criterion.config
         pairs = few_of(self.data.train)
-        openings = self.kept.to(self.ranking.gates.tau).requires_grad_()
-        left = None
-        if self.left is not None:
-            left = self.ranking.gates.of_nodes(self.left).to(openings)
-        loss = gated_loss(self.criterion.model, self.ranking.gates, pairs, config, openings, left)
-        (slopes,) = torch.autograd.grad(loss, openings)
-        return slopes
+        return slopes_at(self.kept, self.ranking, self.criterion, pairs, self.left)
 
     def _outside(self, slopes: Float[Tensor, " gate"]) -> list[int]:
         """The gates outside that have not been tried, those that lower the loss most first."""

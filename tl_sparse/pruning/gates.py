@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import product
 
@@ -26,6 +26,7 @@ from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.opponents import opponent
 from tl_sparse.pruning.phases import phase
+from tl_sparse.pruning.settled import SettledWrites
 from tl_sparse.tasks import TaskData
 
 #: The lasting part of steering keeps the weight of the number of open gates within this factor of
@@ -67,12 +68,15 @@ def learn_gates(
     penalty = SizePenalty(config)
     sizes = _random_sizes(gates, fixed, config)
     against = opponent(gates, config)
+    settled = SettledWrites(gates, config)
     batches = random_batches(data, config.pairs_per_step, config.seed)
     with phase("learning gates", progress, config.steps, "step") as bar:
         for step in range(config.steps):
             batch = next(batches)
             openings = gates.openings(next(sizes))
-            loss = gated_loss(model, gates, batch, config, openings, against.left(step))
+            loss = gated_loss(
+                model, gates, batch, config, openings, against.left(step), settled.hook_names
+            )
             k = penalty.update(loss.item())
             objective = loss
             if config.method == "learned":
@@ -91,6 +95,7 @@ def learn_gates(
             if config.method == "learned":
                 gates.clamp()
             fixed.apply(gates)
+            settled.update()
             bar.update()
             if step % 20 == 19:
                 n_open = int((gates.tau > 0).sum())
@@ -184,8 +189,12 @@ def gated_loss(
     config: PruneConfig,
     openings: Float[Tensor, " gate"],
     left: Float[Tensor, " gate"] | None = None,
+    closed: Collection[str] = (),
 ) -> Float[Tensor, ""]:
-    """The loss while nodes are kept as `openings` says, and those in `left` are not held."""
+    """The loss while nodes are kept as `openings` says, and those in `left` are not held.
+
+    At the hook points `closed` all nodes are held; see `NodeGates.attached`.
+    """
     values = None
     if config.ablation == "resample":
         values = resampled(model, pairs, gates.index)
@@ -194,7 +203,7 @@ def gated_loss(
         openings = openings + (1 - openings) * left
     with (
         freezing_norms(config.freeze_norms, model, pairs),
-        gates.attached(model, values=values, openings=openings),
+        gates.attached(model, values=values, openings=openings, closed=closed),
     ):
         return objective_loss(model, pairs, config.objective)
 

@@ -40,14 +40,14 @@ from tl_sparse.hooks import (
     without_inference,
 )
 from tl_sparse.pruning.config import PruneConfig, as_config
-from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.criterion import Criterion, representative
 from tl_sparse.pruning.elimination import eliminate
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
-from tl_sparse.pruning.sizes import chosen_size, discretise, representative
+from tl_sparse.pruning.sizes import chosen_size, discretise
 from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
 from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
@@ -139,7 +139,8 @@ def find_circuit(
         means: the means over the corpus; see `corpus_means`.
         config: the settings of pruning, or the fields in which they differ from `PruneConfig()`.
         stage: where to stop. After "size", the circuit is as many of the highest-ranked nodes as
-            are needed to pass, of which many are superfluous; after "nodes", these are removed;
+            are needed to pass, up to one in a hundred more, of which many are superfluous; after
+            "nodes", these are removed;
             after "edges", superfluous edges are cut too.
 
     Raises:

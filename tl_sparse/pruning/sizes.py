@@ -4,21 +4,25 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import PruneError, counted
 from tl_sparse.evaluation import learned_subset
-from tl_sparse.pruning.criterion import Criterion
-from tl_sparse.pruning.elimination import eliminate
-from tl_sparse.pruning.exchanges import ExchangeData, exchanged
+from tl_sparse.pruning.criterion import Criterion, SearchData, representative
+from tl_sparse.pruning.elimination import Budget, eliminate
+from tl_sparse.pruning.exchanges import exchanged
+from tl_sparse.pruning.groups import SMALL, without_groups
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
 SIZE_FACTOR = 1.3
+#: Where nodes are removed afterwards, a size is chosen that is too large by this share at most, and
+#: where they are removed in groups, by this one.
+TOLERANCE = 0.01
+TOLERANCE_OF_LARGE = 0.25
 
 
 def discretise(
@@ -37,32 +41,55 @@ def discretise(
         PruneError: if not even the set of all nodes passes the criterion.
     """
     config = criterion.config
-    size = chosen_size(ranking, criterion, train, selection, progress)
-    some_pairs = representative(ranking.circuit(size), criterion, selection)
-    candidates: list[int] = []
+    circuit = ranking.circuit(chosen_size(ranking, criterion, train, selection, progress))
     if config.method == "learned":
-        # All gates are learned together, so some remain open although no kept node reads their
-        # node, or another node has taken over its function. The lowest-ranked is tried first.
-        candidates = ranking.order[ranking.n_included : size].flip(0).tolist()
-    with phase("removing nodes", progress and bool(candidates), len(candidates), "node") as bar:
-        removed = eliminate(
-            candidates,
-            lambda gone: criterion.passes_quickly(ranking.circuit(size, gone), some_pairs),
-            lambda gone: criterion.passes(ranking.circuit(size, gone), selection),
-            bar.update,
-            config.removal_tests,
-        )
-        circuit = ranking.circuit(size, removed)
-        if progress:
-            say_reached(bar, circuit.n_nodes, criterion.loss(circuit, selection), "selection")
-    if config.method == "learned" and config.exchanges:
-        data = ExchangeData(train, some_pairs, selection)
-        circuit = exchanged(circuit, ranking, criterion, data, progress)
+        data = SearchData.around(circuit, criterion, train, selection)
+        circuit = without_superfluous(circuit, ranking, criterion, data, progress)
+        if config.exchanges:
+            circuit = exchanged(circuit, ranking, criterion, data, progress)
     scores: dict[str, Tensor] = {}
     for name, tau in ranking.gates.at_nodes(ranking.comparable_tau()).items():
         # These are in [-1, 1], so adding 2 ranks the kept nodes above all others.
         scores[name] = tau + 2 * circuit.kept[name]
     return dataclasses.replace(circuit, scores=scores)
+
+
+def without_superfluous(
+    circuit: Circuit, ranking: Ranking, criterion: Criterion, data: SearchData, progress: bool
+) -> Circuit:
+    """The circuit without nodes that it does not need.
+
+    All gates are learned together, so some remain open although no kept node reads their node, or
+    another node has taken over its function. Of a large circuit, groups of nodes with little effect
+    are removed first; then single nodes are tried, the lowest-ranked first.
+    """
+    kept = ranking.gates.of_nodes(circuit.kept)
+    n_removable = int((kept & ~ranking.fixed.included).sum())
+    budget = Budget(criterion.config.removal_tests)
+    with phase("removing nodes", progress and n_removable > 0, n_removable, "node") as bar:
+        kept = without_groups(kept, ranking, criterion, data, budget, bar)
+        if budget.n_tried > 0:
+            smaller = ranking.with_gates(circuit, kept)
+            data = SearchData.around(smaller, criterion, data.train, data.selection)
+
+        def without(gone: list[int]) -> Circuit:
+            rest = kept.clone()
+            rest[gone] = False
+            return ranking.with_gates(circuit, rest)
+
+        lowest_first = ranking.order.flip(0)
+        is_tried = (kept & ~ranking.fixed.included)[lowest_first]
+        removed = eliminate(
+            lowest_first[is_tried].tolist(),
+            lambda gone: criterion.passes_quickly(without(gone), data.some),
+            lambda gone: criterion.passes(without(gone), data.selection),
+            bar.update,
+            budget,
+        )
+        smaller = without(removed)
+        if progress:
+            say_reached(bar, smaller.n_nodes, criterion.loss(smaller, data.selection), "selection")
+    return smaller
 
 
 def chosen_size(
@@ -112,7 +139,7 @@ def _smallest_size(
         enough = min(largest, math.ceil(enough * SIZE_FACTOR))
     surely_enough = enough
     some_pairs = representative(ranking.circuit(enough), criterion, selection)
-    while enough - too_small > 1:
+    while enough - too_small > _tolerance(enough, criterion):
         # Until a size is known to be too small, the search moves down from the learned size.
         size = (enough + too_small) // 2
         if too_small == smallest - 1:
@@ -125,6 +152,16 @@ def _smallest_size(
     while enough < surely_enough and not is_enough(enough, selection, quick=False):
         enough = min(surely_enough, enough + math.ceil(enough / 20))
     return enough
+
+
+def _tolerance(size: int, criterion: Criterion) -> int:
+    """How far above the smallest size one may be that is chosen."""
+    if criterion.config.method != "learned":
+        return 1
+    # What is too much is removed afterwards, in a large circuit by gradients, which tell what it
+    # can do without better than the ranking does, as long as its loss leaves room.
+    share = TOLERANCE if size <= SMALL else TOLERANCE_OF_LARGE
+    return max(1, int(share * size))
 
 
 def _withstanding_adversaries(
@@ -181,15 +218,3 @@ def _failure_of_all(ranking: Ranking, criterion: Criterion, selection: TaskData)
             f"{config.ablated_accuracy:.1%})"
         )
     return PruneError(message)
-
-
-def representative(circuit: Circuit, criterion: Criterion, data: TaskData) -> TaskData:
-    """A sample of `cleanup_pairs` pairs, on which many circuits can be tested quickly.
-
-    The pairs are sorted by the circuit's loss and sampled at even intervals, so that its mean loss
-    over the sample is close to its mean loss over all pairs.
-    """
-    by_loss = criterion.losses(circuit, data).view(-1, 2).mean(1).argsort()
-    n_chosen = min(criterion.config.cleanup_pairs, data.n_pairs)
-    positions = (torch.arange(n_chosen, device=by_loss.device) + 0.5) * data.n_pairs / n_chosen
-    return data.pairs(by_loss[positions.long()])

@@ -1,0 +1,37 @@
+"""How much the loss depends on each gate, to first order, at a circuit."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_sparse.hooks import NodeMasks
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.gates import gated_loss
+from tl_sparse.pruning.ranking import Ranking
+from tl_sparse.tasks import TaskData
+
+
+def slopes_at(
+    kept: Bool[Tensor, " gate"],
+    ranking: Ranking,
+    criterion: Criterion,
+    pairs: TaskData,
+    left: NodeMasks | None = None,
+) -> Float[Tensor, " gate"]:
+    """The change of the loss when each gate opens, to first order, while those of `kept` are open.
+
+    It is Σ gradient · (activation − held value), as in attribution patching (Syed et al. 2023,
+    arXiv 2310.10348), at the circuit instead of the full model. One run forward and backward gives
+    it for all gates.
+
+    Args:
+        left: masks of nodes outside the circuit that are left as they are.
+    """
+    gates = ranking.gates
+    openings = kept.to(gates.tau.dtype).requires_grad_()
+    left_open = None
+    if left is not None:
+        left_open = gates.of_nodes(left).to(openings)
+    loss = gated_loss(criterion.model, gates, pairs, criterion.config, openings, left_open)
+    (slopes,) = torch.autograd.grad(loss, openings)
+    return slopes
