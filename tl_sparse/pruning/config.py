@@ -105,7 +105,7 @@ class PruneConfig:
         exchanges: the number of nodes outside the circuit that are tried in it at the end of the
             search, in place of two or more of its own.
         removal_tests: the largest number of circuits that are tried while nodes are removed, or
-            None for no limit. A circuit of more than 256 nodes loses groups of nodes that have
+            None for no limit. A circuit of more than 512 nodes loses groups of nodes that have
             little effect to first order; a smaller one is tried without single nodes, each of which
             takes a test. In a large dense model, a test takes seconds.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has

@@ -18,9 +18,9 @@ from tl_sparse.pruning.elimination import Budget
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.slopes import slopes_at
 
-#: Circuits of at most so many nodes lose them one by one, or a few at once, which finds smaller
-#: circuits.
-SMALL = 256
+#: Circuits of at most so many nodes lose them one by one, or a few at once, which finds small
+#: circuits in about as many tests.
+SMALL = 512
 #: The largest share of a circuit that is removed at once: the estimates hold for small changes.
 _MOST = 1 / 4
 #: If not even this share can be removed, the estimates are of no more use.

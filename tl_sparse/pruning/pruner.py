@@ -139,8 +139,7 @@ def find_circuit(
         means: the means over the corpus; see `corpus_means`.
         config: the settings of pruning, or the fields in which they differ from `PruneConfig()`.
         stage: where to stop. After "size", the circuit is as many of the highest-ranked nodes as
-            are needed to pass, up to one in a hundred more, of which many are superfluous; after
-            "nodes", these are removed;
+            are needed to pass, of which many are superfluous; after "nodes", these are removed;
             after "edges", superfluous edges are cut too.
 
     Raises:

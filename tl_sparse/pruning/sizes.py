@@ -19,10 +19,9 @@ from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
 SIZE_FACTOR = 1.3
-#: Where nodes are removed afterwards, a size is chosen that is too large by this share at most, and
-#: where they are removed in groups, by this one.
-TOLERANCE = 0.01
-TOLERANCE_OF_LARGE = 0.25
+#: Where nodes are removed in groups afterwards, the size may be too large by this share: gradients
+#: tell what a circuit can do without better than the ranking, as long as its loss leaves room.
+TOLERANCE = 0.25
 
 
 def discretise(
@@ -41,7 +40,9 @@ def discretise(
         PruneError: if not even the set of all nodes passes the criterion.
     """
     config = criterion.config
-    circuit = ranking.circuit(chosen_size(ranking, criterion, train, selection, progress))
+    tolerance = TOLERANCE if config.method == "learned" else 0.0
+    size = chosen_size(ranking, criterion, train, selection, progress, tolerance)
+    circuit = ranking.circuit(size)
     if config.method == "learned":
         data = SearchData.around(circuit, criterion, train, selection)
         circuit = without_superfluous(circuit, ranking, criterion, data, progress)
@@ -93,15 +94,23 @@ def without_superfluous(
 
 
 def chosen_size(
-    ranking: Ranking, criterion: Criterion, train: TaskData, selection: TaskData, progress: bool
+    ranking: Ranking,
+    criterion: Criterion,
+    train: TaskData,
+    selection: TaskData,
+    progress: bool,
+    tolerance: float = 0.0,
 ) -> int:
     """The smallest number of top-ranked nodes that are a circuit.
+
+    Args:
+        tolerance: the share by which the size of a large circuit may be larger than that.
 
     Raises:
         PruneError: if not even the largest possible number is.
     """
     with phase("choosing the size", progress) as bar:
-        size = _smallest_size(ranking, criterion, selection, bar)
+        size = _smallest_size(ranking, criterion, selection, bar, tolerance=tolerance)
         size = _withstanding_adversaries(ranking, criterion, train, selection, size, bar)
         if progress:  # the loss takes a run over all pairs, and is only shown
             loss = criterion.loss(ranking.circuit(size), selection)
@@ -110,7 +119,12 @@ def chosen_size(
 
 
 def _smallest_size(
-    ranking: Ranking, criterion: Criterion, selection: TaskData, bar: Any, start: int | None = None
+    ranking: Ranking,
+    criterion: Criterion,
+    selection: TaskData,
+    bar: Any,
+    start: int | None = None,
+    tolerance: float = 0.0,
 ) -> int:
     """The smallest number of top-ranked nodes that pass the criterion.
 
@@ -120,6 +134,7 @@ def _smallest_size(
 
     Args:
         start: where the search begins; by default at the learned size.
+        tolerance: the share by which the size of a large circuit may be larger than the smallest.
     """
 
     def is_enough(size: int, pairs: TaskData, quick: bool) -> bool:
@@ -139,7 +154,7 @@ def _smallest_size(
         enough = min(largest, math.ceil(enough * SIZE_FACTOR))
     surely_enough = enough
     some_pairs = representative(ranking.circuit(enough), criterion, selection)
-    while enough - too_small > _tolerance(enough, criterion):
+    while enough - too_small > _steps_within(tolerance, enough):
         # Until a size is known to be too small, the search moves down from the learned size.
         size = (enough + too_small) // 2
         if too_small == smallest - 1:
@@ -154,14 +169,9 @@ def _smallest_size(
     return enough
 
 
-def _tolerance(size: int, criterion: Criterion) -> int:
-    """How far above the smallest size one may be that is chosen."""
-    if criterion.config.method != "learned":
-        return 1
-    # What is too much is removed afterwards, in a large circuit by gradients, which tell what it
-    # can do without better than the ranking does, as long as its loss leaves room.
-    share = TOLERANCE if size <= SMALL else TOLERANCE_OF_LARGE
-    return max(1, int(share * size))
+def _steps_within(tolerance: float, size: int) -> int:
+    """How much smaller a size must be to be worth a test."""
+    return 1 if size <= SMALL else max(1, int(tolerance * size))
 
 
 def _withstanding_adversaries(
