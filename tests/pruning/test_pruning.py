@@ -406,9 +406,9 @@ def test_circuits_for_each_ablation(micro, ablation, more, monkeypatch):
     held = []
 
     class Spy(NodeGates):
-        def attached(self, model, inverted=False, values=None, openings=None):
-            held.append(values or self.means)
-            return super().attached(model, inverted, values, openings)
+        def attached(self, model, **options):
+            held.append(options["values"] or self.means)
+            return super().attached(model, **options)
 
     monkeypatch.setattr(start_module, "NodeGates", Spy)
     settings = {"target_loss": 0.01, "ablation": ablation, "necessity": 0.5, "exchanges": 0}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import stock_model
 from micro import MICRO_TASK, NODES, QUICK_SETTINGS, micro_corpus, micro_model
 from tl_sparse.hooks.gates import NodeGates
 from tl_sparse.network.blocks import MLP, Attention
@@ -22,7 +23,7 @@ def closed_gates():
 
 def test_writes_are_settled_when_they_have_been_closed_for_long():
     gates = closed_gates()
-    writes = SettledWrites(gates, PruneConfig())
+    writes = SettledWrites(micro_model(), gates, PruneConfig())
     for step in range(SETTLED_STEPS):
         assert writes.hook_names == []
         if step == 3:
@@ -35,9 +36,17 @@ def test_writes_are_settled_when_they_have_been_closed_for_long():
     assert writes.hook_names == [ATTN_OUT, MLP_OUT]
 
 
-@pytest.mark.parametrize("settings", [{"robust": "subsets"}, {"method": "any_size"}])
-def test_nothing_settles_where_closed_gates_matter(settings):
-    writes = SettledWrites(closed_gates(), PruneConfig(**settings))
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (micro_model, {"robust": "subsets"}),
+        (micro_model, {"method": "any_size"}),
+        (micro_model, {"ablation": "resample"}),
+        (stock_model, {}),
+    ],
+)
+def test_nothing_settles_where_all_of_the_model_runs(make, settings):
+    writes = SettledWrites(make(), closed_gates(), PruneConfig(**settings))
     for _ in range(2 * SETTLED_STEPS):
         writes.update()
     assert writes.hook_names == []

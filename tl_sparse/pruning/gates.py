@@ -68,7 +68,7 @@ def learn_gates(
     penalty = SizePenalty(config)
     sizes = _random_sizes(gates, fixed, config)
     against = opponent(gates, config)
-    settled = SettledWrites(gates, config)
+    settled = SettledWrites(model, gates, config)
     batches = random_batches(data, config.pairs_per_step, config.seed)
     with phase("learning gates", progress, config.steps, "step") as bar:
         for step in range(config.steps):

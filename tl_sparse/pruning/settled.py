@@ -1,6 +1,6 @@
 """Attention and MLPs that a search no longer runs, since it has closed all that they write."""
 
-from tl_sparse.hooks import NodeGates
+from tl_sparse.hooks import NodeGates, TLModel, is_sparse_model
 from tl_sparse.pruning.config import PruneConfig
 
 #: The hook points of what attention and an MLP write. Where all gates are closed there, no gradient
@@ -14,14 +14,16 @@ class SettledWrites:
     """The hook points of writes at which all gates have been closed for many steps.
 
     The gates there stay closed, so that a model of this package need not run what writes there: a
-    step gets faster as the circuit gets smaller. While nodes outside the circuit are left as they
-    are, for robustness, or other gates are open in each step, all of the model runs.
+    step gets faster as the circuit gets smaller. None are settled where all of the model must run:
+    while nodes outside the circuit are left as they are, for robustness, or have their values on
+    other prompts, or other gates are open in each step; and in models of other packages.
     """
 
-    def __init__(self, gates: NodeGates, config: PruneConfig) -> None:
+    def __init__(self, model: TLModel, gates: NodeGates, config: PruneConfig) -> None:
         self._gates = gates
         self._steps_closed: dict[str, int] = {}
-        if config.method == "learned" and config.robust == "none":
+        holds_constants = config.robust == "none" and config.ablation != "resample"
+        if is_sparse_model(model) and config.method == "learned" and holds_constants:
             writes = [name for name in gates.index if name.endswith(_WRITES)]
             self._steps_closed = dict.fromkeys(writes, 0)
 
