@@ -81,7 +81,7 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
         "--recipe",
         choices=RECIPES,
         help="Follow the authors' published training script, or the text of their paper, to the "
-        "letter; or compute dense gradients in some steps only, which is faster (sparse).",
+        "letter; or compute dense gradients in some steps only, for wide models (sparse).",
     )
     laptop = preset("laptop")
     model_fields = [field.name for field in fields(SparseConfig) if field.name not in without]
