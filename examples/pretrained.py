@@ -46,8 +46,8 @@ FEW_PAIRS = {
     "batch_size": 32,
     "exchanges": 0,
 }
-#: Name of a search → its settings. There are tens of thousands of channels to try, so the tests
-#: that remove them are limited.
+#: Name of a search → its settings. The tests that remove channels are limited, since each takes
+#: seconds.
 SEARCHES = {
     "components": PruneConfig(nodes="components", steps=60, **FEW_PAIRS),
     "channels": PruneConfig(steps=60, removal_tests=24, **FEW_PAIRS),
@@ -178,9 +178,9 @@ def pretrained_text(rows: dict[str, Found]) -> str:
         "SmolLM2-135M-Instruct (4-bit weights, run in float32), copying a name: `My old dog is",
         "called Alice. The name of my old dog is`. Task losses on held-out pairs are in nats, and",
         "random nodes are as many at each hook point. Seconds are those of the whole search, and",
-        "GB those of the process. Channels are removed in at most "
-        f"{SEARCHES['channels'].removal_tests} tests, each of which runs",
-        "the model, so many of those that are left would not be needed.",
+        "GB those of the process. Channels are removed in groups, in at most "
+        f"{SEARCHES['channels'].removal_tests} tests, each of",
+        "which runs the model, so many of those that are left may not be needed.",
         "",
         markdown_table(header, cells),
     ]
