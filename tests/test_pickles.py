@@ -133,6 +133,21 @@ def test_files_of_tensors_and_plain_values_are_read(is_new, tmp_path):
     assert read["state"].keys() == values["state"].keys()
 
 
+@pytest.mark.parametrize(
+    "number",
+    [b"K\x01K\x02a", b"K\x01K\x02K\x03s", b"K\x01(K\x02K\x03e", b"N(NNu", b"(K\x01a"],
+    ids=["an item", "a value with its key", "items", "values with their keys", "a mark"],
+)
+def test_values_inside_what_holds_none_are_refused_and_leave_nothing_behind(number, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": [1, None], "b": (2, torch.tensor([3]))}, tmp_path / "good.pt")
+    write_archive(path, dictionary(number))
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match=r"x\.pt is refused: .* no container"):
+            read_torch(path)
+        assert read_torch(tmp_path / "good.pt")["a"] == [1, None]
+
+
 def test_many_tensors_are_read(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({f"layer.{i}.weight": torch.tensor([i]) for i in range(1000)}, path)

@@ -105,7 +105,7 @@ def _follow(name: str, argument: Any, stack: list[_Value], memo: dict[int, _Valu
         stack.append(_Value(parts=_popped(stack, _TUPLES[name])))
     elif name in _ADDITIONS:
         parts = _popped(stack, _ADDITIONS[name])
-        stack[-1].parts.extend(parts)
+        _add(parts, stack)
     elif name in _TO_MARK:
         _take_to_mark(name, stack)
     elif name in _OTHERS:
@@ -134,7 +134,14 @@ def _take_to_mark(name: str, stack: list[_Value]) -> None:
     if name == "TUPLE":
         stack.append(_Value(parts=parts))
     else:
-        stack[-1].parts.extend(parts)
+        _add(parts, stack)
+
+
+def _add(parts: list[_Value], stack: list[_Value]) -> None:
+    """Put `parts` into the container on top of the stack."""
+    if stack[-1] in (_ONE, _MARK):  # they stand for such values in every pickle
+        raise UnpicklingError("it puts values into one that is no container")
+    stack[-1].parts.extend(parts)
 
 
 def _push_mark(argument: Any, stack: list[_Value]) -> None:
