@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from helpers import full_config, sparse_configs, tiny_config
+from tl_sparse.bridges.config import BridgeConfig
 from tl_sparse.config import merged
 from tl_sparse.data.config import DataConfig
 from tl_sparse.errors import ConfigError, TLSparseError
@@ -223,6 +225,25 @@ def test_a_configuration_cannot_change_after_its_checks():
 def test_impossible_settings(make, changes, message):
     with pytest.raises(ConfigError, match=message):
         make(**changes)
+
+
+OF_ANY_TYPE = [None, True, "", "0", "x", b"x", 0.5, -1, 10**400, math.nan, [], [None], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), TrainConfig(), DataConfig(), PruneConfig(), BridgeConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_value_of_any_type_is_possible_or_refused(config):
+    for field in dataclasses.fields(config):
+        n_refused = 0
+        for value in OF_ANY_TYPE:
+            try:
+                merged(config, {field.name: value})
+            except ConfigError:
+                n_refused += 1
+        assert n_refused > 2, field.name
 
 
 def test_defaults_are_possible():

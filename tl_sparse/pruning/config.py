@@ -207,7 +207,8 @@ class PruneConfig:
             self._check_max_nodes(self.max_nodes)
         if self.removal_tests is not None:
             expected = "None, or a whole number of at least 0"
-            check(self.removal_tests >= 0, "removal_tests", self.removal_tests, expected)
+            is_possible = type(self.removal_tests) is int and self.removal_tests >= 0
+            check(is_possible, "removal_tests", self.removal_tests, expected)
 
     def _check_kind_of_nodes(self) -> None:
         if self.nodes == "channels":

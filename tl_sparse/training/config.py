@@ -222,6 +222,8 @@ class TrainConfig:
     def _check_l0(self) -> None:
         """Check the numbers and shares of nonzero weights, also against `min_nonzero`."""
         d_model = self.model.d_model
+        expected = f"at most {d_model}, the number of entries of each neuron"
+        check(self.min_nonzero <= d_model, "min_nonzero", self.min_nonzero, expected)
         least_fraction = self.min_nonzero / d_model
         why = f"since min_nonzero keeps {self.min_nonzero} of the {d_model} entries of each neuron"
 
