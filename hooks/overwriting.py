@@ -4,12 +4,12 @@ Under a small circuit, most blocks write only what they are held at. What attent
 compute there has no effect.
 """
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from tl_sparse.arguments import checked
 from tl_sparse.hooks.scopes import Scope
 from tl_sparse.hooks.whole_sequence import all_treat_positions_alike
 
@@ -22,7 +22,8 @@ def mark_overwriting(hook_point: Any, handle: Any, scope: Scope) -> None:
     setattr(hook_point._forward_hooks[handle.hook.id], _MARK, scope)
 
 
-def is_overwritten(hook_point: nn.Module, made_by: Iterable[nn.Module]) -> bool:
+@checked()
+def is_overwritten(hook_point: nn.Module, made_by: Sequence[nn.Module]) -> bool:
     """Whether the first function at the hook point replaces the activation, whatever it is.
 
     It is false if anything else may act on the modules that compute the activation, or record what
@@ -37,4 +38,7 @@ def is_overwritten(hook_point: nn.Module, made_by: Iterable[nn.Module]) -> bool:
     scope = getattr(functions[0], _MARK, None)
     if scope is None or not scope.is_open_here():
         return False
-    return all_treat_positions_alike(chain.from_iterable(part.modules() for part in made_by))
+    modules: list[nn.Module] = []
+    for part in made_by:
+        modules += part.modules()
+    return all_treat_positions_alike(modules)

@@ -83,10 +83,14 @@ def hooked(
     compiled code would ignore the functions. `model.reset_hooks()` does not remove them.
 
     Raises:
-        HookNameError: for a name that the model does not have, or a hook point that never runs
-            under the model's present settings; no function is then attached.
+        HookNameError: for a name that the model does not have, a hook point that never runs under
+            the model's present settings, or a name in `overwriting` without a function; no function
+            is then attached.
     """
     check_hook_names(model, functions)
+    for name in overwriting:
+        if name not in functions:
+            raise HookNameError(f"overwriting: {name!r} has no function; it must be in `functions`")
     with new_scope() as scope:
         attached: list[_Attached] = []
         try:

@@ -5,13 +5,14 @@ a process holds an ordinary tensor. Parts may be empty.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import UnsupportedError
 
 
@@ -28,6 +29,7 @@ class Shard:
     first: int
 
 
+@checked()
 def is_sharded(weight: Tensor) -> bool:
     """Whether a weight is spread over processes."""
     # Slow to import, and there are no sharded weights before someone has imported it.
@@ -35,6 +37,7 @@ def is_sharded(weight: Tensor) -> bool:
     return module is not None and isinstance(weight, module.DTensor)
 
 
+@checked()
 @torch.no_grad()
 def shard_of(weight: Tensor) -> Shard:
     """The part of a weight that this process holds: all of it unless it is sharded.
@@ -58,11 +61,13 @@ def shard_of(weight: Tensor) -> Shard:
     return Shard(sharded.to_local(), first)
 
 
-def parts_of(weights: Iterable[Tensor]) -> list[Tensor]:
+@checked()
+def parts_of(weights: Sequence[Tensor]) -> list[Tensor]:
     """The parts of weights that this process holds."""
     return [shard_of(weight).part for weight in weights]
 
 
+@checked()
 @torch.no_grad()
 def sharded_like(whole: Tensor, weight: Tensor) -> Tensor:
     """A tensor on the device of a weight and, if it has the weight's shape, sharded as this is."""
@@ -98,13 +103,13 @@ class ShardExchange:
         return torch.cat(parts, dim=-1)
 
 
-def exchange_of(weights: Iterable[Tensor]) -> ShardExchange | None:
+@checked()
+def exchange_of(weights: Sequence[Tensor]) -> ShardExchange | None:
     """The exchange of the processes over which these weights are spread; None if they are not.
 
     Raises:
         UnsupportedError: if only some of them are.
     """
-    weights = list(weights)
     n_sharded = sum(map(is_sharded, weights))
     if n_sharded == 0:
         return None

@@ -5,13 +5,13 @@ that do the same at every position, such as mean ablation. A function of the use
 the other positions: it may record them, or change some of them.
 """
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from tl_sparse.arguments import checked
 from tl_sparse.errors import UnsupportedError
 
 #: The attribute of functions in `nn.Module`'s lists of hooks that do the same at every position.
@@ -38,10 +38,11 @@ def treats_positions_alike(model: Any) -> bool:
     """
     if not hasattr(model, "network"):
         raise UnsupportedError("only models of tl_sparse can leave positions out")
-    return all_treat_positions_alike(chain([model], model.network.modules()))
+    return all_treat_positions_alike([model, *model.network.modules()])
 
 
-def all_treat_positions_alike(modules: Iterable[nn.Module]) -> bool:
+@checked()
+def all_treat_positions_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether all that acts on these modules of tl_sparse does the same at every position."""
     if any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
         return False

@@ -181,6 +181,12 @@ def right():
         "intervention": "patching",
         "method": "eap",
         "level": "edge",
+        "hook_point": model.hook_dict[name],
+        "made_by": [model.blocks[0].mlp],
+        "modules": [model.blocks[0].mlp],
+        "weight": model.W_E,
+        "weights": [model.W_E, model.W_U],
+        "whole": model.W_E,
     }
 
 

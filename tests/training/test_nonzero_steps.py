@@ -173,17 +173,17 @@ def test_zeros_stay_zeros_between_dense_gradients_and_then_others_come_in():
     assert took_in == [False, False, False, False, True, False, False, False, True]
 
 
-def test_weights_train_whole_until_less_than_a_quarter_is_nonzero():
-    trainer = trainer_of(steps=20, anneal_stop=0.5, l0_fraction_embed=0.5)
+def test_weights_train_whole_until_their_share_is_final_and_below_a_quarter():
+    trainer = trainer_of(steps=24, anneal_stop=0.75, l0_fraction=0.15, l0_fraction_embed=0.5)
     low = []
-    for step in range(20):
+    for step in range(24):
         take_steps(trainer, step + 1)
         held = trainer.nonzero_steps.held
         assert not any(p in held for p in (trainer.model.W_E, trainer.model.W_U))
         low.append(len(held) > 0)
-    # The fraction is 1 - 0.8 · step / 10, which is first below 1/4 at step 10; 12 is the next
-    # multiple of 4. The last step has a dense gradient too.
-    assert low == [step in (13, 14, 15, 17, 18) for step in range(20)]
+    # The fraction is below 1/4 from step 16 on, and final at step 18; 20 is the next multiple of 4.
+    # The last step has a dense gradient too.
+    assert low == [step in (21, 22) for step in range(24)]
 
 
 CASES = {

@@ -296,7 +296,7 @@ class Block(nn.Module):
         last: PositionOfRow | None,
     ) -> Stream:
         """What attention adds to the stream; it is not computed if a hook replaces all of it."""
-        if is_overwritten(self.hook_attn_out, [self.ln1, self.attn]):
+        if self._is_replaced(self.hook_attn_out, self.ln1, self.attn):
             stream = resid_pre if last is None else select_position(resid_pre, last)
             return self.hook_attn_out(_zeros_like(stream))
         q_read, k_read, v_read = self._attn_reads(resid_pre, pos)
@@ -304,9 +304,15 @@ class Block(nn.Module):
 
     def _mlp_out(self, mlp_in: Stream, pos: Positions | None) -> Stream:
         """What the MLP adds to the stream; it is not computed if a hook replaces all of it."""
-        if is_overwritten(self.hook_mlp_out, [self.ln2, self.mlp, self.topk_mlp_out]):
+        if self._is_replaced(self.hook_mlp_out, self.ln2, self.mlp, self.topk_mlp_out):
             return self.hook_mlp_out(_zeros_like(mlp_in))
         return self.hook_mlp_out(self.topk_mlp_out(self.mlp(self.ln2(mlp_in, pos))))
+
+    def _is_replaced(self, hook_point: nn.Module, *made_by: nn.Module) -> bool:
+        """Whether a hook replaces all of an activation, and nothing sees how it is computed."""
+        if torch.compiler.is_compiling():
+            return False  # in a context with such hooks, a compiled model runs uncompiled
+        return is_overwritten(hook_point, made_by)
 
     def _attn_reads(self, resid_pre: Stream, pos: Positions | None) -> tuple[Reads, Reads, Reads]:
         """The inputs of q, k and v: the same one or, if a flag says so, a separate one for each."""

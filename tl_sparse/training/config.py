@@ -75,10 +75,10 @@ class TrainConfig:
         anneal_stop: when the nonzero shares reach their final values, as a share of the steps.
         anneal_shape: how the nonzero shares fall between these two. Linearly in section A.2.
         min_nonzero: the smallest number of nonzero entries per neuron and attention channel.
-        dense_gradient_steps: the number of steps from one dense gradient to the next. In the steps
-            between, the zeros of weights of which less than a quarter is nonzero stay zeros: they
-            have no gradients, moments and updates. With 1, all gradients are dense. See
-            `tl_sparse.training.nonzero_steps`.
+        dense_gradient_steps: the number of steps from one dense gradient to the next, once the
+            nonzero shares are final. In the steps between, the zeros of weights of which less than
+            a quarter is nonzero stay zeros: they have no gradients, moments and updates. With 1,
+            all gradients are dense. See `tl_sparse.training.nonzero_steps`.
         topk_anneal_start: when the fractions of AbsTopK start to fall from 1, as a share of the
             steps.
         topk_anneal_stop: when the fractions of AbsTopK reach the model's, as a share of the steps.

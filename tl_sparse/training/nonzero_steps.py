@@ -26,10 +26,12 @@ RATIO = "gradients/rms_ratio"
 class NonzeroSteps:
     """Decides which steps train only the nonzero weights, and puts these in the weights' place.
 
-    Every `interval`-th step has dense gradients, and so has the last one, so that the model ends
-    with as few nonzero weights as its schedule says. In the other steps, the weights of a group
-    whose nonzero fraction is below `NONZEROS_BELOW` are held: the optimizer has the vector of their
-    nonzero entries instead of the weight. All other parameters are trained as in every step.
+    Until the nonzero fractions have reached their final values, all steps have dense gradients:
+    which weights stay is decided in them, and steps without dense gradients cost more of the loss
+    there than they save of the time. After that, every `interval`-th step has dense gradients, and
+    so has the last one. In the other steps, the weights of a group whose nonzero fraction is below
+    `NONZEROS_BELOW` are held: the optimizer has the vector of their nonzero entries instead of the
+    weight. All other parameters are trained as in every step.
 
     A weight that is held keeps the moments of its nonzero entries. When it is next released, for a
     dense gradient, the moments of the other entries begin at zero.
@@ -71,14 +73,18 @@ class NonzeroSteps:
         return step % self.interval == 0 or step == self.n_steps - 1
 
     def _low_weights(self) -> list[Tensor]:
-        """The weights of the groups that had few nonzero entries at the last dense gradient."""
+        """The weights of the groups that had their final few nonzero entries already at the last
+        multiple of the interval.
+        """
         if self.interval == 1:
             return []
         step = self.sparsity.steps
         last_dense = step - step % self.interval
         weights = []
         for group in self.sparsity.groups:
-            if self.sparsity.fraction_at(last_dense, group) < NONZEROS_BELOW:
+            final = self.sparsity.fraction_at(self.n_steps, group)
+            is_final = self.sparsity.fraction_at(last_dense, group) == final
+            if is_final and final < NONZEROS_BELOW:
                 weights += group.parameters
         return weights
 
