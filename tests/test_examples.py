@@ -160,6 +160,7 @@ def test_existing_tools_tell_the_circuit_from_the_rest(quote_circuit):
 
 
 @once
+@pytest.mark.any_line
 def test_the_quote_circuit_predicts_what_fools_the_model(quote_circuit):
     printed = run("the_quote_circuit.py", "--circuit", quote_circuit, "--pairs", 32)
     circuit = tl_sparse.Circuit.load(quote_circuit)
