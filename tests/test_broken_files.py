@@ -68,7 +68,7 @@ from tl_sparse.suites import optuna_search as search_module
 from tl_sparse.suites import suite
 from tl_sparse.suites.optuna_search import search
 from tl_sparse.suites.suite import run_suite
-from tl_sparse.tasks import PARTS, Task, TaskPairs, make_task_data
+from tl_sparse.tasks import PARTS, Task, TaskPairs, make_task_data, token_ids
 from tl_sparse.training.trainer import Trainer
 from tl_sparse.view import plots
 
@@ -397,7 +397,10 @@ def write_bpe(folder):
 
 def read_tokenizer(folder):
     tokenizer = load_tokenizer(folder)
-    return digest(tokenizer.encode("A = abc B end"), len(tokenizer), tokenizer.decode([0, 1, 2]))
+    tokens = token_ids(tokenizer, "A = abc B end")
+    with tempfile.TemporaryDirectory() as again:
+        tokenizer.save_pretrained(again)
+    return digest(tokens, len(tokenizer), tokenizer.decode([0, 1, 2]))
 
 
 def read_documents(folder):

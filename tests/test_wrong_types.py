@@ -125,6 +125,8 @@ def right():
         "parts": [data],
         "source": "",
         "prompts": [],
+        "text": "A end",
+        "what": "a text",
         "tokenizer": model.tokenizer,
         "logits": torch.zeros(4, 8, model.cfg.d_vocab),
         "correct": data.correct,

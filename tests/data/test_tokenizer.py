@@ -7,9 +7,11 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from helpers import word_tokenizer
+from tl_sparse.data.corpus import pack_tokens
 from tl_sparse.data.tokenizer import (
     END_OF_TEXT,
     PIECES,
@@ -18,6 +20,7 @@ from tl_sparse.data.tokenizer import (
     train_tokenizer,
 )
 from tl_sparse.errors import TokenizerError
+from tl_sparse.tasks import make_task_data
 from tl_sparse.tasks.idioms import idiom_documents
 
 pytestmark = pytest.mark.any_line
@@ -209,9 +212,62 @@ def test_what_lies_beside_a_tokenizer(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
         with pytest.raises(TokenizerError, match=r"model_max_length = .* is not a number"):
             load_tokenizer(folder)
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "extra": "\ud800"}))
+    with pytest.raises(TokenizerError, match=r"can't encode character '.ud800'"):
+        load_tokenizer(folder)
 
 
 def test_a_tiktoken_file_with_capitals(tmp_path):
     lines = [b"%s %d" % (base64.b64encode(bytes([i])), i) for i in range(256)]
     (tmp_path / "X.TIKTOKEN").write_bytes(b"\r\n".join(lines))
     assert load_tokenizer(tmp_path).encode("ab") == [97, 98]
+
+
+def write_tokens(folder, name, ids):
+    """A tokenizer with these tokens in one of the formats that we read."""
+    if name == "vocab.json":
+        (folder / "merges.txt").write_text("")
+        (folder / name).write_text(json.dumps(ids))
+    elif name == "x.tiktoken":
+        ranks = {bytes([i]): i for i in range(255)} | {b"\xff": ids["b"]}
+        lines = [b"%s %d" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+        (folder / name).write_bytes(b"\n".join(lines))
+    else:
+        model = models.WordLevel(ids, unk_token="a")
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(folder)
+        if name == "tokenizer.json alone":
+            (folder / "tokenizer_config.json").unlink()
+
+
+FORMATS = ["vocab.json", "x.tiktoken", "tokenizer.json", "tokenizer.json alone"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_id_far_above_the_others(name, tmp_path):
+    """When such a tokenizer was copied, the library took 4 bytes for each id between."""
+    write_tokens(tmp_path, name, {"a": 0, "b": 1_002_000})
+    with pytest.raises(TokenizerError, match=r"a token has the id 1,002,00[01], which leaves more"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_without_a_token(name, tmp_path):
+    write_tokens(tmp_path, name, {"a": 0, "b": 1000})
+    assert max(load_tokenizer(tmp_path).get_vocab().values()) in (1000, 1001)
+
+
+def test_words_that_a_tokenizer_does_not_know(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="no such token"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<s>"
+    ).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert pack_tokens(["a a"], tokenizer, 3, seed=0).tolist() == [[0, 1, 1]]
+    message = r"the tokenizer has no tokens for .*; use words of its vocabulary, or a tokenizer"
+    with pytest.raises(TokenizerError, match=message):
+        single_token(tokenizer, "b")
+    with pytest.raises(TokenizerError, match=message):
+        pack_tokens(["a b"], tokenizer, 3, seed=0)
+    with pytest.raises(TokenizerError, match=message):
+        make_task_data("single_double_quote", tokenizer, 1, 0)

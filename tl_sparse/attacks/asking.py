@@ -15,7 +15,7 @@ from tl_sparse.errors import TaskError
 from tl_sparse.evaluation import all_logits
 from tl_sparse.hooks import TLModel
 from tl_sparse.programs import CompiledCircuit
-from tl_sparse.tasks import TaskData, right_minus_wrong
+from tl_sparse.tasks import TaskData, encoding, right_minus_wrong, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,12 +50,13 @@ class Asker:
         """The tokens of each prompt, also of those that do not fit the context."""
         if not prompts:
             return []
-        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        with encoding("a prompt of the attack"):
+            ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         return [[self.tokenizer.bos_token_id, *row] for row in ids]
 
     def n_tokens(self, text: str) -> int:
         """The number of tokens of a text."""
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
+        return len(token_ids(self.tokenizer, text))
 
     def can_ask(self, prompt: str, row: Row) -> bool:
         """Whether a prompt fits the context, and each answer is still one token after it."""

@@ -18,7 +18,7 @@ from tl_sparse.attacks.questions import (
     Question,
 )
 from tl_sparse.attacks.searching import Material, Pieces
-from tl_sparse.tasks import Task, whole_statements
+from tl_sparse.tasks import Task, token_ids, whole_statements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +111,7 @@ def spans_of_last_lines(
     found: dict[Pieces, None] = {}
     for question in questions:
         last_line = question.prompt.rstrip("\n").rsplit("\n", 1)[-1]
-        ids = tokenizer.encode(last_line, add_special_tokens=False)
+        ids = token_ids(tokenizer, last_line)
         pieces = [tokenizer.decode([token]) for token in ids]
         for length in range(1, LONGEST_SPAN + 1):
             for start in range(len(pieces) - length + 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits.nodes import Node
 from tl_sparse.hooks import TLModel
-from tl_sparse.tasks import Task, make_task_data
+from tl_sparse.tasks import Task, make_task_data, token_ids
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def task_tokens(model: TLModel, task: Task) -> tuple[list[int], list[int]]:
     """
     data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0)
     first, second = data.prompts
-    first_tokens = model.tokenizer.encode(first, add_special_tokens=False)
-    second_tokens = model.tokenizer.encode(second, add_special_tokens=False)
+    first_tokens = token_ids(model.tokenizer, first)
+    second_tokens = token_ids(model.tokenizer, second)
     candidates = data.candidates[0].tolist()
     tokens = _differing_tokens(first_tokens, second_tokens)
     without_repeats = dict.fromkeys(tokens + candidates)

@@ -27,6 +27,7 @@ from tl_sparse.data.documents import Documents, load_documents
 from tl_sparse.data.stream import Stream
 from tl_sparse.data.tokenizer import load_tokenizer, train_tokenizer
 from tl_sparse.errors import CheckpointError, DataError, TokenizerError, TrainError
+from tl_sparse.tasks import encoding
 
 #: The number of characters of a stream that the tokenizer is trained on.
 STREAM_TOKENIZER_CHARS = 5_000_000
@@ -127,7 +128,7 @@ def pack_tokens(
         ConfigError: if `n_ctx` is below 1, or `n_ctx` or `seed` is not an integer.
         DataError: if the documents do not fill one row, or one of them is not text.
         TokenizerError: if the tokenizer is not one of transformers' fast tokenizers, or has no
-            end-of-text token.
+            end-of-text token, or no tokens for a part of a document.
     """
     check(type(n_ctx) is int and n_ctx >= 1, "n_ctx", n_ctx, "an integer of at least 1")
     check(type(seed) is int, "seed", seed, "an integer")
@@ -259,9 +260,11 @@ def _write_rows(
     for batch in _batches(documents):
         tokens = array(dtype.char)
         _check_texts(batch)
-        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+        with encoding(f"the {what}"):
+            encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
+        for document in encoded:
             tokens.append(end_of_text)
-            tokens.extend(encoding.ids)
+            tokens.extend(document.ids)
         tokens.tofile(file)
         n_tokens += len(tokens)
     if n_tokens < n_ctx:

@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merge
 from tl_sparse.errors import TokenizerError
 from tl_sparse.files import utf8_path
 from tl_sparse.parsing import check_is_file
+from tl_sparse.tasks import token_ids
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
@@ -47,6 +48,11 @@ PIECES = "|".join(
 # often than the rarest merges of any useful vocabulary occur, so the string is merged before the
 # vocabulary is full.
 _REQUIRED_EVERY = 200
+
+#: A vocabulary may have this many ids without a token, as where tokens were removed. When a
+#: tokenizer is copied or saved, the Rust library takes time and memory for each of them, without a
+#: bound: an id of 2**31 ends the process.
+_MAX_GAPS = 1_000_000
 
 
 def train_tokenizer(
@@ -163,7 +169,7 @@ def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     Raises:
         TokenizerError: if it is not a single token; the message lists the tokens it is split into.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = token_ids(tokenizer, text)
     if len(ids) != 1:
         parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
         raise TokenizerError(
@@ -238,17 +244,31 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise `ValueError` for settings that transformers takes over without looking at them."""
+    """Raise `ValueError` for what the libraries take over without looking at it."""
+    _check_ids(tokenizer.backend_tokenizer)
     limit = tokenizer.model_max_length
     if not isinstance(limit, int | float):
         raise ValueError(f"model_max_length = {limit!r} is not a number")
+    settings = json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str)
+    settings.encode()  # half a character in a setting could not be saved again
 
 
 def _like_gpt2(model: models.BPE) -> PreTrainedTokenizerFast:
     """A tokenizer that cuts text as GPT-2 does, and then merges it with `model`."""
-    return _for_transformers(
-        _byte_level_bpe(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
-    )
+    backend = _byte_level_bpe(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    _check_ids(backend)  # before transformers copies it
+    return _for_transformers(backend)
+
+
+def _check_ids(backend: Tokenizer) -> None:
+    """Raise `ValueError` if the ids of the tokens are not more or less those from 0 on."""
+    ids = backend.get_vocab().values()
+    last = max(ids, default=0)
+    if last - len(ids) > _MAX_GAPS:
+        raise ValueError(
+            f"a token has the id {last:,}, which leaves more than {_MAX_GAPS:,} ids without a "
+            f"token in a vocabulary of {len(ids):,} tokens"
+        )
 
 
 def _tiktoken_model(path: Path) -> models.BPE:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.data import END_OF_TEXT
 from tl_sparse.errors import TokenizerError
+from tl_sparse.tasks import encoding
 
 
 def prepare_tokenizer(
@@ -46,7 +47,9 @@ def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     except Exception:  # the Rust library's own, for a vocabulary without "a" and an unknown token
         special = set(tokenizer.all_special_ids)
         ordinary = (token for token in tokenizer.get_vocab().values() if token not in special)
-        ids = tokenizer.encode(tokenizer.decode([next(ordinary, tokenizer.eos_token_id)]))
+        token = tokenizer.decode([next(ordinary, tokenizer.eos_token_id)])
+        with encoding(f"{token!r}, which it says itself"):
+            ids = tokenizer.encode(token)
     return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 
 

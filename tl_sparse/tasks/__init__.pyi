@@ -31,6 +31,8 @@ from .task_data import task_loss_and_accuracy as task_loss_and_accuracy
 from .task_data import too_few_pairs as too_few_pairs
 from .task_data import warn_of_shortened as warn_of_shortened
 from .telling import telling_tokens as telling_tokens
+from .text_tokens import encoding as encoding
+from .text_tokens import token_ids as token_ids
 from .whole import WholePair as WholePair
 from .whole import context_tells_sides as context_tells_sides
 from .whole import whole_pairs as whole_pairs

@@ -16,6 +16,7 @@ from tl_sparse.errors import DataError, TaskError, TokenizerError, counted, warn
 from tl_sparse.precision import in_float32
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.task import Task, as_task, is_built_in
+from tl_sparse.tasks.text_tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -344,7 +345,7 @@ def task_loss_and_accuracy(
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    return [tokenizer.bos_token_id, *token_ids(tokenizer, text)]
 
 
 def _check_fair(task: Task, pair: Pair, first_ids: list[int], second_ids: list[int]) -> None:

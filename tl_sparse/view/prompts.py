@@ -12,7 +12,7 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.errors import DataError, TokenizerError
 from tl_sparse.hooks import TLModel
 from tl_sparse.precision import in_float32
-from tl_sparse.tasks import TaskData
+from tl_sparse.tasks import TaskData, token_ids
 from tl_sparse.view.activations import NodePoint, NodeRun, run_nodes
 from tl_sparse.view.limits import LIMITS
 from tl_sparse.view.writing import Vocabulary, activation_levels, four_digits
@@ -47,7 +47,8 @@ def own_prompts(model: TLModel, texts: Sequence[str]) -> list[ShownPrompt]:
     """Prompts of the user's own, which have no answers.
 
     Raises:
-        TokenizerError: if the model has no tokenizer, or the tokenizer no bos_token.
+        TokenizerError: if the model has no tokenizer, or the tokenizer has no bos_token, or no
+            tokens for a part of a prompt.
         DataError: if a prompt is empty, or does not fit the context of the model.
     """
     if texts and getattr(model.tokenizer, "bos_token_id", None) is None:
@@ -57,7 +58,7 @@ def own_prompts(model: TLModel, texts: Sequence[str]) -> list[ShownPrompt]:
     device = next(model.parameters()).device
     prompts = []
     for text in texts:
-        tokens = model.tokenizer.encode(text, add_special_tokens=False)
+        tokens = token_ids(model.tokenizer, text)
         if not tokens:
             raise DataError(f"the prompt {text!r} has no tokens")
         tokens = [model.tokenizer.bos_token_id, *tokens]
