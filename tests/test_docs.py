@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import linecache
 import re
 import shlex
 import shutil
@@ -132,6 +133,9 @@ def run(snippet: Snippet, namespace: dict) -> None:
     """Run a snippet; where it fails, the message names the page and its line."""
     code = "\n" * (snippet.line - 1) + snippet.code
     name = str(snippet.page.relative_to(ROOT))
+    # Where tracebacks look for the source, and nnsight, which other tests import: without this they
+    # would read the page as Python.
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
         exec(compile(code, name, "exec"), namespace)
     except Exception as error:
