@@ -1,6 +1,8 @@
 """Damage to files that carry checksums is noticed, wherever it is."""
 
 import json
+import struct
+import tracemalloc
 
 import pytest
 import safetensors.torch
@@ -62,6 +64,20 @@ def test_a_file_cut_short_or_continued_is_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
             read_tensors(path)
+
+
+def test_a_header_longer_than_the_file_takes_no_memory(tmp_path):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, TENSORS)
+    whole = path.read_bytes()
+    for length in (len(whole) - 7, 2**26, 10**8, 2**63):  # 10**8: the limit of the library
+        path.write_bytes(struct.pack("<Q", length) + whole[8:])
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match=r"damaged: the header is (longer than|too long)"):
+            read_tensors(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 2**20
 
 
 def test_files_without_checksums_are_accepted(tmp_path):

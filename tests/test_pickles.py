@@ -88,6 +88,22 @@ def test_bombs_in_old_files_are_refused(name, tmp_path):
         read_torch(path)
 
 
+@pytest.mark.parametrize("size", [1, 2**20, 2**31 - 1, 2**32 - 2])
+def test_a_record_with_two_sizes_is_refused_and_takes_no_memory(size, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.tensor([1.0])}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\x01\x02") + 20  # the compressed size of data.pkl in the index
+    content[place : place + 4] = struct.pack("<I", size)
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"x\.pt is truncated .* overlap or are compressed"):
+        read_torch(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+
+
 def test_another_pickle_in_an_archive_is_not_taken(tmp_path):
     path = tmp_path / "x.pt"
     bomb = BOMBS["a tuple doubled as a key"]

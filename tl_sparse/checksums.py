@@ -13,6 +13,7 @@ to be fast: about 0.6 to 1 GB per second.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -108,12 +109,20 @@ def check_tensor_file(path: Path) -> None:
 
 
 def _header(file: IO[bytes]) -> bytes:
-    """The header of a safetensors file, with the length before it."""
+    """The header of a safetensors file, with the length before it.
+
+    Raises:
+        ValueError: if the length is more than that of the file, or than the library reads.
+    """
+    file_size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = file.read(_LENGTH_BYTES)
     n_bytes = int.from_bytes(length, "little")
     if n_bytes > _MAX_HEADER:
         raise ValueError("the header is too long")
+    # `read` asks for as much memory as it is told to read, even where the file has less.
+    if _LENGTH_BYTES + n_bytes > file_size:
+        raise ValueError("the header is longer than the file")
     return length + file.read(n_bytes)
 
 

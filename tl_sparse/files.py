@@ -290,7 +290,11 @@ def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
     records = archive.infolist()
     names = {record.filename.lower() for record in records}  # torch ignores case
     total_size = sum(record.file_size for record in records)
-    is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    # A record has two sizes. `zipfile` asks for as much memory as the compressed one says.
+    is_compressed = any(
+        record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        for record in records
+    )
     # With records that share a name or bytes, a small file could unpack to a very large model.
     is_overlapping = len(names) < len(records) or total_size > file_size
     if is_compressed or is_overlapping:
