@@ -14,12 +14,34 @@ from tl_sparse.kernels.triton_rows import magnitude_keys
 
 
 @triton.jit
-def _is_protected(keys, indices, inside, bounds, lasts, n_columns):
-    """Whether entries are among the minimum that their rows keep, see `row_bounds`."""
-    rows = indices // n_columns
-    bound = tl.load(bounds + rows, mask=inside, other=0)
-    last = tl.load(lasts + rows, mask=inside, other=0)
-    return (keys > bound) | ((keys == bound) & (indices - rows * n_columns <= last))
+def _magnitudes(
+    x,
+    indices,
+    size,
+    bounds,
+    lasts,
+    n_columns,
+    HAS_MINIMUM: tl.constexpr,
+    KEY: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    INFINITY: tl.constexpr,
+):
+    """The magnitudes of some entries, and whether each of them competes for being kept.
+
+    Those do not that are among the minimum that their rows keep, see `row_bounds`, nor those
+    outside of the matrix.
+    """
+    inside = indices < size
+    values = tl.load(x + indices, mask=inside, other=0)
+    keys = magnitude_keys(values, KEY, UNSIGNED, INFINITY)
+    competes = inside
+    if HAS_MINIMUM:
+        rows = indices // n_columns
+        bound = tl.load(bounds + rows, mask=inside, other=0)
+        last = tl.load(lasts + rows, mask=inside, other=0)
+        is_at_bound = (keys == bound) & (indices - rows * n_columns <= last)
+        competes = inside & (((keys > bound) | is_at_bound) == 0)
+    return keys, competes
 
 
 @triton.jit
@@ -43,8 +65,7 @@ def count_digits(
 ):
     """Count the entries with each value of a digit, the bits from `shift` up to `above`.
 
-    Only those are counted that are not protected, and whose bits from `above` on are those of the
-    threshold.
+    Only those are counted that compete, and whose bits from `above` on are those of the threshold.
     """
     prefix = tl.load(threshold) >> above
     found = tl.zeros((DIGITS,), tl.int32)
@@ -52,13 +73,10 @@ def count_digits(
     start = tl.program_id(0) * segment
     for first in range(start, tl.minimum(start + segment, size), BLOCK):
         indices = first + tl.arange(0, BLOCK)
-        inside = indices < size
-        values = tl.load(x + indices, mask=inside, other=0)
-        keys = magnitude_keys(values, KEY, UNSIGNED, INFINITY)
-        is_counted = inside & ((keys >> above) == prefix)
-        if HAS_MINIMUM:
-            protected = _is_protected(keys, indices, inside, bounds, lasts, n_columns)
-            is_counted = is_counted & (protected == 0)
+        keys, competes = _magnitudes(
+            x, indices, size, bounds, lasts, n_columns, HAS_MINIMUM, KEY, UNSIGNED, INFINITY
+        )
+        is_counted = competes & ((keys >> above) == prefix)
         digits = (keys >> shift) & ((1 << (above - shift)) - 1)
         # Entries that do not count are counted as 0, and taken off again below.
         found += tl.histogram(tl.where(is_counted, digits, 0).to(tl.int32), DIGITS)
@@ -92,13 +110,10 @@ def count_ties(
         start = tl.program_id(0) * segment
         for first in range(start, tl.minimum(start + segment, size), BLOCK):
             indices = first + tl.arange(0, BLOCK)
-            inside = indices < size
-            values = tl.load(x + indices, mask=inside, other=0)
-            keys = magnitude_keys(values, KEY, UNSIGNED, INFINITY)
-            is_tied = inside & (keys == bound)
-            if HAS_MINIMUM:
-                protected = _is_protected(keys, indices, inside, bounds, lasts, n_columns)
-                is_tied = is_tied & (protected == 0)
+            keys, competes = _magnitudes(
+                x, indices, size, bounds, lasts, n_columns, HAS_MINIMUM, KEY, UNSIGNED, INFINITY
+            )
+            is_tied = competes & (keys == bound)
             found += tl.sum(is_tied.to(tl.int32), 0)
         tl.store(counts + tl.program_id(0), found)
 
@@ -130,19 +145,15 @@ def cut(
     start = tl.program_id(0) * segment
     for first in range(start, tl.minimum(start + segment, size), BLOCK):
         indices = first + tl.arange(0, BLOCK)
-        inside = indices < size
-        values = tl.load(x + indices, mask=inside, other=0)
-        keys = magnitude_keys(values, KEY, UNSIGNED, INFINITY)
-        kept = keys > bound
-        is_tied = inside & (keys == bound)
-        if HAS_MINIMUM:
-            protected = _is_protected(keys, indices, inside, bounds, lasts, n_columns)
-            kept = kept | protected
-            is_tied = is_tied & (protected == 0)
+        keys, competes = _magnitudes(
+            x, indices, size, bounds, lasts, n_columns, HAS_MINIMUM, KEY, UNSIGNED, INFINITY
+        )
+        kept = (keys > bound) | (competes == 0)
+        is_tied = competes & (keys == bound)
         n_tied = tl.sum(is_tied.to(tl.int32), 0)
         if n_tied > 0:
             place = tl.cumsum(is_tied.to(tl.int32), 0)
             kept = kept | (is_tied & (place <= n_left))
             n_left -= n_tied
-        is_zeroed = inside & ((kept == 0) | (keys == 0))
+        is_zeroed = (indices < size) & ((kept == 0) | (keys == 0))
         tl.store(x + indices, tl.zeros((BLOCK,), KEY), mask=is_zeroed)

@@ -20,6 +20,27 @@ def magnitude_keys(values, KEY: tl.constexpr, UNSIGNED: tl.constexpr, INFINITY: 
 
 
 @triton.jit
+def _row(
+    x,
+    n_columns,
+    KEY: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The number of the row of this program, its columns, values and magnitudes.
+
+    The magnitudes of columns outside of the row are -1.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < n_columns
+    values = tl.load(x + row * n_columns + columns, mask=inside, other=0)
+    keys = tl.where(inside, magnitude_keys(values, KEY, UNSIGNED, INFINITY), -1)
+    return row, columns, values, keys
+
+
+@triton.jit
 def largest_of_row(keys, k):
     """Whether each key is among the `k` largest; of equal ones at the threshold the first are.
 
@@ -65,14 +86,11 @@ def abs_topk(
 
     The kept entries are marked in the mask: bit i of byte j is that of column 8 · j + i.
     """
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < n_columns
-    values = tl.load(x + row * n_columns + columns, mask=inside, other=0)
-    keys = tl.where(inside, magnitude_keys(values, KEY, UNSIGNED, INFINITY), -1)
+    row, columns, values, keys = _row(x, n_columns, KEY, UNSIGNED, INFINITY, BLOCK)
     kept, _ = largest_of_row(keys, k)
     zeros = values & ~UNSIGNED
-    tl.store(out + row * n_columns + columns, tl.where(kept, values, zeros), mask=inside)
+    chosen = tl.where(kept, values, zeros)
+    tl.store(out + row * n_columns + columns, chosen, mask=columns < n_columns)
     eights = tl.reshape(kept.to(tl.int32), (BLOCK // 8, 8))
     packed = tl.sum(eights << tl.arange(0, 8)[None, :], 1)
     places = tl.arange(0, BLOCK // 8)
@@ -92,13 +110,11 @@ def times(
     BLOCK: tl.constexpr,
 ):
     """out = x · mask for a row, with a mask from `abs_topk`."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    row, columns, values, keys = _row(x, n_columns, KEY, UNSIGNED, INFINITY, BLOCK)
     inside = columns < n_columns
-    values = tl.load(x + row * n_columns + columns, mask=inside, other=0)
     byte = tl.load(mask + row * n_bytes + columns // 8, mask=inside, other=0)
     kept = (byte.to(tl.int32) >> (columns % 8)) & 1
-    is_finite = magnitude_keys(values, KEY, UNSIGNED, INFINITY) < INFINITY
+    is_finite = keys < INFINITY
     # 0 · x keeps the sign of x, and is NaN if x is infinite or NaN; all bits set is a NaN.
     zeros = tl.where(is_finite, values & ~UNSIGNED, -1)
     tl.store(out + row * n_columns + columns, tl.where(kept == 1, values, zeros), mask=inside)
@@ -120,11 +136,7 @@ def row_bounds(
 
     These are the entries above the bound, and those at the bound up to the last column.
     """
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < n_columns
-    values = tl.load(x + row * n_columns + columns, mask=inside, other=0)
-    keys = tl.where(inside, magnitude_keys(values, KEY, UNSIGNED, INFINITY), -1)
+    row, columns, _, keys = _row(x, n_columns, KEY, UNSIGNED, INFINITY, BLOCK)
     kept, bound = largest_of_row(keys, k)
     last = tl.max(tl.where(kept & (keys == bound), columns, -1), 0)
     tl.store(bounds + row, bound)

@@ -21,14 +21,13 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_sparse.errors import CheckpointError
+from tl_sparse.kernels import bits
 
 #: The endings of the names of the three tensors.
 _PARTS = ("values", "positions", "shape")
 #: The approximate number of bytes that two more tensors take in the header of a file. A tensor that
 #: would save less stays dense.
 _OVERHEAD = 256
-#: Bytes per floating-point number → the integer dtype of the same size.
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class Compact:
     def of(cls, tensor: Tensor) -> "Compact":
         """A copy of the nonzero entries of a tensor."""
         flat = tensor.detach().flatten()
-        positions = _bits(flat).nonzero().flatten()
+        positions = bits(flat).nonzero().flatten()  # only +0.0 has no bit set
         return cls(flat[positions], positions.int(), tensor.shape)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Compact":
@@ -68,11 +67,6 @@ class Compact:
         flat = torch.zeros(math.prod(self.shape), device=device, dtype=dtype)
         flat[self.positions.to(device).long()] = self.values.to(device, dtype)
         return flat.view(self.shape)
-
-
-def _bits(flat: Tensor) -> Tensor:
-    """The bits of floating-point numbers, viewed as integers. Only +0.0 has no bit set."""
-    return flat.view(_INTEGERS[flat.itemsize])
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +90,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _saves_memory(tensor: Tensor) -> bool:
     """Whether a tensor on the CPU takes fewer bytes compact than dense."""
     flat = tensor.flatten()
-    n_nonzero = int(_bits(flat).count_nonzero())
+    n_nonzero = int(bits(flat).count_nonzero())
     n_bytes = n_nonzero * (flat.itemsize + torch.int32.itemsize) + _OVERHEAD
     positions_fit_int32 = len(flat) < 2**31
     return n_bytes < flat.nbytes and positions_fit_int32

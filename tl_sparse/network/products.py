@@ -140,8 +140,9 @@ class Product(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], bias: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
-        if self._trains_nonzeros(x):
-            return self._times_trained(x, bias)
+        trained = self._nonzeros_to_train(x)
+        if trained is not None:
+            return self._times_nonzeros(trained, x, bias)
         entries = self._entries(x)
         learns = self._learns()
         cut = self._cut(len(bias))
@@ -154,26 +155,26 @@ class Product(nn.Module):
         dense = self.matrix() if learns else None
         return _SparseProduct.apply(x, dense, bias, entries)
 
-    def _trains_nonzeros(self, x: Float[Tensor, "*batch d_in"]) -> bool:
-        """Whether the gradients are those of the nonzero weights alone."""
+    def _nonzeros_to_train(self, x: Float[Tensor, "*batch d_in"]) -> NonzeroMatrix | None:
+        """W, if the gradients are to be those of its nonzero entries alone."""
+        trained = self.trained
+        if trained is None or self.cuts or x.dtype != trained.dtype:
+            return None
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return False
-        if self.trained is None or self.cuts or kernel("sampled_product", x) is None:
-            return False
-        return x.dtype == self.trained.dtype
+            return None
+        return None if kernel("sampled_product", x) is None else trained
 
-    def _times_trained(
-        self, x: Float[Tensor, "*batch d_in"], bias: Tensor
+    def _times_nonzeros(
+        self, trained: NonzeroMatrix, x: Float[Tensor, "*batch d_in"], bias: Tensor
     ) -> Float[Tensor, "*batch d_out"]:
         """The product while only the nonzero weights are trained."""
-        assert self.trained is not None
         n_tokens = x.numel() // x.shape[-1]
-        n_nonzero = len(self.trained.by_input.values)
+        n_nonzero = len(trained.by_input.values)
         is_sparse = self.kernels == "sparse" or (
             self.kernels == "auto" and _is_faster(n_tokens, *self.shape, n_nonzero)
         )
         dense = None if is_sparse else self.matrix().detach()
-        return self.trained.times(x, bias, dense)
+        return trained.times(x, bias, dense)
 
     def _learns(self) -> bool:
         """Whether any of the weights may receive a gradient."""

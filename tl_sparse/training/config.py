@@ -38,7 +38,7 @@ class TrainConfig:
     """The hyper-parameters of training. The defaults train a small sparse model in about two
     minutes on two CPU cores.
 
-    "Published script" and "paper's text" refer to the two recipes of `RECIPES`: the authors'
+    "Published script" and "paper's text" refer to two recipes of `RECIPES`: the authors'
     training script, and Gao et al. 2025 (arXiv 2511.13653), to which section numbers refer as well.
 
     Attributes:

@@ -169,8 +169,7 @@ class NonzeroSteps:
             rms: the root mean square of the gradients that are known.
             parameters: the parameters that are trained.
         """
-        if self.held:
-            assert self.rms_ratio is not None
+        if self.held and self.rms_ratio is not None:  # nothing is held before there is a ratio
             return rms * self.rms_ratio
         low_ids = set(map(id, self._low_weights()))
         if low_ids:

@@ -151,30 +151,40 @@ class WholeWeights(Mapping[str, Tensor]):
         weight = self.weights[name]
         if not is_sharded(weight):
             return weight
-        whole = _gathered(weight)
-        assert whole is not None, "only the main process reads whole weights"
-        return whole
+        return _gathered(weight)
 
     def take_part(self) -> None:
         """Give the main process this process's parts of all weights."""
         for weight in self.weights.values():
             if is_sharded(weight):
-                _gathered(weight)
+                torch.distributed.gather(_padded_part(weight), dst=0, group=_group(weight))
 
 
 @torch.no_grad()
-def _gathered(weight: Tensor) -> Tensor | None:
-    """A sharded weight as a whole, in the main process; None in the others."""
-    sharded: Any = weight
-    group = sharded.device_mesh.get_group()
+def _gathered(weight: Tensor) -> Tensor:
+    """A sharded weight as a whole, in the main process, while the others give their parts."""
+    group = _group(weight)
     n_processes = torch.distributed.get_world_size(group)
+    part = _padded_part(weight)
+    whole = part.new_empty(n_processes * len(part), *weight.shape[1:])
+    torch.distributed.gather(part, list(whole.chunk(n_processes)), dst=0, group=group)
+    return whole[: len(weight)]
+
+
+@torch.no_grad()
+def _padded_part(weight: Tensor) -> Tensor:
+    """What this process holds of a sharded weight, with zeros up to the length of the first part.
+
+    Parts are gathered at one length.
+    """
     part = shard_of(weight).part
-    n_in_part = -(-weight.shape[0] // n_processes)
+    n_in_part = -(-len(weight) // torch.distributed.get_world_size(_group(weight)))
     padded = part.new_zeros(n_in_part, *weight.shape[1:])
     padded[: len(part)] = part
-    if torch.distributed.get_rank(group) > 0:
-        torch.distributed.gather(padded, dst=0, group=group)
-        return None
-    whole = part.new_empty(n_processes * n_in_part, *weight.shape[1:])
-    torch.distributed.gather(padded, list(whole.chunk(n_processes)), dst=0, group=group)
-    return whole[: len(weight)]
+    return padded
+
+
+def _group(weight: Tensor) -> Any:
+    """The processes over which a sharded weight is spread."""
+    sharded: Any = weight
+    return sharded.device_mesh.get_group()
