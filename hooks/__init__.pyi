@@ -32,10 +32,10 @@ from .shards import sharded_like as sharded_like
 from .tokens import check_not_padded as check_not_padded
 from .tokens import mask_of as mask_of
 from .tokens import tokens_for as tokens_for
-from .weights import GroupedWeight as GroupedWeight
-from .weights import WeightGroup as WeightGroup
+from .weight_groups import GroupedWeight as GroupedWeight
+from .weight_groups import WeightGroup as WeightGroup
+from .weight_groups import weight_groups as weight_groups
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed
-from .weights import weight_groups as weight_groups
 from .whole_sequence import all_treat_positions_alike as all_treat_positions_alike
 from .whole_sequence import treats_positions_alike as treats_positions_alike

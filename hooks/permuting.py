@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.hooks.weights import is_layer_matrix
+from tl_sparse.hooks.weight_groups import is_layer_matrix
 
 
 @contextmanager

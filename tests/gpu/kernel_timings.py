@@ -9,7 +9,7 @@ from measuring import Measurements, both_ways
 from torch import Tensor
 
 from tl_sparse.hooks import abs_topk
-from tl_sparse.hooks.weights import zero_all_but
+from tl_sparse.hooks.selection import zero_all_but
 from tl_sparse.kernels import gpu, triton_in_use
 
 #: From the abstract of RTop-K's paper (Xie et al. 2025, arXiv 2409.00822).

@@ -13,7 +13,7 @@ from tl_sparse import Circuit, DataConfig, PruneConfig, TrainConfig
 from tl_sparse.circuits import attribution_graph
 from tl_sparse.evaluation import evaluate, faithfulness_curve, full_evaluation, task_loss
 from tl_sparse.hooks import NodeGates, WeightSparsity, abs_topk, frozen, weight_groups
-from tl_sparse.hooks.weights import zero_all_but
+from tl_sparse.hooks.selection import zero_all_but
 from tl_sparse.kernels import triton_in_use
 from tl_sparse.pruning import corpus_means, prune, prune_edges, task_splits
 from tl_sparse.training import evaluate_loss, train

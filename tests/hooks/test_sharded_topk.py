@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import GroupedWeight, MatrixLayout, WeightGroup
-from tl_sparse.hooks import weights as weights_module
+from tl_sparse.hooks import weight_groups as groups_module
 from tl_sparse.hooks.sharded_topk import zero_all_but_selected
 from tl_sparse.hooks.shards import Shard, exchange_of
 
@@ -59,7 +59,7 @@ def project_in_parts(groups, fraction, minimum, n):
                 weight[rank * length : (rank + 1) * length], min(rank * length, len(weight))
             )
 
-        with mock.patch.object(weights_module, "shard_of", part):
+        with mock.patch.object(groups_module, "shard_of", part):
             selections.append([group.selection(fraction, minimum) for group in groups])
     memory = SharedMemory(n)
     with ThreadPoolExecutor(n) as pool:

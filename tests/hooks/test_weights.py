@@ -23,7 +23,7 @@ from tl_sparse.hooks import (
     annealed,
     weight_groups,
 )
-from tl_sparse.hooks.weights import top_mask
+from tl_sparse.hooks.selection import top_mask
 from tl_sparse.network.compact import Compact
 from tl_sparse.network.config import SparseConfig, paper_topk
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tl_sparse.hooks import WeightSparsity, abs_topk, weights
+from tl_sparse.hooks import WeightSparsity, abs_topk, selection
 from tl_sparse.kernels import gpu, launch, triton_in_use
 
 INF, NAN = float("inf"), float("nan")
@@ -176,7 +176,7 @@ def test_within_torch_func():
 
 def projected(x, k, minimum):
     x = x.clone(memory_format=torch.contiguous_format)
-    weights.zero_all_but(x, k, minimum)
+    selection.zero_all_but(x, k, minimum)
     return x
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tl_sparse
 from helpers import needs_numba
-from tl_sparse.hooks import WeightSparsity, abs_topk, activations, weight_groups, weights
+from tl_sparse.hooks import WeightSparsity, abs_topk, activations, selection, weight_groups
 from tl_sparse.kernels import dispatch as kernels
 from tl_sparse.network.config import SparseConfig, paper_topk
 
@@ -47,7 +47,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], i
 def without_kernels(function, *arguments):
     """What the function returns where numba is not installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (activations, weights):
+        for module in (activations, selection):
             patch.setattr(module, "kernel", lambda name, x: None)
         return function(*arguments)
 
@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_contiguous():
 
 def projected(x, k, minimum):
     x = x.clone(memory_format=torch.contiguous_format)
-    weights.zero_all_but(x, k, minimum)
+    selection.zero_all_but(x, k, minimum)
     return x
 
 

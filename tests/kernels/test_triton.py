@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tl_sparse.hooks import abs_topk, weights
+from tl_sparse.hooks import abs_topk, selection
 from tl_sparse.kernels import gpu, triton_in_use
 
 pytestmark = pytest.mark.any_line
@@ -91,7 +91,7 @@ def test_a_triton_that_does_not_work_is_left_aside_with_one_warning(kind, on_cpu
         for _ in range(2):
             (abs_topk(x, 2) * 3).sum().backward()
         matrix = x.detach().clone()
-        weights.zero_all_but(matrix, 3, 1)
+        selection.zero_all_but(matrix, 3, 1)
     assert x.grad.tolist() == [[6.0, 6.0, 0.0, 0.0], [0.0, 6.0, 6.0, 0.0]]
     assert matrix.tolist() == [[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, -3.0, 0.0]]
     (warning,) = caught

@@ -1,13 +1,10 @@
 """A whole training run, from the text to a saved model."""
 
-import dataclasses
 import math
-import platform
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,27 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparse.checkpoints import (
-    CORPUS_SAMPLE,
-    StepRecord,
-    create,
-    load,
-    resolve_device,
-    save_model,
-)
+from tl_sparse.checkpoints import create, load, resolve_device
 from tl_sparse.config import as_config, check
 from tl_sparse.data import Corpus
 from tl_sparse.errors import CheckpointError, TrainError
-from tl_sparse.files import printable_name, read_json, write_json, write_tensors
+from tl_sparse.files import read_json
 from tl_sparse.tasks import TASKS
 from tl_sparse.training.bigram import start_bigram_from_counts
 from tl_sparse.training.checkpoint_files import Checkpoint, read_checkpoint
 from tl_sparse.training.config import TrainConfig
-from tl_sparse.training.measures import evaluate_loss
 from tl_sparse.training.memory import check_training_fits
-from tl_sparse.training.monitor import LOG_STEPS, Monitor, Stop
+from tl_sparse.training.monitor import Monitor, Stop
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
+from tl_sparse.training.records import keep_step, record_of_training, save_trained
 from tl_sparse.training.runs import (
     RECORD_FILE,
     Run,
@@ -46,7 +36,7 @@ from tl_sparse.training.runs import (
 )
 from tl_sparse.training.signals import noticing_signals
 from tl_sparse.training.step_models import is_step_to_keep
-from tl_sparse.training.tokens import batches, corpus_sample, packed_for, tokens_per_step
+from tl_sparse.training.tokens import batches, packed_for
 from tl_sparse.training.trainer import Trainer
 
 
@@ -159,7 +149,7 @@ def _train(
     losses, first = _take_steps(trainer, corpus, run, resume, progress)
     trained = time.perf_counter()
     seconds = {"data": prepared - started, "training": trained - prepared}
-    record = _record(trainer, corpus, losses, first, seconds)
+    record = record_of_training(trainer, corpus, losses, first, seconds)
     if not math.isfinite(record["validation_loss"]):
         raise TrainError(
             f"the validation loss of the trained model is {record['validation_loss']}; train into "
@@ -167,8 +157,8 @@ def _train(
         )
     if run is not None and (processes.main or processes.sharded):
         if config.keeps_steps:
-            _keep_step(run, trainer, corpus, losses)
-        _save(run, trainer, corpus, record)
+            keep_step(run, trainer, corpus, losses)
+        save_trained(run, trainer, corpus, record)
     processes.wait()
     return trainer.model, record
 
@@ -355,29 +345,13 @@ def _loop(trainer: Trainer, corpus: Corpus, run: Run | None, monitor: Monitor) -
                 if validation_loss <= config.target_validation_loss:
                     return
             if run is not None and is_taken and is_step_to_keep(config, done):
-                _keep_step(run, trainer, corpus, monitor.losses[:done])
+                keep_step(run, trainer, corpus, monitor.losses[:done])
             if run is not None and done < config.steps:
                 is_due = stop is not None or run.is_due(done)
                 if processes.from_main(is_due):  # clocks differ
                     run.save(Checkpoint(trainer.state(), monitor.losses[:done]), processes)
             if stop is not None:
                 _stop(trainer, run if processes.main else None, stop)
-
-
-def _keep_step(run: Run, trainer: Trainer, corpus: Corpus, losses: Float[Tensor, " step"]) -> None:
-    """Keep the model as it is after these steps, with its record."""
-    config = trainer.config
-    trainer.anneal_topks()
-    record = StepRecord(
-        step=len(losses),
-        training_loss=float(losses[-LOG_STEPS:].mean()),
-        validation_loss=evaluate_loss(trainer.model, corpus.validation, config.batch_size),
-        nonzero_weights=trainer.sparsity.l0(),
-        weights=trainer.n_weights,
-    )
-    weights = trainer.whole_weights()
-    if trainer.processes.main:
-        run.step_models.save(trainer, weights, corpus, record)
 
 
 def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
@@ -389,53 +363,3 @@ def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
     if run is not None:
         message += f"; its state is saved in {run.folder}, {stop.resuming}"
     raise TrainError(message)
-
-
-def _record(
-    trainer: Trainer,
-    corpus: Corpus,
-    losses: Float[Tensor, " step"],
-    first: int,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """The contents of training.json: how the model was trained, and how good it is."""
-    config = trainer.config
-    model = trainer.model
-    step_tokens = tokens_per_step(config, corpus.train)
-    versions = {
-        name: version(name) for name in ("tl-sparse", "transformer-lens", "torch", "tokenizers")
-    }
-    versions["python"] = platform.python_version()
-    return {
-        "config": dataclasses.asdict(config),
-        "data": corpus.about["description"],
-        "training_tokens_available": corpus.train.numel(),
-        "training_tokens_seen": len(losses) * step_tokens,
-        "training_loss": float(losses[-50:].mean()),
-        "validation_loss": evaluate_loss(model, corpus.validation, config.batch_size),
-        "nonzero_weights": trainer.sparsity.l0(),
-        "weights": trainer.n_weights,
-        "device": str(next(model.parameters()).device),
-        "processes": trainer.processes.count,
-        "sharded": trainer.processes.sharded,
-        "versions": versions,
-        "seconds": seconds,
-        "tokens_per_second": (len(losses) - first) * step_tokens / seconds["training"],
-        **trainer.objective.record(corpus.validation, config.batch_size),
-    }
-
-
-def _save(run: Run, trainer: Trainer, corpus: Corpus, record: dict[str, Any]) -> None:
-    """Write the model, a sample of its training tokens and its record, and end the run."""
-    model: Any = trainer.model
-    weights = trainer.whole_weights()
-    if not trainer.processes.main:
-        return
-    # A run that was killed at this point, and resumed, has saved a model before.
-    save_model(run.folder, weights, model.sparse_cfg, model.tokenizer, overwrite=True)
-    trainer.objective.save(run.folder, record)
-    write_tensors(run.folder / CORPUS_SAMPLE, corpus_sample(corpus, run.config.seed))
-    write_json(run.folder / RECORD_FILE, record)
-    model.cfg.model_name = printable_name(run.folder)
-    model.folder = run.folder.resolve()
-    run.finish()

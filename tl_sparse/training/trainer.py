@@ -4,8 +4,8 @@ The update rule is that of Gao et al. 2025 (arXiv 2511.13653), sections 2.1 and 
 authors' published training script. Where the two differ, the configuration selects one of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.errors import CheckpointError, TrainError
-from tl_sparse.hooks import (
-    TLModel,
-    WeightGroup,
-    WeightSparsity,
-    annealed,
-    parts_of,
-    shard_of,
-    sharded_like,
-    weight_groups,
-)
-from tl_sparse.network import AbsTopK, SparseConfig
+from tl_sparse.hooks import TLModel, parts_of, shard_of, sharded_like
+from tl_sparse.network import SparseConfig
 from tl_sparse.precision import in_float32
 from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.nonzero_steps import (
@@ -34,6 +25,7 @@ from tl_sparse.training.nonzero_steps import (
 )
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
+from tl_sparse.training.schedules import annealed_topks, weight_sparsity
 from tl_sparse.training.sharding import WholeWeights
 from tl_sparse.training.tokens import training_tokens
 
@@ -73,7 +65,7 @@ class Trainer:
         self.processes.shard(model)
         self.objective = objective or Objective()
         self.objective.start(model, config, next(model.parameters()).device)
-        self.sparsity = _weight_sparsity(model, config)
+        self.sparsity = weight_sparsity(model, config)
         self.matrices: list[Tensor] = []
         for group in self.sparsity.groups:
             self.matrices += group.parameters
@@ -85,7 +77,7 @@ class Trainer:
         self.nonzero_steps = NonzeroSteps(
             model, self.sparsity, self.optimizer, config.dense_gradient_steps, config.steps
         )
-        self._annealed_topks = _annealed_topks(model, config)
+        self._annealed_topks = annealed_topks(model, config)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the model, and of what is trained beside it."""
@@ -382,67 +374,3 @@ def _check_trainable(parameters: Sequence[Tensor]) -> None:
             raise TrainError(
                 "a model that was made in torch.inference_mode() cannot be trained; make it outside"
             )
-
-
-def _trained_groups(model: TLModel, config: TrainConfig) -> list[WeightGroup]:
-    """The weights that are made sparse, without those that are frozen."""
-    groups = []
-    for group in weight_groups(model, fused_qkv=config.fused_qkv, biases=config.sparse_biases):
-        bands = []
-        for band in group.bands:
-            trained = tuple(each for each in band if each.weight.requires_grad)
-            if trained:
-                bands.append(trained)
-        if bands:
-            groups.append(replace(group, bands=tuple(bands)))
-    if not groups:
-        raise TrainError("no weight matrix of the model can be trained: all of them are frozen")
-    return groups
-
-
-def _weight_sparsity(model: TLModel, config: TrainConfig) -> WeightSparsity:
-    """The top-k of the weights, with an annealing schedule for the fraction of each group."""
-    start = config.anneal_start * config.steps
-    stop = config.anneal_stop * config.steps
-
-    def schedule(final_fraction: float) -> Callable[[int], float]:
-        return annealed(final_fraction, start, stop, config.anneal_shape)
-
-    return WeightSparsity(
-        model,
-        schedule(config.matrix_fraction),
-        embed_fraction=schedule(config.l0_fraction_embed or config.matrix_fraction),
-        group_fractions={name: schedule(value) for name, value in config.l0_groups.items()},
-        min_nonzero=config.min_nonzero,
-        groups=_trained_groups(model, config),
-    )
-
-
-@dataclass(frozen=True)
-class _AnnealedTopK:
-    """An AbsTopK module whose k is annealed.
-
-    Attributes:
-        module: the module.
-        final_k: its k at the end of the schedule.
-        fraction: step → the fraction of activations that it keeps.
-    """
-
-    module: AbsTopK
-    final_k: int
-    fraction: Callable[[int], float]
-
-    def set_k(self, step: int) -> None:
-        k = int(self.fraction(step) * self.module.dim)
-        self.module.k = max(self.final_k, k)
-
-
-def _annealed_topks(model: TLModel, config: TrainConfig) -> list[_AnnealedTopK]:
-    start = config.topk_anneal_start * config.steps
-    stop = config.topk_anneal_stop * config.steps
-    topks = []
-    for module in model.network.modules():
-        if isinstance(module, AbsTopK) and module.k is not None:
-            fraction = annealed(module.k / module.dim, start, stop)
-            topks.append(_AnnealedTopK(module, module.k, fraction))
-    return topks
