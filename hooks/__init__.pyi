@@ -4,6 +4,9 @@ from .activations import sparse_activations as sparse_activations
 from .gates import NodeGates as NodeGates
 from .gradients import differentiating as differentiating
 from .gradients import without_inference as without_inference
+from .groups import GroupedWeight as GroupedWeight
+from .groups import WeightGroup as WeightGroup
+from .groups import weight_groups as weight_groups
 from .layouts import MatrixLayout as MatrixLayout
 from .means import Means as Means
 from .means import mean_activations as mean_activations
@@ -32,9 +35,6 @@ from .shards import sharded_like as sharded_like
 from .tokens import check_not_padded as check_not_padded
 from .tokens import mask_of as mask_of
 from .tokens import tokens_for as tokens_for
-from .weight_groups import GroupedWeight as GroupedWeight
-from .weight_groups import WeightGroup as WeightGroup
-from .weight_groups import weight_groups as weight_groups
 from .weights import WeightSparsity as WeightSparsity
 from .weights import annealed as annealed
 from .whole_sequence import all_treat_positions_alike as all_treat_positions_alike

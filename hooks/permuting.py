@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tl_sparse.arguments import checked
 from tl_sparse.errors import UnsupportedError
+from tl_sparse.hooks.groups import layer_matrices
 from tl_sparse.hooks.points import TLModel
-from tl_sparse.hooks.weight_groups import is_layer_matrix
 
 
 @contextmanager
@@ -61,10 +61,9 @@ def _layer_matrices(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]
     They are in the order of their full names, which does not depend on how the model holds them.
     """
     found = {}
-    for full_name, parameter in model.named_parameters():
-        if is_layer_matrix(model, full_name, parameter):
-            path, _, name = full_name.rpartition(".")
-            found[full_name] = (model.get_submodule(path), name)
+    for full_name in layer_matrices(model):
+        path, _, name = full_name.rpartition(".")
+        found[full_name] = (model.get_submodule(path), name)
     for path, module in model.named_modules():
         for name in _compact_names(module):
             found[f"{path}.{name}"] = (module, name)

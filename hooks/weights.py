@@ -17,9 +17,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from tl_sparse.arguments import checked
 from tl_sparse.config import check
 from tl_sparse.errors import ConfigError
+from tl_sparse.hooks.groups import WeightGroup, check_held_dense, weight_groups
 from tl_sparse.hooks.sharded_topk import zero_all_but_selected
 from tl_sparse.hooks.shards import exchange_of, parts_of
-from tl_sparse.hooks.weight_groups import WeightGroup, check_held_dense, weight_groups
 
 #: The fraction of weights kept: a constant, or a function of the optimizer step, counted from 0.
 Fraction = float | Callable[[int], float]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tl_sparse.errors import UnsupportedError
 from tl_sparse.hooks import GroupedWeight, MatrixLayout, WeightGroup
-from tl_sparse.hooks import weight_groups as groups_module
+from tl_sparse.hooks import groups as groups_module
 from tl_sparse.hooks.sharded_topk import zero_all_but_selected
 from tl_sparse.hooks.shards import Shard, exchange_of
 

@@ -281,17 +281,57 @@ def test_each_neuron_of_another_librarys_model_keeps_its_minimum(family):
     assert n_checked >= 4
 
 
+def bridged(family):
+    """A bridge around a tiny model of transformers."""
+    import transformers
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    architecture = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    hf = getattr(transformers, architecture)(config)
+    return build_bridge_from_module(hf, architecture, hf_config=hf.config, device="cpu")
+
+
+@only_on(4, "on TransformerLens 3, these models become a HookedTransformer")
+@pytest.mark.parametrize("family", ["GPT2", "Phi3", "GPTNeoX", "Llama"])
+def test_only_the_weights_that_a_bridge_computes_with_are_in_groups(family):
+    """It computes with parts of some matrices, and keeps the whole ones as parameters too."""
+    model = bridged(family)
+    model(torch.arange(6)[None], return_type="loss").backward()
+    groups = weight_groups(model)
+    weights = [weight for group in groups for weight in group.parameters]
+    assert all(weight.grad is not None for weight in weights)
+    bands = [len(group.bands) for group in groups]
+    assert sorted(bands) == [1] * (len(groups) - 1) + [3]  # Q, K and V share a budget
+
+    apart = weight_groups(model, fused_qkv=False)
+    assert [len(group.bands) for group in apart] == [1] * (len(groups) + 2)
+    n_trained = 0
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.ndim == 2:
+            n_trained += parameter.numel()
+    positions = model.pos_embed.weight.numel() if family == "GPT2" else 0  # these stay dense
+    assert sum(weight.numel() for weight in weights) == n_trained - positions
+    sparsity = WeightSparsity(model, fraction=1 / 4, min_nonzero=0)
+    sparsity.project()
+    n_kept = sum(int(weight.count_nonzero()) for weight in weights)
+    assert sparsity.l0() == n_kept == sum(group.n_kept(1 / 4) for group in groups)
+
+
+def test_q_k_and_v_of_different_widths_have_a_budget_each():
+    """In cross-attention, K and V may read another stream than Q."""
+    model = torch.nn.Module()
+    model.attn = torch.nn.ModuleDict(
+        {"q_proj": torch.nn.Linear(6, 4), "k_proj": torch.nn.Linear(8, 4)}
+    )
+    names = [group.name for group in weight_groups(model)]
+    assert names == ["attn.q_proj.weight", "attn.k_proj.weight"]
+
+
 @only_on(4, "on TransformerLens 3, these models become a HookedTransformer")
 @pytest.mark.parametrize("make", ["GPT2", "native"])
 def test_each_neuron_in_a_bridge_keeps_its_minimum(make):
-    if make == "native":
-        model = dense()
-    else:
-        import transformers
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**FAMILIES["GPT2"]))
-        model = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, device="cpu")
+    model = dense() if make == "native" else bridged("GPT2")
     WeightSparsity(model, fraction=1 / 64, min_nonzero=2).project()
     block = model.blocks[0]
     assert (block.mlp.W_in.count_nonzero(0) == 2).all()  # [input, neuron]

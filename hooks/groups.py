@@ -6,6 +6,7 @@ weights. Which parameter is what is told by its name.
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +159,12 @@ _INTO_NEURONS = re.compile(
 _OUT_OF_NEURONS = re.compile(
     r"(.*\.)?(o|o_proj|out_proj|c_proj|dense|fc_out|fc2|dense_4h_to_h|down_proj|w2|mlp\.out)"
 )
+#: The names of Q, K and V in other libraries, where each is a matrix of its own.
+_Q_K_OR_V = re.compile(r"(?P<attention>.*)\.(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.weight")
+#: The classes of TransformerLens 4 that compute with parts of a matrix.
+_SPLITTING = ("JointQKVAttentionBridge", "JointGateUpMLPBridge")
+#: Where these hold the module that they have split, and its matrix.
+_BEFORE_SPLITTING = ("_original_component", "qkv", "gate_up")
 _BIAS = re.compile(r".*(attn|mlp)\.b_\w+")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed|unembed|wte|lm_head|embed_tokens|embed_in|embed_out|tok_embed|head)\.(W_E|W_U|weight)$"
@@ -176,7 +183,8 @@ def weight_groups(
     two or more dimensions are groups of their own. In the attention and MLPs of transformers'
     models, also inside a `TransformerBridge`, the rows of each group are its neurons or attention
     channels, whichever way the model stores it. Norms, the bigram table and positional tables stay
-    dense (A.2, published script).
+    dense (A.2, published script). So do the joint matrices of a `TransformerBridge` that computes
+    with parts of them: these parts are in the groups.
 
     Args:
         model: any TransformerLens model (or torch module).
@@ -190,7 +198,10 @@ def weight_groups(
     # Group name → matrix name → that matrix and the weights that read positional channels.
     bands: dict[str, dict[str, list[GroupedWeight]]] = {}
     single_weights: list[WeightGroup] = []
+    split = _split_by_bridges(model)
     for stored_name, parameter in model.named_parameters():
+        if id(parameter) in split:
+            continue
         name = _short_name(stored_name)
         layout = _known_layout(name, parameter.ndim)
         if layout is not None:
@@ -201,7 +212,11 @@ def weight_groups(
             continue
         by_neuron = _layout_by_neuron(model, stored_name)
         if by_neuron is not None:
-            single_weights.append(_single_weight(name, parameter, by_neuron, protected=True))
+            q_k_or_v = _Q_K_OR_V.fullmatch(name)
+            group = name
+            if fused_qkv and q_k_or_v is not None:
+                group = f"{q_k_or_v['attention']}.qkv.weight"
+            bands.setdefault(group, {})[name] = [GroupedWeight(parameter, by_neuron)]
         elif biases and _BIAS.fullmatch(name):
             one_row = MatrixLayout(rows=(), columns=tuple(range(parameter.ndim)))
             single_weights.append(_single_weight(name, parameter, one_row))
@@ -210,21 +225,51 @@ def weight_groups(
             single_weights.append(_single_weight(name, parameter, as_stored))
     groups = []
     for name, matrices in bands.items():
-        groups.append(WeightGroup(name, tuple(tuple(band) for band in matrices.values())))
+        groups += _groups_of_bands(name, matrices)
     return groups + single_weights
 
 
-def is_layer_matrix(model: torch.nn.Module, stored_name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a weight matrix of attention or of an MLP.
+def _split_by_bridges(model: torch.nn.Module) -> set[int]:
+    """The ids of parameters that a bridge does not compute with, because it has split them.
 
-    Args:
-        model: the model.
-        stored_name: the name of the parameter in `model.named_parameters()`.
-        parameter: the parameter.
+    Their parts are parameters too, which may share memory with them.
     """
-    if _known_layout(_short_name(stored_name), parameter.ndim) is not None:
-        return True
-    return _layout_by_neuron(model, stored_name) is not None
+    split = set()
+    for module in model.modules():
+        if not any(cls.__name__ in _SPLITTING for cls in type(module).__mro__):
+            continue
+        used = set()
+        for name, child in module.named_children():
+            if name not in _BEFORE_SPLITTING:
+                used |= set(map(id, child.parameters()))
+        split |= set(map(id, module.parameters())) - used
+    return split
+
+
+def _groups_of_bands(
+    name: str, matrices: Mapping[str, Sequence[GroupedWeight]]
+) -> list[WeightGroup]:
+    """One group of all the matrices or, if these differ in width, one group of each.
+
+    In cross-attention, K and V may read a stream of another width than Q.
+    """
+    bands = {matrix: tuple(band) for matrix, band in matrices.items()}
+    widths = {sum(grouped.shape[1] for grouped in band) for band in bands.values()}
+    if len(widths) == 1:
+        return [WeightGroup(name, tuple(bands.values()))]
+    return [WeightGroup(matrix, (band,)) for matrix, band in bands.items()]
+
+
+def layer_matrices(model: torch.nn.Module) -> list[str]:
+    """The names, in `model.named_parameters()`, of the weight matrices of attention and MLPs."""
+    split = _split_by_bridges(model)
+    found = []
+    for stored_name, parameter in model.named_parameters():
+        known = _known_layout(_short_name(stored_name), parameter.ndim)
+        by_neuron = _layout_by_neuron(model, stored_name)
+        if id(parameter) not in split and (known is not None or by_neuron is not None):
+            found.append(stored_name)
+    return found
 
 
 def _short_name(stored_name: str) -> str:
@@ -263,13 +308,11 @@ def _layout_by_neuron(model: torch.nn.Module, stored_name: str) -> MatrixLayout 
     return None
 
 
-def _single_weight(
-    name: str, parameter: Tensor, layout: MatrixLayout, protected: bool = False
-) -> WeightGroup:
-    """A group of one weight. Entries are protected only if its rows are neurons or channels."""
+def _single_weight(name: str, parameter: Tensor, layout: MatrixLayout) -> WeightGroup:
+    """A group of one weight, without protected entries: its rows are not neurons or channels."""
     bands = ((GroupedWeight(parameter, layout),),)
     is_embedding = _EMBEDDINGS.search(name) is not None
-    return WeightGroup(name, bands, is_embedding, protected)
+    return WeightGroup(name, bands, is_embedding, protected=False)
 
 
 def check_held_dense(model: torch.nn.Module) -> None:
