@@ -186,7 +186,7 @@ def test_a_configuration_cannot_change_after_its_checks():
         (
             TrainConfig,
             dict(l0_fraction=0.01),
-            "l0_fraction = 0.01 .* at least 0.03125, since min_nonzero keeps 4 of the 128",
+            "l0_fraction = 0.01 .* at least 0.03125, since .* 4 of the 128 .* lower min_nonzero",
         ),
         (
             TrainConfig,

@@ -178,6 +178,9 @@ def test_without(circuit, data):
     }
     assert (found.edge_set is None) == (circuit.edge_set is None and not gone_edges)
     assert all(torch.equal(mask, before[name]) for name, mask in circuit.kept.items())
+    names = [str(part) if isinstance(part, Node) else part for part in gone]
+    by_name = circuit.without(names, MODEL)
+    assert (nodes(by_name), ends(by_name)) == (nodes(found), ends(found))
 
 
 @pytest.mark.parametrize("part", [Node(0, "attn_q", 1), Node(0, "attn_q", 9), Node(5, "attn_q", 0)])
@@ -189,6 +192,8 @@ def test_without_what_is_not_there(part):
         CircuitError, match=rf"^0\.attn_in 0 → {part}  .1\.000 is not in this circuit$"
     ):
         circuit.without([Edge(Node(0, "attn_in", 0), part, 1.0)], MODEL)
+    with pytest.raises(CircuitError, match="'seven'"):
+        circuit.without(["seven"], MODEL)
 
 
 def test_tasks_name_what_was_combined():

@@ -156,11 +156,21 @@ def test_wrong_tokens():
         ([-1], r"tokens must be in \[0, 11\)"),
         ([1] * 9, "9 tokens do not fit the context of 8"),
         ([], "one sequence of at least one token id"),
-        ([[1, 2]], "one sequence of at least one token id"),
+        (
+            [[1, 2], [3, 4]],
+            r"one sequence of at least one token id, not an array of shape \[2, 2\]",
+        ),
         ([0.5], "one sequence of at least one token id"),
     ]:
         with pytest.raises(ValueError, match=message):
             module.logits(tokens)
+
+
+def test_a_batch_of_one_sequence_is_that_sequence():
+    """`model.to_tokens` returns one."""
+    model = tiny_model()
+    module = imported(random_circuit(model).to_python(model))
+    assert (module.logits([[1, 2, 3]]) == module.logits([1, 2, 3])).all()
 
 
 @pytest.mark.parametrize(

@@ -619,6 +619,13 @@ def test_target_below_what_the_model_reaches(micro):
         prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
 
 
+def test_a_task_that_the_model_does_not_do(micro):
+    first, second = MICRO_TASK.candidates
+    task = dataclasses.replace(MICRO_TASK, candidates=(second, first))  # the wrong way round
+    with pytest.raises(PruneError, match="no better than guessing, so the model does not do this"):
+        prune(micro, task, micro_corpus(), CONFIG, progress=False)
+
+
 def test_too_few_distinct_prompts(micro):
     few = dataclasses.replace(
         MICRO_TASK, sample=lambda rng: MICRO_TASK.sample(random.Random(rng.randrange(80)))

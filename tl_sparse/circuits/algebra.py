@@ -107,13 +107,14 @@ def _check_layers(circuit: CircuitParts, layers: object) -> None:
             raise CircuitError(f"there is no layer {layer!r}; the circuit's layers are {numbers}")
 
 
-def without(circuit: _Circuit, removed: Iterable[Node | Edge], model: TLModel) -> _Circuit:
+def without(circuit: _Circuit, removed: Iterable[Node | Edge | str], model: TLModel) -> _Circuit:
     """The circuit without the nodes and edges in `removed`."""
     nodes = set(circuit.nodes)
     hooks = circuit.hooks
     kept = {name: mask.clone() for name, mask in circuit.kept.items()}
     cut = set()
-    for part in removed:
+    for given in removed:
+        part = circuit.node(given) if isinstance(given, str) else given
         ends = part.ends if isinstance(part, Edge) else (part,)
         if not nodes.issuperset(ends):
             raise CircuitError(f"{part} is not in this circuit")

@@ -424,8 +424,12 @@ class Circuit(CircuitParts):
         """
         return algebra.restricted(self, layers)
 
-    def without(self, parts: Iterable[Node | Edge], model: TLModel) -> Circuit:
+    def without(self, parts: Iterable[Node | Edge | str], model: TLModel) -> Circuit:
         """This circuit without the nodes and edges in `parts`.
+
+        Args:
+            parts: nodes, names of nodes as `node` takes them, and edges.
+            model: the circuit's model.
 
         Raises:
             CircuitError: if a node, or an end of an edge, is not in this circuit.

@@ -90,7 +90,8 @@ def train_tokenizer(
     if size != vocab_size:
         raise TokenizerError(
             f"the text is too small for vocab_size {vocab_size}: it gives only {size} entries; "
-            f"give more text, or a vocab_size of at most {size}"
+            f"give more text, or a smaller vocabulary (d_vocab of the model, --d-vocab), of at "
+            f"most {size}"
         )
     tokenizer = _for_transformers(_with_end_of_text(backend), **_SPECIAL_TOKENS)
     for text in required:

@@ -206,10 +206,12 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
     loss = float(losses.mean())
     if loss > config.target_loss:
         accuracy = score(model, selection, config.batch_size).accuracy
+        advice = "Train the model longer, or give a larger target_loss"
+        if config.objective == "candidates" and loss >= LOSS_OF_A_COIN:
+            advice = "That is no better than guessing, so the model does not do this task"
         raise PruneError(
             f"the full model's loss on {task.name} is {loss:.3f} (accuracy {accuracy:.0%}), above "
-            f"the target loss {config.target_loss}: no circuit can be trusted to reach it. Train "
-            "the model longer, or give a larger target_loss"
+            f"the target loss {config.target_loss}: no circuit can be trusted to reach it. {advice}"
         )
 
 

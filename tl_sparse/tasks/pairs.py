@@ -1,6 +1,7 @@
 """Pairs of prompts, the parts into which a task's pairs are split, and files of pairs."""
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,55 @@ def prompts_of(pairs: Iterable[Pair]) -> set[str]:
     for pair in pairs:
         prompts.update(pair.prompts)
     return prompts
+
+
+@checked("examples")
+def paired(examples: Iterable[tuple[str, str, str]]) -> tuple[Pair, ...]:
+    """Pairs of prompts whose answers are the same two, the other way round.
+
+    Args:
+        examples: a prompt, its right answer and its wrong answer, any number of times.
+
+    Raises:
+        DataError: see `Task.from_examples`.
+    """
+    pairs = []
+    seen = set()
+    # The prompts that have no partner yet, by their right and wrong answer.
+    waiting: dict[tuple[str, str], deque[str]] = {}
+    for number, example in enumerate(examples, 1):
+        if not _is_example(example):
+            raise DataError(
+                f"example {number} must be a prompt, its right answer and its wrong answer, "
+                "without empty texts and with two different answers, not "
+                f"{printable(repr(example)[:80])}"
+            )
+        prompt, right, wrong = example
+        if prompt in seen:
+            raise DataError(
+                f"example {number} has the prompt of an earlier one, {printable(repr(prompt)[:80])}"
+            )
+        seen.add(prompt)
+        partners = waiting.get((wrong, right))
+        if partners:
+            pairs.append(Pair(partners.popleft(), prompt, wrong, right))
+        else:
+            waiting.setdefault((right, wrong), deque()).append(prompt)
+    if not pairs:
+        raise DataError(
+            "no two examples make a pair: the right answer to one prompt must be the wrong answer "
+            "to another, and the other way round"
+        )
+    return tuple(pairs)
+
+
+def _is_example(example: object) -> bool:
+    if not isinstance(example, tuple | list) or len(example) != 3:
+        return False
+    if not all(isinstance(text, str) and text for text in example):
+        return False
+    _, right, wrong = example
+    return bool(right != wrong)
 
 
 @dataclass(frozen=True)

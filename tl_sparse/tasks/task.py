@@ -16,7 +16,7 @@ itself the cue.
 import difflib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 from tl_sparse.arguments import checked, described
 from tl_sparse.errors import ArgumentError, TaskError
 from tl_sparse.tasks.idioms import PAIRS, Writer, prompts_of_text
-from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs, read_pairs
+from tl_sparse.tasks.pairs import PARTS, Pair, TaskPairs, paired, read_pairs
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Task:
     """A choice between two next tokens.
 
     A task is made from a function, `Task("plural", "is or are?", (" is", " are"), lambda rng: ("The
-    cat", "The cats"), False)`, or from a file, `Task.from_jsonl("pairs.jsonl")`.
+    cat", "The cats"), False)`, from a file, `Task.from_jsonl("pairs.jsonl")`, or from a list of
+    prompts, `Task.from_examples("plural", [("The cat", " is", " are"), …])`.
 
     Attributes:
         name: the name of the task; a built-in task has it as its key in `TASKS`.
@@ -112,8 +113,39 @@ class Task:
         )
 
     @classmethod
+    def from_examples(
+        cls,
+        name: str,
+        examples: Iterable[tuple[str, str, str]],
+        description: str = "",
+        same_end: bool = True,
+    ) -> "Task":
+        """The task of prompts that each have a right and a wrong answer.
+
+        A task consists of pairs of prompts: the right answer to one is the wrong answer to the
+        other. So a prompt is paired with the first one left for which it is the other way round.
+        Prompts for which none is left are not used.
+
+        Args:
+            name: the name of the task.
+            examples: a prompt, its right answer and its wrong answer, any number of times.
+            description: what the model has to do, in one line.
+            same_end: whether both prompts of a pair end in the same token.
+
+        Raises:
+            DataError: if an example is not three texts that are not empty, with two different
+                answers, a prompt occurs twice, or no two examples make a pair.
+        """
+        pairs = paired(examples)
+        description = description or f"{len(pairs)} pairs of examples"
+        return cls(name, description, None, partial(_one_of, pairs), same_end)
+
+    @classmethod
     def from_pairs(cls, pairs: TaskPairs) -> "Task":
-        """The task of pairs that are already split, such as those that a circuit keeps."""
+        """The task of pairs that are already split, such as those that a circuit keeps.
+
+        For pairs that are not split yet, see `from_jsonl`.
+        """
         sample = _one_of if pairs.candidates is None else _prompts_of_one
         return cls(
             pairs.name,

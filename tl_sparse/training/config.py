@@ -254,7 +254,7 @@ class TrainConfig:
         check(is_used, field_name, getattr(self, field_name), expected)
 
         is_enough = self.l0_count > 0 or self.l0_fraction >= least_fraction
-        expected = f"at least {least_fraction:.6g}, {why}"
+        expected = f"at least {least_fraction:.6g}, {why}; raise it, or lower min_nonzero"
         check(is_enough, "l0_fraction", self.l0_fraction, expected)
 
     @property

@@ -141,10 +141,16 @@ def logits(tokens: Any) -> Array:
 
 
 def checked_tokens(tokens: Any, d_vocab: int, n_ctx: int) -> Array:
-    """The tokens as an array, if they are one sequence that fits the model."""
+    """The tokens as an array of one axis, if they are one sequence that fits the model."""
     tokens = np.asarray(tokens)
+    shape = tokens.shape
+    if tokens.ndim == 2 and len(tokens) == 1:
+        tokens = tokens[0]
     if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
-        raise ValueError("tokens must be one sequence of at least one token id")
+        raise ValueError(
+            "tokens must be one sequence of at least one token id, not an array of shape "
+            f"{list(shape)} of {tokens.dtype}"
+        )
     if len(tokens) > n_ctx:
         raise ValueError(f"{len(tokens)} tokens do not fit the context of {n_ctx}")
     if tokens.min() < 0 or tokens.max() >= d_vocab:
