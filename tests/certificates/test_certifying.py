@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from tl_sparse.certificates.efforts import QUICK, Effort
 from tl_sparse.certificates.record import Certificate, read_certificate
 from tl_sparse.certificates.sections import SECTIONS
 from tl_sparse.certificates.stable import InContext, SearchedAgain, Stability
-from tl_sparse.certificates.text import certificate_text
+from tl_sparse.certificates.text import certificate_text, section_texts, verdict_text
 from tl_sparse.certificates.verdicts import verdict
 from tl_sparse.errors import (
     CertificateError,
@@ -26,6 +27,7 @@ from tl_sparse.errors import (
     TokenizerError,
 )
 from tl_sparse.evaluation import AgainstRandom, Estimate, PValue
+from tl_sparse.evaluation.patterns import HeadAttention
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.task import Task
 
@@ -118,9 +120,80 @@ def test_the_text_has_every_section_and_is_in_the_folder(certificate):
     made, folder = certificate
     text = certificate_text(made)
     assert (folder / "certificate.txt").read_text() == text + "\n"
-    for number in range(1, 11):
-        assert f"\n{number}. " in text
+    numbers = re.findall(r"^(\w+)\. .*\n-+$", text, re.MULTILINE)
+    assert numbers == ["1", "2", "3", "4", "5a", "5b", "5c", "6", "7", "8", "9"]
+    assert text.index("\nVerdict\n") < text.index("\n1. ")
     assert "rests on errors" not in text
+
+
+def test_the_verdict_fits_a_terminal_of_100_columns(certificate):
+    made, _ = certificate
+    long = replace(made.verdict[0], numbers="; ".join(["subset 0.405"] * 20))
+    text = str(verdict_text(replace(made, verdict=[long, *made.verdict[1:]])))
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("0.405") == 20
+    assert " ".join(made.verdict[-2].threshold.split()) in " ".join(text.split())
+
+
+def test_sections_say_on_how_many_pairs_they_are_measured(certificate):
+    made, _ = certificate
+    text = {each.title[:2]: " ".join(each.body.split()) for each in section_texts(made)}
+    assert "the mean over subsets is of 4 pairs." in text["1."]
+    assert "in the last two tests the circuit beside them, are measured on 2 pairs." in text["5a"]
+    assert text["4."].startswith("Measured on 4 of the 16 held-out pairs.")
+    assert text["5b"].startswith("Measured on 8 of the 16 held-out pairs.")
+    assert text["6."].startswith("Measured on 8 of the 16 held-out pairs.")
+    # These are measured on all.
+    assert "pairs are used" not in text["2."] + text["3."]
+    assert "of the 16" not in text["2."] + text["3."]
+
+
+def test_tables_say_what_their_numbers_are(certificate):
+    made, _ = certificate
+    text = {each.title[:2]: " ".join(each.body.split()) for each in section_texts(made)}
+    assert "in the model: 1 is best. The normalised error is 0 at best" in text["3."]
+    assert "Changes of the logit difference, right answer minus wrong" in text["4."]
+    assert "Chance is 50%" in text["5a"]
+    assert "A node takes over only if the model can then still do some of the task." in text["5b"]
+
+
+def test_a_model_that_leans_to_the_wrong_answers_needs_its_circuit(certificate):
+    """It no longer does the task, so fewer pairs told apart than by chance are no failure."""
+    made, _ = certificate
+    without = replace(made.necessity.mean, told_apart=Estimate(0.1, 0.03))
+    leaning = replace(made, necessity=replace(made.necessity, mean=without))
+    (criterion,) = [each for each in verdict(leaning) if each.code == "I1"]
+    assert criterion.result == "met"
+    assert "with less the rest leans to the wrong answers" in criterion.threshold
+
+
+def test_heads_that_are_alike_are_not_held_against_the_circuit(certificate):
+    made, _ = certificate
+    even = HeadAttention(
+        layer=0,
+        head=2,
+        locations=["attn_v"],
+        distance=Estimate(0.0),
+        model_to_uniform=Estimate(0.0),
+        circuit_to_uniform=Estimate(0.0),
+        model_spread=0.0,
+        circuit_spread=0.0,
+        remark="spreads its attention evenly over all tokens, in the model and under the circuit",
+    )
+    alike = replace(made, inside=replace(made.inside, heads=[even]))
+    assert "head 2" not in certificate_text(alike)
+    otherwise = replace(even, circuit_to_uniform=Estimate(0.5), circuit_spread=0.5)
+    unlike = replace(made, inside=replace(made.inside, heads=[otherwise]))
+    assert "No: head 2 of layer 0 spreads its attention" in certificate_text(unlike)
+
+
+def test_the_bar_names_the_section_and_its_longest_step(circuit, model, monkeypatch, capsys):
+    monkeypatch.setattr(certifying, "SECTIONS", SECTIONS[:1])
+    certified(circuit, model, progress=True)
+    shown = capsys.readouterr().err
+    assert "1 sufficient?: " in shown
+    assert " sections" in shown
+    assert "adversary with at most 1 node" in shown
 
 
 def test_a_finished_certificate_is_not_measured_again(circuit, model, certificate, monkeypatch):
@@ -281,6 +354,9 @@ def test_a_quick_certificate_leaves_out_what_searches(certificate):
     made, _ = certificate
     for name in ("stability", "controls"):
         assert "a quick certificate leaves it out" in made.left_out[name]
+    numbers = {criterion.code: criterion.numbers for criterion in made.verdict}
+    assert numbers["M3"].endswith("; controls were not run")
+    assert numbers["I4"].endswith("; unseen contexts were not tried")
 
 
 def test_a_circuit_that_no_search_found_has_no_controls(circuit, model, monkeypatch):
@@ -338,3 +414,6 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
     assert "Permuted weights: none of at most 30 nodes (every size fails)." in text
     assert "permuted: none of at most 30 nodes" in text
     assert "Left out: shuffled: too few pairs." in text
+    assert "controls were not run" not in text
+    assert "unseen contexts were not tried" not in text
+    assert "7. Is it stable? ---------------- Every loss is measured on at most 8 pairs." in text

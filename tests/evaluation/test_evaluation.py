@@ -483,6 +483,13 @@ def test_one_pair_has_no_standard_error():
     assert score_row("name", score)[1] == "0.693"
 
 
+def test_a_score_prints_as_a_line():
+    score = Score(0.14872, 0.00712, 0.9561, 2.7131)
+    assert str(score) == "loss 0.149 ± 0.007, accuracy 95.6%, logit difference 2.71"
+    assert str(Score(0.14872, None, 0.9561)) == "loss 0.149, accuracy 95.6%"
+    assert "0.14872" in repr(score)
+
+
 def test_next_tokens_by_hand():
     answers = torch.tensor([[0, 1], [0, 1]])
     data = random_data(micro_model(), n_pairs=1)

@@ -403,7 +403,7 @@ def test_a_circuit_without_backups(micro, circuit):
     assert found.n_random == found.n_outside == 21
     assert found.random_growth.value == pytest.approx(0, abs=1e-6)
     assert found.share is None
-    assert "there is nothing left that backups could explain" in found.problem
+    assert "nothing of the task is left, so no node has taken over" in found.problem
     assert not found.ranked_on_others
 
 

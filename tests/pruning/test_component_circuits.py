@@ -329,6 +329,8 @@ def test_in_models_of_this_package(tmp_path):
     text = report(circuit, model, MICRO_TASK)
     assert "2 nodes of 6" in text
     assert "0.head 1  →  1.mlp" in text
+    assert "1 edge: the later component reads what the earlier one writes, and the weight" in text
+    assert "nonzero weights" not in text
     with pytest.raises(UnsupportedError, match="computes each node as one number"):
         circuit.compile(model)
     with pytest.raises(UnsupportedError, match="computes each node as one number"):

@@ -11,6 +11,7 @@ from tl_sparse.certificates.layout import (
     paragraph,
     share,
     shows,
+    table_of_words,
 )
 from tl_sparse.certificates.sufficient import Sufficiency, limit_in_words
 from tl_sparse.errors import counted
@@ -144,9 +145,24 @@ def _errors_in_words(measured: Likeness) -> str:
 
 def inside_text(measured: Inside) -> list[str]:
     """Section 3."""
-    parts = [_values_table(measured), _nodes_table(measured)]
+    parts = [
+        paragraph(
+            "Correlations are those of a node's value under the circuit with its value in the "
+            "model: 1 is best. The normalised error is 0 at best, and 1 for a node held at its "
+            "mean."
+        ),
+        _values_table(measured),
+        _nodes_table(measured),
+    ]
     if measured.heads:
-        parts.append(_heads_table(measured))
+        parts += [
+            paragraph(
+                "Distances of attention patterns go from 0, equal, to 1, no token in common. The "
+                "nearer the circuit is to the model, the better; a circuit that attends evenly to "
+                "all tokens is as far from the model as the model is from uniform."
+            ),
+            _heads_table(measured),
+        ]
     else:
         parts.append(paragraph(f"No attention patterns: {measured.no_heads}."))
     parts.append(
@@ -180,7 +196,7 @@ def _nodes_table(measured: Inside) -> str:
     rows = []
     for node in measured.nodes[:MOST_ROWS]:
         rows.append([node.node, estimate(node.correlation), estimate(node.error), node.remark])
-    text = table(["node", "correlation", "normalised error", ""], rows)
+    text = table_of_words(["node", "correlation", "normalised error", ""], rows)
     n_more = len(measured.nodes) - len(rows)
     return f"{text}\n  … and {n_more} more in certificate.json" if n_more > 0 else text
 
@@ -198,7 +214,7 @@ def _heads_table(measured: Inside) -> str:
             ]
         )
     header = ["head", "from the model", "model from uniform", "circuit from uniform", ""]
-    return table(header, rows)
+    return table_of_words(header, rows)
 
 
 def interchange_text(measured: Interchange) -> list[str]:
@@ -211,6 +227,12 @@ def interchange_text(measured: Interchange) -> list[str]:
     if measured.correlation is not None:
         correlation = f"Correlation over nodes: {estimate(measured.correlation)}."
     return [
+        paragraph(
+            "Changes of the logit difference, right answer minus wrong, when values are taken from "
+            "a prompt with the other answer; from one with the same answer, how large the change "
+            "is, up or down. Flips are prompts at which the preferred answer changes. The circuit "
+            "should do what the model does."
+        ),
         _exchanges_table(measured),
         _exchanged_nodes_table(measured),
         paragraph(correlation, in_words, measured.no_same_answer),
@@ -239,7 +261,7 @@ def _exchanges_table(measured: Interchange) -> str:
     if same is not None:
         rows.append(
             [
-                "all nodes, same answer (size)",
+                "all nodes, same answer: size",
                 estimate(same.model.size),
                 estimate(same.circuit.size),
                 share(same.model.flips),
@@ -292,5 +314,11 @@ def _exchanged_nodes_table(measured: Interchange) -> str:
                 estimate(None if same is None else same.circuit.size),
             ]
         )
-    header = ["node", "model: other", "circuit: other", "model: same", "circuit: same"]
+    header = [
+        "node alone",
+        "model: other",
+        "circuit: other",
+        "model: same, size",
+        "circuit: same, size",
+    ]
     return table(header, rows)

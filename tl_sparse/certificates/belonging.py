@@ -1,4 +1,4 @@
-"""The text of sections 5, 6 and 8: whether the circuit, and each part of it, is needed."""
+"""The text of sections 5a to 6, and 8: whether the circuit, and each part of it, is needed."""
 
 from tl_sparse.certificates.layout import (
     MOST_ROWS,
@@ -17,8 +17,13 @@ from tl_sparse.tasks import table
 
 
 def necessity_text(measured: Necessity) -> list[str]:
-    """Section 5, without the backups."""
+    """Section 5a."""
     return [
+        paragraph(
+            "A pair is told apart if the logit difference moves towards the right answer from one "
+            "prompt to the other. Chance is 50%; with less, what is left of the model leans to the "
+            "wrong answers, so it does not do the task either."
+        ),
         _without_table(measured),
         _tests_table(measured),
         shows(
@@ -85,16 +90,29 @@ def _tests_table(measured: Necessity) -> str:
 
 
 def backups_text(measured: Backups) -> list[str]:
-    """The backups of section 5."""
+    """Section 5b."""
+    effects = paragraph(
+        "The effect of a node is the rise of the loss when it is held at its mean. It may grow "
+        "once the circuit is gone. A node takes over only if the model can then still do some of "
+        "the task."
+    )
     found = (
-        f"{counted(measured.n_found, 'node')} of {len(measured.candidates)} tried matter more once "
-        "the circuit is gone; without circuit and these the loss is "
+        f"The effect of {counted(measured.n_found, 'node')} of {len(measured.candidates)} tried "
+        "grows significantly. Without circuit and these the loss is "
         f"{estimate(measured.without_found_loss)}, without circuit and as many random nodes "
         f"{estimate(measured.without_random_loss)}, without the circuit alone "
         f"{estimate(measured.without_loss)}."
     )
-    share_of = f"They carry {measured.share:.0%} of what is left." if measured.share else ""
-    return [_backups_table(measured), paragraph(found, share_of, _sentence(measured.problem))]
+    return [effects, _backups_table(measured), paragraph(found, _what_backups_carry(measured))]
+
+
+def _what_backups_carry(measured: Backups) -> str:
+    """How much of the task is left to the found nodes once the circuit is gone."""
+    if measured.share is None:
+        return _sentence(measured.problem)
+    if not measured.n_found:
+        return ""
+    return f"They carry {measured.share:.0%} of what the model can still do without the circuit."
 
 
 def _backups_table(measured: Backups) -> str:
@@ -118,12 +136,12 @@ def _backups_table(measured: Backups) -> str:
             NOTHING,
         ]
     )
-    header = ["backup", "effect", "effect without the circuit", "growth", "p-value"]
+    header = ["node outside", "effect", "effect without the circuit", "growth", "p-value"]
     return table(header, rows)
 
 
 def relatives_text(measured: Relatives) -> list[str]:
-    """The family of section 5."""
+    """Section 5c."""
     rows = [
         ["circuits of the same round", number(measured.overlap_within)],
         ["circuits of different rounds", number(measured.overlap_between)],

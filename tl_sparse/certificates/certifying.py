@@ -72,7 +72,7 @@ def certify(
         folder: where to write certificate.json after each section, and certificate.txt at the end.
             If the folder has a part of the same certificate, it is continued. With None, nothing
             is written.
-        progress: show a bar over the sections.
+        progress: show a bar over the sections, with what is measured at the moment.
         batch_size: the largest number of prompts to run at a time. It changes nothing but rounding.
         seed: the seed of everything random.
 
@@ -96,8 +96,12 @@ def certify(
         certificate = _begun(place, certificate)
     if certificate.is_finished:
         return certificate
+    bar = tqdm(_missing(certificate), "certifying", disable=not progress, unit=" sections")
+    subject = replace(subject, tell=bar.set_postfix_str)
     try:
-        for section in tqdm(_missing(certificate), "certifying", disable=not progress):
+        for section in bar:
+            bar.set_description(section.title, refresh=False)
+            bar.set_postfix_str("")
             certificate = _with_section(certificate, section, subject)
             _save(certificate, place)
     except KeyboardInterrupt:

@@ -20,8 +20,8 @@ class Effort:
         corpus_rows: the number of rows of the corpus on which next tokens are compared.
         random_circuits: the number of random circuits of equal size that a section compares with.
         interchange_pairs: the number of pairs between which values are exchanged.
-        tested_circuits: the number of random circuits in the tests of section 5; below 29, these
-            have no p-values.
+        tested_circuits: the number of random circuits in the tests of section 5a; below 29,
+            these have no p-values.
         tested_pairs: the number of pairs on which these are measured.
         part_pairs: the number of pairs on which single nodes and edges are removed.
         random_parts: the number of random nodes, and of random edges, that parts are compared with.

@@ -92,8 +92,8 @@ def _inside(measured: Inside) -> list[str]:
             f"{median:.2f}."
         )
     for head in measured.heads:
-        if head.remark:
-            sentences.append(f"Head {head.head} of layer {head.layer}: {head.remark}.")
+        if head.attends_otherwise:
+            sentences.append(f"Head {head.head} of layer {head.layer} {head.remark}.")
     return sentences
 
 

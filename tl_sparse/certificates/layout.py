@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tl_sparse.evaluation import Estimate
-from tl_sparse.tasks import Score
+from tl_sparse.tasks import Score, table
 
-#: The width of paragraphs, in characters.
+#: The width of paragraphs, and of tables whose last column is words, in characters.
 WIDTH = 96
+#: Words in a table get at least so many characters of a line, however wide the other columns are.
+_LEAST_WORDS = 30
 #: What stands in a table where there is no number.
 NOTHING = "–"
 #: A table lists at most as many nodes, edges or heads.
@@ -39,6 +41,20 @@ class SectionText:
 def paragraph(*sentences: str) -> str:
     """Sentences as a paragraph; empty ones are left out."""
     return textwrap.fill(" ".join(filter(None, sentences)), WIDTH)
+
+
+def table_of_words(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose last column is words, which go on in further lines where they are long."""
+    columns = zip(header, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns][:-1]
+    before_words = sum(2 + width for width in widths) + 2
+    room = max(WIDTH - before_words, _LEAST_WORDS)
+    lines: list[list[str]] = []
+    for *cells, words in rows:
+        first, *others = textwrap.wrap(words, room, break_long_words=False) or [""]
+        lines.append([*cells, first])
+        lines += [[*[""] * len(cells), other] for other in others]
+    return table(header, lines)
 
 
 def shows(what: str, not_what: str) -> str:

@@ -92,16 +92,15 @@ class Certificate:
         likeness: section 2, is it like the model, not only right?
         inside: section 3, do its nodes have the values of the model?
         interchange: section 4, do values from other prompts move it as they move the model?
-        necessity: section 5, does the model need it?
-        backups: section 5, which nodes take over when it is gone?
-        relatives: section 5, the circuit in the family of all circuits of its task; None if no
+        necessity: section 5a, does the model need it?
+        backups: section 5b, which nodes take over when it is gone?
+        relatives: section 5c, the circuit in the family of all circuits of its task; None if no
             family is given.
         minimality: section 6, is each part of it needed?
         stability: section 7, is it found again, and does it do the task in other contexts?
         specificity: section 8, do other tasks do without it?
         controls: section 9, what does the search find where there is nothing to find?
-        verdict: section 10, criteria met, not met, and not tested; empty until all other sections
-            are finished.
+        verdict: criteria met, not met, and not tested; empty until all sections are finished.
         left_out: section → why it was left out.
         seconds: section → how long it took.
         versions: package → its version.

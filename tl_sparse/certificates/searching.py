@@ -23,7 +23,7 @@ def stability_text(measured: Stability) -> list[str]:
             "whether the search finds the same again, and whether this circuit also does the task "
             "on prompts that are unlike those on which it was searched.",
             "that circuits with other nodes compute something else: several can be one mechanism "
-            "(section 5).",
+            "(section 5c).",
         ),
     ]
 

@@ -1,5 +1,6 @@
 """What a certificate is about: a circuit with its model and prompts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,10 @@ from tl_sparse.tasks import Task, TaskData
 LEAST_TRAINING_PAIRS = 4
 
 
+def _unheard(what: str) -> None:
+    """Nobody wants to know what is measured."""
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A circuit, its model, and what both are measured on.
@@ -34,6 +39,7 @@ class Subject:
         effort: how much is measured.
         batch_size: the largest number of prompts to run at a time.
         seed: the seed of everything random.
+        tell: the function that a section with several long steps tells which one it takes.
     """
 
     circuit: Circuit
@@ -47,6 +53,7 @@ class Subject:
     effort: Effort
     batch_size: int
     seed: int
+    tell: Callable[[str], object] = _unheard
 
     @property
     def ablation(self) -> Ablation:

@@ -89,6 +89,7 @@ def sufficiency(subject: Subject) -> Sufficiency:
     options = {"batch_size": subject.batch_size, "seed": subject.seed}
     random = random_circuits_like(circuit, effort.random_circuits, subject.seed)
     random_losses = []
+    subject.tell("random circuits")
     for each in random:
         run_context = holding_nodes(each, model, subject.ablation)
         random_losses.append(score(model, data, run_context=run_context, **options).loss)
@@ -110,6 +111,7 @@ def sufficiency(subject: Subject) -> Sufficiency:
         attacks = _attacks(subject)
     except TaskError as error:  # the task has too few pairs beside the held-out ones
         no_attacks = str(error)
+    subject.tell("ablations and subsets")
     return Sufficiency(
         evaluation=evaluate(circuit, model, data, **options),
         random_loss=mean_of(torch.tensor(random_losses)),
@@ -133,6 +135,7 @@ def _attacks(subject: Subject) -> list[Attack]:
 
 
 def _attack(subject: Subject, budget: int | None, restarts: int) -> Attack:
+    subject.tell(f"adversary with {limit_in_words(budget)}")
     data = subject.data.first(subject.effort.adversary_pairs)
     adversary = adversary_score(
         subject.circuit,

@@ -7,11 +7,11 @@ from typing import Any
 from tl_sparse.arguments import checked
 from tl_sparse.certificates import behaviour, belonging, searching
 from tl_sparse.certificates.findings import findings
-from tl_sparse.certificates.layout import SectionText, paragraph
+from tl_sparse.certificates.layout import SectionText, paragraph, table_of_words
+from tl_sparse.certificates.pairs_used import pairs_used
 from tl_sparse.certificates.record import Certificate
 from tl_sparse.errors import counted
 from tl_sparse.parsing import printable
-from tl_sparse.tasks import table
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class _Writer:
 
 
 _WRITERS = (
-    _Writer("sufficiency", "1. Is it sufficient?", behaviour.sufficiency_text),
+    _Writer(
+        "sufficiency", "1. Is it sufficient, whatever the rest does?", behaviour.sufficiency_text
+    ),
     _Writer("likeness", "2. Is it like the model, not only right?", behaviour.likeness_text),
     _Writer("inside", "3. Is it like the model inside?", behaviour.inside_text),
     _Writer("interchange", "4. Do other values move it as the model?", behaviour.interchange_text),
-    _Writer("necessity", "5. Is it necessary?", belonging.necessity_text),
-    _Writer("backups", "5. Backups", belonging.backups_text),
-    _Writer("relatives", "5. The family of all circuits", belonging.relatives_text),
+    _Writer("necessity", "5a. Is it necessary?", belonging.necessity_text),
+    _Writer("backups", "5b. Backups", belonging.backups_text),
+    _Writer("relatives", "5c. The family of all circuits", belonging.relatives_text),
     _Writer("minimality", "6. Is each part needed?", belonging.minimality_text),
     _Writer("stability", "7. Is it stable?", searching.stability_text),
     _Writer("specificity", "8. Is it specific?", belonging.specificity_text),
@@ -69,15 +71,14 @@ def section_texts(certificate: Certificate) -> list[SectionText]:
             texts.append(SectionText(writer.title, [paragraph(f"Left out: {printable(reason)}")]))
             continue
         parts = writer.parts(measured)
-        found = [paragraph(f"False: {sentence}") for sentence in against.get(writer.name, [])]
-        if found:
-            parts.insert(0, "\n".join(found))
-        texts.append(SectionText(writer.title, parts))
+        found = [_against(sentence) for sentence in against.get(writer.name, [])]
+        on_pairs = paragraph(pairs_used(writer.name, measured, certificate.settings))
+        texts.append(SectionText(writer.title, ["\n".join(found), on_pairs, *parts]))
     return texts
 
 
 def verdict_text(certificate: Certificate) -> SectionText:
-    """Section 10, which stands on top."""
+    """The verdict, which stands on top."""
     rows = []
     for criterion in certificate.verdict:
         rows.append([f"{criterion.code} {criterion.name}", criterion.result, criterion.numbers])
@@ -86,10 +87,11 @@ def verdict_text(certificate: Certificate) -> SectionText:
         "The criteria are those of the Mechanistic Validity catalogue to which these measurements "
         "speak. There is no single score."
     )
-    parts = [table(["criterion", "", "numbers"], rows), table(["", "met if"], thresholds), about]
+    criteria = table_of_words(["criterion", "", "numbers"], rows)
+    parts = [criteria, table_of_words(["", "met if"], thresholds), about]
     if not certificate.is_finished:
         parts = [paragraph("The certificate is not finished, so there is no verdict yet.")]
-    return SectionText("10. The verdict", parts)
+    return SectionText("Verdict", parts)
 
 
 def _head(certificate: Certificate) -> str:
@@ -101,9 +103,15 @@ def _head(certificate: Certificate) -> str:
     about = paragraph(
         f"{size}. Measured on {counted(settings.n_pairs, 'held-out pair')}; where a section uses "
         f"one ablation, it is {settings.ablation}, that of the search. Losses are cross-entropies "
-        "between the two answers in nats: 0.693 is chance. ± is one standard error.",
+        "between the two answers in nats: 0.693 is chance. ± is one standard error. Lines that "
+        "begin with 'No:' say what was found against the circuit."
     )
     return f"{title}\n{'=' * len(title)}\n\n{about}"
+
+
+def _against(sentence: str) -> str:
+    """A finding against the circuit, as the answer to the question of its section."""
+    return paragraph(f"No: {sentence[0].lower()}{sentence[1:]}")
 
 
 def _foot(certificate: Certificate) -> str:

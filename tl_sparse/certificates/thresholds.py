@@ -4,7 +4,8 @@
 #: the paper's target of 0.15, and a third more, because the worst of many is always above the mean.
 WITHSTOOD = 0.2
 #: Without a necessary circuit, pairs are told apart at most this often: 0.5 is chance, and with a
-#: hundred pairs or more 0.6 lies two standard errors or more above it.
+#: hundred pairs or more 0.6 lies two standard errors or more above it. There is no lower limit: a
+#: model that leans to the wrong answers does not do the task either, so it needs the circuit.
 TOLD_APART = 0.6
 #: A task has lost what it could do if its loss rises by half of what chance costs (0.693 / 2).
 LOST = 0.35

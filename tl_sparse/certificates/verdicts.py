@@ -1,4 +1,4 @@
-"""Section 10: which criteria of the Mechanistic Validity catalogue a circuit meets.
+"""The verdict: which criteria of the Mechanistic Validity catalogue a circuit meets.
 
 There is no single score. Each criterion is met, not met, or not tested, by numbers that the
 certificate shows and thresholds that stand here.
@@ -33,11 +33,12 @@ class Condition:
     """A part of a criterion.
 
     Attributes:
-        holds: whether the measured number passes.
-        number: the number, in words.
+        holds: whether the measured number passes; None if the criterion is decided without it,
+            because it was left out.
+        number: the number, in words; or what was left out.
     """
 
-    holds: bool
+    holds: bool | None
     number: str
 
 
@@ -66,7 +67,8 @@ def verdict(certificate: Certificate) -> list[Criterion]:
         if not conditions:
             result, numbers = NOT_TESTED, "what it needs was left out"
         else:
-            result = MET if all(each.holds for each in conditions) else NOT_MET
+            fails = any(each.holds is False for each in conditions)
+            result = NOT_MET if fails else MET
             numbers = "; ".join(each.number for each in conditions)
         criteria.append(Criterion(asked.code, asked.name, result, numbers, asked.threshold))
     return criteria
@@ -144,7 +146,9 @@ def _consistency(certificate: Certificate) -> list[Condition]:
         _loss("resample", measured.evaluation.resample.loss),
         _loss("worst subset", measured.subsets.worst.loss),
     ]
-    if certificate.stability is not None:
+    if certificate.stability is None:
+        conditions.append(Condition(None, "unseen contexts were not tried"))
+    else:
         for kind, context in certificate.stability.contexts.items():
             if context.model_can:
                 conditions.append(_loss(f"unseen {kind}", context.loss.value))
@@ -172,7 +176,9 @@ def _separation(certificate: Certificate) -> list[Condition]:
     compared = {"alone": measured.sufficiency, "without it": measured.partial_necessity}
     for name, against in compared.items():
         conditions.append(Condition(against.p_value.is_significant, f"{name}: {against.p_value}"))
-    if certificate.controls is not None:
+    if certificate.controls is None:
+        conditions.append(Condition(None, "controls were not run"))
+    else:
         real = certificate.controls.real.n_nodes or 0
         for name, found in certificate.controls.searches.items():
             size = none_found(certificate.controls.max_nodes)
@@ -231,7 +237,8 @@ _CRITERIA = (
     _Asked(
         "I1",
         "necessity, two ablations",
-        f"at most {TOLD_APART:.0%} of pairs told apart without it (chance: 50%)",
+        f"at most {TOLD_APART:.0%} of pairs told apart without it; 50% is chance, and with less "
+        "the rest leans to the wrong answers",
         _necessity,
     ),
     _Asked("I2", "sufficiency", "loss at most the target of the search", _sufficiency),

@@ -24,8 +24,8 @@ from tl_sparse.tasks import TaskData
 
 #: Sign flips of the tests of growth.
 N_FLIPS = 19999
-#: If the model without the circuit is nearer than this to the loss of no nodes at all, in nats,
-#: there is nothing left that backups could explain.
+#: If the loss of the model without the circuit is not so far below that of no nodes at all, in
+#: nats, nothing of the task is left that backups could have taken over.
 LEAST_GAP = 0.05
 
 
@@ -185,7 +185,7 @@ def _share(
         return (without_found.value - without.value) / gap, ""
     return None, (
         f"without the circuit the task loss is {without.value:.3f}, and {no_nodes.value:.3f} "
-        "without any nodes: there is nothing left that backups could explain"
+        "without any nodes: nothing of the task is left, so no node has taken over"
     )
 
 

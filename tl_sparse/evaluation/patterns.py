@@ -52,6 +52,12 @@ class HeadAttention:
     circuit_spread: float
     remark: str = ""
 
+    @property
+    def attends_otherwise(self) -> bool:
+        """Whether attention is degenerate in one way in the model, and not so under the circuit."""
+        in_model = _kind(self.model_to_uniform, self.model_spread)
+        return in_model != _kind(self.circuit_to_uniform, self.circuit_spread)
+
 
 def heads_of(circuit: Circuit, model: TLModel) -> dict[tuple[int, int], list[str]]:
     """(layer, head) → the locations at which the head has kept nodes.

@@ -52,6 +52,12 @@ class Score:
     logit_difference: float | None = None
     next_token: NextToken | None = None
 
+    def __str__(self) -> str:
+        parts = [f"loss {_loss_in_words(self)}", f"accuracy {self.accuracy:.1%}"]
+        if self.logit_difference is not None:
+            parts.append(f"logit difference {self.logit_difference:.2f}")
+        return ", ".join(parts)
+
 
 @checked()
 def tasks_table(
@@ -85,10 +91,14 @@ def tasks_table(
 @checked()
 def score_row(name: str, score: Score) -> list[str]:
     """The cells of one table row: name, loss with its standard error, and accuracy."""
-    loss = f"{score.loss:.3f}"
-    if score.standard_error is not None:
-        loss += f" ± {score.standard_error:.3f}"
-    return [name, loss, f"{score.accuracy:.1%}"]
+    return [name, _loss_in_words(score), f"{score.accuracy:.1%}"]
+
+
+def _loss_in_words(score: Score) -> str:
+    """The loss with its standard error."""
+    if score.standard_error is None:
+        return f"{score.loss:.3f}"
+    return f"{score.loss:.3f} ± {score.standard_error:.3f}"
 
 
 @checked()

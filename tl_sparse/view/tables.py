@@ -193,6 +193,14 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     return "\n\n".join(sections)
 
 
+#: Kind of nodes → what the edges between them are, and what their weights are.
+_WHAT_EDGES_ARE = {
+    "channels": "the nonzero weights between these nodes",
+    "components": "the later component reads what the earlier one writes, and the weight is the "
+    "norm of the product of their matrices",
+}
+
+
 def _joined_tables(circuit: Circuit, model: TLModel) -> list[str]:
     """Tables of the edges, of the joins by the residual stream, and of nodes without edges."""
     edges = circuit.edges(model)
@@ -202,7 +210,7 @@ def _joined_tables(circuit: Circuit, model: TLModel) -> list[str]:
     for edge in edges:
         if edge in shown:
             rows.append([str(edge.source), "→", str(edge.target), f"{edge.weight:+.3f}"])
-    heading = f"{counted(len(edges), 'edge')}: the nonzero weights between these nodes"
+    heading = f"{counted(len(edges), 'edge')}: {_WHAT_EDGES_ARE[circuit.node_kind]}"
     if len(edges) > len(rows):
         heading += (
             f". These are the {STRONGEST} of the largest absolute weight; circuit.edges(model), "
