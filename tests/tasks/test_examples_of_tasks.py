@@ -3,7 +3,6 @@
 import pytest
 
 import tl_sparse
-from helpers import word_tokenizer
 from tl_sparse.errors import DataError
 from tl_sparse.tasks import Pair, Task
 from tl_sparse.tasks.pairs import paired
@@ -24,13 +23,12 @@ def test_prompts_are_paired_by_their_answers_in_order():
 def test_a_task_of_examples():
     examples = []
     for number in range(12):
-        examples.append((f"{number} cat here", "is", "are"))
-        examples.append((f"{number} cats here", "are", "is"))
+        examples.append((f"{number} cat here", ")", "]"))
+        examples.append((f"{number} cats here", "]", ")"))
     task = Task.from_examples("plural", examples)
     assert (task.name, task.description) == ("plural", "12 pairs of examples")
-    words = [word for prompt, *answers in examples for word in (*prompt.split(), *answers)]
-    tokenizer = word_tokenizer(["<s>", *sorted(set(words))], bos_token="<s>")
-    data = tl_sparse.make_task_data(task, tokenizer, 12, seed=0)
+    model = tl_sparse.load("tiny-python-sparse", device="cpu")
+    data = tl_sparse.make_task_data(task, model.tokenizer, 12, seed=0)
     assert sorted(data.prompts) == sorted(prompt for prompt, *_ in examples)
 
 

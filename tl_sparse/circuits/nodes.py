@@ -286,6 +286,12 @@ class Edge:
 
     An edge between components is a path from the output of one to a later one that reads it from
     the residual stream; see `component_edges`.
+
+    Attributes:
+        source: the node that the edge leaves.
+        target: the node that it enters.
+        weight: the nonzero weight; between components, the norm of the product of the two
+            matrices.
     """
 
     source: Node

@@ -117,7 +117,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SizedScore:
-    """The size of a circuit and its score on a set of prompt pairs."""
+    """The size of a circuit and its score on a set of prompt pairs.
+
+    Attributes:
+        n_nodes: the number of its nodes.
+        n_edges: the number of its edges.
+        circuit: the score of the circuit alone, with all other nodes held at their means.
+    """
 
     n_nodes: int
     n_edges: int

@@ -144,7 +144,7 @@ class Task:
     def from_pairs(cls, pairs: TaskPairs) -> "Task":
         """The task of pairs that are already split, such as those that a circuit keeps.
 
-        For pairs that are not split yet, see `from_jsonl`.
+        For pairs that are not split, use `from_examples`, or a file and `from_jsonl`.
         """
         sample = _one_of if pairs.candidates is None else _prompts_of_one
         return cls(

@@ -60,8 +60,8 @@ class TrainConfig:
         weight_decay: the coefficient λ, with which each matrix shrinks by λ · lr · w in a step.
         decay: whether the matrices decay after the top-k, or before the step, as in AdamW. "after"
             is the published script, "adamw" the paper's text.
-        l0_fraction: the share of each weight matrix that is nonzero in the end; 1 for a dense
-            model.
+        l0_fraction: the share of each weight matrix that is nonzero in the end, at least
+            min_nonzero / d_model; 1 for a dense model.
         l0_count: the number of nonzero weights in all matrices together; 0 for l0_fraction.
         l0_fraction_embed: the nonzero share of the (un)embedding; 0 for that of the other matrices.
             The paper's text has 0.
@@ -74,7 +74,8 @@ class TrainConfig:
         anneal_start: when the nonzero shares start to fall from 1, as a share of the steps.
         anneal_stop: when the nonzero shares reach their final values, as a share of the steps.
         anneal_shape: how the nonzero shares fall between these two. Linearly in section A.2.
-        min_nonzero: the smallest number of nonzero entries per neuron and attention channel.
+        min_nonzero: the smallest number of nonzero entries per neuron and attention channel. A
+            smaller l0_fraction than min_nonzero / d_model is refused.
         dense_gradient_steps: the number of steps from one dense gradient to the next, once the
             nonzero shares are final. In the steps between, the zeros of weights of which less than
             a quarter is nonzero stay zeros: they have no gradients, moments and updates. With 1,
