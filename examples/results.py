@@ -35,8 +35,10 @@ from tl_sparse.tasks import TASKS
 from tl_sparse.training import preset, train
 
 REPOSITORY = Path(__file__).parents[1]
-SPARSE, DENSE = "tiny-python-sparse", "tiny-python-dense"
+SPARSE, DENSE = "tiny-python-wide", "tiny-python-wide-dense"
 MODELS = [SPARSE, DENSE]
+#: The dense model to which a sparse one is bridged.
+BRIDGED_TO = "tiny-python-dense"
 
 #: Name of a search → its settings. Each is made for every task and both models.
 SEARCHES = {
@@ -565,8 +567,8 @@ def bridges(plan: Plan) -> None:
         if plan.only_tables:
             return
         settings = ["examples/tiny-python-bridged.yaml", "--sites-per-step", "2"]
-        run("-m", "tl_sparse", "bridge", DENSE, *settings, "--out", str(folder))
-    opened = load_bridges(folder, DENSE)
+        run("-m", "tl_sparse", "bridge", BRIDGED_TO, *settings, "--out", str(folder))
+    opened = load_bridges(folder, BRIDGED_TO)
     losses = opened.recorded_losses()
     found = {}
     for task in plan.tasks or BRIDGED_TASKS:

@@ -16,7 +16,9 @@ from tl_sparse.training.config import TrainConfig
 from tl_sparse.training.measures import evaluate_loss
 from tl_sparse.training.presets import preset
 
-NAMES = ("tiny-python-sparse", "tiny-python-dense")
+NAMES = ("tiny-python-sparse", "tiny-python-dense", "tiny-python-wide", "tiny-python-wide-dense")
+#: A sparse model and its dense twin.
+TWINS = [NAMES[:2], NAMES[2:]]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -29,45 +31,60 @@ def record(name):
     return json.loads((find(name) / "training.json").read_text())
 
 
-def test_they_are_small_and_open_in_float32(models):
-    assert sum(path.stat().st_size for name in NAMES for path in find(name).iterdir()) < 5_000_000
-    for name, model in models.items():
+@pytest.mark.parametrize("twins", TWINS)
+def test_they_are_small_and_open_in_float32(models, twins):
+    assert sum(path.stat().st_size for name in twins for path in find(name).iterdir()) < 5_000_000
+    for name in twins:
+        model = models[name]
         assert model.cfg.model_name == name
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert tl_sparse.load(find(name), device="cpu").sparse_cfg == model.sparse_cfg
 
 
-def test_their_losses_are_equal_within_two_percent_and_true_of_the_sample(models):
-    sparse, dense = (record(name)["validation_loss"] for name in NAMES)
+@pytest.mark.parametrize("twins", TWINS)
+def test_their_losses_are_equal_within_two_percent_and_true_of_the_sample(models, twins):
+    sparse, dense = (record(name)["validation_loss"] for name in twins)
     assert abs(dense / sparse - 1) < 0.02
-    for name, model in models.items():
+    for name in twins:
+        model = models[name]
         sample = load_corpus(find(name), model.tokenizer, model.cfg.n_ctx)  # of the training text
         assert evaluate_loss(model, sample[:128], 64) == pytest.approx(
             record(name)["validation_loss"], rel=0.1
         )
 
 
-def test_one_is_sparse_and_one_is_dense(models):
-    for name, fraction in zip(NAMES, (1 / 64, 1), strict=True):
+@pytest.mark.parametrize(
+    ("twins", "fraction"), [(TWINS[0], 1 / 64), (TWINS[1], 1 / 144)], ids=["128", "192"]
+)
+def test_one_is_sparse_and_one_is_dense(models, twins, fraction):
+    for name, kept in zip(twins, (fraction, 1), strict=True):
         block = models[name].blocks[1]
         for weight in (
             block.attn.W_O,
             block.mlp.W_out,
         ):  # W_in shares its budget with its positional rows
-            assert float(weight.ne(0).float().mean()) == pytest.approx(fraction, abs=1e-3)
-    assert models[NAMES[0]].sparse_cfg.abs_topk == tl_sparse.paper_topk(0.25)
-    assert not models[NAMES[1]].sparse_cfg.abs_topk
+            assert float(weight.ne(0).float().mean()) == pytest.approx(kept, abs=1e-3)
+    sparse, dense = (models[name] for name in twins)
+    assert sparse.sparse_cfg.abs_topk == tl_sparse.paper_topk(0.25)
+    assert not dense.sparse_cfg.abs_topk
+
+
+def test_the_wide_one_is_better_with_no_more_weights():
+    narrow, wide = (record(name) for name in (NAMES[0], NAMES[2]))
+    assert wide["validation_loss"] < narrow["validation_loss"]
+    assert wide["nonzero_weights"] <= narrow["nonzero_weights"]
 
 
 @pytest.mark.any_line
-def test_the_sparse_one_does_the_tasks(models):
-    scores = task_scores(models["tiny-python-sparse"], n_pairs=200, seed=77)
-    done = {name for name, score in scores.items() if score is not None and score.accuracy >= 0.9}
+@pytest.mark.parametrize("name", ["tiny-python-sparse", "tiny-python-wide"])
+def test_the_sparse_ones_do_the_tasks(models, name):
+    scores = task_scores(models[name], n_pairs=200, seed=77)
+    done = {task for task, score in scores.items() if score is not None and score.accuracy >= 0.9}
     assert {"single_double_quote", "bracket_counting", "set_or_string"} <= done
     assert len(done) >= 6
-    said = record("tiny-python-sparse")["tasks"]
-    for name, score in scores.items():
-        assert score.accuracy == pytest.approx(said[name]["accuracy"], abs=0.06), name
+    said = record(name)["tasks"]
+    for task, score in scores.items():
+        assert score.accuracy == pytest.approx(said[task]["accuracy"], abs=0.06), task
 
 
 def test_their_configurations_are_committed():

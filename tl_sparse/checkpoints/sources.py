@@ -25,6 +25,8 @@ _MODELS = Path(__file__).parents[1] / "models"
 _BUNDLED = {
     "tiny-python-sparse": _MODELS / "tiny-python-sparse",
     "tiny-python-dense": _MODELS / "tiny-python-dense",
+    "tiny-python-wide": _MODELS / "tiny-python-wide",
+    "tiny-python-wide-dense": _MODELS / "tiny-python-wide-dense",
     "tiny-python-bridged": _MODELS / "tiny-python-bridged",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
