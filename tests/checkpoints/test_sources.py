@@ -22,7 +22,8 @@ pytestmark = pytest.mark.any_line
 #: How the message about a wrong name ends, if no name is like it.
 PLACES = (
     ": tiny-python-sparse, tiny-python-dense, tiny-python-wide, tiny-python-wide-dense, "
-    "tiny-python-bridged come with tl_sparse, OpenAI published csp_yolo1, csp_yolo2, csp_bridges1, csp_bridges2, dense1_1x, dense1_2x, dense1_4x, "
+    "tiny-python-bridged come with tl_sparse, OpenAI published csp_yolo1, csp_yolo2, "
+    "csp_bridges1, csp_bridges2, dense1_1x, dense1_2x, dense1_4x, "
     "csp_sweep1_1x_3.7Mnonzero_afrac0.250, …, and the Hugging Face hub has 'user/repo'"
 )
 CONFIG, MODEL = b'{"n_layer": 1}', bytes(range(256)) * 40
