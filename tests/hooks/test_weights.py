@@ -174,11 +174,13 @@ DENSE_GROUPS_ON_3 = [
     ["blocks.{layer}.mlp.W_in"],
     ["blocks.{layer}.mlp.W_out"],
 ]
-#: Under their Hugging Face-like names, each matrix is a group of its own.
+#: The same under their names on TransformerLens 4, which are like those of Hugging Face.
 DENSE_GROUPS_ON_4 = [
-    ["layers.{layer}.attn.q.weight"],
-    ["layers.{layer}.attn.k.weight"],
-    ["layers.{layer}.attn.v.weight"],
+    [
+        "layers.{layer}.attn.q.weight",
+        "layers.{layer}.attn.k.weight",
+        "layers.{layer}.attn.v.weight",
+    ],
     ["layers.{layer}.attn.o.weight"],
     ["layers.{layer}.mlp.fc_in.weight"],
     ["layers.{layer}.mlp.fc_out.weight"],
