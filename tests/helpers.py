@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +43,18 @@ needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is no
 def only_on(line, reason):
     """The mark of tests for one line of TransformerLens, 3 or 4."""
     return pytest.mark.skipif(line != LINE, reason=reason)
+
+
+@contextmanager
+def taking_less_than(n_bytes):
+    """A context in which Python objects must never take so much memory at once."""
+    tracemalloc.start()
+    try:
+        yield
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < n_bytes
 
 
 def must_not_run(what):
