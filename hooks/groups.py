@@ -57,7 +57,8 @@ class WeightGroup:
 
     Attributes:
         name: the name that `group_fractions` matches: that of the parameter, or
-            "blocks.0.attn.W_QKV" for Q, K and V together.
+            "blocks.0.attn.W_QKV" or, in models of other libraries, "….attn.qkv.weight" for Q, K and
+            V together.
         bands: the horizontal bands of the matrix from top to bottom (Q, then K, then V). Each band
             is a tuple of weights side by side (W_Q and W_Q_pos, for example).
         embedding: whether the fraction is `embed_fraction`.
