@@ -41,7 +41,7 @@ class Search:
         self.criterion = Criterion(model, config)
         train, selection, _ = task_splits(model, MICRO_TASK, config)
         self.all = torch.ones_like(self.ranking.rank, dtype=torch.bool)
-        full = self.ranking.with_gates(self.empty, self.all)
+        full = self.ranking.of_gates(self.all)
         self.data = SearchData.around(full, self.criterion, train, selection)
 
     def left_by_groups(self, most_tests=None):
@@ -51,7 +51,7 @@ class Search:
             kept = groups.without_groups(
                 self.all, self.ranking, self.criterion, self.data, budget, bar
             )
-        return self.ranking.with_gates(self.empty, kept).node_names, budget.n_tried
+        return self.ranking.of_gates(kept).node_names, budget.n_tried
 
 
 def test_slopes_are_the_effects_to_first_order():

@@ -21,9 +21,14 @@ class Budget:
         self.most = most
         self.n_tried = 0
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more may be tried."""
+        return self.n_tried == self.most
+
     def take(self) -> bool:
         """Count one more test, if there may be one; whether there may."""
-        if self.n_tried == self.most:
+        if self.is_spent:
             return False
         self.n_tried += 1
         return True
@@ -33,7 +38,7 @@ def eliminate(
     candidates: Sequence[T],
     holds: Callable[[list[T]], bool],
     decides: Callable[[list[T]], bool],
-    tried: Callable[[int], object],
+    tried: Callable[[int], object] = lambda _n_candidates: None,
     budget: Budget | None = None,
 ) -> list[T]:
     """The candidates that can be removed from a circuit.

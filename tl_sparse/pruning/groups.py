@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.circuits import Circuit
 from tl_sparse.errors import counted
 from tl_sparse.pruning.criterion import Criterion, SearchData, representative
 from tl_sparse.pruning.elimination import Budget
@@ -45,15 +44,13 @@ def without_groups(
     Args:
         kept: the gates of the circuit, which passes the criterion.
         budget: how many circuits may still be tried.
-        bar: a progress bar of the nodes, which is told how many are removed.
+        bar: a progress bar of the circuits that are tried.
     """
-    groups = _Groups(kept, ranking, criterion, data, budget)
+    groups = _Groups(kept, ranking, criterion, data, budget, bar)
     n_nodes = int(kept.sum())
     while n_nodes > SMALL and groups.remove_one():
-        n_left = int(groups.kept.sum())
-        bar.update(n_nodes - n_left)
-        bar.set_postfix_str(f"{counted(n_left, 'node')} left, {counted(budget.n_tried, 'test')}")
-        n_nodes = n_left
+        n_nodes = int(groups.kept.sum())
+        bar.set_postfix_str(counted(n_nodes, "node"))
     return groups.kept
 
 
@@ -72,12 +69,14 @@ class _Groups:
         criterion: Criterion,
         data: SearchData,
         budget: Budget,
+        bar: Any,
     ) -> None:
         self.kept = kept
         self.ranking = ranking
         self.criterion = criterion
         self.data = data
         self.budget = budget
+        self.bar = bar
         self.share = _MOST
         self.generator = torch.Generator().manual_seed(criterion.config.seed)
 
@@ -87,7 +86,7 @@ class _Groups:
         The share is halved until it passes, and is then twice as large in the next round.
         """
         least_first = self._least_effect_first()
-        circuit = self._circuit(self.kept)
+        circuit = self.ranking.of_gates(self.kept)
         some_pairs = representative(circuit, self.criterion, self.data.selection)
         loss = self.criterion.loss(circuit, some_pairs, self.criterion.hardest)
         room = _ROOM * (self.criterion.config.target_loss - loss)
@@ -96,9 +95,10 @@ class _Groups:
             group = least_first[: int(self.share * len(least_first))]
             if len(group) == 0 or not self.budget.take():
                 return False
+            self.bar.update()
             kept = self.kept.clone()
             kept[group] = False
-            circuit = self._circuit(kept)
+            circuit = self.ranking.of_gates(kept)
             if stricter.passes_quickly(circuit, some_pairs) and self.criterion.passes(
                 circuit, self.data.selection
             ):
@@ -107,9 +107,6 @@ class _Groups:
                 return True
             self.share /= 2
         return False
-
-    def _circuit(self, kept: Bool[Tensor, " gate"]) -> Circuit:
-        return self.ranking.with_gates(self.ranking.empty, kept)
 
     def _least_effect_first(self) -> Int[Tensor, " removable"]:
         """The gates that may be removed, those of least effect first.

@@ -1,7 +1,6 @@
 """Circuits of the nodes that a search ranks highest."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -43,16 +42,13 @@ class Ranking:
         if max_nodes is not None:
             self.largest = min(self.largest, max_nodes)
 
-    def circuit(self, size: int, removed: Sequence[int] = ()) -> Circuit:
-        """The circuit of the `size` highest-ranked gates, without the gates in `removed`."""
-        kept = self.rank < size
-        if removed:
-            kept[list(removed)] = False
-        return dataclasses.replace(self.empty, kept=self.gates.at_nodes(kept))
+    def circuit(self, size: int) -> Circuit:
+        """The circuit of the `size` highest-ranked gates."""
+        return self.of_gates(self.rank < size)
 
-    def with_gates(self, circuit: Circuit, kept: Bool[Tensor, " gate"]) -> Circuit:
-        """The circuit with the nodes of these gates instead of its own."""
-        return dataclasses.replace(circuit, kept=self.gates.at_nodes(kept))
+    def of_gates(self, kept: Bool[Tensor, " gate"]) -> Circuit:
+        """The circuit of the nodes of these gates."""
+        return dataclasses.replace(self.empty, kept=self.gates.at_nodes(kept))
 
     def comparable_tau(self) -> Float[Tensor, " gate"]:
         """The values of τ in [-1, 1], with those of fixed gates at its ends.

@@ -9,12 +9,11 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import PruneError, counted
 from tl_sparse.evaluation import learned_subset
-from tl_sparse.pruning.criterion import Criterion, SearchData, representative
-from tl_sparse.pruning.elimination import Budget, eliminate
-from tl_sparse.pruning.exchanges import exchanged
-from tl_sparse.pruning.groups import SMALL, without_groups
+from tl_sparse.pruning.criterion import Criterion, representative
+from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
+from tl_sparse.pruning.refinement import refined
 from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
@@ -33,8 +32,7 @@ def discretise(
 ) -> Circuit:
     """The smallest circuit of top-ranked nodes on the selection pairs (A.5).
 
-    With learned gates, nodes that this circuit does not need are then removed from it, and nodes
-    outside are tried in place of its own.
+    With learned gates, it is then made smaller by changes that are tried one by one.
 
     Raises:
         PruneError: if not even the set of all nodes passes the criterion.
@@ -44,53 +42,12 @@ def discretise(
     size = chosen_size(ranking, criterion, train, selection, progress, tolerance)
     circuit = ranking.circuit(size)
     if config.method == "learned":
-        data = SearchData.around(circuit, criterion, train, selection)
-        circuit = without_superfluous(circuit, ranking, criterion, data, progress)
-        if config.exchanges:
-            circuit = exchanged(circuit, ranking, criterion, data, progress)
+        circuit = refined(circuit, ranking, criterion, train, selection, progress)
     scores: dict[str, Tensor] = {}
     for name, tau in ranking.gates.at_nodes(ranking.comparable_tau()).items():
         # These are in [-1, 1], so adding 2 ranks the kept nodes above all others.
         scores[name] = tau + 2 * circuit.kept[name]
     return dataclasses.replace(circuit, scores=scores)
-
-
-def without_superfluous(
-    circuit: Circuit, ranking: Ranking, criterion: Criterion, data: SearchData, progress: bool
-) -> Circuit:
-    """The circuit without nodes that it does not need.
-
-    All gates are learned together, so some remain open although no kept node reads their node, or
-    another node has taken over its function. Of a large circuit, groups of nodes with little effect
-    are removed first; then single nodes are tried, the lowest-ranked first.
-    """
-    kept = ranking.gates.of_nodes(circuit.kept)
-    n_removable = int((kept & ~ranking.fixed.included).sum())
-    budget = Budget(criterion.config.removal_tests)
-    with phase("removing nodes", progress and n_removable > 0, n_removable, "node") as bar:
-        kept = without_groups(kept, ranking, criterion, data, budget, bar)
-        if budget.n_tried > 0:
-            smaller = ranking.with_gates(circuit, kept)
-            data = SearchData.around(smaller, criterion, data.train, data.selection)
-
-        def without(gone: list[int]) -> Circuit:
-            rest = kept.clone()
-            rest[gone] = False
-            return ranking.with_gates(circuit, rest)
-
-        lowest_first = ranking.order.flip(0)
-        is_tried = (kept & ~ranking.fixed.included)[lowest_first]
-        removed = eliminate(
-            lowest_first[is_tried].tolist(),
-            lambda gone: criterion.passes_quickly(without(gone), data.some),
-            lambda gone: criterion.passes(without(gone), data.selection),
-            bar.update,
-            budget,
-        )
-        smaller = without(removed)
-        if progress:
-            say_reached(bar, smaller.n_nodes, criterion.loss(smaller, data.selection), "selection")
-    return smaller
 
 
 def chosen_size(
