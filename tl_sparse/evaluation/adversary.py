@@ -3,12 +3,16 @@
 The adversary chooses, once for all prompts, which nodes outside the circuit are held and which are
 as they are in the model. It learns the choice by gradient ascent on masks. Since the choice is the
 same for all prompts, it cannot exploit the noise of single ones.
+
+An adversary that may leave only a few nodes first learns as if it might leave any. It then holds
+those that do the least harm, until few enough are left. The other way round it would miss nodes
+that act together: as long as a query channel is held, its key channel seems to do nothing.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.arguments import checked
@@ -26,8 +30,6 @@ from tl_sparse.tasks import Score, TaskData
 ADVERSARY_SPREAD = 0.3
 #: The learning rate of Adam.
 ADVERSARY_LR = 0.1
-#: Below every mask that is learned.
-LOWEST = -1000.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def learned_subset(
         budget: the largest number of nodes that it may leave; None for no limit.
         ablation: the values at which all other nodes are held.
         objective: the loss that it raises.
-        steps: the number of steps of gradient ascent.
+        steps: the number of steps. With a budget, only the first half of them is gradient ascent;
+            in the others, nodes that do little harm are held.
         lr: the learning rate of Adam.
         pairs_per_step: the number of pairs in each step.
         seed: the seed of the initial mask and of the order of the pairs.
@@ -130,62 +133,96 @@ def learned_subset(
         ConfigError: for an impossible `budget`, `steps`, `lr` or `pairs_per_step`.
         CircuitError: if `model` is not the circuit's model, or the circuit has no means.
     """
-    n_outside = circuit.n_candidates - circuit.n_nodes
     if budget is not None:
         check(budget >= 0, "budget", budget, "at least 0, or None for no limit")
-        budget = min(budget, n_outside)
     check(steps >= 1, "steps", steps, "at least 1")
     check(lr > 0, "lr", lr, "above 0")
     circuit.check_model(model)
     circuit.check_means()
-    device = next(model.parameters()).device
+    n_shrinking = 0 if budget is None else steps // 2
     with differentiating(model), frozen(model):
-        gates = NodeGates(
+        adversary = _Adversary(circuit, model, data, ablation, objective, pairs_per_step, seed)
+        left = adversary.learned(steps - n_shrinking, lr)
+        if budget is not None:
+            left = adversary.shrunk(left, budget, max(1, n_shrinking))
+        return {name: mask.cpu() for name, mask in adversary.gates.at_nodes(left).items()}
+
+
+class _Adversary:
+    """An adversary of one circuit. Each step has the next few of the pairs.
+
+    Attributes:
+        gates: the masks that it learns.
+        kept: the gates of the circuit's nodes, which it cannot change.
+    """
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        model: TLModel,
+        data: TaskData,
+        ablation: Ablation,
+        objective: Objective,
+        pairs_per_step: int,
+        seed: int,
+    ) -> None:
+        self.circuit = circuit
+        self.model = model
+        self.ablation = ablation
+        self.objective = objective
+        device = next(model.parameters()).device
+        self.gates = NodeGates(
             {name: circuit.means[name].to(device) for name in circuit.kept},
             init_bias=0.0,
             init_scale=ADVERSARY_SPREAD,
             seed=seed,
             vectors=circuit.component_hooks,
         )
-        kept = gates.of_nodes(circuit.kept)
-        optimizer = torch.optim.Adam([gates.tau], lr=lr, maximize=True)
-        batches = random_batches(data, pairs_per_step, seed)
+        self.kept = self.gates.of_nodes(circuit.kept)
+        self._batches = random_batches(data, pairs_per_step, seed)
+
+    def learned(self, steps: int, lr: float) -> Bool[Tensor, " gate"]:
+        """The nodes to leave after gradient ascent, of any number."""
+        optimizer = torch.optim.Adam([self.gates.tau], lr=lr, maximize=True)
         for _ in range(steps):
-            batch = ready_for(objective, model, next(batches))
-            loss = _loss(circuit, model, batch, gates, kept, budget, ablation, objective)
+            loss = self._loss(self.gates.openings().masked_fill(self.kept, 1.0))
             if not loss.isfinite():
                 break  # no subset is worse than one that makes the model diverge
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if budget is None:
-                gates.clamp()  # at the ends of the range, a budget could not tell masks apart
-        left = _openings(gates, kept, budget).detach() > 0.5
-        return {name: mask.cpu() for name, mask in gates.at_nodes(left & ~kept).items()}
+            self.gates.clamp()
+        return (self.gates.tau.detach() > 0) & ~self.kept
 
+    def shrunk(self, left: Bool[Tensor, " gate"], budget: int, steps: int) -> Bool[Tensor, " gate"]:
+        """At most `budget` of the nodes: those whose holding would lower the loss most.
 
-def _openings(gates: NodeGates, kept: Bool[Tensor, " gate"], budget: int | None) -> Tensor:
-    """1 for each node that is as it is: those of the circuit, and those that are left."""
-    with torch.no_grad():
-        gates.tau[kept] = LOWEST  # so that the budget is spent outside the circuit
-    return gates.openings(budget).masked_fill(kept, 1.0)
+        In each step the same share of them is held, since without these, others do more or less.
+        """
+        n_left = int(left.sum())
+        share = (budget / max(1, n_left)) ** (1 / steps)
+        for step in range(1, steps + 1):
+            n_next = budget if step == steps else round(n_left * share**step)
+            if n_next < int(left.sum()):
+                harms = self._slopes(left).masked_fill(~left, -torch.inf)
+                left = torch.zeros_like(left)
+                left[harms.topk(n_next).indices] = True
+        return left
 
+    def _slopes(self, left: Bool[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+        """The change of the loss when each node is left, to first order, with those of `left`."""
+        openings = (left | self.kept).to(self.gates.tau.dtype).requires_grad_()
+        (slopes,) = torch.autograd.grad(self._loss(openings), openings)
+        return slopes.nan_to_num()
 
-def _loss(
-    circuit: Circuit,
-    model: TLModel,
-    data: TaskData,
-    gates: NodeGates,
-    kept: Bool[Tensor, " gate"],
-    budget: int | None,
-    ablation: Ablation,
-    objective: Objective,
-) -> Tensor:
-    """The loss of the circuit while the adversary's nodes are left as they are."""
-    values = held_values(circuit, model, ablation)(data)
-    with (
-        freezing_norms(circuit.frozen_norms, model, data),
-        circuit.holding(model, {}, {}, circuit.cut_edges(model)),
-        gates.attached(model, values=values, openings=_openings(gates, kept, budget)),
-    ):
-        return objective_loss(model, data, objective)
+    def _loss(self, openings: Float[Tensor, " gate"]) -> Tensor:
+        """The loss on the next pairs, with 1 for each node that is as it is in the model."""
+        batch = ready_for(self.objective, self.model, next(self._batches))
+        values = held_values(self.circuit, self.model, self.ablation)(batch)
+        cut = self.circuit.cut_edges(self.model)
+        with (
+            freezing_norms(self.circuit.frozen_norms, self.model, batch),
+            self.circuit.holding(self.model, {}, {}, cut),
+            self.gates.attached(self.model, values=values, openings=openings),
+        ):
+            return objective_loss(self.model, batch, self.objective)
