@@ -34,6 +34,7 @@ from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.evaluation.objectives import all_objective_losses, with_reference
 from tl_sparse.evaluation.subsets import random_subsets, subset_scores
 from tl_sparse.hooks.points import recording
+from tl_sparse.pruning import sizes
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.pruner import prune, prune_edges
@@ -82,6 +83,20 @@ def test_a_robust_search_does_not(robust):
     )
     assert fewer.nodes == circuit.nodes
     assert not has_hooks(model)
+
+
+def test_adversaries_attack_the_circuit_that_the_search_returns(monkeypatch):
+    """Not the larger one of the chosen size, from which nodes are removed afterwards."""
+    attacked = []
+
+    def attack(circuit, *arguments, **settings):
+        attacked.append(circuit.node_names)
+        return learned_subset(circuit, *arguments, **settings)
+
+    monkeypatch.setattr(sizes, "learned_subset", attack)
+    circuit, _ = found(cancelling_model(), robust="adversary")
+    assert len(attacked) == CONFIG.adversaries
+    assert attacked[-1] == circuit.node_names
 
 
 def test_a_test_of_a_circuit_meets_subsets_that_it_has_not_seen():

@@ -51,12 +51,12 @@ class PruneConfig:
         subsets: the number of random subsets under which a robust circuit must reach the target
             loss. Each test of a circuit tries others too, and those that make one fail join them.
         subset_pairs: the number of selection pairs on which each subset is tried.
-        adversaries: the number of times that a fresh adversary attacks the chosen circuit. If it
-            raises the loss above the target, its subset is added to those that the circuit must
-            withstand, and the size is chosen again.
+        adversaries: the number of times that a fresh adversary attacks the circuit. If it raises
+            the loss above the target, its subset is added to those that the circuit must withstand,
+            and the search begins again at the chosen size.
         adversary_steps: the number of steps in which each fresh adversary learns.
         adversary_budget: the largest share of the other nodes that a fresh adversary may leave as
-            they are.
+            they are. With 1, few circuits of less than half of the model withstand it.
         freeze_norms: whether norms have the scales of the full model on the same prompt, in the
             search and in the evaluation. Held nodes cannot then act through the norms.
         exclude: the names of nodes that are never used, such as `node_names` of another circuit.
@@ -102,12 +102,13 @@ class PruneConfig:
             backup paths that the circuit alone does not need. With 0, the objective is the paper's.
         ablated_accuracy: the largest accuracy that the model without the circuit may have on the
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
-        exchanges: the number of nodes outside the circuit that are tried in it at the end of the
-            search, in place of two or more of its own.
+        exchanges: the number of nodes outside the circuit that are tried in place of two of its
+            own, each time after all nodes have been removed that the circuit can do without.
         removal_tests: the largest number of circuits that are tried while nodes are removed, or
             None for no limit. A circuit of more than 512 nodes loses groups of nodes that have
-            little effect to first order; a smaller one is tried without single nodes, each of which
-            takes a test. In a large dense model, a test takes seconds.
+            little effect to first order. Of a smaller one, the effects of the 64 nodes that it
+            needs least are measured, and those that it can do without are removed; and so on until
+            there are none. In a large dense model, a test takes seconds.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
             other initial gates and another order of the pairs.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
@@ -137,7 +138,7 @@ class PruneConfig:
     subset_pairs: int = 48
     adversaries: int = 3
     adversary_steps: int = 60
-    adversary_budget: float = 1.0
+    adversary_budget: float = 0.01
     freeze_norms: bool = False
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
-from tl_sparse.pruning.sizes import chosen_size, discretise
+from tl_sparse.pruning.sizes import discretise
 from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
 from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
@@ -287,9 +287,8 @@ def _search(
         learn_gates(model, gates, train, config, fixed, progress)
     criterion = Criterion.of_config(empty, model, config)
     ranking = Ranking(empty, gates, fixed, config.max_nodes)
-    if stage == "size":
-        return ranking.circuit(chosen_size(ranking, criterion, train, selection, progress))
-    return discretise(ranking, criterion, train, selection, progress)
+    is_refined = stage != "size"
+    return discretise(ranking, criterion, train, selection, progress, is_refined)
 
 
 @checked("task", "config")

@@ -9,6 +9,7 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import PruneError, counted
 from tl_sparse.evaluation import learned_subset
+from tl_sparse.hooks import NodeMasks
 from tl_sparse.pruning.criterion import Criterion, representative
 from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
@@ -29,46 +30,80 @@ def discretise(
     train: TaskData,
     selection: TaskData,
     progress: bool = False,
+    is_refined: bool = True,
 ) -> Circuit:
     """The smallest circuit of top-ranked nodes on the selection pairs (A.5).
 
-    With learned gates, it is then made smaller by changes that are tried one by one.
+    With learned gates, it is then made smaller by changes that are tried one by one. If it must
+    withstand adversaries, fresh ones attack it. After each that succeeds, its subset is added to
+    those of the criterion, and the search begins again at the size that had been chosen.
+
+    Args:
+        is_refined: whether it is made smaller after its size is chosen.
 
     Raises:
         PruneError: if not even the set of all nodes passes the criterion.
     """
     config = criterion.config
-    tolerance = TOLERANCE if config.method == "learned" else 0.0
-    size = chosen_size(ranking, criterion, train, selection, progress, tolerance)
-    circuit = ranking.circuit(size)
-    if config.method == "learned":
-        circuit = refined(circuit, ranking, criterion, train, selection, progress)
+    is_refined = is_refined and config.method == "learned"
+    tolerance = TOLERANCE if is_refined else 0.0
+
+    def smallest(start: int | None = None) -> tuple[int, Circuit]:
+        size = _chosen_size(ranking, criterion, selection, progress, start, tolerance)
+        circuit = ranking.circuit(size)
+        if is_refined:
+            circuit = refined(circuit, ranking, criterion, train, selection, progress)
+        return size, circuit
+
+    size, circuit = smallest()
+    n_attacks = config.adversaries if config.robust == "adversary" else 0
+    for attack in range(n_attacks):
+        criterion.subsets.insert(0, _attacked(circuit, criterion, train, attack, progress))
+        if not criterion.passes(circuit, selection, n_others=0):
+            size, circuit = smallest(size)
+    return dataclasses.replace(circuit, scores=_scores(ranking, circuit))
+
+
+def _scores(ranking: Ranking, circuit: Circuit) -> dict[str, Tensor]:
+    """A score of each node, by which those of the circuit rank above all others."""
     scores: dict[str, Tensor] = {}
     for name, tau in ranking.gates.at_nodes(ranking.comparable_tau()).items():
-        # These are in [-1, 1], so adding 2 ranks the kept nodes above all others.
-        scores[name] = tau + 2 * circuit.kept[name]
-    return dataclasses.replace(circuit, scores=scores)
+        scores[name] = tau + 2 * circuit.kept[name]  # tau is in [-1, 1]
+    return scores
 
 
-def chosen_size(
+def _attacked(
+    circuit: Circuit, criterion: Criterion, train: TaskData, attack: int, progress: bool
+) -> NodeMasks:
+    """The nodes outside the circuit that a fresh adversary leaves as they are."""
+    config = criterion.config
+    n_outside = circuit.n_candidates - circuit.n_nodes
+    with phase("training an adversary", progress, total=1) as bar:
+        subset = learned_subset(
+            circuit,
+            criterion.model,
+            train,
+            math.ceil(config.adversary_budget * n_outside),
+            config.ablation,
+            config.objective,
+            steps=config.adversary_steps,
+            seed=config.seed + attack,
+        )
+        bar.update()
+    return subset
+
+
+def _chosen_size(
     ranking: Ranking,
     criterion: Criterion,
-    train: TaskData,
     selection: TaskData,
     progress: bool,
-    tolerance: float = 0.0,
+    start: int | None,
+    tolerance: float,
 ) -> int:
-    """The smallest number of top-ranked nodes that are a circuit.
-
-    Args:
-        tolerance: the share by which the size of a large circuit may be larger than that.
-
-    Raises:
-        PruneError: if not even the largest possible number is.
-    """
+    """`_smallest_size` with a progress bar."""
     with phase("choosing the size", progress) as bar:
-        size = _smallest_size(ranking, criterion, selection, bar, tolerance=tolerance)
-        size = _withstanding_adversaries(ranking, criterion, train, selection, size, bar)
+        size = _smallest_size(ranking, criterion, selection, bar, start, tolerance)
         if progress:  # the loss takes a run over all pairs, and is only shown
             loss = criterion.loss(ranking.circuit(size), selection)
             say_reached(bar, size, loss, "selection")
@@ -80,8 +115,8 @@ def _smallest_size(
     criterion: Criterion,
     selection: TaskData,
     bar: Any,
-    start: int | None = None,
-    tolerance: float = 0.0,
+    start: int | None,
+    tolerance: float,
 ) -> int:
     """The smallest number of top-ranked nodes that pass the criterion.
 
@@ -129,41 +164,6 @@ def _smallest_size(
 def _steps_within(tolerance: float, size: int) -> int:
     """How much smaller a size must be to be worth a test."""
     return 1 if size <= SMALL else max(1, int(tolerance * size))
-
-
-def _withstanding_adversaries(
-    ranking: Ranking,
-    criterion: Criterion,
-    train: TaskData,
-    selection: TaskData,
-    size: int,
-    bar: Any,
-) -> int:
-    """The smallest size that also withstands the adversaries that attacked smaller ones.
-
-    Each adversary attacks the circuit that has been chosen so far. If it succeeds, its subset is
-    added to those of the criterion, and the size is chosen again.
-    """
-    config = criterion.config
-    if config.robust != "adversary":
-        return size
-    for attack in range(config.adversaries):
-        circuit = ranking.circuit(size)
-        n_outside = circuit.n_candidates - circuit.n_nodes
-        subset = learned_subset(
-            circuit,
-            criterion.model,
-            train,
-            math.ceil(config.adversary_budget * n_outside),
-            config.ablation,
-            config.objective,
-            steps=config.adversary_steps,
-            seed=config.seed + attack,
-        )
-        criterion.subsets.insert(0, subset)
-        if not criterion.passes(circuit, selection):
-            size = _smallest_size(ranking, criterion, selection, bar, size)
-    return size
 
 
 def _failure_of_all(ranking: Ranking, criterion: Criterion, selection: TaskData) -> PruneError:

@@ -1,0 +1,90 @@
+"""A circuit loses nodes one by one, until it needs all that are left."""
+
+import dataclasses
+
+import pytest
+
+from micro import QUICK_SETTINGS, W_O, wide_head_model
+from pruning.test_exchanges import (
+    LARGE,
+    MEDIUM,
+    READ,
+    SMALL,
+    TINY,
+    WRITE,
+    circuit_of,
+    ranking_and_data,
+)
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.elimination import Budget
+from tl_sparse.pruning.phases import phase
+from tl_sparse.pruning.refinement import refined, without_superfluous
+
+pytestmark = pytest.mark.any_line
+
+#: Every circuit reaches this loss, so that `Passing` alone decides.
+CONFIG = PruneConfig(**(QUICK_SETTINGS | {"target_loss": 0.9}))
+WEIGHTS = [0.6 * W_O, 0.4 * W_O, 0.2 * W_O, 0.1 * W_O]
+ALL = (READ, LARGE, MEDIUM, SMALL, TINY, WRITE)
+
+
+class Passing(Criterion):
+    """Circuits pass if the given function of the names of their nodes says so."""
+
+    def __init__(self, model, config, names_pass):
+        super().__init__(model, config)
+        self.names_pass = names_pass
+
+    def passes(self, circuit, data, n_others=None):
+        return self.names_pass(circuit.node_names)
+
+    passes_quickly = passes
+
+
+def tiny_after_medium(names):
+    """Whether the circuit reads and writes, and has the tiny channel as long as the medium one."""
+    return {READ, LARGE, WRITE} <= set(names) and (TINY in names or MEDIUM not in names)
+
+
+def left_of_all(most_tests=None):
+    """The names of the nodes that are left of all, and the number of tests."""
+    model = wide_head_model(WEIGHTS)
+    ranking, data = ranking_and_data(model, CONFIG)
+    criterion = Passing(model, CONFIG, tiny_after_medium)
+    kept = ranking.gates.of_nodes(circuit_of(ranking, *ALL).kept)
+    budget = Budget(most_tests)
+    with phase("removing nodes", False) as bar:
+        left = without_superfluous(kept, ranking, criterion, data, budget, bar)
+    return ranking.of_gates(left).node_names, budget.n_tried
+
+
+def test_a_node_is_tried_again_when_others_are_gone():
+    """The tiny channel, which does least, is tried first, and can only be removed last."""
+    names, _ = left_of_all()
+    assert names == (READ, LARGE, WRITE)
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_removal_ends_after_the_most_tests(most):
+    names, n_tests = left_of_all(most)
+    assert names == ALL
+    assert n_tests == most
+
+
+def test_nodes_that_an_exchange_makes_superfluous_are_removed():
+    """With the medium channel in place of the last two, the small one is no longer needed."""
+    last = "0.attn_v h0.4"
+    written = {LARGE: 6, MEDIUM: 4, SMALL: 2, TINY: 1, last: 1}
+
+    def writes_enough(names):
+        total = sum(written.get(name, 0) for name in names)
+        return {READ, WRITE} <= set(names) and total >= 10
+
+    model = wide_head_model([*WEIGHTS, 0.1 * W_O])
+    config = dataclasses.replace(CONFIG, exchanges=4)
+    ranking, data = ranking_and_data(model, config)
+    criterion = Passing(model, config, writes_enough)
+    circuit = circuit_of(ranking, READ, LARGE, SMALL, TINY, last, WRITE)
+    smaller = refined(circuit, ranking, criterion, data.train, data.selection)
+    assert smaller.node_names == (READ, LARGE, MEDIUM, WRITE)
