@@ -120,6 +120,26 @@ def test_a_test_of_a_circuit_meets_subsets_that_it_has_not_seen():
     assert not criterion.passes(cheat, data)
 
 
+def test_a_criterion_keeps_the_subsets_that_made_circuits_fail_most_recently():
+    """The third one takes the place of the first. One that is added takes the place of none."""
+    model = cancelling_model()
+    data = micro_data(model, n_pairs=8)
+    cheat, _ = found(model)
+    subsets = []
+    for read in range(3):  # all leave the channel for which the cheat fails, and another one
+        subset = {name: torch.zeros_like(mask) for name, mask in cheat.kept.items()}
+        subset["blocks.0.attn.hook_v"][0, 2] = True
+        subset["blocks.0.hook_mlp_out"][read] = True
+        subsets.append(subset)
+    config = dataclasses.replace(CONFIG, subsets=2)
+    criterion = Criterion(model, config, [], subsets)
+    for _ in range(3):
+        assert not criterion._withstands_others(cheat, data, 1)
+    assert list(map(id, criterion.subsets)) == [id(subsets[2]), id(subsets[1])]
+    criterion.add(subsets[0])
+    assert list(map(id, criterion.subsets)) == [id(subsets[0]), id(subsets[2]), id(subsets[1])]
+
+
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
 @pytest.mark.parametrize("robust", ["subsets", "adversary"])
 def test_a_dense_model_is_searched_against_opponents(robust, ablation):

@@ -37,6 +37,7 @@ class Criterion:
         config: the settings of pruning.
         subsets: masks of nodes that are left as they are if they are outside the circuit. Those
             that have made a circuit fail most recently come first.
+        most_subsets: the largest number of them. If another one joins, the last one leaves.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Criterion:
         self.model = model
         self.config = config
         self.subsets = list(subsets)
+        self.most_subsets = max(len(self.subsets), config.subsets)
         self._others = iter(others)
 
     @classmethod
@@ -73,6 +75,14 @@ class Criterion:
         other = copy.copy(self)
         other.config = replace(self.config, target_loss=target_loss)
         return other
+
+    def add(self, subset: NodeMasks) -> None:
+        """Add a subset that all circuits must withstand, besides those that there are."""
+        self.most_subsets += 1
+        self._join(subset)
+
+    def _join(self, subset: NodeMasks) -> None:
+        self.subsets = [subset, *self.subsets][: self.most_subsets]
 
     def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
         """The loss of the circuit, with the nodes in `left` as they are in the model."""
@@ -142,12 +152,14 @@ class Criterion:
         """Whether the circuit withstands subsets that no circuit has met.
 
         One that makes it fail joins those of the criterion. Otherwise, a circuit from which much is
-        removed would in the end withstand the same few subsets, and no others.
+        removed would in the end withstand the same few subsets, and no others. The one that made a
+        circuit fail least recently leaves, or the more circuits a search tries, the more subsets
+        they would have to withstand, and the longer would each test take.
         """
         some_pairs = evenly(data, self.config.subset_pairs)
         for subset in itertools.islice(self._others, n_subsets):
             if self.loss(circuit, some_pairs, subset) > self.config.target_loss:
-                self.subsets.insert(0, subset)
+                self._join(subset)
                 return False
         return True
 

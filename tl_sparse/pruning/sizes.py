@@ -58,7 +58,7 @@ def discretise(
     size, circuit = smallest()
     n_attacks = config.adversaries if config.robust == "adversary" else 0
     for attack in range(n_attacks):
-        criterion.subsets.insert(0, _attacked(circuit, criterion, train, attack, progress))
+        criterion.add(_attacked(circuit, criterion, train, attack, progress))
         if not criterion.passes(circuit, selection, n_others=0):
             size, circuit = smallest(size)
     return dataclasses.replace(circuit, scores=_scores(ranking, circuit))
