@@ -68,7 +68,7 @@ def add_bridge(commands: Commands) -> None:
         help="A folder, a name that tl_sparse.load knows, or a dense model of Hugging Face.",
     )
     # The layers and the vocabulary of the sparse model are those of the dense one.
-    add_training_flags(parser, without=("n_layers", "d_vocab"))
+    add_training_flags(parser, without=("n_layers", "d_vocab", "task_answers"))
     defaults = tl_sparse.BridgeConfig()
     for title, names in BRIDGE_FLAGS.items():
         add_config_flags(parser.add_argument_group(title), defaults, *names.split())

@@ -50,7 +50,7 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
 
     Args:
         parser: the parser.
-        without: the fields of `SparseConfig` that get no flag.
+        without: the fields of `SparseConfig` and `DataConfig` that get no flag.
     """
     group = parser.add_argument_group("the result")
     group.add_argument(
@@ -85,7 +85,8 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
     )
     laptop = preset("laptop")
     model_fields = [field.name for field in fields(SparseConfig) if field.name not in without]
-    data_fields = [field.name for field in fields(DataConfig) if field.name != "seed"]
+    not_of_data = {"seed", *without}
+    data_fields = [field.name for field in fields(DataConfig) if field.name not in not_of_data]
     add_config_flags(parser.add_argument_group("the model"), laptop.model, *model_fields)
     add_config_flags(parser.add_argument_group("the text"), laptop.data, *data_fields)
     for title, names in TRAINING_FLAGS.items():

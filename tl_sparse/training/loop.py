@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_sparse.checkpoints import create, load, resolve_device
 from tl_sparse.config import as_config, check
-from tl_sparse.data import Corpus
+from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json
 from tl_sparse.tasks import TASKS
@@ -208,7 +208,7 @@ def _tokens(
     processes: Processes,
 ) -> Corpus:
     """The text as tokens, packed in the folder of the run if there is one."""
-    required = _candidates()
+    required = _candidates(config.data)
     # The main process packs the text, and the others then read the packed tokens as a resumed run
     # does.
     with processes.main_first():
@@ -231,9 +231,11 @@ def _tokens(
     return corpus
 
 
-def _candidates() -> list[str]:
-    """The answers of the tasks, each of which must be a single token of the tokenizer."""
+def _candidates(data: DataConfig) -> list[str]:
+    """The answers of the built-in tasks that must be single tokens of the tokenizer."""
     candidates: set[str] = set()
+    if data.source != "builtin" and not data.task_answers:
+        return []
     for task in TASKS.values():
         candidates.update(task.candidates or ())
     return sorted(candidates)
