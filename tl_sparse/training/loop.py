@@ -33,6 +33,7 @@ from tl_sparse.training.runs import (
     check_run_folder,
     config_of_run,
     run_folder,
+    to_continue,
 )
 from tl_sparse.training.signals import noticing_signals
 from tl_sparse.training.step_models import is_step_to_keep
@@ -363,5 +364,13 @@ def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
     steps = f"{trainer.steps_done} of {trainer.config.steps}"
     message = f"training ended after step {steps}: {stop.reason}"
     if run is not None:
-        message += f"; its state is saved in {run.folder}, {stop.resuming}"
+        message += f"; its state is saved in {run.folder}{_going_on(stop, run.folder)}"
     raise TrainError(message)
+
+
+def _going_on(stop: Stop, folder: Path) -> str:
+    """How a run that was stopped is continued; it follows the name of its folder."""
+    if not stop.can_go_on:
+        return ", but resume would come to the same loss; train into a new folder"
+    how = f"; {to_continue(folder)}"
+    return f"{how} and a larger {stop.larger}" if stop.larger else how
