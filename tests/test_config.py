@@ -284,6 +284,14 @@ def test_help_loads_no_heavy_library():
     assert all(command in "\n".join(usage) for command in ("train", "prune", "demo"))
 
 
+@pytest.mark.parametrize("command", [["train"], ["bridge", "gpt2"], ["prune", "m", "with_as"]])
+def test_a_folder_with_other_files_is_refused_before_the_slow_work(command, tmp_path):
+    (tmp_path / "other").touch()
+    arguments = [*command, "--out", str(tmp_path)]
+    *_, heavy = printed_by(f"from tl_sparse.cli import main; assert main({arguments}) == 1")
+    assert heavy == "[]"
+
+
 def test_repr_is_the_shortest_call():
     config = SparseConfig(1, 6, 3, 5, 10, 11, 8, act_fn="relu", abs_topk={"attn_in": 0.5})
     sizes = "n_layers=1, d_model=6, n_heads=3, d_head=5, d_mlp=10, d_vocab=11, n_ctx=8"

@@ -260,7 +260,8 @@ def test_commands_are_commands():
     for page in PAGES:
         for snippet in snippets_of(page, "sh"):
             for line in snippet.code.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
+                # Variables of a job script stand for numbers and for parts of names.
+                words = shlex.split(re.sub(r"\$\w+", "1", line), comments=True)
                 if words[:1] == ["tl-sparse"] and words[1:] not in (["--help"], ["--version"]):
                     parsed = build_parser().parse_args(words[1:])
                     assert parsed.run.__name__ == f"_run_{words[1]}", snippet.place

@@ -619,6 +619,17 @@ def test_target_below_what_the_model_reaches(micro):
         prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
 
 
+@pytest.mark.parametrize(("n_pairs", "are_few"), [(49, True), (50, False)])
+def test_a_refusal_says_on_how_many_pairs_the_model_was_measured(n_pairs, are_few, micro):
+    config = dataclasses.replace(CONFIG, target_loss=LOSS / 2, selection_pairs=n_pairs)
+    with pytest.raises(PruneError) as error:
+        prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    message = str(error.value)
+    assert f", on {n_pairs} selection pairs), above the target loss" in message
+    advice = "So few pairs can mislead: give the task more of them, or give selection_pairs"
+    assert (advice in message) == are_few
+
+
 def test_a_task_that_the_model_does_not_do(micro):
     first, second = MICRO_TASK.candidates
     task = dataclasses.replace(MICRO_TASK, candidates=(second, first))  # the wrong way round

@@ -17,6 +17,7 @@ from tl_sparse.errors import CheckpointError, ConfigError, SuiteError, TaskError
 from tl_sparse.files import read_json
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.suites import suite
+from tl_sparse.suites.folders import whole_folder
 from tl_sparse.suites.jobs import Job
 from tl_sparse.suites.results import collected, results_table
 from tl_sparse.suites.suite import run_suite
@@ -123,6 +124,47 @@ def test_results_are_written_as_json_a_table_and_a_picture(finished):
     assert "| one | micro | 3 | 2 |" in table
     assert "- two, wrong, seed 1: the full model's loss" in table
     assert "wrong" not in (finished.out / "results.svg").read_text()
+
+
+def meanwhile(monkeypatch, work):
+    """Do `work` after the next suite has checked its folder, as another process could."""
+    real = suite._run_missing
+
+    def run_missing(*arguments):
+        monkeypatch.setattr(suite, "_run_missing", real)
+        work()
+        real(*arguments)
+
+    monkeypatch.setattr(suite, "_run_missing", run_missing)
+
+
+def test_suites_with_other_seeds_can_work_in_one_folder(place, monkeypatch):
+    [model, _], [task, _], out = place
+    meanwhile(monkeypatch, lambda: run_suite(model, task, out, 1, CONFIG))
+    assert run_suite(model, task, out, 0, CONFIG)["seeds"] == [0]
+    monkeypatch.setattr(suite, "prune", must_not_run("a finished circuit is searched again"))
+    assert run_suite(model, task, out, (0, 1), CONFIG)["seeds"] == [0, 1]
+
+
+def test_circuits_of_other_settings_are_noticed_that_come_meanwhile(place, monkeypatch):
+    [model, _], [task, _], out = place
+    other = dataclasses.replace(CONFIG, target_loss=0.2)
+    meanwhile(monkeypatch, lambda: run_suite(model, task, out, 0, other))
+    with pytest.raises(SuiteError, match=r"0 was made with target_loss = 0\.2"):
+        run_suite(model, task, out, 0, CONFIG)
+
+
+def test_a_folder_that_another_process_makes_at_the_same_moment(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "job.json").write_text("of the other")
+    exists = Path.exists
+    answers = [False]  # to the first question, the other folder is not there yet
+    is_asked = lambda path: answers.pop() if answers else exists(path)  # noqa: E731
+    with whole_folder(tmp_path / "0") as written:
+        written.mkdir()
+        (written / "job.json").write_text("of this one")
+        monkeypatch.setattr(Path, "exists", is_asked)
+    assert (tmp_path / "0" / "job.json").read_text() == "of the other"
 
 
 def test_what_is_there_is_not_searched_again(finished, monkeypatch):

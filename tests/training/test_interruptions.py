@@ -409,7 +409,7 @@ def test_a_loss_that_is_no_number_says_what_helps(tmp_path):
 
 def test_a_loss_that_jumps_says_what_helps(tmp_path):
     config = dataclasses.replace(SHORT, lr=100.0, max_jump=0.5, steps=6)
-    message = "from which resume continues with a larger max_jump than 0.5"
+    message = r"--resume --out .* and a larger max_jump \(--max-jump\) than 0\.5$"
     with pytest.raises(TrainError, match=message):
         train(config, tmp_path / "run", device="cpu", progress=False)
     resume(tmp_path / "run", dataclasses.replace(config, max_jump=1e30))

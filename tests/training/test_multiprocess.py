@@ -18,6 +18,7 @@ from test_runs import MODEL, assert_same_run
 import tl_sparse
 from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.errors import ConfigError, TrainError
+from tl_sparse.training.runs import to_continue
 
 # Slow, since each process imports all libraries: `make test-all` runs them.
 pytestmark = [pytest.mark.any_line, pytest.mark.slow]
@@ -143,7 +144,7 @@ def test_accumulation_and_compile_change_nothing(seen):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(seen, folder):
     start = "TrainError: training ended after step 8 of 12: stopped by SIGTERM"
-    end = f"; its state is saved in {folder / 'stopped'}, from which resume continues"
+    end = f"; its state is saved in {folder / 'stopped'}; {to_continue(folder / 'stopped')}"
     first, second = [process["stopped"] for process in seen]
     assert first["error"] == start + end
     assert second["error"] == start
@@ -173,7 +174,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(seen, folder):
 
 def test_the_command_stops_with_one_state_and_goes_on(errors_of_the_command, seen, folder):
     stopped = f"stopped by SIGTERM; its state is saved in {folder / 'command'}"
-    stopped += ", from which resume continues"
+    stopped += f"; {to_continue(folder / 'command')}"
     assert errors_of_the_command.count(stopped) == 1
     assert seen[0]["command"]["error"] is None
     assert 0 < len(seen[0]["command"]["hashes"]) <= 12 - 8

@@ -188,8 +188,9 @@ def test_a_signal_saves_and_stops(number, by_one_thread, tmp_path):
     os.kill(process.pid, number)
     channel.send("go on")
     stopped = f"stopped by {signal.Signals(number).name}; its state is saved in {folder}"
-    message = f"training ended after step 11 of 60: {stopped}, from which resume continues"
-    assert channel.recv() == message
+    command = f"tl-sparse train --resume --out {folder}"
+    going_on = f"continue it with `{command}` (in Python, resume=True)"
+    assert channel.recv() == f"training ended after step 11 of 60: {stopped}; {going_on}"
     process.join()
     finish(folder, resume=True)
     assert_same_run(folder, by_one_thread)

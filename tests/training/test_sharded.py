@@ -15,6 +15,7 @@ from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.errors import ConfigError, TrainError, UnsupportedError
 from tl_sparse.training import Objective
+from tl_sparse.training.runs import to_continue
 
 pytestmark = pytest.mark.any_line
 # Slow, since there are several processes: `make test-all` runs them.
@@ -147,7 +148,7 @@ def test_the_models_of_steps_are_kept(of_three, alone, folder):
 def test_other_numbers_of_processes_go_on(of_two, of_three, alone, folder):
     """Two begin, three go on, and one that holds all weights ends the run."""
     expected = alone["whole"]["steps"]
-    state = f"its state is saved in {folder / 'resumed'}, from which resume continues"
+    state = f"its state is saved in {folder / 'resumed'}; {to_continue(folder / 'resumed')}"
     for seen, n_steps in ((of_two[0]["begun"], 6), (of_three[0]["resumed"], 9)):
         message = f"training ended after step {n_steps} of 12: stopped by SIGTERM; {state}"
         assert seen["error"] == f"TrainError: {message}"

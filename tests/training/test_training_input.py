@@ -12,7 +12,8 @@ from test_runs import CONFIG, MODEL
 from helpers import random_tokens, tiny_model
 from tl_sparse import DataConfig, TrainConfig, train
 from tl_sparse.cli import main
-from tl_sparse.errors import ConfigError, DataError, TrainError
+from tl_sparse.errors import ConfigError, DataError, TokenizerError, TrainError
+from tl_sparse.tasks import token_ids
 from tl_sparse.tasks.idioms import idiom_documents
 from tl_sparse.training import evaluate_loss, preset
 from tl_sparse.training.trainer import Trainer
@@ -311,3 +312,39 @@ def test_a_validation_text_that_is_shorter_than_a_row(tmp_path):
     with pytest.raises(DataError, match=message):
         train(config, tmp_path / "run", device="cpu", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+# --- the vocabulary
+
+
+@pytest.fixture(scope="module")
+def rhymes(tmp_path_factory):
+    """Text that has nothing to do with Python."""
+    folder = tmp_path_factory.mktemp("rhymes")
+    for name, animal in (("a.txt", "lamb"), ("b.txt", "dog")):
+        lines = [f"Mary had {number} little {animal}s.\n" for number in range(300)]
+        (folder / name).write_text("".join(lines))
+    return str(folder)
+
+
+def vocabulary_of(source, d_vocab, **changes):
+    model = dataclasses.replace(MODEL, d_vocab=d_vocab)
+    data = DataConfig(source, **changes)
+    config = dataclasses.replace(SHORT, model=model, data=data, steps=1)
+    trained, _ = train(config, device="cpu", progress=False)
+    return trained.tokenizer
+
+
+def test_a_vocabulary_of_own_text_has_no_answers_of_tasks(rhymes):
+    vocabulary_of(rhymes, d_vocab=257)  # single bytes: no room for anything else
+    tokenizer = vocabulary_of(rhymes, d_vocab=270)
+    assert len(token_ids(tokenizer, " enumerate")) > 1
+
+
+def test_a_vocabulary_of_own_text_with_the_answers_of_tasks(rhymes):
+    tokenizer = vocabulary_of(rhymes, d_vocab=384, task_answers=True)
+    for text in (" enumerate", "):\n", "=None"):
+        assert len(token_ids(tokenizer, text)) == 1
+    message = r"258 entries has no room for \d+ of the 31 strings .* --d-vocab"
+    with pytest.raises(TokenizerError, match=message):
+        vocabulary_of(rhymes, d_vocab=258, task_answers=True)

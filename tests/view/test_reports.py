@@ -1,6 +1,7 @@
 """The report of a circuit as text."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -97,7 +98,8 @@ def test_a_large_circuit_is_reported_by_its_strongest_edges(micro):
     assert sorted((abs(float(line.split()[-1])) for line in shown), reverse=True) == pytest.approx(
         weights[:STRONGEST], abs=5e-4
     )
-    assert "p8 is positional channel 8" in text
+    [name] = re.findall(r"^  p(\d) is positional channel \1: ", text, flags=re.MULTILINE)
+    assert f"p{name}" in {node.shown_index for node in circuit.nodes}
 
 
 def quickly_judged(circuit):

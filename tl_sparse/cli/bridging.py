@@ -8,7 +8,7 @@ from typing import Any
 import tl_sparse
 from tl_sparse.cli.arguments import Commands, add_command, add_running_flags, remark
 from tl_sparse.cli.config_flags import add_config_flags, given_fields
-from tl_sparse.cli.training import add_training_flags, train_config, training_summary
+from tl_sparse.cli.training import add_training_flags, check_out, train_config, training_summary
 from tl_sparse.errors import BridgeError, TLSparseError, warn_user
 
 #: Group of flags → the fields of BridgeConfig in it.
@@ -68,7 +68,7 @@ def add_bridge(commands: Commands) -> None:
         help="A folder, a name that tl_sparse.load knows, or a dense model of Hugging Face.",
     )
     # The layers and the vocabulary of the sparse model are those of the dense one.
-    add_training_flags(parser, without=("n_layers", "d_vocab"))
+    add_training_flags(parser, without=("n_layers", "d_vocab", "task_answers"))
     defaults = tl_sparse.BridgeConfig()
     for title, names in BRIDGE_FLAGS.items():
         add_config_flags(parser.add_argument_group(title), defaults, *names.split())
@@ -76,7 +76,8 @@ def add_bridge(commands: Commands) -> None:
 
 
 def _run_bridge(args: argparse.Namespace) -> None:
-    # Made first, so that a mistake in it is reported before the slow work.
+    # First what is quick, so that a mistake in it is reported before the slow work.
+    check_out(args)
     train = train_config(args)
     changes = given_fields(args, tl_sparse.BridgeConfig)
     dense: Any = args.dense

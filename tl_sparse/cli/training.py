@@ -50,7 +50,7 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
 
     Args:
         parser: the parser.
-        without: the fields of `SparseConfig` that get no flag.
+        without: the fields of `SparseConfig` and `DataConfig` that get no flag.
     """
     group = parser.add_argument_group("the result")
     group.add_argument(
@@ -85,7 +85,8 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
     )
     laptop = preset("laptop")
     model_fields = [field.name for field in fields(SparseConfig) if field.name not in without]
-    data_fields = [field.name for field in fields(DataConfig) if field.name != "seed"]
+    not_of_data = {"seed", *without}
+    data_fields = [field.name for field in fields(DataConfig) if field.name not in not_of_data]
     add_config_flags(parser.add_argument_group("the model"), laptop.model, *model_fields)
     add_config_flags(parser.add_argument_group("the text"), laptop.data, *data_fields)
     for title, names in TRAINING_FLAGS.items():
@@ -93,13 +94,26 @@ def add_training_flags(parser: argparse.ArgumentParser, without: Collection[str]
 
 
 def _run_train(args: argparse.Namespace) -> None:
-    # Made first, so that a mistake in it is reported before the slow imports.
+    # First what imports quickly, so that a mistake is reported at once.
+    check_out(args)
     config = train_config(args)
     _, record = tl_sparse.train(config, args.out, args.device, not args.quiet, args.resume)
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         print(training_summary(record))
         remark(f"Saved in {args.out}; open it with tl_sparse.load({args.out!r})", args.quiet)
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Check that a run can begin in --out, unless it is to be resumed there.
+
+    Raises:
+        ConfigError: if there are files of others.
+    """
+    if not args.resume:
+        from tl_sparse.training import check_no_other_files
+
+        check_no_other_files(args.out)
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:

@@ -18,6 +18,8 @@ class DataConfig:
         subset: the subset of an "hf:" dataset to read; "" if it has only one.
         split: the split of an "hf:" dataset to read.
         text_column: the column of an "hf:" dataset that holds a document in each row.
+        task_answers: whether the tokenizer has each answer of the built-in tasks as a single token,
+            also where the text is your own. With "builtin" it always has them.
         max_chars: the number of characters after which no further document of an "hf:" dataset is
             read.
         stdlib_chars: the largest number of characters from the standard library; only for
@@ -50,6 +52,7 @@ class DataConfig:
     subset: str = ""
     split: str = "train"
     text_column: str = "text"
+    task_answers: bool = False
     max_chars: int = 1_000_000_000
     stdlib_chars: int = 500_000
     idiom_chars: int = 6_000_000

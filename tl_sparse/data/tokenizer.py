@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
-from tl_sparse.errors import TokenizerError
+from tl_sparse.errors import TokenizerError, counted
 from tl_sparse.files import utf8_path
 from tl_sparse.parsing import check_is_file
 from tl_sparse.tasks import token_ids
@@ -72,7 +72,8 @@ def train_tokenizer(
     """
     if type(vocab_size) is not int or vocab_size < 257:
         raise TokenizerError(
-            f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least 257"
+            f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least "
+            "257 (d_vocab of the model, --d-vocab)"
         )
     for name, given in (("texts", texts), ("required", required)):
         if isinstance(given, str) or not isinstance(given, Iterable):
@@ -94,9 +95,20 @@ def train_tokenizer(
             f"most {size}"
         )
     tokenizer = _for_transformers(_with_end_of_text(backend), **_SPECIAL_TOKENS)
-    for text in required:
-        single_token(tokenizer, text)
+    _check_room(tokenizer, required)
     return tokenizer
+
+
+def _check_room(tokenizer: PreTrainedTokenizerFast, required: Sequence[str]) -> None:
+    """Raise `TokenizerError` if the vocabulary had no room for some of the required strings."""
+    missing = [text for text in required if len(token_ids(tokenizer, text)) != 1]
+    if missing:
+        raise TokenizerError(
+            f"a vocabulary of {len(tokenizer):,} entries has no room for "
+            f"{len(missing)} of the {counted(len(required), 'string')} that must be single tokens, "
+            f"such as {missing[0]!r} (in training, these are the answers of the built-in tasks); "
+            "give a larger vocabulary (d_vocab of the model, --d-vocab)"
+        )
 
 
 def _code_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -162,22 +174,6 @@ def _for_transformers(backend: Tokenizer, **special_tokens: str) -> PreTrainedTo
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens
     )
-
-
-def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The token id of `text`, which must be a single token.
-
-    Raises:
-        TokenizerError: if it is not a single token; the message lists the tokens it is split into.
-    """
-    ids = token_ids(tokenizer, text)
-    if len(ids) != 1:
-        parts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-        raise TokenizerError(
-            f"{text!r} is not one token but {len(ids)}: {parts}; "
-            f"train a tokenizer with required=({text!r},), or a larger vocab_size"
-        )
-    return ids[0]
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:

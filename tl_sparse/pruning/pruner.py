@@ -52,6 +52,8 @@ from tl_sparse.pruning.splits import encoded_splits, split_pairs
 from tl_sparse.pruning.start import initial_gates, start_from_ranking
 from tl_sparse.tasks import Task, TaskData, TaskPairs, as_task, is_built_in
 
+#: On fewer pairs than this, a loss can differ much from that on other pairs.
+_FEW_PAIRS = 50
 #: How far a search goes: until it has chosen a size, removed nodes, or cut edges too.
 Stage = Literal["size", "nodes", "edges"]
 
@@ -209,9 +211,16 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
         advice = "Train the model longer, or give a larger target_loss"
         if config.objective == "candidates" and loss >= LOSS_OF_A_COIN:
             advice = "That is no better than guessing, so the model does not do this task"
+        n_pairs = selection.n_pairs
+        if n_pairs < _FEW_PAIRS:
+            advice += (
+                ". So few pairs can mislead: give the task more of them, or give selection_pairs "
+                "(--selection-pairs) a larger share of those it has"
+            )
         raise PruneError(
-            f"the full model's loss on {task.name} is {loss:.3f} (accuracy {accuracy:.0%}), above "
-            f"the target loss {config.target_loss}: no circuit can be trusted to reach it. {advice}"
+            f"the full model's loss on {task.name} is {loss:.3f} (accuracy {accuracy:.0%}, on "
+            f"{counted(n_pairs, 'selection pair')}), above the target loss {config.target_loss}: "
+            f"no circuit can be trusted to reach it. {advice}"
         )
 
 

@@ -22,7 +22,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         written = Path(temporary, "job")
         yield written
         if not folder.exists():
-            written.replace(folder)
+            try:
+                written.replace(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
 
 
 def _remove_unfinished(parent: Path, prefix: str) -> None:

@@ -99,6 +99,10 @@ def run_suite(
     `edges`. A circuit that is already there is not searched again. The results are written to
     results.json, as a table to results.md, and as a plot to results.svg if matplotlib is installed.
 
+    Several suites with the same settings can work in `out` at the same time, also on several
+    machines. They do not share the work, so each needs tasks or seeds of its own. The results are
+    those of the suite that ends last; one with all tasks and seeds then collects what is there.
+
     Args:
         models: folders or names, as for `load`; one or several.
         tasks: names or files, as for `get_task`; one or several.
@@ -119,7 +123,8 @@ def run_suite(
 
     Raises:
         SuiteError: if `out` holds a suite with other settings, or circuits of other models, texts
-            or pairs under the same names; if a file of it is damaged; if a process died; or if
+            or pairs under the same names, also such as another suite has made there meanwhile; if
+            a file of it is damaged; if a process died; or if
             Ctrl-C was pressed.
         ConfigError: if an argument has the wrong type or value, or `out` holds anything else.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. A
@@ -149,6 +154,7 @@ def run_suite(
 
     write_json(folder / "suite.json", setup.settings)
     _run_missing(jobs, functools.partial(run_job, setup), workers, progress)
+    _refuse_other_jobs(folder, setup, jobs)  # another suite may have worked there meanwhile
     results = {**setup.settings, "seeds": seed_list, **collected(jobs), "steps": along.steps}
     _write_results(folder, results)
     return results

@@ -3,6 +3,7 @@ from .config import laptop_model as laptop_model
 from .loop import train as train
 from .loop import train_towards as train_towards
 from .measures import evaluate_loss as evaluate_loss
+from .new_runs import check_no_other_files as check_no_other_files
 from .objective import Objective as Objective
 from .objective import next_token_loss as next_token_loss
 from .presets import PRESETS as PRESETS

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_sparse.checkpoints import create, load, resolve_device
 from tl_sparse.config import as_config, check
-from tl_sparse.data import Corpus
+from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, TrainError
 from tl_sparse.files import read_json
 from tl_sparse.tasks import TASKS
@@ -33,6 +33,7 @@ from tl_sparse.training.runs import (
     check_run_folder,
     config_of_run,
     run_folder,
+    to_continue,
 )
 from tl_sparse.training.signals import noticing_signals
 from tl_sparse.training.step_models import is_step_to_keep
@@ -208,7 +209,7 @@ def _tokens(
     processes: Processes,
 ) -> Corpus:
     """The text as tokens, packed in the folder of the run if there is one."""
-    required = _candidates()
+    required = _candidates(config.data)
     # The main process packs the text, and the others then read the packed tokens as a resumed run
     # does.
     with processes.main_first():
@@ -231,9 +232,11 @@ def _tokens(
     return corpus
 
 
-def _candidates() -> list[str]:
-    """The answers of the tasks, each of which must be a single token of the tokenizer."""
+def _candidates(data: DataConfig) -> list[str]:
+    """The answers of the built-in tasks that must be single tokens of the tokenizer."""
     candidates: set[str] = set()
+    if data.source != "builtin" and not data.task_answers:
+        return []
     for task in TASKS.values():
         candidates.update(task.candidates or ())
     return sorted(candidates)
@@ -361,5 +364,13 @@ def _stop(trainer: Trainer, run: Run | None, stop: Stop) -> NoReturn:
     steps = f"{trainer.steps_done} of {trainer.config.steps}"
     message = f"training ended after step {steps}: {stop.reason}"
     if run is not None:
-        message += f"; its state is saved in {run.folder}, {stop.resuming}"
+        message += f"; its state is saved in {run.folder}{_going_on(stop, run.folder)}"
     raise TrainError(message)
+
+
+def _going_on(stop: Stop, folder: Path) -> str:
+    """How a run that was stopped is continued; it follows the name of its folder."""
+    if not stop.can_go_on:
+        return ", but resume would come to the same loss; train into a new folder"
+    how = f"; {to_continue(folder)}"
+    return f"{how} and a larger {stop.larger}" if stop.larger else how

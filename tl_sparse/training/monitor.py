@@ -28,12 +28,13 @@ class Stop:
 
     Attributes:
         reason: what happened.
-        resuming: how resume goes on from the state that is saved, or why it does not help; it
-            follows the words "its state is saved in FOLDER,".
+        can_go_on: whether the run can be resumed from the state that is saved.
+        larger: the setting that must be larger then, if any.
     """
 
     reason: str
-    resuming: str
+    can_go_on: bool = True
+    larger: str = ""
 
 
 class Monitor:
@@ -86,15 +87,14 @@ class Monitor:
         change = f"the loss went from {usual:.3f} to {loss:.3f}"
         advice = f"a smaller lr than {config.lr} may help"
         if not math.isfinite(loss):
-            resuming = "but resume would come to the same loss; train into a new folder"
-            return Stop(f"{change}; {advice}", resuming)
+            return Stop(f"{change}; {advice}", can_go_on=False)
         if loss - usual >= config.max_jump and not self.trainer.objective.may_jump:
-            larger = f"a larger max_jump than {config.max_jump}"
-            return Stop(f"{change}; {advice}", f"from which resume continues with {larger}")
+            larger = f"max_jump (--max-jump) than {config.max_jump}"
+            return Stop(f"{change}; {advice}", larger=larger)
         signal = self.trainer.processes.stop
         is_last = self.trainer.steps_done == config.steps
         if signal is not None and not is_last:
-            return Stop(f"stopped by {signal.name}", "from which resume continues")
+            return Stop(f"stopped by {signal.name}")
         return None
 
     def is_due(self, done: int, interval: int = LOG_STEPS) -> bool:

@@ -14,18 +14,17 @@ from tl_sparse.config import merged
 from tl_sparse.data import Corpus, DataConfig
 from tl_sparse.errors import CheckpointError, ConfigError, TrainError
 from tl_sparse.files import read_json, write_json, write_text
-from tl_sparse.locks import LOCK_FILE, folder_lock
+from tl_sparse.locks import folder_lock
 from tl_sparse.network import SparseConfig
-from tl_sparse.outputs import check_new_folder, is_unfinished, remove_unfinished
+from tl_sparse.outputs import remove_unfinished
 from tl_sparse.training.checkpoint_files import Checkpoint, Checkpoints
 from tl_sparse.training.config import TrainConfig
+from tl_sparse.training.new_runs import RUN_FILE, check_no_other_files
 from tl_sparse.training.objective import Objective
 from tl_sparse.training.processes import Processes
 from tl_sparse.training.step_models import StepModels
 from tl_sparse.training.tokens import packed_for
 
-#: The settings of a run, in its folder until the run is finished.
-RUN_FILE = "run.json"
 #: The record of a run whose model is saved.
 RECORD_FILE = "training.json"
 
@@ -123,7 +122,8 @@ class Run:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise TrainError(
-                f"cannot write {self.log}: {error}; resume continues from the last checkpoint"
+                f"cannot write {self.log}: {error}; `{resuming_command(self.folder)}` continues "
+                "from the last checkpoint"
             ) from error
 
     def remove_unfinished(self) -> None:
@@ -156,10 +156,15 @@ def run_folder(folder: Path, resume: bool) -> Iterator[None]:
         check_run_folder(folder, resume)  # another process may have trained there just now
         if not resume and (folder / RUN_FILE).is_file():
             raise TrainError(
-                f"there is an unfinished run in {folder}; continue it with "
-                f"`{resuming_command(folder)}` (in Python, resume=True), or use a new folder"
+                f"there is an unfinished run in {folder}; {to_continue(folder)}, or use a new "
+                "folder"
             )
         yield
+
+
+def to_continue(folder: Path) -> str:
+    """How to continue the run in a folder, for messages."""
+    return f"continue it with `{resuming_command(folder)}` (in Python, resume=True)"
 
 
 def check_run_folder(folder: Path, resume: bool) -> None:
@@ -175,8 +180,7 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         return
     if resume:
         raise TrainError(f"there is no unfinished run in {folder}; {_what_is_in(folder)}")
-    if not _is_only_begun(folder):
-        check_new_folder(folder)
+    check_no_other_files(folder)
 
 
 def _what_is_in(folder: Path) -> str:
@@ -215,13 +219,6 @@ def settings_of_run(folder: Path) -> dict[str, Any]:
     """
     check_run_folder(folder, resume=True)
     return _read_settings(folder / RUN_FILE)
-
-
-def _is_only_begun(folder: Path) -> bool:
-    """Whether `folder` is all that a process left that was killed before it wrote its settings."""
-    if not folder.is_dir():
-        return False
-    return all(path.name == LOCK_FILE or is_unfinished(path) for path in folder.iterdir())
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

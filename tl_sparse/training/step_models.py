@@ -14,6 +14,7 @@ from tl_sparse.checkpoints import (
     CORPUS_SAMPLE,
     STEPS_FOLDER,
     StepRecord,
+    resuming_command,
     save_model,
     step_path,
     write_step_record,
@@ -80,8 +81,8 @@ class StepModels:
             written.rename(path)
         except (CheckpointError, OSError) as error:
             raise TrainError(
-                f"cannot keep the model of step {record.step}: {error}; resume continues from the "
-                "last checkpoint"
+                f"cannot keep the model of step {record.step}: {error}; "
+                f"`{resuming_command(self.run)}` continues from the last checkpoint"
             ) from error
         finally:
             shutil.rmtree(written, ignore_errors=True)

@@ -181,9 +181,12 @@ def _nodes_table(circuit: Circuit, model: TLModel) -> str:
     counts = f"{counted(circuit.n_nodes, 'node')} of {circuit.n_candidates:,}"
     heading = f"{counts}; every other node is held at its mean"
     sections = [heading + "\n" + table(["location", "kind", "nodes", "which"], rows)]
-    if any(" p" in str(node) for node in circuit.nodes):
+    positional = [node.shown_index for node in circuit.nodes if node.shown_index.startswith("p")]
+    if positional:
+        shown = positional[0]
         sections.append(
-            "  p8 is positional channel 8: it holds where a token stands, not which it is."
+            f"  {shown} is positional channel {shown[1:]}: it holds where a token stands, not "
+            "which it is."
         )
     if circuit.labels:
         labels = [
