@@ -103,7 +103,7 @@ class PruneConfig:
         ablated_accuracy: the largest accuracy that the model without the circuit may have on the
             selection pairs. With 1, the circuit need only be sufficient, as in the paper.
         exchanges: the number of nodes outside the circuit that are tried in place of two of its
-            own, each time after all nodes have been removed that the circuit can do without.
+            own. They are tried after nodes have been removed, and others are then removed again.
         removal_tests: the largest number of circuits that are tried while nodes are removed, or
             None for no limit. A circuit of more than 512 nodes loses groups of nodes that have
             little effect to first order. Of a smaller one, the effects of the 64 nodes that it

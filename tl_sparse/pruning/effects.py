@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.hooks import NodeMasks
 from tl_sparse.pruning.criterion import Criterion, SearchData, few_of
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.slopes import slopes_at
@@ -52,14 +53,27 @@ class Effects:
         return gates[:_MOST_MEASURED]
 
     def rises(self, kept: Bool[Tensor, " gate"], gates: Sequence[int]) -> dict[int, float]:
-        """Gate → the loss of the circuit without it, less the loss with it; lowest first."""
+        """Gate → the loss of the circuit without it, less the loss with it; lowest first.
+
+        Its node is held, also if it is one of those that are left when they are outside.
+        """
         loss = self.loss(kept)
         rises = {}
         for gate in gates:
             without = kept.clone()
             without[gate] = False
-            rises[gate] = self.loss(without) - loss
+            circuit = self.ranking.of_gates(without)
+            left = self._left_but(gate)
+            rises[gate] = self.criterion.loss(circuit, self._pairs, left) - loss
         return lowest_first(rises)
+
+    def _left_but(self, gate: int) -> NodeMasks | None:
+        """The nodes that are left, without that of the gate."""
+        if self.left is None:
+            return None
+        left = self.ranking.gates.of_nodes(self.left)
+        left[gate] = False
+        return self.ranking.gates.at_nodes(left)
 
 
 def lowest_first(rises: dict[int, float]) -> dict[int, float]:
