@@ -1,10 +1,12 @@
 """A circuit loses nodes one by one, until it needs all that are left."""
 
 import dataclasses
+import math
 
 import pytest
+import torch
 
-from micro import QUICK_SETTINGS, W_O, wide_head_model
+from micro import QUICK_SETTINGS, W_O, W_U, WRITTEN, wide_head_model
 from pruning.test_exchanges import (
     LARGE,
     MEDIUM,
@@ -17,6 +19,7 @@ from pruning.test_exchanges import (
 )
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.effects import Effects
 from tl_sparse.pruning.elimination import Budget
 from tl_sparse.pruning.phases import phase
 from tl_sparse.pruning.refinement import refined, without_superfluous
@@ -47,6 +50,13 @@ def tiny_after_medium(names):
     return {READ, LARGE, WRITE} <= set(names) and (TINY in names or MEDIUM not in names)
 
 
+def loss_of(share):
+    """The loss if the channels write this share of what the micro model writes."""
+    written = share * WRITTEN
+    logit_difference = 2 * W_U * written / math.sqrt((1 + written**2) / 4)
+    return math.log1p(math.exp(-logit_difference))
+
+
 def left_of_all(most_tests=None):
     """The names of the nodes that are left of all, and the number of tests."""
     model = wide_head_model(WEIGHTS)
@@ -63,6 +73,22 @@ def test_a_node_is_tried_again_when_others_are_gone():
     """The tiny channel, which does least, is tried first, and can only be removed last."""
     names, _ = left_of_all()
     assert names == (READ, LARGE, WRITE)
+
+
+def test_the_effect_of_a_node_is_that_of_holding_it():
+    """Also under a subset that leaves all nodes, in which nothing seems to need the circuit."""
+    model = wide_head_model(WEIGHTS)
+    ranking, data = ranking_and_data(model, CONFIG)
+    circuit = circuit_of(ranking, *ALL)
+    all_nodes = {name: torch.ones_like(mask) for name, mask in circuit.kept.items()}
+    kept = ranking.gates.of_nodes(circuit.kept)
+    large = int(ranking.gates.index["blocks.0.attn.hook_v"][0, 0])
+    for subsets in ([], [all_nodes]):
+        effects = Effects(ranking, Criterion(model, CONFIG, subsets), data)
+        assert effects.loss(kept) == pytest.approx(loss_of(1.3), rel=1e-3)
+        rise = effects.rises(kept, [large])[large]
+        assert rise == pytest.approx(loss_of(0.7) - loss_of(1.3), rel=1e-3)
+        assert effects.slopes(kept)[large] < 0
 
 
 @pytest.mark.parametrize("most", [0, 1])

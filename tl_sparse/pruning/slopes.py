@@ -25,13 +25,14 @@ def slopes_at(
     it for all gates.
 
     Args:
-        left: masks of nodes outside the circuit that are left as they are.
+        left: masks of nodes that are left as they are if they are outside the circuit. When a node
+            of the circuit closes, it is held, also if it is one of these.
     """
     gates = ranking.gates
     openings = kept.to(gates.tau.dtype).requires_grad_()
     left_open = None
     if left is not None:
-        left_open = gates.of_nodes(left).to(openings)
+        left_open = (gates.of_nodes(left) & ~kept).to(openings)
     loss = gated_loss(criterion.model, gates, pairs, criterion.config, openings, left_open)
     (slopes,) = torch.autograd.grad(loss, openings)
     return slopes
