@@ -19,6 +19,9 @@ from tl_sparse.tasks import TaskData
 _QUICK_SUBSETS = 3
 #: A circuit fails clearly if its loss on a few pairs is larger than the target by this factor.
 _CLEARLY = 1.5
+#: A thorough test also tries so many others for each subset of the criterion. With one, a circuit
+#: passed whose loss the worst of 64 subsets then brought to 0.26, with a target of 0.15.
+_OTHERS_PER_SUBSET = 2
 #: From the seed of some random subsets to that of the next ones.
 _SEED_STEP = 2**20
 #: So many pairs are a few.
@@ -106,12 +109,12 @@ class Criterion:
         """Whether the circuit is sufficient and necessary on these pairs.
 
         Args:
-            n_others: the number of other subsets that are tried too, by default as many as the
-                search has. With 0, the answer is the same each time.
+            n_others: the number of other subsets that are tried too, by default twice as many as
+                the search has. With 0, the answer is the same each time.
         """
         if not self._passes(circuit, data, len(self.subsets)):
             return False
-        n_others = self.config.subsets if n_others is None else n_others
+        n_others = _OTHERS_PER_SUBSET * self.config.subsets if n_others is None else n_others
         return self._withstands_others(circuit, data, n_others)
 
     def passes_quickly(self, circuit: Circuit, data: TaskData) -> bool:
