@@ -140,6 +140,18 @@ def test_a_criterion_keeps_the_subsets_that_made_circuits_fail_most_recently():
     assert list(map(id, criterion.subsets)) == [id(subsets[0]), id(subsets[2]), id(subsets[1])]
 
 
+def test_criteria_with_other_targets_have_the_same_subsets():
+    """One that makes a circuit fail under a stricter target counts for the criterion too."""
+    model = cancelling_model()
+    cheat, _ = found(model)
+    harmful = {name: torch.zeros_like(mask) for name, mask in cheat.kept.items()}
+    harmful["blocks.0.attn.hook_v"][0, 2] = True
+    criterion = Criterion(model, CONFIG, [], [harmful])
+    stricter = criterion.with_target(CONFIG.target_loss / 2)
+    assert not stricter.passes_quickly(cheat, micro_data(model, n_pairs=8))
+    assert criterion.hardest is harmful
+
+
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
 @pytest.mark.parametrize("robust", ["subsets", "adversary"])
 def test_a_dense_model_is_searched_against_opponents(robust, ablation):

@@ -85,7 +85,9 @@ class Criterion:
         self._join(subset)
 
     def _join(self, subset: NodeMasks) -> None:
-        self.subsets = [subset, *self.subsets][: self.most_subsets]
+        # In place, because criteria with other targets have the same list.
+        self.subsets.insert(0, subset)
+        del self.subsets[self.most_subsets :]
 
     def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
         """The loss of the circuit, with the nodes in `left` as they are in the model."""
