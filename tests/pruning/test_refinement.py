@@ -20,9 +20,8 @@ from pruning.test_exchanges import (
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.effects import Effects
-from tl_sparse.pruning.elimination import Budget
 from tl_sparse.pruning.phases import phase
-from tl_sparse.pruning.refinement import refined, without_superfluous
+from tl_sparse.pruning.refinement import Refinement, refined
 
 pytestmark = pytest.mark.any_line
 
@@ -60,13 +59,14 @@ def loss_of(share):
 def left_of_all(most_tests=None):
     """The names of the nodes that are left of all, and the number of tests."""
     model = wide_head_model(WEIGHTS)
-    ranking, data = ranking_and_data(model, CONFIG)
-    criterion = Passing(model, CONFIG, tiny_after_medium)
+    config = dataclasses.replace(CONFIG, removal_tests=most_tests)
+    ranking, data = ranking_and_data(model, config)
+    criterion = Passing(model, config, tiny_after_medium)
     kept = ranking.gates.of_nodes(circuit_of(ranking, *ALL).kept)
-    budget = Budget(most_tests)
     with phase("removing nodes", False) as bar:
-        left = without_superfluous(kept, ranking, criterion, data, budget, bar)
-    return ranking.of_gates(left).node_names, budget.n_tried
+        refinement = Refinement(kept, ranking, criterion, data.train, data.selection, bar)
+        refinement.remove_superfluous()
+    return ranking.of_gates(refinement.kept).node_names, refinement.budget.n_tried
 
 
 def test_a_node_is_tried_again_when_others_are_gone():
@@ -84,11 +84,11 @@ def test_the_effect_of_a_node_is_that_of_holding_it():
     kept = ranking.gates.of_nodes(circuit.kept)
     large = int(ranking.gates.index["blocks.0.attn.hook_v"][0, 0])
     for subsets in ([], [all_nodes]):
-        effects = Effects(ranking, Criterion(model, CONFIG, subsets), data)
-        assert effects.loss(kept) == pytest.approx(loss_of(1.3), rel=1e-3)
-        rise = effects.rises(kept, [large])[large]
+        effects = Effects(kept, ranking, Criterion(model, CONFIG, subsets), data)
+        assert effects.loss == pytest.approx(loss_of(1.3), rel=1e-3)
+        rise = effects.rises([large])[large]
         assert rise == pytest.approx(loss_of(0.7) - loss_of(1.3), rel=1e-3)
-        assert effects.slopes(kept)[large] < 0
+        assert effects.slopes[large] < 0
 
 
 @pytest.mark.parametrize("most", [0, 1])

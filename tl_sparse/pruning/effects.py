@@ -15,57 +15,68 @@ _MOST_MEASURED = 64
 
 
 class Effects:
-    """Measures losses of circuits, and how much the loss of one depends on single nodes.
+    """What the nodes of one circuit do for its loss.
 
-    Circuits are given by the gates of their nodes, which may be any gates of the ranking.
+    Circuits are given by the gates of their nodes.
+
+    Args:
+        kept: the gates of the circuit.
+        ranking: the gates of all nodes.
+        criterion: what the circuit must pass.
+        data: the pairs, of which only a few are used.
 
     Attributes:
         left: the nodes outside that are left as they are while losses are measured: of a robust
             circuit, the subset that has made one fail most recently.
+        loss: the loss of the circuit.
+        slopes: the change of the loss when each gate opens, to first order.
     """
 
-    def __init__(self, ranking: Ranking, criterion: Criterion, data: SearchData) -> None:
+    def __init__(
+        self,
+        kept: Bool[Tensor, " gate"],
+        ranking: Ranking,
+        criterion: Criterion,
+        data: SearchData,
+    ) -> None:
+        self.kept = kept
         self.ranking = ranking
         self.criterion = criterion
         self.left = criterion.hardest
         self._pairs = few_of(data.some)
-        self._pairs_of_slopes = few_of(data.train)
+        self.loss = self.loss_of(kept)
+        self.slopes: Float[Tensor, " gate"] = slopes_at(
+            kept, ranking, criterion, few_of(data.train), self.left
+        )
 
-    def loss(self, kept: Bool[Tensor, " gate"]) -> float:
-        """The loss of a circuit."""
-        return self.criterion.loss(self.ranking.of_gates(kept), self._pairs, self.left)
+    def loss_of(self, kept: Bool[Tensor, " gate"]) -> float:
+        """The loss of another circuit, with the same nodes left."""
+        return self._loss(kept, self.left)
 
-    def slopes(self, kept: Bool[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-        """The change of the loss when each gate opens, to first order."""
-        pairs = self._pairs_of_slopes
-        return slopes_at(kept, self.ranking, self.criterion, pairs, self.left)
-
-    def least_needed(
-        self, kept: Bool[Tensor, " gate"], slopes: Float[Tensor, " gate"]
-    ) -> list[int]:
+    def least_needed(self) -> list[int]:
         """The gates that the circuit needs least to first order, of those that may be removed.
 
         There are at most as many as are measured in a large circuit.
         """
-        may_be_removed = kept & ~self.ranking.fixed.included
-        least_needed_first = slopes.argsort(descending=True)
+        may_be_removed = self.kept & ~self.ranking.fixed.included
+        least_needed_first = self.slopes.argsort(descending=True)
         gates: list[int] = least_needed_first[may_be_removed[least_needed_first]].tolist()
         return gates[:_MOST_MEASURED]
 
-    def rises(self, kept: Bool[Tensor, " gate"], gates: Sequence[int]) -> dict[int, float]:
+    def rises(self, gates: Sequence[int]) -> dict[int, float]:
         """Gate → the loss of the circuit without it, less the loss with it; lowest first.
 
         Its node is held, also if it is one of those that are left when they are outside.
         """
-        loss = self.loss(kept)
         rises = {}
         for gate in gates:
-            without = kept.clone()
+            without = self.kept.clone()
             without[gate] = False
-            circuit = self.ranking.of_gates(without)
-            left = self._left_but(gate)
-            rises[gate] = self.criterion.loss(circuit, self._pairs, left) - loss
+            rises[gate] = self._loss(without, self._left_but(gate)) - self.loss
         return lowest_first(rises)
+
+    def _loss(self, kept: Bool[Tensor, " gate"], left: NodeMasks | None) -> float:
+        return self.criterion.loss(self.ranking.of_gates(kept), self._pairs, left)
 
     def _left_but(self, gate: int) -> NodeMasks | None:
         """The nodes that are left, without that of the gate."""

@@ -51,9 +51,7 @@ class _Exchanges:
     Attributes:
         kept: the gates of the circuit's nodes, after the exchanges so far.
         tried: the gates of nodes outside that have been tried.
-        effects: measures what nodes do for the circuit.
         rises: gate of the circuit → the loss without its node, less the loss with it; lowest first.
-        loss: the loss on a few pairs before the exchange that is being tried.
     """
 
     def __init__(
@@ -70,9 +68,7 @@ class _Exchanges:
         self.bar = bar
         self.kept = kept
         self.tried = torch.zeros_like(kept)
-        self.effects = Effects(ranking, criterion, data)
         self.rises: dict[int, float] = {}
-        self.loss = torch.inf
 
     @property
     def n_tried(self) -> int:
@@ -84,13 +80,11 @@ class _Exchanges:
 
         An exchange changes what all other nodes do, so their effects are then measured again.
         """
-        self.effects = Effects(self.ranking, self.criterion, self.data)
-        slopes = self.effects.slopes(self.kept)
-        self.loss = self.effects.loss(self.kept)
-        self._measure_rises(slopes)
-        for added in self._outside(slopes)[:n_most]:
+        effects = Effects(self.kept, self.ranking, self.criterion, self.data)
+        self._measure_rises(effects)
+        for added in self._outside(effects.slopes)[:n_most]:
             self.tried[added] = True
-            if self._exchange(added):
+            if self._exchange(added, effects):
                 return True
         return False
 
@@ -100,21 +94,20 @@ class _Exchanges:
         steepest_first = slopes.argsort()
         return steepest_first[is_tried_next[steepest_first]].tolist()
 
-    def _measure_rises(self, slopes: Float[Tensor, " gate"]) -> None:
+    def _measure_rises(self, effects: Effects) -> None:
         """Measure `rises`; after an exchange, only those of nodes that matter least."""
         if self.rises:
             gates = list(self.rises)[:_MEASURED_AGAIN]
         else:
-            gates = self.effects.least_needed(self.kept, slopes)
-        measured = self.effects.rises(self.kept, gates)
-        self.rises = lowest_first(self.rises | measured)
+            gates = effects.least_needed()
+        self.rises = lowest_first(self.rises | effects.rises(gates))
 
-    def _exchange(self, added: int) -> bool:
+    def _exchange(self, added: int, effects: Effects) -> bool:
         """Add one gate and remove two, if that passes."""
         self.bar.update()
-        gain = self.loss - self.effects.loss(self._changed(added=[added]))
+        gain = effects.loss - effects.loss_of(self._changed(added=[added]))
         # With the new node, others may matter less than before: twice its gain allows for that.
-        room = self.criterion.config.target_loss - self.loss + 2 * gain
+        room = self.criterion.config.target_loss - effects.loss + 2 * gain
         for pair in islice(_pairs_within(self.rises, room), _PAIRS_TRIED):
             kept = self._changed(added=[added], removed=pair)
             if self._passes(kept):

@@ -17,7 +17,6 @@ class Ranking:
         empty: a circuit of no nodes.
         gates: the gates, in the order of whose τ the nodes rank.
         fixed: those of nodes that are always or never used, which rank first and last.
-        order: the gates, the highest-ranked first.
         rank: the rank of each gate, from 0.
         n_included: the number of gates of nodes that are always used.
         smallest, largest: the sizes that are possible, since these are always used, others never,
@@ -34,11 +33,11 @@ class Ranking:
         self.empty = empty
         self.gates = gates
         self.fixed = fixed
-        self.order = gates.tau.detach().argsort(descending=True, stable=True)
-        self.rank = self.order.argsort()
+        highest_first = gates.tau.detach().argsort(descending=True, stable=True)
+        self.rank = highest_first.argsort()
         self.n_included = int(fixed.included.sum())
         self.smallest = max(1, self.n_included)
-        self.largest = len(self.order) - int(fixed.excluded.sum())
+        self.largest = len(self.rank) - int(fixed.excluded.sum())
         if max_nodes is not None:
             self.largest = min(self.largest, max_nodes)
 

@@ -8,6 +8,7 @@ then measured again, and both go on in turns until neither makes the circuit sma
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -36,77 +37,106 @@ def refined(
     progress: bool = False,
 ) -> Circuit:
     """A circuit that is at least as small, and passes the criterion as the given one does."""
-    data = SearchData.around(circuit, criterion, train, selection)
-    budget = Budget(criterion.config.removal_tests)
     kept = ranking.gates.of_nodes(circuit.kept)
     with phase("removing nodes", progress) as bar:
-        kept = without_groups(kept, ranking, criterion, data, budget, bar)
-        while True:
-            kept = without_superfluous(kept, ranking, criterion, data, budget, bar)
-            data = SearchData.around(ranking.of_gates(kept), criterion, train, selection)
-            smaller = exchanged(kept, ranking, criterion, data, bar)
-            if int(smaller.sum()) == int(kept.sum()):
-                break
-            kept = smaller
-        circuit = ranking.of_gates(kept)
+        refinement = Refinement(kept, ranking, criterion, train, selection, bar)
+        refinement.remove_groups()
+        refinement.remove_superfluous()
+        while refinement.exchange():
+            refinement.remove_superfluous()
+        circuit = ranking.of_gates(refinement.kept)
         if progress:
             say_reached(bar, circuit.n_nodes, criterion.loss(circuit, selection), "selection")
     return circuit
 
 
-def without_superfluous(
-    kept: Bool[Tensor, " gate"],
-    ranking: Ranking,
-    criterion: Criterion,
-    data: SearchData,
-    budget: Budget,
-    bar: Any,
-) -> Bool[Tensor, " gate"]:
-    """The gates of a circuit, without those of nodes that it does not need.
-
-    Those that it needs least are removed first. What the others do is then measured again, until
-    none can be removed.
+class Refinement:
+    """The changes to one circuit.
 
     Args:
         kept: the gates of the circuit, which passes the criterion.
-        budget: how many circuits may still be tried.
+        ranking: the gates of all nodes.
+        criterion: what the circuit must pass after each change.
+        train, selection: see `SearchData`.
         bar: a progress bar of the circuits that are tried.
+
+    Attributes:
+        kept: the gates of the circuit after the changes so far.
+        data: the pairs on which changes to this circuit are tried.
+        budget: how many circuits may still be tried while nodes are removed.
     """
-    while not budget.is_spent:
-        data = SearchData.around(ranking.of_gates(kept), criterion, data.train, data.selection)
-        removed = _removed(kept, ranking, criterion, data, budget, bar)
-        if not removed:
-            break
-        kept = kept.clone()
-        kept[removed] = False
-        bar.set_postfix_str(counted(int(kept.sum()), "node"))
-    return kept
 
+    def __init__(
+        self,
+        kept: Bool[Tensor, " gate"],
+        ranking: Ranking,
+        criterion: Criterion,
+        train: TaskData,
+        selection: TaskData,
+        bar: Any,
+    ) -> None:
+        self.ranking = ranking
+        self.criterion = criterion
+        self.bar = bar
+        self.budget = Budget(criterion.config.removal_tests)
+        self.kept = kept
+        self.data = SearchData.around(ranking.of_gates(kept), criterion, train, selection)
 
-def _removed(
-    kept: Bool[Tensor, " gate"],
-    ranking: Ranking,
-    criterion: Criterion,
-    data: SearchData,
-    budget: Budget,
-    bar: Any,
-) -> list[int]:
-    """Gates that can be removed together, of those that the circuit needs least."""
-    effects = Effects(ranking, criterion, data)
-    rises = effects.rises(kept, effects.least_needed(kept, effects.slopes(kept)))
-    room = _ALLOWANCE * criterion.config.target_loss - effects.loss(kept)
-    candidates = [gate for gate, rise in rises.items() if rise <= max(room, 0)]
+    def remove_groups(self) -> None:
+        """Remove groups of nodes from a large circuit."""
+        kept = without_groups(
+            self.kept, self.ranking, self.criterion, self.data, self.budget, self.bar
+        )
+        self._change_to(kept)
 
-    def without(gone: list[int]) -> Circuit:
-        rest = kept.clone()
-        rest[gone] = False
-        return ranking.of_gates(rest)
+    def remove_superfluous(self) -> None:
+        """Remove single nodes that the circuit does not need.
 
-    def passes_quickly(gone: list[int]) -> bool:
-        bar.update()
-        return criterion.passes_quickly(without(gone), data.some)
+        Those that it needs least are removed first. What the others do is then measured again,
+        until none can be removed.
+        """
+        while not self.budget.is_spent:
+            removed = self._removable()
+            if not removed:
+                break
+            kept = self.kept.clone()
+            kept[removed] = False
+            self._change_to(kept)
 
-    def passes(gone: list[int]) -> bool:
-        return criterion.passes(without(gone), data.selection)
+    def exchange(self) -> bool:
+        """Put nodes from outside in the place of two of the circuit's own; whether any were."""
+        kept = exchanged(self.kept, self.ranking, self.criterion, self.data, self.bar)
+        return self._change_to(kept)
 
-    return eliminate(candidates, passes_quickly, passes, budget=budget)
+    def _change_to(self, kept: Bool[Tensor, " gate"]) -> bool:
+        """Go on with another circuit; whether it is another."""
+        if torch.equal(kept, self.kept):
+            return False
+        self.kept = kept
+        circuit = self.ranking.of_gates(kept)
+        data = self.data
+        self.data = SearchData.around(circuit, self.criterion, data.train, data.selection)
+        self.bar.set_postfix_str(counted(circuit.n_nodes, "node"))
+        return True
+
+    def _removable(self) -> list[int]:
+        """Gates that can be removed together, of those that the circuit needs least."""
+        criterion, data = self.criterion, self.data
+        effects = Effects(self.kept, self.ranking, criterion, data)
+        room = _ALLOWANCE * criterion.config.target_loss - effects.loss
+        rises = effects.rises(effects.least_needed())
+        candidates = [gate for gate, rise in rises.items() if rise <= max(room, 0)]
+
+        def without(gone: list[int]) -> Circuit:
+            rest = self.kept.clone()
+            rest[gone] = False
+            return self.ranking.of_gates(rest)
+
+        def passes_quickly(gone: list[int]) -> bool:
+            self.bar.update()
+            return criterion.passes_quickly(without(gone), data.some)
+
+        def passes(gone: list[int]) -> bool:
+            return criterion.passes(without(gone), data.selection)
+
+        return eliminate(candidates, passes_quickly, passes, budget=self.budget)

@@ -124,8 +124,7 @@ def run_suite(
     Raises:
         SuiteError: if `out` holds a suite with other settings, or circuits of other models, texts
             or pairs under the same names, also such as another suite has made there meanwhile; if
-            a file of it is damaged; if a process died; or if
-            Ctrl-C was pressed.
+            a file of it is damaged; if a process died; or if Ctrl-C was pressed.
         ConfigError: if an argument has the wrong type or value, or `out` holds anything else.
         CheckpointError, DataError, TaskError: for a model, corpus or task that cannot be used. A
             task for which a model has no circuit is not an error; the results give the reason.

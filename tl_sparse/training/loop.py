@@ -234,9 +234,9 @@ def _tokens(
 
 def _candidates(data: DataConfig) -> list[str]:
     """The answers of the built-in tasks that must be single tokens of the tokenizer."""
-    candidates: set[str] = set()
     if data.source != "builtin" and not data.task_answers:
         return []
+    candidates: set[str] = set()
     for task in TASKS.values():
         candidates.update(task.candidates or ())
     return sorted(candidates)
