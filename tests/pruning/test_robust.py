@@ -120,6 +120,43 @@ def test_a_test_of_a_circuit_meets_subsets_that_it_has_not_seen():
     assert not criterion.passes(cheat, data)
 
 
+class Measured(Criterion):
+    """A criterion under which circuits have given losses, which notes how many pairs were tried."""
+
+    def __init__(self, model, mean, spread):
+        super().__init__(model, CONFIG, [{}])
+        self.mean = mean
+        self.spread = spread
+        self.n_pairs_tried = []
+
+    def losses(self, circuit, data, left=None):
+        self.n_pairs_tried.append(data.n_pairs)
+        every_other_pair = torch.tensor([-1.0, 1.0]).repeat(data.n_pairs // 2)
+        of_pairs = self.mean + self.spread * every_other_pair
+        return of_pairs.repeat_interleave(2)  # the two prompts of a pair have the same loss
+
+
+@pytest.mark.parametrize(
+    ("share_of_target", "withstands", "n_pairs_tried"),
+    [
+        (0.5, True, [12]),  # clear on a few pairs
+        (2.0, False, [12]),
+        (0.99, True, [12, 48]),  # in doubt, so all are tried
+        (1.01, False, [12, 48]),
+    ],
+)
+def test_a_subset_is_tried_on_all_pairs_only_if_a_few_leave_a_doubt(
+    share_of_target, withstands, n_pairs_tried
+):
+    """The losses of pairs are a tenth of the target above or below their mean."""
+    model = cancelling_model()
+    circuit, _ = found(model)
+    target = CONFIG.target_loss
+    criterion = Measured(model, share_of_target * target, target / 10)
+    assert criterion._withstands(circuit, micro_data(model, n_pairs=48), 1) is withstands
+    assert criterion.n_pairs_tried == n_pairs_tried
+
+
 def test_a_criterion_keeps_the_subsets_that_made_circuits_fail_most_recently():
     """The third one takes the place of the first. One that is added takes the place of none."""
     model = cancelling_model()
