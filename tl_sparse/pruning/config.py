@@ -50,7 +50,8 @@ class PruneConfig:
             ascent. With "none", as in the paper, all are held at once, and errors can cancel.
         subsets: the number of random subsets under which a robust circuit must reach the target
             loss. Each test of a circuit tries others too, and those that make one fail join them.
-        subset_pairs: the number of selection pairs on which each subset is tried.
+        subset_pairs: the largest number of selection pairs on which each subset is tried. Where a
+            few of them leave no doubt, the others are not used.
         adversaries: the number of times that a fresh adversary attacks the circuit. If it raises
             the loss above the target, its subset is added to those that the circuit must withstand,
             and the search begins again at the chosen size.
