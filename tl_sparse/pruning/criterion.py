@@ -23,6 +23,8 @@ _CLEARLY = 1.5
 #: A thorough test also tries so many others for each subset of the criterion. With one, a circuit
 #: passed whose loss the worst of 64 subsets then brought to 0.26, with a target of 0.15.
 _OTHERS_PER_SUBSET = 2
+#: For each subset of the criterion, there are so many others in all.
+_BATCHES_OF_OTHERS = 5
 #: From the seed of some random subsets to that of the next ones.
 _SEED_STEP = 2**20
 #: So many pairs are a few.
@@ -160,7 +162,7 @@ class Criterion:
         return self.ablated_accuracy(circuit, data) <= self.config.ablated_accuracy
 
     def _withstands_others(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
-        """Whether the circuit withstands subsets that no circuit has met.
+        """Whether the circuit withstands the next of the other subsets.
 
         One that makes it fail joins those of the criterion. Otherwise, a circuit from which much is
         removed would in the end withstand the same few subsets, and no others. The one that made a
@@ -205,8 +207,12 @@ class Criterion:
 
 
 def _other_subsets(circuit: Circuit, config: PruneConfig) -> Iterator[NodeMasks]:
-    """Random subsets without end, other than those of the criterion."""
-    for batch in itertools.count(1):
+    """Random subsets other than those of the criterion, the same ones over and over.
+
+    With ever new ones, the criterion would come to hold the worst of thousands: the more circuits
+    a search tries, the larger the one that it finds would be.
+    """
+    for batch in itertools.cycle(range(1, 1 + _BATCHES_OF_OTHERS)):
         yield from random_subsets(circuit, config.subsets, config.seed + batch * _SEED_STEP)
 
 

@@ -2,14 +2,20 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.hooks import NodeMasks
-from tl_sparse.pruning.criterion import Criterion, SearchData, few_of
+from tl_sparse.pruning.criterion import Criterion, SearchData, evenly, few_of
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.slopes import slopes_at
 
+#: Of a robust circuit, effects are measured under so many subsets, those that have made one fail
+#: most recently. A node that does nothing under one of them may do much under another.
+_MOST_SUBSETS = 3
+#: The number of pairs on which they are measured under each subset.
+_PAIRS_PER_SUBSET = 12
 #: Of a large circuit, the effects of only so many nodes are measured, each of which takes a run.
 _MOST_MEASURED = 64
 
@@ -26,8 +32,8 @@ class Effects:
         data: the pairs, of which only a few are used.
 
     Attributes:
-        left: the nodes outside that are left as they are while losses are measured: of a robust
-            circuit, the subset that has made one fail most recently.
+        lefts: the nodes outside that are left as they are while losses are measured. All losses
+            are means over these.
         loss: the loss of the circuit.
         slopes: the change of the loss when each gate opens, to first order.
     """
@@ -42,16 +48,22 @@ class Effects:
         self.kept = kept
         self.ranking = ranking
         self.criterion = criterion
-        self.left = criterion.hardest
+        self.lefts: list[NodeMasks | None] = [None]
         self._pairs = few_of(data.some)
+        pairs_of_slopes = few_of(data.train)
+        if criterion.subsets:
+            self.lefts = [*criterion.subsets[:_MOST_SUBSETS]]
+            self._pairs = evenly(data.some, _PAIRS_PER_SUBSET)
+            pairs_of_slopes = evenly(data.train, _PAIRS_PER_SUBSET)
         self.loss = self.loss_of(kept)
-        self.slopes: Float[Tensor, " gate"] = slopes_at(
-            kept, ranking, criterion, few_of(data.train), self.left
-        )
+        self.slopes: Float[Tensor, " gate"] = torch.zeros_like(ranking.gates.tau)
+        for left in self.lefts:
+            slopes = slopes_at(kept, ranking, criterion, pairs_of_slopes, left)
+            self.slopes += slopes / len(self.lefts)
 
     def loss_of(self, kept: Bool[Tensor, " gate"]) -> float:
         """The loss of another circuit, with the same nodes left."""
-        return self._loss(kept, self.left)
+        return self._loss(kept, self.lefts)
 
     def least_needed(self) -> list[int]:
         """The gates that the circuit needs least to first order, of those that may be removed.
@@ -72,19 +84,22 @@ class Effects:
         for gate in gates:
             without = self.kept.clone()
             without[gate] = False
-            rises[gate] = self._loss(without, self._left_but(gate)) - self.loss
+            lefts = [self._but(gate, left) for left in self.lefts]
+            rises[gate] = self._loss(without, lefts) - self.loss
         return lowest_first(rises)
 
-    def _loss(self, kept: Bool[Tensor, " gate"], left: NodeMasks | None) -> float:
-        return self.criterion.loss(self.ranking.of_gates(kept), self._pairs, left)
+    def _loss(self, kept: Bool[Tensor, " gate"], lefts: Sequence[NodeMasks | None]) -> float:
+        circuit = self.ranking.of_gates(kept)
+        losses = [self.criterion.loss(circuit, self._pairs, left) for left in lefts]
+        return sum(losses) / len(losses)
 
-    def _left_but(self, gate: int) -> NodeMasks | None:
+    def _but(self, gate: int, left: NodeMasks | None) -> NodeMasks | None:
         """The nodes that are left, without that of the gate."""
-        if self.left is None:
+        if left is None:
             return None
-        left = self.ranking.gates.of_nodes(self.left)
-        left[gate] = False
-        return self.ranking.gates.at_nodes(left)
+        opened = self.ranking.gates.of_nodes(left)
+        opened[gate] = False
+        return self.ranking.gates.at_nodes(opened)
 
 
 def lowest_first(rises: dict[int, float]) -> dict[int, float]:
