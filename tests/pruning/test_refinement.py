@@ -91,6 +91,22 @@ def test_the_effect_of_a_node_is_that_of_holding_it():
         assert effects.slopes[large] < 0
 
 
+def test_the_effects_of_nodes_are_means_over_several_subsets():
+    """The medium channel is outside. It is left in the second of the subsets, and not the first."""
+    model = wide_head_model(WEIGHTS)
+    ranking, data = ranking_and_data(model, CONFIG)
+    circuit = circuit_of(ranking, READ, LARGE, WRITE)
+    nothing = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
+    medium = circuit_of(ranking, MEDIUM).kept
+    kept = ranking.gates.of_nodes(circuit.kept)
+    large = int(ranking.gates.index["blocks.0.attn.hook_v"][0, 0])
+    effects = Effects(kept, ranking, Criterion(model, CONFIG, [nothing, medium]), data)
+    loss = (loss_of(0.6) + loss_of(1.0)) / 2
+    loss_without = (loss_of(0.0) + loss_of(0.4)) / 2
+    assert effects.loss == pytest.approx(loss, rel=1e-3)
+    assert effects.rises([large])[large] == pytest.approx(loss_without - loss, rel=1e-3)
+
+
 @pytest.mark.parametrize("most", [0, 1])
 def test_removal_ends_after_the_most_tests(most):
     names, n_tests = left_of_all(most)

@@ -157,6 +157,15 @@ def test_a_subset_is_tried_on_all_pairs_only_if_a_few_leave_a_doubt(
     assert criterion.n_pairs_tried == n_pairs_tried
 
 
+def test_however_long_a_search_takes_it_tries_a_bounded_number_of_subsets():
+    circuit = micro_circuit(cancelling_model())
+    config = dataclasses.replace(CONFIG, robust="subsets", subsets=2)
+    others = Criterion.of_config(circuit, cancelling_model(), config)._others
+    drawn = [next(others)["blocks.0.attn.hook_v"] for _ in range(11)]
+    assert torch.equal(drawn[10], drawn[0])  # five times as many as the criterion has
+    assert not torch.equal(drawn[1], drawn[0])
+
+
 def test_a_criterion_keeps_the_subsets_that_made_circuits_fail_most_recently():
     """The third one takes the place of the first. One that is added takes the place of none."""
     model = cancelling_model()
