@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.evaluation import all_objective_losses, holding_nodes, random_subsets, score
+from tl_sparse.evaluation import (
+    Estimate,
+    all_objective_losses,
+    holding_nodes,
+    mean_of_pairs,
+    random_subsets,
+    score,
+)
 from tl_sparse.hooks import NodeMasks, TLModel
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.tasks import TaskData
@@ -29,8 +35,8 @@ _BATCHES_OF_OTHERS = 5
 _SEED_STEP = 2**20
 #: So many pairs are a few.
 _FEW = 24
-#: Subsets are first tried on so many pairs, which often decide whether a circuit withstands them.
-_GLANCE = 12
+#: Under a subset, of which there are many, so many are. They often decide whether it is withstood.
+_FEW_PER_SUBSET = 12
 #: They decide if their mean loss is so many of its standard errors away from the target.
 _STANDARD_ERRORS = 3
 
@@ -60,7 +66,7 @@ class Criterion:
         """A criterion of these subsets.
 
         Args:
-            others: further subsets, each of which is tried once.
+            others: further subsets, which are tried one after another.
         """
         self.model = model
         self.config = config
@@ -144,7 +150,7 @@ class Criterion:
         """
         if data.n_pairs <= _FEW:
             return False
-        return self.loss(circuit, few_of(data), self.hardest) > _CLEARLY * self.config.target_loss
+        return self.loss(circuit, few_of(data)) > _CLEARLY * self.config.target_loss
 
     @property
     def hardest(self) -> NodeMasks | None:
@@ -197,13 +203,16 @@ class Criterion:
         target = self.config.target_loss
         few, others = _few_and_others(data)
         losses = self.losses(circuit, few, subset)
-        if others is None:
-            return float(losses.mean()) <= target
-        of_pairs = losses.view(-1, 2).mean(1)
-        doubt = _STANDARD_ERRORS * float(of_pairs.std()) / math.sqrt(few.n_pairs)
-        if abs(float(of_pairs.mean()) - target) <= doubt:
+        if others is not None and _is_in_doubt(mean_of_pairs(losses), target):
             losses = torch.cat([losses, self.losses(circuit, others, subset)])
         return float(losses.mean()) <= target
+
+
+def _is_in_doubt(loss: Estimate, target: float) -> bool:
+    """Whether the loss may be on the other side of the target, as far as its error tells."""
+    if loss.standard_error is None:
+        return True  # it is of a single pair
+    return abs(loss.value - target) <= _STANDARD_ERRORS * loss.standard_error
 
 
 def _other_subsets(circuit: Circuit, config: PruneConfig) -> Iterator[NodeMasks]:
@@ -221,23 +230,31 @@ def evenly(data: TaskData, n_pairs: int) -> TaskData:
 
     They are at even intervals, so that of pairs that are sorted by their loss, they represent all.
     """
-    n_pairs = min(n_pairs, data.n_pairs)
-    return data.pairs([i * data.n_pairs // n_pairs for i in range(n_pairs)])
+    return data.pairs(_even_positions(data.n_pairs, n_pairs))
 
 
-def _few_and_others(data: TaskData) -> tuple[TaskData, TaskData | None]:
-    """About `_GLANCE` of the pairs, at even intervals, and the others; no others if few in all."""
-    if data.n_pairs < 2 * _GLANCE:
-        return data, None
-    interval = data.n_pairs // _GLANCE
-    few = list(range(0, data.n_pairs, interval))
-    others = [pair for pair in range(data.n_pairs) if pair % interval]
-    return data.pairs(few), data.pairs(others)
+def _even_positions(n_pairs: int, n_chosen: int) -> list[int]:
+    n_chosen = min(n_chosen, n_pairs)
+    return [i * n_pairs // n_chosen for i in range(n_chosen)]
 
 
 def few_of(data: TaskData) -> TaskData:
     """Enough of the pairs to see roughly what the loss is."""
     return evenly(data, _FEW)
+
+
+def few_per_subset(data: TaskData) -> TaskData:
+    """The same under one of several subsets."""
+    return evenly(data, _FEW_PER_SUBSET)
+
+
+def _few_and_others(data: TaskData) -> tuple[TaskData, TaskData | None]:
+    """`few_per_subset` and the other pairs; all and None if there are not twice as many."""
+    if data.n_pairs < 2 * _FEW_PER_SUBSET:
+        return data, None
+    few = _even_positions(data.n_pairs, _FEW_PER_SUBSET)
+    others = sorted(set(range(data.n_pairs)).difference(few))
+    return data.pairs(few), data.pairs(others)
 
 
 def representative(circuit: Circuit, criterion: Criterion, data: TaskData) -> TaskData:

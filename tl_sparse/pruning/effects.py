@@ -7,15 +7,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.hooks import NodeMasks
-from tl_sparse.pruning.criterion import Criterion, SearchData, evenly, few_of
+from tl_sparse.pruning.criterion import Criterion, SearchData, few_of, few_per_subset
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.slopes import slopes_at
 
 #: Of a robust circuit, effects are measured under so many subsets, those that have made one fail
 #: most recently. A node that does nothing under one of them may do much under another.
 _MOST_SUBSETS = 3
-#: The number of pairs on which they are measured under each subset.
-_PAIRS_PER_SUBSET = 12
 #: Of a large circuit, the effects of only so many nodes are measured, each of which takes a run.
 _MOST_MEASURED = 64
 
@@ -49,16 +47,15 @@ class Effects:
         self.ranking = ranking
         self.criterion = criterion
         self.lefts: list[NodeMasks | None] = [None]
-        self._pairs = few_of(data.some)
-        pairs_of_slopes = few_of(data.train)
+        few = few_of
         if criterion.subsets:
             self.lefts = [*criterion.subsets[:_MOST_SUBSETS]]
-            self._pairs = evenly(data.some, _PAIRS_PER_SUBSET)
-            pairs_of_slopes = evenly(data.train, _PAIRS_PER_SUBSET)
+            few = few_per_subset
+        self._pairs = few(data.some)
         self.loss = self.loss_of(kept)
         self.slopes: Float[Tensor, " gate"] = torch.zeros_like(ranking.gates.tau)
         for left in self.lefts:
-            slopes = slopes_at(kept, ranking, criterion, pairs_of_slopes, left)
+            slopes = slopes_at(kept, ranking, criterion, few(data.train), left)
             self.slopes += slopes / len(self.lefts)
 
     def loss_of(self, kept: Bool[Tensor, " gate"]) -> float:
