@@ -153,7 +153,7 @@ def test_a_subset_is_tried_on_all_pairs_only_if_a_few_leave_a_doubt(
     circuit, _ = found(model)
     target = CONFIG.target_loss
     criterion = Measured(model, share_of_target * target, target / 10)
-    assert criterion._withstands(circuit, micro_data(model, n_pairs=48), 1) is withstands
+    assert criterion.withstands(circuit, micro_data(model, n_pairs=48), {}) is withstands
     assert criterion.n_pairs_tried == n_pairs_tried
 
 

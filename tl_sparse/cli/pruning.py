@@ -28,7 +28,9 @@ PRUNING_FLAGS = {
         "removal_tests restarts seed "
         "batch_size"
     ),
-    "robustness": "robust subsets subset_pairs adversaries adversary_steps adversary_budget",
+    "robustness": (
+        "robust subsets subset_pairs fresh_subsets adversaries adversary_steps adversary_budget"
+    ),
     "the gates": (
         "steps pairs_per_step k_coef steer_to steer_rate steer_now lr beta1 beta2 weight_decay "
         "grad_clip warm_start init_bias init_scale temperature tied_qk embed_gates"

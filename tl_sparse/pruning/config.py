@@ -52,6 +52,9 @@ class PruneConfig:
             loss. Each test of a circuit tries others too, and those that make one fail join them.
         subset_pairs: the largest number of selection pairs on which each subset is tried. Where a
             few of them leave no doubt, the others are not used.
+        fresh_subsets: the number of further random subsets under which a robust circuit is tried at
+            last. Where it misses the target loss, nodes are added. A search fits the subsets that
+            it tries, and without this, more of the others make its circuit fail.
         adversaries: the number of times that a fresh adversary attacks the circuit. If it raises
             the loss above the target, its subset is added to those that the circuit must withstand,
             and the search begins again at the chosen size.
@@ -137,6 +140,7 @@ class PruneConfig:
     robust: Literal["none", "subsets", "adversary"] = "none"
     subsets: int = 24
     subset_pairs: int = 48
+    fresh_subsets: int = 128
     adversaries: int = 3
     adversary_steps: int = 60
     adversary_budget: float = 0.01
@@ -195,7 +199,7 @@ class PruneConfig:
         accuracy = self.ablated_accuracy
         check(0.5 <= accuracy <= 1, "ablated_accuracy", accuracy, "in [0.5, 1]")
         check(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "in [-1, 1]")
-        for name in ("adversaries", "exchanges"):
+        for name in ("fresh_subsets", "adversaries", "exchanges"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         budget = self.adversary_budget
         check(0 < budget <= 1, "adversary_budget", budget, "above 0 and at most 1")

@@ -83,8 +83,16 @@ class Criterion:
         """
         if config.robust == "none":
             return cls(model, config)
-        subsets = random_subsets(circuit, config.subsets, config.seed)
+        subsets = random_subsets(circuit, config.subsets, _seed_of_batch(config, 0))
         return cls(model, config, subsets, _other_subsets(circuit, config))
+
+    def fresh_subsets(self, circuit: Circuit) -> list[NodeMasks]:
+        """The random subsets under which a robust circuit is tried at last; see `PruneConfig`."""
+        config = self.config
+        if config.robust == "none" or config.fresh_subsets == 0:
+            return []
+        seed = _seed_of_batch(config, _BATCHES_OF_OTHERS + 1)
+        return random_subsets(circuit, config.fresh_subsets, seed)
 
     def with_target(self, target_loss: float) -> "Criterion":
         """The criterion with another target loss, and with the same subsets, also in future."""
@@ -159,7 +167,7 @@ class Criterion:
 
     def _passes(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         # Where there are subsets, one of them fails first as a rule, and on fewer pairs.
-        if not self._withstands(circuit, data, n_subsets):
+        if not self._withstands_first(circuit, data, n_subsets):
             return False
         if self.loss(circuit, data) > self.config.target_loss:
             return False
@@ -177,25 +185,25 @@ class Criterion:
         """
         some_pairs = evenly(data, self.config.subset_pairs)
         for subset in itertools.islice(self._others, n_subsets):
-            if not self._withstands_one(circuit, some_pairs, subset):
+            if not self.withstands(circuit, some_pairs, subset):
                 self._join(subset)
                 return False
         return True
 
-    def _withstands(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
+    def _withstands_first(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         """Whether the circuit reaches the target loss under each of the first subsets.
 
         They are tried on `subset_pairs` pairs, since there are many of them.
         """
         some_pairs = evenly(data, self.config.subset_pairs)
         for i, subset in enumerate(self.subsets[:n_subsets]):
-            if not self._withstands_one(circuit, some_pairs, subset):
+            if not self.withstands(circuit, some_pairs, subset):
                 self.subsets.insert(0, self.subsets.pop(i))
                 return False
         return True
 
-    def _withstands_one(self, circuit: Circuit, data: TaskData, subset: NodeMasks) -> bool:
-        """Whether the circuit reaches the target loss with the nodes of the subset left.
+    def withstands(self, circuit: Circuit, data: TaskData, subset: NodeMasks) -> bool:
+        """Whether the circuit reaches the target loss on these pairs, with the subset left.
 
         Most circuits are far below the target under most subsets, or far above. A few of the pairs
         then show it, in a fraction of the time of all.
@@ -222,7 +230,15 @@ def _other_subsets(circuit: Circuit, config: PruneConfig) -> Iterator[NodeMasks]
     a search tries, the larger the one that it finds would be.
     """
     for batch in itertools.cycle(range(1, 1 + _BATCHES_OF_OTHERS)):
-        yield from random_subsets(circuit, config.subsets, config.seed + batch * _SEED_STEP)
+        yield from random_subsets(circuit, config.subsets, _seed_of_batch(config, batch))
+
+
+def _seed_of_batch(config: PruneConfig, batch: int) -> int:
+    """The seed of a batch of subsets: those of the criterion (0), of the others, and fresh ones.
+
+    It is far from the search's own, with which the circuit may be judged afterwards.
+    """
+    return config.seed + (1 + batch) * _SEED_STEP
 
 
 def evenly(data: TaskData, n_pairs: int) -> TaskData:

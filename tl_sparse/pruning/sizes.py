@@ -15,6 +15,7 @@ from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.refinement import refined
+from tl_sparse.pruning.repair import repaired
 from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
@@ -36,7 +37,8 @@ def discretise(
 
     With learned gates, it is then made smaller by changes that are tried one by one. If it must
     withstand adversaries, fresh ones attack it. After each that succeeds, its subset is added to
-    those of the criterion, and the search begins again at the size that had been chosen.
+    those of the criterion, and the search begins again at the size that had been chosen. A robust
+    circuit at last gets the nodes that it needs under fresh random subsets.
 
     Args:
         is_refined: whether it is made smaller after its size is chosen.
@@ -61,6 +63,8 @@ def discretise(
         criterion.add(_attacked(circuit, criterion, train, attack, progress))
         if not criterion.passes(circuit, selection, n_others=0):
             size, circuit = smallest(size)
+    if is_refined:
+        circuit = repaired(circuit, ranking, criterion, train, selection, progress)
     return dataclasses.replace(circuit, scores=_scores(ranking, circuit))
 
 

@@ -1,0 +1,92 @@
+"""A robust circuit is at last tried under fresh subsets, and mended where it fails."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from micro import QUICK_SETTINGS, cancelling_model
+from pruning.test_exchanges import READ, WRITE, circuit_of, ranking_and_data
+from tl_sparse.errors import ConfigError
+from tl_sparse.evaluation.subsets import random_subsets
+from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.repair import repaired
+
+pytestmark = pytest.mark.any_line
+
+CONFIG = PruneConfig(**QUICK_SETTINGS, robust="subsets", fresh_subsets=16)
+#: Two of three value channels, of the weights 1, 3 and -3.
+FIRST, SECOND = "0.attn_v h0.0", "0.attn_v h0.1"
+#: It is right while all else is held, and knows nothing when the third of these channels is left.
+CHEAT = (READ, SECOND, WRITE)
+
+
+def names_after_repair(config, passes=True):
+    """The names of the nodes of the cheat after its repair.
+
+    Args:
+        passes: whether circuits pass the criterion.
+    """
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, config)
+    criterion = Criterion(model, config)
+    criterion.passes = lambda *arguments, **settings: passes
+    circuit = circuit_of(ranking, *CHEAT)
+    return repaired(circuit, ranking, criterion, data.train, data.selection).node_names
+
+
+def test_the_node_is_added_that_a_fresh_subset_shows_to_be_missing():
+    assert names_after_repair(CONFIG) == (READ, FIRST, SECOND, WRITE)
+
+
+@pytest.mark.parametrize("settings", [{"robust": "none"}, {"fresh_subsets": 0}])
+def test_without_fresh_subsets_nothing_is_added(settings):
+    assert names_after_repair(dataclasses.replace(CONFIG, **settings)) == CHEAT
+
+
+def test_the_circuit_is_kept_if_the_larger_one_does_not_pass():
+    assert names_after_repair(CONFIG, passes=False) == CHEAT
+
+
+def test_a_repair_adds_no_excluded_node():
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, CONFIG)
+    first = int(ranking.gates.index["blocks.0.attn.hook_v"][0, 0])
+    ranking.fixed.excluded[first] = True
+    circuit = circuit_of(ranking, *CHEAT)
+    criterion = Criterion(model, CONFIG)
+    after = repaired(circuit, ranking, criterion, data.train, data.selection)
+    assert FIRST not in after.node_names
+
+
+def test_a_repair_adds_no_more_nodes_than_the_search_allows():
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, CONFIG)
+    ranking.largest = len(CHEAT)
+    circuit = circuit_of(ranking, *CHEAT)
+    criterion = Criterion(model, CONFIG)
+    after = repaired(circuit, ranking, criterion, data.train, data.selection)
+    assert after.node_names == CHEAT
+
+
+def test_subsets_of_a_search_are_neither_fresh_nor_those_that_judge():
+    """Random subsets of one seed are nested, so no two of the three may have the same."""
+    model = cancelling_model()
+    ranking, _ = ranking_and_data(model, CONFIG)
+    criterion = Criterion.of_config(ranking.empty, model, CONFIG)
+    judging = random_subsets(ranking.empty, CONFIG.subsets, CONFIG.seed)
+    fresh = criterion.fresh_subsets(ranking.empty)
+    assert len(fresh) == 16
+    drawn = [bits_of(subsets[8]) for subsets in (criterion.subsets, fresh, judging)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(drawn[i], drawn[j])
+
+
+def bits_of(subset):
+    return torch.cat([mask.flatten() for mask in subset.values()])
+
+
+def test_a_negative_number_of_fresh_subsets_is_refused():
+    with pytest.raises(ConfigError, match=r"fresh_subsets = -1 is not possible.*at least 0"):
+        PruneConfig(fresh_subsets=-1)
