@@ -147,7 +147,7 @@ def draw_rooms() -> None:
 def draw_page() -> None:
     import tl_sparse
 
-    model = tl_sparse.load("tiny-python-sparse", device="cpu")
+    model = tl_sparse.load("tiny-python-wide", device="cpu")
     circuit, _ = tl_sparse.prune(model, "single_double_quote")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"

@@ -211,7 +211,7 @@ def of_a_reader(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         scale_down(patch)
         patch.chdir(folder)
-        model = tl_sparse.load("tiny-python-sparse", device="cpu")
+        model = tl_sparse.load("tiny-python-wide", device="cpu")
         circuit, _ = tl_sparse.prune(model, "single_double_quote", progress=False)
         circuit.save("my-circuit")
         tl_sparse.train(tl_sparse.TrainConfig(), "my-model", "cpu", progress=False)

@@ -76,7 +76,7 @@ def test_subsets_of_a_search_are_neither_fresh_nor_those_that_judge():
     ranking, _ = ranking_and_data(model, CONFIG)
     criterion = Criterion.of_config(ranking.empty, model, CONFIG)
     judging = random_subsets(ranking.empty, CONFIG.subsets, CONFIG.seed)
-    fresh = criterion.fresh_subsets(ranking.empty)
+    fresh = criterion.fresh_subsets(ranking.empty, 0)
     assert len(fresh) == 16
     drawn = [bits_of(subsets[8]) for subsets in (criterion.subsets, fresh, judging)]
     for i, j in ((0, 1), (0, 2), (1, 2)):

@@ -72,7 +72,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     out = Path(args.out)
     _remove_earlier(out)
 
-    model = "tiny-python-sparse"
+    model = "tiny-python-wide"
     if args.train:
         model = str(out / "model")
         remark("Training a small transformer on Python code, nearly all weights zero", args.quiet)

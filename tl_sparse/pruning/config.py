@@ -52,9 +52,10 @@ class PruneConfig:
             loss. Each test of a circuit tries others too, and those that make one fail join them.
         subset_pairs: the largest number of selection pairs on which each subset is tried. Where a
             few of them leave no doubt, the others are not used.
-        fresh_subsets: the number of further random subsets under which a robust circuit is tried at
-            last. Where it misses the target loss, nodes are added. A search fits the subsets that
-            it tries, and without this, more of the others make its circuit fail.
+        fresh_subsets: the number of random subsets, not met before, under which a robust circuit is
+            tried at last. Where it misses the target loss, nodes are added, and it is tried under
+            as many others, until it reaches it under all of a round, or for six rounds. A search
+            fits the subsets that it meets, and without this, more of the others make it fail.
         adversaries: the number of times that a fresh adversary attacks the circuit. If it raises
             the loss above the target, its subset is added to those that the circuit must withstand,
             and the search begins again at the chosen size.

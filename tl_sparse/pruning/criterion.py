@@ -86,13 +86,10 @@ class Criterion:
         subsets = random_subsets(circuit, config.subsets, _seed_of_batch(config, 0))
         return cls(model, config, subsets, _other_subsets(circuit, config))
 
-    def fresh_subsets(self, circuit: Circuit) -> list[NodeMasks]:
-        """The random subsets under which a robust circuit is tried at last; see `PruneConfig`."""
-        config = self.config
-        if config.robust == "none" or config.fresh_subsets == 0:
-            return []
-        seed = _seed_of_batch(config, _BATCHES_OF_OTHERS + 1)
-        return random_subsets(circuit, config.fresh_subsets, seed)
+    def fresh_subsets(self, circuit: Circuit, i: int) -> list[NodeMasks]:
+        """The random subsets of the i-th round in which a robust circuit is tried at last."""
+        seed = _seed_of_batch(self.config, 1 + _BATCHES_OF_OTHERS + i)
+        return random_subsets(circuit, self.config.fresh_subsets, seed)
 
     def with_target(self, target_loss: float) -> "Criterion":
         """The criterion with another target loss, and with the same subsets, also in future."""

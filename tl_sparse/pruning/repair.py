@@ -3,7 +3,8 @@
 Each change of a search is tried under some dozens of random subsets of the nodes outside. What is
 left after thousands of changes just passes under all of these, and fails under more of the others
 than the dozens would suggest. So it is at last tried under fresh ones, and where it fails, nodes
-are added.
+are added. They are chosen for the subsets that were just tried, so that the next round is one of
+other subsets, until a circuit has passed a round as it is.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from tl_sparse.tasks import TaskData
 
 #: Each time, so many of the nodes outside are tried, and the best one is added.
 _NODES_TRIED = 4
-#: A node that mends one failure can cause another, so all subsets are tried again, so many times.
-_MOST_ROUNDS = 4
+#: After so many rounds there is no progress: few subsets are left that make a circuit fail.
+_MOST_ROUNDS = 6
 
 
 def repaired(
@@ -37,25 +38,27 @@ def repaired(
 ) -> Circuit:
     """The circuit with nodes added, if it misses the target loss under fresh random subsets.
 
-    Afterwards it reaches it under all or most of them. If it then no longer passed the criterion,
-    the given circuit is returned.
+    If it then no longer passed the criterion, the given circuit is returned.
 
     Args:
         criterion: what the circuit passes. With robust="none" nothing is added.
         train: the pairs on which the nodes that could be added are ranked.
         selection: the pairs on which circuits are tried.
     """
-    subsets = criterion.fresh_subsets(circuit)
-    if not subsets:
+    config = criterion.config
+    if config.robust == "none" or config.fresh_subsets == 0:
         return circuit
-    with phase("trying fresh subsets", progress) as bar:
+    met: list[NodeMasks] = []  # those that have made it fail
+    with phase("trying fresh subsets", progress, unit="subset") as bar:
         repair = _Repair(circuit, ranking, criterion, train, selection, bar)
-        for _ in range(_MOST_ROUNDS):
-            failing = repair.failing(subsets)
-            for subset in failing:
-                repair.mend(subset)
-            if not failing:
+        for i in range(_MOST_ROUNDS):
+            failing_again = repair.failing(met)
+            failing = repair.failing(criterion.fresh_subsets(circuit, i))
+            if not failing and not failing_again:
                 break
+            for subset in [*failing_again, *failing]:
+                repair.mend(subset)
+            met += failing
         if repair.n_added and criterion.passes(repair.circuit, selection, n_others=0):
             circuit = repair.circuit
         if progress:
