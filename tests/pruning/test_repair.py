@@ -11,7 +11,8 @@ from tl_sparse.errors import ConfigError
 from tl_sparse.evaluation.subsets import random_subsets
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
-from tl_sparse.pruning.repair import repaired
+from tl_sparse.pruning.edges import CutEdges
+from tl_sparse.pruning.repair import OuterNodes, repaired
 
 pytestmark = pytest.mark.any_line
 
@@ -33,7 +34,12 @@ def names_after_repair(config, passes=True):
     criterion = Criterion(model, config)
     criterion.passes = lambda *arguments, **settings: passes
     circuit = circuit_of(ranking, *CHEAT)
-    return repaired(circuit, ranking, criterion, data.train, data.selection).node_names
+    return mended(circuit, ranking, criterion, data).node_names
+
+
+def mended(circuit, ranking, criterion, data):
+    nodes = OuterNodes(circuit, ranking, criterion, data.train)
+    return repaired(nodes, criterion, data.selection)
 
 
 def test_the_node_is_added_that_a_fresh_subset_shows_to_be_missing():
@@ -56,7 +62,7 @@ def test_a_repair_adds_no_excluded_node():
     ranking.fixed.excluded[first] = True
     circuit = circuit_of(ranking, *CHEAT)
     criterion = Criterion(model, CONFIG)
-    after = repaired(circuit, ranking, criterion, data.train, data.selection)
+    after = mended(circuit, ranking, criterion, data)
     assert FIRST not in after.node_names
 
 
@@ -66,8 +72,23 @@ def test_a_repair_adds_no_more_nodes_than_the_search_allows():
     ranking.largest = len(CHEAT)
     circuit = circuit_of(ranking, *CHEAT)
     criterion = Criterion(model, CONFIG)
-    after = repaired(circuit, ranking, criterion, data.train, data.selection)
+    after = mended(circuit, ranking, criterion, data)
     assert after.node_names == CHEAT
+
+
+def test_edges_are_put_back_that_a_fresh_subset_shows_to_be_missing():
+    """Without the two edges of the first channel, the circuit is the cheat."""
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, CONFIG)
+    circuit = circuit_of(ranking, READ, FIRST, SECOND, WRITE)
+    criterion = Criterion(model, CONFIG)
+    cuts = CutEdges(circuit, criterion)
+    of_first = [edge for edge in cuts.edges if FIRST in (str(edge.source), str(edge.target))]
+    cuts.cut(of_first)
+    assert cuts.circuit.node_names == CHEAT
+    after = repaired(cuts, criterion, data.selection)
+    assert after.node_names == (READ, FIRST, SECOND, WRITE)
+    assert cuts.n_added == 2
 
 
 def test_subsets_of_a_search_are_neither_fresh_nor_those_that_judge():

@@ -5,7 +5,7 @@ be pruned too. Node pruning uses hooks alone; edge pruning changes weights, and 
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,8 +16,6 @@ from torch import Tensor
 from tl_sparse.arguments import checked
 from tl_sparse.circuits import (
     Circuit,
-    Edge,
-    Node,
     check_channels,
     circuit_task,
     fingerprint,
@@ -40,8 +38,8 @@ from tl_sparse.hooks import (
     without_inference,
 )
 from tl_sparse.pruning.config import PruneConfig, as_config
-from tl_sparse.pruning.criterion import Criterion, representative
-from tl_sparse.pruning.elimination import eliminate
+from tl_sparse.pruning.criterion import Criterion
+from tl_sparse.pruning.edges import without_superfluous_edges
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import LOSS_OF_A_COIN, learn_gates
 from tl_sparse.pruning.means import as_corpus, corpus_means, gated_hooks, task_means
@@ -166,7 +164,7 @@ def find_circuit(
         if stage == "edges":
             _check_edges_can_be_cut(circuit)
             criterion = Criterion.of_config(circuit, model, config)
-            circuit = _without_superfluous_edges(circuit, criterion, selection, progress=False)
+            circuit = without_superfluous_edges(circuit, criterion, selection, progress=False)
         return _recorded(circuit, config)
 
 
@@ -346,51 +344,13 @@ def prune_edges(
                 f"{config.target_loss}, or the accuracy of the model without it exceeds "
                 f"{config.ablated_accuracy}"
             )
-        smaller = _without_superfluous_edges(circuit, criterion, selection, progress)
+        smaller = without_superfluous_edges(circuit, criterion, selection, progress)
         smaller = dataclasses.replace(smaller, pairs=_pairs_to_keep(task, pairs))
         return _judged(smaller, model, selection, heldout, config, {}, progress)
 
 
 def _check_edges_can_be_cut(circuit: Circuit) -> None:
     check_channels(circuit, "edges between components are no single weights and cannot be cut")
-
-
-def _without_superfluous_edges(
-    circuit: Circuit, criterion: Criterion, selection: TaskData, progress: bool
-) -> Circuit:
-    """The circuit without the edges that it does not need, and the nodes that they alone joined."""
-    model = criterion.model
-    edges = circuit.edges(model)
-
-    def without(cut: list[Edge]) -> Circuit:
-        smaller = circuit.without(cut, model)
-        still_joined = _ends(set(edges).difference(cut))
-        return smaller.without(_ends(cut) - still_joined, model)
-
-    some_pairs = representative(circuit, criterion, selection)
-    effects = {}
-    with phase("measuring edges", progress, len(edges), "edge") as bar:
-        for edge in edges:
-            effects[edge] = criterion.loss(without([edge]), some_pairs)
-            bar.update()
-    with phase("removing edges", progress, len(edges), "edge") as bar:
-        cut = eliminate(
-            sorted(edges, key=effects.__getitem__),
-            lambda cut: criterion.passes_quickly(without(cut), some_pairs),
-            lambda cut: criterion.passes(without(cut), selection),
-            bar.update,
-        )
-        bar.set_postfix_str(f"{counted(len(edges) - len(cut), 'edge')} left")
-    return without(cut)
-
-
-def _ends(edges: Collection[Edge]) -> set[Node]:
-    """All source and target nodes of the edges."""
-    ends = set()
-    for edge in edges:
-        ends.add(edge.source)
-        ends.add(edge.target)
-    return ends
 
 
 def _judged(

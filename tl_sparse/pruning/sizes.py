@@ -15,7 +15,7 @@ from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.refinement import refined
-from tl_sparse.pruning.repair import repaired
+from tl_sparse.pruning.repair import OuterNodes, repaired
 from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
@@ -64,7 +64,8 @@ def discretise(
         if not criterion.passes(circuit, selection, n_others=0):
             size, circuit = smallest(size)
     if is_refined:
-        circuit = repaired(circuit, ranking, criterion, train, selection, progress)
+        nodes = OuterNodes(circuit, ranking, criterion, train)
+        circuit = repaired(nodes, criterion, selection, progress=progress)
     return dataclasses.replace(circuit, scores=_scores(ranking, circuit))
 
 
