@@ -155,7 +155,7 @@ def test_a_demo_ends_with_what_to_try_next(demo, tmp_path, monkeypatch, capsys):
         parsed.append(build_parser().parse_args(words))
     evaluate, tasks, prune = parsed
     assert (evaluate.circuit, evaluate.model) == (f"{out}/circuit", None)
-    assert tasks.model == prune.model == "tiny-python-sparse"
+    assert tasks.model == prune.model == "tiny-python-wide"
     assert prune.task in TASKS
 
 
