@@ -55,6 +55,18 @@ def test_the_circuit_is_kept_if_the_larger_one_does_not_pass():
     assert names_after_repair(CONFIG, passes=False) == CHEAT
 
 
+def test_each_round_also_tries_the_subsets_of_the_search():
+    """Under one of which an added node may do harm; here, one makes the cheat fail."""
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, CONFIG)
+    circuit = circuit_of(ranking, *CHEAT)
+    harmful = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
+    harmful["blocks.0.attn.hook_v"][0, 2] = True
+    criterion = Criterion(model, CONFIG, [harmful])
+    criterion.fresh_subsets = lambda circuit, i: []
+    assert mended(circuit, ranking, criterion, data).node_names == (READ, FIRST, SECOND, WRITE)
+
+
 def test_a_repair_adds_no_excluded_node():
     model = cancelling_model()
     ranking, data = ranking_and_data(model, CONFIG)

@@ -120,7 +120,8 @@ def repaired(
     met: list[NodeMasks] = []  # those that have made it fail
     with phase("trying fresh subsets", progress, unit="subset") as bar:
         for i in range(first_round, first_round + MOST_ROUNDS):
-            tried = [*met, *criterion.fresh_subsets(circuit, i)]
+            # An added part can also do harm under the subsets that the circuit had withstood.
+            tried = [*criterion.subsets, *met, *criterion.fresh_subsets(circuit, i)]
             failing = _failing(tried, additions.circuit, criterion, some_pairs, bar)
             if not failing:
                 break
