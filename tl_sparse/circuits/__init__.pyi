@@ -27,6 +27,7 @@ from .nodes import LOCATIONS as LOCATIONS
 from .nodes import Edge as Edge
 from .nodes import Node as Node
 from .nodes import NodeSizes as NodeSizes
+from .nodes import joined_nodes as joined_nodes
 from .nodes import n_weights as n_weights
 from .nodes import weight_matrices as weight_matrices
 from .parts import check_channels as check_channels

@@ -307,6 +307,15 @@ class Edge:
         return self.source, self.target
 
 
+def joined_nodes(edges: Iterable[Edge]) -> set[Node]:
+    """All source and target nodes of the edges."""
+    nodes = set()
+    for edge in edges:
+        nodes.add(edge.source)
+        nodes.add(edge.target)
+    return nodes
+
+
 def place_at(hook_name: str, mask: Bool[Tensor, " *node"]) -> tuple[int, str]:
     """The layer and the location of the nodes of a mask at a hook point.
 

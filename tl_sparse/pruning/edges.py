@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from tl_sparse.circuits import Circuit, Edge, Node
+from tl_sparse.circuits import Circuit, Edge, joined_nodes
 from tl_sparse.errors import counted
 from tl_sparse.hooks import NodeMasks
 from tl_sparse.pruning.criterion import Criterion, representative
@@ -63,8 +63,8 @@ class CutEdges:
     def without(self, cut: Collection[Edge]) -> Circuit:
         """The circuit with these edges cut, and no others."""
         smaller = self._uncut.without(cut, self._model)
-        still_joined = _ends(set(self.edges).difference(cut))
-        return smaller.without(_ends(cut) - still_joined, self._model)
+        still_joined = joined_nodes(set(self.edges).difference(cut))
+        return smaller.without(joined_nodes(cut) - still_joined, self._model)
 
     def cut(self, edges: Sequence[Edge]) -> None:
         """Cut these edges, of which the first have the least effect."""
@@ -84,12 +84,3 @@ class CutEdges:
         self._cut.remove(part)
         self.circuit = self.without(self._cut)
         self.n_added += 1
-
-
-def _ends(edges: Collection[Edge]) -> set[Node]:
-    """All source and target nodes of the edges."""
-    ends = set()
-    for edge in edges:
-        ends.add(edge.source)
-        ends.add(edge.target)
-    return ends

@@ -16,6 +16,7 @@ from tl_sparse.errors import counted
 from tl_sparse.pruning.criterion import Criterion, SearchData
 from tl_sparse.pruning.effects import Effects, lowest_first
 from tl_sparse.pruning.ranking import Ranking
+from tl_sparse.pruning.slopes import steepest_first
 
 #: For each node outside, so many pairs of nodes of the circuit are tried.
 _PAIRS_TRIED = 3
@@ -90,9 +91,8 @@ class _Exchanges:
 
     def _outside(self, slopes: Float[Tensor, " gate"]) -> list[int]:
         """The gates outside that have not been tried, those that lower the loss most first."""
-        is_tried_next = ~(self.kept | self.tried | self.ranking.fixed.excluded) & (slopes < 0)
-        steepest_first = slopes.argsort()
-        return steepest_first[is_tried_next[steepest_first]].tolist()
+        may_be_tried = ~(self.kept | self.tried | self.ranking.fixed.excluded)
+        return steepest_first(slopes, may_be_tried)
 
     def _measure_rises(self, effects: Effects) -> None:
         """Measure `rises`; after an exchange, only those of nodes that matter least."""

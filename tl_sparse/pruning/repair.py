@@ -10,7 +10,7 @@ next round is one of other subsets, until a circuit has passed a round as it is.
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.circuits import Circuit
@@ -19,7 +19,7 @@ from tl_sparse.hooks import NodeMasks
 from tl_sparse.pruning.criterion import Criterion, evenly
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
-from tl_sparse.pruning.slopes import slopes_at
+from tl_sparse.pruning.slopes import slopes_at, steepest_first
 from tl_sparse.tasks import TaskData
 
 Part = TypeVar("Part")
@@ -72,13 +72,9 @@ class OuterNodes:
         """The gates that would lower the loss most under this subset, to first order."""
         if int(self._kept.sum()) >= self._ranking.largest:
             return []
-        slopes: Float[Tensor, " gate"] = slopes_at(
-            self._kept, self._ranking, self._criterion, self._train, subset
-        )
-        may_help = (slopes < 0) & ~self._kept & ~self._ranking.fixed.excluded
-        steepest_first = slopes.argsort()
-        gates: list[int] = steepest_first[may_help[steepest_first]].tolist()
-        return gates[:_NODES_TRIED]
+        slopes = slopes_at(self._kept, self._ranking, self._criterion, self._train, subset)
+        may_be_added = ~(self._kept | self._ranking.fixed.excluded)
+        return steepest_first(slopes, may_be_added)[:_NODES_TRIED]
 
     def circuit_with(self, part: int) -> Circuit:
         """The circuit with the nodes of this gate too."""
@@ -117,17 +113,18 @@ def repaired(
     if config.robust == "none" or config.fresh_subsets == 0:
         return circuit
     some_pairs = evenly(selection, config.subset_pairs)
-    met: list[NodeMasks] = []  # those that have made it fail
+    met: list[NodeMasks] = []  # those of the round before that made it fail
     with phase("trying fresh subsets", progress, unit="subset") as bar:
         for i in range(first_round, first_round + MOST_ROUNDS):
             # An added part can also do harm under the subsets that the circuit had withstood.
-            tried = [*criterion.subsets, *met, *criterion.fresh_subsets(circuit, i)]
-            failing = _failing(tried, additions.circuit, criterion, some_pairs, bar)
+            of_search = _failing(criterion.subsets, additions.circuit, criterion, some_pairs, bar)
+            tried = [*met, *criterion.fresh_subsets(circuit, i)]
+            met = _failing(tried, additions.circuit, criterion, some_pairs, bar)
+            failing = [*of_search, *met]
             if not failing:
                 break
             for subset in failing:
                 _mend(additions, subset, criterion, some_pairs, bar)
-            met = failing
         if additions.n_added and criterion.passes(additions.circuit, selection, n_others=0):
             circuit = additions.circuit
         if progress:

@@ -11,6 +11,14 @@ from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.tasks import TaskData
 
 
+def steepest_first(slopes: Float[Tensor, " gate"], gates: Bool[Tensor, " gate"]) -> list[int]:
+    """Those of `gates` that lower the loss when they open, to first order; the best ones first."""
+    lowers = gates & (slopes < 0)
+    in_order = slopes.argsort()
+    lowering: list[int] = in_order[lowers[in_order]].tolist()
+    return lowering
+
+
 def slopes_at(
     kept: Bool[Tensor, " gate"],
     ranking: Ranking,

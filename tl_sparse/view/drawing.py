@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from tl_sparse.circuits import Circuit, Edge, Node, why_no_nodes
+from tl_sparse.circuits import Circuit, Edge, Node, joined_nodes, why_no_nodes
 from tl_sparse.errors import CircuitError
 from tl_sparse.hooks import TLModel
 from tl_sparse.view.limits import LIMITS
@@ -27,7 +27,7 @@ def drawn(
         raise CircuitError(f"nothing can be drawn: {why_no_nodes(model)}")
     if min_weight > 0:
         edges = [edge for edge in edges if abs(edge.weight) >= min_weight]
-        joined = _joined_nodes(edges)
+        joined = joined_nodes(edges)
         nodes = [node for node in nodes if node in joined]
         if not nodes:
             raise CircuitError(
@@ -59,12 +59,4 @@ def _sufficient_min_weight(edges: Sequence[Edge]) -> float:
 
 
 def _n_joined_above(edges: Iterable[Edge], weight: float) -> int:
-    return len(_joined_nodes(edge for edge in edges if abs(edge.weight) > weight))
-
-
-def _joined_nodes(edges: Iterable[Edge]) -> set[Node]:
-    nodes = set()
-    for edge in edges:
-        nodes.add(edge.source)
-        nodes.add(edge.target)
-    return nodes
+    return len(joined_nodes(edge for edge in edges if abs(edge.weight) > weight))
