@@ -22,6 +22,7 @@ from tl_sparse import arguments
 from tl_sparse.attacks.attacking import attack
 from tl_sparse.certificates import certifying
 from tl_sparse.circuits.attribution import attribution_graph
+from tl_sparse.circuits.nodes import Edge
 from tl_sparse.data.tokenizer import train_tokenizer
 from tl_sparse.errors import ArgumentError, DataError, TaskError, TLSparseError
 from tl_sparse.evaluation.judge import evaluate, full_evaluation
@@ -138,6 +139,7 @@ def right():
         "rows": [["1", "2"]],
         "layer": 0,
         "node": circuit.nodes[0],
+        "edges": [Edge(circuit.nodes[0], circuit.nodes[1], 0.5)],
         "location": "attn_v",
         "index": 0,
         "path": "circuit.csv",

@@ -307,6 +307,7 @@ class Edge:
         return self.source, self.target
 
 
+@checked()
 def joined_nodes(edges: Iterable[Edge]) -> set[Node]:
     """All source and target nodes of the edges."""
     nodes = set()
