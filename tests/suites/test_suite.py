@@ -287,6 +287,7 @@ def write_job(
                 "kept": list(kept),
                 "kl": n_edges / 10,
                 "target_loss": 0.06,
+                "subsets_worst": n_edges / 50,
             }
     job.folder.mkdir(parents=True)
     (job.folder / "job.json").write_text(json.dumps({"problem": None if found else "no", **found}))
@@ -344,5 +345,7 @@ def test_the_table_has_the_figures(jobs):
     assert "† misses the target loss on held-out pairs with some seed." in table
     assert "count as one edge in geometric means: q in sparse." in table
     assert "| dense | **geometric mean**, × 50.0 |  | 100.0 |" in table
-    assert "| 0.56 (0.33–1.00) | 3 (2–4) | 2 (1–3) |" in table
+    assert (
+        "| 0.56 (0.33–1.00) | 3 (2–4) | 2 (1–3) | 0.020 (0.010–0.030) | 0.040 (0.020–0.060) | – |"
+    ) in table
     assert "- dense, r, seed 1: no" in table

@@ -43,6 +43,9 @@ FORMATS = {
     "overlap": ".2f",
 }
 
+#: The figures of circuits pruned by edges that results.md gives after those of all circuits.
+_AFTER_EDGES = ("nodes", "edges", "loss", "subsets_worst", "limited_adversary")
+
 #: The mark of a loss that misses the target.
 MISSES_TARGET = "†"
 
@@ -159,16 +162,14 @@ def results_table(results: Mapping[str, Any]) -> str:
         DataError: if `results` do not have the form of such results.
     """
     read = read_results(results)
-    figures = [name.replace("_", " ") for name in FORMATS]
-    header = ["model", "task", *figures, "edge-pruned: nodes", "edges"]
+    of_nodes = [name.replace("_", " ") for name in FORMATS]
+    of_edges = [f"edge-pruned: {name.replace('_', ' ')}" for name in _AFTER_EDGES]
+    header = ["model", "task", *of_nodes, *of_edges]
     rows = []
     problems = []
     for model, tasks in read.models.items():
         for task, entry in tasks.items():
-            cells = [cell(entry.node_pruned, name) for name in FORMATS]
-            if _misses_target(entry.node_pruned):
-                cells[list(FORMATS).index("loss")] += f" {MISSES_TARGET}"
-            cells += [cell(entry.edge_pruned, name) for name in ("nodes", "edges")]
+            cells = [*_cells(entry.node_pruned, FORMATS), *_cells(entry.edge_pruned, _AFTER_EDGES)]
             rows.append([model, task, *cells])
             for seed, problem in entry.problems.items():
                 problems.append(in_one_line(f"- {model}, {task}, seed {seed}: {problem}"))
@@ -176,14 +177,13 @@ def results_table(results: Mapping[str, Any]) -> str:
         row = [""] * len(header)
         row[:2] = [model, f"**geometric mean**, × {ratio:.1f}"]
         row[header.index("edges")] = _mean_cell(read, NODE_PRUNED, model)
-        row[-1] = _mean_cell(read, EDGE_PRUNED, model)
+        row[header.index("edge-pruned: edges")] = _mean_cell(read, EDGE_PRUNED, model)
         rows.append(row)
     note = [
         "Cells are the median (range) over seeds, on held-out pairs. The overlap is the mean "
         "Jaccard index of the nodes found with",
-        "two seeds. Only the last two columns describe circuits pruned by edges. Geometric means "
-        "are over the tasks that all models solved",
-        f"with every seed: {in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
+        "two seeds. Geometric means are over the tasks that all models solved with every seed:",
+        f"{in_one_line(', '.join(read.solved_by_all)) or 'none'}.",
         "The kl is the divergence of the circuit's next-token distribution from the model's, in "
         "nats. Losses are with all other nodes at their",
         "means, at zero, resampled; with the worst of 64 random subsets of them as in the model; "
@@ -199,6 +199,17 @@ def results_table(results: Mapping[str, Any]) -> str:
             f"one edge in geometric means: {in_one_line(', '.join(without_edges))}."
         )
     return "\n".join([markdown_table(header, rows), "", *note, "", *problems]) + "\n"
+
+
+def _cells(summaries: Summaries, names: Iterable[str]) -> list[str]:
+    """The figures of one kind of circuit of a task."""
+    cells = []
+    for name in names:
+        text = cell(summaries, name)
+        if name == "loss" and _misses_target(summaries):
+            text += f" {MISSES_TARGET}"
+        cells.append(text)
+    return cells
 
 
 def _misses_target(summaries: Summaries) -> bool:
