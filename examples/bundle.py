@@ -1,10 +1,12 @@
 """Make the models that are bundled with the package, in tl_sparse/models, from finished runs.
 
+    tl-sparse train examples/tiny-python-wide.yaml --out runs/tiny-python-wide
+    tl-sparse train examples/tiny-python-wide-dense.yaml --out runs/tiny-python-wide-dense
     tl-sparse train examples/tiny-python-sparse.yaml --out runs/tiny-python-sparse
     tl-sparse train examples/tiny-python-dense.yaml --out runs/tiny-python-dense
-    python examples/bundle.py runs/tiny-python-sparse runs/tiny-python-dense
+    python examples/bundle.py runs/tiny-python-*
 
-The third one is trained beside the second one, with bridges to it:
+Another one is trained beside `tiny-python-dense`, with bridges to it:
 
     tl-sparse bridge tiny-python-dense examples/tiny-python-bridged.yaml \
         --sites-per-step 2 --out runs/tiny-python-bridged

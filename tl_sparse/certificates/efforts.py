@@ -63,8 +63,9 @@ class Effort:
         check(are_counts, "budgets", budgets, "whole numbers of at least 1")
 
 
-#: About four minutes on one core for a circuit of about 20 nodes in the bundled model. Stability
-#: and controls, which search for other circuits, take more than half of them.
+#: About seven minutes on one core for a circuit of about 14 nodes in the bundled model. Stability
+#: and controls, which search for other circuits, take more than half of them, and longer for
+#: robust circuits.
 FULL = Effort()
 #: About half a minute of measuring for a circuit of about 20 nodes in the bundled model, on two
 #: cores.
