@@ -1,5 +1,7 @@
 """Records: dataclasses that are read from JSON, with the type of each value checked."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -99,3 +101,19 @@ def _check(valid: bool, name: str, value: object, expected: str) -> None:
         if len(shown) > 60:
             shown = shown[:60] + "…"
         raise DataError(f"{name or 'the whole'!r} is {shown}, which must be {expected}")
+
+
+def check_finite(values: Any, name: str = "") -> None:
+    """Check that every number of a record is finite.
+
+    Raises:
+        DataError: if one is not: the model diverges under the circuit.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list | tuple):
+        for i, value in enumerate(values):
+            check_finite(value, f"{name}[{i}]")
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise DataError(f"{name} is {values}: the model diverges, so this cannot be measured")

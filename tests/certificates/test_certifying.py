@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from micro import MICRO_TASK, micro_circuit, micro_corpus, micro_model
-from tl_sparse.certificates import certifying
+from tl_sparse.certificates import certifying, sufficient
 from tl_sparse.certificates.again import Found
 from tl_sparse.certificates.certifying import certify
 from tl_sparse.certificates.control_searches import Controls
@@ -28,6 +28,7 @@ from tl_sparse.errors import (
 )
 from tl_sparse.evaluation import AgainstRandom, Estimate, PValue
 from tl_sparse.evaluation.patterns import HeadAttention
+from tl_sparse.evaluation.significance import sign_test
 from tl_sparse.tasks.pairs import Pair
 from tl_sparse.tasks.task import Task
 
@@ -167,6 +168,61 @@ def test_a_model_that_leans_to_the_wrong_answers_needs_its_circuit(certificate):
     assert "with less the rest leans to the wrong answers" in criterion.threshold
 
 
+def test_of_few_pairs_nobody_can_say_that_others_know_the_answer(certificate):
+    """62 % of eight pairs are no more than chance; of 400, they are."""
+    made, _ = certificate
+    seems = replace(made.necessity.mean, told_apart=Estimate(0.62, 0.1))
+    for n_told_apart, n_pairs, result in ((5, 8, "not tested"), (248, 400, "not met")):
+        without = replace(seems, p_knows_nothing=sign_test(n_told_apart, n_pairs, "pairs"))
+        changed = replace(made, necessity=replace(made.necessity, mean=without))
+        (criterion,) = [each for each in verdict(changed) if each.code == "I1"]
+        assert criterion.result == result
+        said = " ".join(certificate_text(changed).split())
+        assert ("other parts know the answer" in said) == (result == "not met")
+
+
+def test_reliability_is_that_of_the_ablation_of_the_search(certificate):
+    made, _ = certificate
+    zero = replace(made.sufficiency.evaluation.zero, standard_error=0.5)
+    evaluation = replace(made.sufficiency.evaluation, zero=zero)
+    for ablation, result in (("mean", "met"), ("zero", "not met")):
+        measured = replace(made.sufficiency, evaluation=evaluation, ablation=ablation)
+        (criterion,) = [
+            each for each in verdict(replace(made, sufficiency=measured)) if each.code == "M1"
+        ]
+        assert criterion.result == result
+
+
+def test_a_worst_subset_just_above_the_rest_is_no_error_that_cancels(certificate):
+    made, _ = certificate
+    for alone, says_so in ((0.195, False), (0.05, True)):
+        score = replace(made.sufficiency.evaluation.circuit, loss=alone)
+        worst = replace(made.sufficiency.subsets.worst, loss=0.205)
+        measured = replace(
+            made.sufficiency,
+            evaluation=replace(made.sufficiency.evaluation, circuit=score),
+            subsets=replace(made.sufficiency.subsets, worst=worst),
+        )
+        text = certificate_text(replace(made, sufficiency=measured))
+        assert ("rests on errors that cancel" in " ".join(text.split())) == says_so
+
+
+def test_adversaries_have_seeds_that_searches_do_not(circuit, model, monkeypatch):
+    """With its seed n, a robust search trains adversaries of the seeds n, n + 1, …"""
+    seeds = []
+    real = sufficient.adversary_score
+
+    def spy(*arguments):
+        seeds.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(sufficient, "adversary_score", spy)
+    monkeypatch.setattr(certifying, "SECTIONS", SECTIONS[:1])
+    certified(circuit, model)
+    assert len(seeds) == 2
+    assert min(seeds) > 2**32
+
+
 def test_heads_that_are_alike_are_not_held_against_the_circuit(certificate):
     made, _ = certificate
     even = HeadAttention(
@@ -199,7 +255,10 @@ def test_the_bar_names_the_section_and_its_longest_step(circuit, model, monkeypa
 def test_a_finished_certificate_is_not_measured_again(circuit, model, certificate, monkeypatch):
     made, folder = certificate
     fail_at(monkeypatch, NAMES[0], AssertionError("it is measured again"))
+    text = (folder / "certificate.txt").read_text()
+    (folder / "certificate.txt").unlink()  # as if the process had died before it was written
     assert certified(circuit, model, folder=folder) == made
+    assert (folder / "certificate.txt").read_text() == text
 
 
 # --- interrupted, continued, refused
@@ -250,9 +309,11 @@ def test_without_a_folder_an_interruption_says_that_nothing_is_kept(circuit, mod
     [
         ({"seed": 1}, "seed = 0, now 1"),
         ({"corpus": micro_corpus()[1:]}, "other contents of the corpus"),
+        ({"corpus": micro_corpus()[:-1]}, "other contents of the corpus"),  # the last rows count
+        ({"corpus": None}, "a corpus"),
         ({"task": replace(MICRO_TASK, name="other")}, "task = 'micro', now 'other'"),
     ],
-    ids=["seed", "corpus", "task"],
+    ids=["seed", "corpus", "fewer rows", "no corpus", "task"],
 )
 def test_another_certificate_in_the_folder_is_refused(
     circuit, model, certificate, options, difference
@@ -279,6 +340,8 @@ def test_a_folder_of_something_else_is_refused(circuit, model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"this one holds notes\.txt"):
         certified(circuit, model, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"folder = .*; it must be a folder; this is a file"):
+        certified(circuit, model, folder=tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +391,10 @@ def test_a_task_of_few_prompts_is_measured_as_far_as_that_goes(circuit, model):
     assert "3 pairs: too few for a test" in text
     assert results_of(made)["I2"] == "met"
     assert results_of(made)["C1"] == "not tested"
+    # That a part cannot be tested is no finding against it.
+    assert results_of(made)["C4"] == "not tested"
+    assert "too few pairs to test the parts: 3" in " ".join(text.split())
+    assert "cannot be told from noise" not in text
 
 
 def test_a_task_without_prompts_is_an_error(circuit, model):
@@ -384,11 +451,11 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
     stability = Stability(
         first=found(3, 2, 0.1),
         seeds=[again],
-        samples=[],
+        samples=[again],
         loss_interval=[0.1, 0.2],
         fresh_losses=[estimate],
         contexts={"names": context},
-        left_out={"samples": "too few pairs"},
+        left_out={},
         target_loss=0.15,
         n_pairs=8,
         n_subsets=4,
@@ -417,3 +484,13 @@ def test_searches_decide_by_overlap_contexts_and_sizes(
     assert "controls were not run" not in text
     assert "unseen contexts were not tried" not in text
     assert "7. Is it stable? ---------------- Every loss is measured on at most 8 pairs." in text
+    # What was not tried does not count as met.
+    stability = replace(stability, samples=[], contexts={})
+    controls = replace(controls, searches={})
+    less = replace(searched, stability=stability, controls=controls)
+    less = replace(less, verdict=verdict(less))
+    assert results_of(less)["C5"] == ("not tested" if overlap == 0.6 else "not met")
+    numbers = {criterion.code: criterion.numbers for criterion in less.verdict}
+    assert numbers["C5"].endswith("; no other pairs")
+    assert numbers["I4"].endswith("; there are no unseen contexts in which the model can do it")
+    assert numbers["M3"].endswith("; no control is possible")

@@ -11,7 +11,7 @@ from tl_sparse.certificates.certifying import certify
 from tl_sparse.certificates.record import read_certificate
 from tl_sparse.certificates.text import certificate_text
 from tl_sparse.cli import main
-from tl_sparse.errors import CheckpointError, DataError
+from tl_sparse.errors import CertificateError, CheckpointError, DataError
 from tl_sparse.evaluation.kinship import Family, FamilyRound
 
 pytestmark = pytest.mark.any_line
@@ -22,7 +22,7 @@ FAMILY = dataclasses.asdict(
         task="micro",
         seeds=[0],
         target_loss=0.15,
-        n_model_nodes=22,
+        n_model_nodes=24,
         rounds=[FamilyRound(number, [], [], []) for number in range(2)],
         ending="exhausted",
         core=["0.attn_out 2", "0.attn_in 3"],
@@ -68,9 +68,9 @@ def test_a_circuit_that_is_not_in_a_folder_needs_one_for_its_certificate(capsys)
     assert "give it with --out FOLDER" in capsys.readouterr().err
 
 
-def certified(family):
+def certified(family, folder=None):
     model = micro_model()
-    options = {"corpus": micro_corpus(), "quick": True, "progress": False}
+    options = {"corpus": micro_corpus(), "quick": True, "progress": False, "folder": folder}
     return certify(micro_circuit(model), model, MICRO_TASK, family=family, **options)
 
 
@@ -93,3 +93,18 @@ def test_a_family_that_does_not_fit_is_refused(tmp_path):
         certified(path)
     with pytest.raises(CheckpointError, match="there is no file"):
         certified(tmp_path / "none.json")
+    path.write_text(json.dumps(FAMILY | {"n_model_nodes": 28}))
+    with pytest.raises(DataError, match="a model of 28 nodes; the circuit's model has 24"):
+        certified(path)
+
+
+def test_a_family_that_comes_later_is_not_ignored(tmp_path):
+    path = tmp_path / "family.json"
+    path.write_text(json.dumps(FAMILY))
+    without, with_family = tmp_path / "without", tmp_path / "with"
+    certified(None, folder=without)
+    with pytest.raises(CertificateError, match="was made with no family"):
+        certified(path, folder=without)
+    certified(path, folder=with_family)
+    with pytest.raises(CertificateError, match="was made with a family"):
+        certified(None, folder=with_family)

@@ -20,7 +20,8 @@ from micro import (
 from tl_sparse.certificates import control_searches, stable
 from tl_sparse.certificates.again import Found, search_of
 from tl_sparse.certificates.control_searches import Controls, controls
-from tl_sparse.certificates.stable import Stability, stability
+from tl_sparse.certificates.searching import controls_text, stability_text
+from tl_sparse.certificates.stable import SearchedAgain, Stability, stability
 from tl_sparse.errors import CircuitError, ConfigError
 from tl_sparse.evaluation.estimates import Estimate
 from tl_sparse.pruning.pruner import prune, prune_edges
@@ -89,12 +90,48 @@ def test_controls_of_the_micro_model(model, found):
     assert shuffled.n_nodes is None
     assert "no circuit was found at any size" in shuffled.not_found
     assert shuffled.full_loss.value > CHANCE
-    assert result.max_nodes == 30
+    assert result.max_nodes == 24  # all that there are; ten times the circuit's would be 30
     assert "permuted" in result.searches
     assert all((before[name] == value).all() for name, value in model.named_parameters())
     assert not has_hooks(model)
     written = json.loads(json.dumps(dataclasses.asdict(result)))
     assert record_from(Controls, written) == result
+
+
+def test_a_search_that_does_not_look_at_answers_has_no_controls(model, found):
+    """With any labels, it finds the circuit that says what the model says."""
+    config = found.measured["config"] | {"objective": "model", "target_loss": 1e-5}
+    like_model = dataclasses.replace(found, measured={"config": config})
+    result = controls(like_model, model, MICRO_TASK, micro_corpus(), **SMALL)
+    assert result.searches == {}
+    assert result.left_out.keys() == {"nonsense", "shuffled", "permuted"}
+    assert "whatever the answers are" in result.left_out["shuffled"]
+    text = " ".join(" ".join(controls_text(result)).split())
+    assert "Losses of searches are what these looked for, the divergence from the model." in text
+    assert "Sizes were tried" not in text
+
+
+def test_section_7_says_what_its_losses_are_and_why_nothing_was_found(model, found):
+    first = Found(Estimate(0.4), n_nodes=3, n_edges=2, loss=Estimate(0.4))
+    nothing = SearchedAgain(1, Found(Estimate(0.4), not_found="every size fails"))
+    measured = Stability(
+        first=first,
+        seeds=[nothing, nothing],
+        samples=[],
+        loss_interval=[],
+        fresh_losses=[],
+        contexts={},
+        left_out={},
+        target_loss=0.5,
+        n_pairs=8,
+        n_subsets=4,
+        objective="next_token",
+    )
+    text = " ".join(" ".join(stability_text(measured)).split())
+    assert "Losses of searches are what these looked for, the loss among all tokens." in text
+    assert text.count("Nothing was found: every size fails.") == 1
+    as_usual = dataclasses.replace(measured, objective="candidates")
+    assert "Losses of searches" not in " ".join(stability_text(as_usual))
 
 
 def test_controls_are_not_searched_far_above_the_size_of_the_circuit(model, found, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tl_sparse
+from helpers import node_means, random_masks, random_tokens, stock_model
 from micro import EDGES, INDEXED_NODES, LOSS, MICRO_TASK, NODES, W_O, W_V, micro_corpus, micro_model
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.families import node_hooks
@@ -308,6 +309,19 @@ def test_edge_lists_come_back_exactly(two_heads, tmp_path, dtype):
     assert (again.model_name, again.task) == ("a model", "a task")
     assert len(again.edges(two_heads)) > 100
     assert again.edges(two_heads) == circuit.edges(two_heads)
+
+
+@pytest.mark.parametrize("n_key_value_heads", [None, 1])
+def test_edge_lists_of_models_of_other_packages_come_back(tmp_path, n_key_value_heads):
+    """Query heads can share a key and a value head, of which there are fewer then."""
+    model = stock_model(n_key_value_heads=n_key_value_heads)
+    means = node_means(model, random_tokens(model))
+    kept = random_masks(means, 0.3, torch.Generator().manual_seed(0))
+    circuit = Circuit(kept, {}, fingerprint(model), "a model", "a task")
+    circuit.save_edge_list(tmp_path / "edges.json", model)
+    again = Circuit.from_edge_list(tmp_path / "edges.json", model)
+    assert again.kept.keys() == kept.keys()
+    assert all(torch.equal(again.kept[name], mask) for name, mask in kept.items())
 
 
 def test_nodes_without_edges_survive(micro, tmp_path):

@@ -21,7 +21,14 @@ from tl_sparse.circuits.ends import residual_joins, task_tokens
 from tl_sparse.circuits.exports import DATA_FORMATS, DRAWINGS, export, to_graphml, to_networkx
 from tl_sparse.circuits.mermaid import to_mermaid
 from tl_sparse.circuits.nodes import Node
-from tl_sparse.errors import CheckpointError, CircuitError, ConfigError, TaskError, TokenizerError
+from tl_sparse.errors import (
+    CheckpointError,
+    CircuitError,
+    ConfigError,
+    TaskError,
+    TokenizerError,
+    UnsupportedError,
+)
 from tl_sparse.parsing import printable
 from tl_sparse.tasks.task import Task
 
@@ -324,6 +331,14 @@ def test_attribution_graph_on_paper(circuit, micro):
     assert nodes[value]["influence"] == pytest.approx(1.0)
     assert not has_hooks(micro)
     assert all(p.requires_grad and p.grad is None for p in micro.parameters())
+
+
+def test_attribution_graphs_that_would_show_something_else_are_refused(circuit, micro):
+    held_norms = dataclasses.replace(circuit, frozen_norms=True)
+    with pytest.raises(UnsupportedError, match="the norm scales of the full model"):
+        attribution_graph(held_norms, micro, MICRO_TASK)
+    with pytest.raises(TaskError, match="pair is -1; it must be at least 0"):
+        attribution_graph(circuit, micro, MICRO_TASK, pair=-1)
 
 
 def test_labels_are_in_attribution_graphs(circuit, micro):

@@ -553,6 +553,20 @@ def test_a_circuit_that_misses_its_target_is_marked(target, misses):
     assert (said in scores_table(evaluation)) == misses
 
 
+@pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
+def test_the_target_is_that_of_the_ablation_of_the_search(ablation):
+    losses = {"mean": 0.1, "zero": 0.2, "resample": 0.3}
+    of = {name: Score(loss, 0.0, 1.0) for name, loss in losses.items()}
+    scores = {"circuit": of["mean"], "zero": of["zero"], "resample": of["resample"]}
+    for target in (0.05, 0.15, 0.25, 0.35):
+        evaluation = evaluation_with(target_loss=target, ablation=ablation, **scores)
+        assert evaluation.reached_loss == losses[ablation]
+        assert evaluation.misses_target == (losses[ablation] > target)
+    nothing_to_resample = evaluation_with(target_loss=0.1, ablation="resample")
+    assert nothing_to_resample.reached_loss is None
+    assert not nothing_to_resample.misses_target
+
+
 # The faithfulness curve
 
 

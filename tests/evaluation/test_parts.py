@@ -239,6 +239,20 @@ def test_random_edges_are_cut_from_enlarged_circuits(micro, circuit):
         assert part.exceeds == 1
 
 
+def test_a_circuit_alone_is_held_as_in_its_search(micro, circuit):
+    """With false means of what it does not keep, it does the task only with the rest at zero."""
+    means = dict(circuit.means)
+    for name, mask in circuit.kept.items():
+        means[name] = means[name] + 3.0 * ~mask
+    circuit = dataclasses.replace(circuit, means=means)
+    data = micro_data(micro)
+    at_means, at_zero = minimality(circuit, micro, data), minimality(circuit, micro, data, "zero")
+    assert at_zero.circuit_loss.value == pytest.approx(LOSS, abs=1e-5)
+    assert at_means.circuit_loss.value > 2 * LOSS
+    assert necessity(circuit, micro, data, "zero").p_equivalent.n == 0  # it is the model
+    assert necessity(circuit, micro, data).p_equivalent.n == data.n_pairs
+
+
 def test_the_parts_of_a_large_circuit_are_sampled():
     model = our_model()
     circuit, data = random_circuit(model, share=0.1), random_data(model)

@@ -371,8 +371,9 @@ def test_norms_have_the_scales_of_the_full_model(micro):
     with recording(micro, ["ln_final.hook_scale"]) as full:
         micro(data.trimmed().tokens)
     torch.testing.assert_close(held["ln_final.hook_scale"], full["ln_final.hook_scale"])
-    with pytest.raises(CircuitError, match="holding_circuit"):
-        circuit.applied(micro)
+    for context in (circuit.applied, circuit.ablated):
+        with pytest.raises(CircuitError, match="holding_circuit"):
+            context(micro)
 
 
 def test_frozen_norms_are_kept_in_files(micro, tmp_path):

@@ -271,6 +271,7 @@ def write_job(
     edges: int | None,
     kept: str = "a",
     cut: int | None = None,
+    reached: float | None = None,
 ):
     """A finished job with made-up figures: of the nodes, and of the circuit with edges cut."""
     job = Job(model, task, seed, out / model / task / str(seed))
@@ -288,6 +289,7 @@ def write_job(
                 "kl": n_edges / 10,
                 "target_loss": 0.06,
                 "subsets_worst": n_edges / 50,
+                "reached_loss": reached,
             }
     job.folder.mkdir(parents=True)
     (job.folder / "job.json").write_text(json.dumps({"problem": None if found else "no", **found}))
@@ -336,6 +338,30 @@ def test_means_over_tasks_are_those_computed_by_hand(jobs):
     assert means["node_pruned"] == {"sparse": pytest.approx(2), "dense": pytest.approx(100)}
     assert means["edge_pruned"] == {"sparse": pytest.approx(statistics.geometric_mean([2, 1]))}
     assert results["ratio"] == {"sparse": 1, "dense": pytest.approx(50)}
+
+
+def test_what_misses_the_target_is_decided_by_the_loss_that_was_searched(tmp_path):
+    """The first misses its target by the task loss alone, which its search did not look at."""
+    reached = [
+        write_job(tmp_path, "m", "p", 0, 10, reached=0.05),
+        write_job(tmp_path, "m", "q", 0, 2, reached=0.5),
+    ]
+    table = results_table(collected(reached))
+    assert "| m | p | 11 | 10 | 0.100 | 0.010 |" in table
+    assert "| m | q | 3 | 2 | 0.020 † | 0.010 |" in table
+
+
+def test_a_figure_that_is_no_number_ends_one_circuit_not_the_suite(place, monkeypatch):
+    models, tasks, out = place
+    real = suite.robustness
+
+    def diverging(*arguments):
+        return dataclasses.replace(real(*arguments), adversary=float("nan"))
+
+    monkeypatch.setattr(suite, "robustness", diverging)
+    results = run_suite(models[:1], tasks[:1], out, (0,), CONFIG, progress=False)
+    (problem,) = results["models"]["one"]["micro"]["problems"].values()
+    assert problem.startswith("node_pruned.adversary is nan: the model diverges")
 
 
 def test_the_table_has_the_figures(jobs):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,6 @@ from tqdm.auto import tqdm
 
 from tl_sparse.arguments import checked
 from tl_sparse.certificates.efforts import FULL, QUICK
-from tl_sparse.certificates.finite import check_finite
 from tl_sparse.certificates.record import (
     CERTIFICATE_JSON,
     CERTIFICATE_TEXT,
@@ -34,6 +34,7 @@ from tl_sparse.evaluation import check_measurable
 from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import TLModel
 from tl_sparse.outputs import listing
+from tl_sparse.records import check_finite
 from tl_sparse.resuming import changed_settings, other_contents
 from tl_sparse.tasks import Task
 
@@ -95,6 +96,7 @@ def certify(
     if place is not None:
         certificate = _begun(place, certificate)
     if certificate.is_finished:
+        _write_text(certificate, place)  # it is missing if the process died just before
         return certificate
     bar = tqdm(_missing(certificate), "certifying", disable=not progress, unit=" sections")
     subject = replace(subject, tell=bar.set_postfix_str)
@@ -108,8 +110,7 @@ def certify(
         raise CertificateError(_interrupted(certificate, place)) from None
     certificate = replace(certificate, verdict=verdict(certificate))
     _save(certificate, place)
-    if place is not None:
-        write_text(place / CERTIFICATE_TEXT, certificate_text(certificate) + "\n")
+    _write_text(certificate, place)
     return certificate
 
 
@@ -121,8 +122,8 @@ def _empty(subject: Subject, relatives: Relatives | None) -> Certificate:
         "model": hash_of_model(subject.model),
         "pairs": hash_of_tensor(torch.cat([subject.data.tokens, subject.data.candidates], dim=1)),
     }
-    if subject.corpus is not None:
-        contents["corpus"] = hash_of_tensor(subject.corpus)
+    if subject.whole_corpus is not None:
+        contents["corpus"] = hash_of_tensor(subject.whole_corpus)
     if relatives is not None:
         described = json.dumps(asdict(relatives), sort_keys=True)
         contents["family"] = hashlib.sha256(described.encode()).hexdigest()
@@ -139,7 +140,7 @@ def _empty(subject: Subject, relatives: Relatives | None) -> Certificate:
             contents=contents,
         ),
         n_nodes=circuit.n_nodes,
-        n_edges=len(circuit.edges(subject.model)),
+        n_edges=circuit.n_edges(subject.model),
         n_candidates=circuit.n_candidates,
         versions={name: version(name) for name in _PACKAGES},
     )
@@ -182,6 +183,8 @@ def _begun(folder: Path, empty: Certificate) -> Certificate:
         ConfigError: if the folder holds anything else.
     """
     path = folder / CERTIFICATE_JSON
+    is_file = folder.exists() and not folder.is_dir()
+    check(not is_file, "folder", str(folder), "a folder; this is a file")
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             found = listing(folder)
@@ -190,7 +193,7 @@ def _begun(folder: Path, empty: Certificate) -> Certificate:
         return empty
     begun = read_certificate(path)
     before, now = asdict(begun.settings), asdict(empty.settings)
-    others = other_contents(before.pop("contents"), now.pop("contents"))
+    others = _other_contents(before.pop("contents"), now.pop("contents"))
     before |= {"packages": begun.versions}
     now |= {"packages": empty.versions}
     changes = [*changed_settings(before, now), *others]
@@ -202,9 +205,24 @@ def _begun(folder: Path, empty: Certificate) -> Certificate:
     return begun
 
 
+def _other_contents(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What the certificate was made with that is not the same now: a corpus or a family can also
+    have been there before, or be there now, alone.
+    """
+    changes = other_contents(before, now)
+    changes += [f"a {name}" for name in before if name not in now]
+    changes += [f"no {name}" for name in now if name not in before]
+    return changes
+
+
 def _save(certificate: Certificate, folder: Path | None) -> None:
     if folder is not None:
         write_json(folder / CERTIFICATE_JSON, asdict(certificate))
+
+
+def _write_text(certificate: Certificate, folder: Path | None) -> None:
+    if folder is not None:
+        write_text(folder / CERTIFICATE_TEXT, certificate_text(certificate) + "\n")
 
 
 def _interrupted(certificate: Certificate, folder: Path | None) -> str:

@@ -26,6 +26,8 @@ from tl_sparse.tasks import Task, nonsense_task, shuffled_task
 #: Controls are searched up to so many times the nodes of the circuit. That there is none below says
 #: enough, and removing what is superfluous from a thousand nodes takes many minutes.
 LIMIT = 10
+#: Why there are no controls of a search for what says what the model says.
+_WITHOUT_ANSWERS = "the search compares a circuit with its model, whatever the answers are"
 #: Errors that say why a control is not possible for a task or a model.
 _NOT_POSSIBLE = (ConfigError, DataError, TaskError, TokenizerError, UnsupportedError)
 
@@ -43,6 +45,7 @@ class Controls:
         n_subsets: the number of random subsets of which the worst is reported.
         max_nodes: the largest number of nodes that the searches tried, before they removed those
             that are not needed; None in older files, for no limit.
+        objective: what the losses measure, which is what the search had to reach; see `Objective`.
     """
 
     real: Found
@@ -52,6 +55,7 @@ class Controls:
     n_pairs: int
     n_subsets: int
     max_nodes: int | None = None
+    objective: str = "candidates"
 
 
 @checked("task", "corpus")
@@ -73,6 +77,9 @@ def controls(
     permuted weights ("permuted"; see `permuted_weights`), of which the means are taken anew. The
     settings are those that the circuit records, but the full model may fail on the task, and sizes
     are tried only up to 10 times the number of the circuit's nodes.
+
+    With `objective="model"` there are no controls: that search does not look at answers, and in a
+    model with permuted weights it would look for what says what that model says.
 
     Args:
         circuit: a circuit that `prune` or `prune_edges` found.
@@ -96,7 +103,7 @@ def controls(
     search = search_of(circuit, model, n_subsets, batch_size, seed)
     task = circuit_task(circuit, task)
     real = search.measured(circuit, model, heldout_pairs(circuit, model, task).first(n_pairs))
-    max_nodes = LIMIT * circuit.n_nodes
+    max_nodes = min(LIMIT * circuit.n_nodes, circuit.n_candidates)
     if search.config.max_nodes is not None:
         max_nodes = min(max_nodes, search.config.max_nodes)
     config = dataclasses.replace(search.config, max_nodes=max_nodes)
@@ -112,12 +119,24 @@ def controls(
     }
     found: dict[str, Found] = {}
     left_out: dict[str, str] = {}
+    if config.objective == "model":
+        left_out = dict.fromkeys(runs, _WITHOUT_ANSWERS)
+        runs = {}
     for name, run in tqdm(runs.items(), desc="control searches", disable=not progress):
         try:
             found[name] = run()
         except _NOT_POSSIBLE as error:
             left_out[name] = str(error)
-    return Controls(real, found, left_out, config.target_loss, n_pairs, n_subsets, max_nodes)
+    return Controls(
+        real,
+        found,
+        left_out,
+        config.target_loss,
+        n_pairs,
+        n_subsets,
+        max_nodes,
+        config.objective,
+    )
 
 
 def _searched(

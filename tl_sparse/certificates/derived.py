@@ -1,6 +1,7 @@
 """Numbers that follow from what the sections measured."""
 
-from tl_sparse.evaluation import Interchange, Minimality
+from tl_sparse.certificates.thresholds import TOLD_APART
+from tl_sparse.evaluation import Interchange, Minimality, Without
 
 
 def slope_of(measured: Interchange) -> float | None:
@@ -17,6 +18,16 @@ def slope_of(measured: Interchange) -> float | None:
         products += of_model * of_circuit
         squares += of_model**2
     return products / squares if squares else None
+
+
+def knows_answers(without: Without) -> bool | None:
+    """Whether the model without the circuit still tells prompts with the two answers apart.
+
+    None if it seems to, but on so few pairs that this may be chance.
+    """
+    if without.told_apart.value <= TOLD_APART:
+        return False
+    return True if without.p_knows_nothing.is_significant else None
 
 
 def idle_parts(measured: Minimality) -> list[str]:

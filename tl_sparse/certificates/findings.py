@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tl_sparse.certificates.derived import idle_parts, slope_of
+from tl_sparse.certificates.derived import idle_parts, knows_answers, slope_of
 from tl_sparse.certificates.layout import listed
 from tl_sparse.certificates.record import Certificate
 from tl_sparse.certificates.sufficient import Sufficiency, limit_in_words
@@ -11,9 +11,9 @@ from tl_sparse.certificates.thresholds import (
     FOLLOWS,
     LARGEST_SLOPE,
     LOST,
+    RESTS_ON_LUCK,
     SPARED,
     SURER,
-    TOLD_APART,
     WITHSTOOD,
 )
 from tl_sparse.errors import counted
@@ -44,9 +44,12 @@ def _sufficiency(measured: Sufficiency) -> list[str]:
     sentences = []
     worst = measured.subsets.worst
     if worst.loss > WITHSTOOD:
+        what_it_means = "."
+        if worst.loss > RESTS_ON_LUCK * measured.alone.loss:
+            what_it_means = ": the circuit rests on errors that cancel."
         sentences.append(
             f"With {measured.subsets.worst_share:.0%} of all nodes left as they are the loss is "
-            f"{worst.loss:.2f}: the circuit rests on errors that cancel."
+            f"{worst.loss:.2f}{what_it_means}"
         )
     broken = [each for each in measured.attacks if each.adversary.score.loss > WITHSTOOD]
     if broken:
@@ -101,7 +104,7 @@ def _interchange(measured: Interchange) -> list[str]:
     sentences = []
     slope = slope_of(measured)
     if slope is not None and not 1 / LARGEST_SLOPE <= slope <= LARGEST_SLOPE:
-        how = "only " if slope < 1 else ""
+        how = "only " if 0 <= slope < 1 else ""
         sentences.append(
             f"Values from prompts with the other answer move the circuit {how}{slope:.2f} times as "
             "far as they move the model."
@@ -118,7 +121,7 @@ def _interchange(measured: Interchange) -> list[str]:
 def _necessity(measured: Necessity) -> list[str]:
     sentences = []
     for without in (measured.mean, measured.resample):
-        if without is not None and without.told_apart.value > TOLD_APART:
+        if without is not None and knows_answers(without):
             sentences.append(
                 f"Without the circuit ({without.ablation} ablation) the model still tells "
                 f"{without.told_apart.value:.0%} of the pairs apart: other parts know the answer."

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.errors import CheckpointError, DataError
+from tl_sparse.errors import CheckpointError, DataError, counted
 from tl_sparse.evaluation import Family
 from tl_sparse.files import read_json
 
@@ -38,7 +38,7 @@ def relatives_of(circuit: Circuit, path: Path, task: str) -> Relatives:
 
     Raises:
         CheckpointError: if the file is missing or damaged.
-        DataError: if it is the family of another task.
+        DataError: if it is the family of another task, or of a model with other nodes.
     """
     try:
         family = Family.from_dict(read_json(path))
@@ -46,6 +46,12 @@ def relatives_of(circuit: Circuit, path: Path, task: str) -> Relatives:
         raise CheckpointError(f"{path} is damaged, or not a family: {error}") from error
     if family.task != task:
         raise DataError(f"{path} is the family of the task {family.task!r}, not of {task!r}")
+    if family.n_model_nodes and family.n_model_nodes != circuit.n_candidates:
+        raise DataError(
+            f"{path} is a family of circuits in {family.model!r}, a model of "
+            f"{counted(family.n_model_nodes, 'node')}; the circuit's model has "
+            f"{circuit.n_candidates:,}"
+        )
     names = set(circuit.node_names)
     return Relatives(
         n_rounds=len(family.rounds),

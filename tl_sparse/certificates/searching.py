@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from tl_sparse.certificates.again import Found
 from tl_sparse.certificates.control_searches import Controls
 from tl_sparse.certificates.layout import NOTHING, estimate, number, paragraph, share, shows
-from tl_sparse.certificates.stable import Stability
+from tl_sparse.certificates.stable import SearchedAgain, Stability
 from tl_sparse.errors import counted
+from tl_sparse.evaluation import LOSS_NAMES
 from tl_sparse.parsing import printable
 from tl_sparse.tasks import table
 
@@ -18,7 +19,12 @@ def stability_text(measured: Stability) -> list[str]:
     return [
         _searches_table(measured),
         _contexts_table(measured),
-        paragraph(_losses_in_words(measured), _left_out(measured.left_out)),
+        paragraph(
+            _objective_in_words(measured.objective),
+            *_not_found([*measured.seeds, *measured.samples]),
+            _losses_in_words(measured),
+            _left_out(measured.left_out),
+        ),
         shows(
             "whether the search finds the same again, and whether this circuit also does the task "
             "on prompts that are unlike those on which it was searched.",
@@ -62,6 +68,20 @@ def _contexts_table(measured: Stability) -> str:
     return table(header, rows) if rows else ""
 
 
+def _objective_in_words(objective: str) -> str:
+    """What the losses of searches are, where they are not those between the two answers."""
+    if objective == "candidates":
+        return ""
+    name = LOSS_NAMES.get(objective, objective)
+    return f"Losses of searches are what these looked for, the {printable(name)}."
+
+
+def _not_found(searches: Sequence[SearchedAgain]) -> list[str]:
+    """Why searches found nothing, each reason once."""
+    reasons = dict.fromkeys(each.found.not_found for each in searches if each.found.not_found)
+    return [f"Nothing was found: {printable(reason)}." for reason in reasons]
+
+
 def _losses_in_words(measured: Stability) -> str:
     sentences = []
     if measured.loss_interval:
@@ -93,7 +113,12 @@ def controls_text(measured: Controls) -> list[str]:
             why.append(f"{title.capitalize()}: {size} ({printable(found.not_found)}).")
     return [
         table(["the same search", *_FOUND], rows),
-        paragraph(*why, _limit(measured), _left_out(measured.left_out)),
+        paragraph(
+            _objective_in_words(measured.objective),
+            *why,
+            _limit(measured),
+            _left_out(measured.left_out),
+        ),
         shows(
             "what the search finds where there is nothing to find; a circuit says something as far "
             "as it is smaller, or withstands more.",
@@ -108,7 +133,7 @@ def none_found(max_nodes: int | None) -> str:
 
 
 def _limit(measured: Controls) -> str:
-    if measured.max_nodes is None:
+    if measured.max_nodes is None or not measured.searches:
         return ""
     return (
         f"Sizes were tried up to {counted(measured.max_nodes, 'node')}, before those that are not "

@@ -94,6 +94,7 @@ def _necessity(subject: Subject) -> Necessity:
         necessity,
         subject,
         subject.data,
+        subject.ablation,
         n_random=subject.effort.tested_circuits,
         n_random_pairs=subject.effort.tested_pairs,
     )
@@ -114,6 +115,7 @@ def _minimality(subject: Subject) -> Minimality:
         minimality,
         subject,
         subject.data,
+        subject.ablation,
         n_pairs=subject.effort.part_pairs,
         n_random=subject.effort.random_parts,
     )

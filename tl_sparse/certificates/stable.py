@@ -109,6 +109,7 @@ class Stability:
         target_loss: the loss that each search had to reach, in nats.
         n_pairs: the number of held-out pairs on which losses are measured.
         n_subsets: the number of random subsets of which the worst is reported.
+        objective: what the losses measure, except those in contexts; see `Objective`.
     """
 
     first: Found
@@ -121,6 +122,7 @@ class Stability:
     target_loss: float
     n_pairs: int
     n_subsets: int
+    objective: str = "candidates"
 
 
 @checked("task")
@@ -184,6 +186,7 @@ def stability(
         target_loss=search.config.target_loss,
         n_pairs=data.n_pairs,
         n_subsets=n_subsets,
+        objective=search.config.objective,
     )
 
 

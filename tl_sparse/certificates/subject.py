@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_sparse.certificates.efforts import Effort
 from tl_sparse.circuits import Circuit, circuit_task
+from tl_sparse.config import MAX_SEED
 from tl_sparse.errors import DataError, TaskError, counted
 from tl_sparse.evaluation import Ablation
 from tl_sparse.hooks import TLModel
@@ -68,6 +69,14 @@ class Subject:
         """
         is_task_loss = self.config.objective == "candidates"
         return self.config.target_loss if is_task_loss else PruneConfig().target_loss
+
+    @property
+    def adversary_seed(self) -> int:
+        """The seed of adversaries, which the search has not used: it trained some with small ones.
+
+        Each restart has the next seed, so it is not the largest.
+        """
+        return MAX_SEED // 2 + self.seed
 
     @cached_property
     def training(self) -> TaskData:

@@ -147,7 +147,7 @@ def _attack(subject: Subject, budget: int | None, restarts: int) -> Attack:
         subject.effort.adversary_steps,
         restarts,
         subject.batch_size,
-        subject.seed,
+        subject.adversary_seed,
     )
     left = _random_nodes(subject.circuit, adversary.n_left, subject.seed)
     random = subset_score(

@@ -29,3 +29,6 @@ OVERLAP = 0.5
 #: What is found where there is nothing to find must be so many times larger: by less, the size of a
 #: circuit changes from seed to seed.
 CONTROL_SIZE = 3
+#: A circuit rests on errors that cancel if some subset multiplies its loss by more than this. By
+#: less, the worst of 64 may be larger by chance.
+RESTS_ON_LUCK = 2.0

@@ -5,9 +5,9 @@ certificate shows and thresholds that stand here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tl_sparse.certificates.derived import idle_parts, slope_of
+from tl_sparse.certificates.derived import idle_parts, knows_answers, slope_of
 from tl_sparse.certificates.record import Certificate, Criterion
 from tl_sparse.certificates.searching import none_found
 from tl_sparse.certificates.sufficient import limit_in_words
@@ -34,7 +34,7 @@ class Condition:
 
     Attributes:
         holds: whether the measured number passes; None if the criterion is decided without it,
-            because it was left out.
+            because it was left out, or rests on too little.
         number: the number, in words; or what was left out.
     """
 
@@ -64,12 +64,12 @@ def verdict(certificate: Certificate) -> list[Criterion]:
     criteria = []
     for asked in _CRITERIA:
         conditions = asked.conditions(certificate)
-        if not conditions:
-            result, numbers = NOT_TESTED, "what it needs was left out"
+        numbers = "; ".join(each.number for each in conditions) or "what it needs was left out"
+        decided = [each.holds for each in conditions if each.holds is not None]
+        if not decided:
+            result = NOT_TESTED
         else:
-            fails = any(each.holds is False for each in conditions)
-            result = NOT_MET if fails else MET
-            numbers = "; ".join(each.number for each in conditions)
+            result = MET if all(decided) else NOT_MET
         criteria.append(Criterion(asked.code, asked.name, result, numbers, asked.threshold))
     return criteria
 
@@ -106,6 +106,8 @@ def _minimality(certificate: Certificate) -> list[Condition]:
         return []
     n_parts = len(measured.parts)
     idle = idle_parts(measured)
+    if all(part.p_no_rise.value is None for part in measured.parts):
+        return [Condition(None, f"too few pairs to test the parts: {measured.n_pairs}")]
     return [
         Condition(
             len(idle) <= IDLE_PARTS * n_parts,
@@ -119,11 +121,16 @@ def _necessity(certificate: Certificate) -> list[Condition]:
     if measured is None or measured.resample is None:
         return []
     conditions = []
+    is_certain = True
     for without in (measured.mean, measured.resample):
-        share = without.told_apart.value
-        conditions.append(
-            Condition(share <= TOLD_APART, f"{without.ablation}: {share:.0%} of pairs told apart")
-        )
+        knows = knows_answers(without)
+        number = f"{without.ablation}: {without.told_apart.value:.0%} of pairs told apart"
+        if knows is None:
+            is_certain = False
+            number += ", of too few to tell it from chance"
+        conditions.append(Condition(not knows, number))
+    if not is_certain and all(each.holds for each in conditions):
+        return [replace(each, holds=None) for each in conditions]
     return conditions
 
 
@@ -149,9 +156,12 @@ def _consistency(certificate: Certificate) -> list[Condition]:
     if certificate.stability is None:
         conditions.append(Condition(None, "unseen contexts were not tried"))
     else:
+        in_contexts = []
         for kind, context in certificate.stability.contexts.items():
             if context.model_can:
-                conditions.append(_loss(f"unseen {kind}", context.loss.value))
+                in_contexts.append(_loss(f"unseen {kind}", context.loss.value))
+        none_tried = Condition(None, "there are no unseen contexts in which the model can do it")
+        conditions += in_contexts or [none_tried]
     return conditions
 
 
@@ -178,6 +188,8 @@ def _separation(certificate: Certificate) -> list[Condition]:
         conditions.append(Condition(against.p_value.is_significant, f"{name}: {against.p_value}"))
     if certificate.controls is None:
         conditions.append(Condition(None, "controls were not run"))
+    elif not certificate.controls.searches:
+        conditions.append(Condition(None, "no control is possible"))
     else:
         real = certificate.controls.real.n_nodes or 0
         for name, found in certificate.controls.searches.items():
@@ -191,9 +203,9 @@ def _separation(certificate: Certificate) -> list[Condition]:
 
 def _reliability(certificate: Certificate) -> list[Condition]:
     measured = certificate.sufficiency
-    if measured is None or measured.evaluation.circuit.standard_error is None:
+    if measured is None or measured.alone.standard_error is None:
         return []
-    error = measured.evaluation.circuit.standard_error
+    error = measured.alone.standard_error
     return [Condition(error <= PRECISE, f"standard error of the loss {error:.3f}")]
 
 
@@ -207,7 +219,12 @@ def _convergence(certificate: Certificate) -> list[Condition]:
     if not overlaps:
         return []
     lowest = min(overlaps)
-    return [Condition(lowest >= OVERLAP, f"lowest overlap of {len(overlaps)}: {lowest:.2f}")]
+    number = f"lowest overlap of {len(overlaps)}: {lowest:.2f}"
+    holds = lowest >= OVERLAP
+    if measured.samples:
+        return [Condition(holds, number)]
+    # With another seed alone a high overlap says nothing: it is high by construction.
+    return [Condition(None if holds else False, number), Condition(None, "no other pairs")]
 
 
 def _loss(name: str, loss: float) -> Condition:
@@ -241,7 +258,13 @@ _CRITERIA = (
         "the rest leans to the wrong answers",
         _necessity,
     ),
-    _Asked("I2", "sufficiency", "loss at most the target of the search", _sufficiency),
+    _Asked(
+        "I2",
+        "sufficiency",
+        "loss between the two answers at most the target of the search, or that of the paper where "
+        "the search had another objective, or is not known",
+        _sufficiency,
+    ),
     _Asked(
         "I4",
         "consistency",

@@ -22,7 +22,10 @@ _Circuit = TypeVar("_Circuit", bound=CircuitParts)
 
 
 def union(circuit: _Circuit, other: CircuitParts) -> _Circuit:
-    """The nodes and edges that are in at least one of the two circuits."""
+    """The nodes and edges that are in at least one of the two circuits.
+
+    If only one of them has edges that are cut, the union has all edges between its nodes.
+    """
     _check_combinable(circuit, other, "|")
     edge_set = None
     if circuit.edge_set is not None and other.edge_set is not None:

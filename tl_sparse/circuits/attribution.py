@@ -20,6 +20,7 @@ from tl_sparse.circuits.nodes import EMBED_HOOK, LOCATIONS, Node, NodeSizes, nod
 from tl_sparse.circuits.parts import check_channels
 from tl_sparse.circuits.reads import shared_reads
 from tl_sparse.circuits.task import circuit_task
+from tl_sparse.errors import TaskError, UnsupportedError
 from tl_sparse.hooks import TLModel, differentiating, frozen, hooked, without_inference
 from tl_sparse.tasks import Task, make_task_data
 
@@ -54,11 +55,20 @@ def attribution_graph(
     Raises:
         CircuitError: if the circuit has no means, or belongs to another model; or if no task is
             given, and the circuit's own is not known.
-        UnsupportedError: if the nodes are components, whose outputs are vectors.
+        UnsupportedError: if the nodes are components, whose outputs are vectors, or the circuit
+            has `frozen_norms`.
+        TaskError: if `pair` is negative.
         TaskError: if there is no such task.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
     check_channels(circuit, "a node of an attribution graph has one value at each position")
+    if circuit.frozen_norms:
+        raise UnsupportedError(
+            "this circuit runs with the norm scales of the full model, and an attribution graph "
+            "with its own; search without freeze_norms for a circuit that has one"
+        )
+    if pair < 0:
+        raise TaskError(f"pair is {pair}; it must be at least 0, the first pair")
     task = circuit_task(circuit, task)
     prompt = _prompt(model, task, pair)
     circuit.check_model(model)

@@ -273,21 +273,30 @@ class Circuit(CircuitParts):
                 which depend on the prompts.
         """
         self.check_model(model)
-        if self.frozen_norms:
-            raise CircuitError(
-                "this circuit runs with the norm scales of the full model, which depend on the "
-                "prompts: tl_sparse.evaluation.holding_circuit(circuit, model) gives a context for "
-                "prompts"
-            )
+        self._check_own_norms()
         return self.holding(model, self.dropped, self.means, self.cut_edges(model))
 
     def ablated(self, model: TLModel) -> AbstractContextManager[None]:
         """The inverse of `applied`: the circuit's nodes are held at their means, all others run.
 
         This shows whether the circuit is necessary. Edges play no part in it: only nodes are held.
+
+        Raises:
+            CircuitError: if `model` is not this circuit's model, or the circuit has `frozen_norms`,
+                which depend on the prompts.
         """
         self.check_model(model)
+        self._check_own_norms()
         return self.holding(model, self.kept, self.means, ())
+
+    def _check_own_norms(self) -> None:
+        """Raise `CircuitError` if the circuit runs with the norm scales of the full model."""
+        if self.frozen_norms:
+            raise CircuitError(
+                "this circuit runs with the norm scales of the full model, which depend on the "
+                "prompts: tl_sparse.evaluation.holding_circuit(circuit, model) gives a context for "
+                "prompts"
+            )
 
     @property
     def dropped(self) -> dict[str, Bool[Tensor, " *node"]]:
@@ -400,8 +409,9 @@ class Circuit(CircuitParts):
     def __or__(self, other: Circuit) -> Circuit:
         """The nodes and edges that are in at least one of the two circuits.
 
-        As in all circuits made from others, the means and scores are this circuit's, and nothing
-        has been measured. `pairs` are kept if the two circuits have the same ones.
+        If only one of them has edges that are cut, the result has all edges between its nodes. As
+        in all circuits made from others, the means and scores are this circuit's, and nothing has
+        been measured. `pairs` are kept if the two circuits have the same ones.
 
         Raises:
             CircuitError: if the circuits belong to different models; & and - raise it too.

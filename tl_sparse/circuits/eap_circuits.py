@@ -21,7 +21,7 @@ from tl_sparse.circuits.eap_graph import EapGraph
 from tl_sparse.circuits.families import node_hooks
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.circuits.kinds import NODE_KINDS, NodeKind
-from tl_sparse.circuits.nodes import LOCATIONS, weight_matrices
+from tl_sparse.circuits.nodes import LOCATIONS, location_sizes
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.config import check
 from tl_sparse.errors import CircuitError
@@ -143,7 +143,7 @@ def _kept_components(graph: EapGraph, model: TLModel) -> dict[str, Tensor]:
 def _kept_channels(graph: EapGraph, model: TLModel) -> dict[str, Tensor]:
     """Hook point → the mask of the channels of the components in the graph."""
     kept = {}
-    sizes = _location_sizes(model)
+    sizes = location_sizes(model)
     for (layer, location), hook_name in node_hooks(model).items():
         chosen = _chosen_at(graph, layer, location)
         size = sizes[layer, location]
@@ -155,15 +155,6 @@ def _kept_channels(graph: EapGraph, model: TLModel) -> dict[str, Tensor]:
         else:
             kept[hook_name] = chosen.expand(size).clone()
     return kept
-
-
-def _location_sizes(model: TLModel) -> dict[tuple[int, str], int]:
-    """(layer, location) → the number of nodes there."""
-    sizes = {}
-    for layer in range(model.cfg.n_layers):
-        for source, target, weights in weight_matrices(model, layer):
-            sizes[layer, source], sizes[layer, target] = weights.shape
-    return sizes
 
 
 def _chosen_at(graph: EapGraph, layer: int, location: str) -> Bool[Tensor, " chosen"]:

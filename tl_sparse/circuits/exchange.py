@@ -27,6 +27,7 @@ from tl_sparse.circuits.nodes import (
     Node,
     NodeSizes,
     indices_by_location,
+    location_sizes,
 )
 from tl_sparse.circuits.parts import CircuitParts
 from tl_sparse.errors import CheckpointError, CircuitError, counted, warn_user
@@ -272,24 +273,28 @@ def _masks(model: TLModel, indices: Mapping[tuple[int, str], Any]) -> dict[str, 
             f"{layer}.{location} does not exist: the model has "
             f"{counted(model.cfg.n_layers, 'layer')}, from 0"
         )
+    sizes = _component_sizes(model) if kind == "components" else location_sizes(model)
     masks = {}
     for (layer, location), hook in hooks.items():
         place_indices = indices.get((layer, location), torch.arange(0))
-        size = _n_nodes_at(location, model)
+        size = sizes[layer, location]
         mask = _mask(f"{layer}.{location}", size, place_indices)
         if location == "head":
             mask = mask[:, None]
         if LOCATIONS[location].is_by_head:
-            mask = mask.view(model.cfg.n_heads, -1)
+            # Query heads may share key and value heads, of which there are fewer then.
+            mask = mask.view(-1, model.cfg.d_head)
         masks[hook] = mask
     return masks
 
 
-def _n_nodes_at(location: str, model: TLModel) -> int:
-    """The number of nodes at a location of a layer."""
-    if location in COMPONENT_NAMES:
-        return int(model.cfg.n_heads) if location == "head" else 1
-    return int(model.sparse_cfg.location_size(location))
+def _component_sizes(model: TLModel) -> dict[tuple[int, str], int]:
+    """(layer, location) → the number of components there."""
+    sizes = {}
+    for layer in range(model.cfg.n_layers):
+        sizes[layer, "head"] = int(model.cfg.n_heads)
+        sizes[layer, "mlp"] = 1
+    return sizes
 
 
 def _mask(name: str, size: int, indices: Any) -> Bool[Tensor, " node"]:

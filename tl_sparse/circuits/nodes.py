@@ -403,6 +403,15 @@ def weight_matrices(
             yield matrix.source, matrix.target, weights
 
 
+def location_sizes(model: TLModel) -> dict[tuple[int, str], int]:
+    """(layer, location) → the number of channels there."""
+    sizes = {}
+    for layer in range(model.cfg.n_layers):
+        for source, target, weights in weight_matrices(model, layer):
+            sizes[layer, source], sizes[layer, target] = weights.shape
+    return sizes
+
+
 def _stored_weights(module: Any, matrix: WeightMatrix) -> Tensor | None:
     """The weights in the shape in which the model stores them; None if it does not have the matrix.
 

@@ -81,6 +81,7 @@ from .running import logits_at_all_positions as logits_at_all_positions
 from .running import resampled as resampled
 from .running import sees_padding as sees_padding
 from .running import task_loss as task_loss
+from .scores import LOSS_NAMES as LOSS_NAMES
 from .scores import Ablation as Ablation
 from .scores import Evaluation as Evaluation
 from .scores import Objective as Objective

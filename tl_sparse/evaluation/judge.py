@@ -21,6 +21,7 @@ from tl_sparse.evaluation.objectives import divergences
 from tl_sparse.evaluation.removal import effects
 from tl_sparse.evaluation.running import RunContext, all_logits, all_next_token_logits
 from tl_sparse.evaluation.scores import (
+    ABLATIONS,
     OBJECTIVES,
     Ablation,
     Evaluation,
@@ -214,6 +215,7 @@ def evaluate(
         n_edges=n_edges,
         target_loss=_target_loss(circuit),
         objective=_objective(circuit),
+        ablation=_ablation(circuit),
     )
 
 
@@ -229,6 +231,13 @@ def _objective(circuit: Circuit) -> Objective:
     config = circuit.measured.get("config")
     recorded = config.get("objective") if isinstance(config, dict) else None
     return recorded if recorded in OBJECTIVES else "candidates"
+
+
+def _ablation(circuit: Circuit) -> Ablation:
+    """The values at which the search held nodes; the paper's means if they are not recorded."""
+    config = circuit.measured.get("config")
+    recorded = config.get("ablation") if isinstance(config, dict) else None
+    return recorded if recorded in ABLATIONS else "mean"
 
 
 @checked()

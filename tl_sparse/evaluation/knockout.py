@@ -120,6 +120,7 @@ def necessity(
     circuit: Circuit,
     model: TLModel,
     data: TaskData,
+    ablation: Ablation = "mean",
     n_random: int = 30,
     n_random_pairs: int = 24,
     n_permutations: int = 199,
@@ -138,6 +139,8 @@ def necessity(
       of random circuits.
 
     Args:
+        ablation: the values at which all other nodes are held where a circuit is alone. Without a
+            circuit, its nodes are at their means, and resampled.
         n_random: the number of random circuits; the last two tests need at least 29.
         n_random_pairs: circuits are compared with random ones on the first so many pairs.
         n_permutations: the number of permutations in the tests of independence.
@@ -153,8 +156,8 @@ def necessity(
     check(n_permutations >= 1, "n_permutations", n_permutations, "at least 1")
     check_measurable(circuit, model)
     data = data.partnered(seed)  # drawn once, so that all runs have the same
-    runs = Runs(model, data, batch_size)
-    some_runs = Runs(model, data.first(n_random_pairs), batch_size)
+    runs = Runs(model, data, batch_size, ablation, seed)
+    some_runs = Runs(model, data.first(n_random_pairs), batch_size, ablation, seed)
     full = runs.full()
     alone = runs.alone(circuit)
     random = random_circuits_like(circuit, n_random, seed)

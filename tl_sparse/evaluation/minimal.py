@@ -14,6 +14,7 @@ from tl_sparse.evaluation.baselines import check_measurable, random_circuits_lik
 from tl_sparse.evaluation.estimates import Estimate, mean_of
 from tl_sparse.evaluation.prompt_runs import Runs
 from tl_sparse.evaluation.removal import removable_parts, rises_above
+from tl_sparse.evaluation.scores import Ablation
 from tl_sparse.evaluation.significance import PValue, exceeds_fewer, holm, sign_flip_tests
 from tl_sparse.hooks import TLModel, is_sparse_model
 from tl_sparse.tasks import TaskData
@@ -74,7 +75,8 @@ class Minimality:
         random_nodes: the baseline of the nodes.
         random_edges: the baseline of the edges.
         indistinct: the names of the parts whose effect is not distinguishable from noise: no
-            significant rise of the loss.
+            significant rise of the loss. None of those for which there are too few pairs for a
+            test.
         superfluous: the names of the parts that matter no more than random ones.
         n_pairs: the number of pairs.
         n_left_out: the number of parts that were not measured, because there are too many.
@@ -97,6 +99,7 @@ def minimality(
     circuit: Circuit,
     model: TLModel,
     data: TaskData,
+    ablation: Ablation = "mean",
     n_pairs: int = 48,
     n_random: int = 20,
     max_parts: int = 100,
@@ -116,6 +119,7 @@ def minimality(
     in models of this package. Both p-values are corrected for the number of parts by Holm's method.
 
     Args:
+        ablation: the values at which the nodes outside a circuit are held; see `Ablation`.
         n_pairs: parts are removed on the first so many pairs, to save time.
         n_random: the number of random nodes, and of random edges, that are removed; fewer if the
             enlarged circuits have no more.
@@ -132,11 +136,11 @@ def minimality(
     check(n_random >= 1, "n_random", n_random, "at least 1")
     check(max_parts >= 1, "max_parts", max_parts, "at least 1")
     check_measurable(circuit, model)
-    some_pairs = data.first(n_pairs)
+    some_pairs = data.partnered(seed).first(n_pairs)
     generator = torch.Generator().manual_seed(seed)
     all_parts = removable_parts(circuit, model)
     parts = _drawn(all_parts, max_parts, generator)
-    runs = Runs(model, some_pairs, batch_size)
+    runs = Runs(model, some_pairs, batch_size, ablation, seed)
     whole = runs.alone(circuit)
     rises = rises_above(whole, runs, circuit, parts, progress)
     random = _random_rises(circuit, all_parts, runs, n_random, generator)
@@ -146,7 +150,7 @@ def minimality(
         parts=sorted(effects, key=lambda effect: effect.rise.value, reverse=True),
         random_nodes=_baseline(random["node"]),
         random_edges=_baseline(random["edge"]),
-        indistinct=[effect.name for effect in effects if not effect.p_no_rise.is_significant],
+        indistinct=[effect.name for effect in effects if _is_indistinct(effect)],
         superfluous=[effect.name for effect in effects if effect.p_matters.is_significant],
         n_pairs=some_pairs.n_pairs,
         n_left_out=len(all_parts) - len(parts),
@@ -185,6 +189,10 @@ def _part_effects(
         exceeds = _n_below(of_kind, rise.value) / len(of_kind) if of_kind else None
         effects.append(PartEffect(str(part), _kind(part), rise, p_no_rise, exceeds, p_matters))
     return effects
+
+
+def _is_indistinct(effect: PartEffect) -> bool:
+    return effect.p_no_rise.value is not None and not effect.p_no_rise.is_significant
 
 
 def _n_below(values: Sequence[float], limit: float) -> int:

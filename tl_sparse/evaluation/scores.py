@@ -23,7 +23,7 @@ Objective = Literal["candidates", "model", "next_token"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 #: Objective → what its loss is called.
-_LOSS_NAMES = {
+LOSS_NAMES = {
     "candidates": "task loss",
     "model": "divergence from the model",
     "next_token": "loss among all tokens",
@@ -55,6 +55,7 @@ class Evaluation:
         target_loss: the loss that the search had to reach on its selection pairs; None if the
             circuit does not record it.
         objective: what that loss measures; see `Objective`.
+        ablation: the values at which the search held nodes; see `Ablation`.
     """
 
     full: Score
@@ -68,13 +69,20 @@ class Evaluation:
     empty: Score | None = None
     target_loss: float | None = None
     objective: str = "candidates"
+    ablation: str = "mean"
 
     @property
     def reached_loss(self) -> float | None:
-        """The circuit's loss by its own objective; None if that was not measured."""
+        """The circuit's loss by the objective and the ablation of its search; None if that was not
+        measured.
+        """
+        by_ablation = {"mean": self.circuit, "zero": self.zero, "resample": self.resample}
+        alone = by_ablation.get(self.ablation)
+        if alone is None:
+            return None
         if self.objective == "candidates":
-            return self.circuit.loss
-        next_token = self.circuit.next_token
+            return alone.loss
+        next_token = alone.next_token
         if next_token is None:
             return None
         return next_token.kl if self.objective == "model" else next_token.loss
@@ -163,7 +171,7 @@ def scores_table(evaluation: Evaluation) -> str:
         _BETWEEN_ANSWERS,
     ]
     if evaluation.misses_target:
-        loss = f"{_LOSS_NAMES[evaluation.objective]} is {evaluation.reached_loss:.3f}"
+        loss = f"{LOSS_NAMES[evaluation.objective]} is {evaluation.reached_loss:.3f}"
         sections.append(
             f"  The circuit misses the target on these pairs: its {loss}, and it had to be at most "
             f"{evaluation.target_loss:g} on the pairs that selected it."

@@ -39,7 +39,9 @@ class CircuitFigures:
         kept: the names of its nodes in files.
         kl: the divergence of the circuit's next-token distribution from the model's; see
             `NextToken`. None in older files, as is the next.
-        target_loss: the task loss that the circuit had to reach on its selection pairs.
+        target_loss: the loss that the circuit had to reach on its selection pairs.
+        reached_loss: the same loss on held-out pairs: by the objective of the search, and with
+            nodes held as in the search. None in files that were written before it was kept.
         zero_loss, resample_loss: the task loss with all other nodes at zero and resampled.
         subsets_mean, subsets_worst, limited_adversary, adversary: see `Robustness`.
     """
@@ -53,6 +55,7 @@ class CircuitFigures:
     kept: list[str]
     kl: float | None = None
     target_loss: float | None = None
+    reached_loss: float | None = None
     zero_loss: float | None = None
     resample_loss: float | None = None
     subsets_mean: float | None = None
@@ -76,6 +79,7 @@ class CircuitFigures:
             kept=[node.indexed_name for node in circuit.nodes],
             kl=next_token.kl if next_token else None,
             target_loss=evaluation.target_loss,
+            reached_loss=evaluation.reached_loss,
             zero_loss=evaluation.zero.loss,
             resample_loss=resample.loss if resample else None,
             subsets_mean=robustness.subsets_mean,

@@ -26,6 +26,7 @@ from tl_sparse.evaluation import Evaluation, score
 from tl_sparse.files import write_json, write_text
 from tl_sparse.hooks import NodeValues, TLModel
 from tl_sparse.pruning import PruneConfig, prune, prune_edges, task_splits
+from tl_sparse.records import check_finite
 from tl_sparse.resuming import changed_settings, other_contents
 from tl_sparse.suites import arguments
 from tl_sparse.suites.along import Steps, steps_of_runs, steps_table
@@ -317,6 +318,7 @@ def run_job(setup: _Setup, job: Job) -> None:
         _, _, heldout = task_splits(model, task, seeded)
         full = score(model, heldout, seeded.batch_size)
         for kind, circuit, figures in _searched(model, task, tokens, means, seeded):
+            check_finite(dataclasses.asdict(figures), kind)
             circuits[kind] = circuit
             found[kind] = figures
     except TLSparseError as error:
