@@ -553,6 +553,12 @@ def test_a_circuit_that_misses_its_target_is_marked(target, misses):
     assert (said in scores_table(evaluation)) == misses
 
 
+def test_a_target_may_be_a_whole_number(micro):
+    config = {"target_loss": 1}
+    circuit = dataclasses.replace(micro_circuit(micro), measured={"config": config})
+    assert evaluate(circuit, micro, micro_data(micro)).target_loss == 1.0
+
+
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
 def test_the_target_is_that_of_the_ablation_of_the_search(ablation):
     losses = {"mean": 0.1, "zero": 0.2, "resample": 0.3}

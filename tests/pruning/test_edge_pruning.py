@@ -451,6 +451,20 @@ def test_useless_edges_and_the_nodes_left_idle_go():
     assert same(micro, before)
 
 
+def test_nodes_that_are_always_used_stay_when_their_edges_go():
+    """Of the useless nodes, the first neuron is in `include`."""
+    micro = wide_micro()
+    config = dataclasses.replace(CONFIG, include=("0.mlp_neuron 0",))
+    found, _ = prune_edges(wide_circuit(micro), micro, MICRO_TASK, config, progress=False)
+    assert triples(found.edges(micro)) == EDGES
+    assert [str(node) for node in found.nodes] == [
+        NODES[0],
+        "0.attn_q h0.0",
+        *NODES[1:],
+        "0.mlp_neuron 0",
+    ]
+
+
 def test_an_edge_between_needed_nodes_is_cut_too():
     """Node pruning cannot remove it, because both of its nodes are needed for other edges."""
     micro = micro_model()

@@ -7,6 +7,7 @@ import torch
 
 from helpers import node_means
 from micro import MICRO_TASK, NODES, QUICK_SETTINGS, W_O, micro_corpus, micro_model, wide_head_model
+from pruning.test_exchanges import circuit_of
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.fingerprints import fingerprint
 from tl_sparse.hooks.gates import NodeGates
@@ -69,6 +70,61 @@ def test_groups_leave_what_the_task_needs(monkeypatch):
     left, n_tests = Search(micro_model()).left_by_groups()
     assert list(left) == NODES
     assert n_tests < 21  # fewer than one for each node
+
+
+USELESS = ("0.mlp_neuron 0", "0.mlp_neuron 1", "0.mlp_in 0", "0.mlp_out 0", "0.mlp_out 1")
+
+
+def left_under_subsets(model, names, subsets, target_loss):
+    """The names of the nodes that groups leave of a circuit which must withstand subsets.
+
+    Args:
+        subsets: the names of the nodes of each.
+    """
+    config = PruneConfig(**(QUICK_SETTINGS | {"target_loss": target_loss}), subsets=2)
+    search = Search(model, config)
+    circuit = circuit_of(search.ranking, *names)
+    masks = [circuit_of(search.ranking, *subset).kept for subset in subsets]
+    search.criterion = Criterion(model, config, masks)
+    search.data = SearchData.around(
+        circuit, search.criterion, search.data.train, search.data.selection
+    )
+    search.all = search.ranking.gates.of_nodes(circuit.kept)
+    assert search.criterion.passes(circuit, search.data.selection)
+    left, _ = search.left_by_groups()
+    return left
+
+
+def test_a_mild_subset_does_not_decide_how_much_the_loss_may_rise(monkeypatch):
+    """Under the subset that is met first, the loss is far below that of the circuit alone."""
+    monkeypatch.setattr(groups, "SMALL", 0)
+    model = wide_head_model([0.3 * W_O, W_O])
+    needed = (NODES[0], "0.attn_v h0.0", NODES[2])
+    alone = Search(model)
+    held = alone.criterion.loss(circuit_of(alone.ranking, *needed), alone.data.selection)
+    mild = ("0.attn_v h0.1",)
+    left = left_under_subsets(model, (*needed, *USELESS), [mild], target_loss=1.05 * held)
+    assert sorted(left) == sorted(needed)
+
+
+def test_a_node_that_matters_only_under_one_subset_is_not_the_first_to_go(monkeypatch):
+    """What 3 is written to only makes up for the second value channel, where that is left.
+
+    While it is held, the node has no slope at all, and the useless ones have a small one.
+    """
+    monkeypatch.setattr(groups, "SMALL", 0)
+    model = wide_head_model([W_O, -2 * W_O])
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[0, 1, 3] = 2 * W_O
+        model.unembed.W_U[3] = model.unembed.W_U[2]
+        model.blocks[0].mlp.W_in[1] = torch.tensor([1.0, 0.5])
+        model.blocks[0].mlp.W_in[2, 1] = 1.0
+        model.blocks[0].mlp.W_out[:, 2] = 1e-3
+    needed = (*NODES, "0.attn_out 3")
+    useless = ("0.mlp_in 1", "0.mlp_neuron 0", "0.mlp_neuron 1", "0.mlp_out 2", "0.mlp_in 2")
+    subsets = [("0.attn_q h0.0",), ("0.attn_v h0.1",)]
+    left = left_under_subsets(model, (*needed, *useless), subsets, target_loss=0.05)
+    assert sorted(left) == sorted(needed)
 
 
 def test_small_circuits_are_left_to_tests_of_single_nodes():

@@ -43,6 +43,7 @@ from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.elimination import Budget, eliminate
 from tl_sparse.pruning.fixed import FixedGates
 from tl_sparse.pruning.gates import attribution
+from tl_sparse.pruning.means import task_means
 from tl_sparse.pruning.pruner import corpus_means, find_circuit, frozen, prune, prune_edges
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.sizes import discretise
@@ -339,6 +340,16 @@ def test_a_seed_decides_the_random_ranking(micro):
     first = ranked_at_random(0)
     assert ranked_at_random(0).nodes == first.nodes
     assert ranked_at_random(1).of_size(9).nodes != first.of_size(9).nodes
+
+
+def test_a_random_ranking_needs_no_noise_on_gates(micro):
+    """Without it, the first nodes of the model would rank first."""
+    config = dataclasses.replace(CONFIG, method="random", init_scale=0.0)
+    circuit, _ = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    config = dataclasses.replace(config, init_scale=0.1, init_bias=1.0)
+    other, _ = prune(micro, MICRO_TASK, micro_corpus(), config, progress=False)
+    assert circuit.of_size(9).nodes == other.of_size(9).nodes
+    assert {node.location for node in circuit.of_size(9).nodes} != {"attn_in", "attn_q", "attn_k"}
 
 
 @pytest.mark.parametrize(
@@ -764,6 +775,20 @@ def test_means_over_the_task_leave_padding_out(micro):
     )  # all prompts have the same length
     for name, mean in expected.items():
         torch.testing.assert_close(circuit.means[name], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_means_over_the_task_are_taken_in_batches(micro):
+    train, _, _ = task_splits(micro, MICRO_TASK, CONFIG)
+    sizes = []
+    hook = micro.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    try:
+        in_batches = task_means(micro, train, embed=False, batch_size=5)
+    finally:
+        hook.remove()
+    assert max(sizes) == 5
+    assert sum(sizes) == 2 * train.n_pairs
+    for name, mean in task_means(micro, train, embed=False).items():
+        torch.testing.assert_close(in_batches[name], mean)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from micro import QUICK_SETTINGS, cancelling_model
 from pruning.test_exchanges import READ, WRITE, circuit_of, ranking_and_data
 from tl_sparse.errors import ConfigError
 from tl_sparse.evaluation.subsets import random_subsets
+from tl_sparse.pruning import adversaries
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
-from tl_sparse.pruning.edges import CutEdges
+from tl_sparse.pruning.edges import CutEdges, without_superfluous_edges
 from tl_sparse.pruning.repair import OuterNodes, repaired
+from tl_sparse.pruning.seeds import seed_of_attack, seed_of_batch, seed_of_opponent
 
 pytestmark = pytest.mark.any_line
 
@@ -60,9 +62,7 @@ def test_each_round_also_tries_the_subsets_of_the_search():
     model = cancelling_model()
     ranking, data = ranking_and_data(model, CONFIG)
     circuit = circuit_of(ranking, *CHEAT)
-    harmful = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
-    harmful["blocks.0.attn.hook_v"][0, 2] = True
-    criterion = Criterion(model, CONFIG, [harmful])
+    criterion = Criterion(model, CONFIG, [third_channel(circuit)])
     criterion.fresh_subsets = lambda circuit, i: []
     assert mended(circuit, ranking, criterion, data).node_names == (READ, FIRST, SECOND, WRITE)
 
@@ -86,6 +86,42 @@ def test_a_repair_adds_no_more_nodes_than_the_search_allows():
     criterion = Criterion(model, CONFIG)
     after = mended(circuit, ranking, criterion, data)
     assert after.node_names == CHEAT
+
+
+class Useless:
+    """Additions that never lower the loss; see `Additions`."""
+
+    def __init__(self, circuit):
+        self.circuit = circuit
+        self.n_added = 0
+
+    def candidates(self, subset):
+        return [1]
+
+    def circuit_with(self, part):
+        return self.circuit
+
+    def add(self, part):
+        self.n_added += 1
+
+
+def test_parts_that_do_not_help_are_not_added_without_end():
+    model = cancelling_model()
+    ranking, data = ranking_and_data(model, CONFIG)
+    circuit = circuit_of(ranking, *CHEAT)
+    useless = Useless(circuit)
+    criterion = Criterion(model, CONFIG)
+    criterion.fresh_subsets = lambda circuit, i: [third_channel(circuit)] if i == 0 else []
+    repaired(useless, criterion, data.selection)
+    # Three in the first round, and three in each of the five others, in which it is tried again.
+    assert useless.n_added == 3 * 6
+
+
+def third_channel(circuit):
+    """The subset under which the cheat knows nothing."""
+    subset = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
+    subset["blocks.0.attn.hook_v"][0, 2] = True
+    return subset
 
 
 def test_edges_are_put_back_that_a_fresh_subset_shows_to_be_missing():
@@ -118,6 +154,34 @@ def test_subsets_of_a_search_are_neither_fresh_nor_those_that_judge():
 
 def bits_of(subset):
     return torch.cat([mask.flatten() for mask in subset.values()])
+
+
+def test_adversaries_do_not_start_where_gates_or_others_did():
+    seeds = [seed_of_opponent(0), *(seed_of_attack(0, attack) for attack in range(6))]
+    batches = [seed_of_batch(0, batch) for batch in range(40)]
+    assert len({0, *seeds, *batches}) == 1 + len(seeds) + len(batches)
+    assert min(*seeds, *batches) > 1000  # the seeds with which circuits are judged
+
+
+def test_adversaries_also_attack_the_circuit_whose_edges_are_cut(monkeypatch):
+    """The cheat passes without random subsets; an adversary leaves the third channel."""
+    model = cancelling_model()
+    config = dataclasses.replace(CONFIG, robust="adversary", subsets=1, fresh_subsets=0)
+    ranking, data = ranking_and_data(model, dataclasses.replace(config, robust="none"))
+    circuit = circuit_of(ranking, READ, FIRST, SECOND, WRITE)
+    attacks = []
+
+    def attack(circuit, *arguments, seed, **settings):
+        attacks.append(seed)
+        return third_channel(circuit)
+
+    monkeypatch.setattr(adversaries, "learned_subset", attack)
+    criterion = Criterion(model, config)
+    criterion._others = iter([])
+    after = without_superfluous_edges(circuit, criterion, data.train, data.selection, False)
+    assert after.node_names == (READ, FIRST, SECOND, WRITE)
+    assert attacks == [seed_of_attack(config.seed, attack) for attack in (3, 4, 5)]
+    assert len(criterion.required) == 1
 
 
 def test_a_negative_number_of_fresh_subsets_is_refused():

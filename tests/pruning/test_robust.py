@@ -34,7 +34,7 @@ from tl_sparse.evaluation.judge import evaluate, score
 from tl_sparse.evaluation.objectives import all_objective_losses, with_reference
 from tl_sparse.evaluation.subsets import random_subsets, subset_scores
 from tl_sparse.hooks.points import recording
-from tl_sparse.pruning import sizes
+from tl_sparse.pruning import adversaries, pruner
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.pruner import prune, prune_edges
@@ -93,7 +93,7 @@ def test_adversaries_attack_the_circuit_that_the_search_returns(monkeypatch):
         attacked.append(circuit.node_names)
         return learned_subset(circuit, *arguments, **settings)
 
-    monkeypatch.setattr(sizes, "learned_subset", attack)
+    monkeypatch.setattr(adversaries, "learned_subset", attack)
     circuit, _ = found(cancelling_model(), robust="adversary")
     assert len(attacked) == CONFIG.adversaries
     assert attacked[-1] == circuit.node_names
@@ -184,6 +184,55 @@ def test_a_criterion_keeps_the_subsets_that_made_circuits_fail_most_recently():
     assert list(map(id, criterion.subsets)) == [id(subsets[2]), id(subsets[1])]
     criterion.add(subsets[0])
     assert list(map(id, criterion.subsets)) == [id(subsets[0]), id(subsets[2]), id(subsets[1])]
+    for subset in subsets[1:]:  # what all circuits must withstand never leaves
+        criterion._join(dict(subset))
+    assert len(criterion.subsets) == 3
+    assert any(subset is subsets[0] for subset in criterion.subsets)
+
+
+def test_a_loss_that_is_no_number_passes_no_test():
+    model = cancelling_model()
+    data = micro_data(model, n_pairs=32)
+    cheat, _ = found(model)
+    criterion = Criterion(model, CONFIG)
+    assert criterion.passes(cheat, data)
+    criterion.losses = lambda circuit, data, left=None: torch.full((2 * data.n_pairs,), torch.nan)
+    assert not criterion.passes(cheat, data)
+    assert not criterion.passes_quickly(cheat, data)
+    assert criterion.fails_clearly(cheat, data)
+
+
+def test_a_model_whose_loss_is_no_number_is_not_searched():
+    model = micro_model()
+    with torch.no_grad():
+        model.unembed.W_U[2, VOCABULARY["no"]] = torch.nan
+    with pytest.raises(PruneError, match="the full model's loss on micro is nan"):
+        prune(model, MICRO_TASK, micro_corpus(), CONFIG, progress=False)
+
+
+def test_all_restarts_are_tried_under_the_same_subsets(monkeypatch):
+    """Those of the seed, under which `prune_edges` then tries the circuit too."""
+    criteria = []
+    real = pruner.discretise
+
+    def spy(ranking, criterion, *arguments):
+        criteria.append(list(criterion.subsets))
+        return real(ranking, criterion, *arguments)
+
+    monkeypatch.setattr(pruner, "discretise", spy)
+    found(cancelling_model(), robust="subsets", restarts=2)
+    first, second = criteria
+    for subset, other in zip(first, second, strict=True):
+        for name, mask in subset.items():
+            assert torch.equal(mask, other[name])
+
+
+def test_an_error_names_the_loss_that_is_too_large():
+    """The second channel is enough while all others are held, but not while the third is left."""
+    model = cancelling_model()
+    message = r"loss is 0\.\d+ while some nodes outside are left as they are \(it must be at most"
+    with pytest.raises(PruneError, match=message):
+        found(model, robust="subsets", exclude=(FIRST, THIRD))
 
 
 def test_criteria_with_other_targets_have_the_same_subsets():

@@ -223,7 +223,8 @@ def _target_loss(circuit: Circuit) -> float | None:
     """The target loss of the search that found the circuit; None if it is not recorded."""
     config = circuit.measured.get("config")
     target_loss = config.get("target_loss") if isinstance(config, dict) else None
-    return target_loss if isinstance(target_loss, float) else None
+    is_number = isinstance(target_loss, int | float) and not isinstance(target_loss, bool)
+    return float(target_loss) if is_number else None
 
 
 def _objective(circuit: Circuit) -> Objective:

@@ -43,7 +43,9 @@ class PruneConfig:
             next token; "next_token" the cross-entropy of the right answer among all tokens.
         method: what ranks the nodes. Gates are "learned"; or learned for "any_size", where another
             number of them is open in each step, so that one ranking serves all sizes; or, as
-            baselines, the ranking is attribution, integrated gradients or chance.
+            baselines, the ranking is attribution, integrated gradients or chance. Only circuits of
+            "learned" gates are then changed node by node: `removal_tests`, `exchanges` and
+            `fresh_subsets` do nothing with the others.
         robust: what the circuit must withstand besides all other nodes being held. With "subsets",
             it must also reach the target loss while random subsets of them are left as they are in
             the model, and with "adversary" while those are that an adversary chooses by gradient
@@ -58,7 +60,8 @@ class PruneConfig:
             fits the subsets that it meets, and without this, more of the others make it fail.
         adversaries: the number of times that a fresh adversary attacks the circuit. If it raises
             the loss above the target, its subset is added to those that the circuit must withstand,
-            and the search begins again at the chosen size.
+            and the search begins again at the chosen size. Once edges are cut, as many others
+            attack it, and edges are put back.
         adversary_steps: the number of steps in which each fresh adversary learns.
         adversary_budget: the largest share of the other nodes that a fresh adversary may leave as
             they are. With 1, few circuits of less than half of the model withstand it.
@@ -115,7 +118,8 @@ class PruneConfig:
             needs least are measured, and those that it can do without are removed; and so on until
             there are none. In a large dense model, a test takes seconds.
         restarts: the number of searches, of which the one with the fewest edges counts. Each has
-            other initial gates and another order of the pairs.
+            other initial gates and another order of the pairs, and all are tried under the same
+            subsets.
         train_pairs: the number of prompt pairs for learning gates. They, the selection pairs and
             the held-out pairs are disjoint. If a task has too few pairs, those of the three numbers
             that are the defaults shrink in proportion.

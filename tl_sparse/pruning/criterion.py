@@ -20,6 +20,7 @@ from tl_sparse.evaluation import (
 )
 from tl_sparse.hooks import NodeMasks, TLModel
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.seeds import seed_of_batch
 from tl_sparse.tasks import TaskData
 
 #: A quick test tries only so many subsets: those that have made circuits fail most recently.
@@ -31,8 +32,6 @@ _CLEARLY = 1.5
 _OTHERS_PER_SUBSET = 2
 #: For each subset of the criterion, there are so many others in all.
 _BATCHES_OF_OTHERS = 5
-#: From the seed of some random subsets to that of the next ones.
-_SEED_STEP = 2**20
 #: So many pairs are a few.
 _FEW = 24
 #: Under a subset, of which there are many, so many are. They often decide whether it is withstood.
@@ -53,7 +52,9 @@ class Criterion:
         config: the settings of pruning.
         subsets: masks of nodes that are left as they are if they are outside the circuit. Those
             that have made a circuit fail most recently come first.
-        most_subsets: the largest number of them. If another one joins, the last one leaves.
+        most_subsets: the largest number of them. If another one joins, the last one leaves that is
+            not required.
+        required: those that never leave.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Criterion:
         self.config = config
         self.subsets = list(subsets)
         self.most_subsets = max(len(self.subsets), config.subsets)
+        self.required: list[NodeMasks] = []
         self._others = iter(others)
 
     @classmethod
@@ -83,12 +85,12 @@ class Criterion:
         """
         if config.robust == "none":
             return cls(model, config)
-        subsets = random_subsets(circuit, config.subsets, _seed_of_batch(config, 0))
+        subsets = random_subsets(circuit, config.subsets, seed_of_batch(config.seed, 0))
         return cls(model, config, subsets, _other_subsets(circuit, config))
 
     def fresh_subsets(self, circuit: Circuit, i: int) -> list[NodeMasks]:
         """The random subsets of the i-th round in which a robust circuit is tried at last."""
-        seed = _seed_of_batch(self.config, 1 + _BATCHES_OF_OTHERS + i)
+        seed = seed_of_batch(self.config.seed, 1 + _BATCHES_OF_OTHERS + i)
         return random_subsets(circuit, self.config.fresh_subsets, seed)
 
     def with_target(self, target_loss: float) -> "Criterion":
@@ -100,12 +102,18 @@ class Criterion:
     def add(self, subset: NodeMasks) -> None:
         """Add a subset that all circuits must withstand, besides those that there are."""
         self.most_subsets += 1
+        self.required.append(subset)
         self._join(subset)
 
     def _join(self, subset: NodeMasks) -> None:
         # In place, because criteria with other targets have the same list.
         self.subsets.insert(0, subset)
-        del self.subsets[self.most_subsets :]
+        if len(self.subsets) <= self.most_subsets:
+            return
+        for i in reversed(range(len(self.subsets))):
+            if not any(self.subsets[i] is each for each in self.required):
+                del self.subsets[i]
+                return
 
     def loss(self, circuit: Circuit, data: TaskData, left: NodeMasks | None = None) -> float:
         """The loss of the circuit, with the nodes in `left` as they are in the model."""
@@ -155,18 +163,24 @@ class Criterion:
         """
         if data.n_pairs <= _FEW:
             return False
-        return self.loss(circuit, few_of(data)) > _CLEARLY * self.config.target_loss
+        return not self.loss(circuit, few_of(data)) <= _CLEARLY * self.config.target_loss
 
     @property
     def hardest(self) -> NodeMasks | None:
         """The subset that has made a circuit fail most recently, if there are any."""
         return self.subsets[0] if self.subsets else None
 
+    @property
+    def quick_conditions(self) -> list[NodeMasks | None]:
+        """What is left in the runs of a quick test: nothing (None), and the first subsets."""
+        return [None, *self.subsets[:_QUICK_SUBSETS]]
+
     def _passes(self, circuit: Circuit, data: TaskData, n_subsets: int) -> bool:
         # Where there are subsets, one of them fails first as a rule, and on fewer pairs.
         if not self._withstands_first(circuit, data, n_subsets):
             return False
-        if self.loss(circuit, data) > self.config.target_loss:
+        # A loss that is no number is below no target, nor above it.
+        if not self.loss(circuit, data) <= self.config.target_loss:
             return False
         if self.config.ablated_accuracy == 1:
             return True
@@ -227,15 +241,7 @@ def _other_subsets(circuit: Circuit, config: PruneConfig) -> Iterator[NodeMasks]
     a search tries, the larger the one that it finds would be.
     """
     for batch in itertools.cycle(range(1, 1 + _BATCHES_OF_OTHERS)):
-        yield from random_subsets(circuit, config.subsets, _seed_of_batch(config, batch))
-
-
-def _seed_of_batch(config: PruneConfig, batch: int) -> int:
-    """The seed of a batch of subsets: those of the criterion (0), of the others, and fresh ones.
-
-    It is far from the search's own, with which the circuit may be judged afterwards.
-    """
-    return config.seed + (1 + batch) * _SEED_STEP
+        yield from random_subsets(circuit, config.subsets, seed_of_batch(config.seed, batch))
 
 
 def evenly(data: TaskData, n_pairs: int) -> TaskData:

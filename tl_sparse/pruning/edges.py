@@ -5,10 +5,11 @@ from collections.abc import Collection, Sequence
 from tl_sparse.circuits import Circuit, Edge, joined_nodes
 from tl_sparse.errors import counted
 from tl_sparse.hooks import NodeMasks
-from tl_sparse.pruning.criterion import Criterion, representative
+from tl_sparse.pruning.adversaries import n_attacks, succeeding_attack
+from tl_sparse.pruning.criterion import Criterion, evenly, representative
 from tl_sparse.pruning.elimination import eliminate
 from tl_sparse.pruning.phases import phase
-from tl_sparse.pruning.repair import MOST_ROUNDS, repaired
+from tl_sparse.pruning.repair import MOST_ROUNDS, mend, repaired
 from tl_sparse.tasks import TaskData
 
 #: Each time, so many of the edges that were cut are tried, and the best one is put back.
@@ -16,12 +17,17 @@ _EDGES_TRIED = 64
 
 
 def without_superfluous_edges(
-    circuit: Circuit, criterion: Criterion, selection: TaskData, progress: bool
+    circuit: Circuit,
+    criterion: Criterion,
+    train: TaskData,
+    selection: TaskData,
+    progress: bool,
 ) -> Circuit:
     """The circuit without the edges that it does not need, and the nodes that they alone joined.
 
     The edge with the least effect is tried first. If the circuit must be robust, it is at last
-    tried under fresh subsets, and gets back the edges that it needs there.
+    attacked by fresh adversaries, or tried under fresh subsets, and gets back the edges that it
+    needs there.
     """
     cuts = CutEdges(circuit, criterion)
     some_pairs = representative(circuit, criterion, selection)
@@ -39,6 +45,14 @@ def without_superfluous_edges(
         )
         bar.set_postfix_str(f"{counted(len(cuts.edges) - len(cut), 'edge')} left")
     cuts.cut(cut)
+    tried_on = evenly(selection, criterion.config.subset_pairs)
+    first_attack = n_attacks(criterion.config)  # those before are of the search for its nodes
+    for attack in range(first_attack, 2 * first_attack):
+        subset = succeeding_attack(cuts.circuit, criterion, train, selection, attack, progress)
+        if subset is not None:
+            criterion.add(subset)
+            with phase("putting edges back", progress) as bar:
+                mend(cuts, subset, criterion, tried_on, bar)
     # The rounds before are those of the search for its nodes.
     return repaired(cuts, criterion, selection, MOST_ROUNDS, progress)
 
@@ -58,13 +72,18 @@ class CutEdges:
         self.n_added = 0
         self._uncut = circuit
         self._model = criterion.model
+        self._always = {circuit.node(name) for name in criterion.config.include}
         self._cut: list[Edge] = []
 
     def without(self, cut: Collection[Edge]) -> Circuit:
-        """The circuit with these edges cut, and no others."""
+        """The circuit with these edges cut, and no others.
+
+        Nodes that are always used stay, also without edges.
+        """
         smaller = self._uncut.without(cut, self._model)
         still_joined = joined_nodes(set(self.edges).difference(cut))
-        return smaller.without(joined_nodes(cut) - still_joined, self._model)
+        alone = joined_nodes(cut) - still_joined - self._always
+        return smaller.without(alone, self._model)
 
     def cut(self, edges: Sequence[Edge]) -> None:
         """Cut these edges, of which the first have the least effect."""

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_sparse.circuits import Circuit
 from tl_sparse.errors import counted
 from tl_sparse.pruning.criterion import Criterion, SearchData, representative
 from tl_sparse.pruning.elimination import Budget
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.slopes import slopes_at
+from tl_sparse.tasks import TaskData
 
 #: Circuits of at most so many nodes lose them one by one, or a few at once, which finds small
 #: circuits in about as many tests.
@@ -86,11 +88,8 @@ class _Groups:
         The share is halved until it passes, and is then twice as large in the next round.
         """
         least_first = self._least_effect_first()
-        circuit = self.ranking.of_gates(self.kept)
-        some_pairs = representative(circuit, self.criterion, self.data.selection)
-        loss = self.criterion.loss(circuit, some_pairs, self.criterion.hardest)
-        room = _ROOM * (self.criterion.config.target_loss - loss)
-        stricter = self.criterion.with_target(loss + room)
+        whole = self.ranking.of_gates(self.kept)
+        some_pairs = representative(whole, self.criterion, self.data.selection)
         while self.share >= _LEAST:
             group = least_first[: int(self.share * len(least_first))]
             if len(group) == 0 or not self.budget.take():
@@ -99,6 +98,7 @@ class _Groups:
             kept = self.kept.clone()
             kept[group] = False
             circuit = self.ranking.of_gates(kept)
+            stricter = self._stricter(whole, some_pairs)
             if stricter.passes_quickly(circuit, some_pairs) and self.criterion.passes(
                 circuit, self.data.selection
             ):
@@ -108,18 +108,33 @@ class _Groups:
             self.share /= 2
         return False
 
+    def _stricter(self, whole: Circuit, some_pairs: TaskData) -> Criterion:
+        """The criterion with a lower target, which the circuit before the removal still reaches.
+
+        Its loss is that under the worst of what a quick test tries, which can be another subset
+        after each test.
+        """
+        losses = []
+        for left in self.criterion.quick_conditions:
+            losses.append(self.criterion.loss(whole, some_pairs, left))
+        room = _ROOM * (self.criterion.config.target_loss - max(losses))
+        return self.criterion.with_target(max(losses) + max(0.0, room))
+
     def _least_effect_first(self) -> Int[Tensor, " removable"]:
         """The gates that may be removed, those of least effect first.
 
         The effect is the mean magnitude over pairs. The magnitude of the mean would not do: a node
-        that raises the loss at some pairs and lowers it at others has an effect on both.
+        that raises the loss at some pairs and lowers it at others has an effect on both. For the
+        same reason, pairs take turns with what is left: a node can do nothing while all others are
+        held, and much under a subset.
         """
         train = self.data.train
         n_pairs = min(_PAIRS, self.criterion.config.ranking_pairs, train.n_pairs)
         drawn = torch.randperm(train.n_pairs, generator=self.generator)[:n_pairs]
         effects = torch.zeros_like(self.ranking.gates.tau)
-        for pair in drawn.split(1):
-            left = self.criterion.hardest
+        conditions = self.criterion.quick_conditions
+        for i, pair in enumerate(drawn.split(1)):
+            left = conditions[i % len(conditions)]
             pairs = train.pairs(pair)
             effects += slopes_at(self.kept, self.ranking, self.criterion, pairs, left).abs()
         is_removable = self.kept & ~self.ranking.fixed.included

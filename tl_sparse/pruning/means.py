@@ -140,16 +140,21 @@ def _standard_error(first_half: NodeValues, second_half: NodeValues) -> float:
 
 
 def task_means(
-    model: TLModel, train: TaskData, embed: bool, kind: NodeKind = "channels"
+    model: TLModel,
+    train: TaskData,
+    embed: bool,
+    kind: NodeKind = "channels",
+    batch_size: int = 256,
 ) -> NodeValues:
     """The mean activations over the prompts of a task."""
     batches = []
     masks = []
     # Each batch has prompts of one length, because padding must not contribute to the means.
     for last in train.last.unique().tolist():
-        tokens = train.tokens[train.last == last, : last + 1]
-        batches.append(tokens)
-        masks.append(torch.ones_like(tokens))
+        of_one_length = train.tokens[train.last == last, : last + 1]
+        for tokens in of_one_length.split(batch_size):
+            batches.append(tokens)
+            masks.append(torch.ones_like(tokens))
     means = _means(model, batches, embed, masks, kind)
     dtype = at_least_float32(next(model.parameters()).dtype)
     return {name: mean.to(dtype) for name, mean in means.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_sparse.evaluation import ADVERSARY_LR, ADVERSARY_SPREAD
 from tl_sparse.hooks import NodeGates
 from tl_sparse.pruning.config import PruneConfig
+from tl_sparse.pruning.seeds import seed_of_opponent
 
 #: In every fourth step nothing is left, so that a circuit also learns to do without the rest.
 _CYCLE = 4
@@ -98,5 +99,5 @@ def opponent(gates: NodeGates, config: PruneConfig) -> Opponent:
     if config.robust == "subsets":
         return RandomSubsets(gates, config.seed)
     if config.robust == "adversary":
-        return Adversary(gates, config.seed)
+        return Adversary(gates, seed_of_opponent(config.seed))
     return NoOpponent()

@@ -100,7 +100,8 @@ def prune(
         _check_full_model(model, task, selection, config)
         measured: dict[str, Any] = {}
         if config.means_over == "task":
-            means = task_means(model, train, config.embed_gates, config.nodes)
+            means = task_means(model, train, config.embed_gates, config.nodes, config.batch_size)
+            corpus = None
         elif not means:
             corpus = as_corpus(corpus, model)
             means = corpus_means(
@@ -157,14 +158,16 @@ def find_circuit(
         _check_can_be_held(model, config)
         train, selection, _ = encoded_splits(model, task, split_pairs(task, config), config)
         if config.means_over == "task":
-            means = task_means(model, train, config.embed_gates, config.nodes)
+            means = task_means(model, train, config.embed_gates, config.nodes, config.batch_size)
         empty = _empty_circuit(model, task, without_inference(means), config)
         selection = ready_for(config.objective, model, selection, config.batch_size)
         circuit = _smallest(empty, model, train, selection, config, stage=stage)
         if stage == "edges":
             _check_edges_can_be_cut(circuit)
             criterion = Criterion.of_config(circuit, model, config)
-            circuit = without_superfluous_edges(circuit, criterion, selection, progress=False)
+            circuit = without_superfluous_edges(
+                circuit, criterion, train, selection, progress=False
+            )
         return _recorded(circuit, config)
 
 
@@ -204,7 +207,7 @@ def _check_full_model(model: TLModel, task: Task, selection: TaskData, config: P
         return
     losses = all_objective_losses(model, selection, config.objective, config.batch_size)
     loss = float(losses.mean())
-    if loss > config.target_loss:
+    if not loss <= config.target_loss:  # also if it is no number
         accuracy = score(model, selection, config.batch_size).accuracy
         advice = "Train the model longer, or give a larger target_loss"
         if config.objective == "candidates" and loss >= LOSS_OF_A_COIN:
@@ -266,7 +269,9 @@ def _smallest(
     for restart in range(config.restarts):
         restarted = dataclasses.replace(config, seed=config.seed + restart)
         try:
-            circuits.append(_search(empty, model, train, selection, restarted, progress, stage))
+            # All restarts are tried under the same subsets, as is what `prune_edges` is given.
+            criterion = Criterion.of_config(empty, model, config)
+            circuits.append(_search(empty, criterion, train, selection, restarted, progress, stage))
         except PruneError as error:
             failures.append(error)
     if not circuits:
@@ -276,7 +281,7 @@ def _smallest(
 
 def _search(
     empty: Circuit,
-    model: TLModel,
+    criterion: Criterion,
     train: TaskData,
     selection: TaskData,
     config: PruneConfig,
@@ -284,6 +289,7 @@ def _search(
     stage: Stage,
 ) -> Circuit:
     """Rank the nodes, and find the smallest circuit of those ranked highest."""
+    model = criterion.model
     gates = initial_gates(empty, model, config)
     fixed = FixedGates.of_config(empty, gates, config)
     fixed.apply(gates)
@@ -292,7 +298,6 @@ def _search(
         start_from_ranking(gates, empty, model, train, selection, config, fixed, progress)
     if are_learned:
         learn_gates(model, gates, train, config, fixed, progress)
-    criterion = Criterion.of_config(empty, model, config)
     ranking = Ranking(empty, gates, fixed, config.max_nodes)
     is_refined = stage != "size"
     return discretise(ranking, criterion, train, selection, progress, is_refined)
@@ -334,7 +339,7 @@ def prune_edges(
     config = as_config(config)
     task = circuit_task(circuit, task)
     pairs = split_pairs(task, config)
-    _, selection, heldout = encoded_splits(model, task, pairs, config)
+    train, selection, heldout = encoded_splits(model, task, pairs, config)
     with torch.inference_mode(False), frozen(model), shared_reads(model):
         selection = ready_for(config.objective, model, selection, config.batch_size)
         criterion = Criterion.of_config(circuit, model, config)
@@ -344,7 +349,7 @@ def prune_edges(
                 f"{config.target_loss}, or the accuracy of the model without it exceeds "
                 f"{config.ablated_accuracy}"
             )
-        smaller = without_superfluous_edges(circuit, criterion, selection, progress)
+        smaller = without_superfluous_edges(circuit, criterion, train, selection, progress)
         smaller = dataclasses.replace(smaller, pairs=_pairs_to_keep(task, pairs))
         return _judged(smaller, model, selection, heldout, config, {}, progress)
 

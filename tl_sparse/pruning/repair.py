@@ -26,6 +26,9 @@ Part = TypeVar("Part")
 
 #: Each time, so many of the nodes outside are tried, and the best one is added.
 _NODES_TRIED = 4
+#: After so many parts that did not lower the loss below what it had been, no other is added for the
+#: same subset. One alone may do nothing: a query channel needs its key channel.
+_MOST_IN_VAIN = 3
 #: After so many rounds there is no progress: few subsets are left that make a circuit fail.
 MOST_ROUNDS = 6
 
@@ -124,7 +127,7 @@ def repaired(
             if not failing:
                 break
             for subset in failing:
-                _mend(additions, subset, criterion, some_pairs, bar)
+                mend(additions, subset, criterion, some_pairs, bar)
         if additions.n_added and criterion.passes(additions.circuit, selection, n_others=0):
             circuit = additions.circuit
         if progress:
@@ -148,7 +151,7 @@ def _failing(
     return failing
 
 
-def _mend(
+def mend(
     additions: Additions[Part],
     subset: NodeMasks,
     criterion: Criterion,
@@ -156,12 +159,19 @@ def _mend(
     bar: Any,
 ) -> None:
     """Add parts until the circuit reaches the target loss under this subset, if any can help."""
-    while not criterion.withstands(additions.circuit, some_pairs, subset):
+    lowest = criterion.loss(additions.circuit, some_pairs, subset)
+    n_in_vain = 0
+    while n_in_vain < _MOST_IN_VAIN:
+        if criterion.withstands(additions.circuit, some_pairs, subset):
+            return
         candidates = additions.candidates(subset)
         if not candidates:
             return
         losses = []
         for part in candidates:
             losses.append(criterion.loss(additions.circuit_with(part), some_pairs, subset))
-        additions.add(candidates[losses.index(min(losses))])
+        loss = min(losses)
+        additions.add(candidates[losses.index(loss)])
         bar.set_postfix_str(counted(additions.circuit.n_nodes, "node"))
+        n_in_vain = 0 if loss < lowest else n_in_vain + 1
+        lowest = min(lowest, loss)

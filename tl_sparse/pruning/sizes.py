@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.errors import PruneError, counted
-from tl_sparse.evaluation import learned_subset
-from tl_sparse.hooks import NodeMasks
+from tl_sparse.pruning.adversaries import n_attacks, succeeding_attack
 from tl_sparse.pruning.criterion import Criterion, representative
 from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
@@ -58,10 +57,10 @@ def discretise(
         return size, circuit
 
     size, circuit = smallest()
-    n_attacks = config.adversaries if config.robust == "adversary" else 0
-    for attack in range(n_attacks):
-        criterion.add(_attacked(circuit, criterion, train, attack, progress))
-        if not criterion.passes(circuit, selection, n_others=0):
+    for attack in range(n_attacks(config)):
+        subset = succeeding_attack(circuit, criterion, train, selection, attack, progress)
+        if subset is not None:
+            criterion.add(subset)
             size, circuit = smallest(size)
     if is_refined:
         nodes = OuterNodes(circuit, ranking, criterion, train)
@@ -75,27 +74,6 @@ def _scores(ranking: Ranking, circuit: Circuit) -> dict[str, Tensor]:
     for name, tau in ranking.gates.at_nodes(ranking.comparable_tau()).items():
         scores[name] = tau + 2 * circuit.kept[name]  # tau is in [-1, 1]
     return scores
-
-
-def _attacked(
-    circuit: Circuit, criterion: Criterion, train: TaskData, attack: int, progress: bool
-) -> NodeMasks:
-    """The nodes outside the circuit that a fresh adversary leaves as they are."""
-    config = criterion.config
-    n_outside = circuit.n_candidates - circuit.n_nodes
-    with phase("training an adversary", progress, total=1) as bar:
-        subset = learned_subset(
-            circuit,
-            criterion.model,
-            train,
-            math.ceil(config.adversary_budget * n_outside),
-            config.ablation,
-            config.objective,
-            steps=config.adversary_steps,
-            seed=config.seed + attack,
-        )
-        bar.update()
-    return subset
 
 
 def _chosen_size(
@@ -176,12 +154,16 @@ def _failure_of_all(ranking: Ranking, criterion: Criterion, selection: TaskData)
     circuit = ranking.circuit(ranking.largest)
     loss = criterion.loss(circuit, selection)
     config = criterion.config
+    under = ""
+    if loss <= config.target_loss and criterion.hardest is not None:
+        loss = criterion.loss(circuit, selection, criterion.hardest)
+        under = " while some nodes outside are left as they are"
     largest = f"all {ranking.largest} nodes"
     if config.max_nodes == ranking.largest:
         largest = f"the {counted(ranking.largest, 'node')} that max_nodes allows"
     message = (
         f"no circuit was found at any size that was tried, up to {largest}: with these, the loss "
-        f"is {loss:.3f} (it must be at most {config.target_loss})"
+        f"is {loss:.3f}{under} (it must be at most {config.target_loss})"
     )
     if config.ablated_accuracy < 1:
         accuracy = criterion.ablated_accuracy(circuit, selection)

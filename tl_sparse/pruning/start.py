@@ -70,11 +70,14 @@ def start_from_ranking(
 
     As many gates as reach the target loss are open, with values from init_bias down to 0; the
     others are just closed. If the gates are still to be learned, their noise is added. For the
-    method "random", the noise alone is the ranking.
+    method "random", the ranking is drawn.
     """
     noise = gates.tau.detach() - config.init_bias
-    scores = noise
-    if config.method != "random":
+    if config.method == "random":
+        # Not the noise of the gates, which `init_scale` may switch off.
+        generator = torch.Generator().manual_seed(config.seed)
+        scores = torch.rand(len(noise), generator=generator).to(noise)
+    else:
         scores = attribution(model, gates, train, config, progress).abs()
     scores[fixed.included] = torch.inf
     scores[fixed.excluded] = -torch.inf
