@@ -67,6 +67,22 @@ def test_each_round_also_tries_the_subsets_of_the_search():
     assert mended(circuit, ranking, criterion, data).node_names == (READ, FIRST, SECOND, WRITE)
 
 
+def test_subsets_that_left_the_criterion_are_tried_at_last():
+    """Otherwise `prune_edges`, which begins with all of them, could refuse the circuit."""
+    model = cancelling_model()
+    config = dataclasses.replace(CONFIG, subsets=1, fresh_subsets=0)
+    ranking, data = ranking_and_data(model, config)
+    circuit = circuit_of(ranking, *CHEAT)
+    harmless = {name: torch.zeros_like(mask) for name, mask in circuit.kept.items()}
+    criterion = Criterion(model, config, [third_channel(circuit)])
+    criterion._join(harmless)
+    assert criterion.passes(circuit, data.selection, n_others=0)
+    after = mended(circuit, ranking, criterion, data)
+    assert after.node_names == (READ, FIRST, SECOND, WRITE)
+    fresh = Criterion(model, config, [third_channel(circuit)])
+    assert fresh.passes(after, data.selection, n_others=0)
+
+
 def test_a_repair_adds_no_excluded_node():
     model = cancelling_model()
     ranking, data = ranking_and_data(model, CONFIG)

@@ -55,6 +55,7 @@ class Criterion:
         most_subsets: the largest number of them. If another one joins, the last one leaves that is
             not required.
         required: those that never leave.
+        drawn: the subsets at first, some of which may have left.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Criterion:
         self.subsets = list(subsets)
         self.most_subsets = max(len(self.subsets), config.subsets)
         self.required: list[NodeMasks] = []
+        self.drawn = tuple(self.subsets)
         self._others = iter(others)
 
     @classmethod
@@ -90,6 +92,8 @@ class Criterion:
 
     def fresh_subsets(self, circuit: Circuit, i: int) -> list[NodeMasks]:
         """The random subsets of the i-th round in which a robust circuit is tried at last."""
+        if self.config.fresh_subsets == 0:
+            return []
         seed = seed_of_batch(self.config.seed, 1 + _BATCHES_OF_OTHERS + i)
         return random_subsets(circuit, self.config.fresh_subsets, seed)
 
@@ -164,6 +168,12 @@ class Criterion:
         if data.n_pairs <= _FEW:
             return False
         return not self.loss(circuit, few_of(data)) <= _CLEARLY * self.config.target_loss
+
+    @property
+    def all_subsets(self) -> list[NodeMasks]:
+        """The subsets, and those that have left."""
+        present = {id(subset) for subset in self.subsets}
+        return [*self.subsets, *[subset for subset in self.drawn if id(subset) not in present]]
 
     @property
     def hardest(self) -> NodeMasks | None:

@@ -344,9 +344,10 @@ def prune_edges(
         selection = ready_for(config.objective, model, selection, config.batch_size)
         criterion = Criterion.of_config(circuit, model, config)
         if not criterion.passes(circuit, selection, n_others=0):
+            under = "" if config.robust == "none" else ", perhaps under a subset alone"
             raise PruneError(
-                "before any edge is cut, the circuit misses the target loss "
-                f"{config.target_loss}, or the accuracy of the model without it exceeds "
+                f"before any edge is cut, the circuit misses the target loss {config.target_loss}"
+                f"{under}, or the accuracy of the model without it exceeds "
                 f"{config.ablated_accuracy}"
             )
         smaller = without_superfluous_edges(circuit, criterion, train, selection, progress)

@@ -113,14 +113,17 @@ def repaired(
     """
     circuit = additions.circuit
     config = criterion.config
-    if config.robust == "none" or config.fresh_subsets == 0:
+    if config.robust == "none":
         return circuit
     some_pairs = evenly(selection, config.subset_pairs)
     met: list[NodeMasks] = []  # those of the round before that made it fail
     with phase("trying fresh subsets", progress, unit="subset") as bar:
         for i in range(first_round, first_round + MOST_ROUNDS):
-            # An added part can also do harm under the subsets that the circuit had withstood.
-            of_search = _failing(criterion.subsets, additions.circuit, criterion, some_pairs, bar)
+            # An added part can do harm under the subsets that the circuit had withstood, and those
+            # that left the criterion have not been tried for long.
+            of_search = _failing(
+                criterion.all_subsets, additions.circuit, criterion, some_pairs, bar
+            )
             tried = [*met, *criterion.fresh_subsets(circuit, i)]
             met = _failing(tried, additions.circuit, criterion, some_pairs, bar)
             failing = [*of_search, *met]
