@@ -24,19 +24,18 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument(
     "--model",
-    default="tiny-python-sparse",
-    help="folder or name of the model (default: %(default)s)",
+    help="folder or name of the model (default: that of the circuit, or tiny-python-wide)",
 )
 parser.add_argument("--circuit", help="folder of a saved circuit of the task (default: prune one)")
 args = parser.parse_args()
 
-model = tl_sparse.load(args.model, device="cpu")
 task = tl_sparse.get_task("single_double_quote")
 if args.circuit:
     circuit = tl_sparse.Circuit.load(args.circuit)
+    model = tl_sparse.load(args.model or circuit.model_name, device="cpu")
 else:
-    corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx)
-    circuit, _ = tl_sparse.prune(model, task, corpus)
+    model = tl_sparse.load(args.model or "tiny-python-wide", device="cpu")
+    circuit, _ = tl_sparse.prune(model, task)
 data = make_task_data(task, model.tokenizer, n_pairs=1, seed=0, n_ctx=model.cfg.n_ctx).trimmed()
 # The two prompts have the same length and differ in the quote that opens the string.
 clean = data.tokens[:1]

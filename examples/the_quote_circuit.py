@@ -28,8 +28,7 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument(
     "--model",
-    default="tiny-python-sparse",
-    help="folder or name of the model (default: %(default)s)",
+    help="folder or name of the model (default: that of the circuit, or tiny-python-wide)",
 )
 parser.add_argument("--circuit", help="folder of a saved circuit of the task (default: prune one)")
 parser.add_argument(
@@ -37,13 +36,15 @@ parser.add_argument(
 )
 args = parser.parse_args()
 
-model = tl_sparse.load(args.model, device="cpu").requires_grad_(False)
-vocabulary = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
 task = tl_sparse.get_task("single_double_quote")
-corpus = tl_sparse.load_corpus(args.model, model.tokenizer, model.cfg.n_ctx).long()
+name = args.model or "tiny-python-wide"
 if args.circuit:
     circuit = tl_sparse.Circuit.load(args.circuit)
-else:
+    name = args.model or circuit.model_name
+model = tl_sparse.load(name, device="cpu").requires_grad_(False)
+vocabulary = [model.tokenizer.decode([token]) for token in range(model.cfg.d_vocab)]
+corpus = tl_sparse.load_corpus(name, model.tokenizer, model.cfg.n_ctx).long()
+if not args.circuit:
     circuit, _ = tl_sparse.prune(model, task, corpus)
 edges = circuit.edges(model)
 n_ctx = model.cfg.n_ctx - 1  # room for one more token
