@@ -223,8 +223,9 @@ def _target_loss(circuit: Circuit) -> float | None:
     """The target loss of the search that found the circuit; None if it is not recorded."""
     config = circuit.measured.get("config")
     target_loss = config.get("target_loss") if isinstance(config, dict) else None
-    is_number = isinstance(target_loss, int | float) and not isinstance(target_loss, bool)
-    return float(target_loss) if is_number else None
+    if isinstance(target_loss, bool) or not isinstance(target_loss, int | float):
+        return None
+    return float(target_loss)
 
 
 def _objective(circuit: Circuit) -> Objective:
