@@ -9,7 +9,7 @@ from micro import QUICK_SETTINGS, cancelling_model
 from pruning.test_exchanges import READ, WRITE, circuit_of, ranking_and_data
 from tl_sparse.errors import ConfigError
 from tl_sparse.evaluation.subsets import random_subsets
-from tl_sparse.pruning import adversaries
+from tl_sparse.pruning import adversaries, sizes
 from tl_sparse.pruning.config import PruneConfig
 from tl_sparse.pruning.criterion import Criterion
 from tl_sparse.pruning.edges import CutEdges, without_superfluous_edges
@@ -203,3 +203,27 @@ def test_adversaries_also_attack_the_circuit_whose_edges_are_cut(monkeypatch):
 def test_a_negative_number_of_fresh_subsets_is_refused():
     with pytest.raises(ConfigError, match=r"fresh_subsets = -1 is not possible.*at least 0"):
         PruneConfig(fresh_subsets=-1)
+
+
+def test_what_a_large_repair_makes_superfluous_is_removed(monkeypatch):
+    """The repair adds the first channel and useless nodes, which are then removed again."""
+    model = cancelling_model()
+    config = dataclasses.replace(CONFIG, subsets=4)
+    found = []
+    real = sizes.repaired
+
+    def generous(additions, *arguments):
+        circuit = real(additions, *arguments)
+        if not found:
+            circuit = circuit | circuit_of(ranking, "0.mlp_neuron 0", "0.mlp_neuron 1")
+        found.append(circuit.node_names)
+        return circuit
+
+    ranking, data = ranking_and_data(model, dataclasses.replace(config, robust="none"))
+    monkeypatch.setattr(sizes, "repaired", generous)
+    criterion = Criterion.of_config(ranking.empty, model, config)
+    circuit = circuit_of(ranking, READ, FIRST, SECOND, WRITE)
+    after = sizes._mended(circuit, ranking, criterion, data.train, data.selection, False)
+    assert len(found) == 2
+    assert len(found[0]) == 6
+    assert after.node_names == found[1] == (READ, FIRST, SECOND, WRITE)

@@ -9,7 +9,7 @@ from tl_sparse.pruning.adversaries import n_attacks, succeeding_attack
 from tl_sparse.pruning.criterion import Criterion, evenly, representative
 from tl_sparse.pruning.elimination import eliminate
 from tl_sparse.pruning.phases import phase
-from tl_sparse.pruning.repair import MOST_ROUNDS, mend, repaired
+from tl_sparse.pruning.repair import MOST_REPAIRS, MOST_ROUNDS, mend, repaired
 from tl_sparse.tasks import TaskData
 
 #: Each time, so many of the edges that were cut are tried, and the best one is put back.
@@ -54,7 +54,7 @@ def without_superfluous_edges(
             with phase("putting edges back", progress) as bar:
                 mend(cuts, subset, criterion, tried_on, bar)
     # The rounds before are those of the search for its nodes.
-    return repaired(cuts, criterion, selection, MOST_ROUNDS, progress)
+    return repaired(cuts, criterion, selection, MOST_REPAIRS * MOST_ROUNDS, progress)
 
 
 class CutEdges:

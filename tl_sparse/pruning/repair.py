@@ -31,6 +31,8 @@ _NODES_TRIED = 4
 _MOST_IN_VAIN = 3
 #: After so many rounds there is no progress: few subsets are left that make a circuit fail.
 MOST_ROUNDS = 6
+#: A search repairs its circuit at most so many times, and removes nodes in between.
+MOST_REPAIRS = 3
 
 
 class Additions(Protocol[Part]):

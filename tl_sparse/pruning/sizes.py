@@ -14,7 +14,7 @@ from tl_sparse.pruning.groups import SMALL
 from tl_sparse.pruning.phases import phase, say_reached
 from tl_sparse.pruning.ranking import Ranking
 from tl_sparse.pruning.refinement import refined
-from tl_sparse.pruning.repair import OuterNodes, repaired
+from tl_sparse.pruning.repair import MOST_REPAIRS, MOST_ROUNDS, OuterNodes, repaired
 from tl_sparse.tasks import TaskData
 
 #: The factor between successive sizes while the search moves outwards from the learned size.
@@ -22,6 +22,8 @@ SIZE_FACTOR = 1.3
 #: Where nodes are removed in groups afterwards, the size may be too large by this share: gradients
 #: tell what a circuit can do without better than the ranking, as long as its loss leaves room.
 TOLERANCE = 0.25
+#: A repair that adds at most this share of a circuit's nodes makes hardly any of them superfluous.
+_FEW_ADDED = 0.1
 
 
 def discretise(
@@ -63,9 +65,31 @@ def discretise(
             criterion.add(subset)
             size, circuit = smallest(size)
     if is_refined:
-        nodes = OuterNodes(circuit, ranking, criterion, train)
-        circuit = repaired(nodes, criterion, selection, progress=progress)
+        circuit = _mended(circuit, ranking, criterion, train, selection, progress)
     return dataclasses.replace(circuit, scores=_scores(ranking, circuit))
+
+
+def _mended(
+    circuit: Circuit,
+    ranking: Ranking,
+    criterion: Criterion,
+    train: TaskData,
+    selection: TaskData,
+    progress: bool,
+) -> Circuit:
+    """The circuit with the nodes that it needs under fresh subsets.
+
+    Where these are many, others have become superfluous, and are removed before it is tried again.
+    """
+    for repair in range(MOST_REPAIRS):
+        nodes = OuterNodes(circuit, ranking, criterion, train)
+        first_round = repair * MOST_ROUNDS
+        mended = repaired(nodes, criterion, selection, first_round, progress)
+        is_last = repair == MOST_REPAIRS - 1
+        if is_last or mended.n_nodes - circuit.n_nodes <= _FEW_ADDED * circuit.n_nodes:
+            break
+        circuit = refined(mended, ranking, criterion, train, selection, progress)
+    return mended
 
 
 def _scores(ranking: Ranking, circuit: Circuit) -> dict[str, Tensor]:
