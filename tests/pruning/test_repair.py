@@ -205,8 +205,9 @@ def test_a_negative_number_of_fresh_subsets_is_refused():
         PruneConfig(fresh_subsets=-1)
 
 
-def test_what_a_large_repair_makes_superfluous_is_removed(monkeypatch):
-    """The repair adds the first channel and useless nodes, which are then removed again."""
+@pytest.mark.parametrize(("large", "n_repairs"), [(3, 2), (6, 1)])
+def test_a_large_circuit_is_made_smaller_again_once_it_is_mended(monkeypatch, large, n_repairs):
+    """The first repair adds two useless nodes; small circuits keep what they were given."""
     model = cancelling_model()
     config = dataclasses.replace(CONFIG, subsets=4)
     found = []
@@ -221,9 +222,27 @@ def test_what_a_large_repair_makes_superfluous_is_removed(monkeypatch):
 
     ranking, data = ranking_and_data(model, dataclasses.replace(config, robust="none"))
     monkeypatch.setattr(sizes, "repaired", generous)
+    monkeypatch.setattr(sizes, "_LARGE", large)
+    monkeypatch.setattr(sizes, "MOST_REPAIRS", 2)
     criterion = Criterion.of_config(ranking.empty, model, config)
     circuit = circuit_of(ranking, READ, FIRST, SECOND, WRITE)
     after = sizes._mended(circuit, ranking, criterion, data.train, data.selection, False)
-    assert len(found) == 2
+    assert len(found) == n_repairs
     assert len(found[0]) == 6
-    assert after.node_names == found[1] == (READ, FIRST, SECOND, WRITE)
+    assert after.node_names == found[-1]
+    if n_repairs == 2:
+        assert after.node_names == (READ, FIRST, SECOND, WRITE)
+
+
+def test_a_search_that_begins_again_meets_the_subsets_at_first_and_those_required():
+    model = cancelling_model()
+    ranking, _ = ranking_and_data(model, CONFIG)
+    empty = ranking.empty
+    drawn = [dict(empty.kept), dict(empty.kept)]
+    joined, required = dict(empty.kept), dict(empty.kept)
+    criterion = Criterion(model, dataclasses.replace(CONFIG, subsets=1), drawn)
+    criterion.add(required)
+    criterion._join(joined)
+    assert list(map(id, criterion.subsets)) == list(map(id, [joined, required, drawn[0]]))
+    criterion.begin_again()
+    assert list(map(id, criterion.subsets)) == list(map(id, [required, *drawn]))

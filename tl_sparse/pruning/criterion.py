@@ -109,6 +109,10 @@ class Criterion:
         self.required.append(subset)
         self._join(subset)
 
+    def begin_again(self) -> None:
+        """Return to the subsets at first, besides those that are required."""
+        self.subsets[:] = [*self.required, *self.drawn]
+
     def _join(self, subset: NodeMasks) -> None:
         # In place, because criteria with other targets have the same list.
         self.subsets.insert(0, subset)

@@ -22,8 +22,9 @@ SIZE_FACTOR = 1.3
 #: Where nodes are removed in groups afterwards, the size may be too large by this share: gradients
 #: tell what a circuit can do without better than the ranking, as long as its loss leaves room.
 TOLERANCE = 0.25
-#: A repair that adds at most this share of a circuit's nodes makes hardly any of them superfluous.
-_FEW_ADDED = 0.1
+#: Circuits of more nodes are made smaller again after they were mended. Of one with 273 nodes, this
+#: left 225, and of circuits with 34 and 70, all.
+_LARGE = 100
 
 
 def discretise(
@@ -79,16 +80,22 @@ def _mended(
 ) -> Circuit:
     """The circuit with the nodes that it needs under fresh subsets.
 
-    Where these are many, others have become superfluous, and are removed before it is tried again.
+    A large one is then made smaller once more, and mended again, as long as that helps: its search
+    has met thousands of subsets and kept the hardest, which ask for more nodes than others do.
     """
-    for repair in range(MOST_REPAIRS):
-        nodes = OuterNodes(circuit, ranking, criterion, train)
-        first_round = repair * MOST_ROUNDS
-        mended = repaired(nodes, criterion, selection, first_round, progress)
-        is_last = repair == MOST_REPAIRS - 1
-        if is_last or mended.n_nodes - circuit.n_nodes <= _FEW_ADDED * circuit.n_nodes:
+    mended = repaired(
+        OuterNodes(circuit, ranking, criterion, train), criterion, selection, 0, progress
+    )
+    for repair in range(1, MOST_REPAIRS):
+        if criterion.config.robust == "none" or mended.n_nodes <= _LARGE:
             break
-        circuit = refined(mended, ranking, criterion, train, selection, progress)
+        criterion.begin_again()
+        smaller = refined(mended, ranking, criterion, train, selection, progress)
+        nodes = OuterNodes(smaller, ranking, criterion, train)
+        smaller = repaired(nodes, criterion, selection, repair * MOST_ROUNDS, progress)
+        if smaller.n_nodes >= mended.n_nodes:
+            break
+        mended = smaller
     return mended
 
 
