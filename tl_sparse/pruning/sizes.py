@@ -81,11 +81,10 @@ def _mended(
     """The circuit with the nodes that it needs under fresh subsets.
 
     A large one is then made smaller once more, and mended again, as long as that helps: its search
-    has met thousands of subsets and kept the hardest, which ask for more nodes than others do.
+    kept the hardest of all subsets that it met, which ask for more nodes than others do.
     """
-    mended = repaired(
-        OuterNodes(circuit, ranking, criterion, train), criterion, selection, 0, progress
-    )
+    nodes = OuterNodes(circuit, ranking, criterion, train)
+    mended = repaired(nodes, criterion, selection, progress=progress)
     for repair in range(1, MOST_REPAIRS):
         if criterion.config.robust == "none" or mended.n_nodes <= _LARGE:
             break
