@@ -191,7 +191,10 @@ def results_table(results: Mapping[str, Any]) -> str:
         "a fresh adversary chooses.",
     ]
     if any(MISSES_TARGET in cell for row in rows for cell in row):
-        note.append(f"{MISSES_TARGET} misses the target loss on held-out pairs with some seed.")
+        note.append(
+            f"{MISSES_TARGET} misses, on held-out pairs and with some seed, the loss that the "
+            "search had to reach."
+        )
     without_edges = _without_edges(read)
     if without_edges:
         note.append(
