@@ -57,8 +57,7 @@ def attribution_graph(
             given, and the circuit's own is not known.
         UnsupportedError: if the nodes are components, whose outputs are vectors, or the circuit
             has `frozen_norms`.
-        TaskError: if `pair` is negative.
-        TaskError: if there is no such task.
+        TaskError: if there is no such task, or `pair` is negative.
         TaskError, DataError, TokenizerError: if the prompts of the task do not fit the model.
     """
     check_channels(circuit, "a node of an attribution graph has one value at each position")

@@ -219,10 +219,15 @@ def evaluate(
     )
 
 
+def _setting(circuit: Circuit, name: str) -> Any:
+    """A setting of the search that found the circuit; None if it is not recorded."""
+    config = circuit.measured.get("config")
+    return config.get(name) if isinstance(config, dict) else None
+
+
 def _target_loss(circuit: Circuit) -> float | None:
     """The target loss of the search that found the circuit; None if it is not recorded."""
-    config = circuit.measured.get("config")
-    target_loss = config.get("target_loss") if isinstance(config, dict) else None
+    target_loss = _setting(circuit, "target_loss")
     if isinstance(target_loss, bool) or not isinstance(target_loss, int | float):
         return None
     return float(target_loss)
@@ -230,15 +235,13 @@ def _target_loss(circuit: Circuit) -> float | None:
 
 def _objective(circuit: Circuit) -> Objective:
     """The objective of the search that found the circuit; the paper's if it is not recorded."""
-    config = circuit.measured.get("config")
-    recorded = config.get("objective") if isinstance(config, dict) else None
+    recorded = _setting(circuit, "objective")
     return recorded if recorded in OBJECTIVES else "candidates"
 
 
 def _ablation(circuit: Circuit) -> Ablation:
     """The values at which the search held nodes; the paper's means if they are not recorded."""
-    config = circuit.measured.get("config")
-    recorded = config.get("ablation") if isinstance(config, dict) else None
+    recorded = _setting(circuit, "ablation")
     return recorded if recorded in ABLATIONS else "mean"
 
 

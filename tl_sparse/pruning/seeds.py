@@ -4,8 +4,8 @@ They are far from each other and from the search's own seed, with which pairs ar
 start, and with which the circuit may be judged afterwards.
 """
 
+#: From one seed to the next. The first ones, up to the opponent's, are of batches of subsets.
 _STEP = 2**20
-#: Batches of subsets have the first of these seeds.
 _OPPONENT = 63
 _FIRST_ATTACK = 64
 
